@@ -1,0 +1,67 @@
+"""The exceptions a caller can meet.
+
+Every message is one or two sentences: the value, the rule it breaks and the next step. The command
+line prints the message alone and exits with `exit_code`: 2 for a user's mistake, 1 for a failure.
+"""
+
+
+class VisiontunerError(Exception):
+    """Anything visiontuner raises on purpose."""
+
+    exit_code = 1
+
+
+class UserMistake(VisiontunerError):
+    """What was asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class ExperimentError(UserMistake):
+    """An experiment file or an override that breaks a rule."""
+
+
+class DataError(UserMistake):
+    """A data source that cannot be read as an image data set."""
+
+
+class BadImageError(DataError):
+    """One picture that cannot be decoded: truncated, not an image, or too large."""
+
+
+class BackboneError(UserMistake):
+    """An unknown backbone, or weights that do not fit it."""
+
+
+class ClassifierError(UserMistake):
+    """A classifier folder that is missing, incomplete or damaged."""
+
+
+class JournalError(UserMistake):
+    """A search folder without a readable journal."""
+
+
+class DownloadError(VisiontunerError):
+    """A download that did not end, or ended with other bytes than promised."""
+
+
+class ExportError(VisiontunerError):
+    """A network that cannot be written as ONNX, or whose ONNX form answers differently."""
+
+
+class TrialFailed(VisiontunerError):
+    """One trial cannot go on (its loss is not finite, say); the search can."""
+
+
+class SearchFailed(VisiontunerError):
+    """The whole search cannot go on, or ended without one usable trial."""
+
+
+class SearchInterrupted(VisiontunerError):
+    """The search was stopped in order before it was done; it can be resumed."""
+
+    exit_code = 130
+
+
+class TrackingError(VisiontunerError):
+    """MLflow is away, refuses, or holds something that does not fit."""

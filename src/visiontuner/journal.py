@@ -1,0 +1,312 @@
+"""The append-only record of a search: the contract between search and tracking.
+
+`journal.jsonl` holds one JSON object a line. A line is whole or it is ignored: a kill may tear the
+last one. Every line has `schema_version`, `event`, `search_id` and `time` (seconds since the
+epoch); lines about a trial have `trial_id` and `attempt`. The events and what else they carry:
+
+    search_started   experiment, data, code, machine      the first line
+    search_resumed   code, machine                        one for each `--resume`
+    trial_started    configuration
+    epoch            step (1 is the first epoch), metrics
+    finding          rule, severity, step, evidence, advice
+    trial_ended      state, best_epoch, best_value, error, reason
+    search_ended     state, best_trial
+
+`SearchRecord` folds the lines into the state of the search: a pure function of what was read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from visiontuner.errors import JournalError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "journal.jsonl"
+
+Event = dict[str, Any]
+TrialState = Literal["running", "completed", "stopped_early", "failed", "interrupted"]
+FINISHED: tuple[TrialState, ...] = ("completed", "stopped_early", "failed")
+Severity = Literal["info", "warning", "error"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something a rule noticed in the data or in a training, and what to do about it."""
+
+    rule: str
+    severity: Severity
+    evidence: str
+    advice: str
+    step: int | None = None
+
+
+class JournalWriter:
+    """Appends whole lines; the only one that writes a search's journal.
+
+    A torn last line, left by a kill, is cut off before the first append. Every event but `epoch` is
+    on the disk when `append` returns.
+    """
+
+    def __init__(
+        self, folder: Path, search_id: str, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.path = folder / FILE_NAME
+        self._search_id = search_id
+        self._clock = clock
+        folder.mkdir(parents=True, exist_ok=True)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        _cut_torn_tail(self._descriptor)
+
+    def append(self, event: str, **fields: Any) -> Event:
+        """Write one event and return it as a reader will see it."""
+        line: Event = {
+            "schema_version": SCHEMA_VERSION,
+            "event": event,
+            "search_id": self._search_id,
+            "time": round(self._clock(), 3),
+            **fields,
+        }
+        text = json.dumps(_without_nonfinite(line), ensure_ascii=False, allow_nan=False)
+        _write_all(self._descriptor, text.encode() + b"\n")
+        if event != "epoch":
+            os.fsync(self._descriptor)
+        return _with_nonfinite(json.loads(text))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class Read(NamedTuple):
+    """Events, and the byte offset where the next reading goes on."""
+
+    events: list[Event]
+    offset: int
+
+
+def read_events(folder: Path, offset: int = 0) -> Read:
+    """The whole lines of a search's journal from a byte offset on.
+
+    Raises:
+        JournalError: there is no journal, or a line in its middle is damaged.
+    """
+    path = folder / FILE_NAME
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read()
+    except OSError as error:
+        raise JournalError(
+            f"{folder} is no search folder: cannot read {FILE_NAME} ({error.strerror})."
+        ) from None
+    end = content.rfind(b"\n") + 1
+    events = [_parse(line, path) for line in content[:end].split(b"\n") if line.strip()]
+    return Read(events, offset + end)
+
+
+@dataclass(kw_only=True)
+class EpochRecord:
+    """One epoch of one trial as it was reported."""
+
+    step: int
+    time: float
+    attempt: int
+    metrics: dict[str, float]
+
+
+@dataclass(kw_only=True)
+class TrialRecord:
+    """One trial, all attempts together; the epochs are those of the last attempt."""
+
+    trial_id: str
+    configuration: dict[str, Any]
+    attempt: int
+    state: TrialState
+    started: float
+    ended: float | None = None
+    best_epoch: int | None = None
+    best_value: float | None = None
+    error: str | None = None
+    reason: str | None = None
+    epochs: list[EpochRecord] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return self.state in FINISHED
+
+    def curve(self, metric: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric, in order."""
+        rows = [(e.step, e.metrics[metric]) for e in self.epochs if metric in e.metrics]
+        return [step for step, _ in rows], [value for _, value in rows]
+
+
+@dataclass(kw_only=True)
+class SearchRecord:
+    """The state of a search: a fold over its journal's events."""
+
+    search_id: str = ""
+    started: Event = field(default_factory=dict)
+    ended: Event | None = None
+    trials: dict[str, TrialRecord] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> SearchRecord:
+        return cls.of(read_events(folder).events)
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> SearchRecord:
+        record = cls()
+        for event in events:
+            record.apply(event)
+        return record
+
+    def apply(self, event: Event) -> None:
+        """Take in one more event."""
+        kind = event["event"]
+        if kind == "search_started":
+            self.search_id, self.started = event["search_id"], event
+        elif kind == "search_resumed":
+            self.ended = None
+            for trial in self.trials.values():
+                if trial.state == "running":
+                    trial.state = "interrupted"
+        elif kind == "search_ended":
+            self.ended = event
+        elif kind == "trial_started":
+            self._start(event)
+        elif event.get("trial_id") in self.trials:
+            _apply_to_trial(self.trials[event["trial_id"]], event)
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        return "min" if self.objective == "validation_loss" else "max"
+
+    @property
+    def objective(self) -> str:
+        return str(self.started.get("experiment", {}).get("objective", "validation_accuracy"))
+
+    def ranking(self) -> list[TrialRecord]:
+        """Usable trials, best first: ended in order, with a finite value; ties by trial id."""
+        usable = [
+            t
+            for t in self.trials.values()
+            if t.state in ("completed", "stopped_early") and t.best_value is not None
+        ]
+        sign = 1 if self.mode == "min" else -1
+        return sorted(usable, key=lambda t: (sign * (t.best_value or 0.0), t.trial_id))
+
+    @property
+    def best(self) -> TrialRecord | None:
+        ranking = self.ranking()
+        return ranking[0] if ranking else None
+
+    def _start(self, event: Event) -> None:
+        previous = self.trials.get(event["trial_id"])
+        self.trials[event["trial_id"]] = TrialRecord(
+            trial_id=event["trial_id"],
+            configuration=event["configuration"],
+            attempt=event["attempt"],
+            state="running",
+            started=previous.started if previous else event["time"],
+        )
+
+
+def best_epoch(epochs: Iterable[EpochRecord], objective: str, mode: str) -> EpochRecord | None:
+    """The epoch with the best finite objective; the earliest of equals."""
+    usable = [e for e in epochs if math.isfinite(e.metrics.get(objective, math.nan))]
+    sign = 1 if mode == "min" else -1
+    return min(usable, key=lambda e: (sign * e.metrics[objective], e.step), default=None)
+
+
+def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
+    if event["event"] == "epoch":
+        trial.epochs.append(
+            EpochRecord(
+                step=event["step"],
+                time=event["time"],
+                attempt=event["attempt"],
+                metrics=event["metrics"],
+            )
+        )
+    elif event["event"] == "finding":
+        trial.findings.append(
+            Finding(**{k: event.get(k) for k in Finding.__dataclass_fields__})  # type: ignore[arg-type]
+        )
+    elif event["event"] == "trial_ended":
+        trial.state = event["state"]
+        trial.ended = event["time"]
+        trial.best_epoch = event.get("best_epoch")
+        trial.best_value = event.get("best_value")
+        trial.error = event.get("error")
+        trial.reason = event.get("reason")
+
+
+def _parse(line: bytes, path: Path) -> Event:
+    try:
+        event = json.loads(line)
+        event["event"], event["search_id"], event["time"]
+    except (ValueError, KeyError, TypeError):
+        raise JournalError(
+            f"{path} has a damaged line: {line[:60]!r}. Remove that line to use the rest."
+        ) from None
+    version = event.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise JournalError(
+            f"{path} was written by a newer visiontuner (schema {version}); update this one."
+        )
+    return _with_nonfinite(event)
+
+
+# JSON has no NaN; a journal line stays readable by any JSON reader.
+_NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nonfinite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    return value
+
+
+def _with_nonfinite(event: Event) -> Event:
+    metrics = event.get("metrics")
+    if isinstance(metrics, dict):
+        for key, value in metrics.items():
+            if isinstance(value, str):
+                metrics[key] = _NONFINITE.get(value, math.nan)
+    return event
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _cut_torn_tail(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    end = size
+    for start in _backwards(size):
+        block = os.pread(descriptor, end - start, start)
+        newline = block.rfind(b"\n")
+        if newline >= 0:
+            os.ftruncate(descriptor, start + newline + 1)
+            return
+        end = start
+    os.ftruncate(descriptor, 0)
+
+
+def _backwards(size: int, step: int = 65536) -> Iterator[int]:
+    while size > 0:
+        size = max(0, size - step)
+        yield size

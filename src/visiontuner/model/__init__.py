@@ -1,0 +1,1 @@
+"""Pretrained networks, their features, and the artifact that is served."""

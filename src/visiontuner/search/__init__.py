@@ -1,0 +1,1 @@
+"""The search over hyperparameters with Ray Tune."""

@@ -1,0 +1,1 @@
+"""The best trial as an MLflow model."""

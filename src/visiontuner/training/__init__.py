@@ -1,0 +1,1 @@
+"""Epochs over feature vectors, and the numbers they give."""
