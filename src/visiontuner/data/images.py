@@ -1,0 +1,316 @@
+"""Bytes -> pixels -> network input, the same in training and at the endpoint.
+
+Pillow and numpy only: what the network saw in training is what the endpoint feeds it, because
+there is one implementation. A picture is read as a person sees it: rotated as its EXIF data says,
+CMYK and palettes as RGB, 16 bits scaled to 8, transparency on white, an animation's first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from visiontuner.errors import BadImageError, ClassifierError
+
+Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+# Twice Pillow's own warning level: above it Pillow refuses as well.
+MAX_PIXELS = 178_956_970
+
+_RESAMPLING = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "nearest": Image.Resampling.NEAREST,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# EPS starts Ghostscript, WMF needs Windows, and Pillow has no decoder for the others.
+_NOT_PICTURES = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG"})
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# A 1 x 100,000 picture would need 16 GB once its shorter side is 232. What lies that far from the
+# centre is cropped away anyway.
+_MAX_ASPECT_RATIO = 100
+_PILLOW_MODULES = re.compile(r"PIL\.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How a picture becomes network input; stored with every classifier.
+
+    Args:
+        resize: the shorter side after resizing, pixels.
+        size: side of the square centre crop, pixels; the network's input.
+        mean, std: per channel (red, green, blue), on values in [0, 1].
+        interpolation: Pillow's filter for resizing.
+    """
+
+    resize: int
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        if self.resize < 1 or self.size < 1:
+            raise ValueError(f"resize and size must be >= 1, got {self.resize} and {self.size}")
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"mean and std need 3 values, got {self.mean} and {self.std}")
+        if not all(math.isfinite(v) for v in (*self.mean, *self.std)) or min(self.std) <= 0:
+            raise ValueError(f"mean must be finite and std > 0, got {self.mean} and {self.std}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation must be one of {', '.join(_RESAMPLING)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        raw = asdict(self)
+        return {**raw, "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ClassifierError: a key is missing or unknown, or a value breaks a rule.
+        """
+        try:
+            names = {field.name for field in fields(cls)}
+            if set(raw) != names:
+                raise ValueError(f"it must hold {', '.join(sorted(names))}, got {sorted(raw)}")
+            return cls(
+                resize=int(raw["resize"]),
+                size=int(raw["size"]),
+                mean=tuple(float(v) for v in raw["mean"]),  # type: ignore[arg-type]
+                std=tuple(float(v) for v in raw["std"]),  # type: ignore[arg-type]
+                interpolation=raw["interpolation"],
+            )
+        except (ValueError, TypeError) as error:
+            raise ClassifierError(f"The preprocessing cannot be read: {error}.") from None
+
+    def with_size(self, size: int) -> Preprocessing:
+        """The same for another input size; the crop keeps its share of the picture."""
+        return Preprocessing(
+            resize=max(size, round(size * self.resize / self.size)),
+            size=size,
+            mean=self.mean,
+            std=self.std,
+            interpolation=self.interpolation,
+        )
+
+
+def read_pixels(source: bytes | Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Decode and crop one picture.
+
+    Returns:
+        uint8, shape (size, size, 3).
+
+    Raises:
+        BadImageError: as `decode_image`.
+    """
+    return crop_pixels(decode_image(source, target=preprocessing.resize), preprocessing)
+
+
+def decode_image(
+    source: bytes | Path, *, target: int | None = None, max_pixels: int = MAX_PIXELS
+) -> Image.Image:
+    """One picture in RGB, as a person sees it.
+
+    Args:
+        source: the file's content, or its path.
+        target: the shorter side that is wanted, pixels. A JPEG may then be decoded smaller (never
+            below twice the target), which is several times faster for photographs.
+        max_pixels: larger pictures are refused from their header, before any decoding.
+
+    Raises:
+        BadImageError: the source is empty, unreadable, truncated, too large or not a picture.
+    """
+    _silence_pillow()
+    name = str(source) if isinstance(source, Path) else f"a picture of {len(source):,} bytes"
+    try:
+        with Image.open(_stream(source), formats=picture_formats()) as image:
+            _check_size(image, max_pixels)
+            if target is not None:
+                # Only JPEG answers; the scale is 1/2, 1/4 or 1/8, never below the size given.
+                image.draft(None, (2 * target, 2 * target))
+            image.load()
+            _check_size(image, max_pixels)
+            return _to_rgb(_upright(image))
+    except BadImageError as error:
+        raise BadImageError(f"Cannot read {name}: {error}") from None
+    except Image.DecompressionBombError:
+        raise BadImageError(
+            f"Cannot read {name}: it has more than the {max_pixels:,} pixels allowed."
+        ) from None
+    except Exception as error:
+        # Pillow's decoders answer hostile bytes with nearly every exception class there is.
+        raise BadImageError(f"Cannot read {name}: {_reason(error)}.") from None
+
+
+def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+    """Resize the shorter side and take the centre, as torchvision does on Pillow images.
+
+    Equal to torchvision's `Resize(resize)` and `CenterCrop(size)` level by level, zero padding of
+    pictures smaller than the crop included. (More than 100 times as long as wide, the ends are cut
+    off first.)
+
+    Args:
+        image: mode RGB.
+
+    Returns:
+        uint8, shape (size, size, 3), C-contiguous.
+    """
+    image = _limit_aspect_ratio(image)
+    width, height = image.size
+    short = preprocessing.resize
+    long = int(short * max(width, height) / min(width, height))
+    image = image.resize(
+        (short, long) if width <= height else (long, short),
+        _RESAMPLING[preprocessing.interpolation],
+    )
+    size = preprocessing.size
+    left, top = _crop_offset(image.width, size), _crop_offset(image.height, size)
+    # Pillow fills what lies outside the picture with zeros.
+    return np.array(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Network input from pixels: (value / 255 - mean) / std.
+
+    Args:
+        pixels: uint8, shape (B, H, W, 3).
+
+    Returns:
+        float32, shape (B, 3, H, W), C-contiguous; equal to torchvision's `ToTensor`, `Normalize`.
+    """
+    batch, height, width, _ = pixels.shape
+    images = np.empty((batch, 3, height, width), dtype=np.float32)
+    np.divide(pixels.transpose(0, 3, 1, 2), np.float32(255), out=images)
+    images -= np.asarray(preprocessing.mean, dtype=np.float32)[:, None, None]
+    images /= np.asarray(preprocessing.std, dtype=np.float32)[:, None, None]
+    return images
+
+
+@cache
+def picture_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read, in the order in which they are tried."""
+    Image.init()
+    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NOT_PICTURES)
+
+
+@cache
+def picture_extensions() -> Mapping[str, str]:
+    """File name endings that count as pictures, lower case, to Pillow's format name."""
+    # MPO opens through JPEG: it has an ending but no entry among the formats that open.
+    known = {*picture_formats(), "MPO"}
+    return {end: name for end, name in Image.registered_extensions().items() if name in known}
+
+
+def _silence_pillow() -> None:
+    # catch_warnings is not safe in threads; one narrow filter that stays is.
+    entry = ("ignore", None, Warning, _PILLOW_MODULES, 0)
+    if entry not in warnings.filters:
+        warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
+
+
+def _stream(source: bytes | Path) -> io.BytesIO | Path:
+    if isinstance(source, Path):
+        if source.stat().st_size == 0:
+            raise BadImageError("the file is empty.")
+        return source
+    if not source:
+        raise BadImageError("it is empty.")
+    return io.BytesIO(source)
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width < 1 or height < 1:
+        raise BadImageError(f"it has no pixels ({width} x {height}).")
+    if width * height > max_pixels:
+        raise BadImageError(
+            f"its {width} x {height} pixels are more than the {max_pixels:,} allowed."
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # ImageOps.exif_transpose also rewrites the EXIF data, which fails where other tags are damaged.
+    try:
+        orientation = image.getexif().get(_ORIENTATION_TAG)
+        method = _TRANSPOSED.get(orientation)  # type: ignore[arg-type]
+    except Exception:  # damaged EXIF data: every viewer shows the picture as it is stored
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _gray(np.asarray(image) / 257.0)  # 65,535 = 255 * 257
+    if image.mode in ("I", "F"):
+        return _gray(_to_8_bits(np.asarray(image, dtype=np.float64)))
+    if image.has_transparency_data:
+        # Pillow converts premultiplied gray only to LA.
+        picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return image if type(image) is Image.Image and image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_8_bits(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Scale by the smallest usual range that holds the values: 1, 255, 65,535, or their own."""
+    finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    low, high = float(finite.min()), float(finite.max())
+    if low >= 0 and high <= 1:
+        return finite * 255
+    if low >= 0 and high <= 255:
+        return finite
+    if low >= 0 and high <= 65535:
+        return finite / 257
+    return (finite - low) * (255 / (high - low)) if high > low else np.zeros_like(finite)
+
+
+def _gray(levels: NDArray[np.float64]) -> Image.Image:
+    return Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    limit = _MAX_ASPECT_RATIO * min(width, height)
+    if max(width, height) <= limit:
+        return image
+    left, top = max(0, (width - limit) // 2), max(0, (height - limit) // 2)
+    return image.crop((left, top, left + min(width, limit), top + min(height, limit)))
+
+
+def _crop_offset(length: int, size: int) -> int:
+    if length < size:
+        return -((size - length) // 2)
+    return round((length - size) / 2.0)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not a picture that Pillow knows"
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split()).rstrip(".")
+    return text or f"it is damaged ({type(error).__name__})"
