@@ -1,0 +1,54 @@
+# Everything on a fresh machine: `make tune` searches, `make test` runs the tests. Both set up first.
+# Extra arguments: `make tune ARGS="--data photos --backbone resnet50"`, `make test ARGS="-k journal"`.
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+STAMP := .venv/.installed
+LISTS := pyproject.toml requirements.txt constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help install tune test ui lint bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+
+install: $(STAMP)  ## a virtual environment in .venv with exactly the tested versions
+
+# pip or uv, whichever is there; the stamp makes a second `make` do nothing.
+$(STAMP): $(LISTS)
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "visiontuner needs Python 3.11 or newer, and '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1 || true)." \
+	    "Name another one: make install PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || if command -v uv >/dev/null; then uv venv --quiet --seed --python "$(PYTHON)" .venv; \
+	  else "$(PYTHON)" -m venv .venv >/dev/null || { rm -rf .venv; \
+	    echo "'$(PYTHON) -m venv' failed: install your system's venv package" \
+	      "(Debian, Ubuntu: apt install python3-venv), or install uv." >&2; exit 1; }; fi
+	@echo "Installing the tested versions into .venv (some gigabytes; minutes the first time)"
+	@if command -v uv >/dev/null; \
+	  then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	  else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
+	@touch $(STAMP)
+
+tune: $(STAMP)  ## search on the quickstart's pictures; ARGS= for your own
+	@$(BIN)/python -m visiontuner tune $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+ui: $(STAMP)  ## compare the runs in a browser
+	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)
+
+lint: $(STAMP)  ## ruff, mypy and the layer rule
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+bench: $(STAMP)  ## repeat the measurements of docs/benchmarks.md
+	@$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove .venv, builds and tools' caches; searches/ and mlflow.db stay
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@echo "Kept what you made: searches/ and mlflow.db."
