@@ -1,0 +1,356 @@
+"""What a picture looks like once it is pixels, against torchvision and by hand."""
+
+import io
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.functional import normalize, to_tensor
+
+from visiontuner.data import images
+from visiontuner.data.images import (
+    Preprocessing,
+    crop_pixels,
+    decode_image,
+    normalise,
+    picture_extensions,
+    read_pixels,
+)
+from visiontuner.errors import BadImageError, ClassifierError
+
+IMAGENET = Preprocessing(
+    resize=36,
+    size=32,
+    mean=(0.485, 0.456, 0.406),
+    std=(0.229, 0.224, 0.225),
+    interpolation="bilinear",
+)
+
+
+def noise(width: int, height: int, seed: int = 0) -> Image.Image:
+    levels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+def encoded(image: Image.Image, name: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, name, **options)
+    return stream.getvalue()
+
+
+def pixel(source: bytes, x: int = 0, y: int = 0) -> tuple[int, ...]:
+    image = decode_image(source)
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+SIZES = [(64, 64), (65, 37), (37, 65), (33, 200), (20, 20), (5, 90), (36, 36), (1, 1), (99, 1)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "nearest", "lanczos"])
+def test_crop_equals_torchvision(size, interpolation):
+    preprocessing = Preprocessing(
+        resize=36, size=33, mean=(0, 0, 0), std=(1, 1, 1), interpolation=interpolation
+    )
+    image = noise(*size)
+    reference = v2.Compose(
+        [v2.Resize(36, interpolation=InterpolationMode(interpolation)), v2.CenterCrop(33)]
+    )
+    np.testing.assert_array_equal(crop_pixels(image, preprocessing), np.asarray(reference(image)))
+
+
+@pytest.mark.parametrize("size", [(20, 20), (64, 21), (21, 64), (19, 44)], ids=str)
+def test_crop_larger_than_the_resized_picture_is_padded_like_torchvision(size):
+    preprocessing = Preprocessing(
+        resize=20, size=33, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear"
+    )
+    image = noise(*size)
+    reference = v2.Compose([v2.Resize(20), v2.CenterCrop(33)])(image)
+    np.testing.assert_array_equal(crop_pixels(image, preprocessing), np.asarray(reference))
+
+
+def test_normalised_input_equals_torchvision_bit_for_bit():
+    image = noise(50, 41)
+    levels = v2.Compose([v2.Resize(36), v2.CenterCrop(32)])(image)
+    reference = normalize(to_tensor(levels), IMAGENET.mean, IMAGENET.std).numpy()
+    batch = normalise(crop_pixels(image, IMAGENET)[None], IMAGENET)
+    assert batch.dtype == np.float32
+    assert batch.shape == (1, 3, 32, 32)
+    assert batch.flags["C_CONTIGUOUS"]
+    np.testing.assert_array_equal(batch[0], reference)
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)], ids=str)
+def test_an_extremely_long_picture_costs_little_memory(size):
+    assert (crop_pixels(Image.new("RGB", size, (9, 8, 7)), IMAGENET) == (9, 8, 7)).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["PNG", "TIFF", "WEBP"])
+def test_exif_rotation_is_applied(orientation, name):
+    image = noise(5, 3)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if name == "WEBP" else {}
+    content = encoded(image, name, exif=exif, **options)
+    with Image.open(io.BytesIO(content)) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    np.testing.assert_array_equal(np.asarray(decode_image(content)), expected)
+    assert (expected.shape[:2] == (5, 3)) == (orientation >= 5)
+
+
+def test_exif_rotation_by_hand():
+    image = Image.new("RGB", (2, 1))
+    image.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera lay on its side: turn clockwise, the left end comes to the top
+    upright = decode_image(encoded(image, "PNG", exif=exif))
+    assert upright.size == (1, 2)
+    assert upright.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_damaged_exif_data_does_not_spoil_the_picture():
+    content = encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode_image(content).size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "expected"),
+    [
+        (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),
+        (Image.new("L", (4, 4), 77), "PNG", (77, 77, 77)),
+        (Image.new("1", (4, 4), 1), "PNG", (255, 255, 255)),
+        (Image.new("LA", (4, 4), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (4, 4), (100, 255)), "PNG", (100, 100, 100)),
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        # 51 / 255 = 0.2: 0.2 * 255 + 0.8 * 255 and 0.2 * 0 + 0.8 * 255
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "PNG", (255, 204, 204)),
+        (Image.new("P", (4, 4), 0), "GIF", (0, 0, 0)),
+        (Image.new("I;16", (4, 4), 65535), "PNG", (255, 255, 255)),
+        (Image.new("I;16", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
+        (Image.new("I;16B", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
+        (Image.new("I", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
+        (Image.new("F", (4, 4), 0.2), "TIFF", (51, 51, 51)),
+        (Image.new("F", (4, 4), 200.0), "TIFF", (200, 200, 200)),
+        (Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF", (254, 255, 254)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "BMP", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "TGA", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "PPM", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "QOI", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "JPEG2000", (1, 2, 3)),
+        (Image.new("RGB", (16, 16), (1, 2, 3)), "ICO", (1, 2, 3)),
+    ],
+    ids=lambda value: value.mode if isinstance(value, Image.Image) else str(value),
+)
+def test_modes_and_formats_are_read_as_a_person_sees_them(image, name, expected):
+    assert pixel(encoded(image, name)) == expected
+
+
+def test_cmyk_jpeg_is_read_as_rgb():
+    red, green, blue = pixel(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+    assert red > 250
+    assert max(green, blue) < 5
+
+
+def test_16_bit_portable_graymap_is_scaled():
+    assert pixel(b"P5 1 1 65535\n" + (257 * 9).to_bytes(2, "big")) == (9, 9, 9)
+
+
+def test_values_beyond_16_bits_are_stretched_over_their_own_range():
+    values = np.array([[-5.0, 0.0, 5.0, np.nan]], dtype=np.float32)
+    image = decode_image(encoded(Image.fromarray(values), "TIFF"))
+    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 128, 255, 128]
+
+
+def test_transparent_palette_is_on_white():
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    opaque_second = encoded(image, "PNG", transparency=bytes([0, 255]))
+    clear_second = encoded(image, "PNG", transparency=1)
+    assert pixel(opaque_second) == (200, 100, 50)
+    assert pixel(clear_second) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("name", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_an_animation_is_its_first_frame(name):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "lime")]
+    options = {"lossless": True} if name == "WEBP" else {}
+    content = encoded(frames[0], name, save_all=True, append_images=frames[1:], **options)
+    assert pixel(content) == (255, 0, 0)
+
+
+def test_multi_picture_jpeg_is_its_first_picture():
+    content = encoded(
+        Image.new("RGB", (32, 32), "red"),
+        "MPO",
+        save_all=True,
+        append_images=[Image.new("RGB", (32, 32), "blue")],
+    )
+    assert pixel(content)[0] > 250
+    assert decode_image(content, target=4).size == (8, 8)
+
+
+def test_a_large_jpeg_is_decoded_at_no_less_than_twice_the_target():
+    content = encoded(noise(801, 1203), "JPEG")
+    assert decode_image(content).size == (801, 1203)
+    assert decode_image(content, target=100).size == (201, 301)  # a quarter, rounded up
+    assert decode_image(content, target=101).size == (401, 602)  # a quarter would be 201 < 202
+    assert decode_image(encoded(noise(801, 1203), "BMP"), target=100).size == (801, 1203)
+
+
+def test_a_rotated_jpeg_is_reduced_by_its_shorter_side():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(noise(800, 400), "JPEG", exif=exif)
+    assert decode_image(content, target=50).size == (100, 200)
+
+
+def test_bytes_and_path_give_the_same_pixels(tmp_path):
+    content = encoded(noise(300, 200), "JPEG")
+    path = tmp_path / "picture.jpg"
+    path.write_bytes(content)
+    pixels = read_pixels(path, IMAGENET)
+    assert pixels.shape == (32, 32, 3)
+    np.testing.assert_array_equal(pixels, read_pixels(content, IMAGENET))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"hello, this is text", "not a picture"),
+        (b"<html><body>404</body></html>", "not a picture"),
+        (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
+        (encoded(noise(64, 64), "PNG")[:900], "truncated"),
+        (b"GIF89a" + bytes(7), "Cannot read"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+    ],
+    ids=["empty", "text", "html", "half a JPEG", "half a PNG", "no pixels", "PostScript"],
+)
+def test_a_bad_picture_is_one_clear_line(content, reason, tmp_path):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    for source in (content, path):
+        with pytest.raises(BadImageError, match=reason) as caught:
+            decode_image(source)
+        assert "\n" not in str(caught.value)
+    assert "bad.jpg" in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_bad_pictures(tmp_path):
+    with pytest.raises(BadImageError, match="No such file"):
+        decode_image(tmp_path / "nothing.png")
+    with pytest.raises(BadImageError):
+        decode_image(tmp_path)
+
+
+def test_a_decompression_bomb_is_refused_from_its_header():
+    bomb = bytearray(encoded(Image.new("L", (1, 1)), "BMP"))
+    bomb[18:26] = (60_000).to_bytes(4, "little") * 2
+    with pytest.raises(BadImageError, match="allowed"):
+        decode_image(bytes(bomb))
+    with pytest.raises(BadImageError, match=r"20 x 10 pixels are more than the 199 allowed"):
+        decode_image(encoded(noise(20, 10), "PNG"), max_pixels=199)
+    assert decode_image(encoded(noise(20, 10), "PNG"), max_pixels=200).size == (20, 10)
+
+
+def test_pillow_warnings_do_not_reach_the_caller(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 1,600 pixels: Pillow warns, no error
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(encoded(noise(40, 40), "PNG")).size == (40, 40)
+
+
+def test_many_threads_decode_at_once():
+    content, results = encoded(noise(60, 60), "PNG"), []
+    threads = [
+        threading.Thread(target=lambda: results.append(decode_image(content).size))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [(60, 60)] * 8
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=300))
+def test_random_bytes_raise_nothing_but_bad_image(content):
+    _decodes_or_is_bad(content)
+
+
+SEEDS = [
+    encoded(noise(24, 24), "JPEG"),
+    encoded(noise(24, 24), "PNG"),
+    encoded(noise(24, 24), "TIFF", compression="tiff_lzw"),
+    encoded(noise(24, 24).quantize(16), "GIF"),
+    encoded(noise(24, 24), "WEBP"),
+    encoded(noise(24, 24), "AVIF"),
+    encoded(noise(24, 24), "JPEG2000"),
+    encoded(noise(24, 24), "ICO"),
+    encoded(noise(24, 24), "TGA", compression="tga_rle"),
+    encoded(noise(24, 24), "BMP"),
+    encoded(noise(24, 24), "DDS"),
+    encoded(noise(24, 24), "SGI"),
+    encoded(noise(24, 24), "PCX"),
+    encoded(noise(24, 24), "ICNS", sizes=[(16, 16)]),
+]
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.sampled_from(SEEDS),
+    st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4),
+    st.integers(0, 2000),
+)
+def test_mutated_and_truncated_pictures_raise_nothing_but_bad_image(content, changes, cut):
+    mutated = bytearray(content)
+    for position, value in changes:
+        mutated[position % len(mutated)] = value
+    _decodes_or_is_bad(bytes(mutated[: len(mutated) - cut % len(mutated)]))
+
+
+def _decodes_or_is_bad(content: bytes) -> None:
+    try:
+        image = decode_image(content, max_pixels=1_000_000)
+    except BadImageError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+    else:
+        assert image.mode == "RGB"
+
+
+def test_extensions_count_only_what_can_be_opened():
+    extensions = picture_extensions()
+    assert {".jpg", ".jpeg", ".png", ".webp", ".tiff", ".gif", ".bmp", ".avif", ".mpo"} <= set(
+        extensions
+    )
+    assert not {".pdf", ".eps", ".mpg", ".h5", ".txt", ""} & set(extensions)
+    assert "MPO" not in images.picture_formats()
+
+
+def test_preprocessing_survives_its_dictionary():
+    assert Preprocessing.from_dict(IMAGENET.to_dict()) == IMAGENET
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"size": 0}, {"std": [0, 1, 1]}, {"mean": [1]}, {"interpolation": "box"}, {"extra": 1}],
+    ids=str,
+)
+def test_damaged_preprocessing_is_refused(change):
+    with pytest.raises(ClassifierError, match="preprocessing"):
+        Preprocessing.from_dict({**IMAGENET.to_dict(), **change})
+
+
+def test_another_input_size_keeps_the_crop_ratio():
+    resized = Preprocessing(
+        resize=256, size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic"
+    ).with_size(112)
+    assert (resized.resize, resized.size, resized.interpolation) == (128, 112, "bicubic")
