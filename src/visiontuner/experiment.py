@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,13 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from visiontuner.errors import ExperimentError
+from visiontuner.explain import explain, nearest, told
 
 Objective = Literal["validation_accuracy", "validation_macro_f1", "validation_loss"]
 Configuration = dict[str, float | int | str]
@@ -36,6 +37,8 @@ SEARCHABLE = (
     "epochs",
 )
 INTEGERS = ("batch_size", "epochs")
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,99}$"
+_NAME_RULE = "start with a letter or digit and hold up to 100 letters, digits, spaces and _.-"
 
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -61,12 +64,24 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `off` and `no` as false, and pydantic would count true as 1."""
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            word = "true" if value else "false"
+            raise ValueError(f"got {word}; YAML reads yes, no, on and off so: put a word in quotes")
+        return value
+
 
 class Data(Section):
     """Which pictures: `source` is a folder, an archive (path or URL), or `digits`."""
 
     source: Annotated[str, Field(min_length=1)] = "digits"
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="be 64 hexadecimal digits"
+    )
     limit_per_class: PositiveInt | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
 
@@ -104,6 +119,19 @@ class Values(Section):
 
     values: Annotated[tuple[float | int | str, ...], Field(min_length=1)]
 
+    @field_validator("values", mode="before")
+    @classmethod
+    def _hold_no_booleans(cls, raw: object) -> object:
+        if isinstance(raw, list | tuple) and any(isinstance(value, bool) for value in raw):
+            raise ValueError(f"must hold numbers or words, got {list(raw)}")
+        return raw
+
+    def holds(self, value: object) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
 
 class Range(Section):
     """An interval, both ends included: `{low: 1.0e-4, high: 1.0e-1, scale: log}`."""
@@ -120,8 +148,15 @@ class Range(Section):
             raise ValueError(f"low must be > 0 on a log scale, got {self.low:g}")
         return self
 
+    def holds(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
 
 Domain = Values | Range
+Space = Mapping[str, Domain]
 
 
 def default_space() -> dict[str, Domain]:
@@ -146,16 +181,46 @@ class Search(Section):
 
     @field_validator("space", mode="before")
     @classmethod
-    def _read_domains(cls, space: object) -> object:
-        if not isinstance(space, Mapping) or not space:
+    def _read_space(cls, raw: object) -> object:
+        if not isinstance(raw, Mapping) or not raw:
             raise ValueError("must name at least one of " + ", ".join(SEARCHABLE))
-        return {name: _read_domain(name, domain) for name, domain in space.items()}
+        return {name: _read_domain(name, domain) for name, domain in raw.items()}
+
+    @field_validator("first", mode="before")
+    @classmethod
+    def _read_first(cls, raw: object) -> object:
+        if not isinstance(raw, list | tuple):
+            raise ValueError(f"must be a list of configurations, got {raw!r}")
+        return [_read_configuration(index, item) for index, item in enumerate(raw)]
+
+    @model_validator(mode="after")
+    def _first_fits_space(self) -> Self:
+        for index, configuration in enumerate(self.first):
+            _check_configuration(f"search.first[{index}]", configuration, self.space)
+            if configuration in self.first[:index]:
+                raise told(f"search.first[{index}]: repeats an earlier configuration")
+        if len(self.first) > self.trials:
+            raise told(
+                f"search.trials must be >= {len(self.first)}, the number of configurations in "
+                f"search.first, got {self.trials}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grid_has_no_range(self) -> Self:
+        ranges = [name for name, domain in self.space.items() if isinstance(domain, Range)]
+        if self.algorithm == "grid" and ranges:
+            raise told(
+                f"search.space.{ranges[0]}: a grid needs {{values: [...]}}, not a range; "
+                "or use algorithm: random"
+            )
+        return self
 
 
 class Experiment(Section):
     """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,99}$")]
+    name: str = Field(pattern=_NAME, description=_NAME_RULE)
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
     objective: Objective = "validation_accuracy"
     data: Data = Data()
@@ -177,28 +242,11 @@ class Experiment(Section):
             return {**raw, "name": _default_name(source)}
         return raw
 
-    @model_validator(mode="after")
-    def _search_fits_training(self) -> Self:
-        for name, domain in self.search.space.items():
-            for value in domain.values if isinstance(domain, Values) else (domain.low, domain.high):
-                _check_value(f"search.space.{name}", name, value)
-        for index, configuration in enumerate(self.search.first):
-            where = f"search.first[{index}]"
-            for name, value in configuration.items():
-                if name not in self.search.space:
-                    raise ValueError(f"{where}: {name} is not in search.space; add it there")
-                _check_value(f"{where}.{name}", name, value)
-            missing = sorted(set(self.search.space) - set(configuration))
-            if missing:
-                raise ValueError(f"{where}: gives no value for {', '.join(missing)}")
-        if self.search.algorithm == "grid":
-            ranges = [n for n, d in self.search.space.items() if isinstance(d, Range)]
-            if ranges:
-                raise ValueError(
-                    f"search.space.{ranges[0]}: a grid needs {{values: [...]}}, not a range; "
-                    "or use algorithm: random"
-                )
-        return self
+    @field_validator("data", "model", "training", "search", mode="before")
+    @classmethod
+    def _empty_section_is_default(cls, raw: object) -> object:
+        """A section whose every line is commented out reads as null."""
+        return {} if raw is None else raw
 
     @classmethod
     def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
@@ -209,7 +257,8 @@ class Experiment(Section):
         """
         path = Path(path)
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            # A subclass of SafeLoader: plain values only, and no key twice.
+            raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
         except OSError as error:
             raise ExperimentError(
                 f"Cannot read the experiment file {path}: {error.strerror}. "
@@ -232,7 +281,7 @@ class Experiment(Section):
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
-            raise ExperimentError(f"{where}: {explain(error)}") from None
+            raise ExperimentError(f"{where}: {explain(error, cls)}") from None
 
     def to_yaml(self) -> str:
         """The complete experiment with every default spelled out; `load` reads it back."""
@@ -249,7 +298,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     merged: dict[str, Any] = _deep_copy(raw)
     for override in overrides:
         dotted, separator, text = override.partition("=")
-        keys = dotted.strip().split(".")
+        keys = [key.strip() for key in dotted.split(".")]
         if not separator or not all(keys):
             raise ExperimentError(
                 f"Cannot read the override {override!r}: write it as section.key=value, "
@@ -261,6 +310,11 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             raise ExperimentError(f"The value in {override!r} is not YAML.") from None
         place = merged
         for key in keys[:-1]:
+            if isinstance(place.get(key), list):
+                raise ExperimentError(
+                    f"Cannot read the override {override!r}: {key} is a list; write all of it, "
+                    f"{key}=[...]."
+                )
             if not isinstance(place.get(key), dict):
                 place[key] = {}
             place = place[key]
@@ -268,94 +322,76 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     return merged
 
 
-def explain(error: ValidationError) -> str:
-    """pydantic's findings as one line: key, rule, and the nearest known key for a typo."""
-    parts = []
-    for item in error.errors(include_url=False):
-        # Drop pydantic's own names of union branches ("Range"), which no user ever wrote.
-        keys = [str(k) for k in item["loc"] if k not in ("Range", "Values", "float", "int", "str")]
-        parts.append(_explain_one(keys, item["type"], item["msg"], item.get("input"), item))
-    return "; ".join(dict.fromkeys(parts))
-
-
-_RULES = {
-    "greater_than": ("> {gt}", "gt"),
-    "greater_than_equal": (">= {ge}", "ge"),
-    "less_than": ("< {lt}", "lt"),
-    "less_than_equal": ("<= {le}", "le"),
-}
-
-
-def _explain_one(keys: list[str], kind: str, message: str, value: object, item: Any) -> str:
-    where = ".".join(keys)
-    if kind == "extra_forbidden":
-        known = _known_keys(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "known: " + ", ".join(known)
-        return f"unknown key {where}; {hint}"
-    if kind in _RULES:
-        bound = _RULES[kind][0].format(**item["ctx"])
-        return f"{where} must be {bound}, got {value!r}"
-    if kind == "finite_number":
-        # A NaN breaks the lower bound as well; the bound is the rule people know.
-        field = _field_of(keys)
-        for constraint in getattr(field, "metadata", ()):
-            if getattr(constraint, "gt", None) is not None:
-                return f"{where} must be > {constraint.gt}, got {value!r}"
-        return f"{where} must be a finite number, got {value!r}"
-    if kind == "literal_error":
-        return f"{where} must be one of {item['ctx']['expected']}, got {value!r}"
-    if kind == "value_error":
-        text = message.removeprefix("Value error, ")
-        return f"{where}: {text}" if where else text
-    return f"{where}: {message[0].lower()}{message[1:]}, got {value!r}"
-
-
-def _field_of(keys: Sequence[str]) -> Any:
-    section: Any = Experiment
-    field = None
-    for key in keys:
-        fields = getattr(section, "model_fields", {})
-        if key not in fields:
-            return None
-        field = fields[key]
-        section = field.annotation
-    return field
-
-
-def _known_keys(keys: Sequence[str]) -> list[str]:
-    if keys[:2] == ["search", "space"] and len(keys) > 2:
-        return ["low", "high", "scale", "values"]
-    section = _field_of(keys).annotation if keys else Experiment
-    return list(getattr(section, "model_fields", {}))
-
-
-def _read_domain(name: object, raw: object) -> object:
+def _read_domain(name: object, raw: object) -> Domain:
+    """One entry of the search space; its values obey the rule that `training` has for the name."""
     if name not in SEARCHABLE:
-        near = difflib.get_close_matches(str(name), SEARCHABLE, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "can be: " + ", ".join(SEARCHABLE)
-        raise ValueError(f"{name!r} cannot be searched; {hint}")
+        raise told(f"search.space: {name!r} cannot be searched; {nearest(name, SEARCHABLE)}")
+    where = f"search.space.{name}"
     if isinstance(raw, Section):
-        return raw
+        raw = raw.model_dump()
     if not isinstance(raw, Mapping):
-        raise ValueError(
-            f"{name}: write {{low: …, high: …, scale: log}} or {{values: [...]}}, got {raw!r}"
+        raise told(
+            f"{where} must be {{low: …, high: …, scale: log}} or {{values: [...]}}, got {raw!r}"
         )
-    kind = Values if "values" in raw else Range
+    if "values" in raw and len(raw) > 1:
+        others = ", ".join(sorted(str(key) for key in raw if key != "values"))
+        raise told(f"{where} has values and {others}; write either values or low and high")
+    kind: type[Range | Values] = Values if "values" in raw else Range
     try:
-        return kind.model_validate({key: _read_number(value) for key, value in raw.items()})
+        domain = kind.model_validate({key: _read_number(value) for key, value in raw.items()})
     except ValidationError as error:
-        parts = [
-            _explain_one(
-                ["search", "space", str(name), *map(str, item["loc"])],
-                item["type"],
-                item["msg"],
-                item.get("input"),
-                item,
-            )
-            for item in error.errors(include_url=False)
-        ]
-        raise ValueError("; ".join(parts).replace(f"search.space.{name}", str(name))) from None
+        raise told(explain(error, Experiment, where.split("."))) from None
+    if isinstance(domain, Values):
+        return Values(values=_read_choices(where, str(name), domain.values))
+    if name == "optimizer":
+        raise told(f"{where} needs {{values: [...]}}: optimizers have no order")
+    for bound in (domain.low, domain.high):
+        _read_value(where, str(name), bound)
+    return domain
+
+
+def _read_choices(
+    where: str, name: str, values: Sequence[float | int | str]
+) -> tuple[float | int | str, ...]:
+    choices = tuple(_read_value(where, name, value) for value in values)
+    if len(set(choices)) < len(choices):
+        raise told(f"{where}: the same value twice in {list(choices)}")
+    return choices
+
+
+def _read_configuration(index: int, raw: object) -> Configuration:
+    where = f"search.first[{index}]"
+    if not isinstance(raw, Mapping):
+        raise told(f"{where} must hold a value for each searched name, got {raw!r}")
+    for name in raw:
+        if name not in SEARCHABLE:
+            raise told(f"{where}: {name!r} cannot be searched; {nearest(name, SEARCHABLE)}")
+    return {name: _read_value(f"{where}.{name}", name, value) for name, value in raw.items()}
+
+
+def _read_value(where: str, name: str, value: object) -> float | int | str:
+    """A searched value as `training` reads the same name: 64.0 is the batch size 64."""
+    try:
+        training = Training.model_validate({name: _read_number(value)})
+    except ValidationError as error:
+        message = explain(error, Experiment, ["training"])
+        raise told(message.replace(f"training.{name}", where, 1)) from None
+    read: float | int | str = getattr(training, name)
+    return read
+
+
+def _check_configuration(where: str, configuration: Configuration, space: Space) -> None:
+    for name, value in configuration.items():
+        if name not in space:
+            raise told(f"{where}: {name} is not in search.space; add it there")
+        if not space[name].holds(value):
+            raise told(f"{where}.{name} must be in search.space ({space[name]}), got {value!r}")
+    missing = [name for name in space if name not in configuration]
+    if missing:
+        raise told(
+            f"{where}: gives no value for {', '.join(missing)}; "
+            "add one, or leave search.first empty"
+        )
 
 
 def _read_number(value: object) -> object:
@@ -369,20 +405,10 @@ def _read_number(value: object) -> object:
     return value
 
 
-def _check_value(where: str, name: str, value: object) -> None:
-    """A searched value obeys the rule that the same name has under `training`."""
-    if name in INTEGERS and isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{where} must be a whole number, got {value!r}")
-    try:
-        Training.model_validate({name: value})
-    except ValidationError as error:
-        item = error.errors(include_url=False)[0]
-        text = _explain_one(["training", name], item["type"], item["msg"], value, item)
-        raise ValueError(text.replace(f"training.{name}", where, 1)) from None
-
-
 def _default_name(source: str) -> str:
-    last = source.rstrip("/").rsplit("/", 1)[-1] or "pictures"
+    if "://" in source:  # a signed URL's query is no name, and a secret
+        source = re.split(r"[?#]", source, maxsplit=1)[0]
+    last = source.rstrip("/").rsplit("/", 1)[-1]
     last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
     name = re.sub(r"[^A-Za-z0-9_. -]+", "-", last).strip("-. ")
     return name[:100] or "pictures"
@@ -409,3 +435,18 @@ def _deep_copy(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            # A key that is itself a list or a mapping has a list for its value.
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
