@@ -1,0 +1,233 @@
+"""A folder of pictures -> `ImageDataset`: files, labels, class names, splits and one digest.
+
+A picture's split, where the folders leave it open, depends on nothing but its content: the same
+picture never lands in two splits, and adding one moves no other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from visiontuner.data.digests import content_digests
+from visiontuner.data.layout import LAYOUTS, Layout, PictureFile, read_layout
+from visiontuner.errors import DataError
+from visiontuner.journal import Finding, Severity
+
+SPLITS = ("train", "validation", "test")
+
+_VALIDATION_FROM = 0.9  # of train, where there is no validation folder
+_WHOLE_SET = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One picture of a data set."""
+
+    path: str  # posix, relative to the data set's root
+    label: int  # index into class_names
+    digest: str  # SHA-256 of the file's content, hexadecimal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataset:
+    """Pictures with labels in three splits.
+
+    Args:
+        root: the folder that the paths are relative to.
+        class_names: sorted; a label is an index into it, the same in every split.
+        splits: samples by split name, all three of `SPLITS`; test may be empty.
+        digest: SHA-256 over names, paths, labels, splits and contents, hexadecimal.
+        findings: what was noticed without decoding a picture.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    splits: dict[str, tuple[Sample, ...]]
+    digest: str
+    findings: tuple[Finding, ...]
+
+    def counts(self, split: str) -> list[int]:
+        """Pictures of each class in a split, in the order of `class_names`."""
+        counts = Counter(sample.label for sample in self.splits[split])
+        return [counts[label] for label in range(len(self.class_names))]
+
+
+def load_dataset(
+    root: Path,
+    *,
+    limit_per_class: int | None = None,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageDataset:
+    """Read a folder of pictures.
+
+    Args:
+        root: train/, valid/, test/ with class folders, or class folders (then split 80/10/10).
+        limit_per_class: at most so many pictures of a class in each split, always the same ones.
+        cache: where content digests are remembered, so that a second look reads no picture.
+        progress: called with (files read, files to read).
+
+    Raises:
+        DataError: there is nothing to train on; the message says what was found instead.
+    """
+    layout = read_layout(root)
+    digests = content_digests(layout.root, layout.files, cache=cache, progress=progress)
+    class_names = tuple(sorted({file.class_name for file in layout.files}))
+    splits = _make_splits(layout, class_names, digests)
+    if limit_per_class is not None:
+        splits = {name: _limit(samples, limit_per_class) for name, samples in splits.items()}
+    _check_splits(layout, splits)
+    dataset = ImageDataset(
+        root=layout.root,
+        class_names=class_names,
+        splits=splits,
+        digest=_digest(class_names, splits),
+        findings=(),
+    )
+    unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
+    findings = (*_layout_findings(layout, unreadable), *_class_findings(dataset))
+    return replace(dataset, findings=findings)
+
+
+def _make_splits(
+    layout: Layout, class_names: Sequence[str], digests: Mapping[str, str | OSError]
+) -> dict[str, tuple[Sample, ...]]:
+    labels = {name: label for label, name in enumerate(class_names)}
+    has_validation = any(file.split == "validation" for file in layout.files)
+    splits: dict[str, list[Sample]] = {name: [] for name in SPLITS}
+    for file in layout.files:
+        digest = digests[file.path]
+        if isinstance(digest, str):
+            split = _split_of(file, digest, has_validation)
+            splits[split].append(Sample(file.path, labels[file.class_name], digest))
+    return {name: tuple(sorted(s, key=lambda x: x.path)) for name, s in splits.items()}
+
+
+def _split_of(file: PictureFile, digest: str, has_validation: bool) -> str:
+    position = int(digest[:8], 16) / 2**32  # uniform in [0, 1)
+    if file.split is None:
+        return next(name for name, end in _WHOLE_SET if position < end)
+    if file.split == "train" and not has_validation and position >= _VALIDATION_FROM:
+        return "validation"
+    return file.split
+
+
+def _limit(samples: Iterable[Sample], limit: int) -> tuple[Sample, ...]:
+    by_label: dict[int, list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=lambda s: (s.digest, s.path)):
+        if len(by_label[sample.label]) < limit:
+            by_label[sample.label].append(sample)
+    return tuple(sorted((s for kept in by_label.values() for s in kept), key=lambda s: s.path))
+
+
+def _digest(class_names: Sequence[str], splits: Mapping[str, Sequence[Sample]]) -> str:
+    rows = [
+        [split, sample.path, sample.label, sample.digest]
+        for split in SPLITS
+        for sample in splits[split]
+    ]
+    return hashlib.sha256(json.dumps([list(class_names), rows]).encode()).hexdigest()
+
+
+def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> None:
+    for name in ("train", "validation"):
+        if not splits[name]:
+            total = sum(map(len, splits.values()))
+            raise DataError(
+                f"{layout.root} has {total} readable pictures, and none of them is for {name}. "
+                f"Add pictures, or sort them into splits yourself. {LAYOUTS}"
+            )
+
+
+def _layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
+    findings = [
+        _listed(
+            "ignored_files",
+            "info",
+            layout.ignored,
+            "left out: not a picture file in a class folder",
+            "Remove them, or give pictures one of the usual endings.",
+        ),
+        _listed(
+            "broken_links",
+            "warning",
+            layout.broken_links,
+            "left out: the link's target is gone",
+            "Restore the targets or remove the links.",
+        ),
+        _listed(
+            "unreadable_files",
+            "warning",
+            unreadable,
+            "left out: the file cannot be opened",
+            "Check the files' permissions.",
+        ),
+        _listed(
+            "empty_class_folders",
+            "warning",
+            layout.empty_classes,
+            "no pictures in the folder",
+            "Add pictures or remove the folders.",
+        ),
+    ]
+    given = {file.split for file in layout.files}
+    if "train" in given and "validation" not in given:
+        findings.append(
+            Finding(
+                rule="no_validation_folder",
+                severity="info",
+                evidence="there is no validation folder: 10 % of train are used for validation",
+                advice="Nothing to do; add a valid folder to choose the pictures yourself.",
+            )
+        )
+    return [finding for finding in findings if finding is not None]
+
+
+def _listed(
+    rule: str, severity: Severity, paths: Sequence[str], what: str, advice: str
+) -> Finding | None:
+    if not paths:
+        return None
+    evidence = f"{len(paths)} ({paths[0]}{', …' if len(paths) > 1 else ''}): {what}"
+    return Finding(rule=rule, severity=severity, evidence=evidence, advice=advice)
+
+
+def _class_findings(dataset: ImageDataset) -> list[Finding]:
+    findings = [
+        _listed(
+            "missing_classes",
+            "warning",
+            _classes_with(dataset, split, 0),
+            f"no pictures in {split}",
+            f"Add pictures of them to {split}; until then they are not measured there.",
+        )
+        for split in ("validation", "test")
+        if dataset.splits[split]
+    ]
+    findings += [
+        _listed(
+            "classes_without_training_pictures",
+            "error",
+            _classes_with(dataset, "train", 0),
+            "classes that cannot be learned",
+            "Add pictures of them to train, or remove the classes.",
+        ),
+        _listed(
+            "classes_with_one_training_picture",
+            "warning",
+            _classes_with(dataset, "train", 1),
+            "one picture is too few to learn a class from",
+            "Add pictures of them to train.",
+        ),
+    ]
+    return [finding for finding in findings if finding is not None]
+
+
+def _classes_with(dataset: ImageDataset, split: str, number: int) -> list[str]:
+    counts = dataset.counts(split)
+    return [n for n, count in zip(dataset.class_names, counts, strict=True) if count == number]

@@ -1,0 +1,371 @@
+"""Folders of pictures and what becomes of them."""
+
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visiontuner.data import digests, layout
+from visiontuner.data.dataset import SPLITS, load_dataset
+from visiontuner.errors import DataError
+
+
+def draw(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path, "PNG")
+    return path
+
+
+def draw_splits(root: Path, counts: dict[str, dict[str, int]]) -> Path:
+    seed = 0
+    for split, classes in counts.items():
+        for name, number in classes.items():
+            (root / split / name).mkdir(parents=True, exist_ok=True)
+            for index in range(number):
+                draw(root / split / name / f"{index}.png", seed := seed + 1)
+    return root
+
+
+def draw_classes(root: Path, number: int, classes: str = "ab") -> Path:
+    for label, name in enumerate(classes):
+        for index in range(number):
+            draw(root / name / f"{index}.png", label * 100_000 + index)
+    return root
+
+
+def rules(dataset) -> dict[str, str]:
+    return {finding.rule: finding.evidence for finding in dataset.findings}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("validation", ["valid", "val", "validation", "Valid"])
+def test_split_folders_are_read(root, cache, validation):
+    draw_splits(
+        root, {"train": {"b": 3, "a": 2}, validation: {"b": 1, "a": 1}, "test": {"a": 1, "b": 2}}
+    )
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.class_names == ("a", "b")
+    assert {split: dataset.counts(split) for split in SPLITS} == {
+        "train": [2, 3],
+        "validation": [1, 1],
+        "test": [1, 2],
+    }
+    assert dataset.splits["train"][0].path == "train/a/0.png"
+    assert dataset.splits["train"][0].digest == digests.file_digest(root / "train/a/0.png")
+    assert dataset.findings == ()
+
+
+def test_classes_are_matched_by_name_never_by_position(root, cache):
+    draw_splits(root, {"train": {"a": 2, "b": 2, "c": 2}, "valid": {"b": 1, "c": 1}})
+    dataset = load_dataset(root, cache=cache)
+    assert [(s.path, s.label) for s in dataset.splits["validation"]] == [
+        ("valid/b/0.png", 1),
+        ("valid/c/0.png", 2),
+    ]
+    assert rules(dataset) == {"missing_classes": "1 (a): no pictures in validation"}
+
+
+def test_the_same_accented_name_in_two_encodings_is_one_class(root, cache):
+    draw_splits(root, {"train": {"caf\u00e9": 2, "b": 2}, "valid": {"cafe\u0301": 1, "b": 1}})
+    assert load_dataset(root, cache=cache).class_names == ("b", "caf\u00e9")
+
+
+def test_class_folders_are_split_by_content(root, cache):
+    dataset = load_dataset(draw_classes(root, 300), cache=cache)
+    sizes = {split: len(samples) for split, samples in dataset.splits.items()}
+    assert sum(sizes.values()) == 600
+    # 600 draws at 0.8, 0.1, 0.1: four standard deviations are 39, 29 and 29.
+    assert abs(sizes["train"] - 480) < 39
+    assert abs(sizes["validation"] - 60) < 29
+    assert abs(sizes["test"] - 60) < 29
+
+
+def test_adding_a_picture_moves_no_other(root, cache):
+    before = load_dataset(draw_classes(root, 60), cache=cache)
+    draw(root / "a" / "0000 first.png", 999_999)
+    after = load_dataset(root, cache=cache)
+    for split in SPLITS:
+        assert set(before.splits[split]) <= set(after.splits[split])
+    assert before.digest != after.digest
+
+
+def test_identical_pictures_never_land_in_two_splits(root, cache):
+    draw_classes(root, 60)
+    for path in list(root.glob("a/*.png")):
+        shutil.copy(path, root / "b" / f"copy {path.name}")
+    dataset = load_dataset(root, cache=cache)
+    seen = {split: {s.digest for s in dataset.splits[split]} for split in SPLITS}
+    assert not seen["train"] & (seen["validation"] | seen["test"])
+    assert not seen["validation"] & seen["test"]
+
+
+def test_without_validation_a_tenth_of_train_is_used(root, cache):
+    draw_splits(root, {"train": {"a": 150, "b": 150}, "test": {"a": 5, "b": 5}})
+    dataset = load_dataset(root, cache=cache)
+    assert abs(len(dataset.splits["validation"]) - 30) < 21  # four standard deviations
+    assert len(dataset.splits["train"]) + len(dataset.splits["validation"]) == 300
+    assert len(dataset.splits["test"]) == 10
+    assert "no_validation_folder" in rules(dataset)
+
+
+def test_a_wrapping_folder_and_what_zip_programs_leave_are_seen_through(root, cache):
+    draw_splits(root / "dogImages", {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    draw(root / "__MACOSX" / "dogImages" / "train" / "a" / "._0.png")
+    draw(root / "dogImages" / "train" / "a" / ".hidden.png")
+    (root / "README.txt").write_text("about")
+    (root / "dogImages" / "train" / "a" / "Thumbs.db").write_bytes(b"x")
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.root == root / "dogImages"
+    assert dataset.counts("train") == [2, 2]
+    assert dataset.findings == ()
+
+
+def test_pictures_deeper_in_a_class_folder_count(root, cache):
+    draw_splits(root, {"train": {"a": 1, "b": 2}, "valid": {"a": 1, "b": 1}})
+    draw(root / "train" / "a" / "2024" / "may" / "x.PNG", 77)
+    dataset = load_dataset(root, cache=cache)
+    assert "train/a/2024/may/x.PNG" in [s.path for s in dataset.splits["train"]]
+
+
+def test_a_class_may_be_called_train(root, cache):
+    draw_classes(root / "vehicles", 40, classes="c")
+    (root / "vehicles" / "c").rename(root / "vehicles" / "train")
+    draw_classes(root / "vehicles", 40, classes="xc")
+    assert load_dataset(root / "vehicles", cache=cache).class_names == ("c", "train", "x")
+
+
+def test_other_files_are_listed(root, cache):
+    draw_splits(root, {"train": {"a": 2, "b": 2, "empty": 0}, "valid": {"a": 1, "b": 1}})
+    (root / "train" / "a" / "labels.csv").write_text("x")
+    draw(root / "train" / "loose.png")
+    os.mkfifo(root / "train" / "b" / "pipe.png")
+    (root / "train" / "b" / "gone.png").symlink_to(root / "nowhere.png")
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.class_names == ("a", "b")
+    assert rules(dataset) == {
+        "ignored_files": "3 (train/a/labels.csv, …): "
+        "left out: not a picture file in a class folder",
+        "broken_links": "1 (train/b/gone.png): left out: the link's target is gone",
+        "empty_class_folders": "1 (train/empty): no pictures in the folder",
+    }
+
+
+def test_classes_with_too_few_pictures_are_found(root, cache):
+    draw_splits(root, {"train": {"a": 2, "b": 1}, "valid": {"a": 1, "b": 1, "c": 1}})
+    dataset = load_dataset(root, cache=cache)
+    severity = {f.rule: (f.severity, f.evidence[:6]) for f in dataset.findings}
+    assert severity == {
+        "classes_without_training_pictures": ("error", "1 (c):"),
+        "classes_with_one_training_picture": ("warning", "1 (b):"),
+    }
+
+
+def test_a_limit_takes_the_same_pictures_of_every_class(root, cache):
+    draw_splits(root, {"train": {"a": 9, "b": 3}, "valid": {"a": 5, "b": 1}})
+    small, large = (load_dataset(root, cache=cache, limit_per_class=n) for n in (2, 4))
+    assert (small.counts("train"), small.counts("validation")) == ([2, 2], [2, 1])
+    assert (large.counts("train"), large.counts("validation")) == ([4, 3], [4, 1])
+    assert set(small.splits["train"]) < set(large.splits["train"])
+    kept = {s.digest for s in small.splits["train"] if s.label == 0}
+    every = [s.digest for s in load_dataset(root, cache=cache).splits["train"] if s.label == 0]
+    assert kept == set(sorted(every)[:2])
+
+
+def test_the_digest_covers_names_labels_contents_and_splits(root, cache, tmp_path):
+    draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    original = load_dataset(root, cache=cache).digest
+    assert load_dataset(shutil.copytree(root, tmp_path / "copy"), cache=cache).digest == original
+
+    def changed(change) -> str:
+        copy = shutil.copytree(root, tmp_path / "changed")
+        change(copy)
+        digest = load_dataset(copy, cache=cache).digest
+        shutil.rmtree(copy)
+        return digest
+
+    found = {
+        original,
+        changed(lambda r: (r / "train/a/0.png").rename(r / "train/a/renamed.png")),
+        changed(lambda r: (r / "train/a/0.png").rename(r / "train/b/9.png")),
+        changed(lambda r: (r / "train/a/0.png").rename(r / "valid/a/9.png")),
+        changed(lambda r: draw(r / "train/a/0.png", seed=12345)),
+        changed(lambda r: [(r / s / "a").rename(r / s / "aa") for s in ("train", "valid")]),
+    }
+    assert len(found) == 6
+
+
+def test_a_second_look_reads_no_picture(root, cache, monkeypatch):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    seen: list[tuple[int, int]] = []
+    first = load_dataset(root, cache=cache, progress=lambda *x: seen.append(x))
+    assert seen[-1] == (8, 8)
+
+    read: list[str] = []
+    real = digests.file_digest
+    monkeypatch.setattr(digests, "file_digest", lambda p: read.append(p.name) or real(p))
+    assert load_dataset(root, cache=cache) == first
+    assert read == []
+    draw(root / "train" / "a" / "new.png", 5000)
+    draw(root / "train" / "a" / "0.png", 5001)
+    assert load_dataset(root, cache=cache).digest != first.digest
+    assert sorted(read) == ["0.png", "new.png"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"train/a/0.png": 3}', "\0\0"])
+def test_damaged_caches_are_read_over(root, cache, content):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    first = load_dataset(root, cache=cache)
+    (store,) = (cache / "digests").iterdir()
+    store.write_text(content)
+    assert load_dataset(root, cache=cache) == first
+
+
+def test_an_unwritable_cache_is_no_error(root, tmp_path):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    (tmp_path / "file").write_text("in the way")
+    assert load_dataset(root, cache=tmp_path / "file").counts("train") == [3, 3]
+
+
+def test_unreadable_pictures_are_left_out_and_listed(root, cache, monkeypatch):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    real = digests.file_digest
+
+    def refuse(path: Path) -> str:
+        if path.name == "1.png":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(digests, "file_digest", refuse)
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.counts("train") == [2, 2]
+    assert rules(dataset)["unreadable_files"].startswith("2 (train/a/1.png, …)")
+
+
+def _no_folder(root: Path) -> None:
+    del root
+
+
+def _file(root: Path) -> None:
+    root.write_text("x")
+
+
+def _empty(root: Path) -> None:
+    root.mkdir()
+
+
+def _one_class(root: Path) -> None:
+    draw_classes(root, 3, classes="a")
+
+
+def _loose(root: Path) -> None:
+    draw(root / "a.png")
+
+
+def _no_pictures(root: Path) -> None:
+    (root / "a").mkdir(parents=True)
+    (root / "b").mkdir()
+    (root / "a" / "notes.txt").write_text("x")
+
+
+def _no_train(root: Path) -> None:
+    draw_splits(root, {"valid": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}})
+
+
+def _no_classes_in_splits(root: Path) -> None:
+    draw(root / "train" / "0.png")
+    draw(root / "valid" / "0.png")
+
+
+def _two_validations(root: Path) -> None:
+    draw_splits(root, {"train": {"a": 1, "b": 1}, "val": {"a": 1}, "valid": {"a": 1}})
+
+
+def _nothing_to_validate(root: Path) -> None:
+    draw(root / "a" / "0.png", 1)
+    shutil.copytree(root / "a", root / "b")
+
+
+def _loop(root: Path) -> None:
+    draw_classes(root, 3)
+    (root / "a" / "again").symlink_to(root / "a")
+
+
+def _loop_at_the_top(root: Path) -> None:
+    root.mkdir()
+    (root / "again").symlink_to(root)
+
+
+def _link_to_itself(root: Path) -> None:
+    draw_classes(root, 3)
+    (root / "a" / "x.png").symlink_to(root / "a" / "x.png")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (_no_folder, "There is no folder"),
+        (_file, "is a file, not a folder"),
+        (_empty, "holds no pictures in class folders"),
+        (_one_class, "has only one class, a"),
+        (_loose, r"holds no pictures in class folders \(it holds files such as a.png\)"),
+        (_no_pictures, r"such as a/notes.txt"),
+        (_no_train, "has test, valid but no train folder"),
+        (_no_classes_in_splits, "train holds no class folders"),
+        (_two_validations, "val and valid, which mean the same split"),
+        (_nothing_to_validate, "none of them is for"),
+        (_loop, "again is a link to a folder above it"),
+        (_loop_at_the_top, "Too many levels of symbolic links|link to itself"),
+        (_link_to_itself, "x.png is a link to itself"),
+    ],
+)
+def test_what_is_no_data_set_is_one_clear_line(root, cache, build, message):
+    build(root)
+    with pytest.raises(DataError, match=message) as caught:
+        load_dataset(root, cache=cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unreadable_class_folder_is_one_clear_line(root, cache, monkeypatch):
+    draw_classes(root, 3)
+    real = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("/b"):
+            raise PermissionError(13, "Permission denied")
+        return real(folder)
+
+    monkeypatch.setattr(layout.os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"Cannot read the folder .*/b: Permission denied"):
+        load_dataset(root, cache=cache)
+
+
+def test_a_class_name_that_cannot_be_printed_is_refused(root, cache):
+    draw_classes(root, 2)
+    draw(root / "line\nbreak" / "0.png")
+    with pytest.raises(DataError, match="unreadable name"):
+        load_dataset(root, cache=cache)
+
+
+def test_links_to_pictures_elsewhere_are_followed(root, cache, tmp_path):
+    draw_splits(tmp_path / "store", {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    root.mkdir()
+    (root / "train").symlink_to(tmp_path / "store" / "train")
+    (root / "valid" / "a").mkdir(parents=True)
+    (root / "valid" / "a" / "0.png").symlink_to(tmp_path / "store/valid/a/0.png")
+    dataset = load_dataset(root, cache=cache)
+    assert Counter(s.label for s in dataset.splits["train"]) == {0: 2, 1: 2}
+    assert len(dataset.splits["validation"]) == 1
