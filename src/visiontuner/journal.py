@@ -17,6 +17,7 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from visiontuner.errors import JournalError
+from visiontuner.errors import JournalError, SearchFailed
 
 SCHEMA_VERSION = 1
 FILE_NAME = "journal.jsonl"
@@ -52,7 +53,12 @@ class JournalWriter:
     """Appends whole lines; the only one that writes a search's journal.
 
     A torn last line, left by a kill, is cut off before the first append. Every event but `epoch` is
-    on the disk when `append` returns.
+    on the disk when `append` returns. The journal is locked until `close` or the process's end,
+    `kill -9` included.
+
+    Raises:
+        JournalError: another process is writing this journal.
+        SearchFailed: the folder or the line cannot be written; the journal stays whole.
     """
 
     def __init__(
@@ -61,9 +67,19 @@ class JournalWriter:
         self.path = folder / FILE_NAME
         self._search_id = search_id
         self._clock = clock
-        folder.mkdir(parents=True, exist_ok=True)
-        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        _cut_torn_tail(self._descriptor)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise SearchFailed(
+                f"Cannot write {self.path}: {error.strerror}. Name another --output folder."
+            ) from None
+        try:
+            _lock(self._descriptor, self.path)
+            _cut_torn_tail(self._descriptor)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
 
     def append(self, event: str, **fields: Any) -> Event:
         """Write one event and return it as a reader will see it."""
@@ -74,14 +90,26 @@ class JournalWriter:
             "time": round(self._clock(), 3),
             **fields,
         }
-        text = json.dumps(_without_nonfinite(line), ensure_ascii=False, allow_nan=False)
-        _write_all(self._descriptor, text.encode() + b"\n")
-        if event != "epoch":
-            os.fsync(self._descriptor)
-        return _with_nonfinite(json.loads(text))
+        content = _encode(line)
+        whole = os.fstat(self._descriptor).st_size
+        try:
+            _write_all(self._descriptor, content + b"\n")
+            if event != "epoch":
+                os.fsync(self._descriptor)
+        except OSError as error:
+            # Half a line in the middle would cost the whole journal.
+            os.ftruncate(self._descriptor, whole)
+            raise SearchFailed(
+                f"Cannot write {self.path}: {error.strerror}. What it holds is whole: "
+                f"make room, then go on with `visiontuner tune --resume {self.path.parent}`."
+            ) from None
+        return _with_nonfinite(json.loads(content))
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        """Give the journal free; closing twice does no harm."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Read(NamedTuple):
@@ -193,12 +221,19 @@ class SearchRecord:
     def objective(self) -> str:
         return str(self.started.get("experiment", {}).get("objective", "validation_accuracy"))
 
+    def epochs_of(self, trial: TrialRecord) -> int:
+        """How many epochs the trial was to run: its own value, or the experiment's."""
+        training = self.started.get("experiment", {}).get("training", {})
+        return int(trial.configuration.get("epochs", training.get("epochs", 0)))
+
     def ranking(self) -> list[TrialRecord]:
         """Usable trials, best first: ended in order, with a finite value; ties by trial id."""
         usable = [
             t
             for t in self.trials.values()
-            if t.state in ("completed", "stopped_early") and t.best_value is not None
+            if t.state in ("completed", "stopped_early")
+            and t.best_value is not None
+            and math.isfinite(t.best_value)
         ]
         sign = 1 if self.mode == "min" else -1
         return sorted(usable, key=lambda t: (sign * (t.best_value or 0.0), t.trial_id))
@@ -252,17 +287,38 @@ def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
 def _parse(line: bytes, path: Path) -> Event:
     try:
         event = json.loads(line)
-        event["event"], event["search_id"], event["time"]
-    except (ValueError, KeyError, TypeError):
+        version = int(event["schema_version"])
+        # A newer line may carry other things: its version comes first.
+        if version <= SCHEMA_VERSION:
+            for key in ("search_id", "time", *_REQUIRED.get(event["event"], ())):
+                event[key]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise JournalError(
             f"{path} has a damaged line: {line[:60]!r}. Remove that line to use the rest."
         ) from None
-    version = event.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if version > SCHEMA_VERSION:
         raise JournalError(
             f"{path} was written by a newer visiontuner (schema {version}); update this one."
         )
     return _with_nonfinite(event)
+
+
+# What the fold reads without asking; other events may come and are passed over.
+_REQUIRED = {
+    "trial_started": ("trial_id", "attempt", "configuration"),
+    "epoch": ("trial_id", "attempt", "step", "metrics"),
+    "finding": ("rule", "severity", "evidence", "advice"),
+    "trial_ended": ("trial_id", "state"),
+}
+
+
+def _encode(line: Event) -> bytes:
+    plain = _without_nonfinite(line)
+    try:
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        # A file name that is not UTF-8 holds halves of surrogate pairs; escaped they pass.
+        return json.dumps(plain, ensure_ascii=True, allow_nan=False).encode()
 
 
 # JSON has no NaN; a journal line stays readable by any JSON reader.
@@ -280,12 +336,30 @@ def _without_nonfinite(value: Any) -> Any:
 
 
 def _with_nonfinite(event: Event) -> Event:
-    metrics = event.get("metrics")
-    if isinstance(metrics, dict):
-        for key, value in metrics.items():
-            if isinstance(value, str):
-                metrics[key] = _NONFINITE.get(value, math.nan)
+    for key in ("metrics", "step_losses", "best_value"):
+        if key in event:
+            event[key] = _read_numbers(event[key])
     return event
+
+
+def _read_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _read_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_read_numbers(item) for item in value]
+    return _NONFINITE.get(value, math.nan) if isinstance(value, str) else value
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JournalError(
+            f"{path} is being written by another process: this search is still running. "
+            "Wait for it, or stop it before you resume."
+        ) from None
+    except OSError:
+        pass  # some network file systems have no locks; one writer is then up to the caller
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
