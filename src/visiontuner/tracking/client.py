@@ -1,0 +1,164 @@
+"""Calls to MLflow: they fail fast, say little, and end in errors that name the next step."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from visiontuner.errors import TrackingError
+
+# Read by MLflow at each call. Without them one call to a server that is away blocks a minute.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+}
+_NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.tracking.request_header.registry")
+_REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
+
+
+class TrackingRefused(TrackingError):
+    """MLflow answers, and trying again unchanged will not help."""
+
+
+class OutOfTime(TrackingError):
+    """The time given for writing is up; the next call goes on from here."""
+
+
+class Store:
+    """One MLflow tracking store; the only place that calls it.
+
+    Args:
+        tracking_uri: `sqlite:///…` or another database URL, `http(s)://…`, `databricks`.
+
+    Raises:
+        TrackingRefused: for a file store, or a folder for the database that is not there.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        check_tracking_uri(tracking_uri)
+        self.tracking_uri = tracking_uri
+        self.deadline: float | None = None
+        self.calls = 0
+        self._client: MlflowClient | None = None
+
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
+        """`MlflowClient.method(*args, **kwargs)`.
+
+        Raises:
+            TrackingRefused: MLflow says no.
+            TrackingError: MLflow is away or failed.
+            OutOfTime: `deadline` (of `time.monotonic`) has passed; nothing was called.
+        """
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTime("The time for writing to MLflow is up.")
+        self.calls += 1
+        with quiet_and_impatient():
+            try:
+                if self._client is None:
+                    self._client = MlflowClient(self.tracking_uri, self.tracking_uri)
+                return getattr(self._client, method)(*args, **kwargs)
+            except Exception as error:  # MLflow lets its backends' own exceptions of any type out
+                raise explain(error, self.tracking_uri) from error
+
+
+def check_tracking_uri(tracking_uri: str) -> None:
+    """Refuse what cannot work before anything is tried; touches no network."""
+    scheme, separator, rest = tracking_uri.partition(":")
+    if tracking_uri == "databricks":
+        return
+    if not separator or scheme.lower() == "file":
+        raise TrackingRefused(
+            f"MLflow's file store ({tracking_uri}) is not supported; "
+            "set MLFLOW_TRACKING_URI to sqlite:///mlflow.db or to a server."
+        )
+    path = rest.removeprefix("///").split("?")[0]
+    if scheme.lower().startswith("sqlite") and path and not Path(path).absolute().parent.is_dir():
+        # MLflow itself would retry for minutes before it says so.
+        raise TrackingRefused(
+            f"The folder of MLflow's database {path} does not exist; create it first."
+        )
+
+
+def explain(error: Exception, tracking_uri: str) -> TrackingError:
+    """MLflow's error as one line with a next step."""
+    where = without_password(tracking_uri)
+    text = " ".join(str(error).split())
+    short = without_password(text[:300])
+    if "out-of-date database schema" in text or "Can't locate revision" in text:
+        return TrackingRefused(
+            f"The MLflow database at {where} has another version's schema; back it up and run "
+            f"`mlflow db upgrade {where}`, or set MLFLOW_TRACKING_URI to another one."
+        )
+    if re.search(r"\b(error code|status code|HTTP) ?:? ?(401|403)\b", text):
+        return TrackingRefused(
+            f"MLflow at {where} refuses these credentials; set MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
+        )
+    code = getattr(error, "error_code", "")
+    if code == "RESOURCE_DOES_NOT_EXIST":
+        return TrackingRefused(f"MLflow at {where} has no such run or experiment: {short}")
+    if isinstance(error, MlflowException) and code in _REFUSALS:
+        return TrackingRefused(f"MLflow at {where} refuses: {short}")
+    return TrackingError(
+        f"MLflow at {where} cannot be reached or failed: {short} "
+        "The journal keeps everything; `visiontuner sync` writes it later."
+    )
+
+
+def without_password(text: str) -> str:
+    """Hide `user:password@` in any URL of a text."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+
+
+_patience = threading.Lock()
+_inside = 0
+_saved: dict[str, str | None] = {}
+
+
+@contextmanager
+def quiet_and_impatient() -> Iterator[None]:
+    """MLflow's settings for our calls only; the environment is as before when the last one ends.
+
+    Calls from several threads share one setting, so that none restores it under another.
+    """
+    global _inside
+    with _patience:
+        if _inside == 0:
+            _saved.update({name: os.environ.get(name) for name in _ENVIRONMENT})
+            os.environ.update(_ENVIRONMENT)
+            for name in _NOISY_LOGGERS:
+                logging.getLogger(name).addFilter(_is_important)
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _patience:
+            _inside -= 1
+            if _inside == 0:
+                _restore()
+
+
+def _restore() -> None:
+    for name, value in _saved.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).removeFilter(_is_important)
+
+
+def _is_important(record: logging.LogRecord) -> bool:
+    """Drops the migrations of a new database and a plugin's harmless complaint."""
+    return record.levelno > logging.ERROR

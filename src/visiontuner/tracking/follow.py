@@ -1,0 +1,98 @@
+"""Keep MLflow up to date with a running search, from a thread of the driver."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from visiontuner.errors import JournalError
+from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+_LONGEST_PAUSE = 30.0
+
+
+class WriterThread:
+    """Calls `writer.catch_up` every few seconds until it is closed; survives MLflow's outages.
+
+    After a call that took long it waits longer, so that writing stays below `share` of the time;
+    while MLflow is away it asks less and less often, at last every 30 seconds.
+
+    Args:
+        interval_seconds: shortest time between two calls.
+        share: of the time that may be spent on writing, figures included.
+        notice: called once with the message when MLflow goes away, once when it is back.
+
+    `problem` holds the message of the last failure until MLflow answers again.
+    """
+
+    def __init__(
+        self,
+        writer: MlflowWriter,
+        *,
+        interval_seconds: float = 2.0,
+        share: float = 0.05,
+        notice: Callable[[str], None] | None = None,
+    ) -> None:
+        self.writer = writer
+        self.problem: str | None = None
+        self._interval = interval_seconds
+        self._share = share
+        self._notice = notice or (lambda _: None)
+        self._closing = threading.Event()
+        self._deadline: float | None = None
+        self._complete = False
+        self._written = False
+        self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def seconds_spent(self) -> float:
+        """Time in `catch_up` without the figures."""
+        return self.writer.seconds_spent
+
+    @property
+    def seconds_figures(self) -> float:
+        return self.writer.seconds_figures
+
+    def close(self, timeout: float = 30.0) -> bool:
+        """Write what is left and end the thread, within about `timeout` seconds.
+
+        Returns:
+            Whether everything the journal holds is in MLflow now; `problem` says why not.
+        """
+        self._deadline = time.monotonic() + timeout
+        self._closing.set()
+        # One call that began just before the deadline may wait MLflow's 3 seconds.
+        self._thread.join(timeout + 4)
+        if self._thread.is_alive():
+            self.problem = self.problem or f"MLflow did not answer within {timeout:g} s."
+            return False
+        return self._written
+
+    def _run(self) -> None:
+        pause = self._interval
+        while not self._closing.wait(pause):
+            began = time.monotonic()
+            if self._catch_up():
+                busy = time.monotonic() - began
+                pause = min(_LONGEST_PAUSE, max(self._interval, busy * (1 / self._share - 1)))
+            else:
+                pause = min(_LONGEST_PAUSE, pause * 2)
+        self._written = self._catch_up(deadline=self._deadline)
+        self.writer.close()
+
+    def _catch_up(self, deadline: float | None = None) -> bool:
+        try:
+            self.writer.catch_up(deadline=deadline)
+        except JournalError:
+            return deadline is None  # the search has not begun to write yet
+        except Exception as error:  # a thread that dies in silence would be worse
+            if self.problem is None:
+                self._notice(str(error))
+            self.problem = str(error)
+            return False
+        if self.problem is not None:
+            self._notice("MLflow is back; what was missed is written.")
+        self.problem = None
+        return True

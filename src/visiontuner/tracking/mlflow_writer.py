@@ -1,0 +1,496 @@
+"""The journal of a search -> MLflow: one parent run, one child run a trial.
+
+The writer compares what the journal says (`plan.py`) with what it knows MLflow to hold and writes
+the difference. It can do so late, again, elsewhere, or after a kill at any moment, because
+
+- runs are created together with the tags they are found by, and looked for before they are created;
+- MLflow stores a point with the same key, time, step and value once, and these are the journal's;
+- a run gets its final status last, so that one that has it needs nothing more.
+
+`mlflow.json` in the search folder tells people and other commands where the runs are. The writer
+itself reads nothing from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from matplotlib.figure import Figure
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+    ViewType,
+)
+
+from visiontuner.errors import TrackingError
+from visiontuner.journal import read_events
+from visiontuner.tracking import figures, importance
+from visiontuner.tracking.client import Store, TrackingRefused, without_password
+from visiontuner.tracking.plan import (
+    KIND,
+    SEARCH_ID,
+    STATE,
+    TRIAL_ID,
+    Point,
+    SearchPlan,
+    Status,
+    TrialPlan,
+)
+
+MEMORY_FILE = "mlflow.json"
+LOCK_FILE = "mlflow.lock"
+
+_PARENT = "mlflow.parentRunId"
+_NAME = "mlflow.runName"
+# MLflow takes 1,000 metrics, 100 parameters and 100 tags a call, 1,000 of all together.
+_METRICS_A_CALL = 800
+_PARAMS_A_CALL = 90
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """What one `catch_up` did.
+
+    `complete`: the search is over, and all of its journal is in MLflow.
+    """
+
+    events: int
+    complete: bool
+
+
+@dataclass(kw_only=True)
+class _Held:
+    """What MLflow is known to hold of one run."""
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+    points: int = 0
+    params: bool = False
+
+
+class MlflowWriter:
+    """Writes one search folder into one MLflow store.
+
+    Args:
+        folder: the search folder.
+        tracking_uri: where to write.
+        experiment_name: the MLflow experiment of a new parent run; the name in the search's
+            experiment file if None. An adopted parent run stays in its own.
+        parent_run_id: the run that `mlflow run` opened, to adopt as the parent. Its name and its
+            final status stay MLflow's.
+        draw: False leaves the figures out.
+
+    `seconds_spent` counts everything that `catch_up` took but the figures, `seconds_figures` these.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        tracking_uri: str,
+        experiment_name: str | None = None,
+        parent_run_id: str | None = None,
+        draw: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.store = Store(tracking_uri)
+        self.plan = SearchPlan()
+        self.seconds_spent = 0.0
+        self.seconds_figures = 0.0
+        self.experiment_id: str | None = None
+        self._experiment_name = experiment_name
+        self._adopted = parent_run_id
+        self._draw = draw
+        self._offset = 0
+        self._parent: _Held | None = None
+        self._trials: dict[str, _Held] = {}
+        self._found = False
+        self._lock: int | None = None
+        self._memory = ""
+
+    @property
+    def parent_run_id(self) -> str | None:
+        """The parent run, once it is known."""
+        return self._parent.run_id if self._parent else None
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """The known runs by trial id."""
+        return {trial_id: held.run_id for trial_id, held in self._trials.items()}
+
+    def catch_up(self, *, search_is_over: bool = False, deadline: float | None = None) -> Progress:
+        """Write everything the journal has and MLflow has not. Repeating it changes nothing.
+
+        Args:
+            search_is_over: nobody runs this search any more: trials that the journal shows as
+                running were interrupted.
+            deadline: of `time.monotonic`; no call to MLflow starts after it.
+
+        Raises:
+            JournalError: the folder has no readable journal.
+            TrackingRefused: MLflow says no: deleted run or experiment, credentials, schema.
+            TrackingError: MLflow is away, the deadline has passed, or another process is writing
+                this search. Nothing is lost: the next call goes on from there.
+        """
+        began, drawn = time.monotonic(), self.seconds_figures
+        self.store.deadline = deadline
+        try:
+            self._take_lock()
+            events = self._read()
+            if search_is_over:
+                self.plan.interrupt_running()
+            if not self.plan.started:
+                return Progress(events=events, complete=False)
+            self._write()
+            self._prepare_figures()
+            return Progress(events=events, complete=self.plan.over)
+        except BaseException:
+            # The server may have done what it could not answer: look again before creating.
+            self._found = False
+            raise
+        finally:
+            self._remember()
+            self.seconds_spent += time.monotonic() - began - (self.seconds_figures - drawn)
+
+    def close(self) -> None:
+        """Let other processes write this search."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> MlflowWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self) -> int:
+        read = read_events(self.folder, self._offset)
+        for event in read.events:
+            self.plan.apply(event)
+        self._offset = read.offset
+        return len(read.events)
+
+    def _write(self) -> None:
+        if not self._found:
+            self._find_runs()
+            self._found = True
+        if self._parent is None:
+            self._parent = self._open_parent()
+        if not self._parent.params:
+            self._describe(self._parent)
+        for trial in self.plan.trials.values():
+            self._write_trial(trial)
+        self._write_parent(self._parent)
+
+    # Finding and opening runs
+
+    def _find_runs(self) -> None:
+        """Learn what MLflow holds of this search, in whichever experiment it lies."""
+        self._parent, self._trials = None, {}
+        for run in sorted(self._search_runs(), key=lambda r: (r.info.start_time, r.info.run_id)):
+            kind, trial_id = run.data.tags.get(KIND), run.data.tags.get(TRIAL_ID)
+            if kind == "search" and self._parent is None:
+                _refuse_deleted(run, "parent run")
+                self._parent = self._held_parent(run)
+                self.experiment_id = run.info.experiment_id
+            elif kind == "trial" and trial_id in self.plan.trials and trial_id not in self._trials:
+                _refuse_deleted(run, f"run of trial {trial_id}")
+                self._trials[trial_id] = _held_trial(run, self.plan.trials[trial_id])
+        self._note_a_second_adoption()
+
+    def _search_runs(self) -> Iterator[Run]:
+        experiments = list(
+            _pages(self.store, "search_experiments", view_type=ViewType.ALL, max_results=1000)
+        )
+        deleted = {e.experiment_id: e.name for e in experiments if e.lifecycle_stage == "deleted"}
+        if not experiments:
+            return
+        for run in _pages(
+            self.store,
+            "search_runs",
+            [e.experiment_id for e in experiments],
+            filter_string=f"tags.`{SEARCH_ID}` = '{self.plan.search_id}'",
+            run_view_type=ViewType.ALL,
+            max_results=1000,
+        ):
+            if run.info.experiment_id in deleted:
+                raise _deleted_experiment(deleted[run.info.experiment_id], run.info.experiment_id)
+            yield run
+
+    def _held_parent(self, run: Run) -> _Held:
+        plan = self.plan
+        finished = run.data.metrics.get("trials_finished", 0)
+        complete = run.data.tags.get(STATE) == plan.state and finished == len(plan.finished)
+        return _Held(
+            run_id=run.info.run_id,
+            status=run.info.status,
+            tags=dict(run.data.tags),
+            points=len(plan.points) if complete and plan.over else 0,
+            params=set(plan.params()) <= set(run.data.params),
+        )
+
+    def _open_parent(self) -> _Held:
+        tags = {KIND: "search", SEARCH_ID: self.plan.search_id}
+        if self._adopted is not None:
+            run = self.store.call("get_run", self._adopted)
+            _refuse_deleted(run, "parent run")
+            self.experiment_id = run.info.experiment_id
+            self._log_batch(self._adopted, tags=tags)
+            return _Held(run_id=self._adopted, status=run.info.status, tags=tags)
+        self.experiment_id = self._open_experiment()
+        return self._create_run(self.plan.name, self.plan.started["time"] * 1000, tags)
+
+    def _open_experiment(self) -> str:
+        name = self._experiment_name or self.plan.experiment().name
+        experiment = self.store.call("get_experiment_by_name", name)
+        if experiment is None:
+            return str(self.store.call("create_experiment", name))
+        if experiment.lifecycle_stage == "deleted":
+            raise _deleted_experiment(name, experiment.experiment_id)
+        return str(experiment.experiment_id)
+
+    def _create_run(self, name: str, started: float, tags: Mapping[str, str]) -> _Held:
+        run = self.store.call(
+            "create_run",
+            self.experiment_id,
+            start_time=round(started),
+            tags={**tags, _NAME: name},
+            run_name=name,
+        )
+        return _Held(run_id=run.info.run_id, status="RUNNING", tags=dict(tags))
+
+    def _note_a_second_adoption(self) -> None:
+        """A search resumed under `mlflow run` keeps its first parent; the new run says so."""
+        if self._parent is None or self._adopted in (None, self._parent.run_id):
+            return
+        note = f"Continues the search in run {self._parent.run_id}."
+        self._log_batch(
+            self._adopted or "",
+            tags={KIND: "resume", SEARCH_ID: self.plan.search_id, "mlflow.note.content": note},
+        )
+
+    # Writing
+
+    def _describe(self, parent: _Held) -> None:
+        """What the search is; the parameters come last and mark it as done."""
+        run_id, data = parent.run_id, self.plan.started.get("data") or {}
+        self.store.call("log_text", run_id, self.plan.experiment().to_yaml(), "experiment.yaml")
+        if data.get("digest"):
+            self.store.call("log_inputs", run_id, datasets=[_dataset_input(data)])
+        # Any other state is the last thing that a search's run gets.
+        tags = {**self.plan.tags(), STATE: "running"}
+        self._log_batch(run_id, params=self.plan.params(), tags=tags)
+        parent.params = True
+        parent.tags.update(tags)
+
+    def _write_trial(self, trial: TrialPlan) -> None:
+        held = self._trials.get(trial.trial_id)
+        tags = trial.tags()
+        if held is None:
+            parents = {_PARENT: self.parent_run_id or ""}
+            held = self._create_run(trial.trial_id, trial.started, {**tags, **parents})
+            self._trials[trial.trial_id] = held
+        if trial.status == "RUNNING" and held.status != "RUNNING":
+            self._set_status(held, "RUNNING")
+        changed = _changed(tags, held.tags)
+        if held.points < len(trial.points) or not held.params or changed:
+            params = {} if held.params else trial.params()
+            self._log_batch(held.run_id, trial.points[held.points :], params, changed)
+            held.points, held.params = len(trial.points), True
+            held.tags.update(tags)
+        if held.status != trial.status:
+            self._log_figures(held.run_id, lambda: self._trial_figure(trial.trial_id))
+            self._set_status(held, trial.status, trial.ended)
+
+    def _write_parent(self, parent: _Held) -> None:
+        """The search's own curve; once it is over its figures, status and, last, its state."""
+        tags = self.plan.tags()
+        state = tags.pop(STATE)
+        best = self._trials.get(tags.get("visiontuner.best_trial", ""))
+        if best is not None:
+            tags["visiontuner.best_run_id"] = best.run_id
+        points, changed = self.plan.points[parent.points :], _changed(tags, parent.tags)
+        if points or changed:
+            self._log_batch(parent.run_id, points, tags=changed)
+            parent.points = len(self.plan.points)
+            parent.tags.update(changed)
+        if parent.tags.get(STATE) != state:
+            if self.plan.over:
+                self._log_figures(parent.run_id, self._search_figures)
+            self._log_batch(parent.run_id, tags={STATE: state})
+            parent.tags[STATE] = state
+        if parent.status != self.plan.status and parent.run_id != self._adopted:
+            self._set_status(parent, self.plan.status, self.plan.last_seen)
+
+    def _log_batch(
+        self,
+        run_id: str,
+        points: Sequence[Point] = (),
+        params: Mapping[str, str] | None = None,
+        tags: Mapping[str, str] | None = None,
+    ) -> None:
+        """As few calls as MLflow's limits allow; the tags travel in the last one."""
+        metrics = [Metric(p.key, p.value, p.time, p.step) for p in points]
+        rows = [Param(key, value) for key, value in (params or {}).items()]
+        while len(metrics) > _METRICS_A_CALL or len(rows) > _PARAMS_A_CALL:
+            self.store.call(
+                "log_batch",
+                run_id,
+                metrics=metrics[:_METRICS_A_CALL],
+                params=rows[:_PARAMS_A_CALL],
+            )
+            metrics, rows = metrics[_METRICS_A_CALL:], rows[_PARAMS_A_CALL:]
+        labels = [RunTag(key, value) for key, value in (tags or {}).items()]
+        if metrics or rows or labels:
+            self.store.call("log_batch", run_id, metrics=metrics, params=rows, tags=labels)
+
+    def _set_status(self, held: _Held, status: Status, ended: int | None = None) -> None:
+        if status == "RUNNING":
+            self.store.call("update_run", held.run_id, status=status)
+        else:
+            self.store.call("set_terminated", held.run_id, status=status, end_time=ended)
+        held.status = status
+
+    # Figures
+
+    def _trial_figure(self, trial_id: str) -> dict[str, Figure]:
+        trial = self.plan.record.trials[trial_id]
+        return (
+            {"curves": figures.trial_curves(trial, self.plan.record.objective)}
+            if trial.epochs
+            else {}
+        )
+
+    def _search_figures(self) -> dict[str, Figure]:
+        return figures.search_figures(self.plan.record)
+
+    def _prepare_figures(self) -> None:
+        if self._draw and len(self.plan.finished) == importance.MIN_TRIALS and not self.plan.over:
+            began = time.monotonic()
+            importance.prepare()
+            self.seconds_figures += time.monotonic() - began
+
+    def _log_figures(self, run_id: str, make: Callable[[], dict[str, Figure]]) -> None:
+        if not self._draw:
+            return
+        began = time.monotonic()
+        try:
+            for name, figure in make().items():
+                with TemporaryDirectory() as folder:
+                    path = Path(folder) / f"{name}.png"
+                    path.write_bytes(figures.to_png(figure))
+                    self.store.call("log_artifact", run_id, str(path), "figures")
+        finally:
+            self.seconds_figures += time.monotonic() - began
+
+    # The folder
+
+    def _take_lock(self) -> None:
+        if self._lock is not None:
+            return
+        descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise TrackingError(
+                f"Another process is writing {self.folder} to MLflow; wait until it is done."
+            ) from None
+        self._lock = descriptor
+
+    def _remember(self) -> None:
+        """Keep `mlflow.json` up to date; a password in the URI stays out of it."""
+        if self._parent is None:
+            return
+        memory = {
+            "tracking_uri": without_password(self.store.tracking_uri),
+            "experiment_id": self.experiment_id,
+            "parent_run_id": self.parent_run_id,
+            "offset": self._offset,
+            "runs": self.run_ids,
+        }
+        text = json.dumps(memory, indent=1) + "\n"
+        if text != self._memory:
+            path = self.folder / MEMORY_FILE
+            fresh = path.with_suffix(".new")
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(path)
+            self._memory = text
+
+
+def _held_trial(run: Run, trial: TrialPlan) -> _Held:
+    tags = dict(run.data.tags)
+    # The final status is written last and the tags count attempts and epochs, so that a run
+    # which has both right is complete. Any other is written again: MLflow drops what it has.
+    complete = (
+        trial.status != "RUNNING"
+        and run.info.status == trial.status
+        and not _changed(trial.tags(), tags)
+    )
+    return _Held(
+        run_id=run.info.run_id,
+        # A run with the right status may still miss its figure: end it again.
+        status=run.info.status if complete or run.info.status == "RUNNING" else "",
+        tags=tags,
+        points=len(trial.points) if complete else 0,
+        params=set(trial.params()) <= set(run.data.params),
+    )
+
+
+def _changed(wanted: Mapping[str, str], held: Mapping[str, str]) -> dict[str, str]:
+    return {key: value for key, value in wanted.items() if held.get(key) != value}
+
+
+def _dataset_input(data: Mapping[str, Any]) -> DatasetInput:
+    """A dataset entry made from the journal alone: no picture is looked at."""
+    source = str(data.get("source") or data.get("root") or "")
+    profile = {"counts": data.get("counts"), "classes": len(data.get("class_names") or ())}
+    return DatasetInput(
+        Dataset(
+            name=source.rstrip("/").rsplit("/", 1)[-1][:500] or "pictures",
+            digest=str(data["digest"])[:36],  # MLflow's limit; the tag has all of it
+            source_type="local",
+            source=json.dumps({"uri": source}),
+            profile=json.dumps(profile),
+        )
+    )
+
+
+def _pages(store: Store, method: str, /, *args: Any, **kwargs: Any) -> Iterator[Any]:
+    token: str | None = None
+    while True:
+        page = store.call(method, *args, page_token=token, **kwargs)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _refuse_deleted(run: Run, what: str) -> None:
+    if run.info.lifecycle_stage == "deleted":
+        raise TrackingRefused(
+            f"The {what} of this search is deleted in MLflow; bring it back with "
+            f"`mlflow runs restore --run-id {run.info.run_id}`, or remove it for good with "
+            f"`mlflow gc --run-ids {run.info.run_id}`."
+        )
+
+
+def _deleted_experiment(name: str, experiment_id: str) -> TrackingRefused:
+    return TrackingRefused(
+        f"The MLflow experiment {name!r} is deleted; bring it back with "
+        f"`mlflow experiments restore --experiment-id {experiment_id}`, or choose another name."
+    )
