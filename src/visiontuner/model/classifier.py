@@ -1,0 +1,255 @@
+"""The artifact that is served: pictures in, named probabilities out, in a folder without pickles.
+
+    classifier.json        class names, preprocessing, temperature, threshold, metadata
+    model.onnx             "image" float32 (B, 3, size, size) -> "logits" float32 (B, num_classes)
+    weights.safetensors    the same weights, for training on
+    reference.json         some pictures with the probabilities that this very artifact gave
+
+Needs numpy, Pillow and ONNX Runtime; no torch.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from visiontuner.data.images import Preprocessing, normalise, read_pixels
+from visiontuner.errors import ClassifierError
+
+SCHEMA_VERSION = 1
+DESCRIPTION = "classifier.json"
+NETWORK = "model.onnx"
+WEIGHTS = "weights.safetensors"
+REFERENCE = "reference.json"
+
+_BATCH_SIZE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """The answer for one picture.
+
+    Args:
+        label: the most probable class's name.
+        probability: its probability, in [0, 1].
+        top_k: (name, probability) of the most probable classes, best first.
+    """
+
+    label: str
+    probability: float
+    top_k: list[tuple[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Classifier:
+    """A trained classifier, loaded from its folder.
+
+    Args:
+        class_names: in the order of the logits.
+        temperature: logits are divided by it before the softmax.
+        threshold: below this probability an answer should not be trusted; None if unset.
+        metadata: where it came from; plain JSON values.
+    """
+
+    folder: Path
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    temperature: float = 1.0
+    threshold: float | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    session: onnxruntime.InferenceSession = field(repr=False, compare=False)
+    threads: int
+
+    @classmethod
+    def load(cls, folder: Path, *, threads: int | None = None) -> Self:
+        """Open a classifier folder.
+
+        Args:
+            threads: CPU threads for the network and for decoding; default: at most 4 of the cores
+                that this process may use.
+
+        Raises:
+            ClassifierError: a file is missing or damaged, or they do not belong together.
+        """
+        raw = _read_json(folder, DESCRIPTION)
+        threads = threads or min(4, _available_cpus())
+        try:
+            classifier = cls(
+                folder=folder,
+                **_checked(raw),
+                session=_open_session(folder / NETWORK, threads),
+                threads=threads,
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(folder, DESCRIPTION, error) from None
+        _check_network(classifier)
+        return classifier
+
+    def predict(self, images: Sequence[bytes | Path], *, top_k: int = 5) -> list[Prediction]:
+        """Name what is on each picture.
+
+        Args:
+            images: the files' contents or paths, in any format that Pillow reads.
+            top_k: how many classes to list; at most all.
+
+        Raises:
+            BadImageError: a picture cannot be read; none is answered then.
+            ValueError: top_k is below 1.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be >= 1, got {top_k}")
+        return [self._prediction(row, top_k) for row in self.probabilities(images)]
+
+    def probabilities(self, images: Sequence[bytes | Path]) -> NDArray[np.float64]:
+        """Class probabilities of each picture.
+
+        Returns:
+            float64, shape (B, num_classes); rows sum to 1.
+
+        Raises:
+            BadImageError: a picture cannot be read.
+        """
+        rows = [np.empty((0, len(self.class_names)))]
+        with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            for start in range(0, len(images), _BATCH_SIZE):
+                batch = images[start : start + _BATCH_SIZE]
+                pixels = np.stack(list(pool.map(self._read, batch)))
+                rows.append(softmax(self.logits(pixels) / self.temperature))
+        return np.concatenate(rows)
+
+    def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
+        """The network's raw answers.
+
+        Args:
+            pixels: uint8, shape (B, size, size, 3).
+
+        Returns:
+            float64, shape (B, num_classes).
+        """
+        image = normalise(pixels, self.preprocessing)
+        (logits,) = self.session.run(["logits"], {"image": image})
+        return np.asarray(logits, dtype=np.float64)
+
+    def verify_reference(self) -> float:
+        """Answer the reference pictures again.
+
+        Returns:
+            The largest absolute difference from the recorded probabilities; about 0 on the machine
+            that packaged it, below 1e-4 on others.
+
+        Raises:
+            ClassifierError: `reference.json` is missing or damaged.
+        """
+        raw = _read_json(self.folder, REFERENCE)
+        try:
+            contents = [base64.b64decode(p["image"], validate=True) for p in raw["pictures"]]
+            recorded = np.array([p["probabilities"] for p in raw["pictures"]], dtype=np.float64)
+            if recorded.shape != (len(contents), len(self.class_names)) or not contents:
+                raise ValueError("it has no pictures, or other classes")
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(self.folder, REFERENCE, error) from None
+        return float(np.abs(self.probabilities(contents) - recorded).max())
+
+    def _read(self, image: bytes | Path) -> NDArray[np.uint8]:
+        return read_pixels(image, self.preprocessing)
+
+    def _prediction(self, row: NDArray[np.float64], top_k: int) -> Prediction:
+        # Stable: of equals, the first in the order of the class names.
+        order = np.argsort(-row, kind="stable")[:top_k]
+        best = [(self.class_names[i], float(row[i])) for i in order]
+        return Prediction(label=best[0][0], probability=best[0][1], top_k=best)
+
+
+def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities from logits, shape (B, num_classes); rows sum to 1."""
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: NDArray[np.float64] = exponents / exponents.sum(axis=1, keepdims=True)
+    return shares
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    try:
+        raw = json.loads((folder / name).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClassifierError(
+            f"{folder} is no classifier: cannot read {name} ({error.strerror})."
+        ) from None
+    except ValueError as error:
+        raise _damaged(folder, name, error) from None
+    if not isinstance(raw, dict):
+        raise _damaged(folder, name, TypeError("it is not an object"))
+    version = raw.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise ClassifierError(
+            f"{folder / name} was written by a newer visiontuner (schema {version}); "
+            "update this one."
+        )
+    return raw
+
+
+def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
+    names, threshold = raw["class_names"], raw["threshold"]
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names must be a list of names")
+    if len(set(names)) != len(names):
+        raise ValueError("class_names must not repeat")
+    temperature = float(raw["temperature"])
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    if threshold is not None and not 0 <= float(threshold) <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    return {
+        "class_names": tuple(names),
+        "preprocessing": Preprocessing.from_dict(raw["preprocessing"]),
+        "temperature": temperature,
+        "threshold": None if threshold is None else float(threshold),
+        "metadata": dict(raw["metadata"]),
+    }
+
+
+def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    if not path.is_file():
+        raise ClassifierError(f"{path.parent} is no classifier: it has no {path.name}.")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4
+    # Threads that wait would spin and starve the other workers on shared cores.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's classes share no base
+        raise _damaged(path.parent, path.name, type(error)()) from None
+
+
+def _check_network(classifier: Classifier) -> None:
+    size, count = classifier.preprocessing.size, len(classifier.class_names)
+    session = classifier.session
+    inputs = {node.name: node.shape[1:] for node in session.get_inputs()}
+    outputs = {node.name: node.shape[1:] for node in session.get_outputs()}
+    if inputs != {"image": [3, size, size]} or outputs.get("logits") != [count]:
+        raise ClassifierError(
+            f"{classifier.folder / NETWORK} takes {inputs} and gives {outputs}; {DESCRIPTION} "
+            f"needs image {[3, size, size]} and logits {[count]}. Package the classifier again."
+        )
+
+
+def _damaged(folder: Path, name: str, error: Exception) -> ClassifierError:
+    reason = " ".join(str(error).split())[:120] or type(error).__name__
+    return ClassifierError(f"{folder / name} is damaged ({reason}). Package the classifier again.")
+
+
+def _available_cpus() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
