@@ -66,9 +66,11 @@ def read_layout(root: Path) -> Layout:
     layout = Layout(root=root)
     splits = _split_folders(root)
     if splits:
-        layout.ignored += [n for n in _children(root) if n not in splits]
-    for split, folder in [(s, f) for f, s in splits.items()] or [(None, "")]:
-        _read_classes(layout, folder, split)
+        layout.ignored += [name for name in _children(root) if name not in splits]
+        for folder, split in splits.items():
+            _read_classes(layout, folder, split)
+    else:
+        _read_classes(layout, "", None)
     _check(layout)
     return layout
 

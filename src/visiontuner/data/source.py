@@ -1,0 +1,106 @@
+"""`data.source` -> a local folder: a folder, an archive (path or URL) or the built-in digits.
+
+What is downloaded or unpacked lies under the cache and is used again by the next call.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from visiontuner.data.archive import ARCHIVE_SUFFIXES, extract, is_archive_name
+from visiontuner.data.digests import file_digest
+from visiontuner.data.digits import write_digits
+from visiontuner.data.download import download
+from visiontuner.errors import DataError
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def fetch_source(
+    source: str,
+    *,
+    cache: Path,
+    sha256: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Bring a data source onto this machine.
+
+    Args:
+        source: a folder, the path or http(s) URL of a zip or tar archive, or `digits`.
+        cache: where archives are unpacked and downloads are kept.
+        sha256: what the archive must hash to, hexadecimal.
+        progress: called with (bytes so far, bytes in all; 0 if the server does not say).
+
+    Returns:
+        A folder for `load_dataset`.
+
+    Raises:
+        DataError: the source does not exist, is of an unknown kind, or is a damaged archive.
+        DownloadError: the download did not end, or its content is not what `sha256` promises.
+    """
+    scheme = _SCHEME.match(source)
+    if source == "digits" and not Path(source).is_dir():
+        return write_digits(cache)
+    if scheme and scheme[1].lower() in ("http", "https"):
+        return _fetch_url(source, cache, sha256, progress)
+    if scheme and scheme[1].lower() == "file":
+        source = urlsplit(source).path
+    elif scheme:
+        raise DataError(_unknown_scheme(source, scheme[1].lower()))
+    return _open_path(Path(source).expanduser(), cache, sha256)
+
+
+def _fetch_url(
+    url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
+) -> Path:
+    archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
+    name = _folder_name(archive.path.name, archive.sha256)
+    return extract(archive.path, cache / "archives" / name)
+
+
+def _open_path(path: Path, cache: Path, sha256: str | None) -> Path:
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise DataError(_missing(path))
+    if not path.is_file() or not is_archive_name(path.name):
+        raise DataError(
+            f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})."
+        )
+    digest = file_digest(path)
+    if sha256 is not None and digest != sha256.lower():
+        raise DataError(f"{path} has SHA-256 {digest}, not {sha256.lower()} as data.sha256 says.")
+    return extract(path, cache / "archives" / _folder_name(path.name, digest))
+
+
+def _folder_name(name: str, key: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name.split(".")[0])[:40]
+    return f"{stem or 'archive'}-{key[:16]}"
+
+
+def _unknown_scheme(source: str, scheme: str) -> str:
+    if scheme == "s3":
+        return (
+            f"{source} cannot be read directly yet: download it first with "
+            f"`aws s3 sync {source} FOLDER`, then use FOLDER."
+        )
+    near = difflib.get_close_matches(scheme, ["http", "https", "file"], n=1)
+    hint = f" Did you mean {near[0]}://?" if near else ""
+    return f"{source} has an unknown scheme.{hint} Use a folder, an archive, http(s):// or digits."
+
+
+def _missing(path: Path) -> str:
+    near = difflib.get_close_matches(str(path), ["digits"], n=1)
+    parent = path.parent
+    if not near and parent.is_dir():
+        names = [p.name for p in parent.iterdir() if p.is_dir() or is_archive_name(p.name)]
+        near = [str(parent / n) for n in difflib.get_close_matches(path.name, names, n=2)]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"There is no data at {path}.{hint} "
+        "data.source is a folder, an archive (path or URL) or digits."
+    )

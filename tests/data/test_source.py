@@ -1,0 +1,427 @@
+"""Where pictures come from: folders, archives, web servers and the built-in digits."""
+
+import concurrent.futures
+import errno
+import hashlib
+import io
+import os
+import re
+import stat
+import tarfile
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from visiontuner.data import archive as archive_module
+from visiontuner.data import download as download_module
+from visiontuner.data.dataset import load_dataset
+from visiontuner.data.digits import write_digits
+from visiontuner.data.source import fetch_source
+from visiontuner.errors import DataError, DownloadError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(download_module, "_BACKOFF_SECONDS", (0.0, 0.0))
+
+
+def picture(color: str = "red") -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(stream, "PNG")
+    return stream.getvalue()
+
+
+FILES = {
+    "photos/train/a/0.png": picture("red"),
+    "photos/train/b/0.png": picture("blue"),
+    "photos/valid/a/0.png": picture("lime"),
+    "photos/valid/b/0.png": picture("gray"),
+}
+
+
+def zipped(files: dict[str, bytes] = FILES) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as bundle:
+        for name, content in files.items():
+            bundle.writestr(name, content)
+    return stream.getvalue()
+
+
+def tarred(mode: str, files: dict[str, bytes] = FILES, *members: tarfile.TarInfo) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode=mode) as bundle:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            bundle.addfile(member, io.BytesIO(content))
+        for member in members:
+            bundle.addfile(member)
+    return stream.getvalue()
+
+
+def write(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+class Site:
+    """A web server with one file and everything that can go wrong with it."""
+
+    def __init__(self) -> None:
+        self.content = zipped()
+        self.etag: str | None = '"1"'
+        self.ranges = True
+        self.cut_after: list[int] = []  # bytes after which each coming answer breaks off
+        self.failures: list[int] = []  # statuses of the coming answers
+        self.requests: list[dict[str, str]] = []
+        self.sent: list[int] = []
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    site = Site()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            site.requests.append(dict(self.headers))
+            if site.failures:
+                self.send_error(site.failures.pop(0))
+                return
+            if site.etag and self.headers.get("If-None-Match") == site.etag:
+                self.send_response(304)
+                self.end_headers()
+                return
+            self._send(*self._start())
+
+        def _start(self) -> tuple[int, int]:
+            asked = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
+            if asked and site.ranges and self.headers.get("If-Range") == site.etag:
+                return int(asked[1]), 206
+            return 0, 200
+
+        def _send(self, start: int, status: int) -> None:
+            body = site.content[start:]
+            self.send_response(416 if start >= len(site.content) else status)
+            self.send_header("Content-Length", str(len(body)))
+            if site.etag:
+                self.send_header("ETag", site.etag)
+            if status == 206:
+                end = len(site.content) - 1
+                self.send_header("Content-Range", f"bytes {start}-{end}/{len(site.content)}")
+            self.end_headers()
+            cut = site.cut_after.pop(0) if site.cut_after else len(body)
+            self.wfile.write(body[:cut])
+            site.sent.append(min(cut, len(body)))
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    site.url = f"http://127.0.0.1:{server.server_address[1]}/some/photos.zip"
+    site.stop = server.shutdown
+    yield site
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_folder_is_used_where_it_is(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "photos").mkdir()
+    assert fetch_source(str(tmp_path / "photos"), cache=cache) == tmp_path / "photos"
+    assert fetch_source("~/photos", cache=cache) == tmp_path / "photos"
+    assert fetch_source(f"file://{tmp_path}/photos", cache=cache) == tmp_path / "photos"
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("p.zip", zipped()),
+        ("p.tar", tarred("w")),
+        ("p.tar.gz", tarred("w:gz")),
+        ("p.tgz", tarred("w:gz")),
+        ("p.tar.bz2", tarred("w:bz2")),
+        ("p.tar.xz", tarred("w:xz")),
+    ],
+)
+def test_archives_are_unpacked_once(tmp_path, cache, name, content):
+    source = write(tmp_path / name, content)
+    folder = fetch_source(source, cache=cache)
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
+    assert found == FILES
+    assert load_dataset(folder, cache=cache).class_names == ("a", "b")
+    before = (folder / "photos/train/a/0.png").stat().st_mtime_ns
+    assert fetch_source(source, cache=cache) == folder
+    assert (folder / "photos/train/a/0.png").stat().st_mtime_ns == before
+    write(tmp_path / name, zipped({"x/y.png": b"other"}))
+    assert fetch_source(source, cache=cache) != folder
+
+
+def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, link
+    return info
+
+
+def zip_link() -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as bundle:
+        info = zipfile.ZipInfo("a/link")
+        info.external_attr = (stat.S_IFLNK | 0o777) << 16
+        bundle.writestr(info, "/etc")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.zip", zipped({"../escaped.png": b"x"})),
+        ("a.zip", zipped({"a/../../escaped.png": b"x"})),
+        ("a.zip", zipped({"/tmp/escaped.png": b"x"})),
+        ("a.zip", zipped({"..\\escaped.png": b"x"})),
+        ("a.zip", zipped({"C:\\escaped.png": b"x"})),
+        ("a.zip", zip_link()),
+        ("a.tar", tarred("w", {}, member("../escaped.png"))),
+        ("a.tar", tarred("w", {}, member("/tmp/escaped.png"))),
+        ("a.tar", tarred("w", {}, member("link", tarfile.SYMTYPE, "/etc"))),
+        ("a.tar", tarred("w", {}, member("link", tarfile.SYMTYPE, ".."))),
+        ("a.tar", tarred("w", {}, member("link", tarfile.LNKTYPE, "../../secret"))),
+        ("a.tar", tarred("w", {}, member("device", tarfile.CHRTYPE))),
+        ("a.tar", tarred("w", {}, member("pipe", tarfile.FIFOTYPE))),
+    ],
+)
+def test_nothing_leaves_the_target_folder(tmp_path, cache, name, content):
+    source = write(tmp_path / name, content)
+    with pytest.raises(DataError, match="is refused: its entry"):
+        fetch_source(source, cache=cache)
+    assert list(tmp_path.rglob("*escaped*")) == []
+    assert not Path("/tmp/escaped.png").exists()
+    assert list((cache / "archives").iterdir()) == []
+
+
+GZ = tarred("w:gz", {"a/noise.png": os.urandom(50_000)})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.zip", b"<html>sign in</html>", "web page"),
+        ("a.zip", b"", "not an archive"),
+        ("a.tar.gz", GZ[: len(GZ) // 2], "damaged"),
+        ("a.tar.gz", GZ[:30_000] + bytes(1000) + GZ[31_000:], "damaged"),
+        ("a.zip", zipped().replace(picture("blue"), bytes(len(picture("blue")))), "damaged"),
+    ],
+    ids=["web page", "empty", "half", "bit rot", "zip with a wrong checksum"],
+)
+def test_damaged_archives_are_one_clear_line(tmp_path, cache, name, content, message):
+    source = write(tmp_path / name, content)
+    with pytest.raises(DataError, match=message) as caught:
+        fetch_source(source, cache=cache)
+    assert "\n" not in str(caught.value)
+    assert list((cache / "archives").iterdir()) == []
+
+
+def test_an_encrypted_archive_is_one_clear_line(tmp_path, cache):
+    content = bytearray(zipped({"a.png": b"x"}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        content[content.index(signature) + offset] |= 1
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        fetch_source(write(tmp_path / "a.zip", bytes(content)), cache=cache)
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path, cache, monkeypatch):
+    def full(path: Path, content: object) -> None:
+        del path, content
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = write(tmp_path / "a.tar", tarred("w"))
+    monkeypatch.setattr(archive_module, "_write", full)
+    with pytest.raises(DataError, match="The disk is full"):
+        fetch_source(source, cache=cache)
+    assert list((cache / "archives").iterdir()) == []
+
+
+def test_an_archive_larger_than_the_disk_is_refused_beforehand(tmp_path, cache, monkeypatch):
+    source = write(tmp_path / "a.zip", zipped())
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DataError, match="The disk is full"):
+        fetch_source(source, cache=cache)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("s3://bucket/pictures", "aws s3 sync s3://bucket/pictures"),
+        ("htps://example.org/a.zip", "Did you mean https://"),
+        ("gopher://example.org/a.zip", "unknown scheme"),
+        ("digit", "Did you mean digits"),
+        ("no/such/folder", "There is no data at"),
+        ("http://[bad/a.zip", "not a web address"),
+    ],
+)
+def test_sources_that_cannot_be_used_are_one_clear_line(cache, source, message):
+    with pytest.raises(DataError, match=message) as caught:
+        fetch_source(source, cache=cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_folder_is_met_with_its_neighbour(tmp_path, cache):
+    (tmp_path / "dogs24").mkdir()
+    with pytest.raises(DataError, match=r"Did you mean .*dogs24\?"):
+        fetch_source(str(tmp_path / "dogs42"), cache=cache)
+    with pytest.raises(DataError, match="neither a folder nor an archive"):
+        fetch_source(write(tmp_path / "notes.txt", b"x"), cache=cache)
+
+
+def test_a_local_archive_must_have_the_checksum(tmp_path, cache):
+    source = write(tmp_path / "a.zip", zipped())
+    digest = hashlib.sha256(zipped()).hexdigest()
+    assert fetch_source(source, cache=cache, sha256=digest.upper()).is_dir()
+    with pytest.raises(DataError, match="SHA-256"):
+        fetch_source(source, cache=cache, sha256="0" * 64)
+
+
+def test_a_download_is_unpacked_and_used_again(site, cache):
+    seen: list[tuple[int, int]] = []
+    folder = fetch_source(site.url, cache=cache, progress=lambda *x: seen.append(x))
+    assert (folder / "photos/train/a/0.png").read_bytes() == picture("red")
+    assert seen[-1] == (len(site.content), len(site.content))
+    assert fetch_source(site.url, cache=cache) == folder
+    assert site.sent == [len(site.content)]  # the second answer was 304
+
+
+def test_a_changed_download_is_fetched_again(site, cache):
+    folder = fetch_source(site.url, cache=cache)
+    site.content, site.etag = zipped({"new/a/0.png": b"x"}), '"2"'
+    assert fetch_source(site.url, cache=cache) != folder
+
+
+def test_with_a_checksum_the_server_is_not_asked_again(site, cache):
+    digest = hashlib.sha256(site.content).hexdigest()
+    folder = fetch_source(site.url, cache=cache, sha256=digest)
+    assert fetch_source(site.url, cache=cache, sha256=digest) == folder
+    assert len(site.requests) == 1
+
+
+def test_the_earlier_copy_serves_while_the_server_is_away(site, cache):
+    folder = fetch_source(site.url, cache=cache)
+    site.failures = [503]
+    assert fetch_source(site.url, cache=cache) == folder
+
+
+def test_a_broken_download_goes_on_where_it_stopped(site, cache):
+    site.content = zipped({"photos/noise.bin": os.urandom(5_000_000)})
+    site.cut_after = [3_000_000, 1_000_000]
+    fetch_source(site.url, cache=cache)
+    assert [r.get("Range") for r in site.requests] == [
+        None,
+        "bytes=3000000-",
+        "bytes=4000000-",
+    ]
+    assert sum(site.sent) == len(site.content)
+
+
+def test_a_later_call_goes_on_where_an_earlier_one_was_given_up(site, cache):
+    site.cut_after = [200]
+    site.content = zipped({"photos/noise.bin": os.urandom(5_000)})
+    with pytest.raises(KeyboardInterrupt):
+        fetch_source(site.url, cache=cache, progress=_interrupt)
+    folder = fetch_source(site.url, cache=cache)
+    assert (folder / "photos/noise.bin").stat().st_size == 5_000
+    assert site.requests[-1]["Range"] == "bytes=200-"
+
+
+def test_a_file_that_changed_meanwhile_is_started_anew(site, cache):
+    site.cut_after = [200]
+    with pytest.raises(KeyboardInterrupt):
+        fetch_source(site.url, cache=cache, progress=_interrupt)
+    site.content, site.etag = zipped({"new/a.png": b"x" * 999}), '"2"'
+    assert (fetch_source(site.url, cache=cache) / "new/a.png").read_bytes() == b"x" * 999
+
+
+@pytest.mark.parametrize("change", [{"ranges": False}, {"etag": None}], ids=str)
+def test_servers_that_cannot_resume_are_asked_for_the_whole_file(site, cache, change):
+    vars(site).update(change)
+    site.cut_after = [200]
+    folder = fetch_source(site.url, cache=cache)
+    assert (folder / "photos/train/b/0.png").read_bytes() == picture("blue")
+    assert site.sent == [200, len(site.content)]
+
+
+def test_a_busy_server_is_asked_again(site, cache):
+    site.failures = [503, 429]
+    assert fetch_source(site.url, cache=cache).is_dir()
+    assert len(site.requests) == 3
+
+
+def test_a_connection_that_keeps_breaking_ends_in_one_clear_line(site, cache):
+    site.failures = [503] * 9
+    with pytest.raises(DownloadError, match="goes on where it stopped") as caught:
+        fetch_source(site.url, cache=cache)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_page_is_one_clear_line_without_secrets(site, cache):
+    site.failures = [404]
+    with pytest.raises(DownloadError, match="answered 404") as caught:
+        fetch_source(site.url.replace("http://", "http://me:secret@") + "?token=x", cache=cache)
+    assert "secret" not in str(caught.value)
+    assert "token" not in str(caught.value)
+    assert len(site.requests) == 1
+
+
+def test_a_server_that_is_not_there_is_one_clear_line(cache):
+    with pytest.raises(DownloadError, match="refused"):
+        fetch_source("http://127.0.0.1:9/a.zip", cache=cache)
+
+
+def test_a_wrong_checksum_is_refused_and_forgotten(site, cache):
+    with pytest.raises(DownloadError, match="SHA-256"):
+        fetch_source(site.url, cache=cache, sha256="0" * 64)
+    assert fetch_source(site.url, cache=cache).is_dir()
+
+
+def _interrupt(done: int, total: int) -> None:
+    del done, total
+    raise KeyboardInterrupt
+
+
+def test_digits_are_a_balanced_data_set_of_their_own(cache):
+    dataset = load_dataset(fetch_source("digits", cache=cache), cache=cache)
+    assert dataset.class_names == tuple("0123456789")
+    sizes = {split: len(samples) for split, samples in dataset.splits.items()}
+    assert sizes == {"train": 1439, "validation": 179, "test": 179}
+    assert all(17 <= n <= 18 for s in ("validation", "test") for n in dataset.counts(s))
+    assert dataset.findings == ()
+    with Image.open(dataset.root / dataset.splits["train"][0].path) as image:
+        assert (image.size, image.mode) == ((32, 32), "L")
+
+
+def test_digits_written_by_several_callers_at_once_are_whole(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        folders = list(pool.map(write_digits, [tmp_path] * 2))
+    assert folders[0] == folders[1]
+    assert len(list(folders[0].rglob("*.png"))) == 1797
+    assert [p.name for p in folders[0].parent.iterdir()] == [folders[0].name]
+
+
+def test_a_cache_that_cannot_be_written_is_one_clear_line(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="Cannot write"):
+        fetch_source("digits", cache=tmp_path / "file")
+    with pytest.raises(DataError, match="Cannot write"):
+        fetch_source("http://127.0.0.1:9/a.zip", cache=tmp_path / "file")
