@@ -1,0 +1,193 @@
+"""Whether MLflow's store can take a search: its kind, its schema, and the server's version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import socket
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import unquote, urlsplit, urlunsplit
+
+import requests
+
+Status = Literal["ok", "warning", "error"]
+
+NETWORK_SECONDS = 3.0
+DATABASES = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing looked at; `advice` is empty where nothing needs doing."""
+
+    name: str
+    status: Status
+    detail: str
+    advice: str = ""
+
+
+def check_store(tracking_uri: str) -> Check:
+    """Look at the store without changing it; the network is given 3 seconds."""
+    kind = tracking_uri.partition(":")[0].partition("+")[0].lower()
+    shown = without_password(tracking_uri)
+    if kind == "sqlite":
+        return _check_sqlite(tracking_uri)
+    if kind in ("http", "https"):
+        return _check_server(tracking_uri, shown)
+    if kind in DATABASES:
+        return _check_database(tracking_uri, shown, DATABASES[kind])
+    if kind == "databricks":
+        return _check("warning", f"{shown}: never tried with visiontuner", "Try a small search.")
+    if kind == "file" or "://" not in tracking_uri:
+        return _check(
+            "error",
+            f"{shown} is a folder, which MLflow {_client()} no longer takes as a store",
+            "Use a database, `export MLFLOW_TRACKING_URI=sqlite:///mlflow.db`; "
+            "`mlflow migrate-filestore --help` moves old runs.",
+        )
+    return _check(
+        "error",
+        f"{shown}: MLflow knows no such store",
+        "Use sqlite:///mlflow.db, or the http:// address of a server.",
+    )
+
+
+def without_password(uri: str) -> str:
+    """The address as it may be printed."""
+    parts = urlsplit(uri)
+    if "@" not in parts.netloc:
+        return urlunsplit(parts._replace(query="")) if parts.query else uri
+    user_free = "***@" + parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=user_free, query=""))
+
+
+def _check_sqlite(uri: str) -> Check:
+    # sqlite:///relative.db, sqlite:////absolute.db
+    text = unquote(urlsplit(uri).path)[1:]
+    if not text:
+        return _check("error", f"{uri} is in memory only", "Use sqlite:///mlflow.db.")
+    path = Path(text)
+    if not path.exists():
+        return _check_new_file(path)
+    if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+        return _check("error", f"cannot write {path}", "Name another file of yours.")
+    found = _schema_in(path)
+    if isinstance(found, Check):
+        return found
+    known, newest = _schemas()
+    if found == newest or found is None:
+        return _check("ok", f"sqlite at {path}, MLflow {_client()}")
+    if found in known:
+        return _check(
+            "error",
+            f"{path} was made by an older MLflow than {_client()}",
+            f"Copy the file, then `mlflow db upgrade sqlite:///{path}`.",
+        )
+    return _check(
+        "error",
+        f"{path} was made by a newer MLflow than {_client()}",
+        "Update MLflow here, or name another database.",
+    )
+
+
+def _check_new_file(path: Path) -> Check:
+    if not path.absolute().parent.is_dir():
+        return _check("error", f"{path.parent} does not exist", f"`mkdir -p {path.parent}`.")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        return _check("error", f"cannot write {path}", "Work in a folder of yours.")
+    return _check("ok", f"sqlite at {path} (will be made), MLflow {_client()}")
+
+
+def _schema_in(path: Path) -> str | Check | None:
+    """The database's revision, None for an empty one, or what is wrong."""
+    try:
+        # Read only: looking must neither migrate nor lock.
+        connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)
+        try:
+            tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
+            if "alembic_version" not in tables:
+                return None
+            rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+            return str(rows[0][0]) if rows else None
+        finally:
+            connection.close()
+    except sqlite3.Error as error:
+        return _check("error", f"{path} is no usable database: {error}", "Name another file.")
+
+
+def _schemas() -> tuple[set[str], str]:
+    """The revisions the installed MLflow knows and its newest, read without importing it."""
+    spec = importlib.util.find_spec("mlflow")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("mlflow is not installed")
+    folder = Path(spec.origin).parent / "store" / "db_migrations" / "versions"
+    text = "\n".join(file.read_text(encoding="utf-8") for file in folder.glob("*.py"))
+    known = set(re.findall(r"""^revision\b[^=\n]*=\s*["'](\w+)""", text, re.MULTILINE))
+    earlier = set(re.findall(r"""^down_revision\b[^=\n]*=\s*["'](\w+)""", text, re.MULTILINE))
+    return known, next(iter(known - earlier))
+
+
+def _check_server(uri: str, shown: str) -> Check:
+    try:
+        answer = requests.get(
+            uri.rstrip("/") + "/version", timeout=NETWORK_SECONDS, headers=_authorization()
+        )
+    except requests.RequestException as error:
+        return _check(
+            "error",
+            f"{shown} does not answer ({type(error).__name__})",
+            "Start it (`mlflow server`), or search anyway and `visiontuner sync FOLDER` later.",
+        )
+    if answer.status_code in (401, 403):
+        return _check(
+            "error",
+            f"{shown} refuses: {answer.status_code}",
+            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
+            "MLFLOW_TRACKING_TOKEN; for a 403 on an open server see its --allowed-hosts.",
+        )
+    version = answer.text.strip()[:20]
+    if answer.status_code != 200 or not re.match(r"\d+\.\d+", version):
+        return _check(
+            "error", f"{shown} is no MLflow server ({answer.status_code})", "Check the address."
+        )
+    # Within one major version MLflow's own promise holds: the API is the same.
+    if version.partition(".")[0] != _client().partition(".")[0]:
+        return _check(
+            "error",
+            f"{shown} runs MLflow {version}, this is {_client()}",
+            "Bring both to the same major version.",
+        )
+    if version != _client():
+        return _check("ok", f"{shown} runs MLflow {version}, this is {_client()}")
+    return _check("ok", f"{shown} runs MLflow {version}")
+
+
+def _authorization() -> dict[str, str]:
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
+def _check_database(uri: str, shown: str, default_port: int) -> Check:
+    parts = urlsplit(uri)
+    host, port = parts.hostname or "localhost", parts.port or default_port
+    try:
+        socket.create_connection((host, port), timeout=NETWORK_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        return _check(
+            "error", f"{shown}: {host}:{port} does not answer ({reason})", "Start the database."
+        )
+    return _check("ok", f"{shown} answers; its schema was not looked at")
+
+
+def _client() -> str:
+    return importlib.metadata.version("mlflow")
+
+
+def _check(status: Status, detail: str, advice: str = "") -> Check:
+    return Check(name="mlflow", status=status, detail=detail, advice=advice)
