@@ -1,0 +1,149 @@
+import io
+import math
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from visiontuner.journal import SearchRecord
+from visiontuner.tracking import figures
+from visiontuner.tracking.importance import importances
+
+NewSearch = Callable[..., Any]
+
+
+def record_of(search: Any) -> SearchRecord:
+    return SearchRecord.load(search.folder)
+
+
+def drawn(figure: Figure) -> Image.Image:
+    image = Image.open(io.BytesIO(figures.to_png(figure))).convert("L")
+    low, high = image.getextrema()
+    assert (low, high)[0] < 128 < high, "the figure is blank"
+    return image
+
+
+@pytest.mark.parametrize("trials", [1, 2, 12, 150])
+def test_every_figure_can_be_drawn_for_any_number_of_trials(
+    new_search: NewSearch, trials: int
+) -> None:
+    search = new_search()
+    search.begin()
+    for number in range(1, trials + 1):
+        search.trial(number, epochs=2)
+    found = figures.search_figures(record_of(search))
+    expected = {"all_curves", "best_so_far", "learning_rate_batch_size", "parallel_coordinates"}
+    assert set(found) == (expected | {"importance"} if trials >= 8 else expected)
+    for figure in found.values():
+        drawn(figure)
+
+
+def test_a_search_without_a_usable_trial_draws_what_it_has(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1, state="failed", best_value=None, best_epoch=None, error="loss is NaN")
+    record = record_of(search)
+    assert set(figures.search_figures(record)) == {"all_curves", "best_so_far"}
+    for figure in figures.search_figures(record).values():
+        drawn(figure)
+    assert figures.learning_rate_batch_size_map(record) is None
+    assert figures.parallel_coordinates(record) is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
+def test_values_that_are_no_numbers_leave_gaps_in_a_curve(
+    new_search: NewSearch, value: float
+) -> None:
+    search = new_search()
+    search.begin()
+    search.start(1)
+    for step in (1, 2, 3):
+        search.epoch(1, step, validation_loss=value if step == 2 else 1.0)
+    search.end(1)
+    figure = figures.trial_curves(record_of(search).trials["t0001"])
+    drawn(figure)
+    validation = figure.axes[0].get_lines()[1]
+    assert list(validation.get_xdata()) == [1, 3]
+
+
+def test_a_trials_best_epoch_is_marked(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1, epochs=3, best_epoch=2)
+    figure = figures.trial_curves(record_of(search).trials["t0001"])
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "Training",
+        "Validation",
+        "Best epoch 2",
+    ]
+
+
+def test_the_map_needs_both_values(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    search.append(
+        "trial_started", trial_id="t0001", attempt=1, configuration={"learning_rate": 0.01}
+    )
+    search.end(1)
+    record = record_of(search)
+    assert figures.learning_rate_batch_size_map(record) is None
+    assert figures.parallel_coordinates(record) is not None
+
+
+def test_choices_and_numbers_share_the_parallel_coordinates(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    for number, optimizer in enumerate(["adamw", "sgd", "adamw"], 1):
+        search.append(
+            "trial_started",
+            trial_id=f"t{number:04d}",
+            attempt=1,
+            configuration={"optimizer": optimizer, "weight_decay": 0.01 * number, "dropout": 0.0},
+        )
+        search.end(number)
+    figure = figures.parallel_coordinates(record_of(search))
+    assert figure is not None
+    drawn(figure)
+
+
+def test_best_so_far_never_gets_worse(new_search: NewSearch) -> None:
+    search = new_search(objective="validation_loss")
+    search.begin()
+    for number, value in enumerate([0.5, 0.9, 0.4], 1):
+        search.trial(number, best_value=value)
+    figure = figures.best_so_far(record_of(search))
+    (line,) = figure.axes[0].get_lines()
+    assert list(line.get_ydata()) == [0.5, 0.5, 0.4]
+
+
+def test_importance_finds_the_value_that_decides(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    for number in range(1, 25):
+        search.append(
+            "trial_started",
+            trial_id=f"t{number:04d}",
+            attempt=1,
+            configuration={
+                "learning_rate": 10 ** -(1 + (number % 6) / 2),
+                "batch_size": [32, 64, 128][number % 3 if number < 13 else (number + 1) % 3],
+            },
+        )
+        search.end(number, best_value=0.4 + 0.1 * (number % 6))
+    shares = importances(record_of(search))
+    assert shares["learning_rate"] > 0.7
+    assert math.isclose(sum(shares.values()), 1.0)
+
+
+def test_drawing_leaves_no_global_state(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    before = dict(mpl.rcParams)
+    figures.search_figures(record_of(search))
+    assert dict(mpl.rcParams) == before

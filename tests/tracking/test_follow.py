@@ -1,0 +1,144 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from visiontuner.errors import TrackingError
+from visiontuner.tracking.client import TrackingRefused, explain, quiet_and_impatient
+from visiontuner.tracking.follow import WriterThread
+from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+# MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+class Server:
+    """A real `mlflow server` on a free port that can be stopped and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self._port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
+        self._process = subprocess.Popen(
+            command,
+            cwd=self._folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_until(self._answers, seconds=120)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    folder = tmp_path / "server"
+    folder.mkdir()
+    server = Server(folder)
+    yield server
+    server.stop()
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_nothing_is_lost_while_the_server_is_away(
+    new_search: Callable[..., Any], server: Server
+) -> None:
+    server.start()
+    search, notices = new_search(), list[str]()
+    search.begin()
+    writer = MlflowWriter(search.folder, tracking_uri=server.uri, draw=False)
+    thread = WriterThread(writer, interval_seconds=0.1, share=1.0, notice=notices.append)
+    search.trial(1)
+    wait_until(lambda: "t0001" in writer.run_ids)
+    server.stop()
+    search.start(2)
+    search.epoch(2, 1)
+    wait_until(lambda: thread.problem)
+    search.epoch(2, 2)
+    search.end(2)
+    server.start()
+    wait_until(lambda: thread.problem is None)
+    search.finish()
+    assert thread.close(timeout=30)
+    assert len(notices) == 2
+    assert "cannot be reached" in notices[0]
+    assert "back" in notices[1]
+    client = MlflowClient(server.uri)
+    for trial_id, steps in (("t0001", [1, 2, 3]), ("t0002", [1, 2])):
+        run_id = writer.run_ids[trial_id]
+        history = client.get_metric_history(run_id, "validation_loss")
+        assert [m.step for m in history] == steps
+        assert client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_closing_without_a_server_ends_in_time_and_says_so(new_search: Callable[..., Any]) -> None:
+    search = new_search()
+    search.begin()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    writer = MlflowWriter(search.folder, tracking_uri=f"http://127.0.0.1:{port}", draw=False)
+    thread = WriterThread(writer, interval_seconds=60)
+    began = time.monotonic()
+    assert not thread.close(timeout=5)
+    assert time.monotonic() - began < 10
+    assert thread.problem is not None
+    assert "visiontuner sync" in thread.problem
+
+
+def test_the_environment_is_as_before_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
+    with quiet_and_impatient(), quiet_and_impatient():
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+
+
+def test_errors_name_the_next_step_and_no_password() -> None:
+    uri = "https://me:secret@mlflow.example"
+    schema = explain(Exception("Detected out-of-date database schema (found version 1)"), uri)
+    assert isinstance(schema, TrackingRefused)
+    assert "mlflow db upgrade" in str(schema)
+    credentials = explain(Exception("API request failed with error code 401 != 200"), uri)
+    assert isinstance(credentials, TrackingRefused)
+    assert "MLFLOW_TRACKING_USERNAME" in str(credentials)
+    away = explain(ConnectionError(f"Max retries exceeded with {uri}"), uri)
+    assert type(away) is TrackingError
+    assert all("secret" not in str(error) for error in (schema, credentials, away))

@@ -1,0 +1,418 @@
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run, ViewType
+
+from visiontuner.errors import TrackingError
+from visiontuner.tracking.client import Store, TrackingRefused
+from visiontuner.tracking.mlflow_writer import MEMORY_FILE, MlflowWriter
+
+NewSearch = Callable[..., Any]
+
+# MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Migrating a new database takes seconds: once for all tests."""
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    Store(f"sqlite:///{path}").call("search_experiments")
+    return path
+
+
+@pytest.fixture
+def store(
+    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Makes empty stores by name; their artifacts stay in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+
+    def make(name: str = "mlflow") -> str:
+        shutil.copyfile(empty_database, tmp_path / f"{name}.db")
+        return f"sqlite:///{tmp_path}/{name}.db"
+
+    return make
+
+
+def write(folder: Path, uri: str, **options: Any) -> MlflowWriter:
+    with MlflowWriter(folder, tracking_uri=uri, draw=options.pop("draw", False)) as writer:
+        writer.catch_up(**options)
+    return writer
+
+
+def all_runs(uri: str) -> list[Run]:
+    client = MlflowClient(uri)
+    ids = [e.experiment_id for e in client.search_experiments(view_type=ViewType.ALL)]
+    return list(client.search_runs(ids, run_view_type=ViewType.ALL, max_results=5000))
+
+
+def contents(uri: str) -> dict[str, Any]:
+    """Everything a store holds of a search, without the ids that differ from store to store."""
+    client = MlflowClient(uri)
+    held = {}
+    runs = all_runs(uri)
+    names = {run.info.run_id: run.info.run_name for run in runs}
+    assert len(set(names.values())) == len(runs), "a run is doubled"
+    for run in runs:
+        tags = dict(run.data.tags)
+        parent = tags.pop("mlflow.parentRunId", None)
+        tags.pop("visiontuner.best_run_id", None)
+        history = {
+            key: sorted(
+                (m.step, m.timestamp, repr(m.value))
+                for m in client.get_metric_history(run.info.run_id, key)
+            )
+            for key in run.data.metrics
+        }
+        held[run.info.run_name] = {
+            "status": run.info.status,
+            "times": (run.info.start_time, run.info.end_time),
+            "tags": tags,
+            "parent": names.get(parent),
+            "params": run.data.params,
+            "history": history,
+            "artifacts": sorted(a.path for a in client.list_artifacts(run.info.run_id)),
+            "figures": sorted(a.path for a in client.list_artifacts(run.info.run_id, "figures")),
+            "inputs": [i.dataset.digest for i in run.inputs.dataset_inputs],
+        }
+    return held
+
+
+def by_name(uri: str) -> dict[str, Run]:
+    return {run.info.run_name: run for run in all_runs(uri)}
+
+
+def test_every_state_has_its_status_and_tag(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    states = ["completed", "stopped_early", "failed", "interrupted"]
+    for number, state in enumerate(states, 1):
+        search.trial(number, state=state, error="loss is NaN" if state == "failed" else None)
+    search.start(5)
+    write(search.folder, uri)
+    runs = by_name(uri)
+    found = [runs[f"t{n:04d}"].info.status for n in range(1, 6)]
+    assert found == ["FINISHED", "FINISHED", "FAILED", "KILLED", "RUNNING"]
+    assert [runs[f"t{n:04d}"].data.tags["visiontuner.state"] for n in range(1, 6)] == [
+        *states,
+        "running",
+    ]
+    assert runs["t0003"].data.tags["visiontuner.error"] == "loss is NaN"
+    assert "best_validation_accuracy" not in runs["t0003"].data.metrics
+
+
+def test_runs_carry_the_journals_own_times_steps_and_values(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.start(1)
+    search.epoch(1, 1, train_loss=math.nan, gradient_norm=math.inf)
+    search.epoch(1, 2)
+    search.end(1)
+    search.finish()
+    write(search.folder, uri)
+    trial, client = by_name(uri)["t0001"], MlflowClient(uri)
+    # The clock moves one second an event: started is the third.
+    assert trial.info.start_time == 1_700_000_003_000
+    assert trial.info.end_time == 1_700_000_006_000
+    history = client.get_metric_history(trial.info.run_id, "validation_loss")
+    assert [(m.step, m.timestamp, m.value) for m in history] == [
+        (1, 1_700_000_004_000, 1.2),
+        (2, 1_700_000_005_000, 0.6),
+    ]
+    first = client.get_metric_history(trial.info.run_id, "gradient_norm")[0]
+    assert math.isnan(first.value)
+    assert trial.data.params == {"learning_rate": "0.001001", "batch_size": "64"}
+
+
+def test_the_parent_holds_the_experiment_the_data_and_the_searchs_own_curve(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(training={"epochs": 5}), store()
+    search.begin()
+    for number in (1, 3, 2):
+        search.trial(number)
+    search.finish()
+    write(search.folder, uri)
+    client, parent = MlflowClient(uri), by_name(uri)["pictures-20261122"]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.params["training.epochs"] == "5"
+    assert parent.data.params["experiment.seed"] == "7"
+    assert all("." in key for key in parent.data.params)
+    assert client.get_experiment(parent.info.experiment_id).name == "pictures"
+    assert parent.inputs.dataset_inputs[0].dataset.digest == "ab" * 16 + "abab"
+    best = client.get_metric_history(parent.info.run_id, "best_validation_accuracy")
+    assert [(m.step, m.value) for m in best] == [(1, 0.53), (2, 0.59), (3, 0.59)]
+    assert parent.data.tags["visiontuner.best_trial"] == "t0003"
+    children = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    assert len(children) == 3
+
+
+def test_replaying_changes_nothing(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.trial(1)
+    search.trial(2, state="stopped_early")
+    search.finish()
+    write(search.folder, uri)
+    before = contents(uri)
+    write(search.folder, uri)
+    (search.folder / MEMORY_FILE).unlink()
+    write(search.folder, uri)
+    assert contents(uri) == before
+
+
+def test_following_line_by_line_equals_one_replay(new_search: NewSearch, store: Any) -> None:
+    search, live, late = new_search(), store("live"), store("late")
+    writer = MlflowWriter(search.folder, tracking_uri=live, draw=False)
+    for step in _a_life_with_a_kill(search):
+        step()
+        writer.catch_up()
+    writer.close()
+    write(search.folder, late)
+    assert contents(live) == contents(late)
+
+
+def test_a_second_server_gets_all_of_it(new_search: NewSearch, store: Any) -> None:
+    search, first, second = new_search(), store("first"), store("second")
+    search.begin()
+    search.trial(1)
+    search.finish()
+    write(search.folder, first)
+    write(search.folder, second)
+    assert contents(first) == contents(second)
+
+
+def test_a_retried_trial_continues_its_run(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    for step in _a_life_with_a_kill(search):
+        step()
+    write(search.folder, uri)
+    trial = by_name(uri)["t0002"]
+    history = MlflowClient(uri).get_metric_history(trial.info.run_id, "validation_loss")
+    assert [m.step for m in history] == [1, 2, 3]
+    assert trial.info.status == "FINISHED"
+    assert trial.data.tags["visiontuner.attempt"] == "2"
+
+
+def test_a_resumed_search_shows_its_dead_trial_as_killed(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.start(1)
+    search.epoch(1, 1)
+    write(search.folder, uri)
+    assert by_name(uri)["t0001"].info.status == "RUNNING"
+    write(search.folder, uri, search_is_over=True)
+    assert by_name(uri)["t0001"].info.status == "KILLED"
+    assert by_name(uri)["pictures-20261122"].info.status == "KILLED"
+    search.append("search_resumed", code={}, machine={})
+    search.start(1, attempt=2)
+    write(search.folder, uri)
+    assert by_name(uri)["t0001"].info.status == "RUNNING"
+    assert by_name(uri)["pictures-20261122"].info.status == "RUNNING"
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing of ours catches it."""
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+def test_a_kill_at_any_call_changes_nothing_in_the_end(
+    new_search: NewSearch, store: Any, monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1, epochs=2)
+    search.trial(2, epochs=1, state="failed", error="loss is NaN")
+    search.append("search_ended", state="completed", best_trial="t0001")
+    whole = store("whole")
+    calls = write(search.folder, whole).store.calls
+    expected = contents(whole)
+    original = Store.call
+    for fatal in range(1, calls + 1):
+        uri = store(f"killed-{fatal}")
+        (search.folder / MEMORY_FILE).unlink(missing_ok=True)
+
+        def call(self: Store, method: str, /, *args: Any, _n: int = fatal, **kwargs: Any) -> Any:
+            if self.calls + 1 == _n and not after:
+                raise Killed
+            result = original(self, method, *args, **kwargs)
+            if self.calls == _n and after:
+                raise Killed
+            return result
+
+        monkeypatch.setattr(Store, "call", call)
+        with pytest.raises(Killed):
+            write(search.folder, uri)
+        monkeypatch.setattr(Store, "call", original)
+        write(search.folder, uri)
+        assert contents(uri) == expected, f"killed at call {fatal}"
+
+
+def test_an_adopted_run_becomes_the_parent_and_keeps_its_name_and_status(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    client = MlflowClient(uri)
+    experiment = client.create_experiment("chosen by mlflow run")
+    adopted = client.create_run(experiment, run_name="mlflow-run").info.run_id
+    client.log_param(adopted, "seed", "'7'")  # an entry point's parameter, quoted by MLflow
+    search.begin()
+    search.trial(1)
+    search.finish()
+    with MlflowWriter(search.folder, tracking_uri=uri, parent_run_id=adopted, draw=False) as writer:
+        assert writer.catch_up().complete
+        assert writer.parent_run_id == adopted
+    parent = client.get_run(adopted)
+    assert (parent.info.run_name, parent.info.status) == ("mlflow-run", "RUNNING")
+    assert parent.data.params["seed"] == "'7'"
+    assert by_name(uri)["t0001"].info.experiment_id == experiment
+    # Later, without `mlflow run`, the run is ours to end.
+    write(search.folder, uri)
+    assert client.get_run(adopted).info.status == "FINISHED"
+
+
+def test_a_search_resumed_under_mlflow_run_keeps_its_first_parent(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.trial(1)
+    first = write(search.folder, uri).parent_run_id
+    client = MlflowClient(uri)
+    second = client.create_run("0").info.run_id
+    search.append("search_resumed", code={}, machine={})
+    search.finish()
+    with MlflowWriter(search.folder, tracking_uri=uri, parent_run_id=second, draw=False) as writer:
+        writer.catch_up()
+        assert writer.parent_run_id == first
+    assert client.get_run(second).data.tags["visiontuner.kind"] == "resume"
+
+
+def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.trial(1)
+    search.trial(2)
+    search.finish()
+    writer = write(search.folder, uri, draw=True)
+    held = contents(uri)
+    assert held["t0001"]["figures"] == ["figures/curves.png"]
+    assert set(held["pictures-20261122"]["figures"]) == {
+        "figures/all_curves.png",
+        "figures/best_so_far.png",
+        "figures/learning_rate_batch_size.png",
+        "figures/parallel_coordinates.png",
+    }
+    assert writer.seconds_figures > 0
+
+
+def test_many_trials_take_three_calls_each_at_most(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    for number in range(1, 121):
+        search.trial(number, epochs=1)
+    search.finish()
+    writer = write(search.folder, uri)
+    assert len(all_runs(uri)) == 121
+    assert writer.store.calls <= 3 * 120 + 20
+    again = write(search.folder, uri)
+    assert again.store.calls <= 4
+
+
+def test_the_memory_file_names_the_runs_and_no_password(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.trial(1)
+    writer = write(search.folder, uri)
+    memory = json.loads((search.folder / MEMORY_FILE).read_text())
+    assert memory["runs"] == {"t0001": by_name(uri)["t0001"].info.run_id} == writer.run_ids
+    assert memory["parent_run_id"] == by_name(uri)["pictures-20261122"].info.run_id
+
+
+def test_only_one_process_writes_a_search(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    with MlflowWriter(search.folder, tracking_uri=uri, draw=False) as writer:
+        writer.catch_up()
+        with pytest.raises(TrackingError, match="Another process is writing"):
+            write(search.folder, uri)
+    write(search.folder, uri)
+
+
+def test_a_deleted_run_is_refused_with_the_way_back(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    run_id = write(search.folder, uri).parent_run_id
+    MlflowClient(uri).delete_run(str(run_id))
+    with pytest.raises(TrackingRefused, match=f"mlflow runs restore --run-id {run_id}"):
+        write(search.folder, uri)
+
+
+def test_a_deleted_experiment_is_refused_with_the_way_back(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    client = MlflowClient(uri)
+    experiment_id = client.create_experiment("pictures")
+    client.delete_experiment(experiment_id)
+    search.begin()
+    with pytest.raises(TrackingRefused, match="mlflow experiments restore"):
+        write(search.folder, uri)
+
+
+@pytest.mark.parametrize("uri", ["mlruns", "file:///tmp/mlruns", "./mlruns"])
+def test_a_file_store_is_refused(new_search: NewSearch, uri: str) -> None:
+    with pytest.raises(TrackingRefused, match="set MLFLOW_TRACKING_URI to sqlite"):
+        write(new_search().folder, uri)
+
+
+def test_a_database_in_a_missing_folder_is_refused_at_once(new_search: NewSearch) -> None:
+    with pytest.raises(TrackingRefused, match="does not exist"):
+        write(new_search().folder, "sqlite:////nowhere/at/all/mlflow.db")
+
+
+def test_a_deadline_that_has_passed_calls_nothing(new_search: NewSearch, store: Any) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    with MlflowWriter(search.folder, tracking_uri=uri, draw=False) as writer:
+        with pytest.raises(TrackingError, match="time for writing"):
+            writer.catch_up(deadline=0.0)
+        assert writer.store.calls == 0
+        writer.catch_up()
+    assert len(all_runs(uri)) == 1
+
+
+def _a_life_with_a_kill(search: Any) -> Iterator[Callable[[], None]]:
+    """A search whose second trial is killed in its second epoch and runs again."""
+    yield search.begin
+    yield lambda: search.trial(1)
+    yield lambda: search.start(2)
+    yield lambda: search.epoch(2, 1)
+    yield lambda: search.epoch(2, 2)
+    yield lambda: search.append("search_resumed", code={}, machine={})
+    yield lambda: search.start(2, attempt=2)
+    for step in (1, 2, 3):
+        yield lambda step=step: search.epoch(2, step, attempt=2)  # type: ignore[misc]
+    yield lambda: search.append(
+        "finding",
+        trial_id="t0002",
+        attempt=2,
+        rule="overfitting",
+        severity="warning",
+        step=3,
+        evidence="",
+        advice="",
+    )
+    yield lambda: search.end(2, attempt=2)
+    yield search.finish
