@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from visiontuner.errors import ExportError
+from visiontuner.model import engine as engine_module
+from visiontuner.model.backbone import Backbone
+from visiontuner.model.engine import OnnxEngine, TorchEngine, make_engine
+from visiontuner.model.export import _key, export_backbone
+
+
+def _images(count: int, size: int = 64) -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((count, 3, size, size), dtype=np.float32)
+
+
+def _expected(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        return backbone.module(torch.from_numpy(images)).numpy()
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_onnx_runtime_equals_torch_at_any_batch_size(
+    count: int, resnet: Backbone, cache: Path
+) -> None:
+    engine = make_engine(resnet, precision="fp32", cache=cache, threads=1)
+    assert isinstance(engine, OnnxEngine)
+    assert engine.description == "ONNX Runtime fp32 on 1 CPU thread"
+    images = _images(count)
+    features = engine.features(images)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, _expected(resnet, images), rtol=1e-4, atol=1e-5)
+
+
+def test_export_is_cached_and_tells_nothing_about_the_machine(
+    resnet: Backbone, cache: Path, capfd: pytest.CaptureFixture
+) -> None:
+    path = export_backbone(resnet, cache=cache)
+    written = path.stat().st_mtime_ns
+    assert export_backbone(resnet, cache=cache) == path
+    assert path.stat().st_mtime_ns == written
+    content = path.read_bytes()
+    for trace in (b"site-packages", b".py", str(Path.cwd()).encode(), str(cache).encode()):
+        assert trace not in content
+    onnx.checker.check_model(onnx.load(path))
+    assert list(path.parent.glob(".export-*")) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_other_weights_are_another_export(resnet: Backbone, cache: Path) -> None:
+    path = export_backbone(resnet, cache=cache)
+    other = replace(resnet, weights_digest="0" * 64)
+    assert _key(other) != path.stem
+    assert _key(replace(resnet, preprocessing=resnet.preprocessing.with_size(96))) != path.stem
+
+
+def test_network_that_does_not_export_runs_in_torch_and_says_so(
+    resnet: Backbone, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("unsupported operator\n  many lines")
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    odd = replace(resnet, weights_digest="1" * 64)
+    engine = make_engine(odd, precision="fp32", cache=cache, threads=1)
+    assert isinstance(engine, TorchEngine)
+    assert engine.description == (
+        "torch fp32 on the CPU (Backbone 'resnet18' cannot be written as ONNX: "
+        "unsupported operator)"
+    )
+    with pytest.raises(ExportError, match="unsupported operator"):
+        export_backbone(odd, cache=cache)
+    assert not list((cache / "exports").glob(".export-*"))
+    images = _images(3)
+    np.testing.assert_allclose(engine.features(images), _expected(odd, images), rtol=1e-4)
+
+
+def test_export_that_answers_differently_is_not_used(
+    resnet: Backbone, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "copy.onnx"
+    path.write_bytes(export_backbone(resnet, cache=cache).read_bytes())
+    monkeypatch.setattr(engine_module, "export_backbone", lambda *_a, **_k: path)
+    shifted = replace(resnet, module=torch.nn.Sequential(resnet.module, torch.nn.Softplus()))
+    engine = make_engine(shifted, precision="fp32", cache=tmp_path, threads=1)
+    assert isinstance(engine, TorchEngine)
+    assert "differs from torch" in engine.description
+
+
+def test_bf16_runs_in_torch_and_stays_close(resnet: Backbone, cache: Path) -> None:
+    engine = make_engine(resnet, precision="bf16", cache=cache, threads=1)
+    assert engine.description == "torch bf16 on the CPU"
+    images = _images(2)
+    got, expected = engine.features(images), _expected(resnet, images)
+    assert got.dtype == np.float32
+    cosine = (
+        (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    )
+    assert cosine.min() > 0.999
