@@ -146,28 +146,28 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
 
 def _layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
     findings = [
-        _listed(
+        listed(
             "ignored_files",
             "info",
             layout.ignored,
             "left out: not a picture file in a class folder",
             "Remove them, or give pictures one of the usual endings.",
         ),
-        _listed(
+        listed(
             "broken_links",
             "warning",
             layout.broken_links,
             "left out: the link's target is gone",
             "Restore the targets or remove the links.",
         ),
-        _listed(
+        listed(
             "unreadable_files",
             "warning",
             unreadable,
             "left out: the file cannot be opened",
             "Check the files' permissions.",
         ),
-        _listed(
+        listed(
             "empty_class_folders",
             "warning",
             layout.empty_classes,
@@ -188,9 +188,10 @@ def _layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]
     return [finding for finding in findings if finding is not None]
 
 
-def _listed(
+def listed(
     rule: str, severity: Severity, paths: Sequence[str], what: str, advice: str
 ) -> Finding | None:
+    """A finding about some paths or names, with their number and the first as an example."""
     if not paths:
         return None
     evidence = f"{len(paths)} ({paths[0]}{', …' if len(paths) > 1 else ''}): {what}"
@@ -199,7 +200,7 @@ def _listed(
 
 def _class_findings(dataset: ImageDataset) -> list[Finding]:
     findings = [
-        _listed(
+        listed(
             "missing_classes",
             "warning",
             _classes_with(dataset, split, 0),
@@ -210,14 +211,14 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
         if dataset.splits[split]
     ]
     findings += [
-        _listed(
+        listed(
             "classes_without_training_pictures",
             "error",
             _classes_with(dataset, "train", 0),
             "classes that cannot be learned",
             "Add pictures of them to train, or remove the classes.",
         ),
-        _listed(
+        listed(
             "classes_with_one_training_picture",
             "warning",
             _classes_with(dataset, "train", 1),
