@@ -29,12 +29,12 @@ GB = 10**9
 MIB = 2**20
 # One search of 100,000 pictures writes 0.5 GB of features, and a download is kept beside its copy.
 DISK_WARNING, DISK_ERROR = 5 * GB, 1 * GB
-# Ray, the driver and two workers hold about 1.5 GB together.
+# Chosen, not measured: a driver, Ray and two workers each import torch.
 MEMORY_WARNING, MEMORY_ERROR = 3 * GB, 1 * GB
 SHARED_MEMORY_WARNING = 512 * MIB
 IMPORT_SECONDS = 20.0
 # torchvision's compiled operators are what breaks when the builds differ. Loading them alone says
-# so in 4 s, where `import torchvision` takes 10 (measured on 2 cores).
+# so in 4.9 s of CPU time, where `import torchvision` takes 9.3 (one measurement each, 2 cores).
 _LOAD_TORCH = """
 import glob, importlib.util, os, torch
 folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
