@@ -1,0 +1,305 @@
+"""Log a classifier folder as an MLflow model, once, and register it.
+
+Each step looks for what an earlier attempt left behind, so that a kill between two of them is made
+good by calling again.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import logging
+import shutil
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlflow
+import pandas as pd
+from mlflow import MlflowClient
+from mlflow.entities import LoggedModel, LoggedModelStatus, Run
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array, Object, Property
+
+import visiontuner
+from visiontuner.errors import ClassifierError, TrackingError
+
+CHALLENGER = "challenger"
+DIGEST_TAG = "visiontuner.classifier_digest"
+MODEL_NAME = "classifier"
+
+# All that `serving/pyfunc.py` imports of visiontuner; it travels with the model.
+_CODE = (
+    "__init__.py",
+    "errors.py",
+    "data/__init__.py",
+    "data/images.py",
+    "model/__init__.py",
+    "model/classifier.py",
+)
+# mlflow-skinny serves as well as mlflow and is half a gigabyte smaller.
+_REQUIREMENTS = ("mlflow-skinny", "onnxruntime", "pillow", "numpy", "pandas")
+# What a model version says about where it came from; written on its runs by the tracking writer.
+_LINEAGE = (
+    "visiontuner.search_id",
+    "visiontuner.trial_id",
+    "visiontuner.data_digest",
+    "visiontuner.data_source",
+    "visiontuner.code_commit",
+    "visiontuner.code_dirty",
+    "visiontuner.version",
+    "visiontuner.backbone",
+    "visiontuner.weights_digest",
+)
+_LOGGERS = ("mlflow", "sagemaker", "alembic")
+# MLflow's fluent functions keep the tracking URI of the process: one logging at a time.
+_one_at_a_time = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelVersionInfo:
+    """One version in the registry; `uri` is `models:/NAME/VERSION`."""
+
+    name: str
+    version: str
+    model_id: str
+    uri: str
+
+
+def log_classifier(
+    folder: Path,
+    *,
+    run_id: str,
+    tracking_uri: str,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+) -> ModelVersionInfo:
+    """Log a classifier folder on a trial's run and register it as the newest challenger.
+
+    The same classifier on the same run is logged once, however often this is called.
+
+    Args:
+        folder: a packaged classifier.
+        run_id: the run of the trial that made it.
+        name: of the registered model; made if missing.
+        tags: more tags for the model and its version; lineage tags come from the runs.
+
+    Raises:
+        ClassifierError: the folder is not a classifier.
+        TrackingError: MLflow is away or refuses.
+    """
+    digest = classifier_digest(folder)
+    with _one_at_a_time, _quiet(), _fluent_uris(tracking_uri):
+        try:
+            client = MlflowClient(tracking_uri, tracking_uri)
+            run = client.get_run(run_id)
+            labels = {**_lineage(client, run), **(tags or {}), DIGEST_TAG: digest}
+            model_id = _find_model(client, run, digest) or _log_model(client, folder, run, labels)
+            _link_dataset(client, run, model_id)
+            version = _register(client, name, run_id, model_id, labels)
+        except (MlflowException, OSError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise TrackingError(
+                f"MLflow could not take the model: {text} `visiontuner sync` tries again."
+            ) from error
+    return ModelVersionInfo(
+        name=name,
+        version=str(version.version),
+        model_id=model_id,
+        uri=f"models:/{name}/{version.version}",
+    )
+
+
+def classifier_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of a classifier folder's files.
+
+    Raises:
+        ClassifierError: there is no classifier in the folder.
+    """
+    if not (folder / "classifier.json").is_file():
+        raise ClassifierError(f"{folder} is no classifier folder: it has no classifier.json.")
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(path.relative_to(folder).as_posix().encode() + b"\0")
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def requirements() -> list[str]:
+    """What the served model needs, pinned to what is installed here."""
+    return [f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS]
+
+
+def signature() -> ModelSignature:
+    """A column of picture files in; label, probability and the top k out."""
+    choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.string, "label"),
+                ColSpec(DataType.double, "probability"),
+                ColSpec(Array(choice), "top_k"),
+            ]
+        ),
+        params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+    )
+
+
+def _lineage(client: MlflowClient, run: Run) -> dict[str, str]:
+    """The lineage tags of a trial's run and its parent's."""
+    parent_id = run.data.tags.get("mlflow.parentRunId")
+    parent = client.get_run(parent_id).data.tags if parent_id else {}
+    both = {**parent, **run.data.tags}
+    return {key: both[key] for key in _LINEAGE if key in both}
+
+
+def _find_model(client: MlflowClient, run: Run, digest: str) -> str | None:
+    """The model that an earlier call logged completely; what it left unfinished is deleted."""
+    models: list[LoggedModel] = client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"tags.`{DIGEST_TAG}` = '{digest}'"
+    )
+    found = None
+    for model in sorted(models, key=lambda m: (m.creation_timestamp, m.model_id)):
+        if model.source_run_id != run.info.run_id:
+            continue
+        if model.status == LoggedModelStatus.READY:
+            found = found or model.model_id
+        else:
+            client.delete_logged_model(model.model_id)
+    return found
+
+
+def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, str]) -> str:
+    # Not at the top but in `_quiet`: its first import warns about MLflow's own type hints.
+    import mlflow.pyfunc
+
+    # Made by hand: `Model.log` would put it into the process's experiment, not into the run's.
+    model = client.create_logged_model(
+        run.info.experiment_id,
+        MODEL_NAME,
+        source_run_id=run.info.run_id,
+        tags=dict(tags),
+        params=run.data.params,
+    )
+    with TemporaryDirectory() as temporary:
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run.info.run_id,
+            model_id=model.model_id,
+            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            artifacts={"classifier": str(folder)},
+            code_paths=[str(_stage_code(Path(temporary)))],
+            signature=signature(),
+            input_example=(_example(folder), {"top_k": 5}),
+            pip_requirements=requirements(),
+        )
+    return str(model.model_id)
+
+
+def _link_dataset(client: MlflowClient, run: Run, model_id: str) -> None:
+    """The trial's run names the search's data set, and the model its best value on it."""
+    parent_id = run.data.tags.get("mlflow.parentRunId")
+    inputs = client.get_run(parent_id).inputs if parent_id else None
+    if inputs is None or not inputs.dataset_inputs:
+        return
+    client.log_inputs(run.info.run_id, datasets=inputs.dataset_inputs)
+    dataset = inputs.dataset_inputs[0].dataset
+    linked = {metric.key for metric in client.get_logged_model(model_id).metrics or ()}
+    for key in sorted(set(run.data.metrics) - linked):
+        if not key.startswith("best_"):
+            continue
+        # Exactly the run's own point: the run's curve must not get another.
+        point = client.get_metric_history(run.info.run_id, key)[-1]
+        client.log_metric(
+            run.info.run_id, key, point.value, timestamp=point.timestamp, step=point.step,
+            model_id=model_id, dataset_name=dataset.name, dataset_digest=dataset.digest,
+        )  # fmt: skip
+
+
+def _register(
+    client: MlflowClient, name: str, run_id: str, model_id: str, tags: Mapping[str, str]
+) -> ModelVersion:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    versions = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+    version = next((v for v in versions if v.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]), None)
+    if version is None:
+        version = client.create_model_version(
+            name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
+        )
+    aliases = client.get_registered_model(name).aliases
+    # Never back to an older version, when a search is synchronised late.
+    if int(aliases.get(CHALLENGER, 0)) < int(version.version):
+        client.set_registered_model_alias(name, CHALLENGER, version.version)
+    return version
+
+
+def _stage_code(folder: Path) -> Path:
+    """A package `visiontuner` with only the modules that serving needs."""
+    source, target = Path(visiontuner.__file__).parent, folder / "visiontuner"
+    for relative in _CODE:
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / relative, target / relative)
+    return target
+
+
+def _example(folder: Path) -> pd.DataFrame:
+    """A real picture: the first of the reference."""
+    try:
+        reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+        content = base64.b64decode(_first_picture(reference))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ClassifierError(
+            f"{folder}/reference.json has no picture to show as an example: {error}."
+        ) from None
+    return pd.DataFrame({"image": [content]})
+
+
+def _first_picture(reference: Any) -> str:
+    return str(reference["pictures"][0]["image"])
+
+
+@contextmanager
+def _fluent_uris(tracking_uri: str) -> Iterator[None]:
+    """MLflow's logging of models reads the process-wide URIs: set for us, put back after."""
+    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    mlflow.set_tracking_uri(tracking_uri)
+    mlflow.set_registry_uri(tracking_uri)
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(before[0])
+        mlflow.set_registry_uri(before[1])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """MLflow's notices, prints and warnings are about its own ways, not about this model."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,72 @@
+"""A classifier that can be checked by eye: it names a picture's strongest colour."""
+
+import base64
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+from safetensors.numpy import save_file
+
+from visiontuner.data.images import Preprocessing
+
+COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
+
+
+def picture(colour: str, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 30), COLOURS[colour]).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def colour_network(size: int) -> onnx.ModelProto:
+    """logits = 4 x the mean of each channel."""
+    weight = numpy_helper.from_array(4 * np.eye(3, dtype=np.float32), "weight")
+    nodes = [
+        helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
+        helper.make_node("Flatten", ["pooled"], ["features"]),
+        helper.make_node("Gemm", ["features", "weight"], ["logits"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "colours",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [weight],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.fixture(scope="session")
+def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("colours") / "classifier"
+    folder.mkdir()
+    preprocessing = Preprocessing(
+        resize=16, size=16, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear"
+    )
+    description = {
+        "schema_version": 1,
+        "class_names": list(COLOURS),
+        "preprocessing": preprocessing.to_dict(),
+        "temperature": 1.0,
+        "threshold": None,
+        "metadata": {},
+    }
+    (folder / "classifier.json").write_text(json.dumps(description))
+    onnx.save(colour_network(16), folder / "model.onnx")
+    save_file({"head.weight": np.eye(3, dtype=np.float32)}, folder / "weights.safetensors")
+    reference = {
+        "schema_version": 1,
+        "pictures": [{"path": "red.png", "image": base64.b64encode(picture("red")).decode()}],
+    }
+    (folder / "reference.json").write_text(json.dumps(reference))
+    return folder
+
+
+@pytest.fixture
+def make_picture() -> object:
+    return picture

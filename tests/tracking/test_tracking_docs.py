@@ -1,0 +1,59 @@
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from visiontuner.experiment import SEARCHABLE
+from visiontuner.journal import read_events
+from visiontuner.tracking.plan import SearchPlan, TrialPlan
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "tracking.md"
+
+
+@pytest.fixture
+def described() -> set[str]:
+    return set(re.findall(r"`([A-Za-z_.]+)`", DOCUMENT.read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def plan(new_search: Callable[..., Any]) -> SearchPlan:
+    """A search that makes the writer use every name it has."""
+    search = new_search()
+    search.begin()
+    search.append("finding", rule="imbalance", severity="warning", evidence="", advice="")
+    search.trial(1, reason="asha")
+    search.trial(2, state="failed", error="loss is NaN")
+    search.append(
+        "finding", trial_id="t0001", attempt=1, rule="r", severity="info", evidence="", advice=""
+    )
+    search.finish()
+    return SearchPlan.of(read_events(search.folder).events)
+
+
+def test_every_metric_is_described(plan: SearchPlan, described: set[str]) -> None:
+    points = [*plan.points, *(p for trial in plan.trials.values() for p in trial.points)]
+    assert {point.key for point in points} <= described
+
+
+def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
+    tags = set(plan.tags()).union(*(trial.tags() for trial in plan.trials.values()))
+    assert tags <= described
+    # And nothing is described that nobody writes.
+    written_elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
+    assert {n for n in described if n.startswith("visiontuner.")} <= tags | written_elsewhere
+
+
+def test_every_parameter_is_described(described: set[str]) -> None:
+    assert set(SEARCHABLE) <= described
+
+
+def test_the_experiments_parameters_have_a_dot(plan: SearchPlan) -> None:
+    assert all("." in name for name in plan.params())
+    assert {"training.epochs", "experiment.seed", "model.backbone"} <= set(plan.params())
+
+
+def test_long_texts_fit_into_mlflow() -> None:
+    trial = TrialPlan(search_id="s", trial_id="t", configuration={"x": "y" * 9000}, started=0)
+    assert len(trial.params()["x"]) == 6000
