@@ -159,6 +159,14 @@ Domain = Values | Range
 Space = Mapping[str, Domain]
 
 
+QUICKSTART: Mapping[str, Any] = {
+    "name": "quickstart",
+    "data": {"source": "digits"},
+    "model": {"image_size": 96},
+}
+"""What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
+
+
 def default_space() -> dict[str, Domain]:
     """Learning rate and batch size, as wide as a head on frozen features needs them."""
     return {
@@ -175,7 +183,7 @@ class Search(Section):
     scheduler: Literal["none", "asha"] = "asha"
     time_budget: Seconds | None = None
     space: dict[str, Domain] = Field(default_factory=default_space)
-    first: tuple[Configuration, ...] = ()
+    first: tuple[Configuration, ...] | None = None
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.25
 
@@ -189,19 +197,22 @@ class Search(Section):
     @field_validator("first", mode="before")
     @classmethod
     def _read_first(cls, raw: object) -> object:
+        if raw is None:
+            return None
         if not isinstance(raw, list | tuple):
             raise ValueError(f"must be a list of configurations, got {raw!r}")
         return [_read_configuration(index, item) for index, item in enumerate(raw)]
 
     @model_validator(mode="after")
     def _first_fits_space(self) -> Self:
-        for index, configuration in enumerate(self.first):
+        first = self.first or ()
+        for index, configuration in enumerate(first):
             _check_configuration(f"search.first[{index}]", configuration, self.space)
-            if configuration in self.first[:index]:
+            if configuration in first[:index]:
                 raise told(f"search.first[{index}]: repeats an earlier configuration")
-        if len(self.first) > self.trials:
+        if len(first) > self.trials:
             raise told(
-                f"search.trials must be >= {len(self.first)}, the number of configurations in "
+                f"search.trials must be >= {len(first)}, the number of configurations in "
                 f"search.first, got {self.trials}"
             )
         return self
@@ -233,6 +244,18 @@ class Experiment(Section):
         """Which direction of the objective is better."""
         return "min" if self.objective == "validation_loss" else "max"
 
+    def first_trials(self) -> list[Configuration]:
+        """`search.first`; where that is null the values under `training`, if the space holds them.
+
+        Without the defaults among its trials a search can lose to them.
+        """
+        if self.search.first is not None:
+            return list(self.search.first)
+        space = self.search.space
+        defaults: Configuration = {name: getattr(self.training, name) for name in space}
+        fits = all(domain.holds(defaults[name]) for name, domain in space.items())
+        return [defaults] if fits and self.search.algorithm != "grid" else []
+
     @model_validator(mode="before")
     @classmethod
     def _name_after_the_data(cls, raw: object) -> object:
@@ -255,22 +278,7 @@ class Experiment(Section):
         Raises:
             ExperimentError: naming the key, the value and the rule it breaks.
         """
-        path = Path(path)
-        try:
-            # A subclass of SafeLoader: plain values only, and no key twice.
-            raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-        except OSError as error:
-            raise ExperimentError(
-                f"Cannot read the experiment file {path}: {error.strerror}. "
-                "Examples are in experiments/."
-            ) from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ExperimentError(f"{path} is not YAML: {_one_line(error)}") from None
-        if raw is None:
-            raw = {}
-        if not isinstance(raw, dict):
-            raise ExperimentError(f"{path} must hold keys and values, got {type(raw).__name__}.")
-        return cls.parse(raw, overrides, where=str(path))
+        return cls.parse(read_experiment(Path(path)), overrides, where=str(path))
 
     @classmethod
     def parse(
@@ -291,6 +299,29 @@ class Experiment(Section):
     def flatten(self) -> dict[str, str]:
         """Dotted names to text, `{"training.epochs": "20", …}`, as MLflow parameters need them."""
         return dict(_flatten("", self.model_dump(mode="json")))
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """The keys and values of an experiment file, not yet checked.
+
+    Raises:
+        ExperimentError: the file cannot be read, or is not YAML with keys and values.
+    """
+    try:
+        # A subclass of SafeLoader: plain values only, and no key twice.
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+    except OSError as error:
+        raise ExperimentError(
+            f"Cannot read the experiment file {path}: {error.strerror}. "
+            "Examples are in experiments/."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path} is not YAML: {_one_line(error)}") from None
+    if raw is None:
+        return {}
+    if not isinstance(raw, dict):
+        raise ExperimentError(f"{path} must hold keys and values, got {type(raw).__name__}.")
+    return raw
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -6,11 +6,12 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
 
     search_started   experiment, data, code, machine      the first line
     search_resumed   code, machine                        one for each `--resume`
+    features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
     trial_started    configuration
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
     trial_ended      state, best_epoch, best_value, error, reason
-    search_ended     state, best_trial
+    search_ended     state, best_trial, error
 
 `SearchRecord` folds the lines into the state of the search: a pure function of what was read.
 """
@@ -110,6 +111,21 @@ class JournalWriter:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a process is writing this search's journal now; a dead one's lock is gone."""
+    path = folder / FILE_NAME
+    if not path.exists():
+        return False
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        _lock(descriptor, path)
+    except JournalError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
 
 
 class Read(NamedTuple):
