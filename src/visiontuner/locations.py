@@ -1,0 +1,39 @@
+"""Where things are when nobody says: the cache, the tracking store, the searches."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from visiontuner.errors import JournalError
+from visiontuner.journal import FILE_NAME
+
+SEARCHES = Path("searches")
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+
+
+def cache_folder() -> Path:
+    """Features, exported networks, downloads: `VISIONTUNER_CACHE` or the user's cache folder."""
+    chosen = os.environ.get("VISIONTUNER_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))
+
+
+def tracking_uri() -> str:
+    """Where MLflow is: `MLFLOW_TRACKING_URI` or a database in this folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def newest_search(searches: Path = SEARCHES) -> Path:
+    """The search folder whose journal was written last.
+
+    Raises:
+        JournalError: there is none.
+    """
+    journals = list(searches.glob(f"*/{FILE_NAME}"))
+    if not journals:
+        raise JournalError(f"There is no search in {searches}/ yet; `visiontuner tune` makes one.")
+    return max(journals, key=lambda journal: journal.stat().st_mtime).parent

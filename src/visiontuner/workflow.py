@@ -1,0 +1,447 @@
+"""Joins the parts: data, features, search, packaging, tracking. What the command line calls.
+
+prepare(experiment)            look at the pictures
+run_search(experiment)         search, track, package and register
+resume_search(folder)          the same, from where a search was stopped
+sync_search(folder)            write a search's journal into MLflow, late or elsewhere
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from visiontuner import provenance
+from visiontuner.data.dataset import ImageDataset, Sample, load_dataset
+from visiontuner.data.findings import DatasetSummary, inspect_dataset, summarise
+from visiontuner.data.source import fetch_source
+from visiontuner.errors import JournalError, SearchFailed, TrackingError, UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import (
+    FILE_NAME,
+    Event,
+    Finding,
+    JournalWriter,
+    SearchRecord,
+    TrialRecord,
+    is_running,
+)
+from visiontuner.locations import SEARCHES, cache_folder, tracking_uri
+from visiontuner.model.backbone import Backbone, load_backbone
+from visiontuner.model.engine import Engine, make_engine
+from visiontuner.model.features import FeatureSet, compute_features
+from visiontuner.model.package import package_classifier
+from visiontuner.search.cluster import Where, ray_for_search
+from visiontuner.search.plan import make_plan
+from visiontuner.search.run import Recorder, SearchState, run_trials
+from visiontuner.search.trial import HEAD_FILE
+from visiontuner.serving.registry import log_classifier
+from visiontuner.tracking.follow import WriterThread
+from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+EXPERIMENT_FILE = "experiment.yaml"
+CLASSIFIER_FOLDER = "classifier"
+REFERENCE_PICTURES = 20
+
+
+class Observer(Protocol):
+    """Who watches a search: `console.SearchConsole` at the command line."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
+    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def trials_end(self) -> None: ...
+
+
+class Silent:
+    """An Observer that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
+    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def trials_end(self) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """How a search ended.
+
+    Attributes:
+        folder: the search folder, complete whatever MLflow did.
+        state: `interrupted` and `time_budget` can be resumed.
+        classifier: the best trial as an artifact, if any trial was usable.
+        model: `models:/NAME/VERSION` in MLflow, if it could be registered.
+        tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
+    """
+
+    folder: Path
+    record: SearchRecord
+    state: SearchState
+    classifier: Path | None = None
+    model: str | None = None
+    tracking_problem: str | None = None
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return self.record.best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` found."""
+
+    dataset: ImageDataset
+    summary: DatasetSummary
+    findings: list[Finding]
+
+
+def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prepared:
+    """Fetch the pictures and look at every one of them."""
+    observer = observer or Silent()
+    dataset = _load_data(experiment, observer)
+    findings = inspect_dataset(
+        dataset,
+        cache=cache_folder(),
+        progress=lambda done, total: observer.progress("Looking at", done, total, "pictures"),
+    )
+    return Prepared(
+        dataset=dataset,
+        summary=summarise(dataset, cache=cache_folder()),
+        findings=[*dataset.findings, *findings],
+    )
+
+
+def run_search(
+    experiment: Experiment,
+    *,
+    output: Path | None = None,
+    on: Where = "local",
+    observer: Observer | None = None,
+) -> SearchResult:
+    """Search, write every trial to MLflow, package and register the best.
+
+    Args:
+        output: a new folder for the search; default: `searches/NAME-TIME` here.
+        on: `local` starts a Ray on this machine, `auto` joins the cluster it is in.
+
+    Raises:
+        UserMistake: the folder is taken, or data or backbone do not fit the experiment.
+        SearchFailed: no trial was usable; the message has the first trial's error.
+    """
+    folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserMistake(
+            f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
+        )
+    return _Run(experiment, folder, on, observer or Silent()).run()
+
+
+def resume_search(
+    folder: Path, *, on: Where = "local", observer: Observer | None = None
+) -> SearchResult:
+    """Go on with a search after any death: finished trials stay, the others run.
+
+    Raises:
+        JournalError: the folder holds no search, or another process is running it.
+        UserMistake: the pictures are not those the search began with.
+    """
+    path = folder / EXPERIMENT_FILE
+    if not path.is_file():
+        raise JournalError(f"{folder} is no search folder: it has no {EXPERIMENT_FILE}.")
+    return _Run(Experiment.load(path), folder, on, observer or Silent()).run()
+
+
+def sync_search(folder: Path) -> SearchResult:
+    """Write a search's journal into MLflow, model and registration included.
+
+    Repeating it changes nothing. Nothing is computed: a search that ended without its classifier
+    gets it from `resume_search`.
+
+    Raises:
+        JournalError: the folder holds no search, or it is still running elsewhere.
+        TrackingError: MLflow is away or refuses.
+    """
+    record = SearchRecord.load(folder)
+    with MlflowWriter(folder, tracking_uri=tracking_uri()) as writer:
+        writer.catch_up(search_is_over=not is_running(folder))
+        run_ids = writer.run_ids
+    classifier = folder / CLASSIFIER_FOLDER
+    state: SearchState = record.ended["state"] if record.ended else "interrupted"
+    model = None
+    if classifier.is_dir() and record.best is not None:
+        model = _register(folder, record, run_ids)
+    return SearchResult(
+        folder=folder,
+        record=record,
+        state=state,
+        classifier=classifier if classifier.is_dir() else None,
+        model=model,
+    )
+
+
+class _Run:
+    """One run of a search, from the pictures to the registered model."""
+
+    def __init__(self, experiment: Experiment, folder: Path, on: Where, observer: Observer) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.on = on
+        self.observer = observer
+        self.cache = cache_folder()
+
+    def run(self) -> SearchResult:
+        # Both can show the experiment to be wrong: before there is a folder or a run to clean up.
+        dataset = _load_data(self.experiment, self.observer)
+        backbone = load_backbone(
+            self.experiment.model.backbone,
+            weights=self.experiment.model.weights,
+            image_size=self.experiment.model.image_size,
+            cache=self.cache,
+        )
+        recorder = self._open_journal(dataset)
+        tracking = _Tracking(self.folder, self.observer)
+        try:
+            state = self._search(dataset, backbone, recorder)
+        except KeyboardInterrupt:
+            state = "interrupted"
+        except Exception as error:
+            recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
+            tracking.close()
+            raise
+        return self._conclude(state, dataset, backbone, recorder, tracking)
+
+    def _open_journal(self, dataset: ImageDataset) -> Recorder:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / EXPERIMENT_FILE
+        if not path.exists():
+            path.write_text(self.experiment.to_yaml(), encoding="utf-8")
+        has_journal = (self.folder / FILE_NAME).exists()
+        record = SearchRecord.load(self.folder) if has_journal else SearchRecord()
+        search_id = record.search_id or uuid.uuid4().hex
+        journal = JournalWriter(self.folder, search_id)
+        recorder = Recorder(journal, record, [self.observer.event])
+        described = {
+            "code": provenance.describe_code(),
+            "machine": provenance.describe_machine(),
+        }
+        if record.started:
+            _require_same_data(record, dataset)
+            recorder.append("search_resumed", **described)
+        else:
+            recorder.append(
+                "search_started",
+                name=self.folder.resolve().name,
+                experiment=self.experiment.model_dump(mode="json"),
+                data=_describe_data(self.experiment, dataset),
+                **described,
+            )
+        self.observer.note(f"Search folder: {self.folder}")
+        return recorder
+
+    def _search(self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder) -> SearchState:
+        remaining = make_plan(self.experiment, recorder.record).remaining
+        if remaining == 0:
+            return "completed"
+        with ray_for_search(self.on):
+            features = self._features(dataset, backbone, recorder)
+            total = sum(t.finished for t in recorder.record.trials.values()) + remaining
+            self.observer.trials_begin(recorder.record, total)
+            try:
+                return run_trials(self.folder, self.experiment, features.folder, recorder)
+            finally:
+                self.observer.trials_end()
+
+    def _features(
+        self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder
+    ) -> FeatureSet:
+        """The features, computed or found; which of both goes into the journal."""
+        began = time.monotonic()
+        features = compute_features(
+            dataset,
+            backbone=backbone,
+            engine=lambda: self._engine(backbone),
+            precision=self.experiment.training.precision,
+            cache=self.cache,
+            on_bad_image=self.experiment.data.on_bad_image,
+            progress=lambda done, total: self.observer.progress(
+                "Features of", done, total, "pictures"
+            ),
+        )
+        seconds = round(time.monotonic() - began, 3)
+        recorder.append(
+            "features_ready",
+            backbone=backbone.name,
+            weights_digest=backbone.weights_digest,
+            feature_dim=features.feature_dim,
+            engine=features.engine,
+            computed=features.computed,
+            seconds=seconds,
+            folder=str(features.folder),
+        )
+        if not features.computed:
+            self.observer.note("Features: all in the cache, nothing to compute.")
+        for finding in features.findings:
+            recorder.append("finding", **asdict(finding))
+            self.observer.note(f"{finding.severity}: {finding.evidence}")
+        return features
+
+    def _engine(self, backbone: Backbone) -> Engine:
+        engine = make_engine(
+            backbone, precision=self.experiment.training.precision, cache=self.cache
+        )
+        self.observer.note(f"Features are computed once, by {engine.description}.")
+        return engine
+
+    def _conclude(
+        self,
+        state: SearchState,
+        dataset: ImageDataset,
+        backbone: Backbone,
+        recorder: Recorder,
+        tracking: _Tracking,
+    ) -> SearchResult:
+        best = recorder.record.best
+        recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
+        if state == "interrupted":
+            return self._result(state, recorder, tracking.close(timeout_seconds=10))
+        if best is None:
+            tracking.close()
+            raise SearchFailed(_first_error(recorder.record))
+        self.observer.note(f"Packaging {best.trial_id} as a classifier.")
+        classifier = self._package(best, dataset, backbone)
+        problem = tracking.close()
+        model = None
+        if problem is None:
+            try:
+                model = _register(self.folder, recorder.record, tracking.run_ids)
+            except TrackingError as error:
+                problem = str(error)
+        return self._result(state, recorder, problem, classifier=classifier, model=model)
+
+    def _result(
+        self, state: SearchState, recorder: Recorder, problem: str | None, **parts: Any
+    ) -> SearchResult:
+        return SearchResult(
+            folder=self.folder,
+            record=recorder.record,
+            state=state,
+            tracking_problem=problem,
+            **parts,
+        )
+
+    def _package(self, best: TrialRecord, dataset: ImageDataset, backbone: Backbone) -> Path:
+        folder = self.folder / CLASSIFIER_FOLDER
+        package_classifier(
+            folder=folder,
+            backbone=backbone,
+            head_weights=self.folder / "trials" / best.trial_id / HEAD_FILE,
+            class_names=dataset.class_names,
+            dataset_root=dataset.root,
+            reference_paths=_spread(dataset.splits["validation"], REFERENCE_PICTURES),
+            metadata={
+                "trial_id": best.trial_id,
+                "configuration": best.configuration,
+                "data_digest": dataset.digest,
+                self.experiment.objective: best.best_value,
+            },
+            cache=self.cache,
+        )
+        return folder
+
+
+class _Tracking:
+    """The MLflow writer beside a running search."""
+
+    def __init__(self, folder: Path, observer: Observer) -> None:
+        # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
+        adopted = os.environ.pop("MLFLOW_RUN_ID", None)
+        self._writer = MlflowWriter(folder, tracking_uri=tracking_uri(), parent_run_id=adopted)
+        self._thread = WriterThread(self._writer, notice=observer.note)
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """MLflow run ids by trial id."""
+        return self._writer.run_ids
+
+    def close(self, *, timeout_seconds: float = 60) -> str | None:
+        """Write the rest; returns why not everything is in MLflow, or None."""
+        if self._thread.close(timeout_seconds):
+            return None
+        return self._thread.problem or "MLflow does not hold everything yet."
+
+
+def _load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
+    data, cache = experiment.data, cache_folder()
+    root = fetch_source(
+        data.source,
+        cache=cache,
+        sha256=data.sha256,
+        progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
+    )
+    dataset = load_dataset(
+        root,
+        limit_per_class=data.limit_per_class,
+        cache=cache,
+        progress=lambda done, total: observer.progress("Reading", done, total, "files"),
+    )
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
+    observer.note(f"{len(dataset.class_names)} classes; pictures: {counts}.")
+    return dataset
+
+
+def _describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
+    return {
+        "source": experiment.data.source,
+        "root": str(dataset.root.resolve()),
+        "digest": dataset.digest,
+        "class_names": list(dataset.class_names),
+        "counts": {name: len(samples) for name, samples in dataset.splits.items()},
+    }
+
+
+def _require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
+    began_with = record.started.get("data", {}).get("digest")
+    if began_with != dataset.digest:
+        raise UserMistake(
+            f"The pictures in {dataset.root} are not those this search began with "
+            f"(digest {dataset.digest[:12]} instead of {str(began_with)[:12]}). "
+            "Start a new search, or bring the old pictures back."
+        )
+
+
+def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str]) -> str:
+    """Log and register the classifier once, on the run of the trial that made it."""
+    best = record.best
+    assert best is not None
+    version = log_classifier(
+        folder / CLASSIFIER_FOLDER,
+        run_id=run_ids[best.trial_id],
+        tracking_uri=tracking_uri(),
+        name=record.started["experiment"]["name"],
+        tags={
+            "visiontuner.search_id": record.search_id,
+            "visiontuner.trial_id": best.trial_id,
+            "visiontuner.data_digest": record.started["data"]["digest"],
+        },
+    )
+    return f"models:/{version.name}/{version.version}"
+
+
+def _first_error(record: SearchRecord) -> str:
+    errors = [trial.error for trial in record.trials.values() if trial.error]
+    if not errors:
+        return "The search ended before any trial finished; give it more time."
+    return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
+
+
+def _spread(samples: Sequence[Sample], count: int) -> list[str]:
+    """`count` pictures spread evenly over a split, so that many classes are among them."""
+    step = max(1, len(samples) // count)
+    return [sample.path for sample in samples[::step][:count]]
