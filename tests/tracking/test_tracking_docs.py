@@ -14,7 +14,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "tracking.md"
 
 @pytest.fixture
 def described() -> set[str]:
-    return set(re.findall(r"`([A-Za-z_.]+)`", DOCUMENT.read_text(encoding="utf-8")))
+    return set(re.findall(r"`([A-Za-z0-9_.]+)`", DOCUMENT.read_text(encoding="utf-8")))
 
 
 @pytest.fixture

@@ -17,27 +17,18 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from matplotlib.figure import Figure
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    Metric,
-    Param,
-    Run,
-    RunTag,
-    ViewType,
-)
+from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
-from visiontuner.tracking import figures, importance
-from visiontuner.tracking.client import Store, TrackingRefused, without_password
+from visiontuner.tracking import figures, importance, runs
+from visiontuner.tracking.client import Store, without_password
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,
@@ -54,9 +45,6 @@ LOCK_FILE = "mlflow.lock"
 
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
-# MLflow takes 1,000 metrics, 100 parameters and 100 tags a call, 1,000 of all together.
-_METRICS_A_CALL = 800
-_PARAMS_A_CALL = 90
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,35 +189,17 @@ class MlflowWriter:
     def _find_runs(self) -> None:
         """Learn what MLflow holds of this search, in whichever experiment it lies."""
         self._parent, self._trials = None, {}
-        for run in sorted(self._search_runs(), key=lambda r: (r.info.start_time, r.info.run_id)):
+        found = runs.search_runs(self.store, self.plan.search_id)
+        for run in sorted(found, key=lambda r: (r.info.start_time, r.info.run_id)):
             kind, trial_id = run.data.tags.get(KIND), run.data.tags.get(TRIAL_ID)
             if kind == "search" and self._parent is None:
-                _refuse_deleted(run, "parent run")
+                runs.refuse_deleted(run, "parent run")
                 self._parent = self._held_parent(run)
                 self.experiment_id = run.info.experiment_id
             elif kind == "trial" and trial_id in self.plan.trials and trial_id not in self._trials:
-                _refuse_deleted(run, f"run of trial {trial_id}")
+                runs.refuse_deleted(run, f"run of trial {trial_id}")
                 self._trials[trial_id] = _held_trial(run, self.plan.trials[trial_id])
         self._note_a_second_adoption()
-
-    def _search_runs(self) -> Iterator[Run]:
-        experiments = list(
-            _pages(self.store, "search_experiments", view_type=ViewType.ALL, max_results=1000)
-        )
-        deleted = {e.experiment_id: e.name for e in experiments if e.lifecycle_stage == "deleted"}
-        if not experiments:
-            return
-        for run in _pages(
-            self.store,
-            "search_runs",
-            [e.experiment_id for e in experiments],
-            filter_string=f"tags.`{SEARCH_ID}` = '{self.plan.search_id}'",
-            run_view_type=ViewType.ALL,
-            max_results=1000,
-        ):
-            if run.info.experiment_id in deleted:
-                raise _deleted_experiment(deleted[run.info.experiment_id], run.info.experiment_id)
-            yield run
 
     def _held_parent(self, run: Run) -> _Held:
         plan = self.plan
@@ -247,7 +217,7 @@ class MlflowWriter:
         tags = {KIND: "search", SEARCH_ID: self.plan.search_id}
         if self._adopted is not None:
             run = self.store.call("get_run", self._adopted)
-            _refuse_deleted(run, "parent run")
+            runs.refuse_deleted(run, "parent run")
             self.experiment_id = run.info.experiment_id
             self._log_batch(self._adopted, tags=tags)
             return _Held(run_id=self._adopted, status=run.info.status, tags=tags)
@@ -260,7 +230,7 @@ class MlflowWriter:
         if experiment is None:
             return str(self.store.call("create_experiment", name))
         if experiment.lifecycle_stage == "deleted":
-            raise _deleted_experiment(name, experiment.experiment_id)
+            raise runs.deleted_experiment(name, experiment.experiment_id)
         return str(experiment.experiment_id)
 
     def _create_run(self, name: str, started: float, tags: Mapping[str, str]) -> _Held:
@@ -290,7 +260,7 @@ class MlflowWriter:
         run_id, data = parent.run_id, self.plan.started.get("data") or {}
         self.store.call("log_text", run_id, self.plan.experiment().to_yaml(), "experiment.yaml")
         if data.get("digest"):
-            self.store.call("log_inputs", run_id, datasets=[_dataset_input(data)])
+            self.store.call("log_inputs", run_id, datasets=[runs.dataset_input(data)])
         # Any other state is the last thing that a search's run gets.
         tags = {**self.plan.tags(), STATE: "running"}
         self._log_batch(run_id, params=self.plan.params(), tags=tags)
@@ -343,20 +313,7 @@ class MlflowWriter:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """As few calls as MLflow's limits allow; the tags travel in the last one."""
-        metrics = [Metric(p.key, p.value, p.time, p.step) for p in points]
-        rows = [Param(key, value) for key, value in (params or {}).items()]
-        while len(metrics) > _METRICS_A_CALL or len(rows) > _PARAMS_A_CALL:
-            self.store.call(
-                "log_batch",
-                run_id,
-                metrics=metrics[:_METRICS_A_CALL],
-                params=rows[:_PARAMS_A_CALL],
-            )
-            metrics, rows = metrics[_METRICS_A_CALL:], rows[_PARAMS_A_CALL:]
-        labels = [RunTag(key, value) for key, value in (tags or {}).items()]
-        if metrics or rows or labels:
-            self.store.call("log_batch", run_id, metrics=metrics, params=rows, tags=labels)
+        runs.log_batch(self.store, run_id, points, params or {}, tags or {})
 
     def _set_status(self, held: _Held, status: Status, ended: int | None = None) -> None:
         if status == "RUNNING":
@@ -453,44 +410,3 @@ def _held_trial(run: Run, trial: TrialPlan) -> _Held:
 
 def _changed(wanted: Mapping[str, str], held: Mapping[str, str]) -> dict[str, str]:
     return {key: value for key, value in wanted.items() if held.get(key) != value}
-
-
-def _dataset_input(data: Mapping[str, Any]) -> DatasetInput:
-    """A dataset entry made from the journal alone: no picture is looked at."""
-    source = str(data.get("source") or data.get("root") or "")
-    profile = {"counts": data.get("counts"), "classes": len(data.get("class_names") or ())}
-    return DatasetInput(
-        Dataset(
-            name=source.rstrip("/").rsplit("/", 1)[-1][:500] or "pictures",
-            digest=str(data["digest"])[:36],  # MLflow's limit; the tag has all of it
-            source_type="local",
-            source=json.dumps({"uri": source}),
-            profile=json.dumps(profile),
-        )
-    )
-
-
-def _pages(store: Store, method: str, /, *args: Any, **kwargs: Any) -> Iterator[Any]:
-    token: str | None = None
-    while True:
-        page = store.call(method, *args, page_token=token, **kwargs)
-        yield from page
-        token = page.token
-        if not token:
-            return
-
-
-def _refuse_deleted(run: Run, what: str) -> None:
-    if run.info.lifecycle_stage == "deleted":
-        raise TrackingRefused(
-            f"The {what} of this search is deleted in MLflow; bring it back with "
-            f"`mlflow runs restore --run-id {run.info.run_id}`, or remove it for good with "
-            f"`mlflow gc --run-ids {run.info.run_id}`."
-        )
-
-
-def _deleted_experiment(name: str, experiment_id: str) -> TrackingRefused:
-    return TrackingRefused(
-        f"The MLflow experiment {name!r} is deleted; bring it back with "
-        f"`mlflow experiments restore --experiment-id {experiment_id}`, or choose another name."
-    )
