@@ -76,6 +76,8 @@ def run_trials(
                 search_alg=searcher,
                 scheduler=_scheduler(experiment),
                 num_samples=plan.remaining,
+                # Without it Tune asks for one trial at a time, and one worker does all the work.
+                max_concurrent_trials=resources.concurrent_trials,
                 reuse_actors=True,
                 trial_dirname_creator=_ray_trial_id,
             ),

@@ -36,7 +36,9 @@ class TrialTask:
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
-    _prepare_worker(task.threads)
+    # Every time: OpenMP keeps the number by thread, and Ray gives each trial a thread of its own.
+    torch.set_num_threads(task.threads)
+    _leave_the_compiler_out()
     features = _open_features(task.features_folder)
     settings = settings_of(task.experiment.training, config["configuration"])
     seed = task.experiment.seed
@@ -108,12 +110,6 @@ def _open_features(folder: Path) -> _WorkerFeatures:
         features.feature_dim,
         len(features.class_names),
     )
-
-
-@functools.lru_cache(maxsize=1)
-def _prepare_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    _leave_the_compiler_out()
 
 
 def _leave_the_compiler_out() -> None:
