@@ -26,7 +26,7 @@ $(STAMP): $(LISTS)
 	      "(Debian, Ubuntu: apt install python3-venv), or install uv." >&2; exit 1; }; fi
 	@echo "Installing the tested versions into .venv (some gigabytes; minutes the first time)"
 	@if command -v uv >/dev/null; \
-	  then uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
+	  then uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'; \
 	  else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
 	@touch $(STAMP)
 

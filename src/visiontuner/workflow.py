@@ -14,11 +14,10 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from visiontuner import provenance
 from visiontuner.data.dataset import ImageDataset, Sample, load_dataset
-from visiontuner.data.findings import DatasetSummary, inspect_dataset, summarise
 from visiontuner.data.source import fetch_source
 from visiontuner.errors import JournalError, SearchFailed, TrackingError, UserMistake
 from visiontuner.experiment import Experiment
@@ -32,17 +31,18 @@ from visiontuner.journal import (
     is_running,
 )
 from visiontuner.locations import SEARCHES, cache_folder, tracking_uri
-from visiontuner.model.backbone import Backbone, load_backbone
-from visiontuner.model.engine import Engine, make_engine
-from visiontuner.model.features import FeatureSet, compute_features
-from visiontuner.model.package import package_classifier
-from visiontuner.search.cluster import Where, ray_for_search
-from visiontuner.search.plan import make_plan
-from visiontuner.search.run import Recorder, SearchState, run_trials
-from visiontuner.search.trial import HEAD_FILE
-from visiontuner.serving.registry import log_classifier
-from visiontuner.tracking.follow import WriterThread
-from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+# Heavy parts are imported where they are used: a mistake in the data is told before torch is
+# loaded, and Ray starts while it is.
+if TYPE_CHECKING:
+    from visiontuner.data.findings import DatasetSummary
+    from visiontuner.model.backbone import Backbone
+    from visiontuner.model.engine import Engine
+    from visiontuner.model.features import FeatureSet
+    from visiontuner.search.cluster import RayForSearch
+    from visiontuner.search.run import Recorder, SearchState
+
+Where = Literal["local", "auto"]
 
 EXPERIMENT_FILE = "experiment.yaml"
 CLASSIFIER_FOLDER = "classifier"
@@ -104,6 +104,8 @@ class Prepared:
 
 def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prepared:
     """Fetch the pictures and look at every one of them."""
+    from visiontuner.data.findings import inspect_dataset, summarise
+
     observer = observer or Silent()
     dataset = _load_data(experiment, observer)
     findings = inspect_dataset(
@@ -168,6 +170,8 @@ def sync_search(folder: Path) -> SearchResult:
         JournalError: the folder holds no search, or it is still running elsewhere.
         TrackingError: MLflow is away or refuses.
     """
+    from visiontuner.tracking.mlflow_writer import MlflowWriter
+
     record = SearchRecord.load(folder)
     with MlflowWriter(folder, tracking_uri=tracking_uri()) as writer:
         writer.catch_up(search_is_over=not is_running(folder))
@@ -195,33 +199,43 @@ class _Run:
         self.on = on
         self.observer = observer
         self.cache = cache_folder()
+        # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
+        self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
     def run(self) -> SearchResult:
-        # Both can show the experiment to be wrong: before there is a folder or a run to clean up.
+        from visiontuner.search.cluster import RayForSearch
+
         dataset = _load_data(self.experiment, self.observer)
-        backbone = load_backbone(
-            self.experiment.model.backbone,
-            weights=self.experiment.model.weights,
-            image_size=self.experiment.model.image_size,
-            cache=self.cache,
-        )
-        recorder = self._open_journal(dataset)
-        tracking = _Tracking(self.folder, self.observer)
-        try:
-            state = self._search(dataset, backbone, recorder)
-        except KeyboardInterrupt:
-            state = "interrupted"
-        except Exception as error:
-            recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
-            tracking.close()
-            raise
+        with RayForSearch(self.on) as ray:
+            # An unknown backbone ends here, before there is a folder or a run to clean up.
+            backbone = self._load_backbone()
+            recorder = self._open_journal(dataset)
+            tracking = _Tracking(self.folder, self.adopted_run, self.observer)
+            try:
+                state = self._search(dataset, backbone, recorder, ray)
+            except KeyboardInterrupt:
+                state = "interrupted"
+            except Exception as error:
+                recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
+                tracking.close()
+                raise
         return self._conclude(state, dataset, backbone, recorder, tracking)
+
+    def _load_backbone(self) -> Backbone:
+        from visiontuner.model.backbone import load_backbone
+
+        model = self.experiment.model
+        return load_backbone(
+            model.backbone, weights=model.weights, image_size=model.image_size, cache=self.cache
+        )
 
     def _open_journal(self, dataset: ImageDataset) -> Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / EXPERIMENT_FILE
         if not path.exists():
             path.write_text(self.experiment.to_yaml(), encoding="utf-8")
+        from visiontuner.search.run import Recorder
+
         has_journal = (self.folder / FILE_NAME).exists()
         record = SearchRecord.load(self.folder) if has_journal else SearchRecord()
         search_id = record.search_id or uuid.uuid4().hex
@@ -245,23 +259,30 @@ class _Run:
         self.observer.note(f"Search folder: {self.folder}")
         return recorder
 
-    def _search(self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder) -> SearchState:
+    def _search(
+        self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder, ray: RayForSearch
+    ) -> SearchState:
+        from visiontuner.search.plan import make_plan
+        from visiontuner.search.run import run_trials
+
         remaining = make_plan(self.experiment, recorder.record).remaining
         if remaining == 0:
             return "completed"
-        with ray_for_search(self.on):
-            features = self._features(dataset, backbone, recorder)
-            total = sum(t.finished for t in recorder.record.trials.values()) + remaining
-            self.observer.trials_begin(recorder.record, total)
-            try:
-                return run_trials(self.folder, self.experiment, features.folder, recorder)
-            finally:
-                self.observer.trials_end()
+        features = self._features(dataset, backbone, recorder)
+        ray.wait()
+        total = sum(t.finished for t in recorder.record.trials.values()) + remaining
+        self.observer.trials_begin(recorder.record, total)
+        try:
+            return run_trials(self.folder, self.experiment, features.folder, recorder)
+        finally:
+            self.observer.trials_end()
 
     def _features(
         self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder
     ) -> FeatureSet:
         """The features, computed or found; which of both goes into the journal."""
+        from visiontuner.model.features import compute_features
+
         began = time.monotonic()
         features = compute_features(
             dataset,
@@ -293,6 +314,8 @@ class _Run:
         return features
 
     def _engine(self, backbone: Backbone) -> Engine:
+        from visiontuner.model.engine import make_engine
+
         engine = make_engine(
             backbone, precision=self.experiment.training.precision, cache=self.cache
         )
@@ -337,6 +360,9 @@ class _Run:
         )
 
     def _package(self, best: TrialRecord, dataset: ImageDataset, backbone: Backbone) -> Path:
+        from visiontuner.model.package import package_classifier
+        from visiontuner.search.trial import HEAD_FILE
+
         folder = self.folder / CLASSIFIER_FOLDER
         package_classifier(
             folder=folder,
@@ -359,10 +385,11 @@ class _Run:
 class _Tracking:
     """The MLflow writer beside a running search."""
 
-    def __init__(self, folder: Path, observer: Observer) -> None:
-        # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
-        adopted = os.environ.pop("MLFLOW_RUN_ID", None)
-        self._writer = MlflowWriter(folder, tracking_uri=tracking_uri(), parent_run_id=adopted)
+    def __init__(self, folder: Path, adopted_run: str | None, observer: Observer) -> None:
+        from visiontuner.tracking.follow import WriterThread
+        from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+        self._writer = MlflowWriter(folder, tracking_uri=tracking_uri(), parent_run_id=adopted_run)
         self._thread = WriterThread(self._writer, notice=observer.note)
 
     @property
@@ -418,6 +445,8 @@ def _require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
 
 def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str]) -> str:
     """Log and register the classifier once, on the run of the trial that made it."""
+    from visiontuner.serving.registry import log_classifier
+
     best = record.best
     assert best is not None
     version = log_classifier(

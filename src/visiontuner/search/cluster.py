@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,36 +46,104 @@ class Resources:
         return {"cpu": self.cpus_per_trial, "gpu": self.gpus_per_trial}
 
 
-@contextmanager
-def ray_for_search(where: Where) -> Iterator[None]:
-    """A quiet, initialised Ray; one that was there before is used and left running.
+class RayForSearch:
+    """A quiet Ray that starts in the background while the caller does something else.
 
-    Raises:
-        SearchFailed: Ray cannot start, or there is no cluster to join.
+    A Ray that was there before is used and left running. Use as a context manager; call `wait`
+    before anything that needs Ray.
+    """
+
+    def __init__(self, where: Where) -> None:
+        self._where = where
+        self._error: Exception | None = None
+        self._ours = False
+        self._added: list[str] = []
+        self._up = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._hold, name="ray", daemon=True)
+
+    def __enter__(self) -> RayForSearch:
+        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
+        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._up.wait()
+        if self._ours:
+            import ray
+
+            ray.shutdown()
+        self._done.set()
+        for key in self._added:
+            os.environ.pop(key, None)
+
+    def wait(self) -> None:
+        """Return when Ray is up.
+
+        Raises:
+            SearchFailed: Ray cannot start, or there is no cluster to join.
+        """
+        self._up.wait()
+        if self._error is not None:
+            raise SearchFailed(
+                f"Ray does not start here ({' '.join(str(self._error).split())[:200]}). "
+                "`visiontuner doctor` looks for the reason."
+            ) from self._error
+
+    def _hold(self) -> None:
+        """Start Ray and stay: the kernel ends Ray's processes with the thread that started them."""
+        self._start()
+        self._up.set()
+        self._done.wait()
+
+    def _start(self) -> None:
+        try:
+            import ray
+
+            if not ray.is_initialized():
+                self._init()
+                self._ours = True
+            _warm_workers()
+        except Exception as error:  # told by `wait`, in the caller's thread
+            self._error = error
+
+    def _init(self) -> None:
+        import ray
+
+        local = self._where == "local"
+        ray.init(
+            address="local" if local else "auto",
+            include_dashboard=False if local else None,
+            object_store_memory=OBJECT_STORE_BYTES if local else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def _warm_workers() -> None:
+    """Have idle workers import torch now; the actors of the trials are made from them.
+
+    Ray takes a waiting worker only for the runtime environment it was started with, so it has to
+    be the one that Tune gives its actors. Where a later Ray names it otherwise, trials start some
+    seconds later and nothing else changes.
     """
     import ray
 
-    with _environment(_ENVIRONMENT):
-        if ray.is_initialized():
-            yield
-            return
-        try:
-            ray.init(
-                address="auto" if where == "auto" else "local",
-                include_dashboard=None if where == "auto" else False,
-                object_store_memory=None if where == "auto" else OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise SearchFailed(
-                f"Ray does not start here ({' '.join(str(error).split())[:200]}). "
-                "`visiontuner doctor` looks for the reason."
-            ) from error
-        try:
-            yield
-        finally:
-            ray.shutdown()
+    try:
+        from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
+    except ImportError:
+        return
+    propagated = {key: os.environ[key] for key in ENV_VARS_TO_PROPAGATE if key in os.environ}
+
+    def import_trial() -> None:
+        import visiontuner.search.trial  # noqa: F401
+
+    environment = {"env_vars": {**DEFAULT_ENV_VARS, **propagated}}
+    warm = ray.remote(num_cpus=1, runtime_env=environment)(import_trial)
+    cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
+    for _ in range(int(cpus)):
+        warm.remote()
 
 
 def resources_for(search: Search) -> Resources:
@@ -110,15 +177,3 @@ def resources_for(search: Search) -> Resources:
 def _slots(machine: dict[str, float], cpus: float, gpus: float) -> int:
     by_cpu = int(machine.get("CPU", 0) / cpus)
     return min(by_cpu, int(machine.get("GPU", 0) / gpus)) if gpus else by_cpu
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set what is not set already, and take it back afterwards."""
-    added = {key: value for key, value in values.items() if key not in os.environ}
-    os.environ.update(added)
-    try:
-        yield
-    finally:
-        for key in added:
-            os.environ.pop(key, None)

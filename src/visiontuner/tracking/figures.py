@@ -74,8 +74,10 @@ def trial_curves(trial: TrialRecord, objective: str = "validation_accuracy") -> 
         _whole_steps(axes, [epoch.step for epoch in trial.epochs])
         if best is not None:
             axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label=f"Best epoch {best}")
+    for axes in (left, right):
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))  # tick labels are most of the drawing
     _percent(right)
-    _legend(left)
+    _legend(left, "upper right")
     return figure
 
 
@@ -202,7 +204,7 @@ def importance(record: SearchRecord) -> Figure | None:
     axes.set_xlim(0, 1.08)
     axes.set_ylim(-0.7, len(names) - 0.3)
     _percent(axes, axis="x")
-    _label(axes, f"Share of the variance of {_LABELS[record.objective].lower()} (fANOVA)", "")
+    _label(axes, f"Importance for {_LABELS[record.objective].lower()} (PED-ANOVA)", "")
     return figure
 
 
@@ -335,7 +337,7 @@ def _percent_if_fraction(axes: Axes, record: SearchRecord) -> None:
 
 
 def _whole_steps(axes: Axes, steps: Sequence[float]) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if len(steps):
         low, high = min(steps), max(steps)
         room = max(0.5, 0.03 * (high - low))

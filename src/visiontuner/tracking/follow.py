@@ -20,7 +20,7 @@ class WriterThread:
 
     Args:
         interval_seconds: shortest time between two calls.
-        share: of the time that may be spent on writing, figures included.
+        share: of the time that may be spent on writing; drawing figures is not counted.
         notice: called once with the message when MLflow goes away, once when it is back.
 
     `problem` holds the message of the last failure until MLflow answers again.
@@ -73,9 +73,9 @@ class WriterThread:
     def _run(self) -> None:
         pause = self._interval
         while not self._closing.wait(pause):
-            began = time.monotonic()
+            spent = self.writer.seconds_spent
             if self._catch_up():
-                busy = time.monotonic() - began
+                busy = self.writer.seconds_spent - spent
                 pause = min(_LONGEST_PAUSE, max(self._interval, busy * (1 / self._share - 1)))
             else:
                 pause = min(_LONGEST_PAUSE, pause * 2)

@@ -27,7 +27,7 @@ from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
-from visiontuner.tracking import figures, importance, runs
+from visiontuner.tracking import figures, runs
 from visiontuner.tracking.client import Store, without_password
 from visiontuner.tracking.plan import (
     KIND,
@@ -143,7 +143,6 @@ class MlflowWriter:
             if not self.plan.started:
                 return Progress(events=events, complete=False)
             self._write()
-            self._prepare_figures()
             return Progress(events=events, complete=self.plan.over)
         except BaseException:
             # The server may have done what it could not answer: look again before creating.
@@ -334,12 +333,6 @@ class MlflowWriter:
 
     def _search_figures(self) -> dict[str, Figure]:
         return figures.search_figures(self.plan.record)
-
-    def _prepare_figures(self) -> None:
-        if self._draw and len(self.plan.finished) == importance.MIN_TRIALS and not self.plan.over:
-            began = time.monotonic()
-            importance.prepare()
-            self.seconds_figures += time.monotonic() - began
 
     def _log_figures(self, run_id: str, make: Callable[[], dict[str, Figure]]) -> None:
         if not self._draw:
