@@ -174,7 +174,7 @@ class _Bar:
             self._first = done  # what an earlier process did says nothing about this one's speed
         seconds = time.monotonic() - self._began
         rate = (done - self._first) / seconds if seconds > 0 else 0.0
-        count = f"{_size(done, self._unit)}/{_size(total, self._unit)}"
+        count = f"{_amount(done, self._unit)}/{_size(total, self._unit)}"
         speed = f"{_size(rate, self._unit)}/s"
         if self._progress is not None:
             self._progress.update(
@@ -182,7 +182,7 @@ class _Bar:
             )
         elif total and done * 10 // total > self._tenth:
             self._tenth = done * 10 // total
-            self._console.print(f"{self.label} {count}, {speed}", markup=False)
+            self._console.print(f"{self.label}: {count}, {speed}", markup=False)
 
     def close(self) -> None:
         if self._progress is not None:
@@ -211,9 +211,11 @@ def _number(value: Any) -> str:
 
 
 def _size(amount: float, unit: str) -> str:
-    if unit == "B":
-        return f"{amount / 1e6:,.1f} MB"
-    return f"{amount:,.0f} {unit}"
+    return f"{_amount(amount, unit)} {'MB' if unit == 'B' else unit}"
+
+
+def _amount(amount: float, unit: str) -> str:
+    return f"{amount / 1e6:,.1f}" if unit == "B" else f"{amount:,.0f}"
 
 
 def _duration(seconds: float) -> str:

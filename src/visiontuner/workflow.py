@@ -111,7 +111,7 @@ def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prep
     findings = inspect_dataset(
         dataset,
         cache=cache_folder(),
-        progress=lambda done, total: observer.progress("Looking at", done, total, "pictures"),
+        progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
     )
     return Prepared(
         dataset=dataset,
@@ -219,7 +219,10 @@ class _Run:
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 tracking.close()
                 raise
-        return self._conclude(state, dataset, backbone, recorder, tracking)
+        try:
+            return self._conclude(state, dataset, backbone, recorder, tracking)
+        finally:
+            ray.wait_for_end()
 
     def _load_backbone(self) -> Backbone:
         from visiontuner.model.backbone import load_backbone
@@ -292,7 +295,7 @@ class _Run:
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
             progress=lambda done, total: self.observer.progress(
-                "Features of", done, total, "pictures"
+                "Features", done, total, "pictures"
             ),
         )
         seconds = round(time.monotonic() - began, 3)

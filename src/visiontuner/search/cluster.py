@@ -47,10 +47,10 @@ class Resources:
 
 
 class RayForSearch:
-    """A quiet Ray that starts in the background while the caller does something else.
+    """A quiet Ray that starts and ends in the background while the caller does something else.
 
     A Ray that was there before is used and left running. Use as a context manager; call `wait`
-    before anything that needs Ray.
+    before anything that needs Ray, and `wait_for_end` before starting another one.
     """
 
     def __init__(self, where: Where) -> None:
@@ -69,12 +69,8 @@ class RayForSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._up.wait()
-        if self._ours:
-            import ray
-
-            ray.shutdown()
         self._done.set()
+        self._up.wait()
         for key in self._added:
             os.environ.pop(key, None)
 
@@ -91,20 +87,28 @@ class RayForSearch:
                 "`visiontuner doctor` looks for the reason."
             ) from self._error
 
+    def wait_for_end(self) -> None:
+        """Return when Ray has ended, after the context was left."""
+        self._thread.join()
+
     def _hold(self) -> None:
         """Start Ray and stay: the kernel ends Ray's processes with the thread that started them."""
         self._start()
         self._up.set()
         self._done.wait()
+        if self._ours:
+            import ray
+
+            ray.shutdown()
 
     def _start(self) -> None:
         try:
             import ray
 
+            _let_trials_use_waiting_workers()
             if not ray.is_initialized():
                 self._init()
                 self._ours = True
-            _warm_workers()
         except Exception as error:  # told by `wait`, in the caller's thread
             self._error = error
 
@@ -121,29 +125,18 @@ class RayForSearch:
         )
 
 
-def _warm_workers() -> None:
-    """Have idle workers import torch now; the actors of the trials are made from them.
+def _let_trials_use_waiting_workers() -> None:
+    """Ray starts a worker a core at once; let the first trials run in these.
 
-    Ray takes a waiting worker only for the runtime environment it was started with, so it has to
-    be the one that Tune gives its actors. Where a later Ray names it otherwise, trials start some
-    seconds later and nothing else changes.
+    Tune gives its actors a runtime environment of their own, one variable for a library that is
+    not used here, and for that Ray starts other workers: 2 s before the first epoch. Where a later
+    Ray has no such variable, there is nothing to do.
     """
-    import ray
-
     try:
-        from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
+        from ray.tune.execution import class_cache
     except ImportError:
         return
-    propagated = {key: os.environ[key] for key in ENV_VARS_TO_PROPAGATE if key in os.environ}
-
-    def import_trial() -> None:
-        import visiontuner.search.trial  # noqa: F401
-
-    environment = {"env_vars": {**DEFAULT_ENV_VARS, **propagated}}
-    warm = ray.remote(num_cpus=1, runtime_env=environment)(import_trial)
-    cpus = ray.cluster_resources().get("CPU", 0)  # type: ignore[no-untyped-call]
-    for _ in range(int(cpus)):
-        warm.remote()
+    getattr(class_cache, "DEFAULT_ENV_VARS", {}).clear()
 
 
 def resources_for(search: Search) -> Resources:

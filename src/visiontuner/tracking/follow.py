@@ -71,11 +71,13 @@ class WriterThread:
         return self._written
 
     def _run(self) -> None:
-        pause = self._interval
+        pause, opened = self._interval, False
         while not self._closing.wait(pause):
             spent = self.writer.seconds_spent
             if self._catch_up():
-                busy = self.writer.seconds_spent - spent
+                # The first call loads MLflow's store, seconds that say nothing about the next.
+                busy = self.writer.seconds_spent - spent if opened else 0.0
+                opened = True
                 pause = min(_LONGEST_PAUSE, max(self._interval, busy * (1 / self._share - 1)))
             else:
                 pause = min(_LONGEST_PAUSE, pause * 2)
