@@ -220,11 +220,11 @@ def sync(folder: Path | None) -> None:
       visiontuner sync
       MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner sync searches/digits-20261122-1541
     """
-    from visiontuner.locations import newest_search, tracking_uri
+    from visiontuner.locations import newest_search
     from visiontuner.workflow import sync_search
 
     result = sync_search(folder or newest_search())
-    click.echo(f"{result.folder}: {len(result.record.trials)} trials are in {tracking_uri()}.")
+    click.echo(f"{result.folder}: {len(result.record.trials)} trials are in {result.tracking_uri}.")
     if result.model:
         click.echo(f"The best one is registered as {result.model}.")
     else:
@@ -300,9 +300,7 @@ def _refuse_changes_on_resume() -> None:
 
 
 def _print_result(result: SearchResult) -> None:
-    from visiontuner.locations import tracking_uri
-
-    best, folder = result.best, result.folder
+    best, folder, uri = result.best, result.folder, result.tracking_uri
     if best is not None:
         values = ", ".join(f"{k} {_short(v)}" for k, v in best.configuration.items())
         objective = result.record.objective
@@ -311,12 +309,12 @@ def _print_result(result: SearchResult) -> None:
     if result.classifier:
         click.echo(f"  classifier: {result.classifier}")
     if result.model:
-        click.echo(f"  MLflow model: {result.model} (in {tracking_uri()})")
+        click.echo(f"  MLflow model: {result.model} (in {uri})")
     if result.tracking_problem:
         click.echo(f"\nNot everything is in MLflow: {result.tracking_problem}")
         click.echo(f"Nothing is lost. Write it later: visiontuner sync {folder}")
     elif result.state == "completed":
-        click.echo("\nNext, compare the trials: " + _ui_command(tracking_uri()))
+        click.echo("\nNext, compare the trials: " + _ui_command(uri))
     if result.state != "completed":
         word = "Stopped" if result.state == "interrupted" else "The time budget is spent"
         click.echo(f"\n{word}. Go on with: visiontuner tune --resume {folder}")
@@ -325,7 +323,11 @@ def _print_result(result: SearchResult) -> None:
 
 
 def _ui_command(uri: str) -> str:
-    return uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+    from visiontuner.locations import DEFAULT_TRACKING_URI
+
+    if uri.startswith("http"):
+        return uri
+    return "mlflow ui" if uri == DEFAULT_TRACKING_URI else f"mlflow ui --backend-store-uri {uri}"
 
 
 def _short(value: object) -> str:

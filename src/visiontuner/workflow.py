@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from visiontuner import provenance
 from visiontuner.data.dataset import ImageDataset, Sample, load_dataset
 from visiontuner.data.source import fetch_source
-from visiontuner.errors import JournalError, SearchFailed, TrackingError, UserMistake
+from visiontuner.errors import (
+    JournalError,
+    SearchFailed,
+    SearchInterrupted,
+    TrackingError,
+    UserMistake,
+)
 from visiontuner.experiment import Experiment
 from visiontuner.journal import (
     FILE_NAME,
@@ -77,13 +83,15 @@ class SearchResult:
         folder: the search folder, complete whatever MLflow did.
         state: `interrupted` and `time_budget` can be resumed.
         classifier: the best trial as an artifact, if any trial was usable.
-        model: `models:/NAME/VERSION` in MLflow, if it could be registered.
+        tracking_uri: the MLflow store that the search was written to.
+        model: `models:/NAME/VERSION` there, if it could be registered.
         tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
     """
 
     folder: Path
     record: SearchRecord
     state: SearchState
+    tracking_uri: str
     classifier: Path | None = None
     model: str | None = None
     tracking_problem: str | None = None
@@ -172,19 +180,20 @@ def sync_search(folder: Path) -> SearchResult:
     """
     from visiontuner.tracking.mlflow_writer import MlflowWriter
 
-    record = SearchRecord.load(folder)
-    with MlflowWriter(folder, tracking_uri=tracking_uri()) as writer:
+    record, uri = SearchRecord.load(folder), tracking_uri()
+    with MlflowWriter(folder, tracking_uri=uri) as writer:
         writer.catch_up(search_is_over=not is_running(folder))
         run_ids = writer.run_ids
     classifier = folder / CLASSIFIER_FOLDER
     state: SearchState = record.ended["state"] if record.ended else "interrupted"
     model = None
     if classifier.is_dir() and record.best is not None:
-        model = _register(folder, record, run_ids)
+        model = _register(folder, record, run_ids, uri)
     return SearchResult(
         folder=folder,
         record=record,
         state=state,
+        tracking_uri=uri,
         classifier=classifier if classifier.is_dir() else None,
         model=model,
     )
@@ -199,20 +208,28 @@ class _Run:
         self.on = on
         self.observer = observer
         self.cache = cache_folder()
+        self.tracking_uri = tracking_uri()
         # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
         self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
     def run(self) -> SearchResult:
         from visiontuner.search.cluster import RayForSearch
+        from visiontuner.search.plan import make_plan
 
         dataset = _load_data(self.experiment, self.observer)
+        record = self._read_record(dataset)
+        remaining = make_plan(self.experiment, record).remaining
         with RayForSearch(self.on) as ray:
+            if remaining:
+                ray.start()
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             backbone = self._load_backbone()
-            recorder = self._open_journal(dataset)
-            tracking = _Tracking(self.folder, self.adopted_run, self.observer)
+            recorder = self._open_journal(dataset, record)
+            tracking = _Tracking(self.folder, self.tracking_uri, self.adopted_run, self.observer)
+            state: SearchState = "completed"
             try:
-                state = self._search(dataset, backbone, recorder, ray)
+                if remaining:
+                    state = self._search(dataset, backbone, recorder, ray, remaining)
             except KeyboardInterrupt:
                 state = "interrupted"
             except Exception as error:
@@ -221,7 +238,12 @@ class _Run:
                 raise
         try:
             return self._conclude(state, dataset, backbone, recorder, tracking)
+        except KeyboardInterrupt:
+            raise SearchInterrupted(
+                f"Stopped after the last trial. Go on with: visiontuner tune --resume {self.folder}"
+            ) from None
         finally:
+            tracking.close()
             ray.wait_for_end()
 
     def _load_backbone(self) -> Backbone:
@@ -232,24 +254,29 @@ class _Run:
             model.backbone, weights=model.weights, image_size=model.image_size, cache=self.cache
         )
 
-    def _open_journal(self, dataset: ImageDataset) -> Recorder:
+    def _read_record(self, dataset: ImageDataset) -> SearchRecord:
+        """What an earlier process of this search left; empty for a new one."""
+        if not (self.folder / FILE_NAME).exists():
+            return SearchRecord()
+        record = SearchRecord.load(self.folder)
+        if record.started:
+            _require_same_data(record, dataset)
+        return record
+
+    def _open_journal(self, dataset: ImageDataset, record: SearchRecord) -> Recorder:
+        from visiontuner.search.run import Recorder
+
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / EXPERIMENT_FILE
         if not path.exists():
             path.write_text(self.experiment.to_yaml(), encoding="utf-8")
-        from visiontuner.search.run import Recorder
-
-        has_journal = (self.folder / FILE_NAME).exists()
-        record = SearchRecord.load(self.folder) if has_journal else SearchRecord()
-        search_id = record.search_id or uuid.uuid4().hex
-        journal = JournalWriter(self.folder, search_id)
+        journal = JournalWriter(self.folder, record.search_id or uuid.uuid4().hex)
         recorder = Recorder(journal, record, [self.observer.event])
         described = {
             "code": provenance.describe_code(),
             "machine": provenance.describe_machine(),
         }
         if record.started:
-            _require_same_data(record, dataset)
             recorder.append("search_resumed", **described)
         else:
             recorder.append(
@@ -263,18 +290,20 @@ class _Run:
         return recorder
 
     def _search(
-        self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder, ray: RayForSearch
+        self,
+        dataset: ImageDataset,
+        backbone: Backbone,
+        recorder: Recorder,
+        ray: RayForSearch,
+        remaining: int,
     ) -> SearchState:
-        from visiontuner.search.plan import make_plan
         from visiontuner.search.run import run_trials
 
-        remaining = make_plan(self.experiment, recorder.record).remaining
-        if remaining == 0:
-            return "completed"
         features = self._features(dataset, backbone, recorder)
         ray.wait()
-        total = sum(t.finished for t in recorder.record.trials.values()) + remaining
-        self.observer.trials_begin(recorder.record, total)
+        finished = sum(trial.finished for trial in recorder.record.trials.values())
+        self.observer.note(_describe_search(self.experiment, finished, remaining))
+        self.observer.trials_begin(recorder.record, finished + remaining)
         try:
             return run_trials(self.folder, self.experiment, features.folder, recorder)
         finally:
@@ -338,7 +367,6 @@ class _Run:
         if state == "interrupted":
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
         if best is None:
-            tracking.close()
             raise SearchFailed(_first_error(recorder.record))
         self.observer.note(f"Packaging {best.trial_id} as a classifier.")
         classifier = self._package(best, dataset, backbone)
@@ -346,7 +374,7 @@ class _Run:
         model = None
         if problem is None:
             try:
-                model = _register(self.folder, recorder.record, tracking.run_ids)
+                model = _register(self.folder, recorder.record, tracking.run_ids, self.tracking_uri)
             except TrackingError as error:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)
@@ -358,6 +386,7 @@ class _Run:
             folder=self.folder,
             record=recorder.record,
             state=state,
+            tracking_uri=self.tracking_uri,
             tracking_problem=problem,
             **parts,
         )
@@ -367,13 +396,15 @@ class _Run:
         from visiontuner.search.trial import HEAD_FILE
 
         folder = self.folder / CLASSIFIER_FOLDER
+        reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
         package_classifier(
             folder=folder,
             backbone=backbone,
             head_weights=self.folder / "trials" / best.trial_id / HEAD_FILE,
             class_names=dataset.class_names,
             dataset_root=dataset.root,
-            reference_paths=_spread(dataset.splits["validation"], REFERENCE_PICTURES),
+            reference_paths=[sample.path for sample in reference],
+            reference_labels=[sample.label for sample in reference],
             metadata={
                 "trial_id": best.trial_id,
                 "configuration": best.configuration,
@@ -388,12 +419,13 @@ class _Run:
 class _Tracking:
     """The MLflow writer beside a running search."""
 
-    def __init__(self, folder: Path, adopted_run: str | None, observer: Observer) -> None:
+    def __init__(self, folder: Path, uri: str, adopted_run: str | None, observer: Observer) -> None:
         from visiontuner.tracking.follow import WriterThread
         from visiontuner.tracking.mlflow_writer import MlflowWriter
 
-        self._writer = MlflowWriter(folder, tracking_uri=tracking_uri(), parent_run_id=adopted_run)
+        self._writer = MlflowWriter(folder, tracking_uri=uri, parent_run_id=adopted_run)
         self._thread = WriterThread(self._writer, notice=observer.note)
+        self._closed: tuple[str | None] | None = None
 
     @property
     def run_ids(self) -> dict[str, str]:
@@ -401,10 +433,12 @@ class _Tracking:
         return self._writer.run_ids
 
     def close(self, *, timeout_seconds: float = 60) -> str | None:
-        """Write the rest; returns why not everything is in MLflow, or None."""
-        if self._thread.close(timeout_seconds):
-            return None
-        return self._thread.problem or "MLflow does not hold everything yet."
+        """Write the rest, once; returns why not everything is in MLflow, or None."""
+        if self._closed is None:
+            whole = self._thread.close(timeout_seconds)
+            problem = self._thread.problem or "MLflow does not hold everything yet."
+            self._closed = (None if whole else problem,)
+        return self._closed[0]
 
 
 def _load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
@@ -446,7 +480,7 @@ def _require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
         )
 
 
-def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str]) -> str:
+def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str], uri: str) -> str:
     """Log and register the classifier once, on the run of the trial that made it."""
     from visiontuner.serving.registry import log_classifier
 
@@ -455,7 +489,7 @@ def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str]) -> st
     version = log_classifier(
         folder / CLASSIFIER_FOLDER,
         run_id=run_ids[best.trial_id],
-        tracking_uri=tracking_uri(),
+        tracking_uri=uri,
         name=record.started["experiment"]["name"],
         tags={
             "visiontuner.search_id": record.search_id,
@@ -473,7 +507,15 @@ def _first_error(record: SearchRecord) -> str:
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
 
 
-def _spread(samples: Sequence[Sample], count: int) -> list[str]:
+def _spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
     """`count` pictures spread evenly over a split, so that many classes are among them."""
     step = max(1, len(samples) // count)
-    return [sample.path for sample in samples[::step][:count]]
+    return samples[::step][:count]
+
+
+def _describe_search(experiment: Experiment, finished: int, remaining: int) -> str:
+    search = experiment.search
+    names = " and ".join(name.replace("_", " ") for name in search.space)
+    scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
+    done = f"{finished} trials are finished, " if finished else ""
+    return f"{done}{remaining} trials over {names} to run ({search.algorithm}{scheduler})."

@@ -49,8 +49,8 @@ class Resources:
 class RayForSearch:
     """A quiet Ray that starts and ends in the background while the caller does something else.
 
-    A Ray that was there before is used and left running. Use as a context manager; call `wait`
-    before anything that needs Ray, and `wait_for_end` before starting another one.
+    A Ray that was there before is used and left running. Use as a context manager: `start` returns
+    at once, `wait` when Ray is up; call `wait_for_end` before starting another one.
     """
 
     def __init__(self, where: Where) -> None:
@@ -63,16 +63,20 @@ class RayForSearch:
         self._thread = threading.Thread(target=self._hold, name="ray", daemon=True)
 
     def __enter__(self) -> RayForSearch:
-        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
-        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
-        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._done.set()
-        self._up.wait()
+        if self._thread.is_alive():
+            self._up.wait()
         for key in self._added:
             os.environ.pop(key, None)
+
+    def start(self) -> None:
+        """Begin to start Ray."""
+        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
+        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
+        self._thread.start()
 
     def wait(self) -> None:
         """Return when Ray is up.
@@ -89,7 +93,8 @@ class RayForSearch:
 
     def wait_for_end(self) -> None:
         """Return when Ray has ended, after the context was left."""
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _hold(self) -> None:
         """Start Ray and stay: the kernel ends Ray's processes with the thread that started them."""

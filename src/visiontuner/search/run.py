@@ -19,7 +19,8 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import Event, JournalWriter, SearchRecord, best_epoch
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.interrupt import EndInOrder, signals_end
-from visiontuner.search.plan import PlanSearcher, make_plan
+from visiontuner.search.plan import make_plan
+from visiontuner.search.searcher import PlanSearcher
 from visiontuner.search.trial import HEAD_FILE, TrialTask, run_trial
 from visiontuner.training.fit import EpochMetrics
 
