@@ -130,6 +130,8 @@ class SearchConsole:
         running = sum(t.state == "running" for t in trials)
         best = self._record.best
         words = [f"{finished} of {self._total} trials finished", f"{running} running"]
+        if not running and not finished:
+            words = [f"{self._total} trials wait for Ray's workers"]
         if best is not None:
             words.append(f"best {self._record.objective} {_number(best.best_value)}")
         left = self._seconds_left(finished)
@@ -139,7 +141,7 @@ class SearchConsole:
 
     def _seconds_left(self, finished: int) -> float | None:
         done_here = finished - self._known_at_start
-        if done_here < 1:
+        if done_here < 1 or finished >= self._total:
             return None
         return (time.monotonic() - self._began) / done_here * (self._total - finished)
 

@@ -150,7 +150,7 @@ def run_search(
         raise UserMistake(
             f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
         )
-    return _Run(experiment, folder, on, observer or Silent()).run()
+    return _Run(_with_absolute_paths(experiment), folder, on, observer or Silent()).run()
 
 
 def resume_search(
@@ -439,6 +439,17 @@ class _Tracking:
             problem = self._thread.problem or "MLflow does not hold everything yet."
             self._closed = (None if whole else problem,)
         return self._closed[0]
+
+
+def _with_absolute_paths(experiment: Experiment) -> Experiment:
+    """So that a search can be resumed from another folder than it was begun in."""
+    data, model = experiment.data, experiment.model
+    source, weights = Path(data.source).expanduser(), Path(model.weights).expanduser()
+    if data.source != "digits" and source.exists():
+        data = data.model_copy(update={"source": str(source.resolve())})
+    if model.weights not in ("default", "none") and weights.exists():
+        model = model.model_copy(update={"weights": str(weights.resolve())})
+    return experiment.model_copy(update={"data": data, "model": model})
 
 
 def _load_data(experiment: Experiment, observer: Observer) -> ImageDataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import tempfile
@@ -68,7 +69,7 @@ def run_trials(
     )
     stopper = EndInOrder(experiment.search.time_budget)
     searcher = PlanSearcher(plan, experiment, recorder.record)
-    with _scratch_folder() as scratch, signals_end(stopper):
+    with _scratch_folder() as scratch, _quiet_tune(), signals_end(stopper):
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), resources.to_ray()),
             tune_config=tune.TuneConfig(
@@ -139,7 +140,7 @@ class JournalCallback(Callback):
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        error = failure_line(str(trial.get_error() or "the worker ended without a message"))
+        error = failure_line(_traceback_of(trial)) or "the worker ended without a message"
         end_trial(self._recorder, trial.config["trial_id"], "failed", error=error)
 
 
@@ -185,6 +186,12 @@ def _who(trial: Trial) -> dict[str, Any]:
     return {"trial_id": trial.config["trial_id"], "attempt": trial.config["attempt"]}
 
 
+def _traceback_of(trial: Trial) -> str:
+    """From the driver's own file: `Trial.get_error` reads a storage that gets it later."""
+    path = trial.error_file
+    return Path(path).read_text(encoding="utf-8") if path and Path(path).is_file() else ""
+
+
 def _ray_trial_id(trial: Trial) -> str:
     return str(trial.trial_id)
 
@@ -205,6 +212,18 @@ def _close_running(recorder: Recorder, stopper: EndInOrder) -> None:
     for trial_id, trial in list(recorder.record.trials.items()):
         if trial.state == "running":
             end_trial(recorder, trial_id, "interrupted", reason=stopper.reason)
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Tune logs a traceback for every failed trial; the journal has its last line."""
+    logger = logging.getLogger("ray.tune")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextmanager
