@@ -1,0 +1,232 @@
+"""Searches on a real Ray over a small feature store that every trial learns in a moment."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from visiontuner.experiment import Experiment
+from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
+from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
+from visiontuner.search.cluster import RayForSearch
+from visiontuner.search.run import Recorder, run_trials
+from visiontuner.search.space import draw_beforehand
+from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own: old names in its libraries, sockets left to the collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+CLASSES, DIMENSIONS = 3, 8
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with RayForSearch("local") as ray:
+        ray.start()
+        ray.wait()
+        yield
+    ray.wait_for_end()
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """120 and 60 feature vectors in three clouds."""
+    folder = tmp_path_factory.mktemp("features")
+    rng = np.random.default_rng(0)
+    for split, count in {"train": 120, "validation": 60}.items():
+        labels = np.arange(count) % CLASSES
+        rows = 2 * np.eye(CLASSES, DIMENSIONS)[labels] + rng.normal(size=(count, DIMENSIONS))
+        np.save(array_path(folder, split, "features"), rows.astype(np.float32))
+        np.save(array_path(folder, split, "labels"), labels)
+        write_json(samples_path(folder, split), {"paths": [str(n) for n in range(count)]})
+    write_meta(
+        FeatureSet(
+            folder=folder,
+            class_names=("a", "b", "c"),
+            feature_dim=DIMENSIONS,
+            splits=("train", "validation"),
+            findings=(),
+            engine="none",
+            seconds=0.0,
+        )
+    )
+    return folder
+
+
+class Search:
+    """One search folder, run as often as a test wants."""
+
+    def __init__(self, folder: Path, features: Path, **experiment: Any) -> None:
+        self.folder, self.features = folder, features
+        self.experiment = Experiment.parse({"name": "x", **experiment})
+
+    def run(self, listen: Callable[[Event], None] = lambda _: None) -> str:
+        begun = (self.folder / "journal.jsonl").exists()
+        record = SearchRecord.load(self.folder) if begun else SearchRecord()
+        journal = JournalWriter(self.folder, "s")
+        try:
+            recorder = Recorder(journal, record, [listen])
+            described = self.experiment.model_dump(mode="json")
+            recorder.append("search_resumed" if begun else "search_started", experiment=described)
+            return run_trials(self.folder, self.experiment, self.features, recorder)
+        finally:
+            journal.close()
+
+    @property
+    def trials(self) -> dict[str, Any]:
+        return SearchRecord.load(self.folder).trials
+
+    def configurations(self) -> list[dict[str, Any]]:
+        return [trial.configuration for _, trial in sorted(self.trials.items())]
+
+
+@pytest.fixture
+def search(tmp_path: Path, features: Path) -> Callable[..., Search]:
+    def make(*, epochs: int = 3, objective: str = "validation_accuracy", **search: Any) -> Search:
+        search = {"algorithm": "random", "scheduler": "none", **search}
+        return Search(
+            tmp_path / "search",
+            features,
+            objective=objective,
+            training={"epochs": epochs, "optimizer": "sgd"},
+            search=search,
+        )
+
+    return make
+
+
+def rates(*values: float) -> dict[str, Any]:
+    return {"learning_rate": {"values": list(values)}}
+
+
+def after(number: int, event: str) -> Callable[[Event], None]:
+    """A listener that presses Ctrl-C once, when an event came so many times."""
+    seen: list[Event] = []
+
+    def listen(line: Event) -> None:
+        if line["event"] == event:
+            seen.append(line)
+            if len(seen) == number:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    return listen
+
+
+def test_a_random_search_runs_its_plan_and_leaves_what_packaging_needs(search, features):
+    random = search(trials=4)
+    assert random.run() == "completed"
+    assert random.configurations() == draw_beforehand(random.experiment)
+    labels = FeatureSet.open(features).split("validation").labels
+    for trial in random.trials.values():
+        assert trial.state == "completed"
+        assert [epoch.step for epoch in trial.epochs] == [1, 2, 3]
+        folder = random.folder / "trials" / trial.trial_id
+        assert sorted(path.name for path in folder.iterdir()) == [HEAD_FILE, LOGITS_FILE]
+        logits = np.load(folder / LOGITS_FILE, allow_pickle=False)
+        # The kept logits are the best epoch's.
+        assert float((logits.argmax(axis=1) == labels).mean()) == pytest.approx(trial.best_value)
+    lines = len(read_events(random.folder).events)
+    assert random.run() == "completed"  # nothing left: no trial event is added
+    assert len(read_events(random.folder).events) == lines + 1
+
+
+def test_the_same_seed_gives_the_same_search(search, tmp_path):
+    values = []
+    for name in ("one", "two"):
+        again = search(trials=2)
+        again.folder = tmp_path / name
+        again.run()
+        values.append({t.trial_id: t.curve("validation_loss") for t in again.trials.values()})
+    assert values[0] == values[1]
+
+
+def test_asha_stops_who_falls_behind(search):
+    asha = search(
+        epochs=9,
+        algorithm="grid",
+        scheduler="asha",
+        objective="validation_loss",
+        space=rates(0.3, 0.2, 0.1, 1e-7, 1e-8, 1e-9),
+    )
+    assert asha.run() == "completed"
+    states = {t.configuration["learning_rate"]: t.state for t in asha.trials.values()}
+    stopped = [rate for rate, state in states.items() if state == "stopped_early"]
+    assert set(states.values()) == {"completed", "stopped_early"}
+    assert {1e-7, 1e-8, 1e-9} <= set(stopped)
+    for trial in asha.trials.values():
+        assert (len(trial.epochs) == 9) == (trial.state == "completed")
+        assert trial.best_value is not None
+
+
+def test_a_failing_trial_does_not_end_the_search(search, capfd):
+    grid = search(algorithm="grid", space=rates(1e30, 0.1, 1e32, 0.2), epochs=400)
+    assert grid.run() == "completed"
+    by_rate = {t.configuration["learning_rate"]: t for t in grid.trials.values()}
+    assert by_rate[0.1].state == by_rate[0.2].state == "completed"
+    assert by_rate[1e30].state == by_rate[1e32].state == "failed"
+    assert "learning rate 1e+30" in by_rate[1e30].error
+    assert "\n" not in by_rate[1e30].error
+    assert "Traceback" not in "".join(capfd.readouterr())
+    assert grid.run() == "completed"  # a failed trial has ended; it does not run again
+    assert {t.attempt for t in grid.trials.values()} == {1}
+
+
+def test_the_time_budget_ends_a_search_and_what_ran_is_interrupted(search):
+    long = search(trials=3, epochs=10**6, time_budget="3s")
+    assert long.run() == "time_budget"
+    assert {t.state for t in long.trials.values()} == {"interrupted"}
+    assert {t.reason for t in long.trials.values()} == {"time_budget"}
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_a_resumed_search_equals_an_uninterrupted_one(search, algorithm):
+    half = search(trials=8, epochs=60, algorithm=algorithm)
+    assert half.run(after(3, "trial_ended")) == "interrupted"
+    before = half.trials
+    finished = {name for name, t in before.items() if t.state in FINISHED}
+    begun = set(before) - finished
+    assert finished
+    assert begun
+    assert all(before[name].state == "interrupted" for name in begun)
+
+    assert half.run() == "completed"
+    assert sorted(half.trials) == [f"t{number:04d}" for number in range(1, 9)]
+    for name, trial in half.trials.items():
+        assert trial.state == "completed"
+        assert trial.attempt == (2 if name in begun else 1)
+        if name in before:
+            assert trial.configuration == before[name].configuration
+        if name in finished:
+            assert trial.ended == before[name].ended
+    if algorithm == "random":
+        assert half.configurations() == draw_beforehand(half.experiment)
+    else:
+        assert len({str(c) for c in half.configurations()}) == 8
+
+
+def test_every_searched_value_reaches_the_training(search):
+    space = {
+        "learning_rate": {"values": [0.25]},
+        "batch_size": {"values": [16]},
+        "weight_decay": {"values": [0.1]},
+        "dropout": {"values": [0.5]},
+        "label_smoothing": {"values": [0.1]},
+        "optimizer": {"values": ["adamw"]},
+        "epochs": {"values": [2, 4]},
+    }
+    grid = search(algorithm="grid", space=space, epochs=9)
+    assert grid.run() == "completed"
+    assert sorted(len(t.epochs) for t in grid.trials.values()) == [2, 4]
+    for trial in grid.trials.values():
+        assert trial.state == "completed"
+        assert trial.epochs[0].metrics["learning_rate"] == pytest.approx(0.25)
