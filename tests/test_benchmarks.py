@@ -1,0 +1,106 @@
+"""The measurements can be found and called. What they measure is no test."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+NAMES = (
+    "quickstart",
+    "search_time",
+    "mlflow_writing",
+    "memory",
+    "scale",
+    "kills",
+    "outage",
+    "peer",
+)
+# Programs that the measurements start, and what they share.
+PARTS = (
+    "run",
+    "measuring",
+    "network_pass",
+    "plain_trainings",
+    "writer_on_or_off",
+    "trials_on_features",
+    "peer_pattern",
+)
+
+
+@pytest.fixture
+def runner(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    import run
+
+    yield run
+    for name in set(sys.modules) - before:  # `memory` and `run` are common names
+        if name in (*NAMES, *PARTS):
+            del sys.modules[name]
+
+
+def test_every_module_is_a_listed_benchmark_or_a_part_of_one(runner: ModuleType) -> None:
+    assert runner.BENCHMARKS == NAMES
+    assert {path.stem for path in FOLDER.glob("*.py")} == {*NAMES, *PARTS}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_benchmark_says_what_it_measures_and_its_targets(runner: ModuleType, name: str) -> None:
+    module = runner.load(name)
+    assert runner.first_line(module).endswith((".", "?"))
+    assert module.TARGETS
+    assert all(module.TARGETS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_small_settings_are_settings_of_the_measurement(runner: ModuleType, name: str) -> None:
+    module = runner.load(name)
+    parameters = inspect.signature(module.measure).parameters
+    assert set(module.SMALL) <= set(parameters)
+    assert all(p.default is not p.empty for p in parameters.values())
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_says_what_it_is_for(name: str) -> None:
+    source = (FOLDER / f"{name}.py").read_text(encoding="utf-8")
+    assert source.startswith('"""')
+
+
+def test_list_names_all_without_measuring() -> None:
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / "run.py"), "--list"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == list(NAMES)
+
+
+@pytest.mark.parametrize("name", ["search_time", "peer"])
+def test_without_photographs_a_benchmark_says_what_it_needs(
+    runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VISIONTUNER_PHOTOS", raising=False)
+    skipped = sys.modules["measuring"].Skipped
+    with pytest.raises(skipped, match="set VISIONTUNER_PHOTOS"):
+        runner.load(name).measure()
+
+
+def test_table_shows_targets_results_and_failures(runner: ModuleType) -> None:
+    row = {"what": "a search", "target": "under 90 s", "result": "20.0 s", "met": True}
+    missed = {**row, "result": "100.0 s", "met": False}
+    outcomes = {
+        "quickstart": {"rows": [row, missed]},
+        "peer": {"rows": [], "skipped": "needs photographs"},
+        "outage": {"rows": [], "failed": "RuntimeError: a | b\nc"},
+    }
+    assert runner.table(outcomes).splitlines()[2:] == [
+        "| quickstart | a search | under 90 s | 20.0 s | yes |",
+        "| quickstart | a search | under 90 s | 100.0 s | **no** |",
+        "| peer | skipped: needs photographs | | | |",
+        "| outage | failed: RuntimeError: a / b c | | | |",
+    ]
