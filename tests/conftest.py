@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Read by MLflow, Ray or visiontuner itself; a developer's own would change what a test sees.
 OUTSIDE = (
@@ -29,3 +31,47 @@ def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 def repository() -> Path:
     """The root of the checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One VISIONTUNER_CACHE for all searches of a session: a network is exported once."""
+    return tmp_path_factory.mktemp("shared-cache")
+
+
+COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of noisy red, green and blue pictures: 10 for training, 4 for validation a class."""
+    root = tmp_path_factory.mktemp("data") / "colours"
+    draw_pictures(root)
+    return root
+
+
+def draw_pictures(root: Path, *, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    for split, count in {"train": 10, "valid": 4}.items():
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(rng.normal(colour, 30, (32, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="session")
+def small_search() -> dict[str, object]:
+    """An experiment, but for its data, that needs no download and takes seconds."""
+    return {
+        "name": "colours",
+        "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
+        "training": {"epochs": 3, "learning_rate": 0.01, "batch_size": 16},
+        "search": {
+            "trials": 3,
+            "algorithm": "random",
+            "scheduler": "none",
+            "space": {"learning_rate": {"low": 0.001, "high": 0.02, "scale": "log"}},
+        },
+    }

@@ -1,0 +1,211 @@
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from visiontuner.console import ROWS, SearchConsole
+from visiontuner.experiment import Experiment
+from visiontuner.journal import SearchRecord
+
+EXPERIMENT = Experiment.parse({"name": "x"}).model_dump(mode="json")
+HOSTILE = "[bold red]boom[/] [/nothing] [link=file:///etc]x[/link]"
+
+
+class Screen:
+    """A SearchConsole that writes into a text, and a search to feed it with."""
+
+    def __init__(self, *, width: int = 100, terminal: bool = False) -> None:
+        self._file = io.StringIO()
+        rich = Console(
+            file=self._file,
+            width=width,
+            force_terminal=terminal,
+            highlight=False,
+            soft_wrap=True,
+            _environ={"TERM": "xterm"},
+        )
+        self.record = SearchRecord()
+        self.heard = True
+        self.console = SearchConsole(rich)
+        self._apply("search_started", search_id="s", experiment=EXPERIMENT)
+
+    def _apply(self, event: str, **fields) -> None:
+        line = {"event": event, "time": 0.0, **fields}
+        self.record.apply(line)
+        if self.heard:
+            self.console.event(line)
+
+    def start(self, number: int, **configuration) -> str:
+        trial_id = f"t{number:04d}"
+        configuration = configuration or {"learning_rate": 0.00312345, "batch_size": 128}
+        self._apply("trial_started", trial_id=trial_id, attempt=1, configuration=configuration)
+        return trial_id
+
+    def epoch(self, number: int, step: int, value: float) -> None:
+        metrics = {"validation_accuracy": value}
+        self._apply("epoch", trial_id=f"t{number:04d}", attempt=1, step=step, metrics=metrics)
+
+    def end(self, number: int, state: str = "completed", value: float | None = 0.9, error=None):
+        ended = {"state": state, "best_epoch": 1, "best_value": value, "error": error}
+        self._apply("trial_ended", trial_id=f"t{number:04d}", attempt=1, **ended)
+
+    def trial(self, number: int, **ended) -> None:
+        self.start(number)
+        self.epoch(number, 20, 0.9)
+        self.end(number, **ended)
+
+    @property
+    def text(self) -> str:
+        """What was written, without colours and cursor movements."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._file.getvalue())
+
+    @property
+    def lines(self) -> list[str]:
+        return [line.rstrip() for line in self.text.splitlines()]
+
+    def last_table(self) -> list[str]:
+        """The table as it stood when the trials ended."""
+        starts = [n for n, line in enumerate(self.lines) if line.lstrip("\r").startswith("trial ")]
+        return self.lines[starts[-1] :]
+
+
+def test_elsewhere_than_in_a_terminal_every_ended_trial_is_a_line():
+    screen = Screen()
+    screen.console.trials_begin(screen.record, 3)
+    screen.trial(1, value=0.5)
+    screen.trial(2, value=0.75)
+    screen.trial(3, state="failed", value=None, error="The training loss is nan in epoch 1.")
+    screen.console.trials_end()
+    assert screen.lines == [
+        "1/3  t0001 completed  learning_rate=0.003123 batch_size=128  validation_accuracy 0.5"
+        "  best 0.5 (t0001)",
+        "2/3  t0002 completed  learning_rate=0.003123 batch_size=128  validation_accuracy 0.75"
+        "  best 0.75 (t0002)",
+        "3/3  t0003 failed  learning_rate=0.003123 batch_size=128  validation_accuracy –"
+        "  The training loss is nan in epoch 1.",
+    ]
+
+
+def test_plain_lines_hold_no_escapes():
+    screen = Screen()
+    screen.console.note("Search folder: searches/x")
+    screen.console.progress("Features", 10, 100, "pictures")
+    screen.console.trials_begin(screen.record, 1)
+    screen.trial(1)
+    screen.console.close()
+    assert "\x1b" not in screen._file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_the_trials_as_a_table(width):
+    screen = Screen(width=width, terminal=True)
+    screen.console.trials_begin(screen.record, 4)
+    screen.trial(1, value=0.5)
+    screen.trial(2, value=0.75)
+    screen.trial(3, state="failed", value=None, error="no")
+    screen.start(4)
+    screen.epoch(4, 7, 0.625)
+    screen.console.trials_end()
+    table = screen.last_table()
+    assert table[0].split() == [
+        "trial",
+        "learning_rate",
+        "batch_size",
+        "epoch",
+        "validation_accuracy",
+        "state",
+    ]
+    rows = {line.split()[0]: line.split()[1:] for line in table[1:5]}
+    assert rows["t0001"] == ["0.003123", "128", "20/20", "0.5", "✓", "completed"]
+    assert rows["t0002"] == ["0.003123", "128", "20/20", "0.75", "✓", "completed", "←", "best"]
+    assert rows["t0003"][-2:] == ["✗", "failed"]
+    assert rows["t0004"] == ["0.003123", "128", "7/20", "0.625", "…", "running"]
+    assert "3 of 4 trials finished, 1 running, best validation_accuracy 0.75" in table[5]
+    assert all(len(line) <= width for line in table)
+
+
+def test_five_hundred_trials_fit_on_a_screen_with_the_best_and_the_running_ones():
+    screen = Screen(terminal=True)
+    screen.console.trials_begin(screen.record, 501)
+    for number in range(1, 501):
+        screen.trial(number, value=0.99 if number == 3 else 0.5)
+    screen.start(501)
+    screen.console.trials_end()
+    rows = [line for line in screen.last_table() if re.match(r"t\d{4}", line)]
+    assert len(rows) == ROWS
+    assert rows[0].startswith("t0003")
+    assert rows[-2].startswith("t0500")
+    assert rows[-1].startswith("t0501")
+
+
+def test_before_the_first_trial_a_terminal_says_what_it_waits_for():
+    screen = Screen(terminal=True)
+    screen.console.trials_begin(screen.record, 2)
+    screen.console.trials_end()
+    assert "2 trials wait for Ray" in screen.text
+
+
+def test_trials_of_an_earlier_process_are_shown_and_do_not_speed_up_the_estimate():
+    screen = Screen(terminal=True)
+    screen.heard = False
+    screen.trial(1)
+    screen.console.trials_begin(screen.record, 2)
+    screen.console.trials_end()
+    assert "t0001" in screen.text
+    assert " left" not in screen.text  # nothing has ended here yet: nothing is known
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_texts_of_others_are_shown_as_they_are(terminal):
+    screen = Screen(terminal=terminal, width=200)
+    screen.console.note(HOSTILE)
+    screen.console.trials_begin(screen.record, 1)
+    screen.start(1, optimizer=HOSTILE)
+    screen.epoch(1, 1, 0.5)
+    screen.end(1, state="failed", value=None, error=HOSTILE)
+    screen.console.close()
+    shown = 2 if terminal else 3  # a table has no room for errors
+    assert screen.text.count(HOSTILE) >= shown
+
+
+def test_progress_elsewhere_is_a_line_for_every_tenth():
+    screen = Screen()
+    for done in range(0, 101):
+        screen.console.progress("Features", done, 100, "pictures")
+    screen.console.note("done")
+    assert len(screen.lines) == 11
+    assert screen.lines[0].startswith("Features: 10/100 pictures, ")
+    assert screen.lines[9].startswith("Features: 100/100 pictures, ")
+    assert screen.lines[10] == "done"
+
+
+def test_bytes_are_told_in_megabytes():
+    screen = Screen()
+    screen.console.progress("Fetching", 0, 200_000_000, "B")
+    screen.console.progress("Fetching", 50_000_000, 200_000_000, "B")
+    assert screen.lines[0].startswith("Fetching: 50.0/200.0 MB, ")
+    assert screen.lines[0].endswith(" MB/s")
+
+
+def test_a_progress_of_unknown_length_is_no_error():
+    screen = Screen()
+    screen.console.progress("Fetching", 5, 0, "B")
+    screen.console.close()
+    assert screen.text == ""
+
+
+def test_a_terminals_bar_goes_when_the_work_is_done():
+    screen = Screen(terminal=True)
+    screen.console.progress("Features", 30, 100, "pictures")
+    screen.console.note("next")
+    assert "Features" in screen.text
+    assert screen.lines[-1] == "next"
+
+
+def test_closing_twice_gives_the_terminal_back_once():
+    screen = Screen(terminal=True)
+    screen.console.progress("Features", 1, 2, "pictures")
+    screen.console.trials_begin(screen.record, 1)
+    screen.console.close()
+    screen.console.close()
