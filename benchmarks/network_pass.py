@@ -1,7 +1,8 @@
 """Export a network and run it once over a folder's pictures in ONNX Runtime; a plain loop.
 
-    python network_pass.py PICTURES NETWORK SPLIT,SPLIT
+    python network_pass.py PICTURES NETWORK SPLIT,SPLIT LIMIT
 
+LIMIT is how many pictures of each class are taken, 0 for all.
 Prints JSON: seconds of the export and of the pass (decoding included), and pictures. It takes from
 visiontuner how to read a picture and how to export, and nothing else.
 """
@@ -31,7 +32,7 @@ BATCH = 16
 def main() -> None:
     root, network, splits = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",")
     cache = Path(os.environ["VISIONTUNER_CACHE"])
-    dataset = load_dataset(root, cache=cache)
+    dataset = load_dataset(root, limit_per_class=int(sys.argv[4]) or None, cache=cache)
     paths = [dataset.root / sample.path for name in splits for sample in dataset.splits[name]]
     backbone = load_backbone(network, cache=cache)
     began = time.monotonic()
@@ -39,7 +40,10 @@ def main() -> None:
     export_seconds = time.monotonic() - began
 
     began = time.monotonic()
-    session = onnxruntime.InferenceSession(exported, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    # Waiting threads would spin and take the cores from the one that decodes.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
     features = [
         session.run(["features"], {"image": normalise(pixels, backbone.preprocessing)})[0]
         for pixels in decoded(paths, backbone.preprocessing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import signal
 import sys
 import time
 import traceback
@@ -41,11 +42,16 @@ def main() -> int:
         return 0
     names = arguments.only or [name for name in BENCHMARKS if name not in APART]
     context = describe_run()
-    outcomes = {name: measure(name, arguments) for name in names}
+    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    outcomes: dict[str, dict[str, Any]] = {}
+    for name in names:
+        outcomes[name] = measure(name, arguments)
+        # At once: what was measured outlives a later measurement that is stopped.
+        write_json(path, {**context, "small": arguments.small, "benchmarks": outcomes})
+        for row in outcomes[name]["rows"]:
+            print(f"  {row['what']}: {row['result']} (target: {row['target']})", file=sys.stderr)
     print(heading(context, small=arguments.small))
     print(table(outcomes))
-    path = RESULTS / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
-    write_json(path, {**context, "small": arguments.small, "benchmarks": outcomes})
     print(f"\nNumbers: {path}")
     return 1 if any("failed" in outcome for outcome in outcomes.values()) else 0
 
@@ -118,4 +124,6 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    # Ended from outside, it still ends its programs and removes its folders.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -46,7 +46,9 @@ def measure(
         cold = run(tune(*arguments, output=first), folder=folder, cache=cache)
         again = run(tune(*arguments, output=second), folder=folder, cache=cache)
         network = script_result(
-            "network_pass.py", str(pictures), NETWORK, "train,validation", folder=folder / "pass"
+            "network_pass.py",
+            *(str(pictures), NETWORK, "train,validation", str(limit_per_class or 0)),
+            folder=folder / "pass",
         )
         heads = script_result(
             "plain_trainings.py", str(first), str(os.cpu_count()), folder=folder / "heads"
