@@ -9,6 +9,7 @@ sync_search(folder)            write a search's journal into MLflow, late or els
 from __future__ import annotations
 
 import os
+import threading
 import time
 import uuid
 from collections.abc import Sequence
@@ -43,10 +44,14 @@ from visiontuner.locations import SEARCHES, cache_folder, tracking_uri
 if TYPE_CHECKING:
     from visiontuner.data.findings import DatasetSummary
     from visiontuner.model.backbone import Backbone
+    from visiontuner.model.description import BackboneDescription
     from visiontuner.model.engine import Engine
     from visiontuner.model.features import FeatureSet
     from visiontuner.search.cluster import RayForSearch
-    from visiontuner.search.run import Recorder, SearchState
+    from visiontuner.search.recorder import Recorder
+    from visiontuner.search.run import SearchState
+    from visiontuner.tracking.follow import WriterThread
+    from visiontuner.tracking.mlflow_writer import MlflowWriter
 
 Where = Literal["local", "auto"]
 
@@ -209,6 +214,8 @@ class _Run:
         self.observer = observer
         self.cache = cache_folder()
         self.tracking_uri = tracking_uri()
+        self._backbone: Backbone | None = None
+        self._backbone_lock = threading.Lock()
         # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
         self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
@@ -223,7 +230,7 @@ class _Run:
             if remaining:
                 ray.start()
             # An unknown backbone ends here, before there is a folder or a run to clean up.
-            backbone = self._load_backbone()
+            backbone = self._describe_backbone()
             recorder = self._open_journal(dataset, record)
             tracking = _Tracking(self.folder, self.tracking_uri, self.adopted_run, self.observer)
             state: SearchState = "completed"
@@ -237,7 +244,7 @@ class _Run:
                 tracking.close()
                 raise
         try:
-            return self._conclude(state, dataset, backbone, recorder, tracking)
+            return self._conclude(state, dataset, recorder, tracking)
         except KeyboardInterrupt:
             raise SearchInterrupted(
                 f"Stopped after the last trial. Go on with: visiontuner tune --resume {self.folder}"
@@ -247,11 +254,30 @@ class _Run:
             ray.wait_for_end()
 
     def _load_backbone(self) -> Backbone:
+        """The network itself, loaded once: torch and its libraries take seconds to import."""
         from visiontuner.model.backbone import load_backbone
 
         model = self.experiment.model
-        return load_backbone(
-            model.backbone, weights=model.weights, image_size=model.image_size, cache=self.cache
+        with self._backbone_lock:
+            if self._backbone is None:
+                self._backbone = load_backbone(
+                    model.backbone,
+                    weights=model.weights,
+                    image_size=model.image_size,
+                    cache=self.cache,
+                )
+            return self._backbone
+
+    def _describe_backbone(self) -> BackboneDescription:
+        from visiontuner.model.description import describe_backbone
+
+        model = self.experiment.model
+        return describe_backbone(
+            model.backbone,
+            weights=model.weights,
+            image_size=model.image_size,
+            cache=self.cache,
+            load=self._load_backbone,
         )
 
     def _read_record(self, dataset: ImageDataset) -> SearchRecord:
@@ -264,7 +290,7 @@ class _Run:
         return record
 
     def _open_journal(self, dataset: ImageDataset, record: SearchRecord) -> Recorder:
-        from visiontuner.search.run import Recorder
+        from visiontuner.search.recorder import Recorder
 
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / EXPERIMENT_FILE
@@ -292,7 +318,7 @@ class _Run:
     def _search(
         self,
         dataset: ImageDataset,
-        backbone: Backbone,
+        backbone: BackboneDescription,
         recorder: Recorder,
         ray: RayForSearch,
         remaining: int,
@@ -304,13 +330,15 @@ class _Run:
         finished = sum(trial.finished for trial in recorder.record.trials.values())
         self.observer.note(_describe_search(self.experiment, finished, remaining))
         self.observer.trials_begin(recorder.record, finished + remaining)
+        # Packaging needs the network: have it by then. A mistake in it shows there as well.
+        threading.Thread(target=self._load_backbone, name="backbone", daemon=True).start()
         try:
             return run_trials(self.folder, self.experiment, features.folder, recorder)
         finally:
             self.observer.trials_end()
 
     def _features(
-        self, dataset: ImageDataset, backbone: Backbone, recorder: Recorder
+        self, dataset: ImageDataset, backbone: BackboneDescription, recorder: Recorder
     ) -> FeatureSet:
         """The features, computed or found; which of both goes into the journal."""
         from visiontuner.model.features import compute_features
@@ -319,7 +347,7 @@ class _Run:
         features = compute_features(
             dataset,
             backbone=backbone,
-            engine=lambda: self._engine(backbone),
+            engine=self._engine,
             precision=self.experiment.training.precision,
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
@@ -345,11 +373,11 @@ class _Run:
             self.observer.note(f"{finding.severity}: {finding.evidence}")
         return features
 
-    def _engine(self, backbone: Backbone) -> Engine:
+    def _engine(self) -> Engine:
         from visiontuner.model.engine import make_engine
 
         engine = make_engine(
-            backbone, precision=self.experiment.training.precision, cache=self.cache
+            self._load_backbone(), precision=self.experiment.training.precision, cache=self.cache
         )
         self.observer.note(f"Features are computed once, by {engine.description}.")
         return engine
@@ -358,7 +386,6 @@ class _Run:
         self,
         state: SearchState,
         dataset: ImageDataset,
-        backbone: Backbone,
         recorder: Recorder,
         tracking: _Tracking,
     ) -> SearchResult:
@@ -369,7 +396,7 @@ class _Run:
         if best is None:
             raise SearchFailed(_first_error(recorder.record))
         self.observer.note(f"Packaging {best.trial_id} as a classifier.")
-        classifier = self._package(best, dataset, backbone)
+        classifier = self._package(best, dataset)
         problem = tracking.close()
         model = None
         if problem is None:
@@ -391,7 +418,7 @@ class _Run:
             **parts,
         )
 
-    def _package(self, best: TrialRecord, dataset: ImageDataset, backbone: Backbone) -> Path:
+    def _package(self, best: TrialRecord, dataset: ImageDataset) -> Path:
         from visiontuner.model.package import package_classifier
         from visiontuner.search.trial import HEAD_FILE
 
@@ -399,7 +426,7 @@ class _Run:
         reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
         package_classifier(
             folder=folder,
-            backbone=backbone,
+            backbone=self._load_backbone(),
             head_weights=self.folder / "trials" / best.trial_id / HEAD_FILE,
             class_names=dataset.class_names,
             dataset_root=dataset.root,
@@ -417,28 +444,47 @@ class _Run:
 
 
 class _Tracking:
-    """The MLflow writer beside a running search."""
+    """The MLflow writer beside a running search; opened in the background: it takes seconds."""
 
     def __init__(self, folder: Path, uri: str, adopted_run: str | None, observer: Observer) -> None:
-        from visiontuner.tracking.follow import WriterThread
-        from visiontuner.tracking.mlflow_writer import MlflowWriter
-
-        self._writer = MlflowWriter(folder, tracking_uri=uri, parent_run_id=adopted_run)
-        self._thread = WriterThread(self._writer, notice=observer.note)
-        self._closed: tuple[str | None] | None = None
+        self._folder = folder
+        self._uri = uri
+        self._adopted_run = adopted_run
+        self._observer = observer
+        self._writer: MlflowWriter | None = None
+        self._thread: WriterThread | None = None
+        self._problem: str | None = None
+        self._closed = False
+        self._opening = threading.Thread(target=self._open, name="mlflow-open", daemon=True)
+        self._opening.start()
 
     @property
     def run_ids(self) -> dict[str, str]:
         """MLflow run ids by trial id."""
-        return self._writer.run_ids
+        return self._writer.run_ids if self._writer else {}
 
     def close(self, *, timeout_seconds: float = 60) -> str | None:
         """Write the rest, once; returns why not everything is in MLflow, or None."""
-        if self._closed is None:
-            whole = self._thread.close(timeout_seconds)
-            problem = self._thread.problem or "MLflow does not hold everything yet."
-            self._closed = (None if whole else problem,)
-        return self._closed[0]
+        if not self._closed:
+            self._opening.join()
+            if self._thread is not None and not self._thread.close(timeout_seconds):
+                self._problem = self._thread.problem or "MLflow does not hold everything yet."
+            self._closed = True
+        return self._problem
+
+    def _open(self) -> None:
+        from visiontuner.tracking.follow import WriterThread
+        from visiontuner.tracking.mlflow_writer import MlflowWriter
+
+        try:
+            self._writer = MlflowWriter(
+                self._folder, tracking_uri=self._uri, parent_run_id=self._adopted_run
+            )
+        except TrackingError as error:  # the search goes on, `sync` writes it elsewhere
+            self._problem = str(error)
+            self._observer.note(self._problem)
+            return
+        self._thread = WriterThread(self._writer, notice=self._observer.note)
 
 
 def _with_absolute_paths(experiment: Experiment) -> Experiment:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from visiontuner.data.images import Interpolation, Preprocessing
 from visiontuner.errors import BackboneError
 from visiontuner.model.bundled import BUNDLED, TIMM_NAME, bundled_weights
+from visiontuner.model.description import BackboneDescription
 from visiontuner.model.weights import (
     StateDict,
     digest_weights,
@@ -36,22 +37,14 @@ TIMM = "timm:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone:
-    """A network that gives features.
+class Backbone(BackboneDescription):
+    """A network that gives features, loaded.
 
     Args:
-        name: as in the experiment file.
         module: in eval mode, float32, without gradients; (B, 3, size, size) -> (B, feature_dim).
-        feature_dim: D, the length of one feature vector.
-        preprocessing: what turns a picture into the network's input.
-        weights_digest: SHA-256 (hex) over the tensors by name.
     """
 
-    name: str
     module: nn.Module
-    feature_dim: int
-    preprocessing: Preprocessing
-    weights_digest: str
 
 
 @dataclass(frozen=True, kw_only=True)

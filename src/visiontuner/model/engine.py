@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from visiontuner.errors import ExportError
 from visiontuner.model.backbone import Backbone
+from visiontuner.model.decoding import available_cpus
 from visiontuner.model.export import export_backbone
+from visiontuner.model.store import Precision
 
-Precision = Literal["fp32", "bf16"]
 Images = NDArray[np.float32]
 Features = NDArray[np.float32]
 
@@ -117,13 +118,6 @@ class TorchEngine:
         ):
             features: torch.Tensor = self._module(batch)  # (B, D)
         return features.float().cpu().numpy()
-
-
-def available_cpus() -> int:
-    """The cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,14 @@ from numpy.typing import NDArray
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import normalise
 from visiontuner.errors import BadImageError, DataError
-from visiontuner.model.backbone import Backbone
-from visiontuner.model.decoding import DecodedBatch, decode_batches
-from visiontuner.model.engine import Engine, Precision, available_cpus
+from visiontuner.model.decoding import DecodedBatch, available_cpus, decode_batches
+from visiontuner.model.description import BackboneDescription
 from visiontuner.model.shards import FOLDER as SHARDS
 from visiontuner.model.shards import SHARD_SIZE, Shard, assemble, cut_into_shards
-from visiontuner.model.store import META, SCHEMA_VERSION, FeatureSet, SplitFeatures
+from visiontuner.model.store import META, SCHEMA_VERSION, FeatureSet, Precision, SplitFeatures
+
+if TYPE_CHECKING:  # features that are there already are found without torch
+    from visiontuner.model.engine import Engine
 
 __all__ = ["FeatureSet", "SplitFeatures", "compute_features", "store_folder"]
 
@@ -41,7 +43,7 @@ Progress = Callable[[int, int], None]
 def compute_features(
     dataset: ImageDataset,
     *,
-    backbone: Backbone,
+    backbone: BackboneDescription,
     engine: Callable[[], Engine],
     precision: Precision,
     cache: Path,
@@ -92,7 +94,7 @@ def compute_features(
 
 def store_folder(
     dataset: ImageDataset,
-    backbone: Backbone,
+    backbone: BackboneDescription,
     precision: Precision,
     splits: Sequence[str],
     cache: Path,
@@ -121,7 +123,7 @@ class _Job:
     """One computation of one store."""
 
     dataset: ImageDataset
-    backbone: Backbone
+    backbone: BackboneDescription
     folder: Path
     splits: tuple[str, ...]
     on_bad_image: Literal["skip", "fail"]

@@ -6,8 +6,8 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,36 +17,19 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from visiontuner.experiment import Experiment
-from visiontuner.journal import Event, JournalWriter, SearchRecord, best_epoch
+from visiontuner.journal import SearchRecord, best_epoch
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.interrupt import EndInOrder, signals_end
 from visiontuner.search.plan import make_plan
+from visiontuner.search.recorder import Recorder
 from visiontuner.search.searcher import PlanSearcher
 from visiontuner.search.trial import HEAD_FILE, TrialTask, run_trial
-from visiontuner.training.fit import EpochMetrics
+from visiontuner.training.epoch import EpochMetrics
 
 METRICS = tuple(EpochMetrics.__dataclass_fields__)
 HEADS_KEPT = 5
 
 SearchState = Literal["completed", "interrupted", "time_budget"]
-Listener = Callable[[Event], None]
-
-
-class Recorder:
-    """The journal of a running search, what it adds up to, and who else listens."""
-
-    def __init__(
-        self, journal: JournalWriter, record: SearchRecord, listeners: Sequence[Listener] = ()
-    ) -> None:
-        self.record = record
-        self._journal = journal
-        self._listeners = listeners
-
-    def append(self, event: str, **fields: Any) -> None:
-        line = self._journal.append(event, **fields)
-        self.record.apply(line)
-        for listen in self._listeners:
-            listen(line)
 
 
 def run_trials(
@@ -69,6 +52,7 @@ def run_trials(
     )
     stopper = EndInOrder(experiment.search.time_budget)
     searcher = PlanSearcher(plan, experiment, recorder.record)
+    _skip_callback_statistics()
     with _scratch_folder() as scratch, _quiet_tune(), signals_end(stopper):
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), resources.to_ray()),
@@ -206,6 +190,14 @@ def _scheduler(experiment: Experiment) -> TrialScheduler | None:
     return ASHAScheduler(
         time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 9), reduction_factor=3
     )
+
+
+def _skip_callback_statistics() -> None:
+    """Ray counts its callbacks for statistics that are off here, importing three trackers: 2 s."""
+    with suppress(ImportError):
+        from ray.air._internal import usage
+
+        usage.tag_callbacks = lambda callbacks: False  # noqa: ARG005
 
 
 def _close_running(recorder: Recorder, stopper: EndInOrder) -> None:

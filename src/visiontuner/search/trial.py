@@ -1,24 +1,12 @@
-"""What one Ray worker runs: one configuration, trained on the shared features.
-
-A worker writes only into its trial's own folder and reports numbers to Ray; it never touches the
-journal or MLflow.
-"""
+"""What one Ray worker is handed. Without torch: the driver need not wait for its import."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from ray import tune
-from safetensors.numpy import save_file
-
 from visiontuner.experiment import Experiment, Training
-from visiontuner.model.store import FeatureSet
-from visiontuner.training.fit import EpochResult, FeatureBatches, fit, linear_head
 
 HEAD_FILE = "head.safetensors"
 LOGITS_FILE = "validation_logits.npy"
@@ -36,91 +24,11 @@ class TrialTask:
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
-    # Every time: OpenMP keeps the number by thread, and Ray gives each trial a thread of its own.
-    torch.set_num_threads(task.threads)
-    _leave_the_compiler_out()
-    features = _open_features(task.features_folder)
-    settings = settings_of(task.experiment.training, config["configuration"])
-    seed = task.experiment.seed
-    train, validation = (
-        FeatureBatches(*tensors, batch_size=settings.batch_size) for tensors in features.tensors
-    )
-    head = linear_head(
-        features.feature_dim, features.num_classes, dropout=settings.dropout, seed=seed
-    ).to(train.labels.device)
-    folder = task.search_folder / "trials" / config["trial_id"]
-    folder.mkdir(parents=True, exist_ok=True)
-    results = fit(
-        head,
-        train,
-        validation,
-        settings,
-        num_classes=features.num_classes,
-        seed=seed,
-        objective=task.experiment.objective,
-        mode=task.experiment.mode,
-    )
-    for result in results:
-        if result.is_best:  # before the report: a scheduler may end the trial inside it
-            save_best(folder, result, head[1])
-        tune.report(_to_report(result))
+    from visiontuner.search.head_trial import train_head
+
+    train_head(config, task)
 
 
 def settings_of(training: Training, configuration: dict[str, Any]) -> Training:
     """The experiment's training settings with a trial's own values in place."""
     return Training.model_validate({**training.model_dump(), **configuration})
-
-
-def save_best(folder: Path, result: EpochResult, head: torch.nn.Module) -> None:
-    """The best epoch's validation logits and head weights, each file whole or not there."""
-    tensors = {
-        name: tensor.detach().cpu().contiguous().numpy()
-        for name, tensor in head.state_dict().items()
-    }
-    save_file(tensors, folder / "head.part")
-    (folder / "head.part").replace(folder / HEAD_FILE)
-    with (folder / "logits.part").open("wb") as file:
-        np.save(file, result.validation_logits.numpy(), allow_pickle=False)
-    (folder / "logits.part").replace(folder / LOGITS_FILE)
-
-
-def _to_report(result: EpochResult) -> dict[str, Any]:
-    steps = [list(step) for step in result.step_losses]
-    return {**result.metrics.to_dict(), "epoch": result.epoch, "step_losses": steps}
-
-
-@dataclass(frozen=True)
-class _WorkerFeatures:
-    tensors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
-    feature_dim: int
-    num_classes: int
-
-
-@functools.lru_cache(maxsize=1)
-def _open_features(folder: Path) -> _WorkerFeatures:
-    """Mapped once a worker process, whatever the number of trials it runs."""
-    features = FeatureSet.open(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    splits = [features.split(name) for name in ("train", "validation")]
-    return _WorkerFeatures(
-        tuple(
-            (torch.from_numpy(s.features).to(device), torch.from_numpy(s.labels).to(device))
-            for s in splits
-        ),
-        features.feature_dim,
-        len(features.class_names),
-    )
-
-
-def _leave_the_compiler_out() -> None:
-    """Keep torch.optim from importing torch's compiler: 4 s a worker, for code that never compiles.
-
-    `Optimizer.add_param_group` and others are wrapped so that the compiler, once imported, stays
-    out of them; the first call imports it for that. Telling the wrapper that this is done already
-    leaves the very same functions.
-    """
-    optimizer = torch.optim.Optimizer
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        wrapped = getattr(getattr(optimizer, name), "__wrapped__", None)
-        if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):
-            wrapped.__dynamo_disable = wrapped

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
+from visiontuner.training.epoch import EpochMetrics
 from visiontuner.training.metrics import Scores, balanced_class_weights, score
 
 # Rows of logits computed at a time in evaluation: bounds memory, whatever the split's size.
@@ -58,24 +59,6 @@ class FeatureBatches:
 
     def in_order(self) -> Iterator[Tensor]:
         yield from torch.split(self.features, EVALUATION_BATCH)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochMetrics:
-    """The numbers of one epoch; `docs/tracking.md` describes each."""
-
-    train_loss: float
-    train_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
-    validation_macro_f1: float
-    learning_rate: float
-    gradient_norm: float
-    epoch_seconds: float
-    images_per_second: float
-
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self)
 
 
 class StepLoss(NamedTuple):
