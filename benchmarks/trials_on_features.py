@@ -15,7 +15,8 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
 from visiontuner.search.cluster import RayForSearch
-from visiontuner.search.run import Recorder, run_trials
+from visiontuner.search.recorder import Recorder
+from visiontuner.search.run import run_trials
 
 CLASSES = tuple(f"class{number}" for number in range(10))
 FEATURE_DIM = 1280

@@ -13,23 +13,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
 
-from visiontuner import workflow
 from visiontuner.experiment import QUICKSTART, Experiment
+from visiontuner.workflow import run_search
 
 
-class _Off:
-    """Stands where the writer stands, and writes nothing."""
+class _NoWriter:
+    """Stands where writer and thread stand, and writes nothing."""
 
-    run_ids: dict[str, str] = {}  # noqa: RUF012
+    problem = "off for this measurement"
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.run_ids: dict[str, str] = {}
 
-    def close(self, **_: Any) -> str:
-        return "off for this measurement"  # without runs no model is registered
+    def close(self, *_: Any) -> bool:
+        return False  # so no model is registered
 
 
 def main() -> None:
@@ -40,36 +42,45 @@ def main() -> None:
         "search.algorithm=random",
         "search.scheduler=none",
     ]
+    experiment = Experiment.parse(dict(QUICKSTART), overrides, where="the benchmark")
     seconds = {"writing": 0.0, "figures": 0.0, "model": 0.0}
     if mode == "off":
-        workflow._Tracking = _Off  # type: ignore[misc, assignment]
+        leave_mlflow_out()
     else:
-        _measure_writing(seconds)
-    experiment = Experiment.parse(dict(QUICKSTART), overrides, where="the benchmark")
-    workflow.run_search(experiment, output=folder)
+        measure_into(seconds)
+    run_search(experiment, output=folder)
     seconds["search"] = time.time() - psutil.Process().create_time()
     print(json.dumps(seconds))
 
 
-def _measure_writing(seconds: dict[str, float]) -> None:
-    tracking, register = workflow._Tracking, workflow._register
-
-    class Timed(tracking):  # type: ignore[misc, valid-type]
-        def close(self, **options: Any) -> str | None:
-            problem: str | None = super().close(**options)
-            seconds["writing"] = self._thread.seconds_spent
-            seconds["figures"] = self._thread.seconds_figures
-            return problem
-
-    workflow._Tracking = Timed  # type: ignore[misc]
-    workflow._register = _timed(register, seconds)
+def leave_mlflow_out() -> None:
+    """Modules in the place of the writer's: MLflow is not even imported."""
+    for name, thing in (("follow", "WriterThread"), ("mlflow_writer", "MlflowWriter")):
+        module = ModuleType(f"visiontuner.tracking.{name}")
+        setattr(module, thing, _NoWriter)
+        sys.modules[module.__name__] = module
 
 
-def _timed(register: Callable[..., str], seconds: dict[str, float]) -> Callable[..., str]:
-    def timed(*arguments: Any) -> str:
+def measure_into(seconds: dict[str, float]) -> None:
+    """Note what writer and registration take; `run_search` imports both when it needs them."""
+    from visiontuner.serving import registry
+    from visiontuner.tracking import follow
+
+    class Noted(follow.WriterThread):
+        def close(self, timeout: float = 30.0) -> bool:
+            done = super().close(timeout)
+            seconds["writing"], seconds["figures"] = self.seconds_spent, self.seconds_figures
+            return done
+
+    follow.WriterThread = Noted  # type: ignore[misc]
+    registry.log_classifier = _timed(registry.log_classifier, seconds)
+
+
+def _timed(log: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
+    def timed(*arguments: Any, **options: Any) -> Any:
         began = time.monotonic()
         try:
-            return register(*arguments)
+            return log(*arguments, **options)
         finally:
             seconds["model"] = time.monotonic() - began
 
