@@ -67,11 +67,11 @@ def small_search() -> dict[str, object]:
     return {
         "name": "colours",
         "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
-        "training": {"epochs": 3, "learning_rate": 0.01, "batch_size": 16},
+        "training": {"epochs": 8, "learning_rate": 0.03, "batch_size": 16},
         "search": {
             "trials": 3,
             "algorithm": "random",
             "scheduler": "none",
-            "space": {"learning_rate": {"low": 0.001, "high": 0.02, "scale": "log"}},
+            "space": {"learning_rate": {"low": 0.01, "high": 0.1, "scale": "log"}},
         },
     }

@@ -1,0 +1,109 @@
+"""The README's way in and out: `mlflow run . -e tune`, then `mlflow models predict`."""
+
+import base64
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
+
+
+def mlflow(*arguments: str, cwd: Path, environment: dict[str, str]) -> str:
+    run = subprocess.run(
+        [sys.executable, "-m", "mlflow", *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
+    return run.stdout
+
+
+def test_mlflow_run_searches_and_the_model_answers_with_a_name(
+    repository: Path,
+    tmp_path: Path,
+    shared_cache: Path,
+    pictures: Path,
+    small_search: dict[str, Any],
+) -> None:
+    experiment = {**small_search, "data": {"source": str(pictures)}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    environment = {
+        **os.environ,
+        # `--env-manager local` takes `python` from the PATH, as an activated environment has it.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "MLFLOW_TRACKING_URI": uri,
+        "VISIONTUNER_CACHE": str(shared_cache),
+    }
+    parameters = {
+        "experiment": tmp_path / "experiment.yaml",
+        "output": tmp_path / "search",
+        "trials": 2,
+        "set": "training.epochs=6",
+    }
+    flags = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
+    chosen = ("--experiment-name", "chosen by the caller")
+    mlflow(
+        "run",
+        ".",
+        "-e",
+        "tune",
+        "--env-manager",
+        "local",
+        *chosen,
+        *flags,
+        cwd=repository,
+        environment=environment,
+    )
+
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name("chosen by the caller")
+    assert found is not None
+    runs = client.search_runs([found.experiment_id])
+    # The parent is the run that `mlflow run` opened; the trials hang below it.
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.data.tags["mlflow.project.entryPoint"] == "tune"
+    assert parent.data.tags["visiontuner.kind"] == "search"
+    assert parent.info.status == "FINISHED"
+    trials = [run for run in runs if run is not parent]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
+    assert [run.info.status for run in trials] == ["FINISHED", "FINISHED"]
+    for run in trials:
+        history = client.get_metric_history(run.info.run_id, "validation_accuracy")
+        assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
+
+    picture = base64.b64encode((pictures / "valid/green/0.png").read_bytes()).decode()
+    body = {"dataframe_split": {"columns": ["image"], "data": [[picture]]}}
+    (tmp_path / "body.json").write_text(json.dumps(body))
+    answer = mlflow(
+        "models",
+        "predict",
+        "-m",
+        "models:/colours/1",
+        "--env-manager",
+        "local",
+        "-i",
+        str(tmp_path / "body.json"),
+        "-t",
+        "json",
+        cwd=tmp_path,
+        environment=environment,
+    )
+    (prediction,) = json.loads(answer[answer.index("{") :])["predictions"]
+    assert prediction["label"] in ("red", "green", "blue")
