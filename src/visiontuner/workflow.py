@@ -251,7 +251,6 @@ class _Run:
             ) from None
         finally:
             tracking.close()
-            ray.wait_for_end()
 
     def _load_backbone(self) -> Backbone:
         """The network itself, loaded once: torch and its libraries take seconds to import."""

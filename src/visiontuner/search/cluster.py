@@ -47,10 +47,10 @@ class Resources:
 
 
 class RayForSearch:
-    """A quiet Ray that starts and ends in the background while the caller does something else.
+    """A quiet Ray that starts in the background while the caller does something else.
 
     A Ray that was there before is used and left running. Use as a context manager: `start` returns
-    at once, `wait` when Ray is up; call `wait_for_end` before starting another one.
+    at once, `wait` when Ray is up.
     """
 
     def __init__(self, where: Where) -> None:
@@ -66,9 +66,13 @@ class RayForSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._done.set()
         if self._thread.is_alive():
             self._up.wait()
+        if self._ours:
+            import ray
+
+            ray.shutdown()
+        self._done.set()
         for key in self._added:
             os.environ.pop(key, None)
 
@@ -91,20 +95,11 @@ class RayForSearch:
                 "`visiontuner doctor` looks for the reason."
             ) from self._error
 
-    def wait_for_end(self) -> None:
-        """Return when Ray has ended, after the context was left."""
-        if self._thread.is_alive():
-            self._thread.join()
-
     def _hold(self) -> None:
         """Start Ray and stay: the kernel ends Ray's processes with the thread that started them."""
         self._start()
         self._up.set()
         self._done.wait()
-        if self._ours:
-            import ray
-
-            ray.shutdown()
 
     def _start(self) -> None:
         try:
