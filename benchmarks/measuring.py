@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -206,6 +207,8 @@ def trial_runs(tracking_uri: str, folder: Path) -> list[Any]:
     """MLflow's runs of a search's trials, as MlflowClient returns them."""
     from mlflow import MlflowClient
 
+    # A plugin that comes with the SageMaker SDK warns at every call to a server.
+    logging.getLogger("mlflow.tracking.request_header.registry").setLevel(logging.ERROR)
     client = MlflowClient(tracking_uri)
     search_id = events(folder, "search_started")[0]["search_id"]
     experiments = [e.experiment_id for e in client.search_experiments()]

@@ -34,7 +34,6 @@ def main() -> None:
         ray.start()
         ray.wait()
         run_trials(folder, experiment, folder / "features", recorder)
-    ray.wait_for_end()
 
 
 def make_store(folder: Path, splits: dict[str, int]) -> None:
