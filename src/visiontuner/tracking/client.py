@@ -66,6 +66,7 @@ class Store:
         with quiet_and_impatient():
             try:
                 if self._client is None:
+                    create_database(self.tracking_uri)
                     self._client = MlflowClient(self.tracking_uri, self.tracking_uri)
                 return getattr(self._client, method)(*args, **kwargs)
             except Exception as error:  # MLflow lets its backends' own exceptions of any type out
@@ -88,6 +89,43 @@ def check_tracking_uri(tracking_uri: str) -> None:
         raise TrackingRefused(
             f"The folder of MLflow's database {path} does not exist; create it first."
         )
+
+
+def create_database(tracking_uri: str) -> None:
+    """A new SQLite database appears whole or not at all; any other store is left alone.
+
+    MLflow makes its tables one by one, for seconds. Killed meanwhile, it leaves a file that it can
+    never open again.
+    """
+    path = _sqlite_file(tracking_uri)
+    if path is None or path.exists():
+        return
+    from mlflow.db import upgrade
+
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    fresh.unlink(missing_ok=True)
+    assert upgrade.callback is not None
+    try:
+        upgrade.callback(f"sqlite:///{fresh}")
+        _give_name(fresh, path)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def _give_name(fresh: Path, path: Path) -> None:
+    try:
+        os.link(fresh, path)
+    except FileExistsError:
+        pass  # another process was faster: its database is as good
+    except OSError:  # a file system without links
+        fresh.replace(path)
+
+
+def _sqlite_file(tracking_uri: str) -> Path | None:
+    """`sqlite:///mlflow.db` -> its absolute path; None for what is no plain file."""
+    prefix, path = "sqlite:///", tracking_uri.removeprefix("sqlite:///")
+    plain = tracking_uri.startswith(prefix) and path and path != ":memory:" and "?" not in path
+    return Path(path).absolute() if plain else None
 
 
 def explain(error: Exception, tracking_uri: str) -> TrackingError:
