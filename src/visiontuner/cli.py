@@ -6,7 +6,10 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 from __future__ import annotations
 
 import gc
+import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -327,7 +330,9 @@ def _ui_command(uri: str) -> str:
 
     if uri.startswith("http"):
         return uri
-    return "mlflow ui" if uri == DEFAULT_TRACKING_URI else f"mlflow ui --backend-store-uri {uri}"
+    beside = Path(sys.executable).with_name("mlflow")
+    mlflow = "mlflow" if shutil.which("mlflow") else os.path.relpath(beside)
+    return f"{mlflow} ui" + ("" if uri == DEFAULT_TRACKING_URI else f" --backend-store-uri {uri}")
 
 
 def _short(value: object) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from visiontuner.errors import JournalError
+from visiontuner.errors import JournalError, UserMistake
 from visiontuner.journal import FILE_NAME
 
 SEARCHES = Path("searches")
@@ -20,6 +20,24 @@ def cache_folder() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))
+
+
+def writable_cache_folder() -> Path:
+    """The cache folder, made if it is not there.
+
+    Raises:
+        UserMistake: nothing can be written there.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+    except OSError as error:
+        raise UserMistake(
+            f"Cannot write the cache folder {folder}: {error.strerror}. "
+            "Set VISIONTUNER_CACHE to another one."
+        ) from None
+    return folder
 
 
 def tracking_uri() -> str:

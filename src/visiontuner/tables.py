@@ -29,7 +29,7 @@ def print_dataset(console: Console, summary: DatasetSummary, findings: Sequence[
         console.print("Nothing to complain about.", style="green")
     for finding in findings:
         line = Text(f"{finding.severity}: ", style=_COLOURS[finding.severity])
-        line.append(f"{finding.evidence} ", style="default")
+        line.append(f"{finding.evidence.rstrip('.')}. ", style="default")
         line.append(finding.advice, style="dim")
         console.print(line)
 

@@ -37,7 +37,7 @@ from visiontuner.journal import (
     TrialRecord,
     is_running,
 )
-from visiontuner.locations import SEARCHES, cache_folder, tracking_uri
+from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
 
 # Heavy parts are imported where they are used: a mistake in the data is told before torch is
 # loaded, and Ray starts while it is.
@@ -123,12 +123,12 @@ def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prep
     dataset = _load_data(experiment, observer)
     findings = inspect_dataset(
         dataset,
-        cache=cache_folder(),
+        cache=writable_cache_folder(),
         progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
     )
     return Prepared(
         dataset=dataset,
-        summary=summarise(dataset, cache=cache_folder()),
+        summary=summarise(dataset, cache=writable_cache_folder()),
         findings=[*dataset.findings, *findings],
     )
 
@@ -212,7 +212,7 @@ class _Run:
         self.folder = folder
         self.on = on
         self.observer = observer
-        self.cache = cache_folder()
+        self.cache = writable_cache_folder()
         self.tracking_uri = tracking_uri()
         self._backbone: Backbone | None = None
         self._backbone_lock = threading.Lock()
@@ -291,10 +291,16 @@ class _Run:
     def _open_journal(self, dataset: ImageDataset, record: SearchRecord) -> Recorder:
         from visiontuner.search.recorder import Recorder
 
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / EXPERIMENT_FILE
-        if not path.exists():
-            path.write_text(self.experiment.to_yaml(), encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                path.write_text(self.experiment.to_yaml(), encoding="utf-8")
+        except OSError as error:
+            raise UserMistake(
+                f"Cannot write the search folder {self.folder}: {error.strerror}. "
+                "Name another one with --output."
+            ) from None
         journal = JournalWriter(self.folder, record.search_id or uuid.uuid4().hex)
         recorder = Recorder(journal, record, [self.observer.event])
         described = {
@@ -369,7 +375,7 @@ class _Run:
             self.observer.note("Features: all in the cache, nothing to compute.")
         for finding in features.findings:
             recorder.append("finding", **asdict(finding))
-            self.observer.note(f"{finding.severity}: {finding.evidence}")
+            self.observer.note(f"{finding.severity}: {finding.evidence.rstrip('.')}.")
         return features
 
     def _engine(self) -> Engine:
@@ -498,7 +504,7 @@ def _with_absolute_paths(experiment: Experiment) -> Experiment:
 
 
 def _load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
-    data, cache = experiment.data, cache_folder()
+    data, cache = experiment.data, writable_cache_folder()
     root = fetch_source(
         data.source,
         cache=cache,

@@ -227,7 +227,9 @@ class MlflowWriter:
         name = self._experiment_name or self.plan.experiment().name
         experiment = self.store.call("get_experiment_by_name", name)
         if experiment is None:
-            return str(self.store.call("create_experiment", name))
+            # MLflow's page then opens with its tables for training, not for language models.
+            kind = {"mlflow.experimentKind": "custom_model_development"}
+            return str(self.store.call("create_experiment", name, tags=kind))
         if experiment.lifecycle_stage == "deleted":
             raise runs.deleted_experiment(name, experiment.experiment_id)
         return str(experiment.experiment_id)
