@@ -135,8 +135,8 @@ def assert_whole(command: Command, before: SearchRecord) -> None:
     assert len(ends) == len(set(ends)) == TRIALS
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_in_order_and_the_last_line_says_how_to_go_on(command, number):
+def assert_ends_in_order(command: Command, number: int) -> None:
+    """Finished trials stay, running ones are interrupted, the last line says how to go on."""
     command.start()
     command.stop(number, lambda: len(command.events("trial_ended")) >= 3)
     code, lines = command.end()
@@ -152,6 +152,14 @@ def test_a_signal_ends_in_order_and_the_last_line_says_how_to_go_on(command, num
         expected = "FINISHED" if trial.state == "completed" else "KILLED"
         assert runs[trial_id].info.status == expected
 
+
+def test_sigterm_ends_a_search_in_order(command):
+    assert_ends_in_order(command, signal.SIGTERM)
+
+
+def test_a_search_goes_on_after_ctrl_c(command):
+    assert_ends_in_order(command, signal.SIGINT)
+    before, runs = command.record, command.runs()
     command.start("--resume", "search")
     code, lines = command.end()
     assert code == 0, lines[-10:]
