@@ -35,7 +35,6 @@ def _ray() -> Iterator[None]:
         ray.start()
         ray.wait()
         yield
-    ray.wait_for_end()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,331 @@
+"""Whole searches, from pictures to a registered model, on a real Ray and a real MLflow store."""
+
+import base64
+import copy
+import shutil
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from visiontuner.errors import DataError, JournalError, SearchFailed, UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import JournalWriter, SearchRecord, read_events
+from visiontuner.model.classifier import Classifier
+from visiontuner.search.cluster import RayForSearch
+from visiontuner.search.space import draw_beforehand
+from visiontuner.workflow import (
+    SearchResult,
+    Silent,
+    prepare,
+    resume_search,
+    run_search,
+    sync_search,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own: old names in its libraries, sockets left to the collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
+
+
+class Notes(Silent):
+    """Remembers what a person would read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """One Ray for all: a search uses the one that is there."""
+    with RayForSearch("local") as ray:
+        ray.start()
+        ray.wait()
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], MlflowClient]:
+    """Sends tracking to a database and gives a client for it."""
+
+    def use(path: Path) -> MlflowClient:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
+        return MlflowClient(f"sqlite:///{path}")
+
+    return use
+
+
+def experiment_on(root: Path, small: dict[str, Any], **sections: Any) -> Experiment:
+    raw = copy.deepcopy(small) | {"data": {"source": str(root)}}
+    for name, values in sections.items():
+        raw[name] = {**raw[name], **values} if isinstance(values, dict) else values
+    return Experiment.parse(raw)
+
+
+@pytest.fixture
+def experiment(pictures: Path, small_search: dict[str, Any]) -> Callable[..., Experiment]:
+    return lambda **sections: experiment_on(pictures, small_search, **sections)
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    shared_cache: Path,
+    pictures: Path,
+    small_search: dict[str, Any],
+) -> tuple[SearchResult, Path, list[str]]:
+    """A search that ended, its MLflow database and what was told; tests look, none changes it."""
+    home, notes = tmp_path_factory.mktemp("finished"), Notes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        result = run_search(
+            experiment_on(pictures, small_search), output=home / "search", observer=notes
+        )
+    return result, home / "mlflow.db", notes.notes
+
+
+def runs_of(client: MlflowClient, name: str = "colours") -> tuple[Run, dict[str, Run]]:
+    """The search's parent run, and its trials' runs by trial id."""
+    experiment = client.get_experiment_by_name(name)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [r for r in runs if r.data.tags.get("visiontuner.kind") == "search"]
+    children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(children) == len(runs) - 1
+    by_trial = {r.data.tags["visiontuner.trial_id"]: r for r in children}
+    assert len(by_trial) == len(children), "a trial is there twice"
+    return parent, by_trial
+
+
+def test_a_search_ends_with_trials_a_classifier_and_a_model(finished, store):
+    result, database, notes = finished
+    client = store(database)
+    assert result.state == "completed"
+    assert result.tracking_problem is None
+    assert result.best.best_value == 1.0  # three colours
+    assert any("exported" in n or "by ONNX Runtime" in n for n in notes)
+    parent, trials = runs_of(client)
+    assert parent.info.status == "FINISHED"
+    assert sorted(trials) == ["t0001", "t0002", "t0003"]
+    for trial_id, run in trials.items():
+        record = result.record.trials[trial_id]
+        assert run.info.status == "FINISHED"
+        assert float(run.data.params["learning_rate"]) == record.configuration["learning_rate"]
+        for name in ("train_loss", "validation_accuracy"):
+            history = client.get_metric_history(run.info.run_id, name)
+            assert ([m.step for m in history], [m.value for m in history]) == record.curve(name)
+    drawn = draw_beforehand(Experiment.load(result.folder / "experiment.yaml"))
+    assert [result.record.trials[f"t000{n}"].configuration for n in (1, 2, 3)] == drawn
+
+
+def test_the_classifier_names_new_pictures(finished, pictures):
+    result, _, _ = finished
+    classifier = Classifier.load(result.classifier)
+    assert classifier.class_names == ("blue", "green", "red")
+    for name in classifier.class_names:
+        (prediction,) = classifier.predict([pictures / "valid" / name / "0.png"])
+        assert prediction.label == name
+
+
+def test_the_registered_model_answers_with_names(finished, store, pictures, monkeypatch):
+    result, database, _ = finished
+    store(database)
+    # MLflow puts the model's own copy of the code on the path, for good.
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert result.model == "models:/colours/1"
+    mlflow.set_tracking_uri(f"sqlite:///{database}")
+    try:
+        model = mlflow.pyfunc.load_model(result.model)
+    finally:
+        mlflow.set_tracking_uri(None)
+    picture = base64.b64encode((pictures / "valid/green/1.png").read_bytes()).decode()
+    answer = model.predict(pd.DataFrame({"image": [picture]}))
+    assert answer["label"].tolist() == ["green"]
+    assert (
+        model.metadata.run_id
+        == runs_of(MlflowClient(f"sqlite:///{database}"))[1][result.best.trial_id].info.run_id
+    )
+
+
+def copy_of(finished: tuple[SearchResult, Path, list[str]], here: Path) -> tuple[Path, Path]:
+    """The finished search's folder and database, to do something to."""
+    result, database, _ = finished
+    folder = here / "search"
+    shutil.copytree(result.folder, folder)
+    shutil.copy(database, here / "mlflow.db")
+    return folder, here / "mlflow.db"
+
+
+def looks(client: MlflowClient) -> dict[str, Any]:
+    """Everything that must not change when nothing has happened."""
+    parent, trials = runs_of(client)
+    return {
+        "parent": (parent.info.run_id, parent.info.status, parent.info.start_time),
+        "trials": {
+            name: (run.info.run_id, run.info.status, run.info.end_time, run.data.metrics)
+            for name, run in trials.items()
+        },
+        "versions": [v.version for v in client.search_model_versions("name='colours'")],
+    }
+
+
+def test_resuming_and_syncing_a_finished_search_change_nothing(finished, store, tmp_path):
+    folder, database = copy_of(finished, tmp_path)
+    client = store(database)
+    before, trials = looks(client), SearchRecord.load(folder).trials
+    result = resume_search(folder)
+    assert result.state == "completed"
+    assert result.model == "models:/colours/1"
+    assert looks(client) == before
+    assert SearchRecord.load(folder).trials == trials
+    assert sync_search(folder).model == "models:/colours/1"
+    assert looks(client) == before
+
+
+def test_a_search_written_elsewhere_is_the_same(finished, store, tmp_path):
+    folder, database = copy_of(finished, tmp_path)
+    here = looks(store(database))
+    elsewhere = store(tmp_path / "other.db")
+    assert sync_search(folder).model == "models:/colours/1"
+    there = looks(elsewhere)
+    assert there["versions"] == here["versions"]
+    for name, (_, status, ended, metrics) in there["trials"].items():
+        assert (status, ended, metrics) == here["trials"][name][1:]
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_second_search_computes_no_features(experiment, store, tmp_path):
+    store(tmp_path / "mlflow.db")
+    notes = Notes()
+    result = run_search(experiment(search={"trials": 1}), output=tmp_path / "s", observer=notes)
+    ready = [e for e in read_events(result.folder).events if e["event"] == "features_ready"]
+    assert [event["computed"] for event in ready] == [0]
+    assert any("nothing to compute" in note for note in notes.notes)
+
+
+def test_changed_pictures_are_refused(finished, store, tmp_path, pictures):
+    folder, database = copy_of(finished, tmp_path)
+    store(database)
+    changed = tmp_path / "changed"
+    shutil.copytree(pictures, changed)
+    shutil.copy(changed / "train/red/0.png", changed / "train/red/new.png")
+    path = folder / "experiment.yaml"
+    path.write_text(path.read_text().replace(str(pictures), str(changed)))
+    before = (folder / "journal.jsonl").read_bytes()
+    with pytest.raises(UserMistake, match="not those this search began with"):
+        resume_search(folder)
+    assert (folder / "journal.jsonl").read_bytes() == before
+
+
+def test_a_search_that_another_process_runs_is_refused(finished, store, tmp_path):
+    folder, database = copy_of(finished, tmp_path)
+    store(database)
+    other = JournalWriter(folder, "s")
+    try:
+        with pytest.raises(JournalError, match="still running"):
+            resume_search(folder)
+    finally:
+        other.close()
+
+
+def test_a_folder_that_is_taken_is_refused_before_anything_is_done(experiment, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(UserMistake, match="taken"):
+        run_search(experiment(), output=tmp_path / "taken")
+    assert [p.name for p in (tmp_path / "taken").iterdir()] == ["notes.txt"]
+    with pytest.raises(JournalError, match="no search folder"):
+        resume_search(tmp_path / "taken")
+
+
+def test_an_unknown_backbone_leaves_no_folder_and_no_run(experiment, tmp_path):
+    with pytest.raises(UserMistake, match="resnet19"):
+        run_search(experiment(model={"backbone": "resnet19"}), output=tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_an_empty_folder_is_told_as_such(small_search, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty"):
+        run_search(experiment_on(tmp_path / "empty", small_search), output=tmp_path / "s")
+
+
+def test_a_search_whose_trials_all_fail_ends_with_their_first_error(experiment, store, tmp_path):
+    client = store(tmp_path / "mlflow.db")
+    hopeless = experiment(
+        training={"optimizer": "sgd", "epochs": 300},
+        search={"algorithm": "grid", "space": {"learning_rate": {"values": [1e30, 1e32]}}},
+    )
+    with pytest.raises(SearchFailed, match=r"All 2 trials failed.*loss is .* at learning rate 1e"):
+        run_search(hopeless, output=tmp_path / "s")
+    _, trials = runs_of(client)
+    assert {run.info.status for run in trials.values()} == {"FAILED"}
+    assert not (tmp_path / "s" / "classifier").exists()
+
+
+def test_mlflow_away_loses_nothing(experiment, store, tmp_path, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    result = run_search(experiment(search={"trials": 2}), output=tmp_path / "s")
+    assert result.state == "completed"
+    assert result.model is None
+    assert "cannot be reached" in result.tracking_problem
+    assert result.classifier.is_dir()
+    client = store(tmp_path / "mlflow.db")
+    assert sync_search(tmp_path / "s").model == "models:/colours/1"
+    parent, trials = runs_of(client)
+    assert parent.info.status == "FINISHED"
+    assert sorted(trials) == ["t0001", "t0002"]
+
+
+def test_the_run_of_mlflow_run_is_adopted_and_kept_from_the_workers(
+    experiment, store, tmp_path, monkeypatch
+):
+    client = store(tmp_path / "mlflow.db")
+    opened = client.create_run(client.create_experiment("chosen by mlflow run"))
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    run_search(experiment(search={"trials": 1}), output=tmp_path / "s")
+    parent, trials = runs_of(client, "chosen by mlflow run")
+    assert parent.info.run_id == opened.info.run_id
+    assert sorted(trials) == ["t0001"]
+    assert client.get_experiment_by_name("colours") is None
+
+
+def test_prepare_counts_classes_and_finds_broken_pictures(small_search, tmp_path, pictures):
+    root = tmp_path / "photos"
+    shutil.copytree(pictures, root)
+    (root / "train/red/broken.png").write_bytes((root / "train/red/0.png").read_bytes()[:100])
+    shutil.copy(root / "train/blue/0.png", root / "valid/blue/copy.png")
+    prepared = prepare(experiment_on(root, small_search))
+    assert prepared.summary.totals["train"] == 31
+    evidence = " ".join(f.evidence for f in prepared.findings)
+    assert "broken.png" in evidence
+    assert "copy.png" in evidence
