@@ -295,7 +295,9 @@ class _Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                path.write_text(self.experiment.to_yaml(), encoding="utf-8")
+                fresh = path.with_suffix(".part")  # a kill must not leave half of it
+                fresh.write_text(self.experiment.to_yaml(), encoding="utf-8")
+                fresh.replace(path)
         except OSError as error:
             raise UserMistake(
                 f"Cannot write the search folder {self.folder}: {error.strerror}. "
