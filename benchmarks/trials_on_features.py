@@ -32,7 +32,6 @@ def main() -> None:
     recorder.append("search_started", experiment=experiment.model_dump(mode="json"))
     with RayForSearch("local") as ray:
         ray.start()
-        ray.wait()
         run_trials(folder, experiment, folder / "features", recorder)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +25,10 @@ OUTSIDE = (
 
 @pytest.fixture(autouse=True)
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in OUTSIDE:
+    for name in (*OUTSIDE, *(name for name in os.environ if name.startswith("RAY_"))):
         monkeypatch.delenv(name, raising=False)
+    # mlflow.pyfunc.load_model puts a model's own copy of visiontuner first.
+    monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 @pytest.fixture(scope="session")

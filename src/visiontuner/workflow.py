@@ -227,8 +227,6 @@ class _Run:
         record = self._read_record(dataset)
         remaining = make_plan(self.experiment, record).remaining
         with RayForSearch(self.on) as ray:
-            if remaining:
-                ray.start()
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             backbone = self._describe_backbone()
             recorder = self._open_journal(dataset, record)
@@ -333,12 +331,13 @@ class _Run:
         from visiontuner.search.run import run_trials
 
         features = self._features(dataset, backbone, recorder)
-        ray.wait()
+        # Packaging needs the network: load it beside Ray's start and the trials. A mistake in it
+        # shows there as well.
+        threading.Thread(target=self._load_backbone, name="backbone", daemon=True).start()
+        ray.start()
         finished = sum(trial.finished for trial in recorder.record.trials.values())
         self.observer.note(_describe_search(self.experiment, finished, remaining))
         self.observer.trials_begin(recorder.record, finished + remaining)
-        # Packaging needs the network: have it by then. A mistake in it shows there as well.
-        threading.Thread(target=self._load_backbone, name="backbone", daemon=True).start()
         try:
             return run_trials(self.folder, self.experiment, features.folder, recorder)
         finally:

@@ -181,7 +181,7 @@ def test_a_failing_trial_does_not_end_the_search(search, capfd):
 
 
 def test_the_time_budget_ends_a_search_and_what_ran_is_interrupted(search):
-    long = search(trials=3, epochs=10**6, time_budget="3s")
+    long = search(trials=3, epochs=10**6, time_budget="15s")
     assert long.run() == "time_budget"
     assert {t.state for t in long.trials.values()} == {"interrupted"}
     assert {t.reason for t in long.trials.values()} == {"time_budget"}

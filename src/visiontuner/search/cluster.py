@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,70 +46,49 @@ class Resources:
 
 
 class RayForSearch:
-    """A quiet Ray that starts in the background while the caller does something else.
+    """A quiet Ray for the length of a context; one that was there before is left running.
 
-    A Ray that was there before is used and left running. Use as a context manager: `start` returns
-    at once, `wait` when Ray is up.
+    `start` belongs into the thread that stays until the end: the kernel ends Ray's processes with
+    the thread that started them.
     """
 
     def __init__(self, where: Where) -> None:
         self._where = where
-        self._error: Exception | None = None
         self._ours = False
         self._added: list[str] = []
-        self._up = threading.Event()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._hold, name="ray", daemon=True)
 
     def __enter__(self) -> RayForSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
-            self._up.wait()
         if self._ours:
             import ray
 
             ray.shutdown()
-        self._done.set()
         for key in self._added:
             os.environ.pop(key, None)
 
     def start(self) -> None:
-        """Begin to start Ray."""
-        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
-        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
-        self._thread.start()
-
-    def wait(self) -> None:
         """Return when Ray is up.
 
         Raises:
             SearchFailed: Ray cannot start, or there is no cluster to join.
         """
-        self._up.wait()
-        if self._error is not None:
-            raise SearchFailed(
-                f"Ray does not start here ({' '.join(str(self._error).split())[:200]}). "
-                "`visiontuner doctor` looks for the reason."
-            ) from self._error
+        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
+        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
+        import ray
 
-    def _hold(self) -> None:
-        """Start Ray and stay: the kernel ends Ray's processes with the thread that started them."""
-        self._start()
-        self._up.set()
-        self._done.wait()
-
-    def _start(self) -> None:
+        _let_trials_use_waiting_workers()
+        if ray.is_initialized():
+            return
         try:
-            import ray
-
-            _let_trials_use_waiting_workers()
-            if not ray.is_initialized():
-                self._init()
-                self._ours = True
-        except Exception as error:  # told by `wait`, in the caller's thread
-            self._error = error
+            self._init()
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise SearchFailed(
+                f"Ray does not start here ({' '.join(str(error).split())[:200]}). "
+                "`visiontuner doctor` looks for the reason."
+            ) from error
+        self._ours = True
 
     def _init(self) -> None:
         import ray
