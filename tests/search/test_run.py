@@ -33,7 +33,6 @@ CLASSES, DIMENSIONS = 3, 8
 def _ray() -> Iterator[None]:
     with RayForSearch("local") as ray:
         ray.start()
-        ray.wait()
         yield
 
 
