@@ -57,7 +57,6 @@ def _ray() -> Iterator[None]:
     """One Ray for all: a search uses the one that is there."""
     with RayForSearch("local") as ray:
         ray.start()
-        ray.wait()
         yield
 
 
