@@ -27,7 +27,7 @@ OUTSIDE = (
 def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*OUTSIDE, *(name for name in os.environ if name.startswith("RAY_"))):
         monkeypatch.delenv(name, raising=False)
-    # mlflow.pyfunc.load_model puts a model's own copy of visiontuner first.
+    # mlflow.pyfunc.load_model puts a model's code first.
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 

@@ -127,7 +127,7 @@ def test_a_search_ends_with_trials_a_classifier_and_a_model(finished, store):
     assert result.state == "completed"
     assert result.tracking_problem is None
     assert result.best.best_value == 1.0  # three colours
-    assert any("exported" in n or "by ONNX Runtime" in n for n in notes)
+    assert any("ONNX Runtime" in n or "in the cache" in n for n in notes)
     parent, trials = runs_of(client)
     assert parent.info.status == "FINISHED"
     assert sorted(trials) == ["t0001", "t0002", "t0003"]

@@ -1,5 +1,7 @@
 import base64
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,7 +121,9 @@ def test_the_model_holds_no_pickle_and_no_more_code_than_it_needs(model_folder: 
         # Every pickle since protocol 2 begins with these bytes.
         assert not path.is_file() or path.read_bytes()[:1] != b"\x80", path
     code = {name for name in files if name.startswith("code/") and "__pycache__" not in name}
-    assert code == {f"code/visiontuner/{name}" for name in registry._CODE}
+    (package,) = {name.split("/")[1] for name in code}
+    assert re.fullmatch(r"visiontuner_[0-9a-f]{12}", package)
+    assert code == {f"code/{package}/{name}" for name in registry._CODE}
     assert {
         "artifacts/classifier/classifier.json",
         "artifacts/classifier/model.onnx",
@@ -138,7 +142,7 @@ def test_requirements_are_exact_and_light(model_folder: Path) -> None:
 def test_the_model_answers_with_names_without_torch(
     model_folder: Path, make_picture: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    """In a fresh process that finds visiontuner only inside the model."""
+    """In a fresh process that has no visiontuner."""
     (tmp_path / "green.png").write_bytes(make_picture("green"))
     program = f"""
 import sys, json, warnings
@@ -149,9 +153,8 @@ import mlflow.pyfunc, pandas as pd
 model = mlflow.pyfunc.load_model({str(model_folder)!r})
 content = open({str(tmp_path / "green.png")!r}, "rb").read()
 answer = model.predict(pd.DataFrame({{"image": [content]}}), params={{"top_k": 2}})
-import visiontuner
-assert visiontuner.__file__.startswith({str(model_folder)!r}), visiontuner.__file__
 assert "torch" not in sys.modules
+assert "visiontuner" not in sys.modules
 print(answer.to_json(orient="records"))
 """
     done = subprocess.run(
@@ -184,11 +187,38 @@ def test_base64_through_the_scoring_protocol(
     assert "Traceback" not in str(refused.value)
 
 
-def test_the_processes_own_tracking_uri_stays(
-    trial: tuple[str, str], logged: registry.ModelVersionInfo
+def test_the_processes_own_uris_stay(
+    trial: tuple[str, str],
+    colour_classifier: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
-    assert logged
-    assert mlflow.get_tracking_uri() != trial[0]
+    def log() -> None:
+        log_classifier(colour_classifier, run_id=trial[1], tracking_uri=trial[0], name="colours")
+
+    log()
+    assert "MLFLOW_REGISTRY_URI" not in os.environ
+    own = f"sqlite:///{tmp_path}/own.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+    log()
+    assert mlflow.get_tracking_uri() == mlflow.get_registry_uri() == own
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"sqlite:///{tmp_path}/registry.db")
+    log()
+    assert mlflow.get_tracking_uri() == os.environ["MLFLOW_TRACKING_URI"] == own
+    assert mlflow.get_registry_uri() == os.environ["MLFLOW_REGISTRY_URI"]
+    assert mlflow.get_registry_uri().endswith("registry.db")
+
+
+def test_a_process_that_loads_a_model_keeps_its_own_visiontuner(model_folder: Path) -> None:
+    program = f"""
+import mlflow.pyfunc
+mlflow.pyfunc.load_model({str(model_folder)!r})
+import visiontuner.workflow
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_a_folder_that_is_no_classifier_is_refused(trial: tuple[str, str], tmp_path: Path) -> None:

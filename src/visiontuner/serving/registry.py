@@ -11,7 +11,9 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import shutil
+import os
+import re
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -39,7 +41,8 @@ CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
 MODEL_NAME = "classifier"
 
-# All that `serving/pyfunc.py` imports of visiontuner; it travels with the model.
+# `serving/pyfunc.py` and all that it imports of visiontuner; it travels with the model.
+_PYFUNC = "serving/pyfunc.py"
 _CODE = (
     "__init__.py",
     "errors.py",
@@ -62,6 +65,7 @@ _LINEAGE = (
     "visiontuner.backbone",
     "visiontuner.weights_digest",
 )
+_URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _LOGGERS = ("mlflow", "sagemaker", "alembic")
 # MLflow's fluent functions keep the tracking URI of the process: one logging at a time.
 _one_at_a_time = threading.Lock()
@@ -194,15 +198,16 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
         tags=dict(tags),
         params=run.data.params,
     )
-    with TemporaryDirectory() as temporary:
+    with TemporaryDirectory() as temporary, _importable(temporary):
+        code, script = _stage_code(Path(temporary))
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
             run_id=run.info.run_id,
             model_id=model.model_id,
-            python_model=str(Path(__file__).with_name("pyfunc.py")),
+            python_model=str(script),
             artifacts={"classifier": str(folder)},
-            code_paths=[str(_stage_code(Path(temporary)))],
+            code_paths=[str(code)],
             signature=signature(),
             input_example=(_example(folder), {"top_k": 5}),
             pip_requirements=requirements(),
@@ -251,13 +256,33 @@ def _register(
     return version
 
 
-def _stage_code(folder: Path) -> Path:
-    """A package `visiontuner` with only the modules that serving needs."""
-    source, target = Path(visiontuner.__file__).parent, folder / "visiontuner"
-    for relative in _CODE:
-        (target / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / relative, target / relative)
-    return target
+def _stage_code(folder: Path) -> tuple[Path, Path]:
+    """The package that travels with the model, and the script that MLflow runs.
+
+    The package is named after its content, not `visiontuner`: MLflow puts a loaded model's code
+    first on the module path, and a process that loads a model keeps its own, whole visiontuner.
+    """
+    source = Path(visiontuner.__file__).parent
+    texts = {name: (source / name).read_text(encoding="utf-8") for name in (*_CODE, _PYFUNC)}
+    digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    package = f"visiontuner_{digest[:12]}"
+    for name, text in texts.items():
+        path = folder / package / name if name != _PYFUNC else folder / Path(name).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = re.sub(r"^from visiontuner\.", f"from {package}.", text, flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
+    return folder / package, folder / Path(_PYFUNC).name
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """MLflow runs the script once while it logs, and adds to the module path."""
+    before = list(sys.path)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def _example(folder: Path) -> pd.DataFrame:
@@ -278,15 +303,35 @@ def _first_picture(reference: Any) -> str:
 
 @contextmanager
 def _fluent_uris(tracking_uri: str) -> Iterator[None]:
-    """MLflow's logging of models reads the process-wide URIs: set for us, put back after."""
-    before = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    """MLflow's logging of models reads the process-wide URIs: set for us, put back after.
+
+    MLflow keeps them in its own variables and in the environment. One that was not set of its own
+    is unset again: it would hold against whatever the process chooses later.
+    """
+    environment = {name: os.environ.get(name) for name in _URI_VARIABLES}
+    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    own_tracking = (
+        mlflow.is_tracking_uri_set()  # type: ignore[no-untyped-call]
+        and tracking != environment["MLFLOW_TRACKING_URI"]
+    )
+    own_registry = registry not in (tracking, environment["MLFLOW_REGISTRY_URI"])
+    # None is not in MLflow's annotations; in its code it means "not set".
+    after: tuple[Any, Any] = (
+        tracking if own_tracking else None,
+        registry if own_registry else None,
+    )
     mlflow.set_tracking_uri(tracking_uri)
     mlflow.set_registry_uri(tracking_uri)
     try:
         yield
     finally:
-        mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_tracking_uri(after[0])
+        mlflow.set_registry_uri(after[1])
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 @contextmanager
