@@ -1,23 +1,18 @@
-"""The command line: one subcommand per entry point of MLproject; parsing and printing only.
-
-Everything heavy is imported inside the commands, so that `--help` answers at once.
-"""
+"""Commands that search: tune, prepare, sync, backbones, doctor."""
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from visiontuner.errors import UserMistake, VisiontunerError
+from visiontuner.cli.errors import OneLineErrors
+from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
     from visiontuner.experiment import Experiment
@@ -25,69 +20,6 @@ if TYPE_CHECKING:
 
 NOT_GIVEN = ("auto", "none", "")
 """Words that MLproject passes for a parameter that was not given."""
-
-_GROUPS = {
-    "Search": ("tune", "prepare", "sync", "backbones", "doctor"),
-}
-
-
-class GroupedCommands(click.Group):
-    """`--help` with the subcommands under headings, in the order people need them."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for names in _GROUPS.values() for name in names]
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for heading, names in _GROUPS.items():
-            rows = [(name, self.commands[name].get_short_help_str(80)) for name in names]
-            with formatter.section(heading):
-                formatter.write_dl(rows)
-
-
-class OneLineErrors(click.Command):
-    """Prints an error as one line and exits with its code; `--debug` shows the traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        debug = bool(ctx.find_root().params.get("debug"))
-        try:
-            with _sigterm_is_ctrl_c():
-                return super().invoke(ctx)
-        except VisiontunerError as error:
-            if debug:
-                raise
-            raise _Failure(str(error), error.exit_code) from None
-        except KeyboardInterrupt:
-            raise _Failure("Stopped.", 130) from None
-        except (click.ClickException, click.exceptions.Exit, click.Abort):
-            raise
-        except Exception as error:
-            if debug:
-                raise
-            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise _Failure(f"{text} (the traceback: visiontuner --debug …)", 1) from None
-        finally:
-            gc.freeze()  # or Python walks torch's and MLflow's objects once more: 1.5 s at exit
-
-
-class _Failure(click.ClickException):
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
-
-
-@click.group(
-    cls=GroupedCommands,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: visiontuner tune",
-)
-@click.version_option(package_name="visiontuner")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
-    """Fine-tune an image classifier on your own pictures.
-
-    Search the learning rate and the batch size with Ray Tune, see every trial in MLflow, and
-    put the best model behind a SageMaker endpoint.
-    """
 
 
 def _experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +50,7 @@ def _experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@main.command(cls=OneLineErrors)
+@click.command(cls=OneLineErrors)
 @_experiment_options
 @click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
 @click.option("--trials", metavar="N", default="auto", help="How many configurations to try.")
@@ -186,7 +118,7 @@ def tune(
     _print_result(result)
 
 
-@main.command(cls=OneLineErrors)
+@click.command(cls=OneLineErrors)
 @_experiment_options
 def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
     """Look at the pictures: how many of which class, and what is wrong with them.
@@ -210,7 +142,7 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
     print_dataset(console.console, prepared.summary, prepared.findings)
 
 
-@main.command(cls=OneLineErrors)
+@click.command(cls=OneLineErrors)
 @click.argument("folder", required=False, type=click.Path(path_type=Path))
 def sync(folder: Path | None) -> None:
     """Write a search into MLflow, late or elsewhere; the newest one if none is named.
@@ -234,7 +166,7 @@ def sync(folder: Path | None) -> None:
         click.echo("It has no classifier yet; `visiontuner tune --resume` makes one.")
 
 
-@main.command(cls=OneLineErrors)
+@click.command(cls=OneLineErrors)
 @click.argument("contains", default="")
 def backbones(contains: str) -> None:
     """List pretrained networks whose name contains a text.
@@ -257,7 +189,7 @@ def backbones(contains: str) -> None:
     click.echo(f"{len(found)} networks; use one as --backbone NAME.", err=True)
 
 
-@main.command(cls=OneLineErrors)
+@click.command(cls=OneLineErrors)
 def doctor() -> None:
     """Look for what would fail on this machine, before it does.
 
@@ -337,13 +269,3 @@ def _ui_command(uri: str) -> str:
 
 def _short(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-@contextmanager
-def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """A batch system's SIGTERM ends a command the way Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -1,10 +1,4 @@
-"""Joins the parts: data, features, search, packaging, tracking. What the command line calls.
-
-prepare(experiment)            look at the pictures
-run_search(experiment)         search, track, package and register
-resume_search(folder)          the same, from where a search was stopped
-sync_search(folder)            write a search's journal into MLflow, late or elsewhere
-"""
+"""A search from the pictures to the registered model."""
 
 from __future__ import annotations
 
@@ -13,13 +7,12 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner import provenance
-from visiontuner.data.dataset import ImageDataset, Sample, load_dataset
-from visiontuner.data.source import fetch_source
+from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.errors import (
     JournalError,
     SearchFailed,
@@ -28,21 +21,16 @@ from visiontuner.errors import (
     UserMistake,
 )
 from visiontuner.experiment import Experiment
-from visiontuner.journal import (
-    FILE_NAME,
-    Event,
-    Finding,
-    JournalWriter,
-    SearchRecord,
-    TrialRecord,
-    is_running,
-)
+from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord, TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
+from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
+from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.pictures import describe_data, load_data, require_same_data
+from visiontuner.workflow.recording import BackgroundTracking, register_classifier
 
 # Heavy parts are imported where they are used: a mistake in the data is told before torch is
 # loaded, and Ray starts while it is.
 if TYPE_CHECKING:
-    from visiontuner.data.findings import DatasetSummary
     from visiontuner.model.backbone import Backbone
     from visiontuner.model.description import BackboneDescription
     from visiontuner.model.engine import Engine
@@ -50,87 +38,10 @@ if TYPE_CHECKING:
     from visiontuner.search.cluster import RayForSearch
     from visiontuner.search.recorder import Recorder
     from visiontuner.search.run import SearchState
-    from visiontuner.tracking.follow import WriterThread
-    from visiontuner.tracking.mlflow_writer import MlflowWriter
 
 Where = Literal["local", "auto"]
 
-EXPERIMENT_FILE = "experiment.yaml"
-CLASSIFIER_FOLDER = "classifier"
 REFERENCE_PICTURES = 20
-
-
-class Observer(Protocol):
-    """Who watches a search: `console.SearchConsole` at the command line."""
-
-    def note(self, text: str) -> None: ...
-    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
-    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
-    def event(self, event: Event) -> None: ...
-    def trials_end(self) -> None: ...
-
-
-class Silent:
-    """An Observer that shows nothing."""
-
-    def note(self, text: str) -> None: ...
-    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
-    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
-    def event(self, event: Event) -> None: ...
-    def trials_end(self) -> None: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class SearchResult:
-    """How a search ended.
-
-    Attributes:
-        folder: the search folder, complete whatever MLflow did.
-        state: `interrupted` and `time_budget` can be resumed.
-        classifier: the best trial as an artifact, if any trial was usable.
-        tracking_uri: the MLflow store that the search was written to.
-        model: `models:/NAME/VERSION` there, if it could be registered.
-        tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
-    """
-
-    folder: Path
-    record: SearchRecord
-    state: SearchState
-    tracking_uri: str
-    classifier: Path | None = None
-    model: str | None = None
-    tracking_problem: str | None = None
-
-    @property
-    def best(self) -> TrialRecord | None:
-        return self.record.best
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What `prepare` found."""
-
-    dataset: ImageDataset
-    summary: DatasetSummary
-    findings: list[Finding]
-
-
-def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prepared:
-    """Fetch the pictures and look at every one of them."""
-    from visiontuner.data.findings import inspect_dataset, summarise
-
-    observer = observer or Silent()
-    dataset = _load_data(experiment, observer)
-    findings = inspect_dataset(
-        dataset,
-        cache=writable_cache_folder(),
-        progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
-    )
-    return Prepared(
-        dataset=dataset,
-        summary=summarise(dataset, cache=writable_cache_folder()),
-        findings=[*dataset.findings, *findings],
-    )
 
 
 def run_search(
@@ -173,37 +84,6 @@ def resume_search(
     return _Run(Experiment.load(path), folder, on, observer or Silent()).run()
 
 
-def sync_search(folder: Path) -> SearchResult:
-    """Write a search's journal into MLflow, model and registration included.
-
-    Repeating it changes nothing. Nothing is computed: a search that ended without its classifier
-    gets it from `resume_search`.
-
-    Raises:
-        JournalError: the folder holds no search, or it is still running elsewhere.
-        TrackingError: MLflow is away or refuses.
-    """
-    from visiontuner.tracking.mlflow_writer import MlflowWriter
-
-    record, uri = SearchRecord.load(folder), tracking_uri()
-    with MlflowWriter(folder, tracking_uri=uri) as writer:
-        writer.catch_up(search_is_over=not is_running(folder))
-        run_ids = writer.run_ids
-    classifier = folder / CLASSIFIER_FOLDER
-    state: SearchState = record.ended["state"] if record.ended else "interrupted"
-    model = None
-    if classifier.is_dir() and record.best is not None:
-        model = _register(folder, record, run_ids, uri)
-    return SearchResult(
-        folder=folder,
-        record=record,
-        state=state,
-        tracking_uri=uri,
-        classifier=classifier if classifier.is_dir() else None,
-        model=model,
-    )
-
-
 class _Run:
     """One run of a search, from the pictures to the registered model."""
 
@@ -223,14 +103,16 @@ class _Run:
         from visiontuner.search.cluster import RayForSearch
         from visiontuner.search.plan import make_plan
 
-        dataset = _load_data(self.experiment, self.observer)
+        dataset = load_data(self.experiment, self.observer)
         record = self._read_record(dataset)
         remaining = make_plan(self.experiment, record).remaining
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             backbone = self._describe_backbone()
             recorder = self._open_journal(dataset, record)
-            tracking = _Tracking(self.folder, self.tracking_uri, self.adopted_run, self.observer)
+            tracking = BackgroundTracking(
+                self.folder, self.tracking_uri, self.adopted_run, self.observer
+            )
             state: SearchState = "completed"
             try:
                 if remaining:
@@ -283,7 +165,7 @@ class _Run:
             return SearchRecord()
         record = SearchRecord.load(self.folder)
         if record.started:
-            _require_same_data(record, dataset)
+            require_same_data(record, dataset)
         return record
 
     def _open_journal(self, dataset: ImageDataset, record: SearchRecord) -> Recorder:
@@ -314,7 +196,7 @@ class _Run:
                 "search_started",
                 name=self.folder.resolve().name,
                 experiment=self.experiment.model_dump(mode="json"),
-                data=_describe_data(self.experiment, dataset),
+                data=describe_data(self.experiment, dataset),
                 **described,
             )
         self.observer.note(f"Search folder: {self.folder}")
@@ -393,7 +275,7 @@ class _Run:
         state: SearchState,
         dataset: ImageDataset,
         recorder: Recorder,
-        tracking: _Tracking,
+        tracking: BackgroundTracking,
     ) -> SearchResult:
         best = recorder.record.best
         recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
@@ -407,7 +289,9 @@ class _Run:
         model = None
         if problem is None:
             try:
-                model = _register(self.folder, recorder.record, tracking.run_ids, self.tracking_uri)
+                model = register_classifier(
+                    self.folder, recorder.record, tracking.run_ids, self.tracking_uri
+                )
             except TrackingError as error:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)
@@ -449,50 +333,6 @@ class _Run:
         return folder
 
 
-class _Tracking:
-    """The MLflow writer beside a running search; opened in the background: it takes seconds."""
-
-    def __init__(self, folder: Path, uri: str, adopted_run: str | None, observer: Observer) -> None:
-        self._folder = folder
-        self._uri = uri
-        self._adopted_run = adopted_run
-        self._observer = observer
-        self._writer: MlflowWriter | None = None
-        self._thread: WriterThread | None = None
-        self._problem: str | None = None
-        self._closed = False
-        self._opening = threading.Thread(target=self._open, name="mlflow-open", daemon=True)
-        self._opening.start()
-
-    @property
-    def run_ids(self) -> dict[str, str]:
-        """MLflow run ids by trial id."""
-        return self._writer.run_ids if self._writer else {}
-
-    def close(self, *, timeout_seconds: float = 60) -> str | None:
-        """Write the rest, once; returns why not everything is in MLflow, or None."""
-        if not self._closed:
-            self._opening.join()
-            if self._thread is not None and not self._thread.close(timeout_seconds):
-                self._problem = self._thread.problem or "MLflow does not hold everything yet."
-            self._closed = True
-        return self._problem
-
-    def _open(self) -> None:
-        from visiontuner.tracking.follow import WriterThread
-        from visiontuner.tracking.mlflow_writer import MlflowWriter
-
-        try:
-            self._writer = MlflowWriter(
-                self._folder, tracking_uri=self._uri, parent_run_id=self._adopted_run
-            )
-        except TrackingError as error:  # the search goes on, `sync` writes it elsewhere
-            self._problem = str(error)
-            self._observer.note(self._problem)
-            return
-        self._thread = WriterThread(self._writer, notice=self._observer.note)
-
-
 def _with_absolute_paths(experiment: Experiment) -> Experiment:
     """So that a search can be resumed from another folder than it was begun in."""
     data, model = experiment.data, experiment.model
@@ -502,65 +342,6 @@ def _with_absolute_paths(experiment: Experiment) -> Experiment:
     if model.weights not in ("default", "none") and weights.exists():
         model = model.model_copy(update={"weights": str(weights.resolve())})
     return experiment.model_copy(update={"data": data, "model": model})
-
-
-def _load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
-    data, cache = experiment.data, writable_cache_folder()
-    root = fetch_source(
-        data.source,
-        cache=cache,
-        sha256=data.sha256,
-        progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
-    )
-    dataset = load_dataset(
-        root,
-        limit_per_class=data.limit_per_class,
-        cache=cache,
-        progress=lambda done, total: observer.progress("Reading", done, total, "files"),
-    )
-    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
-    observer.note(f"{len(dataset.class_names)} classes; pictures: {counts}.")
-    return dataset
-
-
-def _describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
-    return {
-        "source": experiment.data.source,
-        "root": str(dataset.root.resolve()),
-        "digest": dataset.digest,
-        "class_names": list(dataset.class_names),
-        "counts": {name: len(samples) for name, samples in dataset.splits.items()},
-    }
-
-
-def _require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
-    began_with = record.started.get("data", {}).get("digest")
-    if began_with != dataset.digest:
-        raise UserMistake(
-            f"The pictures in {dataset.root} are not those this search began with "
-            f"(digest {dataset.digest[:12]} instead of {str(began_with)[:12]}). "
-            "Start a new search, or bring the old pictures back."
-        )
-
-
-def _register(folder: Path, record: SearchRecord, run_ids: dict[str, str], uri: str) -> str:
-    """Log and register the classifier once, on the run of the trial that made it."""
-    from visiontuner.serving.registry import log_classifier
-
-    best = record.best
-    assert best is not None
-    version = log_classifier(
-        folder / CLASSIFIER_FOLDER,
-        run_id=run_ids[best.trial_id],
-        tracking_uri=uri,
-        name=record.started["experiment"]["name"],
-        tags={
-            "visiontuner.search_id": record.search_id,
-            "visiontuner.trial_id": best.trial_id,
-            "visiontuner.data_digest": record.started["data"]["digest"],
-        },
-    )
-    return f"models:/{version.name}/{version.version}"
 
 
 def _first_error(record: SearchRecord) -> str:

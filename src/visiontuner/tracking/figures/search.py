@@ -1,51 +1,37 @@
-"""Numbers -> matplotlib figures. No files, no pyplot, no global state.
-
-Every function takes the record of a search or of a trial and returns a new Figure; those that need
-more than the record holds return None. Colours are Okabe and Ito's, safe for colour-blind eyes.
-"""
+"""Figures of a whole search; those that need more than the record holds return None."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
-from visiontuner.journal import SearchRecord, TrialRecord, best_epoch
+from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.tracking.figures.parts import (
+    BLUE,
+    GREY,
+    INK,
+    LABELS,
+    ORANGE,
+    add_legend,
+    as_percent,
+    count,
+    finite,
+    label_axes,
+    panels,
+    plot_dots,
+    plot_line,
+    short,
+    whole_steps,
+)
 from visiontuner.tracking.importance import importances
-
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BCC2", "#33373D"
-_DPI = 90
-Place = Literal["best", "lower right", "upper right"]
-_LABELS = {
-    "validation_accuracy": "Validation accuracy",
-    "validation_macro_f1": "Validation macro F1",
-    "validation_loss": "Validation loss",
-    "learning_rate": "Learning rate",
-    "batch_size": "Batch size",
-    "weight_decay": "Weight decay",
-    "dropout": "Dropout",
-    "label_smoothing": "Label smoothing",
-    "optimizer": "Optimizer",
-    "epochs": "Epochs",
-}
-
-
-def to_png(figure: Figure) -> bytes:
-    """A figure as PNG, about 700 pixels wide."""
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    # Light compression: a third of the time of the default, a fifth more bytes.
-    figure.savefig(buffer, format="png", dpi=_DPI, pil_kwargs={"compress_level": 3})
-    return buffer.getvalue()
 
 
 def search_figures(record: SearchRecord) -> dict[str, Figure]:
@@ -60,54 +46,33 @@ def search_figures(record: SearchRecord) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def trial_curves(trial: TrialRecord, objective: str = "validation_accuracy") -> Figure:
-    """Loss and accuracy of one trial by epoch, training and validation, its best epoch marked."""
-    figure, (left, right) = _panels(2, _cut(f"{trial.trial_id}   {describe(trial.configuration)}"))
-    best = trial.best_epoch
-    if best is None and trial.epochs:
-        found = best_epoch(trial.epochs, objective, "min" if objective.endswith("loss") else "max")
-        best = found.step if found else None
-    for axes, name in ((left, "loss"), (right, "accuracy")):
-        _plot(axes, *trial.curve(f"train_{name}"), colour=ORANGE, label="Training")
-        _plot(axes, *trial.curve(f"validation_{name}"), colour=BLUE, label="Validation")
-        _label(axes, "Epoch", name.capitalize())
-        _whole_steps(axes, [epoch.step for epoch in trial.epochs])
-        if best is not None:
-            axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label=f"Best epoch {best}")
-    for axes in (left, right):
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))  # tick labels are most of the drawing
-    _percent(right)
-    _legend(left, "upper right")
-    return figure
-
-
 def all_curves(record: SearchRecord) -> Figure:
     """The objective and the validation loss of all trials by epoch, the best trial on top."""
     names = list(dict.fromkeys([_shown_objective(record), "validation_loss"]))
     trials, best = list(record.trials.values()), record.best
-    figure, panels = _panels(len(names), _count(len(trials), "trial") + _outcome(record))
-    for axes, name in zip(panels, names, strict=True):
-        curves = [_finite(*trial.curve(name)) for trial in trials]
+    figure, both = panels(len(names), count(len(trials), "trial") + _outcome(record))
+    for axes, name in zip(both, names, strict=True):
+        curves = [finite(*trial.curve(name)) for trial in trials]
         lines = [np.column_stack(curve) for curve in curves if len(curve[0])]
         # 500 opaque lines are one grey block; single ones must still be seen.
         alpha = max(0.15, min(0.9, 12 / max(1, len(lines))))
         axes.add_collection(LineCollection(lines, colors=GREY, linewidths=1, alpha=alpha))
-        _dots(axes, [line for line in lines if len(line) == 1])
+        plot_dots(axes, [line for line in lines if len(line) == 1])
         if best is not None:
-            _plot(axes, *best.curve(name), colour=BLUE, label=f"Best: {best.trial_id}")
+            plot_line(axes, *best.curve(name), colour=BLUE, label=f"Best: {best.trial_id}")
         axes.autoscale_view()
-        _label(axes, "Epoch", _LABELS[name])
-        _whole_steps(axes, [step for curve in curves for step in curve[0]])
+        label_axes(axes, "Epoch", LABELS[name])
+        whole_steps(axes, [step for curve in curves for step in curve[0]])
         if name != "validation_loss":
-            _percent(axes)
+            as_percent(axes)
     if best is not None:
-        _legend(panels[0], "lower right" if names[0] != "validation_loss" else "upper right")
+        add_legend(both[0], "lower right" if names[0] != "validation_loss" else "upper right")
     return figure
 
 
 def best_so_far(record: SearchRecord) -> Figure:
     """The objective of each finished trial and the best so far, by minutes since the start."""
-    figure, (axes,) = _panels(1, "Best so far" + _outcome(record))
+    figure, (axes,) = panels(1, "Best so far" + _outcome(record))
     began = float(record.started.get("time", 0.0))
     trials = sorted(_usable(record), key=lambda t: (t.ended or 0.0, t.trial_id))
     spent = np.array([max(0.0, (trial.ended or began) - began) for trial in trials])
@@ -120,8 +85,8 @@ def best_so_far(record: SearchRecord) -> Figure:
         axes.step(
             spent / scale, running, where="post", color=BLUE, linewidth=2, label="Best so far"
         )
-        _legend(axes, "lower right" if record.mode == "max" else "upper right")
-    _label(axes, f"Time since the start ({unit})", _LABELS[record.objective])
+        add_legend(axes, "lower right" if record.mode == "max" else "upper right")
+    label_axes(axes, f"Time since the start ({unit})", LABELS[record.objective])
     _percent_if_fraction(axes, record)
     return figure
 
@@ -133,7 +98,7 @@ def learning_rate_batch_size_map(record: SearchRecord) -> Figure | None:
     ]
     if not trials:
         return None
-    figure, (axes,) = _panels(1, "Learning rate × batch size" + _outcome(record), right=0.93)
+    figure, (axes,) = panels(1, "Learning rate × batch size" + _outcome(record), right=0.93)
     rates = np.array([trial.configuration["learning_rate"] for trial in trials], dtype=float)
     sizes = np.array([trial.configuration["batch_size"] for trial in trials], dtype=float)
     values = np.array([trial.best_value for trial in trials], dtype=float)
@@ -150,8 +115,8 @@ def learning_rate_batch_size_map(record: SearchRecord) -> Figure | None:
     axes.set_xscale("log")
     _log2_axis(axes, sizes)
     axes.margins(0.08, 0.16)
-    _label(axes, "Learning rate (log scale)", "Batch size")
-    _legend(axes, "upper right", outside=True)
+    label_axes(axes, "Learning rate (log scale)", "Batch size")
+    add_legend(axes, "upper right", outside=True)
     _colour_bar(figure, points, axes, record)
     return figure
 
@@ -165,7 +130,7 @@ def parallel_coordinates(record: SearchRecord) -> Figure | None:
     columns = [_Column.of(n, [trial.configuration.get(n) for trial in trials]) for n in names]
     values = [cast(float, trial.best_value) for trial in trials]
     columns.append(_Column.of(record.objective, values))
-    figure, (axes,) = _panels(1, "Searched values and the outcome" + _outcome(record), right=0.98)
+    figure, (axes,) = panels(1, "Searched values and the outcome" + _outcome(record), right=0.98)
     heights = np.column_stack([column.heights for column in columns])  # (trials, columns)
     order = np.argsort(values if record.mode == "max" else [-v for v in values], kind="stable")
     lines = [np.column_stack([np.arange(len(columns)), heights[i]]) for i in order]
@@ -179,11 +144,11 @@ def parallel_coordinates(record: SearchRecord) -> Figure | None:
     for position, column in enumerate(columns):
         _draw_scale(axes, position, column, last=position == len(columns) - 1)
     axes.set(xlim=(-0.35, len(columns) - 0.65), ylim=(-0.06, 1.06), yticks=[])
-    axes.set_xticks(range(len(columns)), [_LABELS.get(c.name, c.name) for c in columns])
+    axes.set_xticks(range(len(columns)), [LABELS.get(c.name, c.name) for c in columns])
     axes.tick_params(axis="x", length=0, pad=8)
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.grid(visible=False)
-    _legend(axes, "upper right", outside=True)
+    add_legend(axes, "upper right", outside=True)
     return figure
 
 
@@ -192,10 +157,10 @@ def importance(record: SearchRecord) -> Figure | None:
     shares = importances(record)
     if not shares:
         return None
-    figure, (axes,) = _panels(1, "What decided the outcome", left=0.19)
+    figure, (axes,) = panels(1, "What decided the outcome", left=0.19)
     names = sorted(shares, key=lambda name: shares[name])
     bars = axes.barh(
-        [_LABELS.get(name, name) for name in names],
+        [LABELS.get(name, name) for name in names],
         [shares[name] for name in names],
         color=BLUE,
         height=0.55,
@@ -203,20 +168,9 @@ def importance(record: SearchRecord) -> Figure | None:
     axes.bar_label(bars, fmt="{:.0%}", padding=4, color=INK, fontsize=9)
     axes.set_xlim(0, 1.08)
     axes.set_ylim(-0.7, len(names) - 0.3)
-    _percent(axes, axis="x")
-    _label(axes, f"Importance for {_LABELS[record.objective].lower()} (PED-ANOVA)", "")
+    as_percent(axes, axis="x")
+    label_axes(axes, f"Importance for {LABELS[record.objective].lower()} (PED-ANOVA)", "")
     return figure
-
-
-def describe(configuration: dict[str, Any]) -> str:
-    """A configuration in a few words: `learning rate 0.0033, batch size 128`."""
-    return ", ".join(
-        f"{_LABELS.get(name, name).lower()} {_short(value)}"
-        for name, value in configuration.items()
-    )
-
-
-# Scales of the parallel coordinates
 
 
 class _Column:
@@ -232,15 +186,15 @@ class _Column:
         if len(numbers) < len(values) or (len(distinct) <= 6 and name != "learning_rate"):
             # A few choices stand evenly apart, as they were offered.
             places = {v: _place(i, len(distinct)) for i, v in enumerate(distinct)}
-            ticks = [(places[v], _short(v)) for v in distinct]
+            ticks = [(places[v], short(v)) for v in distinct]
             return cls(name, np.array([places[v] for v in values]), ticks)
         log = min(numbers) > 0 and max(numbers) / min(numbers) > 20
         scaled = np.log10(numbers) if log else np.array(numbers, dtype=float)
         low, high = float(scaled.min()), float(scaled.max())
         if low == high:
-            return cls(name, np.full(len(values), 0.5), [(0.5, _short(numbers[0]))])
+            return cls(name, np.full(len(values), 0.5), [(0.5, short(numbers[0]))])
         ticks = [
-            (h, _short(10 ** (low + h * (high - low)) if log else low + h * (high - low)))
+            (h, short(10 ** (low + h * (high - low)) if log else low + h * (high - low)))
             for h in (0.0, 0.25, 0.5, 0.75, 1.0)
         ]
         return cls(name, (scaled - low) / (high - low), ticks)
@@ -267,81 +221,9 @@ def _draw_scale(axes: Axes, position: int, column: _Column, *, last: bool) -> No
         )
 
 
-# Parts of a figure
-
-
-def _panels(
-    count: int, title: str, *, left: float = 0.09, right: float = 0.98
-) -> tuple[Figure, list[Axes]]:
-    """`count` axes side by side, laid out by hand: matplotlib's own layouts double the time."""
-    figure = Figure(figsize=(8, 3.4), facecolor="white")
-    panels = figure.subplots(1, count, squeeze=False)[0]
-    figure.subplots_adjust(left=left, right=right, bottom=0.16, top=0.86, wspace=0.24)
-    figure.text(left, 0.935, title, fontsize=10.5, color=INK, weight="bold")
-    for axes in panels:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(GREY)
-        axes.tick_params(colors=INK, labelsize=8.5, length=3)
-        axes.grid(color="#E9EBEE", linewidth=0.8)
-        axes.set_axisbelow(True)
-    return figure, list(panels)
-
-
-def _plot(
-    axes: Axes, steps: Sequence[float], values: Sequence[float], *, colour: str, label: str
-) -> None:
-    """A line without its NaN and infinite values; a single epoch is a dot."""
-    x, y = _finite(steps, values)
-    if len(x):
-        marker = "o" if len(x) <= 25 else None
-        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3, label=label)
-
-
-def _finite(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
-    keep = np.isfinite(y) & (np.abs(y) < 1e30)
-    return x[keep], y[keep]
-
-
-def _dots(axes: Axes, lines: Sequence[np.ndarray]) -> None:
-    if lines:
-        points = np.concatenate(lines)
-        axes.scatter(points[:, 0], points[:, 1], s=10, color=GREY)
-
-
-def _label(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
-
-
-def _legend(axes: Axes, place: Place = "best", *, outside: bool = False) -> None:
-    if not axes.get_legend_handles_labels()[1]:
-        return
-    where: dict[str, Any] = {"loc": place}
-    if outside:  # above the axes, in the title's line
-        where = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderpad": 0.2}
-    axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", **where)
-
-
-def _percent(axes: Axes, axis: str = "y") -> None:
-    target = axes.yaxis if axis == "y" else axes.xaxis
-    low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
-    # 0.5 % apart needs a decimal, 10 % apart does not.
-    decimals = 0 if high - low > 0.05 else 1 if high - low > 0.005 else 2
-    target.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
-
-
 def _percent_if_fraction(axes: Axes, record: SearchRecord) -> None:
     if record.objective != "validation_loss":
-        _percent(axes)
-
-
-def _whole_steps(axes: Axes, steps: Sequence[float]) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    if len(steps):
-        low, high = min(steps), max(steps)
-        room = max(0.5, 0.03 * (high - low))
-        axes.set_xlim(low - room, high + room)
+        as_percent(axes)
 
 
 def _log2_axis(axes: Axes, sizes: np.ndarray) -> None:
@@ -358,11 +240,11 @@ def _log2_axis(axes: Axes, sizes: np.ndarray) -> None:
 
 def _colour_bar(figure: Figure, points: Any, axes: Axes, record: SearchRecord) -> None:
     bar = figure.colorbar(points, ax=axes, pad=0.02, fraction=0.05)
-    bar.set_label(_LABELS[record.objective], fontsize=9, color=INK)
+    bar.set_label(LABELS[record.objective], fontsize=9, color=INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8.5, colors=INK, length=3)
     if record.objective != "validation_loss":
-        _percent(bar.ax)
+        as_percent(bar.ax)
 
 
 def _colours(record: SearchRecord) -> str:
@@ -390,7 +272,7 @@ def _usable(record: SearchRecord) -> list[TrialRecord]:
 
 
 def _shown_objective(record: SearchRecord) -> str:
-    return record.objective if record.objective in _LABELS else "validation_accuracy"
+    return record.objective if record.objective in LABELS else "validation_accuracy"
 
 
 def _best_name(record: SearchRecord) -> str:
@@ -403,15 +285,3 @@ def _outcome(record: SearchRecord) -> str:
         return ""
     value = f"{best.best_value:.4f}" if record.mode == "min" else f"{best.best_value:.1%}"
     return f"   best {value} ({best.trial_id})"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
-
-
-def _cut(title: str, length: int = 92) -> str:
-    return title if len(title) <= length else title[: length - 1] + "…"
-
-
-def _short(value: object) -> str:
-    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,49 @@
+"""The command line: one subcommand per entry point of MLproject; parsing and printing only.
+
+Everything heavy is imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import click
+
+from visiontuner.cli.search import NOT_GIVEN, backbones, doctor, prepare, sync, tune
+
+__all__ = ["NOT_GIVEN", "main"]
+
+_GROUPS: dict[str, tuple[click.Command, ...]] = {
+    "Search": (tune, prepare, sync, backbones, doctor),
+}
+
+
+class GroupedCommands(click.Group):
+    """`--help` with the subcommands under headings, in the order people need them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [command.name or "" for commands in _GROUPS.values() for command in commands]
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        for heading, commands in _GROUPS.items():
+            rows = [(c.name or "", c.get_short_help_str(80)) for c in commands]
+            with formatter.section(heading):
+                formatter.write_dl(rows)
+
+
+@click.group(
+    cls=GroupedCommands,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: visiontuner tune",
+)
+@click.version_option(package_name="visiontuner")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Fine-tune an image classifier on your own pictures.
+
+    Search the learning rate and the batch size with Ray Tune, see every trial in MLflow, and
+    put the best model behind a SageMaker endpoint.
+    """
+
+
+for _commands in _GROUPS.values():
+    for _command in _commands:
+        main.add_command(_command)

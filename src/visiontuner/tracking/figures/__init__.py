@@ -1,0 +1,26 @@
+"""Numbers -> matplotlib figures. No files, no pyplot, no global state.
+
+Every function takes numbers and returns a new Figure. Colours are safe for colour-blind eyes.
+"""
+
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import (
+    all_curves,
+    best_so_far,
+    importance,
+    learning_rate_batch_size_map,
+    parallel_coordinates,
+    search_figures,
+)
+from visiontuner.tracking.figures.trial import trial_curves
+
+__all__ = [
+    "all_curves",
+    "best_so_far",
+    "importance",
+    "learning_rate_batch_size_map",
+    "parallel_coordinates",
+    "search_figures",
+    "to_png",
+    "trial_curves",
+]

@@ -1,0 +1,126 @@
+"""What every figure is made of: colours, names, axes, PNG. Colours are Okabe and Ito's."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BCC2", "#33373D"
+_DPI = 90
+Place = Literal["best", "lower right", "upper right"]
+LABELS = {
+    "validation_accuracy": "Validation accuracy",
+    "validation_macro_f1": "Validation macro F1",
+    "validation_loss": "Validation loss",
+    "learning_rate": "Learning rate",
+    "batch_size": "Batch size",
+    "weight_decay": "Weight decay",
+    "dropout": "Dropout",
+    "label_smoothing": "Label smoothing",
+    "optimizer": "Optimizer",
+    "epochs": "Epochs",
+}
+
+
+def to_png(figure: Figure) -> bytes:
+    """A figure as PNG, about 700 pixels wide."""
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    # Light compression: a third of the time of the default, a fifth more bytes.
+    figure.savefig(buffer, format="png", dpi=_DPI, pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
+
+
+def describe(configuration: dict[str, Any]) -> str:
+    """A configuration in a few words: `learning rate 0.0033, batch size 128`."""
+    return ", ".join(
+        f"{LABELS.get(name, name).lower()} {short(value)}" for name, value in configuration.items()
+    )
+
+
+def panels(
+    count: int, title: str, *, left: float = 0.09, right: float = 0.98
+) -> tuple[Figure, list[Axes]]:
+    """`count` axes side by side, laid out by hand: matplotlib's own layouts double the time."""
+    figure = Figure(figsize=(8, 3.4), facecolor="white")
+    row = figure.subplots(1, count, squeeze=False)[0]
+    figure.subplots_adjust(left=left, right=right, bottom=0.16, top=0.86, wspace=0.24)
+    figure.text(left, 0.935, title, fontsize=10.5, color=INK, weight="bold")
+    for axes in row:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(GREY)
+        axes.tick_params(colors=INK, labelsize=8.5, length=3)
+        axes.grid(color="#E9EBEE", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, list(row)
+
+
+def plot_line(
+    axes: Axes, steps: Sequence[float], values: Sequence[float], *, colour: str, label: str
+) -> None:
+    """A line without its NaN and infinite values; a single epoch is a dot."""
+    x, y = finite(steps, values)
+    if len(x):
+        marker = "o" if len(x) <= 25 else None
+        axes.plot(x, y, color=colour, linewidth=1.8, marker=marker, markersize=3, label=label)
+
+
+def finite(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(steps, dtype=float), np.asarray(values, dtype=float)
+    keep = np.isfinite(y) & (np.abs(y) < 1e30)
+    return x[keep], y[keep]
+
+
+def plot_dots(axes: Axes, lines: Sequence[np.ndarray]) -> None:
+    if lines:
+        points = np.concatenate(lines)
+        axes.scatter(points[:, 0], points[:, 1], s=10, color=GREY)
+
+
+def label_axes(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=9, color=INK)
+    axes.set_ylabel(y, fontsize=9, color=INK)
+
+
+def add_legend(axes: Axes, place: Place = "best", *, outside: bool = False) -> None:
+    if not axes.get_legend_handles_labels()[1]:
+        return
+    where: dict[str, Any] = {"loc": place}
+    if outside:  # above the axes, in the title's line
+        where = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderpad": 0.2}
+    axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", **where)
+
+
+def as_percent(axes: Axes, axis: str = "y") -> None:
+    target = axes.yaxis if axis == "y" else axes.xaxis
+    low, high = axes.get_ylim() if axis == "y" else axes.get_xlim()
+    # 0.5 % apart needs a decimal, 10 % apart does not.
+    decimals = 0 if high - low > 0.05 else 1 if high - low > 0.005 else 2
+    target.set_major_formatter(PercentFormatter(1.0, decimals=decimals))
+
+
+def whole_steps(axes: Axes, steps: Sequence[float]) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    if len(steps):
+        low, high = min(steps), max(steps)
+        room = max(0.5, 0.03 * (high - low))
+        axes.set_xlim(low - room, high + room)
+
+
+def count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
+def cut(title: str, length: int = 92) -> str:
+    return title if len(title) <= length else title[: length - 1] + "…"
+
+
+def short(value: object) -> str:
+    return f"{value:.2g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,41 @@
+"""What lies where in a search folder, and how a search ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visiontuner.journal import SearchRecord, TrialRecord
+
+if TYPE_CHECKING:
+    from visiontuner.search.run import SearchState
+
+EXPERIMENT_FILE = "experiment.yaml"
+CLASSIFIER_FOLDER = "classifier"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """How a search ended.
+
+    Attributes:
+        folder: the search folder, complete whatever MLflow did.
+        state: `interrupted` and `time_budget` can be resumed.
+        classifier: the best trial as an artifact, if any trial was usable.
+        tracking_uri: the MLflow store that the search was written to.
+        model: `models:/NAME/VERSION` there, if it could be registered.
+        tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
+    """
+
+    folder: Path
+    record: SearchRecord
+    state: SearchState
+    tracking_uri: str
+    classifier: Path | None = None
+    model: str | None = None
+    tracking_problem: str | None = None
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return self.record.best

@@ -1,0 +1,83 @@
+"""From an experiment to its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from visiontuner.data.dataset import ImageDataset, load_dataset
+from visiontuner.data.source import fetch_source
+from visiontuner.errors import UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import Finding, SearchRecord
+from visiontuner.locations import writable_cache_folder
+from visiontuner.workflow.observing import Observer, Silent
+
+if TYPE_CHECKING:
+    from visiontuner.data.findings import DatasetSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` found."""
+
+    dataset: ImageDataset
+    summary: DatasetSummary
+    findings: list[Finding]
+
+
+def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prepared:
+    """Fetch the pictures and look at every one of them."""
+    from visiontuner.data.findings import inspect_dataset, summarise
+
+    observer = observer or Silent()
+    dataset = load_data(experiment, observer)
+    findings = inspect_dataset(
+        dataset,
+        cache=writable_cache_folder(),
+        progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
+    )
+    return Prepared(
+        dataset=dataset,
+        summary=summarise(dataset, cache=writable_cache_folder()),
+        findings=[*dataset.findings, *findings],
+    )
+
+
+def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
+    data, cache = experiment.data, writable_cache_folder()
+    root = fetch_source(
+        data.source,
+        cache=cache,
+        sha256=data.sha256,
+        progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
+    )
+    dataset = load_dataset(
+        root,
+        limit_per_class=data.limit_per_class,
+        cache=cache,
+        progress=lambda done, total: observer.progress("Reading", done, total, "files"),
+    )
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
+    observer.note(f"{len(dataset.class_names)} classes; pictures: {counts}.")
+    return dataset
+
+
+def describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
+    return {
+        "source": experiment.data.source,
+        "root": str(dataset.root.resolve()),
+        "digest": dataset.digest,
+        "class_names": list(dataset.class_names),
+        "counts": {name: len(samples) for name, samples in dataset.splits.items()},
+    }
+
+
+def require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
+    began_with = record.started.get("data", {}).get("digest")
+    if began_with != dataset.digest:
+        raise UserMistake(
+            f"The pictures in {dataset.root} are not those this search began with "
+            f"(digest {dataset.digest[:12]} instead of {str(began_with)[:12]}). "
+            "Start a new search, or bring the old pictures back."
+        )
