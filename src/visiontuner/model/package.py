@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -38,6 +35,11 @@ from visiontuner.model.classifier import (
     SCHEMA_VERSION,
     WEIGHTS,
     Classifier,
+)
+from visiontuner.model.classifier_files import (
+    reference_document,
+    replace_folder,
+    write_json,
 )
 from visiontuner.model.export import export_backbone, save_onnx
 
@@ -92,13 +94,13 @@ def package_classifier(
         save_file(_all_weights(backbone, head), temporary / WEIGHTS)
         (temporary / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server may be another
         description = _description(backbone, class_names, metadata)
-        _write_json(temporary / DESCRIPTION, description)
+        write_json(temporary / DESCRIPTION, description)
         classifier = Classifier.load(temporary)
         difference = _check_against_torch(classifier, backbone, head, pictures)
         description["metadata"]["onnx_difference"] = difference
-        _write_json(temporary / DESCRIPTION, description)
-        _write_json(temporary / REFERENCE, _reference(classifier, pictures))
-        _replace_folder(temporary, folder)
+        write_json(temporary / DESCRIPTION, description)
+        write_json(temporary / REFERENCE, reference_document(classifier, pictures))
+        replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
     finally:
@@ -206,28 +208,6 @@ def _small_content(path: Path, preprocessing: Preprocessing) -> bytes:
     return buffer.getvalue()
 
 
-def _reference(classifier: Classifier, pictures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    probabilities = classifier.probabilities([picture["content"] for picture in pictures])
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "pictures": [
-            {
-                "path": picture["path"],
-                "label": picture["label"],
-                "class_name": _name(classifier, picture["label"]),
-                "predicted": classifier.class_names[int(row.argmax())],
-                "probabilities": row.tolist(),
-                "image": base64.b64encode(picture["content"]).decode(),
-            }
-            for picture, row in zip(pictures, probabilities, strict=True)
-        ],
-    }
-
-
-def _name(classifier: Classifier, label: int | None) -> str | None:
-    return None if label is None else classifier.class_names[label]
-
-
 def _check_against_torch(
     classifier: Classifier,
     backbone: Backbone,
@@ -256,25 +236,3 @@ def _torch_logits(
         features = backbone.module(torch.from_numpy(images))  # (B, D)
         logits = torch.nn.functional.linear(features, head["weight"], head["bias"])
     return logits.double().numpy()
-
-
-# files
-
-
-def _write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Move `new` to `target`; an older folder there is kept until the new one is in place."""
-    old = target.with_name(f".{target.name}-old-{os.getpid()}")
-    if target.exists():
-        target.replace(old)
-    try:
-        new.replace(target)
-    except OSError:
-        if old.exists():
-            old.replace(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

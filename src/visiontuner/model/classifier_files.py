@@ -1,0 +1,129 @@
+"""Write a classifier folder; without torch, so that calibrating one again is quick."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from visiontuner.errors import ClassifierError, VisiontunerError
+from visiontuner.model.classifier import (
+    DESCRIPTION,
+    NETWORK,
+    REFERENCE,
+    SCHEMA_VERSION,
+    WEIGHTS,
+    Classifier,
+)
+
+
+def recalibrate(
+    folder: Path,
+    *,
+    temperature: float,
+    threshold: float | None,
+    metadata: Mapping[str, Any],
+) -> Classifier:
+    """The same network with another temperature and threshold; its reference is answered anew.
+
+    The folder changes at once or not at all. The same values give the same bytes.
+
+    Args:
+        temperature: logits are divided by it before the softmax.
+        threshold: below this probability an answer should not be trusted; None for no limit.
+        metadata: plain JSON values, added to what is there.
+
+    Raises:
+        ClassifierError: the folder is no classifier, or its reference is damaged.
+        VisiontunerError: the folder cannot be written.
+    """
+    folder = folder.absolute()
+    pictures = _recorded_pictures(folder)
+    try:
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        try:
+            temporary.chmod(0o755)
+            for name in (NETWORK, WEIGHTS):
+                shutil.copy2(folder / name, temporary / name)
+            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+            description |= {"temperature": temperature, "threshold": threshold}
+            description["metadata"] |= metadata
+            write_json(temporary / DESCRIPTION, description)
+            classifier = Classifier.load(temporary)
+            write_json(temporary / REFERENCE, reference_document(classifier, pictures))
+            replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+    return Classifier.load(folder)
+
+
+def _recorded_pictures(folder: Path) -> list[dict[str, Any]]:
+    Classifier.load(folder).verify_reference()  # damaged: said before anything is written
+    try:
+        reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
+        return [
+            {
+                "path": picture.get("path"),
+                "label": picture.get("label"),
+                "content": base64.b64decode(picture["image"], validate=True),
+            }
+            for picture in reference["pictures"]
+        ]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ClassifierError(f"{folder / REFERENCE} is damaged ({error}).") from None
+
+
+def reference_document(
+    classifier: Classifier, pictures: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What `reference.json` holds: pictures with the probabilities that this artifact gives now.
+
+    Args:
+        pictures: each with "path", "content" (bytes of a picture file) and "label" (or None).
+    """
+    probabilities = classifier.probabilities([picture["content"] for picture in pictures])
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "pictures": [
+            {
+                "path": picture["path"],
+                "label": picture["label"],
+                "class_name": _name(classifier, picture["label"]),
+                "predicted": classifier.class_names[int(row.argmax())],
+                "probabilities": row.tolist(),
+                "image": base64.b64encode(picture["content"]).decode(),
+            }
+            for picture, row in zip(pictures, probabilities, strict=True)
+        ],
+    }
+
+
+def _name(classifier: Classifier, label: int | None) -> str | None:
+    return None if label is None else classifier.class_names[label]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Plain JSON, one line a value."""
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def replace_folder(new: Path, target: Path) -> None:
+    """Move `new` to `target`; an older folder there is kept until the new one is in place."""
+    old = target.with_name(f".{target.name}-old-{os.getpid()}")
+    if target.exists():
+        target.replace(old)
+    try:
+        new.replace(target)
+    except OSError:
+        if old.exists():
+            old.replace(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
