@@ -70,6 +70,8 @@ def describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, An
         "digest": dataset.digest,
         "class_names": list(dataset.class_names),
         "counts": {name: len(samples) for name, samples in dataset.splits.items()},
+        # By split, in the order of the class names.
+        "class_counts": {name: list(dataset.counts(name)) for name in dataset.splits},
     }
 
 
