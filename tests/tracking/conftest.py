@@ -57,7 +57,15 @@ class Search:
             },
         )
 
-    def epoch(self, number: int, step: int, *, attempt: int = 1, **metrics: float) -> None:
+    def epoch(
+        self,
+        number: int,
+        step: int,
+        *,
+        attempt: int = 1,
+        step_losses: list[tuple[int, float]] | None = None,
+        **metrics: float,
+    ) -> None:
         accuracy = (0.5 + 0.03 * (number % 7)) * (1 - math.exp(-step))
         self.append(
             "epoch",
@@ -76,6 +84,7 @@ class Search:
                 "images_per_second": 900.0,
                 **metrics,
             },
+            **({"step_losses": step_losses} if step_losses else {}),
         )
 
     def end(self, number: int, state: str = "completed", **fields: Any) -> None:

@@ -205,6 +205,33 @@ def test_a_retried_trial_continues_its_run(new_search: NewSearch, store: Any) ->
     assert trial.data.tags["visiontuner.attempt"] == "2"
 
 
+def test_losses_of_single_steps_are_points_at_the_optimizers_steps(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.start(1)
+    search.epoch(1, 1, step_losses=[(2, 0.9), (4, math.inf)])
+    write(search.folder, uri)
+    # Killed, and run again: what the first attempt reported stays, the rest is added.
+    search.append("search_resumed", code={}, machine={})
+    search.start(1, attempt=2)
+    search.epoch(1, 1, attempt=2, step_losses=[(2, 0.8), (4, 0.7)])
+    search.epoch(1, 2, attempt=2, step_losses=[(6, 0.6), (8, 0.5)])
+    search.end(1, attempt=2)
+    search.finish()
+    for _ in range(2):
+        write(search.folder, uri)
+    run_id = by_name(uri)["t0001"].info.run_id
+    history = MlflowClient(uri).get_metric_history(run_id, "train_loss_step")
+    assert [(m.step, m.timestamp, str(m.value)) for m in history] == [
+        (2, 1_700_000_004_000, "0.9"),
+        (4, 1_700_000_004_000, "nan"),
+        (6, 1_700_000_008_000, "0.6"),
+        (8, 1_700_000_008_000, "0.5"),
+    ]
+
+
 def test_a_resumed_search_shows_its_dead_trial_as_killed(new_search: NewSearch, store: Any) -> None:
     search, uri = new_search(), store()
     search.begin()

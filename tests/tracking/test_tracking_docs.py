@@ -24,7 +24,9 @@ def plan(new_search: Callable[..., Any]) -> SearchPlan:
     search.begin()
     search.append("finding", rule="imbalance", severity="warning", evidence="", advice="")
     search.trial(1, reason="asha")
-    search.trial(2, state="failed", error="loss is NaN")
+    search.start(2)
+    search.epoch(2, 1, step_losses=[(5, 0.7)])
+    search.end(2, state="failed", error="loss is NaN")
     search.append(
         "finding", trial_id="t0001", attempt=1, rule="r", severity="info", evidence="", advice=""
     )

@@ -99,6 +99,9 @@ class TrialPlan:
         for key, value in event["metrics"].items():
             if isinstance(value, int | float):
                 self.points.append(Point(key, _storable(value), self.last_seen, step))
+        for optimizer_step, loss in event.get("step_losses", ()):
+            point = Point("train_loss_step", _storable(loss), self.last_seen, int(optimizer_step))
+            self.points.append(point)
 
     def take_finding(self, event: Event) -> None:
         self.rules.add(str(event.get("rule")))
