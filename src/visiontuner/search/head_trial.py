@@ -7,6 +7,7 @@ journal or MLflow.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,19 @@ from visiontuner.training.fit import EpochResult, FeatureBatches, fit, linear_he
 
 def train_head(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
+    for result in train_epochs(config, task):
+        tune.report(_to_report(result))
+
+
+def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
+    """Write the files of a finished trial's best epoch anew; the seed makes the same numbers."""
+    for result in train_epochs(config, task):
+        if result.epoch == best_epoch:
+            return
+
+
+def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResult]:
+    """Train one configuration; an epoch that is the best so far is on disk when it is yielded."""
     # Every time: OpenMP keeps the number by thread, and Ray gives each trial a thread of its own.
     torch.set_num_threads(task.threads)
     _leave_the_compiler_out()
@@ -50,7 +64,7 @@ def train_head(config: dict[str, Any], task: TrialTask) -> None:
     for result in results:
         if result.is_best:  # before the report: a scheduler may end the trial inside it
             save_best(folder, result, head[1])
-        tune.report(_to_report(result))
+        yield result
 
 
 def save_best(folder: Path, result: EpochResult, head: torch.nn.Module) -> None:

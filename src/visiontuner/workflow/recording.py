@@ -6,10 +6,11 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visiontuner.errors import TrackingError
+from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.journal import SearchRecord
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER
 from visiontuner.workflow.observing import Observer
+from visiontuner.workflow.packaging import packaged_trial
 
 if TYPE_CHECKING:
     from visiontuner.tracking.follow import WriterThread
@@ -63,19 +64,28 @@ class BackgroundTracking:
 def register_classifier(
     folder: Path, record: SearchRecord, run_ids: dict[str, str], uri: str
 ) -> str:
-    """Log and register the classifier once, on the run of the trial that made it."""
+    """Log and register the classifier once, on the run of the trial that made it.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+        ClassifierError: there is no classifier of this search.
+    """
     from visiontuner.serving.registry import log_classifier
 
-    best = record.best
-    assert best is not None
+    trial_id = packaged_trial(folder)
+    if trial_id not in run_ids:
+        raise ClassifierError(
+            f"{folder / CLASSIFIER_FOLDER} is not from this search; "
+            f"`visiontuner tune --resume {folder}` packages it again."
+        )
     version = log_classifier(
         folder / CLASSIFIER_FOLDER,
-        run_id=run_ids[best.trial_id],
+        run_id=run_ids[trial_id],
         tracking_uri=uri,
         name=record.started["experiment"]["name"],
         tags={
             "visiontuner.search_id": record.search_id,
-            "visiontuner.trial_id": best.trial_id,
+            "visiontuner.trial_id": trial_id,
             "visiontuner.data_digest": record.started["data"]["digest"],
         },
     )

@@ -6,13 +6,12 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner import provenance
-from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import (
     JournalError,
     SearchFailed,
@@ -25,6 +24,7 @@ from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord, TrialRec
 from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
 from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.pictures import describe_data, load_data, require_same_data
 from visiontuner.workflow.recording import BackgroundTracking, register_classifier
 
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
 
 Where = Literal["local", "auto"]
-
-REFERENCE_PICTURES = 20
 
 
 def run_search(
@@ -106,6 +104,7 @@ class _Run:
         dataset = load_data(self.experiment, self.observer)
         record = self._read_record(dataset)
         remaining = make_plan(self.experiment, record).remaining
+        self._had_ended = record.best is not None and not remaining
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             backbone = self._describe_backbone()
@@ -283,8 +282,7 @@ class _Run:
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
         if best is None:
             raise SearchFailed(_first_error(recorder.record))
-        self.observer.note(f"Packaging {best.trial_id} as a classifier.")
-        classifier = self._package(best, dataset)
+        classifier = self._package(best, dataset, recorder.record)
         problem = tracking.close()
         model = None
         if problem is None:
@@ -295,6 +293,19 @@ class _Run:
             except TrackingError as error:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)
+
+    def _package(self, best: TrialRecord, dataset: ImageDataset, record: SearchRecord) -> Path:
+        if self._had_ended and is_packaged(self.folder, record):
+            return self.folder / CLASSIFIER_FOLDER  # and perhaps evaluated since
+        self.observer.note(f"Packaging {best.trial_id} as a classifier.")
+        return package_trial(
+            self.folder,
+            best,
+            experiment=self.experiment,
+            dataset=dataset,
+            backbone=self._load_backbone(),
+            cache=self.cache,
+        )
 
     def _result(
         self, state: SearchState, recorder: Recorder, problem: str | None, **parts: Any
@@ -307,30 +318,6 @@ class _Run:
             tracking_problem=problem,
             **parts,
         )
-
-    def _package(self, best: TrialRecord, dataset: ImageDataset) -> Path:
-        from visiontuner.model.package import package_classifier
-        from visiontuner.search.trial import HEAD_FILE
-
-        folder = self.folder / CLASSIFIER_FOLDER
-        reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
-        package_classifier(
-            folder=folder,
-            backbone=self._load_backbone(),
-            head_weights=self.folder / "trials" / best.trial_id / HEAD_FILE,
-            class_names=dataset.class_names,
-            dataset_root=dataset.root,
-            reference_paths=[sample.path for sample in reference],
-            reference_labels=[sample.label for sample in reference],
-            metadata={
-                "trial_id": best.trial_id,
-                "configuration": best.configuration,
-                "data_digest": dataset.digest,
-                self.experiment.objective: best.best_value,
-            },
-            cache=self.cache,
-        )
-        return folder
 
 
 def _with_absolute_paths(experiment: Experiment) -> Experiment:
@@ -349,12 +336,6 @@ def _first_error(record: SearchRecord) -> str:
     if not errors:
         return "The search ended before any trial finished; give it more time."
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
-
-
-def _spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    """`count` pictures spread evenly over a split, so that many classes are among them."""
-    step = max(1, len(samples) // count)
-    return samples[::step][:count]
 
 
 def _describe_search(experiment: Experiment, finished: int, remaining: int) -> str:
