@@ -1,0 +1,1 @@
+"""Predictions and runs -> numbers and tables; pure, on numpy, with neither torch nor MLflow."""
