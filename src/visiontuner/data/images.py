@@ -116,7 +116,9 @@ class Preprocessing:
         )
 
 
-def read_pixels(source: bytes | Path, preprocessing: Preprocessing) -> NDArray[np.uint8]:
+def read_pixels(
+    source: bytes | Path, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """Decode and crop one picture.
 
     Returns:
@@ -125,7 +127,8 @@ def read_pixels(source: bytes | Path, preprocessing: Preprocessing) -> NDArray[n
     Raises:
         BadImageError: as `decode_image`.
     """
-    return crop_pixels(decode_image(source, target=preprocessing.resize), preprocessing)
+    image = decode_image(source, target=preprocessing.resize, max_pixels=max_pixels)
+    return crop_pixels(image, preprocessing)
 
 
 def decode_image(

@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,8 +25,8 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from visiontuner.data.images import Preprocessing, normalise, read_pixels
-from visiontuner.errors import ClassifierError
+from visiontuner.data.images import MAX_PIXELS, Preprocessing, normalise, read_pixels
+from visiontuner.errors import BadImageError, ClassifierError
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "classifier.json"
@@ -109,7 +110,7 @@ class Classifier:
         """
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
-        return [self._prediction(row, top_k) for row in self.probabilities(images)]
+        return [self.prediction(row, top_k) for row in self.probabilities(images)]
 
     def probabilities(self, images: Sequence[bytes | Path]) -> NDArray[np.float64]:
         """Class probabilities of each picture.
@@ -120,13 +121,35 @@ class Classifier:
         Raises:
             BadImageError: a picture cannot be read.
         """
-        rows = [np.empty((0, len(self.class_names)))]
+        rows, errors = self.probabilities_or_errors(images)
+        for error in errors:
+            if error is not None:
+                raise error
+        return rows
+
+    def probabilities_or_errors(
+        self, images: Sequence[bytes | Path], *, max_pixels: int = MAX_PIXELS
+    ) -> tuple[NDArray[np.float64], list[BadImageError | None]]:
+        """Class probabilities of each picture that can be read, and what is wrong with the others.
+
+        Args:
+            max_pixels: larger pictures are not decoded.
+
+        Returns:
+            float64, shape (B, num_classes), NaN where a picture cannot be read; B errors or None.
+        """
+        rows = np.full((len(images), len(self.class_names)), np.nan)
+        errors: list[BadImageError | None] = []
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             for start in range(0, len(images), _BATCH_SIZE):
                 batch = images[start : start + _BATCH_SIZE]
-                pixels = np.stack(list(pool.map(self._read, batch)))
-                rows.append(softmax(self.logits(pixels) / self.temperature))
-        return np.concatenate(rows)
+                read = list(pool.map(partial(self._read, max_pixels=max_pixels), batch))
+                errors += [None if isinstance(one, np.ndarray) else one for one in read]
+                good = [i for i, one in enumerate(read, start) if isinstance(one, np.ndarray)]
+                if good:
+                    pixels = np.stack([one for one in read if isinstance(one, np.ndarray)])
+                    rows[good] = softmax(self.logits(pixels) / self.temperature)
+        return rows, errors
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The network's raw answers.
@@ -161,10 +184,14 @@ class Classifier:
             raise _damaged(self.folder, REFERENCE, error) from None
         return float(np.abs(self.probabilities(contents) - recorded).max())
 
-    def _read(self, image: bytes | Path) -> NDArray[np.uint8]:
-        return read_pixels(image, self.preprocessing)
+    def _read(self, image: bytes | Path, *, max_pixels: int) -> NDArray[np.uint8] | BadImageError:
+        try:
+            return read_pixels(image, self.preprocessing, max_pixels=max_pixels)
+        except BadImageError as error:
+            return error
 
-    def _prediction(self, row: NDArray[np.float64], top_k: int) -> Prediction:
+    def prediction(self, row: NDArray[np.float64], top_k: int) -> Prediction:
+        """Names for one picture's probabilities, shape (num_classes,)."""
         # Stable: of equals, the first in the order of the class names.
         order = np.argsort(-row, kind="stable")[:top_k]
         best = [(self.class_names[i], float(row[i])) for i in order]

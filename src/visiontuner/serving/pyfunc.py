@@ -7,8 +7,7 @@ picture file, as bytes or as base64 text. A path is never read: it would be a pa
 
 from __future__ import annotations
 
-import base64
-import binascii
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -17,20 +16,16 @@ from mlflow.models import set_model
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from visiontuner.data.images import decode_image
-from visiontuner.errors import BadImageError
 from visiontuner.model.classifier import Classifier
+from visiontuner.serving.answers import Answer, BadRequest, Options, answer
 
 _COLUMN = "image"
-_DEFAULT_TOP_K = 5
 
 
 class ClassifierModel(PythonModel):
     """A classifier folder behind MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        from pathlib import Path
-
         self.classifier = Classifier.load(Path(context.artifacts["classifier"]))
 
     def predict(
@@ -43,77 +38,44 @@ class ClassifierModel(PythonModel):
 
         Args:
             model_input: a column `image` of bytes or base64 text.
-            params: `top_k`, how many of the most probable classes to list; default 5.
+            params: `top_k`, how many of the most probable classes to list, default 5; `threshold`,
+                below which an answer is not confident, default the classifier's; `on_error`, "fail"
+                (default) or "report": a picture that cannot be read is then told in its row.
 
         Returns:
-            A row a picture: `label`, `probability` in [0, 1], and `top_k`, a list of
-            `{"label", "probability"}` with the most probable first.
+            A row a picture: `label`, `probability` in [0, 1], `confident`, and `top_k`, a list of
+            `{"label", "probability"}` with the most probable first. With `on_error` "report" also
+            `error`, None for pictures that were answered; the others are None where it is not.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (status 400) with the row for what a client can
                 put right, INTERNAL_ERROR (500) without details for anything else.
         """
         try:
-            top_k = _read_top_k(params)
-            images = _read_images(model_input)
-            predictions = self.classifier.predict(images, top_k=top_k) if images else []
-        except MlflowException:
-            raise
-        except BadImageError as error:
-            raise _refuse(_name_the_row(images, str(error))) from None
+            options = Options.read(params)
+            rows = answer(self.classifier, _images(model_input), options)
+        except BadRequest as error:
+            raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
         except Exception:
             raise MlflowException("internal error", error_code=INTERNAL_ERROR) from None
-        return pd.DataFrame(
-            {
-                "label": [p.label for p in predictions],
-                "probability": [float(p.probability) for p in predictions],
-                "top_k": [
-                    [{"label": label, "probability": float(value)} for label, value in p.top_k]
-                    for p in predictions
-                ],
-            }
-        )
+        return _table(rows, with_errors=options.on_error == "report")
 
 
-def _read_top_k(params: dict[str, Any] | None) -> int:
-    top_k = (params or {}).get("top_k", _DEFAULT_TOP_K)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise _refuse(f"top_k must be a whole number >= 1, got {top_k!r}.")
-    return top_k
-
-
-def _read_images(table: object) -> list[bytes]:
+def _images(table: object) -> list[object]:
     if not isinstance(table, pd.DataFrame) or _COLUMN not in table.columns:
-        raise _refuse(
+        raise BadRequest(
             'Send a table with a column "image", for example '
             '{"dataframe_split": {"columns": ["image"], "data": [["<base64>"]]}}.'
         )
-    return [_read_image(row, value) for row, value in enumerate(table[_COLUMN])]
+    if list(table.columns).count(_COLUMN) > 1:
+        raise BadRequest('Send one column "image", not several.')
+    return list(table[_COLUMN])
 
 
-def _read_image(row: int, value: object) -> bytes:
-    if isinstance(value, bytes | bytearray | memoryview):
-        return bytes(value)
-    if not isinstance(value, str):
-        raise _refuse(f"Row {row}: image must be bytes or base64 text, got {type(value).__name__}.")
-    try:
-        return base64.b64decode(value, validate=True)
-    except (binascii.Error, ValueError):
-        raise _refuse(f"Row {row}: image is not base64; send the file's content.") from None
-
-
-def _name_the_row(images: list[bytes], message: str) -> str:
-    """Which picture it was: looked for only after one has failed."""
-    for row, image in enumerate(images):
-        try:
-            decode_image(image)
-        except BadImageError as error:
-            return f"Row {row}: {error}"
-    return message
-
-
-def _refuse(message: str) -> MlflowException:
-    return MlflowException(message, error_code=INVALID_PARAMETER_VALUE)
+def _table(rows: list[Answer], *, with_errors: bool) -> pd.DataFrame:
+    names = ["label", "probability", "confident", "top_k"] + ["error"] * with_errors
+    # As objects, or pandas turns a missing probability into NaN, which is no JSON.
+    return pd.DataFrame([row.to_dict() for row in rows], columns=names, dtype=object)
 
 
 set_model(ClassifierModel())

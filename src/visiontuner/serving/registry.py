@@ -50,9 +50,12 @@ _CODE = (
     "data/images.py",
     "model/__init__.py",
     "model/classifier.py",
+    "serving/__init__.py",
+    "serving/answers.py",
 )
 # mlflow-skinny serves as well as mlflow and is half a gigabyte smaller.
 _REQUIREMENTS = ("mlflow-skinny", "onnxruntime", "pillow", "numpy", "pandas")
+_EXAMPLES = 2
 # What a model version says about where it came from; written on its runs by the tracking writer.
 _LINEAGE = (
     "visiontuner.search_id",
@@ -147,18 +150,27 @@ def requirements() -> list[str]:
 
 
 def signature() -> ModelSignature:
-    """A column of picture files in; label, probability and the top k out."""
+    """A column of picture files in; label, probability, confidence and the top k out."""
     choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema(
             [
-                ColSpec(DataType.string, "label"),
-                ColSpec(DataType.double, "probability"),
+                # None for a picture that could not be read, where `on_error` is "report".
+                ColSpec(DataType.string, "label", required=False),
+                ColSpec(DataType.double, "probability", required=False),
+                ColSpec(DataType.boolean, "confident", required=False),
                 ColSpec(Array(choice), "top_k"),
+                ColSpec(DataType.string, "error", required=False),
             ]
         ),
-        params=ParamSchema([ParamSpec("top_k", DataType.long, 5)]),
+        params=ParamSchema(
+            [
+                ParamSpec("top_k", DataType.long, 5),
+                ParamSpec("threshold", DataType.double, None),
+                ParamSpec("on_error", DataType.string, "fail"),
+            ]
+        ),
     )
 
 
@@ -286,19 +298,17 @@ def _importable(folder: str) -> Iterator[None]:
 
 
 def _example(folder: Path) -> pd.DataFrame:
-    """A real picture: the first of the reference."""
+    """Two real pictures: the first of the reference."""
     try:
         reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        content = base64.b64decode(_first_picture(reference))
+        contents = [base64.b64decode(p["image"]) for p in reference["pictures"][:_EXAMPLES]]
+        if not contents:
+            raise ValueError("it has none")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ClassifierError(
             f"{folder}/reference.json has no picture to show as an example: {error}."
         ) from None
-    return pd.DataFrame({"image": [content]})
-
-
-def _first_picture(reference: Any) -> str:
-    return str(reference["pictures"][0]["image"])
+    return pd.DataFrame({"image": contents})
 
 
 @contextmanager

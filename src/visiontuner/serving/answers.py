@@ -1,0 +1,157 @@
+"""Pictures in, one answer each: what the MLflow model and its client have in common. No torch."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from numbers import Integral
+from typing import Any, Literal, Self
+
+from visiontuner.errors import BadImageError
+from visiontuner.model.classifier import Classifier
+
+DEFAULT_TOP_K = 5
+# More than any endpoint takes in a request; a table that is scored in a batch job may hold more.
+MAX_BYTES = 25_000_000
+# A phone's largest photographs. Transparent ones of this size take 0.8 GB while they are decoded.
+MAX_PIXELS = 50_000_000
+
+_ON_ERROR = ("fail", "report")
+
+
+class BadRequest(ValueError):
+    """A request that the one who sent it can put right; the message says how."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a request may choose.
+
+    Args:
+        top_k: how many of the most probable classes to list, at least 1.
+        threshold: an answer below this probability is not confident; None for the classifier's own.
+        on_error: a picture that cannot be read fails the request, or is reported in its row.
+    """
+
+    top_k: int = DEFAULT_TOP_K
+    threshold: float | None = None
+    on_error: Literal["fail", "report"] = "fail"
+
+    @classmethod
+    def read(cls, params: Mapping[str, Any] | None) -> Self:
+        """Check what a client sent; what it left out, or sent as null, is the default.
+
+        Raises:
+            BadRequest: a value breaks a rule.
+        """
+        given = {key: value for key, value in (params or {}).items() if value is not None}
+        top_k = given.get("top_k", DEFAULT_TOP_K)
+        if isinstance(top_k, bool) or not isinstance(top_k, Integral) or top_k < 1:
+            raise BadRequest(f"top_k must be a whole number >= 1, got {_shown(top_k)}.")
+        threshold = given.get("threshold")
+        if threshold is not None and not _is_fraction(threshold):
+            raise BadRequest(f"threshold must be a number in [0, 1], got {_shown(threshold)}.")
+        on_error = given.get("on_error", "fail")
+        if not isinstance(on_error, str) or on_error not in _ON_ERROR:
+            raise BadRequest(f'on_error must be "fail" or "report", got {_shown(on_error)}.')
+        return cls(
+            top_k=int(top_k),
+            threshold=None if threshold is None else float(threshold),
+            on_error=on_error,  # type: ignore[arg-type]  # one of the two
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What is on one picture, or why nobody knows.
+
+    Args:
+        label: the most probable class; None with an error.
+        probability: its calibrated probability, in [0, 1].
+        confident: whether the probability reaches the threshold; always without a threshold.
+        top_k: `{"label", "probability"}` of the most probable classes, best first.
+        error: why the picture was not answered; None if it was.
+    """
+
+    label: str | None = None
+    probability: float | None = None
+    confident: bool | None = None
+    top_k: Sequence[Mapping[str, Any]] = ()
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "top_k": [dict(choice) for choice in self.top_k]}
+
+
+def answer(classifier: Classifier, images: Sequence[object], options: Options) -> list[Answer]:
+    """Name the picture in each row, all of them in one run through the network.
+
+    Args:
+        images: files' contents, as bytes or as base64 text. A path is never read.
+
+    Raises:
+        BadRequest: a picture cannot be read and `on_error` is "fail"; names the first such row.
+    """
+    contents = [_content(image) for image in images]
+    rows, errors = classifier.probabilities_or_errors(
+        [one if isinstance(one, bytes) else b"" for one in contents], max_pixels=MAX_PIXELS
+    )
+    threshold = options.threshold if options.threshold is not None else classifier.threshold
+    answers = []
+    for number, (content, row, error) in enumerate(zip(contents, rows, errors, strict=True)):
+        reason = content if isinstance(content, BadImageError) else error
+        if reason is not None and options.on_error == "fail":
+            raise BadRequest(f"Row {number}: {reason}")
+        if reason is not None:
+            answers.append(Answer(error=str(reason)))
+            continue
+        best = classifier.prediction(row, options.top_k)
+        answers.append(
+            Answer(
+                label=best.label,
+                probability=best.probability,
+                confident=threshold is None or best.probability >= threshold,
+                top_k=[{"label": label, "probability": value} for label, value in best.top_k],
+            )
+        )
+    return answers
+
+
+def _content(image: object) -> bytes | BadImageError:
+    if isinstance(image, str):
+        # Four letters hold three bytes: refused before anything is decoded.
+        if len(image) * 3 // 4 > MAX_BYTES:
+            return _too_large(len(image) * 3 // 4)
+        try:
+            image = base64.b64decode(image, validate=True)
+        except (binascii.Error, ValueError):
+            return BadImageError("image is not base64; send the file's content.")
+    if not isinstance(image, bytes | bytearray | memoryview):
+        return BadImageError(f"image must be bytes or base64 text, got {type(image).__name__}.")
+    content = bytes(image)
+    return content if len(content) <= MAX_BYTES else _too_large(len(content))
+
+
+def _too_large(length: int) -> BadImageError:
+    return BadImageError(
+        f"image has {length / 1e6:,.1f} MB, more than the {MAX_BYTES / 1e6:,.0f} MB allowed; "
+        "send a smaller one."
+    )
+
+
+def _is_fraction(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 <= value <= 1
+    )
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
