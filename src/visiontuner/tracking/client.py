@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.tracking.request_header.registry")
+_SYNC_LATER = "The journal keeps everything; `visiontuner sync` writes it later."
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
 
 
@@ -40,14 +42,16 @@ class Store:
 
     Args:
         tracking_uri: `sqlite:///…` or another database URL, `http(s)://…`, `databricks`.
+        advice: what to do while MLflow is away; a sentence.
 
     Raises:
         TrackingRefused: for a file store, or a folder for the database that is not there.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
+    def __init__(self, tracking_uri: str, *, advice: str = _SYNC_LATER) -> None:
         check_tracking_uri(tracking_uri)
         self.tracking_uri = tracking_uri
+        self.advice = advice
         self.deadline: float | None = None
         self.calls = 0
         self._client: MlflowClient | None = None
@@ -60,6 +64,20 @@ class Store:
             TrackingError: MLflow is away or failed.
             OutOfTime: `deadline` (of `time.monotonic`) has passed; nothing was called.
         """
+        return self._ask(lambda client: getattr(client, method)(*args, **kwargs))
+
+    def download(self, artifact_uri: str, folder: Path) -> Path:
+        """Bring a file or folder of artifacts into an existing folder, under its own name.
+
+        Raises:
+            TrackingError: as `call`.
+        """
+        from mlflow.artifacts import download_artifacts
+
+        to = {"dst_path": str(folder), "tracking_uri": self.tracking_uri}
+        return Path(self._ask(lambda _: download_artifacts(artifact_uri=artifact_uri, **to)))
+
+    def _ask(self, question: Callable[[MlflowClient], Any]) -> Any:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise OutOfTime("The time for writing to MLflow is up.")
         self.calls += 1
@@ -68,9 +86,9 @@ class Store:
                 if self._client is None:
                     create_database(self.tracking_uri)
                     self._client = MlflowClient(self.tracking_uri, self.tracking_uri)
-                return getattr(self._client, method)(*args, **kwargs)
+                return question(self._client)
             except Exception as error:  # MLflow lets its backends' own exceptions of any type out
-                raise explain(error, self.tracking_uri) from error
+                raise explain(error, self.tracking_uri, self.advice) from error
 
 
 def check_tracking_uri(tracking_uri: str) -> None:
@@ -128,8 +146,8 @@ def _sqlite_file(tracking_uri: str) -> Path | None:
     return Path(path).absolute() if plain else None
 
 
-def explain(error: Exception, tracking_uri: str) -> TrackingError:
-    """MLflow's error as one line with a next step."""
+def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> TrackingError:
+    """MLflow's error as one line with a next step; `advice` is for an MLflow that is away."""
     where = without_password(tracking_uri)
     text = " ".join(str(error).split())
     short = without_password(text[:300])
@@ -148,10 +166,7 @@ def explain(error: Exception, tracking_uri: str) -> TrackingError:
         return TrackingRefused(f"MLflow at {where} has no such run or experiment: {short}")
     if isinstance(error, MlflowException) and code in _REFUSALS:
         return TrackingRefused(f"MLflow at {where} refuses: {short}")
-    return TrackingError(
-        f"MLflow at {where} cannot be reached or failed: {short} "
-        "The journal keeps everything; `visiontuner sync` writes it later."
-    )
+    return TrackingError(f"MLflow at {where} cannot be reached or failed: {short} {advice}")
 
 
 def without_password(text: str) -> str:
