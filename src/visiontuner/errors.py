@@ -65,3 +65,7 @@ class SearchInterrupted(VisiontunerError):
 
 class TrackingError(VisiontunerError):
     """MLflow is away, refuses, or holds something that does not fit."""
+
+
+class ServingError(VisiontunerError):
+    """An endpoint or scoring server that does not answer, or answers wrongly."""
