@@ -1,0 +1,436 @@
+"""What a search's page says: the record of a search -> words, numbers and rows. No HTML here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import yaml
+
+from visiontuner.journal import Finding, SearchRecord, TrialRecord
+from visiontuner.tracking.figures.parts import LABELS, count
+from visiontuner.tracking.page_evaluation import TestPart, describe_test, percent
+
+_WEIGHT = {"error": 0, "warning": 1, "info": 2}
+_NAMED_TRIALS = 6
+_SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tile:
+    """A number of the headline."""
+
+    label: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FindingRow:
+    """One rule, and where it fired; `weight` sorts errors first."""
+
+    severity: str
+    weight: int
+    rule: str
+    where: str
+    evidence: str
+    advice: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRow:
+    """One trial of the table; `parameters` in the order of the page's."""
+
+    trial_id: str
+    best: bool
+    parameters: tuple[Any, ...]
+    value: float | None
+    best_epoch: int | None
+    epochs: int
+    seconds: float | None
+    state: str
+    findings: str
+    remark: str
+    run_id: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PageData:
+    """Everything on the page but the figures."""
+
+    title: str
+    question: str
+    state: str
+    outcome: str
+    notes: tuple[str, ...]
+    tiles: tuple[Tile, ...]
+    choice: tuple[str, ...]
+    test: TestPart | None
+    not_tested: str
+    findings: tuple[FindingRow, ...]
+    objective: str
+    is_loss: bool
+    parameters: tuple[str, ...]
+    trials: tuple[TrialRow, ...]
+    data: dict[str, str]
+    splits: tuple[str, ...]
+    class_table: tuple[tuple[str, tuple[int, ...]], ...]
+    class_names: tuple[str, ...]
+    commands: str
+    origin: dict[str, str]
+    experiment: str
+    version: str = field(default="unknown")
+
+
+def describe_search(
+    record: SearchRecord,
+    *,
+    evaluation: Mapping[str, Any] | None,
+    findings: Sequence[Finding],
+    where: Mapping[str, Any],
+    state: str | None,
+    notes: Sequence[str],
+) -> PageData:
+    """Put a search into words; the arguments are those of `html.search_page`."""
+    data, started = _section(record, "data"), record.started
+    state = state or str((record.ended or {}).get("state", "running"))
+    test = describe_test(evaluation) if evaluation is not None else None
+    splits, table = _classes(data)
+    return PageData(
+        title=str(started.get("name") or record.search_id or "A search"),
+        question=_question(record),
+        state=state,
+        outcome=_outcome(record, state, where),
+        notes=tuple(notes),
+        tiles=tuple(_tiles(record, test)),
+        choice=(test.choice if test and test.choice else tuple(_choice(record))),
+        test=test,
+        not_tested=_not_tested(record, where),
+        findings=tuple(_finding_rows(record, findings)),
+        objective=label(record.objective),
+        is_loss=record.mode == "min",
+        parameters=_parameters(record),
+        trials=tuple(_trial_rows(record, state, where)),
+        data=_data_facts(data),
+        splits=splits,
+        class_table=table,
+        class_names=tuple(map(str, data.get("class_names") or ())),
+        commands=_commands(record, where),
+        origin=_origin(record, where),
+        experiment=_experiment_text(record),
+        version=str(_section(record, "code").get("version") or "unknown"),
+    )
+
+
+def label(name: str) -> str:
+    """`learning_rate` -> `Learning rate`."""
+    return LABELS.get(name, name)
+
+
+def seconds_in_words(seconds: float) -> str:
+    """`48 s`, `3 min 20 s`, `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return (
+        f"{minutes} min {rest:02d} s"
+        if minutes < 60
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
+
+
+# The head of the page
+
+
+def _question(record: SearchRecord) -> str:
+    experiment = _section(record, "experiment")
+    search, model = experiment.get("search") or {}, experiment.get("model") or {}
+    searched = [label(name).lower() for name in search.get("space") or {}]
+    how = search.get("algorithm", "unknown")
+    scheduler = search.get("scheduler", "none")
+    return (
+        f"Searched: {', '.join(searched) or 'nothing'}, by {label(record.objective).lower()}, for "
+        f"a {model.get('train', 'head')} on {model.get('backbone', 'an unknown backbone')} "
+        f"(algorithm {how}, scheduler {scheduler}) with {_source(record)}."
+    )
+
+
+def _source(record: SearchRecord) -> str:
+    data = _section(record, "data")
+    return str(data.get("source") or "pictures of an unknown source")
+
+
+def _outcome(record: SearchRecord, state: str, where: Mapping[str, Any]) -> str:
+    """One sentence or two: how the search ended, and whether anything came out."""
+    done, planned = sum(trial.finished for trial in record.trials.values()), _planned(record)
+    of_all = f"{done} of {count(planned, 'trial')}" if planned else count(done, "trial")
+    said = {
+        "completed": f"Completed: {of_all} finished{_when(record)}.",
+        "running": f"Still running when this page was written: {of_all} finished so far.",
+        "interrupted": f"Interrupted: {of_all} finished. {_resume(where)}",
+        "time_budget": f"Ended by its time budget: {of_all} finished. {_resume(where)}",
+        "failed": f"Failed: {(record.ended or {}).get('error') or 'no reason was recorded'}",
+    }.get(state, f"{state}: {of_all} finished.")
+    if record.best is None and done:
+        failed = sum(trial.state == "failed" for trial in record.trials.values())
+        said += f" No trial gave a usable result; {failed} of {done} failed."
+    elif record.best is None and state != "running":
+        said += " There is no result."
+    return said
+
+
+def _resume(where: Mapping[str, Any]) -> str:
+    return f"`visiontuner tune --resume {where.get('folder', 'FOLDER')}` goes on."
+
+
+def _when(record: SearchRecord) -> str:
+    began, ended = record.started.get("time"), (record.ended or {}).get("time")
+    if not isinstance(began, int | float) or not isinstance(ended, int | float):
+        return ""
+    moment = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return f", {seconds_in_words(max(0.0, ended - began))} from {moment} on"
+
+
+def _tiles(record: SearchRecord, test: TestPart | None) -> Iterable[Tile]:
+    best = record.best
+    if best is not None:
+        yield Tile(
+            label=f"Best {label(record.objective).lower()}",
+            value=_value(best.best_value, record),
+            detail=f"{best.trial_id}, epoch {best.best_epoch}",
+        )
+    if test is not None:
+        yield Tile(label="Test accuracy", value=test.accuracy, detail=test.accuracy_detail)
+    yield Tile(label="Trials", value=str(len(record.trials)), detail=_states(record))
+    seconds = [s for s in map(_training_seconds, record.trials.values()) if s is not None]
+    if seconds:
+        detail = "all trials together, features and start not counted"
+        yield Tile(label="Training", value=seconds_in_words(sum(seconds)), detail=detail)
+    counts = _section(record, "data").get("counts") or {}
+    if counts:
+        yield Tile(
+            label="Pictures",
+            value=f"{sum(counts.values()):,}",
+            detail=", ".join(f"{number:,} {split}" for split, number in counts.items()),
+        )
+
+
+def _states(record: SearchRecord) -> str:
+    states = [trial.state for trial in record.trials.values()]
+    return ", ".join(
+        f"{states.count(state)} {state.replace('_', ' ')}" for state in dict.fromkeys(states)
+    )
+
+
+def _choice(record: SearchRecord) -> Iterable[str]:
+    """What can be said about the best trial before an evaluation."""
+    ranking = record.ranking()
+    if not ranking:
+        yield "No trial has a result yet." if not record.trials else "No trial has a usable result."
+        return
+    best, name = ranking[0], label(record.objective).lower()
+    extreme = "lowest" if record.mode == "min" else "highest"
+    equal = [t.trial_id for t in ranking[1:] if t.best_value == best.best_value]
+    yield (
+        f"{best.trial_id} has the {extreme} {name}: {_value(best.best_value, record)} in epoch "
+        f"{best.best_epoch}, with {_configuration(best)}."
+    )
+    if equal:
+        yield f"{_some(equal)} reached the same value; the first of them is taken."
+    if len(ranking) == 1:
+        yield "It is the only one with a result, so there is nothing to compare it with."
+    else:
+        yield "`visiontuner evaluate` says which trials cannot be told apart from it."
+
+
+def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:
+    counts = _section(record, "data").get("counts") or {}
+    if counts and not counts.get("test"):
+        return (
+            "There is no test split: nobody knows how the best trial does on pictures that no "
+            "choice was made with."
+        )
+    if record.best is None:
+        return "Not looked at: there is no result to test."
+    return (
+        "Not looked at yet. After the choice is made, "
+        f"`visiontuner evaluate {where.get('folder', 'FOLDER')}` looks at them once."
+    )
+
+
+# Findings and trials
+
+
+def _finding_rows(record: SearchRecord, findings: Sequence[Finding]) -> Iterable[FindingRow]:
+    """One row for each rule and severity, errors first; the best-ranked trial's words."""
+    rows: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
+    for finding in findings:
+        rows.setdefault((finding.rule, finding.severity), (finding, []))[1].append("the search")
+    for trial in _ranked(record):
+        for finding in trial.findings:
+            rows.setdefault((finding.rule, finding.severity), (finding, []))[1].append(
+                trial.trial_id
+            )
+    for (rule, severity), (finding, places) in sorted(
+        rows.items(), key=lambda row: (_WEIGHT.get(row[0][1], 3), -len(row[1][1]), row[0][0])
+    ):
+        yield FindingRow(
+            severity=severity,
+            weight=_WEIGHT.get(severity, 3),
+            rule=rule,
+            where=_some(list(dict.fromkeys(places))),
+            evidence=finding.evidence,
+            advice=finding.advice,
+        )
+
+
+def _trial_rows(record: SearchRecord, state: str, where: Mapping[str, Any]) -> Iterable[TrialRow]:
+    names, best = _parameters(record), record.best
+    run_ids = where.get("runs") or {}
+    for trial in _ranked(record):
+        dead = trial.state == "running" and state != "running"
+        yield TrialRow(
+            trial_id=trial.trial_id,
+            best=best is not None and trial.trial_id == best.trial_id,
+            parameters=tuple(trial.configuration.get(name) for name in names),
+            value=trial.best_value,
+            best_epoch=trial.best_epoch,
+            epochs=len(trial.epochs),
+            seconds=_training_seconds(trial),
+            state="interrupted" if dead else trial.state.replace("_", " "),
+            findings=", ".join(sorted({finding.rule for finding in trial.findings})),
+            remark=" ".join(filter(None, (trial.error, trial.reason))),
+            run_id=run_ids.get(trial.trial_id),
+        )
+
+
+def _ranked(record: SearchRecord) -> list[TrialRecord]:
+    """Usable trials, best first, then the others by id."""
+    ranking = record.ranking()
+    known = {trial.trial_id for trial in ranking}
+    return ranking + [t for _, t in sorted(record.trials.items()) if t.trial_id not in known]
+
+
+def _parameters(record: SearchRecord) -> tuple[str, ...]:
+    names = (name for trial in record.trials.values() for name in trial.configuration)
+    return tuple(dict.fromkeys(names))
+
+
+def _training_seconds(trial: TrialRecord) -> float | None:
+    spent = [s for s in trial.curve("epoch_seconds")[1] if math.isfinite(s)]
+    return sum(spent) if spent else None
+
+
+# Pictures and origin
+
+
+def _data_facts(data: Mapping[str, Any]) -> dict[str, str]:
+    counts = data.get("counts") or {}
+    facts = {
+        "Source": data.get("source"),
+        "Read from": data.get("root"),
+        "Digest": data.get("digest"),
+        "Classes": len(data.get("class_names") or ()) or None,
+        "Pictures": ", ".join(f"{number:,} {split}" for split, number in counts.items()) or None,
+    }
+    return _known(facts)
+
+
+def _classes(
+    data: Mapping[str, Any],
+) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
+    """The splits, and each class with its pictures in them; nothing in journals without these."""
+    counts, names = data.get("class_counts") or {}, data.get("class_names") or ()
+    splits = tuple(split for split in counts if len(counts[split]) == len(names))
+    if not splits:
+        return (), ()
+    rows = zip(names, *(counts[split] for split in splits), strict=True)
+    return splits, tuple((str(name), tuple(numbers)) for name, *numbers in rows)
+
+
+def _commands(record: SearchRecord, where: Mapping[str, Any]) -> str:
+    code = _section(record, "code")
+    lines = []
+    if code.get("commit"):
+        dirty = "   # it had uncommitted changes, which are not in it" if code.get("dirty") else ""
+        lines.append(f"git checkout {code['commit']}{dirty}")
+    elif code.get("version"):
+        lines.append(f"pip install visiontuner=={code['version']}")
+    lines += [
+        "visiontuner tune --experiment experiment.yaml   # the text below",
+        f"visiontuner evaluate {where.get('folder') or 'FOLDER'}",
+    ]
+    return "\n".join(lines)
+
+
+def _origin(record: SearchRecord, where: Mapping[str, Any]) -> dict[str, str]:
+    code, machine = _section(record, "code"), _section(record, "machine")
+    packages = machine.get("packages") or {}
+    dirty = {True: " with uncommitted changes", False: "", None: ""}[code.get("dirty")]
+    facts = {
+        "Search": record.search_id,
+        "Folder": where.get("folder"),
+        "MLflow": where.get("tracking_uri"),
+        "MLflow run": where.get("parent_run_id"),
+        "Model": where.get("model"),
+        "Code": f"{code['commit']}{dirty}" if code.get("commit") else None,
+        "visiontuner": code.get("version"),
+        "Python": machine.get("python"),
+        "Packages": ", ".join(f"{n} {v}" for n, v in packages.items()) or None,
+        "Machine": ", ".join(
+            str(machine[key]) for key in ("host", "platform") if machine.get(key)
+        ) or None,
+        "Processors": machine.get("cpus"),
+        "Pretrained network": where.get("backbone"),
+        "Digest of its weights": where.get("weights_digest"),
+        "Features by": where.get("engine"),
+    }  # fmt: skip
+    return _known(facts)
+
+
+def _experiment_text(record: SearchRecord) -> str:
+    experiment = _section(record, "experiment")
+    return yaml.safe_dump(dict(experiment), sort_keys=False, allow_unicode=True)
+
+
+# Small things
+
+
+def _section(record: SearchRecord, name: str) -> Mapping[str, Any]:
+    found = record.started.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _known(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {name: str(value) for name, value in facts.items() if value is not None}
+
+
+def _planned(record: SearchRecord) -> int:
+    """How many trials were asked for; a grid decides that itself."""
+    search = _section(record, "experiment").get("search") or {}
+    asked = search.get("trials") if search.get("algorithm") != "grid" else None
+    return max(int(asked or 0), len(record.trials)) if asked else 0
+
+
+def _configuration(trial: TrialRecord) -> str:
+    return ", ".join(
+        f"{label(name).lower()} {f'{value:.4g}' if isinstance(value, float) else value}"
+        for name, value in trial.configuration.items()
+    )
+
+
+def _value(value: float | None, record: SearchRecord) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if record.mode == "min" else percent(value, 2)
+
+
+def _some(names: Sequence[str]) -> str:
+    """`t0001, t0004 and 7 more`."""
+    shown = ", ".join(names[:_NAMED_TRIALS])
+    rest = len(names) - _NAMED_TRIALS
+    return f"{shown} and {rest} more" if rest > 0 else shown
