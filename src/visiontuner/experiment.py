@@ -37,6 +37,17 @@ SEARCHABLE = (
     "epochs",
 )
 INTEGERS = ("batch_size", "epochs")
+STOPPING_RULES = (
+    "not_a_number",
+    "exploding_gradient",
+    "learning_rate_too_high",
+    "learning_rate_too_low",
+    "loss_not_decreasing",
+    "overfit",
+    "overtraining",
+    "label_noise",
+)
+"""Diagnostic rules that can stop a trial: those that see something while it runs."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,99}$"
 _NAME_RULE = "start with a letter or digit and hold up to 100 letters, digits, spaces and _.-"
 
@@ -228,6 +239,27 @@ class Search(Section):
         return self
 
 
+class Rules(Section):
+    """Diagnostic rules that end a trial when they find an error; `docs/rules.md` describes them."""
+
+    stop_on: tuple[str, ...] = ()
+
+    @field_validator("stop_on", mode="before")
+    @classmethod
+    def _name_rules(cls, raw: object) -> object:
+        if raw is None:
+            return ()
+        if not isinstance(raw, list | tuple):
+            raise told(f"rules.stop_on must be a list of rules, got {raw!r}")
+        for name in raw:
+            if name not in STOPPING_RULES:
+                raise told(
+                    f"rules.stop_on: no rule {name!r} that can stop a trial; "
+                    f"{nearest(name, STOPPING_RULES)}"
+                )
+        return raw
+
+
 class Experiment(Section):
     """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
 
@@ -238,6 +270,7 @@ class Experiment(Section):
     model: Model = Model()
     training: Training = Training()
     search: Search = Search()
+    rules: Rules = Rules()
 
     @property
     def mode(self) -> Literal["min", "max"]:
@@ -265,7 +298,7 @@ class Experiment(Section):
             return {**raw, "name": _default_name(source)}
         return raw
 
-    @field_validator("data", "model", "training", "search", mode="before")
+    @field_validator("data", "model", "training", "search", "rules", mode="before")
     @classmethod
     def _empty_section_is_default(cls, raw: object) -> object:
         """A section whose every line is commented out reads as null."""

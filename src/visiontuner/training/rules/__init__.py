@@ -1,0 +1,98 @@
+"""Diagnostic rules: pure functions from the recorded numbers of a training to findings.
+
+diagnose_history(history)          every rule on one training
+diagnose_curves(history, rules)    only rules on curves: cheap enough after every epoch
+SimilarRuns, similar_across_runs   on the trainings of a search together
+
+What each rule looks for and where its thresholds come from: `docs/rules.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from visiontuner.experiment import STOPPING_RULES
+from visiontuner.journal import Finding
+from visiontuner.training.rules.curves import (
+    learning_rate_too_high,
+    learning_rate_too_low,
+    loss_not_decreasing,
+    not_a_number,
+    overfit,
+    overtraining,
+    stalled,
+)
+from visiontuner.training.rules.gradients import exploding_gradient
+from visiontuner.training.rules.history import (
+    Curve,
+    Predictions,
+    TrainingHistory,
+    history_of_trial,
+)
+from visiontuner.training.rules.predictions import (
+    class_imbalance,
+    class_not_predicted,
+    label_noise,
+)
+from visiontuner.training.rules.searches import SimilarRuns, similar_across_runs
+
+__all__ = [
+    "RULES",
+    "STOPPING_RULES",
+    "Curve",
+    "Predictions",
+    "SimilarRuns",
+    "TrainingHistory",
+    "diagnose_curves",
+    "diagnose_history",
+    "history_of_trial",
+    "most_severe_first",
+    "similar_across_runs",
+]
+
+Rule = Callable[[TrainingHistory], Finding | None]
+
+RULES: Mapping[str, Rule] = {
+    rule.__name__: rule
+    for rule in (
+        not_a_number,
+        exploding_gradient,
+        learning_rate_too_high,
+        learning_rate_too_low,
+        loss_not_decreasing,
+        overfit,
+        overtraining,
+        label_noise,
+        class_not_predicted,
+        class_imbalance,
+        stalled,
+    )
+}
+"""Every rule on one training, by its name."""
+
+# What the last epoch said is final: a later epoch cannot take these back.
+LASTING_RULES = ("not_a_number", "exploding_gradient", "learning_rate_too_high")
+
+_ORDER = {"error": 0, "warning": 1, "info": 2}
+
+
+def diagnose_history(history: TrainingHistory) -> list[Finding]:
+    """Every rule on one training; errors first."""
+    return most_severe_first(_apply(history, RULES))
+
+
+def diagnose_curves(
+    history: TrainingHistory, rules: Collection[str] = LASTING_RULES
+) -> list[Finding]:
+    """Some rules on one training that may still run; the names are keys of `RULES`."""
+    return most_severe_first(_apply(history, rules))
+
+
+def most_severe_first(findings: Collection[Finding]) -> list[Finding]:
+    """Errors, then warnings, then infos; otherwise in the given order."""
+    return sorted(findings, key=lambda finding: _ORDER[finding.severity])
+
+
+def _apply(history: TrainingHistory, rules: Collection[str]) -> list[Finding]:
+    found = [RULES[name](history) for name in rules]
+    return [finding for finding in found if finding is not None]

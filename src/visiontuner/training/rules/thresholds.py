@@ -1,0 +1,75 @@
+"""Numbers that the rules compare with; `docs/rules.md` says where each comes from.
+
+"Debugger" is Amazon SageMaker Debugger's published default, taken where curves hold one point an
+epoch instead of one a step and the number still means the same. The others were measured on
+trainings that went well and on trainings made to fail (`benchmarks/rules.py`).
+"""
+
+# loss_not_decreasing. Debugger: num_steps 10, diff_percent 0.1, increase_threshold_percent 5.
+LOSS_EPOCHS = 10
+LOSS_FEWEST_EPOCHS = 4
+LOSS_DECREASE = 0.001
+LOSS_INCREASE = 0.05
+# A loss below half of a guess's is no failure to learn, however flat.
+LEARNED_SHARE = 0.5
+
+# overfit. Debugger: ratio_threshold 0.1, patience 1. A head on good features exceeds that ratio
+# when all is well (loss 0.21 against 0.02), so the gap in accuracy has to confirm it.
+OVERFIT_RATIO = 0.1
+OVERFIT_PATIENCE = 1
+OVERFIT_GAP_WARNING = 0.15
+OVERFIT_GAP_ERROR = 0.25
+
+# overtraining. Debugger: patience_validation 10, delta 0.01.
+OVERTRAINING_PATIENCE = 10
+OVERTRAINING_DELTA = 0.01
+OVERTRAINING_LONG = 50
+# Two standard errors of an accuracy of 0.98 over 200 pictures.
+ACCURACY_DELTA = 0.02
+
+# learning_rate_too_high: mean training loss of an epoch as a multiple of a guess's, ln(classes).
+# Measured: 2.4 at 33 times the best learning rate, 17 to 72 at 1,000 times.
+HIGH_LOSS_WARNING = 3.0
+HIGH_LOSS_ERROR = 10.0
+HIGH_RISING_SHARE = 0.3
+HIGH_FEWEST_EPOCHS = 5
+
+# learning_rate_too_low: the last training loss as a share of a guess's.
+# Measured after 20 epochs: 0.97 to 0.99 at a thousandth of the best rate, 0.1 to 0.2 at a third.
+LOW_LOSS_WARNING = 0.6
+LOW_LOSS_ERROR = 0.9
+LOW_FALLING_SHARE = 0.8
+LOW_FEWEST_EPOCHS = 5
+
+# exploding_gradient: norm as a multiple of the first epoch's and of the median of those before.
+# Debugger's ExplodingTensor knows only values that are not finite: `not_a_number`.
+GRADIENT_WARNING = 10.0
+GRADIENT_ERROR = 100.0
+
+# stalled. Debugger's StalledTrainingRule: threshold 1800 seconds.
+STALLED_SECONDS = 1800.0
+STALLED_FACTOR = 3.0
+
+# class_imbalance. Debugger: threshold_imbalance 10, threshold_misprediction 0.7.
+IMBALANCE_RATIO = 10.0
+MISPREDICTION = 0.7
+FEWEST_PICTURES = 5
+
+# class_not_predicted: how likely bad luck alone may be, over all classes together.
+LUCK = 0.01
+
+# label_noise. Confident: the label gets less than a tenth of what guessing would give it.
+# Measured: 0.4 % to 7 % of the validation pictures with right labels, 4 % to 26 % with 20 % to 30 %
+# of them wrong.
+CONFIDENT_SHARE_OF_GUESS = 0.1
+NOISE_WARNING = 0.08
+NOISE_ERROR = 0.25
+NOISE_ACCURACY = 0.5
+# No better than guessing: loss at least this share of a guess's, accuracy at most that multiple.
+GUESS_LOSS = 0.95
+GUESS_ACCURACY = 3.0
+MEMORISED_LOSS = 0.9
+
+# similar_across_runs: how many epochs have to agree, to how many digits.
+SIMILAR_EPOCHS = 3
+SIMILAR_DIGITS = 6
