@@ -311,6 +311,17 @@ def test_what_mlflow_misses_is_told_and_no_failure(monkeypatch):
     assert "visiontuner sync searches/x" in result.stdout.splitlines()[-1]
 
 
+def test_what_was_said_during_the_search_is_not_said_again(monkeypatch):
+    def search(*_: Any, observer: Any, **__: Any) -> Any:
+        observer.note("It is away.")
+        return finished_search(tracking_problem="It is away.", model=None)
+
+    monkeypatch.setattr(workflow, "run_search", search)
+    output = call("tune").output
+    assert output.count("It is away.") == 1
+    assert "Not everything is in MLflow.\n" in output
+
+
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [

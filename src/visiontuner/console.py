@@ -28,11 +28,12 @@ class SearchConsole:
     """Prints stages, progress bars and trials; an `Observer` of `workflow`.
 
     In a terminal the trials are one table that refreshes in place; elsewhere (a file, CI) every
-    ended trial and every tenth of a progress is a line.
+    ended trial and every tenth of a progress is a line. `said` holds the notes so far.
     """
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(highlight=False, soft_wrap=True)
+        self.said: set[str] = set()
         self._record = SearchRecord()
         self._total = 0
         self._known_at_start = 0
@@ -42,6 +43,7 @@ class SearchConsole:
 
     def note(self, text: str) -> None:
         """One line about what was found or is about to happen."""
+        self.said.add(text)
         self._end_bar()
         self.console.print(text, markup=False)
 

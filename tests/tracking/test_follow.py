@@ -6,6 +6,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ class Server:
             self._process.wait()
             self._process = None
 
+    def freeze(self) -> None:
+        """It takes connections and answers nothing."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGCONT)
+
     def _answers(self) -> bool:
         try:
             with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
@@ -94,11 +104,17 @@ def test_nothing_is_lost_while_the_server_is_away(
     search.end(2)
     server.start()
     wait_until(lambda: thread.problem is None)
+    server.freeze()
     search.finish()
-    assert thread.close(timeout=30)
-    assert len(notices) == 2
-    assert "cannot be reached" in notices[0]
-    assert "back" in notices[1]
+    wait_until(lambda: thread.problem)
+    with ThreadPoolExecutor(1) as pool:
+        closed = pool.submit(thread.close, timeout=60)
+        wait_until(lambda: len(notices) == 4)
+        server.thaw()
+        assert closed.result()
+    told = ["cannot be reached", "is back", "cannot be reached", "Waiting up to", "is back"]
+    for notice, words in zip(notices, told, strict=True):
+        assert words in notice
     client = MlflowClient(server.uri)
     for trial_id, steps in (("t0001", [1, 2, 3]), ("t0002", [1, 2])):
         run_id = writer.run_ids[trial_id]
@@ -107,19 +123,21 @@ def test_nothing_is_lost_while_the_server_is_away(
         assert client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_closing_without_a_server_ends_in_time_and_says_so(new_search: Callable[..., Any]) -> None:
-    search = new_search()
+def test_a_server_that_never_answered_is_not_waited_for(new_search: Callable[..., Any]) -> None:
+    search, notices = new_search(), list[str]()
     search.begin()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     writer = MlflowWriter(search.folder, tracking_uri=f"http://127.0.0.1:{port}", draw=False)
-    thread = WriterThread(writer, interval_seconds=60)
+    thread = WriterThread(writer, interval_seconds=0.1, notice=notices.append)
+    wait_until(lambda: thread.problem)
     began = time.monotonic()
-    assert not thread.close(timeout=5)
-    assert time.monotonic() - began < 10
-    assert thread.problem is not None
-    assert "visiontuner sync" in thread.problem
+    assert not thread.close(timeout=120)
+    assert time.monotonic() - began < 20
+    assert notices == [thread.problem]
+    assert "cannot be reached: Connection refused. " in notices[0]
+    assert "visiontuner sync" in notices[0]
 
 
 def test_the_environment_is_as_before_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:

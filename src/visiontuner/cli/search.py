@@ -115,7 +115,7 @@ def tune(
             result = run_search(chosen, output=folder, on=on, observer=console)  # type: ignore[arg-type]
     finally:
         console.close()
-    _print_result(result)
+    _print_result(result, said=console.said)
 
 
 @click.command(cls=OneLineErrors)
@@ -234,7 +234,7 @@ def _refuse_changes_on_resume() -> None:
     )
 
 
-def _print_result(result: SearchResult) -> None:
+def _print_result(result: SearchResult, *, said: set[str]) -> None:
     best, folder, uri = result.best, result.folder, result.tracking_uri
     if best is not None:
         values = ", ".join(f"{k} {_short(v)}" for k, v in best.configuration.items())
@@ -246,7 +246,9 @@ def _print_result(result: SearchResult) -> None:
     if result.model:
         click.echo(f"  MLflow model: {result.model} (in {uri})")
     if result.tracking_problem:
-        click.echo(f"\nNot everything is in MLflow: {result.tracking_problem}")
+        known = result.tracking_problem in said
+        reason = "." if known else f": {result.tracking_problem}"
+        click.echo(f"\nNot everything is in MLflow{reason}")
         click.echo(f"Nothing is lost. Write it later: visiontuner sync {folder}")
     elif result.state == "completed":
         click.echo("\nNext, compare the trials: " + _ui_command(uri))

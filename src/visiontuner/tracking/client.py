@@ -166,7 +166,17 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
         return TrackingRefused(f"MLflow at {where} has no such run or experiment: {short}")
     if isinstance(error, MlflowException) and code in _REFUSALS:
         return TrackingRefused(f"MLflow at {where} refuses: {short}")
+    reason = _network_reason(text)
+    if reason:
+        return TrackingError(f"MLflow at {where} cannot be reached: {reason}. {advice}")
     return TrackingError(f"MLflow at {where} cannot be reached or failed: {short} {advice}")
+
+
+def _network_reason(text: str) -> str | None:
+    """The end of a chain of nested exceptions, which is what says something."""
+    known = r"\[Errno -?\d+\] ([A-Z][\w ]+)|(too many \d+ error responses|\w+ timed out)"
+    found = re.search(known, text) if "failed with" in text else None
+    return (found[1] or found[2]) if found else None
 
 
 def without_password(text: str) -> str:

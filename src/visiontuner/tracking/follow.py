@@ -6,10 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from visiontuner.errors import JournalError
+from visiontuner.errors import JournalError, TrackingError
+from visiontuner.tracking.client import OutOfTime, TrackingRefused
 from visiontuner.tracking.mlflow_writer import MlflowWriter
 
 _LONGEST_PAUSE = 30.0
+_SILENT_SECONDS = 10.0  # at the end, for a server that never answered
+_LAST_PAUSE = 2.0  # between tries at the end
 
 
 class WriterThread:
@@ -21,7 +24,8 @@ class WriterThread:
     Args:
         interval_seconds: shortest time between two calls.
         share: of the time that may be spent on writing; drawing figures is not counted.
-        notice: called once with the message when MLflow goes away, once when it is back.
+        notice: called once with the message when MLflow goes away, once when it is back, and
+            once when `close` waits for it.
 
     `problem` holds the message of the last failure until MLflow answers again.
     """
@@ -41,7 +45,8 @@ class WriterThread:
         self._notice = notice or (lambda _: None)
         self._closing = threading.Event()
         self._deadline: float | None = None
-        self._complete = False
+        self._answered = False
+        self._away = False
         self._written = False
         self._thread = threading.Thread(target=self._run, name="mlflow-writer", daemon=True)
         self._thread.start()
@@ -58,9 +63,14 @@ class WriterThread:
     def close(self, timeout: float = 30.0) -> bool:
         """Write what is left and end the thread, within about `timeout` seconds.
 
+        An MLflow that went away is waited for until then; one that never answered is asked once
+        more, and has 10 seconds.
+
         Returns:
             Whether everything the journal holds is in MLflow now; `problem` says why not.
         """
+        if self.problem is not None and not self._answered:
+            timeout = min(timeout, _SILENT_SECONDS)
         self._deadline = time.monotonic() + timeout
         self._closing.set()
         # One call that began just before the deadline may wait MLflow's 3 seconds.
@@ -81,8 +91,20 @@ class WriterThread:
                 pause = min(_LONGEST_PAUSE, max(self._interval, busy * (1 / self._share - 1)))
             else:
                 pause = min(_LONGEST_PAUSE, pause * 2)
-        self._written = self._catch_up(deadline=self._deadline)
+        self._written = self._finish(self._deadline or time.monotonic())
         self.writer.close()
+
+    def _finish(self, deadline: float) -> bool:
+        told = False
+        while not self._catch_up(deadline=deadline):
+            left = deadline - time.monotonic()
+            if not (self._answered and self._away and left > _LAST_PAUSE):
+                return False
+            if not told:
+                self._notice(f"Waiting up to {left:.0f} s for MLflow to come back.")
+            told = True
+            time.sleep(_LAST_PAUSE)
+        return True
 
     def _catch_up(self, deadline: float | None = None) -> bool:
         try:
@@ -93,7 +115,12 @@ class WriterThread:
             if self.problem is None:
                 self._notice(str(error))
             self.problem = str(error)
+            # Waiting helps against nothing else.
+            self._away = isinstance(error, TrackingError) and not isinstance(
+                error, TrackingRefused | OutOfTime
+            )
             return False
+        self._answered = self._answered or self.writer.parent_run_id is not None
         if self.problem is not None:
             self._notice("MLflow is back; what was missed is written.")
         self.problem = None
