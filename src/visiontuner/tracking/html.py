@@ -29,7 +29,7 @@ from visiontuner.tracking.page import PageData, describe_search, label
 PAGE_FILE = "report.html"
 EVALUATION_FOLDER = "evaluation"
 
-_WIDE = ("confusion", "contact_sheet")
+_WIDE = ("confusion", "mistakes")
 _CAPTIONS = {
     "all_curves": "Learning curves of all trials",
     "best_so_far": "Best objective so far against time",
@@ -41,7 +41,7 @@ _CAPTIONS = {
     "confusion": "Confusion matrix: true classes in rows, predicted ones in columns",
     "confused_pairs": "The most confused pairs of classes",
     "per_class": "Recall and precision of the weakest classes",
-    "contact_sheet": "The pictures that were most confidently taken for another class",
+    "mistakes": "The pictures that were most confidently taken for another class",
 }
 
 

@@ -3,6 +3,8 @@
 Every function takes numbers and returns a new Figure. Colours are safe for colour-blind eyes.
 """
 
+from visiontuner.tracking.figures.contact_sheet import contact_sheet
+from visiontuner.tracking.figures.evaluation import evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import (
     all_curves,
@@ -17,6 +19,8 @@ from visiontuner.tracking.figures.trial import trial_curves
 __all__ = [
     "all_curves",
     "best_so_far",
+    "contact_sheet",
+    "evaluation_figures",
     "importance",
     "learning_rate_batch_size_map",
     "parallel_coordinates",

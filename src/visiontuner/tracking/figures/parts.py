@@ -46,13 +46,19 @@ def describe(configuration: dict[str, Any]) -> str:
 
 
 def panels(
-    count: int, title: str, *, left: float = 0.09, right: float = 0.98
+    count: int, title: str, *, left: float = 0.09, right: float = 0.98, height: float = 3.4
 ) -> tuple[Figure, list[Axes]]:
-    """`count` axes side by side, laid out by hand: matplotlib's own layouts double the time."""
-    figure = Figure(figsize=(8, 3.4), facecolor="white")
+    """`count` axes side by side, laid out by hand: matplotlib's own layouts double the time.
+
+    Args:
+        left, right: where the axes begin and end, fractions of the width.
+        height: inches; margins for title and labels keep their size.
+    """
+    figure = Figure(figsize=(8, height), facecolor="white")
     row = figure.subplots(1, count, squeeze=False)[0]
-    figure.subplots_adjust(left=left, right=right, bottom=0.16, top=0.86, wspace=0.24)
-    figure.text(left, 0.935, title, fontsize=10.5, color=INK, weight="bold")
+    bottom, top = 0.544 / height, 1 - 0.476 / height
+    figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top, wspace=0.24)
+    figure.text(left, 1 - 0.221 / height, title, fontsize=10.5, color=INK, weight="bold")
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)

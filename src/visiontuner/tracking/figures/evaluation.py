@@ -1,0 +1,223 @@
+"""Figures of an evaluation on the test pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
+from numpy.typing import NDArray
+
+from visiontuner.evaluation.mistakes import confused_pairs
+from visiontuner.tracking.figures.names import literally, readable
+from visiontuner.tracking.figures.parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    add_legend,
+    as_percent,
+    count,
+    label_axes,
+    panels,
+)
+
+if TYPE_CHECKING:
+    from visiontuner.evaluation.calibration import Reliability, RiskCoverage
+    from visiontuner.evaluation.report import EvaluationReport, Threshold
+
+LARGEST_MATRIX = 30
+_SHOWN_PAIRS = 20
+_SHOWN_CLASSES = 30
+
+
+def evaluation_figures(
+    report: EvaluationReport,
+    reliability_before: Reliability,
+    reliability_after: Reliability,
+    risk_coverage: RiskCoverage,
+) -> dict[str, Figure]:
+    """Every figure of an evaluation, by file name; all numbers are of test.
+
+    Up to 30 classes there is a confusion matrix, above that the most confused pairs, if any.
+    """
+    drawn = {
+        "reliability": reliability_diagram(report, reliability_before, reliability_after),
+        "risk_coverage": risk_coverage_curve(risk_coverage, report.threshold),
+        "per_class": per_class(report),
+    }
+    if len(report.class_names) <= LARGEST_MATRIX:
+        drawn["confusion"] = confusion_matrix(report.confusion, report.class_names)
+    else:
+        drawn["confused_pairs"] = most_confused(report.confusion, report.class_names)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def reliability_diagram(
+    report: EvaluationReport, before: Reliability, after: Reliability
+) -> Figure:
+    """Confidence against accuracy, before and after temperature scaling; a dot's area is its share.
+
+    Source: Guo et al. 2017, figure 1, https://arxiv.org/abs/1706.04599
+    """
+    figure, both = panels(2, "Can the probabilities be trusted?", height=3.9)
+    tables = {
+        "Before": (before, report.metrics.get("ece_uncalibrated")),
+        f"Temperature {report.temperature:.3g}": (after, report.metrics.get("ece")),
+    }
+    for axes, (title, (table, error)) in zip(both, tables.items(), strict=True):
+        _draw_reliability(axes, table)
+        said = f"{title}: calibration error {error.value:.1%}" if error else title
+        axes.text(0.03, 0.94, said, transform=axes.transAxes, fontsize=9, color=INK)
+    label_axes(both[0], "Confidence", "Accuracy")
+    label_axes(both[1], "Confidence", "")
+    add_legend(both[1], "lower right")
+    return figure
+
+
+def risk_coverage_curve(curve: RiskCoverage, threshold: Threshold | None) -> Figure:
+    """What share of the answers is wrong if only the most confident count, and the threshold."""
+    figure, (axes,) = panels(1, f"Answer less, err less   area {curve.area:.4f}")
+    axes.step(curve.coverage, curve.risk, where="pre", color=BLUE, linewidth=1.8)
+    highest = float(np.max(curve.risk, initial=0.0))
+    if threshold is not None:
+        wanted = 1 - threshold.wanted_precision
+        axes.axhline(wanted, color=GREY, linewidth=1, linestyle="--",
+                     label=f"Wanted: at most {wanted:.1%} wrong")  # fmt: skip
+        highest = max(highest, wanted, _draw_threshold(axes, threshold))
+        add_legend(axes, "upper right", outside=True)
+    axes.set(xlim=(0, 1.02), ylim=(-0.03 * (highest or 1), 1.12 * highest or 1.0))
+    as_percent(axes)
+    as_percent(axes, axis="x")
+    label_axes(axes, "Answered pictures (coverage)", "Wrong among them (risk)")
+    return figure
+
+
+def confusion_matrix(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure:
+    """Counts by true class (rows) and predicted class (columns); colour is the share of the row."""
+    names, size = readable(class_names), len(class_names)
+    height = max(3.4, min(8.6, 2.4 + 0.235 * size))
+    right = _picture_counts(int(np.trace(confusion)), int(confusion.sum()))
+    figure, (axes,) = panels(1, f"Confusion   {right}", left=0.25, height=height)
+    figure.subplots_adjust(bottom=1.75 / height)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    small = 8.5 if size <= 15 else 7
+    for row, column in np.argwhere(confusion > 0):
+        # Mistakes stand out from what is right.
+        wrong, dark = row != column, shares[row, column] > 0.55
+        colour = "white" if dark else (ORANGE if wrong else INK)
+        axes.text(column, row, f"{confusion[row, column]:,}", ha="center", va="center",
+                  fontsize=small, color=colour, weight="bold" if wrong else "normal")  # fmt: skip
+    axes.set_xticks(range(size), names, rotation=90 if size > 8 else 30,
+                    ha="center" if size > 8 else "right", fontsize=small)  # fmt: skip
+    axes.set_yticks(range(size), names, fontsize=small)
+    axes.grid(visible=False)
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    literally([*axes.get_xticklabels(), *axes.get_yticklabels()])
+    label_axes(axes, "Predicted", "True")
+    return figure
+
+
+def most_confused(confusion: NDArray[np.int64], class_names: Sequence[str]) -> Figure | None:
+    """The pairs of classes with the most mistakes between them; None without any mistake."""
+    pairs = confused_pairs(confusion, readable(class_names), _SHOWN_PAIRS)
+    if not pairs:
+        return None
+    wrong = int(confusion.sum() - np.trace(confusion))
+    figure, (axes,) = panels(
+        1, f"Most confused   {count(wrong, 'mistake')} in all", left=0.42,
+        height=1.3 + 0.25 * len(pairs),
+    )  # fmt: skip
+    places = range(len(pairs))
+    bars = axes.barh(places, [pair.count for pair in pairs], color=BLUE, height=0.6)
+    axes.bar_label(
+        bars, [f"{p.count} ({p.share:.0%})" for p in pairs], padding=4, color=INK, fontsize=8
+    )
+    axes.set_yticks(places, [f"{pair.true} → {pair.predicted}" for pair in pairs], fontsize=8)
+    literally(axes.get_yticklabels())
+    axes.set_xlim(0, 1.15 * max(pair.count for pair in pairs))
+    axes.grid(visible=False, axis="y")
+    _from_the_top(axes, len(pairs))
+    label_axes(axes, "Pictures of the true class taken for the other (share of the class)", "")
+    return figure
+
+
+def per_class(report: EvaluationReport) -> Figure | None:
+    """Recall and precision of the classes with the lowest F1; None without test pictures."""
+    scored = [s for s in report.classes if not math.isnan(s.f1)]
+    shown = sorted(scored, key=lambda score: (score.f1, score.name))[:_SHOWN_CLASSES]
+    if not shown:
+        return None
+    names = dict(zip(report.class_names, readable(report.class_names), strict=True))
+    some = f"the weakest {len(shown)} of {len(scored)}" if len(shown) < len(scored) else "all"
+    figure, (axes,) = panels(
+        1, f"Recall and precision of the classes   {some}", left=0.3,
+        height=1.3 + 0.23 * len(shown),
+    )  # fmt: skip
+    places = np.arange(len(shown))
+    recall = np.array([score.recall for score in shown])
+    precision = np.array([score.precision for score in shown])
+    axes.hlines(places, np.fmin(recall, precision), np.fmax(recall, precision), colors=GREY)
+    axes.scatter(recall, places, s=34, color=BLUE, label="Recall", zorder=3)
+    axes.scatter(precision, places, s=34, facecolors="white", edgecolors=ORANGE, linewidths=1.8,
+                 label="Precision", zorder=4 )  # fmt: skip
+    labels = [f"{names[score.name]}  ({score.support})" for score in shown]
+    axes.set_yticks(places, labels, fontsize=8)
+    literally(axes.get_yticklabels())
+    lowest = float(np.nanmin(np.concatenate([recall, precision, [1.0]])))
+    axes.set_xlim(max(-0.02, lowest - 0.06), 1.02)
+    _from_the_top(axes, len(shown))
+    as_percent(axes, axis="x")
+    label_axes(axes, "Of the class's pictures found, of its answers right   (test pictures)", "")
+    add_legend(axes, "upper right", outside=True)
+    return figure
+
+
+def _draw_reliability(axes: Axes, table: Reliability) -> None:
+    full = table.count > 0
+    confidence, accuracy = table.confidence[full], table.accuracy[full]
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle="--", label="As good as it says")
+    axes.vlines(confidence, np.minimum(confidence, accuracy), np.maximum(confidence, accuracy),
+                colors=ORANGE, linewidth=1.6, alpha=0.7, label="Gap")  # fmt: skip
+    share = table.count[full] / max(1, table.count.sum())
+    axes.plot(confidence, accuracy, color=BLUE, linewidth=1.2)
+    axes.scatter(confidence, accuracy, s=14 + 420 * share, color=BLUE, alpha=0.85,
+                 edgecolors="white", linewidths=0.8, zorder=3)  # fmt: skip
+    axes.set(xlim=(0, 1.04), ylim=(-0.03, 1.09))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MultipleLocator(0.2))
+    as_percent(axes)
+    as_percent(axes, axis="x")
+
+
+def _draw_threshold(axes: Axes, threshold: Threshold) -> float:
+    """What the threshold reached on test, with its intervals; returns the highest risk."""
+    if threshold.value is None or threshold.precision is None:
+        axes.plot([], [], " ", label="No confidence was enough on validation")
+        return 0.0
+    precision, coverage = threshold.precision, threshold.coverage
+    axes.errorbar(
+        [coverage.value], [1 - precision.value],
+        xerr=[[coverage.value - coverage.low], [coverage.high - coverage.value]],
+        yerr=[[precision.high - precision.value], [precision.value - precision.low]],
+        fmt="o", color=GREEN, markersize=7, linewidth=1.4, capsize=3, zorder=4,
+        label=f"Confidence ≥ {threshold.value:.3f}: {precision.value:.1%} right, "
+        f"{coverage.value:.0%} answered",
+    )  # fmt: skip
+    return 1 - precision.low
+
+
+def _from_the_top(axes: Axes, rows: int) -> None:
+    axes.set_ylim(rows - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+
+
+def _picture_counts(right: int, total: int) -> str:
+    return f"{right:,} of {count(total, 'picture')} right"
