@@ -1,0 +1,294 @@
+"""Which version is the champion: it moves only to one that is better beyond noise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from mlflow.entities.model_registry import ModelVersion
+from numpy.typing import NDArray
+
+from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.evaluation.bootstrap import Interval, fraction_interval, resampled_sums
+from visiontuner.evaluation.significance import PairedTest, paired_test
+from visiontuner.serving.predictions import StoredPredictions, read_predictions
+from visiontuner.serving.versions import (
+    CHAMPION,
+    Mlflow,
+    ModelReference,
+    aliases,
+    find_version,
+    get_version,
+)
+
+DECISION_TAG = "visiontuner.promotion"
+REASON_TAG = "visiontuner.promotion_reason"
+
+_NOTE = "Promotion: "
+_RESAMPLES, _SEED = 1000, 7  # as in `visiontuner evaluate`
+
+Decision = Literal["promoted", "kept", "unchanged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Promotion:
+    """What was decided about a challenger, and why.
+
+    Args:
+        decision: `promoted`; `kept` if the champion stays; `unchanged` if there was nothing to
+            decide, because the challenger is the champion.
+        reason: a sentence or two; written on the challenger.
+        accuracy: of the challenger on its test pictures; None if it could not be read.
+        champion: the version that was champion before; None if there was none.
+        test: the challenger (a) against the champion (b); None if they were not compared.
+        pictures: test pictures of the challenger.
+        changed: False if nothing was written: a dry run, or nothing to decide.
+    """
+
+    name: str
+    challenger: str
+    champion: str | None
+    decision: Decision
+    reason: str
+    accuracy: Interval | None = None
+    champion_accuracy: Interval | None = None
+    test: PairedTest | None = None
+    pictures: int = 0
+    forced: bool = False
+    changed: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def promote(
+    mlflow: Mlflow, reference: ModelReference, *, force: bool = False, dry_run: bool = False
+) -> Promotion:
+    """Make a version the champion if it is better than the one that is.
+
+    Better means: more test pictures named rightly, on the same pictures, by a paired test. The
+    first evaluated version is champion at once. The decision and its reason are written on the
+    version: tags `visiontuner.promotion`, `visiontuner.promotion_reason`, and its description.
+
+    Args:
+        reference: the challenger; the newest version if it names none.
+        force: make it champion whatever the test says, or if there can be none.
+        dry_run: decide and change nothing.
+
+    Raises:
+        UserMistake: there is no such version; or, without `force`, one of the two was not
+            evaluated, or not on the same pictures and classes.
+        TrackingError: MLflow is away or refuses, or another champion was named meanwhile.
+    """
+    challenger = find_version(mlflow, reference)
+    name = challenger.name
+    alias = aliases(mlflow, name).get(CHAMPION)
+    if alias == str(challenger.version):
+        return _nothing_to_do(challenger)
+    # An alias outlives its version in some stores.
+    champion = get_version(mlflow, name, alias) if alias else None
+    decided = _decide(mlflow, challenger, champion, force=force)
+    if alias and champion is None:
+        gone = f"The champion, version {alias}, was deleted. {decided.reason}"
+        decided = replace(decided, reason=gone)
+    if dry_run:
+        return decided
+    _carry_out(mlflow, challenger, decided, alias)
+    return replace(decided, changed=True)
+
+
+def _nothing_to_do(challenger: ModelVersion) -> Promotion:
+    number = str(challenger.version)
+    return Promotion(
+        name=challenger.name,
+        challenger=number,
+        champion=number,
+        decision="unchanged",
+        reason=f"Version {number} is the champion already.",
+    )
+
+
+def _decide(
+    mlflow: Mlflow, challenger: ModelVersion, champion: ModelVersion | None, *, force: bool
+) -> Promotion:
+    decided = Promotion(
+        name=challenger.name,
+        challenger=str(challenger.version),
+        champion=str(champion.version) if champion else None,
+        decision="promoted",
+        reason="",
+    )
+    try:
+        mine = _require_predictions(mlflow, challenger)
+        decided = replace(decided, accuracy=_accuracy(mine.correct), pictures=len(mine))
+        if champion is None:
+            return replace(decided, reason=_first(decided))
+        theirs = _require_predictions(mlflow, champion)
+        decided = replace(decided, champion_accuracy=_accuracy(theirs.correct))
+        test = paired_test(*_on_the_same_pictures(challenger, mine, champion, theirs))
+    except UserMistake as error:
+        if not force:
+            raise
+        return replace(decided, reason=f"Forced without a comparison. {error}", forced=True)
+    decided = replace(decided, test=test, decision="promoted" if test.a_is_better else "kept")
+    reason = _compared(decided, test) + _other_data(mine, theirs)
+    if force and decided.decision == "kept":
+        forced = f"Forced against the test. {reason}"
+        return replace(decided, decision="promoted", reason=forced, forced=True)
+    return replace(decided, reason=reason)
+
+
+def _require_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredictions:
+    predictions = read_predictions(mlflow, version)
+    if predictions is None:
+        raise UserMistake(
+            f"Version {version.version} of {version.name} was never evaluated on test pictures. "
+            f"Run `visiontuner evaluate{_search_folder(mlflow, version)}` first; --force names a "
+            "champion without."
+        )
+    return predictions
+
+
+def _search_folder(mlflow: Mlflow, version: ModelVersion) -> str:
+    """The search's folder as `evaluate` takes it, as far as its run says."""
+    try:
+        run = mlflow.call("get_run", version.run_id)
+        parent = mlflow.call("get_run", run.data.tags["mlflow.parentRunId"])
+    except (TrackingError, LookupError):
+        return ""
+    return f" searches/{parent.info.run_name}" if parent.info.run_name else ""
+
+
+def _on_the_same_pictures(
+    challenger: ModelVersion,
+    mine: StoredPredictions,
+    champion: ModelVersion,
+    theirs: StoredPredictions,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What each named rightly, bool, shape (N,), in one order of pictures.
+
+    Pictures are known by their content and classes by their names, never by position.
+
+    Raises:
+        UserMistake: they were not asked for the same classes or not about the same pictures.
+    """
+    who = f"Versions {challenger.version} and {champion.version} of {challenger.name}"
+    names, others = set(mine.class_names), set(theirs.class_names)
+    if names != others:
+        raise UserMistake(
+            f"{who} tell other classes apart ({_difference(names, others)}), so they cannot be "
+            "compared. Search again with the same classes, or use --force."
+        )
+    pictures, other_pictures = mine.pictures, theirs.pictures
+    if Counter(pictures) != Counter(other_pictures):
+        raise UserMistake(
+            f"{who} were evaluated on different test pictures: {_overlap(mine, theirs)} "
+            f"(data {_short(mine)} and {_short(theirs)}). Evaluate both on the same pictures, or "
+            "use --force."
+        )
+    # Copies of one picture within a class get the same answer: their order does not matter.
+    order = sorted(range(len(pictures)), key=pictures.__getitem__)
+    other_order = sorted(range(len(pictures)), key=other_pictures.__getitem__)
+    return mine.correct[order], theirs.correct[other_order]
+
+
+def _difference(names: set[str], others: set[str]) -> str:
+    only, missing = sorted(names - others), sorted(others - names)
+    parts = [
+        f"{which} knows {', '.join(map(repr, some[:3]))}{' …' if len(some) > 3 else ''}"
+        for which, some in (("only the first", only), ("only the second", missing))
+        if some
+    ]
+    return "; ".join(parts)
+
+
+def _overlap(mine: StoredPredictions, theirs: StoredPredictions) -> str:
+    shared = sum((Counter(mine.digests) & Counter(theirs.digests)).values())
+    if shared == len(mine) == len(theirs):
+        changed = sum((Counter(mine.pictures) - Counter(theirs.pictures)).values())
+        return f"the same {shared:,}, but {changed:,} with another class"
+    return f"{len(mine):,} and {len(theirs):,}, with {shared:,} in common"
+
+
+def _short(predictions: StoredPredictions) -> str:
+    return (predictions.data_digest or "unknown")[:12]
+
+
+def _accuracy(correct: NDArray[np.bool_]) -> Interval:
+    columns = correct[:, None].astype(np.float64)
+    sums = resampled_sums(columns, seed=_SEED, resamples=_RESAMPLES)[:, 0]
+    return fraction_interval(int(correct.sum()), len(correct), sums / len(correct))
+
+
+def _first(decided: Promotion) -> str:
+    accuracy = decided.accuracy
+    assert accuracy is not None
+    return (
+        f"The first evaluated version: it names {accuracy.value:.4f} of {decided.pictures:,} test "
+        f"pictures rightly (95 %: {accuracy.low:.4f} to {accuracy.high:.4f})."
+    )
+
+
+def _compared(decided: Promotion, test: PairedTest) -> str:
+    if test.a_is_better:
+        verdict = "better beyond noise"
+    elif test.b_is_better:
+        verdict = "worse beyond noise"
+    elif test.only_a == test.only_b == 0:
+        verdict = "right and wrong on the same pictures"
+    else:
+        verdict = "no difference beyond noise"
+    change = test.difference
+    return (
+        f"Against version {decided.champion} on the same {decided.pictures:,} test pictures: "
+        f"{verdict}. Accuracy {change.value:+.4f} (95 %: {change.low:+.4f} to {change.high:+.4f}); "
+        f"right alone on {test.only_a:,} and {test.only_b:,}, p = {test.p_value:.2g}."
+    )
+
+
+def _other_data(mine: StoredPredictions, theirs: StoredPredictions) -> str:
+    if mine.data_digest == theirs.data_digest:
+        return ""
+    return (
+        f" Their data sets differ ({_short(mine)} and {_short(theirs)}), but not in test pictures."
+    )
+
+
+def _carry_out(
+    mlflow: Mlflow, challenger: ModelVersion, decided: Promotion, alias: str | None
+) -> None:
+    """Reason first, alias last: killed between the two, the next call decides again."""
+    name, number = challenger.name, str(challenger.version)
+    _require_champion(aliases(mlflow, name), alias, name)
+    tags = {DECISION_TAG: decided.decision, REASON_TAG: decided.reason}
+    for key, value in tags.items():
+        mlflow.call("set_model_version_tag", name, number, key, value)
+    text = _described(challenger.description, decided)
+    mlflow.call("update_model_version", name, number, text)
+    if decided.decision == "promoted":
+        # MLflow has no way to move an alias only from a known place: look as late as possible.
+        _require_champion(aliases(mlflow, name), alias, name)
+        mlflow.call("set_registered_model_alias", name, CHAMPION, number)
+
+
+def _require_champion(held: Mapping[str, str], expected: str | None, name: str) -> None:
+    now = held.get(CHAMPION)
+    if now != expected:
+        raise TrackingError(
+            f"Somebody moved the champion of {name} from {_version(expected)} to {_version(now)} "
+            "meanwhile. Run `visiontuner promote` again."
+        )
+
+
+def _version(number: str | None) -> str:
+    return f"version {number}" if number else "none"
+
+
+def _described(description: str | None, decided: Promotion) -> str:
+    """A version's description with this decision in place of an earlier one; the rest stays."""
+    lines = [line for line in (description or "").splitlines() if not line.startswith(_NOTE)]
+    return "\n".join([*lines, f"{_NOTE}{decided.decision}. {decided.reason}"])
