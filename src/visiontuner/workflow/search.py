@@ -22,6 +22,7 @@ from visiontuner.errors import (
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord, TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
+from visiontuner.workflow.background import beside
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
@@ -209,13 +210,16 @@ class _Run:
         ray: RayForSearch,
         remaining: int,
     ) -> SearchState:
+        # Ray's import and start fill one core for some seconds; the first part of the features,
+        # writing the network as ONNX, the other.
+        computing = beside(lambda: self._features(dataset, backbone))
         from visiontuner.search.run import run_trials
 
-        features = self._features(dataset, backbone, recorder)
-        # Packaging needs the network: load it beside Ray's start and the trials. A mistake in it
-        # shows there as well.
-        threading.Thread(target=self._load_backbone, name="backbone", daemon=True).start()
         ray.start()
+        features = self._record_features(computing.result(), backbone, recorder)
+        # Packaging needs the network: load it beside the trials. A mistake in it shows there as
+        # well.
+        beside(self._load_backbone)
         finished = sum(trial.finished for trial in recorder.record.trials.values())
         self.observer.note(_describe_search(self.experiment, finished, remaining))
         self.observer.trials_begin(recorder.record, finished + remaining)
@@ -225,9 +229,9 @@ class _Run:
             self.observer.trials_end()
 
     def _features(
-        self, dataset: ImageDataset, backbone: BackboneDescription, recorder: Recorder
-    ) -> FeatureSet:
-        """The features, computed or found; which of both goes into the journal."""
+        self, dataset: ImageDataset, backbone: BackboneDescription
+    ) -> tuple[FeatureSet, float]:
+        """The features, computed or found, and the seconds it took."""
         from visiontuner.model.features import compute_features
 
         began = time.monotonic()
@@ -242,7 +246,15 @@ class _Run:
                 "Features", done, total, "pictures"
             ),
         )
-        seconds = round(time.monotonic() - began, 3)
+        return features, round(time.monotonic() - began, 3)
+
+    def _record_features(
+        self,
+        found: tuple[FeatureSet, float],
+        backbone: BackboneDescription,
+        recorder: Recorder,
+    ) -> FeatureSet:
+        features, seconds = found
         recorder.append(
             "features_ready",
             backbone=backbone.name,
