@@ -115,7 +115,7 @@ def create_database(tracking_uri: str) -> None:
     MLflow makes its tables one by one, for seconds. Killed meanwhile, it leaves a file that it can
     never open again.
     """
-    path = _sqlite_file(tracking_uri)
+    path = sqlite_file(tracking_uri)
     if path is None or path.exists():
         return
     from mlflow.db import upgrade
@@ -139,7 +139,7 @@ def _give_name(fresh: Path, path: Path) -> None:
         fresh.replace(path)
 
 
-def _sqlite_file(tracking_uri: str) -> Path | None:
+def sqlite_file(tracking_uri: str) -> Path | None:
     """`sqlite:///mlflow.db` -> its absolute path; None for what is no plain file."""
     prefix, path = "sqlite:///", tracking_uri.removeprefix("sqlite:///")
     plain = tracking_uri.startswith(prefix) and path and path != ":memory:" and "?" not in path
