@@ -6,14 +6,9 @@ good by calling again.
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import importlib.metadata
-import json
 import logging
 import os
-import re
-import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,41 +16,22 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
-import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
-from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
-from mlflow.types.schema import Array, Object, Property
+from mlflow.models import Model
 
-import visiontuner
 from visiontuner.errors import ClassifierError, TrackingError
+from visiontuner.serving.model_parts import model_parts
 
 CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
 MODEL_NAME = "classifier"
 
-# `serving/pyfunc.py` and all that it imports of visiontuner; it travels with the model.
-_PYFUNC = "serving/pyfunc.py"
-_CODE = (
-    "__init__.py",
-    "errors.py",
-    "data/__init__.py",
-    "data/images.py",
-    "model/__init__.py",
-    "model/classifier.py",
-    "serving/__init__.py",
-    "serving/answers.py",
-)
-# mlflow-skinny serves as well as mlflow and is half a gigabyte smaller.
-_REQUIREMENTS = ("mlflow-skinny", "onnxruntime", "pillow", "numpy", "pandas")
-_EXAMPLES = 2
 # What a model version says about where it came from; written on its runs by the tracking writer.
 _LINEAGE = (
     "visiontuner.search_id",
@@ -128,6 +104,29 @@ def log_classifier(
     )
 
 
+def save_classifier(folder: Path, destination: Path) -> Path:
+    """The model that `log_classifier` logs, as a folder: to try it without a store.
+
+    Args:
+        destination: made here; must not exist.
+
+    Raises:
+        ClassifierError: the folder is not a classifier.
+        TrackingError: MLflow refuses.
+    """
+    classifier_digest(folder)
+    with _one_at_a_time, _quiet():
+        import mlflow.pyfunc
+
+        try:
+            with model_parts(folder) as parts:
+                mlflow.pyfunc.save_model(path=str(destination), **parts)
+        except (MlflowException, OSError) as error:
+            text = " ".join(str(error).split())[:300]
+            raise TrackingError(f"MLflow could not save the model: {text}") from error
+    return destination
+
+
 def classifier_digest(folder: Path) -> str:
     """SHA-256 over the names and contents of a classifier folder's files.
 
@@ -142,36 +141,6 @@ def classifier_digest(folder: Path) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def requirements() -> list[str]:
-    """What the served model needs, pinned to what is installed here."""
-    return [f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS]
-
-
-def signature() -> ModelSignature:
-    """A column of picture files in; label, probability, confidence and the top k out."""
-    choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
-    return ModelSignature(
-        inputs=Schema([ColSpec(DataType.binary, "image")]),
-        outputs=Schema(
-            [
-                # None for a picture that could not be read, where `on_error` is "report".
-                ColSpec(DataType.string, "label", required=False),
-                ColSpec(DataType.double, "probability", required=False),
-                ColSpec(DataType.boolean, "confident", required=False),
-                ColSpec(Array(choice), "top_k"),
-                ColSpec(DataType.string, "error", required=False),
-            ]
-        ),
-        params=ParamSchema(
-            [
-                ParamSpec("top_k", DataType.long, 5),
-                ParamSpec("threshold", DataType.double, None),
-                ParamSpec("on_error", DataType.string, "fail"),
-            ]
-        ),
-    )
 
 
 def _lineage(client: MlflowClient, run: Run) -> dict[str, str]:
@@ -210,19 +179,13 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
         tags=dict(tags),
         params=run.data.params,
     )
-    with TemporaryDirectory() as temporary, _importable(temporary):
-        code, script = _stage_code(Path(temporary))
+    with model_parts(folder) as parts:
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
             run_id=run.info.run_id,
             model_id=model.model_id,
-            python_model=str(script),
-            artifacts={"classifier": str(folder)},
-            code_paths=[str(code)],
-            signature=signature(),
-            input_example=(_example(folder), {"top_k": 5}),
-            pip_requirements=requirements(),
+            **parts,
         )
     return str(model.model_id)
 
@@ -261,54 +224,14 @@ def _register(
         version = client.create_model_version(
             name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
         )
+    for key, value in tags.items():
+        if version.tags.get(key) != value:  # evaluated once more, for example
+            client.set_model_version_tag(name, version.version, key, value)
     aliases = client.get_registered_model(name).aliases
     # Never back to an older version, when a search is synchronised late.
     if int(aliases.get(CHALLENGER, 0)) < int(version.version):
         client.set_registered_model_alias(name, CHALLENGER, version.version)
     return version
-
-
-def _stage_code(folder: Path) -> tuple[Path, Path]:
-    """The package that travels with the model, and the script that MLflow runs.
-
-    The package is named after its content, not `visiontuner`: MLflow puts a loaded model's code
-    first on the module path, and a process that loads a model keeps its own, whole visiontuner.
-    """
-    source = Path(visiontuner.__file__).parent
-    texts = {name: (source / name).read_text(encoding="utf-8") for name in (*_CODE, _PYFUNC)}
-    digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
-    package = f"visiontuner_{digest[:12]}"
-    for name, text in texts.items():
-        path = folder / package / name if name != _PYFUNC else folder / Path(name).name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = re.sub(r"^from visiontuner\.", f"from {package}.", text, flags=re.MULTILINE)
-        path.write_text(text, encoding="utf-8")
-    return folder / package, folder / Path(_PYFUNC).name
-
-
-@contextmanager
-def _importable(folder: str) -> Iterator[None]:
-    """MLflow runs the script once while it logs, and adds to the module path."""
-    before = list(sys.path)
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _example(folder: Path) -> pd.DataFrame:
-    """Two real pictures: the first of the reference."""
-    try:
-        reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        contents = [base64.b64decode(p["image"]) for p in reference["pictures"][:_EXAMPLES]]
-        if not contents:
-            raise ValueError("it has none")
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ClassifierError(
-            f"{folder}/reference.json has no picture to show as an example: {error}."
-        ) from None
-    return pd.DataFrame({"image": contents})
 
 
 @contextmanager

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
 
 EXPERIMENT_FILE = "experiment.yaml"
 CLASSIFIER_FOLDER = "classifier"
+EVALUATION_FOLDER = "evaluation"
+# In the evaluation folder:
+EVALUATION_REPORT = "report.json"
+EVALUATION_PREDICTIONS = "predictions.npz"
+EVALUATION_CLASSES = "classes.csv"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,7 +63,12 @@ class BackgroundTracking:
 
 
 def register_classifier(
-    folder: Path, record: SearchRecord, run_ids: dict[str, str], uri: str
+    folder: Path,
+    record: SearchRecord,
+    run_ids: Mapping[str, str],
+    uri: str,
+    *,
+    tags: Mapping[str, str] | None = None,
 ) -> str:
     """Log and register the classifier once, on the run of the trial that made it.
 
@@ -73,7 +79,7 @@ def register_classifier(
     from visiontuner.serving.registry import log_classifier
 
     trial_id = packaged_trial(folder)
-    if trial_id not in run_ids:
+    if trial_id is None or trial_id not in run_ids:
         raise ClassifierError(
             f"{folder / CLASSIFIER_FOLDER} is not from this search; "
             f"`visiontuner tune --resume {folder}` packages it again."
@@ -87,6 +93,7 @@ def register_classifier(
             "visiontuner.search_id": record.search_id,
             "visiontuner.trial_id": trial_id,
             "visiontuner.data_digest": record.started["data"]["digest"],
+            **(tags or {}),
         },
     )
     return f"models:/{version.name}/{version.version}"

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.journal import SearchRecord, is_running
 from visiontuner.locations import tracking_uri
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER, SearchResult
+from visiontuner.workflow.layout import (
+    CLASSIFIER_FOLDER,
+    EVALUATION_FOLDER,
+    EVALUATION_REPORT,
+    SearchResult,
+)
 from visiontuner.workflow.recording import register_classifier
 
 if TYPE_CHECKING:
@@ -29,12 +35,13 @@ def sync_search(folder: Path) -> SearchResult:
     record, uri = SearchRecord.load(folder), tracking_uri()
     with MlflowWriter(folder, tracking_uri=uri) as writer:
         writer.catch_up(search_is_over=not is_running(folder))
-        run_ids = writer.run_ids
+        run_ids, parent_run_id = writer.run_ids, writer.parent_run_id
     classifier = folder / CLASSIFIER_FOLDER
     state: SearchState = record.ended["state"] if record.ended else "interrupted"
     model = None
     if classifier.is_dir() and record.best is not None:
-        model = register_classifier(folder, record, run_ids, uri)
+        evaluation = _log_evaluation(folder, run_ids, parent_run_id, uri)
+        model = register_classifier(folder, record, run_ids, uri, tags=evaluation)
     return SearchResult(
         folder=folder,
         record=record,
@@ -43,3 +50,34 @@ def sync_search(folder: Path) -> SearchResult:
         classifier=classifier if classifier.is_dir() else None,
         model=model,
     )
+
+
+def _log_evaluation(
+    folder: Path, run_ids: Mapping[str, str], parent_run_id: str | None, uri: str
+) -> dict[str, str]:
+    """The evaluation of this classifier, if there is one, on its trial's run.
+
+    Returns:
+        What the registered version should say of it.
+    """
+    if not (folder / EVALUATION_FOLDER / EVALUATION_REPORT).is_file():
+        return {}
+    from visiontuner.serving.registry import classifier_digest
+    from visiontuner.tracking.client import Store
+    from visiontuner.tracking.evaluation import (
+        TEST_LOOKS,
+        log_evaluation,
+        read_evaluation,
+        version_tags,
+    )
+    from visiontuner.tracking.html import write_page
+
+    evaluation = read_evaluation(folder / EVALUATION_FOLDER)
+    store = Store(uri)
+    log_evaluation(store, evaluation, run_id=run_ids[evaluation.trial_id])
+    if parent_run_id is not None:
+        store.call("log_artifact", parent_run_id, str(write_page(folder)))
+        store.call("set_tag", parent_run_id, TEST_LOOKS, str(evaluation.looks))
+    if evaluation.classifier_digest != classifier_digest(folder / CLASSIFIER_FOLDER):
+        return {}  # packaged again since: another artifact
+    return version_tags(evaluation)

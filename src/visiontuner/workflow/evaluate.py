@@ -1,0 +1,410 @@
+"""Look at the test pictures once, with the chosen model, and make what they say part of it.
+
+The order matters: the model is chosen, its temperature fitted and its threshold set on validation;
+only then are the test pictures opened. Everything lands in FOLDER/evaluation, from where `sync`
+writes it into MLflow; the calibrated classifier becomes a new registered version.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from visiontuner.data.dataset import ImageDataset
+from visiontuner.errors import DataError, SearchFailed, TrackingError, UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import SearchRecord, TrialRecord, is_running, read_events
+from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
+from visiontuner.workflow.layout import (
+    CLASSIFIER_FOLDER,
+    EVALUATION_FOLDER,
+    EVALUATION_REPORT,
+    EXPERIMENT_FILE,
+)
+from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
+from visiontuner.workflow.pictures import load_data, require_same_data
+from visiontuner.workflow.sync import sync_search
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from visiontuner.evaluation.calibration import ChosenThreshold
+    from visiontuner.evaluation.choice import Choice
+    from visiontuner.evaluation.report import EvaluationReport
+    from visiontuner.model.answers import Answers
+    from visiontuner.model.classifier import Classifier
+
+Prefer = Literal["best", "cheapest"]
+
+DEFAULT_PRECISION = 0.95
+_MISTAKES = 24
+_LOGITS_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationResult:
+    """What an evaluation found.
+
+    Attributes:
+        report: over the test pictures; without any, its notes say so and its metrics are empty.
+        looks: how many times the test pictures of this search have been looked at, this time
+            included.
+        model: `models:/NAME/VERSION` of the calibrated classifier, if MLflow took it.
+        tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
+        unreadable: test path -> why it was left out.
+    """
+
+    folder: Path
+    choice: Choice
+    edges: tuple[str, ...]
+    report: EvaluationReport
+    looks: int
+    tracking_uri: str
+    model: str | None
+    tracking_problem: str | None
+    unreadable: dict[str, str]
+
+
+def evaluate_search(
+    folder: Path | None = None,
+    *,
+    prefer: Prefer = "best",
+    precision: float = DEFAULT_PRECISION,
+    observer: Observer | None = None,
+) -> EvaluationResult:
+    """Choose, calibrate, look at the test pictures once, and register the result.
+
+    Args:
+        folder: a search folder; default: the newest search.
+        prefer: `cheapest` takes, of the trials that cannot be told apart from the best one, the
+            one with the fewest training seconds.
+        precision: the confidence threshold is set so that so many of the answers above it are
+            right on validation.
+
+    Raises:
+        UserMistake: the search is still running, its pictures have changed, or a value is wrong.
+        SearchFailed: no trial of the search can be used.
+    """
+    if not 0 < precision < 1:
+        raise UserMistake(f"--precision must be between 0 and 1, got {precision:g}.")
+    folder = folder or newest_search()
+    record = SearchRecord.load(folder)
+    if is_running(folder):
+        raise UserMistake(f"{folder} is still running. Evaluate it when it has ended.")
+    if record.best is None:
+        raise SearchFailed(
+            f"{folder} has no trial that could be evaluated. "
+            "`visiontuner diagnose` says what went wrong."
+        )
+    return _Evaluation(folder, record, prefer, precision, observer or Silent()).run()
+
+
+class _Evaluation:
+    """One evaluation of one search."""
+
+    def __init__(
+        self,
+        folder: Path,
+        record: SearchRecord,
+        prefer: Prefer,
+        precision: float,
+        observer: Observer,
+    ) -> None:
+        self.folder = folder
+        self.record = record
+        self.prefer = prefer
+        self.precision = precision
+        self.observer = observer
+        self.cache = writable_cache_folder()
+        self.experiment = Experiment.load(folder / EXPERIMENT_FILE)
+
+    def run(self) -> EvaluationResult:
+        from visiontuner.evaluation.edges import edges
+
+        dataset = load_data(self.experiment, self.observer)
+        require_same_data(self.record, dataset)
+        choice = self._choose()
+        self.observer.note(choice.reason)
+        trial = self.record.trials[choice.chosen]
+        self._package(trial, dataset)
+        temperature, threshold = self._calibrate(trial)
+        answers = self._answer(dataset)
+        report = self._report(answers, temperature, threshold)
+        at_edges = tuple(
+            edge.sentence
+            for edge in edges(self.record, self.experiment.search.space, tied=choice.tied)
+        )
+        looks = self._looks() + (1 if answers.samples else 0)
+        self._write(choice, at_edges, report, answers, looks, threshold)
+        model, problem = self._track()
+        return EvaluationResult(
+            folder=self.folder,
+            choice=choice,
+            edges=at_edges,
+            report=report,
+            looks=looks,
+            tracking_uri=tracking_uri(),
+            model=model,
+            tracking_problem=problem,
+            unreadable=answers.bad,
+        )
+
+    # the choice, on validation
+
+    @cached_property
+    def _labels(self) -> NDArray[np.int64]:
+        """int64 (N,), of the validation pictures in the order of the kept logits."""
+        from visiontuner.model.store import FeatureSet
+
+        ready = [e for e in read_events(self.folder).events if e["event"] == "features_ready"]
+        if not ready:
+            raise DataError(f"{self.folder} says nothing about its features. Search again.")
+        try:
+            return FeatureSet.open(Path(ready[-1]["folder"])).split("validation").labels
+        except DataError:
+            raise DataError(
+                f"The features of this search are gone from {ready[-1]['folder']}. Any search on "
+                "the same pictures and backbone computes them again."
+            ) from None
+
+    def _logits(self, trial_id: str) -> NDArray[np.float64]:
+        import numpy as np
+
+        from visiontuner.search.trial import LOGITS_FILE
+
+        path = self.folder / "trials" / trial_id / LOGITS_FILE
+        try:
+            logits: NDArray[np.float64] = np.load(path, allow_pickle=False).astype(np.float64)
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(f"Cannot read {path} ({type(error).__name__}). Search again.") from None
+        if len(logits) != len(self._labels):
+            raise DataError(f"{path} is about other pictures than the features. Search again.")
+        return logits
+
+    def _choose(self) -> Choice:
+        from visiontuner.evaluation.choice import (
+            choose,
+            picture_scores,
+            tied_with_best,
+            training_seconds,
+        )
+
+        ids = [trial.trial_id for trial in self.record.ranking()]
+        scores = {
+            trial_id: picture_scores(
+                self._logits(trial_id), self._labels, self.experiment.objective
+            )
+            for trial_id in ids
+        }
+        return choose(
+            ids[0],
+            tied_with_best(scores, ids[0]),
+            prefer=self.prefer,
+            seconds=training_seconds(self.record),
+        )
+
+    def _package(self, trial: TrialRecord, dataset: ImageDataset) -> None:
+        """The chosen trial in `classifier/`; most often it is there already."""
+        if packaged_trial(self.folder) == trial.trial_id and is_packaged(self.folder, self.record):
+            return
+        from visiontuner.model.backbone import load_backbone
+
+        self._restore_head(trial)
+        self.observer.note(f"Packaging {trial.trial_id} as a classifier.")
+        model = self.experiment.model
+        package_trial(
+            self.folder,
+            trial,
+            experiment=self.experiment,
+            dataset=dataset,
+            backbone=load_backbone(
+                model.backbone,
+                weights=model.weights,
+                image_size=model.image_size,
+                cache=self.cache,
+            ),
+            cache=self.cache,
+        )
+
+    def _restore_head(self, trial: TrialRecord) -> None:
+        """A search keeps the heads of its five best; another's is trained again: seconds."""
+        import numpy as np
+
+        from visiontuner.search.trial import HEAD_FILE, TrialTask
+
+        if (self.folder / "trials" / trial.trial_id / HEAD_FILE).is_file():
+            return
+        from visiontuner.search.head_trial import train_again
+
+        kept = self._logits(trial.trial_id)
+        self.observer.note(f"Training {trial.trial_id} again: its head was not among those kept.")
+        ready = [e for e in read_events(self.folder).events if e["event"] == "features_ready"]
+        train_again(
+            {"trial_id": trial.trial_id, "configuration": trial.configuration},
+            TrialTask(
+                experiment=self.experiment,
+                search_folder=self.folder.resolve(),
+                features_folder=Path(ready[-1]["folder"]),
+                threads=int(self.experiment.search.cpus_per_trial) or 1,
+            ),
+            best_epoch=trial.best_epoch or 1,
+        )
+        difference = float(np.abs(self._logits(trial.trial_id) - kept).max())
+        if difference > _LOGITS_TOLERANCE:
+            self.observer.note(
+                f"warning: the same training gave validation logits that differ by {difference:.2g}"
+                " from the search's: another machine or thread count."
+            )
+
+    def _calibrate(self, trial: TrialRecord) -> tuple[float, ChosenThreshold]:
+        """Temperature and threshold, from validation alone, into the classifier."""
+        from visiontuner.evaluation.calibration import (
+            choose_threshold,
+            fit_temperature,
+            probabilities_of,
+        )
+        from visiontuner.model.classifier_files import recalibrate
+
+        logits = self._logits(trial.trial_id)
+        temperature = fit_temperature(logits, self._labels)
+        probabilities = probabilities_of(logits, temperature)
+        threshold = choose_threshold(probabilities, self._labels, self.precision)
+        recalibrate(
+            self.folder / CLASSIFIER_FOLDER,
+            temperature=temperature,
+            threshold=threshold.value,
+            metadata={
+                "calibration": {
+                    "wanted_precision": self.precision,
+                    "validation_precision": _finite(threshold.precision),
+                    "validation_coverage": _finite(threshold.coverage),
+                }
+            },
+        )
+        return temperature, threshold
+
+    # the test pictures
+
+    @cached_property
+    def _classifier(self) -> Classifier:
+        """As it is served: with the temperature that was just set."""
+        from visiontuner.model.classifier import Classifier
+
+        return Classifier.load(self.folder / CLASSIFIER_FOLDER)
+
+    def _answer(self, dataset: ImageDataset) -> Answers:
+        from visiontuner.model.answers import answer_pictures
+
+        answers = answer_pictures(
+            self._classifier,
+            dataset.root,
+            dataset.splits["test"],
+            progress=lambda done, total: self.observer.progress("Test", done, total, "pictures"),
+        )
+        for path, reason in answers.bad.items():
+            self.observer.note(f"warning: left out {path}: {reason}")
+        self._root = dataset.root
+        return answers
+
+    def _report(
+        self, answers: Answers, temperature: float, threshold: ChosenThreshold
+    ) -> EvaluationReport:
+        import numpy as np
+
+        from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
+
+        names = self._classifier.class_names
+        if not answers.samples:
+            return EvaluationReport(
+                class_names=names,
+                num_pictures=0,
+                temperature=temperature,
+                metrics={},
+                classes=(),
+                confusion=np.zeros((len(names), len(names)), dtype=np.int64),
+                threshold=None,
+                notes=(
+                    "There are no test pictures: nothing is known about pictures that played no "
+                    "part in the choice. Add a folder `test` beside `train`.",
+                ),
+            )
+        return evaluate_predictions(
+            logits=answers.logits,
+            labels=np.array([sample.label for sample in answers.samples]),
+            class_names=names,
+            temperature=temperature,
+            threshold=threshold,
+            seed=self.experiment.seed,
+        )
+
+    def _looks(self) -> int:
+        """How many times the test pictures were looked at before."""
+        try:
+            text = (self.folder / EVALUATION_FOLDER / EVALUATION_REPORT).read_text(encoding="utf-8")
+            return int(json.loads(text)["looks"])
+        except (OSError, ValueError, LookupError, TypeError):
+            return 0
+
+    # what is kept
+
+    def _write(
+        self,
+        choice: Choice,
+        at_edges: Sequence[str],
+        report: EvaluationReport,
+        answers: Answers,
+        looks: int,
+        threshold: ChosenThreshold,
+    ) -> None:
+        from visiontuner.serving.registry import classifier_digest
+        from visiontuner.workflow.evaluation_files import write_evaluation
+
+        facts: dict[str, Any] = {
+            "looks": looks,
+            "time": round(time.time(), 3),
+            "classifier_digest": classifier_digest(self.folder / CLASSIFIER_FOLDER),
+            "trial_id": choice.chosen,
+            "data_digest": self.record.started["data"]["digest"],
+            "objective": self.record.objective,
+            "choice": {
+                "best": choice.best,
+                "chosen": choice.chosen,
+                "tied": list(choice.tied),
+                "reason": choice.reason,
+            },
+            "edges": list(at_edges),
+            "unreadable": answers.bad,
+            "validation_threshold": {
+                "wanted_precision": threshold.wanted_precision,
+                "value": threshold.value,
+                "precision": _finite(threshold.precision),
+                "coverage": _finite(threshold.coverage),
+            },
+        }
+        write_evaluation(
+            self.folder / EVALUATION_FOLDER,
+            report=report,
+            facts=facts,
+            answers=answers,
+            root=self._root,
+            mistakes=_MISTAKES,
+        )
+
+    def _track(self) -> tuple[str | None, str | None]:
+        self.observer.note("Writing to MLflow.")
+        try:
+            return sync_search(self.folder).model, None
+        except TrackingError as error:
+            return None, str(error)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
