@@ -9,6 +9,7 @@ import pytest
 from visiontuner.experiment import Experiment, Training
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.live_rules import LiveRules, RuleStopper
 from visiontuner.search.run import JournalCallback, Recorder, end_trial, failure_line, prune_heads
 from visiontuner.search.trial import HEAD_FILE, settings_of
 
@@ -91,7 +92,9 @@ def test_listeners_hear_what_the_journal_holds(tmp_path):
 
 
 def test_rays_snapshot_holds_no_open_journal(recorder, tmp_path):
-    assert JournalCallback(recorder, tmp_path).__getstate__() == {}
+    rules = LiveRules(tmp_path, Experiment.parse({"name": "x"}), tmp_path, recorder)
+    assert JournalCallback(recorder, tmp_path, rules).__getstate__() == {}
+    assert RuleStopper(rules, ()).__getstate__()["_rules"] is None
 
 
 def test_settings_are_the_experiments_with_the_trials_own_values_in_place():

@@ -15,11 +15,13 @@ from ray import tune
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.stopper import CombinedStopper
 
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, best_epoch
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.live_rules import LiveRules, RuleStopper
 from visiontuner.search.plan import make_plan
 from visiontuner.search.recorder import Recorder
 from visiontuner.search.searcher import PlanSearcher
@@ -52,6 +54,7 @@ def run_trials(
     )
     stopper = EndInOrder(experiment.search.time_budget)
     searcher = PlanSearcher(plan, experiment, recorder.record)
+    rules = LiveRules(folder, experiment, features_folder, recorder)
     _skip_callback_statistics()
     with _scratch_folder() as scratch, _quiet_tune(), signals_end(stopper):
         tune.Tuner(
@@ -71,8 +74,8 @@ def run_trials(
                 name="ray",
                 storage_path=str(scratch),
                 verbose=0,
-                stop=stopper,
-                callbacks=[JournalCallback(recorder, folder)],
+                stop=CombinedStopper(stopper, RuleStopper(rules, METRICS)),
+                callbacks=[JournalCallback(recorder, folder, rules)],
             ),
         ).fit()
     _close_running(recorder, stopper)
@@ -82,9 +85,10 @@ def run_trials(
 class JournalCallback(Callback):
     """Ray Tune's news as journal events; runs in the driver."""
 
-    def __init__(self, recorder: Recorder, folder: Path) -> None:
+    def __init__(self, recorder: Recorder, folder: Path, rules: LiveRules) -> None:
         self._recorder = recorder
         self._folder = folder
+        self._rules = rules
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray snapshots its callbacks; an open journal stays here
@@ -109,15 +113,21 @@ class JournalCallback(Callback):
         self._recorder.append(
             "epoch", **_who(trial), step=result["epoch"], metrics=metrics, **steps
         )
+        self._rules.write_waiting(trial.config["trial_id"])
 
     def on_trial_complete(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        record = self._recorder.record.trials[trial.config["trial_id"]]
+        trial_id = trial.config["trial_id"]
+        record = self._recorder.record.trials[trial_id]
         epochs = self._recorder.record.epochs_of(record)
         whole = bool(record.epochs) and record.epochs[-1].step >= epochs
+        self._rules.end(trial_id)
         end_trial(
-            self._recorder, trial.config["trial_id"], "completed" if whole else "stopped_early"
+            self._recorder,
+            trial_id,
+            "completed" if whole else "stopped_early",
+            reason=None if whole else self._rules.reasons.get(trial_id),
         )
         prune_heads(self._folder, self._recorder.record)
 
@@ -125,6 +135,7 @@ class JournalCallback(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         error = failure_line(_traceback_of(trial)) or "the worker ended without a message"
+        self._rules.end(trial.config["trial_id"], error=error)
         end_trial(self._recorder, trial.config["trial_id"], "failed", error=error)
 
 

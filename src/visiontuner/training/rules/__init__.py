@@ -37,6 +37,7 @@ from visiontuner.training.rules.predictions import (
 from visiontuner.training.rules.searches import SimilarRuns, similar_across_runs
 
 __all__ = [
+    "LASTING_RULES",
     "RULES",
     "STOPPING_RULES",
     "Curve",

@@ -50,7 +50,7 @@ class Predictions:
         """
         if logits.shape != (len(labels), len(class_names)):
             raise ValueError(f"{logits.shape} logits for {len(labels)} pictures")
-        shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shifted: NDArray[Any] = np.exp(logits - logits.max(axis=1, keepdims=True))
         return cls(
             probabilities=shifted / shifted.sum(axis=1, keepdims=True),
             labels=labels,
@@ -60,7 +60,8 @@ class Predictions:
     @property
     def predicted(self) -> NDArray[np.int64]:
         """int64, shape (N,)."""
-        return np.argmax(self.probabilities, axis=1).astype(np.int64)
+        highest: NDArray[np.int64] = np.argmax(self.probabilities, axis=1)
+        return highest
 
     @property
     def accuracy(self) -> float:
@@ -68,7 +69,8 @@ class Predictions:
 
     def support(self) -> NDArray[np.int64]:
         """Validation pictures of each class: int64, shape (C,)."""
-        return np.bincount(self.labels, minlength=len(self.class_names))
+        counts: NDArray[np.int64] = np.bincount(self.labels, minlength=len(self.class_names))
+        return counts
 
 
 @dataclass(frozen=True, kw_only=True)

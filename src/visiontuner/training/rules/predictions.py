@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from visiontuner.journal import Finding, Severity
 from visiontuner.training.rules import thresholds as limits
@@ -14,26 +15,29 @@ _NAMED = 5
 def class_imbalance(history: TrainingHistory) -> Finding | None:
     """One class has over ten times another's training pictures; an error where it shows.
 
-    It shows where more than 70 % of the rare classes' validation pictures get another name.
+    It shows where over 70 % of a rare class's validation pictures get another name.
     """
-    present = [count for count in history.class_counts if count]
-    if len(present) < 2 or max(present) <= limits.IMBALANCE_RATIO * min(present):
+    if not _is_imbalanced(history):
         return None
     counts = np.asarray(history.class_counts)
     rare = np.flatnonzero((counts > 0) & (counts * limits.IMBALANCE_RATIO < counts.max()))
     missed = _missed(history.predictions, rare)
-    if missed is None and history.configuration.get("class_weights") == "balanced":
+    if not missed and history.configuration.get("class_weights") == "balanced":
         return None
-    most = _name(history, int(counts.argmax()))
+    fewest = int(rare[counts[rare].argmin()])
     evidence = (
-        f"{most} has {counts.max()} training pictures, {_name(history, int(rare[0]))} has "
-        f"{counts[rare[0]]}"
+        f"{_name(history, int(counts.argmax()))} has {counts.max()} training pictures, "
+        f"{_name(history, fewest)} has {counts[fewest]}"
     )
-    if missed is not None:
-        evidence += f"; {missed:.0%} of the rare classes' validation pictures get another name"
+    if missed:
+        worst = max(missed, key=lambda label: missed[label])
+        evidence += (
+            f"; {len(missed)} of {len(rare)} rare classes are mostly missed, "
+            f"{_name(history, worst)} in {missed[worst]:.0%} of its validation pictures"
+        )
     return Finding(
         rule="class_imbalance",
-        severity="warning" if missed is None else "error",
+        severity="error" if missed else "warning",
         evidence=evidence,
         advice="Add pictures of the rare classes, or set training.class_weights: balanced; judge "
         "by validation_macro_f1.",
@@ -129,15 +133,17 @@ def _is_imbalanced(history: TrainingHistory) -> bool:
     return len(present) > 1 and max(present) > limits.IMBALANCE_RATIO * min(present)
 
 
-def _missed(predictions: Predictions | None, classes: np.ndarray) -> float | None:
-    """The share of these classes' pictures with another name, if it is too high to accept."""
+def _missed(predictions: Predictions | None, classes: NDArray[np.int64]) -> dict[int, float]:
+    """By class: the share of its validation pictures with another name, where it is too high."""
     if predictions is None:
-        return None
-    rows = np.isin(predictions.labels, classes)
-    if rows.sum() < limits.FEWEST_PICTURES:
-        return None
-    share = float((predictions.predicted[rows] != predictions.labels[rows]).mean())
-    return share if share > limits.MISPREDICTION else None
+        return {}
+    wrong = predictions.predicted != predictions.labels
+    found = {}
+    for label in map(int, classes):
+        rows = predictions.labels == label
+        if rows.sum() >= limits.FEWEST_PICTURES and wrong[rows].mean() > limits.MISPREDICTION:
+            found[label] = float(wrong[rows].mean())
+    return found
 
 
 def _described(history: TrainingHistory, predictions: Predictions, label: int) -> str:

@@ -1,0 +1,126 @@
+"""Diagnostic rules beside a running search: after every epoch and at the end of every trial."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.tune import Stopper
+
+from visiontuner.errors import VisiontunerError
+from visiontuner.experiment import Experiment
+from visiontuner.journal import EpochRecord, Finding, TrialRecord
+from visiontuner.model.store import FeatureSet
+from visiontuner.search.recorder import Recorder
+from visiontuner.search.trial import LOGITS_FILE
+from visiontuner.training.rules import (
+    LASTING_RULES,
+    Predictions,
+    SimilarRuns,
+    diagnose_curves,
+    diagnose_history,
+    history_of_trial,
+)
+
+
+class LiveRules:
+    """Writes findings into the journal, one for each rule and trial, before the trial ends there.
+
+    After an epoch only rules whose verdict lasts are asked, and those that may stop the trial; the
+    others wait for its end, when its curves and its predictions are complete.
+    """
+
+    def __init__(
+        self, folder: Path, experiment: Experiment, features_folder: Path, recorder: Recorder
+    ) -> None:
+        self._folder = folder
+        self._stop_on = experiment.rules.stop_on
+        self._asked = tuple(dict.fromkeys([*LASTING_RULES, *self._stop_on]))
+        self._features_folder = features_folder
+        self._recorder = recorder
+        self._similar = SimilarRuns()
+        self._validation: tuple[Any, tuple[str, ...]] | None = None
+        self._waiting: dict[str, list[Finding]] = {}
+        self.reasons: dict[str, str] = {}
+        for trial in recorder.record.trials.values():
+            if trial.finished:  # of a search that is resumed
+                self._similar.add(trial.trial_id, history_of_trial(recorder.record, trial))
+
+    def stops(self, trial_id: str, step: int, metrics: Mapping[str, float]) -> bool:
+        """Whether a rule ends this trial with the epoch that was just reported.
+
+        Ray asks before it tells the callbacks, so what is found waits for `write_waiting`.
+        """
+        trial = self._recorder.record.trials[trial_id]
+        newest = EpochRecord(step=step, time=0.0, attempt=trial.attempt, metrics=dict(metrics))
+        seen = replace(trial, epochs=[*trial.epochs, newest])
+        history = replace(history_of_trial(self._recorder.record, seen), times=())
+        errors = [f for f in diagnose_curves(history, self._asked) if f.severity == "error"]
+        self._waiting[trial_id] = errors
+        for finding in errors:
+            if finding.rule in self._stop_on:
+                self.reasons[trial_id] = f"rules.stop_on: {finding.rule} in epoch {step}"
+                return True
+        return False
+
+    def write_waiting(self, trial_id: str) -> None:
+        """The findings of the last epoch, once that epoch is in the journal."""
+        self._write(trial_id, self._waiting.pop(trial_id, []))
+
+    def end(self, trial_id: str, *, error: str | None = None) -> None:
+        """Every rule on a trial that has just ended; `error` is what ended it, if it failed."""
+        record = self._recorder.record
+        trial = replace(record.trials[trial_id], error=error)
+        predictions = None if error else self._predictions(trial)
+        history = history_of_trial(record, trial, predictions=predictions)
+        findings = diagnose_history(history)
+        similar = self._similar.add(trial_id, history)
+        self._write(trial_id, [*findings, *([similar] if similar else [])])
+
+    def _write(self, trial_id: str, findings: list[Finding]) -> None:
+        trial = self._recorder.record.trials[trial_id]
+        known = {finding.rule for finding in trial.findings}
+        for finding in findings:
+            if finding.rule not in known:
+                self._recorder.append(
+                    "finding", trial_id=trial_id, attempt=trial.attempt, **asdict(finding)
+                )
+
+    def _predictions(self, trial: TrialRecord) -> Predictions | None:
+        """What the trial's best epoch said; None where it cannot be read: rules never end it."""
+        path = self._folder / "trials" / trial.trial_id / LOGITS_FILE
+        if not trial.epochs or not path.is_file():
+            return None
+        try:
+            if self._validation is None:
+                features = FeatureSet.open(self._features_folder)
+                labels = features.split("validation").labels
+                self._validation = labels, features.class_names
+            return Predictions.from_logits(np.load(path, allow_pickle=False), *self._validation)
+        except (OSError, ValueError, VisiontunerError) as problem:
+            logging.getLogger(__name__).info("%s: %s", path, problem)
+            return None
+
+
+class RuleStopper(Stopper):
+    """Asked by Ray Tune after every result whether a rule ends that trial."""
+
+    def __init__(self, rules: LiveRules, metrics: tuple[str, ...]) -> None:
+        self._rules: LiveRules | None = rules
+        self._metrics = metrics
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rules": None, "_metrics": self._metrics}  # an open journal stays here
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if self._rules is None or "epoch" not in result:
+            return False
+        metrics = {name: float(result[name]) for name in self._metrics}
+        return self._rules.stops(result["config"]["trial_id"], int(result["epoch"]), metrics)
+
+    def stop_all(self) -> bool:
+        return False  # never the whole search
