@@ -102,14 +102,13 @@ def learning_rate_batch_size_map(record: SearchRecord) -> Figure | None:
     rates = np.array([trial.configuration["learning_rate"] for trial in trials], dtype=float)
     sizes = np.array([trial.configuration["batch_size"] for trial in trials], dtype=float)
     values = np.array([trial.best_value for trial in trials], dtype=float)
-    order = np.argsort(values if record.mode == "max" else -values, kind="stable")
     points = axes.scatter(
-        rates[order], sizes[order], c=values[order],
+        rates, sizes, c=values,
         s=70 if len(trials) <= 60 else 36, cmap=_colours(record), norm=_norm(values, record),
         edgecolors="white", linewidths=0.8, zorder=2,
     )  # fmt: skip
     axes.scatter(
-        rates[order[-1]], sizes[order[-1]], s=190, facecolors="none", edgecolors=ORANGE,
+        rates[-1], sizes[-1], s=190, facecolors="none", edgecolors=ORANGE,
         linewidths=1.8, label=f"Best: {record.best.trial_id if record.best else ''}", zorder=3,
     )  # fmt: skip
     axes.set_xscale("log")
@@ -132,13 +131,12 @@ def parallel_coordinates(record: SearchRecord) -> Figure | None:
     columns.append(_Column.of(record.objective, values))
     figure, (axes,) = panels(1, "Searched values and the outcome" + _outcome(record), right=0.98)
     heights = np.column_stack([column.heights for column in columns])  # (trials, columns)
-    order = np.argsort(values if record.mode == "max" else [-v for v in values], kind="stable")
-    lines = [np.column_stack([np.arange(len(columns)), heights[i]]) for i in order]
+    lines = [np.column_stack([np.arange(len(columns)), line]) for line in heights]
     width = 1.6 if len(lines) <= 60 else 0.8
     collection = LineCollection(
         lines, cmap=_colours(record), norm=_norm(values, record), linewidths=width
     )
-    collection.set_array(np.asarray(values, dtype=float)[order])
+    collection.set_array(np.asarray(values, dtype=float))
     axes.add_collection(collection)
     axes.plot(*lines[-1].T, color=ORANGE, linewidth=2.4, label=f"Best: {_best_name(record)}")
     for position, column in enumerate(columns):
@@ -264,11 +262,8 @@ def _norm(values: Sequence[float] | np.ndarray, record: SearchRecord) -> Normali
 
 
 def _usable(record: SearchRecord) -> list[TrialRecord]:
-    """Trials that ended in order with a finite value, in the order of their ids."""
-    usable = [
-        t for t in record.ranking() if t.best_value is not None and math.isfinite(t.best_value)
-    ]
-    return sorted(usable, key=lambda trial: trial.trial_id)
+    """Trials that ended in order with a finite value; the best comes last, so it is on top."""
+    return record.ranking()[::-1]
 
 
 def _shown_objective(record: SearchRecord) -> str:
