@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_events
 from visiontuner.tracking import figures as drawing
@@ -29,7 +30,7 @@ from visiontuner.tracking.page import PageData, describe_search, label
 PAGE_FILE = "report.html"
 EVALUATION_FOLDER = "evaluation"
 
-_WIDE = ("confusion", "mistakes")
+_WIDE = ("confusion", "confused_pairs", "per_class", "mistakes")
 _CAPTIONS = {
     "all_curves": "Learning curves of all trials",
     "best_so_far": "Best objective so far against time",
@@ -148,7 +149,7 @@ def _render(page: PageData, figures: Mapping[str, bytes], test: Mapping[str, byt
         finalize=_hide_passwords,
     )
     environment.filters.update(
-        data_uri=_data_uri, percent=_percent, label=label, score=_score, short=_short,
+        code=_code, data_uri=_data_uri, percent=_percent, label=label, score=_score, short=_short,
         seconds=_seconds,
     )  # fmt: skip
     style, script = _asset("report.css"), _asset("report.js")
@@ -175,6 +176,11 @@ def _hide_passwords(value: object) -> object:
 
 def _data_uri(png: bytes) -> Markup:
     return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+
+
+def _code(text: str) -> Markup:
+    """A sentence of our own: what stands in backticks is a command."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(_hide_passwords(text)))))
 
 
 def _percent(value: float | None) -> str:

@@ -203,7 +203,7 @@ def _tiles(record: SearchRecord, test: TestPart | None) -> Iterable[Tile]:
             value=_value(best.best_value, record),
             detail=f"{best.trial_id}, epoch {best.best_epoch}",
         )
-    if test is not None:
+    if test is not None and test.accuracy:
         yield Tile(label="Test accuracy", value=test.accuracy, detail=test.accuracy_detail)
     yield Tile(label="Trials", value=str(len(record.trials)), detail=_states(record))
     seconds = [s for s in map(_training_seconds, record.trials.values()) if s is not None]

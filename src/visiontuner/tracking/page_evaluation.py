@@ -53,10 +53,12 @@ def describe_test(evaluation: Mapping[str, Any]) -> TestPart:
     from visiontuner.evaluation.report import EvaluationReport  # scipy: only where there is one
 
     report = EvaluationReport.from_dict(evaluation)
-    accuracy = report.metrics["accuracy"]
+    accuracy = report.metrics.get("accuracy")
     return TestPart(
-        accuracy=percent(accuracy.value),
-        accuracy_detail=f"{_interval(accuracy)} on {report.num_pictures:,} pictures",
+        accuracy=percent(accuracy.value) if accuracy else "",
+        accuracy_detail=f"{_interval(accuracy)} on {report.num_pictures:,} pictures"
+        if accuracy
+        else "",
         summary=_summary(report, evaluation),
         notes=report.notes,
         metrics=tuple(_metric_rows(report.metrics)),
@@ -86,10 +88,11 @@ def _complete(rows: object, keys: Sequence[str]) -> Iterable[Mapping[str, Any]]:
 def _summary(report: EvaluationReport, evaluation: Mapping[str, Any]) -> str:
     looks = evaluation.get("looks") or 1
     trial = evaluation.get("trial_id") or "the best trial"
-    text = (
-        f"{trial} on {report.num_pictures:,} pictures that no choice was made with; its "
-        f"probabilities are calibrated on validation (temperature {report.temperature:.3g})."
-    )
+    text = f"{trial}, its probabilities calibrated on validation (T = {report.temperature:.3g})"
+    if report.num_pictures:
+        text += f", on {report.num_pictures:,} pictures that no choice was made with."
+    else:
+        text += "; no test picture was looked at."
     if looks != 1:
         text += (
             f" This was look number {looks} at these pictures: the best of several looks is too "

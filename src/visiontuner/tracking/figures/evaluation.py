@@ -73,7 +73,7 @@ def reliability_diagram(
     for axes, (title, (table, error)) in zip(both, tables.items(), strict=True):
         _draw_reliability(axes, table)
         said = f"{title}: calibration error {error.value:.1%}" if error else title
-        axes.text(0.03, 0.94, said, transform=axes.transAxes, fontsize=9, color=INK)
+        axes.text(0, 1.02, said, transform=axes.transAxes, fontsize=9, color=INK)
     label_axes(both[0], "Confidence", "Accuracy")
     label_axes(both[1], "Confidence", "")
     add_legend(both[1], "lower right")
@@ -166,8 +166,9 @@ def per_class(report: EvaluationReport) -> Figure | None:
     precision = np.array([score.precision for score in shown])
     axes.hlines(places, np.fmin(recall, precision), np.fmax(recall, precision), colors=GREY)
     axes.scatter(recall, places, s=34, color=BLUE, label="Recall", zorder=3)
-    axes.scatter(precision, places, s=34, facecolors="white", edgecolors=ORANGE, linewidths=1.8,
-                 label="Precision", zorder=4 )  # fmt: skip
+    # Rings, so that equal values show both.
+    axes.scatter(precision, places, s=74, facecolors="none", edgecolors=ORANGE, linewidths=1.6,
+                 label="Precision", zorder=4)  # fmt: skip
     labels = [f"{names[score.name]}  ({score.support})" for score in shown]
     axes.set_yticks(places, labels, fontsize=8)
     literally(axes.get_yticklabels())
@@ -175,7 +176,7 @@ def per_class(report: EvaluationReport) -> Figure | None:
     axes.set_xlim(max(-0.02, lowest - 0.06), 1.02)
     _from_the_top(axes, len(shown))
     as_percent(axes, axis="x")
-    label_axes(axes, "Of the class's pictures found, of its answers right   (test pictures)", "")
+    label_axes(axes, "On test; how many pictures of the class there are stands in brackets", "")
     add_legend(axes, "upper right", outside=True)
     return figure
 
@@ -187,10 +188,9 @@ def _draw_reliability(axes: Axes, table: Reliability) -> None:
     axes.vlines(confidence, np.minimum(confidence, accuracy), np.maximum(confidence, accuracy),
                 colors=ORANGE, linewidth=1.6, alpha=0.7, label="Gap")  # fmt: skip
     share = table.count[full] / max(1, table.count.sum())
-    axes.plot(confidence, accuracy, color=BLUE, linewidth=1.2)
     axes.scatter(confidence, accuracy, s=14 + 420 * share, color=BLUE, alpha=0.85,
                  edgecolors="white", linewidths=0.8, zorder=3)  # fmt: skip
-    axes.set(xlim=(0, 1.04), ylim=(-0.03, 1.09))
+    axes.set(xlim=(0, 1.05), ylim=(-0.04, 1.06))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MultipleLocator(0.2))
     as_percent(axes)
