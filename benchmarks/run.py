@@ -27,6 +27,7 @@ BENCHMARKS = (
     "scale",
     "kills",
     "outage",
+    "rules",
     "peer",
 )
 APART = ("peer",)

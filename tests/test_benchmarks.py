@@ -20,6 +20,7 @@ NAMES = (
     "scale",
     "kills",
     "outage",
+    "rules",
     "peer",
 )
 # Programs that the measurements start, and what they share.

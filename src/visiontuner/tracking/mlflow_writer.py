@@ -21,14 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from matplotlib.figure import Figure
 from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.tracking import figures, runs
 from visiontuner.tracking.client import Store, without_password
+from visiontuner.tracking.html import write_page
+from visiontuner.tracking.numbers import search_numbers
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,
@@ -79,9 +81,9 @@ class MlflowWriter:
             experiment file if None. An adopted parent run stays in its own.
         parent_run_id: the run that `mlflow run` opened, to adopt as the parent. Its name and its
             final status stay MLflow's.
-        draw: False leaves the figures out.
+        draw: False leaves the figures and the search's page out.
 
-    `seconds_spent` counts everything that `catch_up` took but the figures, `seconds_figures` these.
+    `seconds_spent` counts everything that `catch_up` took but figures and page, `seconds_figures` these.
     """
 
     def __init__(
@@ -284,7 +286,7 @@ class MlflowWriter:
             held.points, held.params = len(trial.points), True
             held.tags.update(tags)
         if held.status != trial.status:
-            self._log_figures(held.run_id, lambda: self._trial_figure(trial.trial_id))
+            self._log_files(held.run_id, lambda: self._trial_files(trial.trial_id))
             self._set_status(held, trial.status, trial.ended)
 
     def _write_parent(self, parent: _Held) -> None:
@@ -301,7 +303,7 @@ class MlflowWriter:
             parent.tags.update(changed)
         if parent.tags.get(STATE) != state:
             if self.plan.over:
-                self._log_figures(parent.run_id, self._search_figures)
+                self._log_files(parent.run_id, self._search_files)
             self._log_batch(parent.run_id, tags={STATE: state})
             parent.tags[STATE] = state
         if parent.status != self.plan.status and parent.run_id != self._adopted:
@@ -323,29 +325,39 @@ class MlflowWriter:
             self.store.call("set_terminated", held.run_id, status=status, end_time=ended)
         held.status = status
 
-    # Figures
+    # Figures and the page
 
-    def _trial_figure(self, trial_id: str) -> dict[str, Figure]:
+    def _trial_files(self, trial_id: str) -> dict[str, bytes]:
         trial = self.plan.record.trials[trial_id]
-        return (
-            {"curves": figures.trial_curves(trial, self.plan.record.objective)}
-            if trial.epochs
-            else {}
+        if not trial.epochs:
+            return {}
+        curves = figures.trial_curves(trial, self.plan.record.objective)
+        return {"figures/curves.png": figures.to_png(curves)}
+
+    def _search_files(self) -> dict[str, bytes]:
+        """The search's figures, the numbers behind them, and the page that shows it all."""
+        record = self.plan.record
+        drawn = {n: figures.to_png(f) for n, f in figures.search_figures(record).items()}
+        page = write_page(
+            self.folder, figures=drawn, state=self.plan.state, where=self._known_places()
         )
+        return {
+            **{f"figures/{name}.png": png for name, png in drawn.items()},
+            **{f"figures/{name}": text.encode() for name, text in search_numbers(record).items()},
+            page.name: page.read_bytes(),
+        }
 
-    def _search_figures(self) -> dict[str, Figure]:
-        return figures.search_figures(self.plan.record)
-
-    def _log_figures(self, run_id: str, make: Callable[[], dict[str, Figure]]) -> None:
+    def _log_files(self, run_id: str, make: Callable[[], dict[str, bytes]]) -> None:
         if not self._draw:
             return
         began = time.monotonic()
         try:
-            for name, figure in make().items():
-                with TemporaryDirectory() as folder:
-                    path = Path(folder) / f"{name}.png"
-                    path.write_bytes(figures.to_png(figure))
-                    self.store.call("log_artifact", run_id, str(path), "figures")
+            with TemporaryDirectory() as folder:
+                for name, content in make().items():
+                    path = Path(folder, name)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(content)
+                self.store.call("log_artifacts", run_id, folder)
         finally:
             self.seconds_figures += time.monotonic() - began
 
@@ -368,20 +380,21 @@ class MlflowWriter:
         """Keep `mlflow.json` up to date; a password in the URI stays out of it."""
         if self._parent is None:
             return
-        memory = {
-            "tracking_uri": without_password(self.store.tracking_uri),
-            "experiment_id": self.experiment_id,
-            "parent_run_id": self.parent_run_id,
-            "offset": self._offset,
-            "runs": self.run_ids,
-        }
-        text = json.dumps(memory, indent=1) + "\n"
+        text = json.dumps({**self._known_places(), "offset": self._offset}, indent=1) + "\n"
         if text != self._memory:
             path = self.folder / MEMORY_FILE
             fresh = path.with_suffix(".new")
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)
             self._memory = text
+
+    def _known_places(self) -> dict[str, Any]:
+        return {
+            "tracking_uri": without_password(self.store.tracking_uri),
+            "experiment_id": self.experiment_id,
+            "parent_run_id": self.parent_run_id,
+            "runs": self.run_ids,
+        }
 
 
 def _held_trial(run: Run, trial: TrialPlan) -> _Held:

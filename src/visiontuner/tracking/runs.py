@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 
+from visiontuner.journal import Finding
 from visiontuner.tracking.client import Store, TrackingRefused
 from visiontuner.tracking.plan import SEARCH_ID, Point
 
@@ -57,6 +59,11 @@ def log_batch(
     labels = [RunTag(key, value) for key, value in tags.items()]
     if metrics or rows or labels:
         store.call("log_batch", run_id, metrics=metrics, params=rows, tags=labels)
+
+
+def findings_text(findings: Iterable[Finding]) -> str:
+    """The artifact `findings.json`: a list of rule, severity, evidence, advice and step."""
+    return json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False)
 
 
 def dataset_input(data: Mapping[str, Any]) -> DatasetInput:

@@ -109,10 +109,11 @@ def _confident_disagreement(history: TrainingHistory) -> Finding | None:
     predictions = history.predictions
     if predictions is None or not len(predictions.labels):
         return None
-    if predictions.accuracy < limits.NOISE_ACCURACY:
-        return None  # a model that knows little cannot judge labels
     rows = np.arange(len(predictions.labels))
     of_label = predictions.probabilities[rows, predictions.labels]
+    loss = -float(np.log(np.clip(of_label, 1e-30, 1)).mean())
+    if predictions.accuracy < limits.NOISE_ACCURACY or loss > np.log(len(predictions.class_names)):
+        return None  # a model that knows little, or is sure of everything, cannot judge labels
     doubtful = of_label < limits.CONFIDENT_SHARE_OF_GUESS / len(predictions.class_names)
     count, share = int(doubtful.sum()), float(doubtful.mean())
     if count < limits.FEWEST_PICTURES or share < limits.NOISE_WARNING:
