@@ -51,6 +51,25 @@ def resampled_sums(
     return np.concatenate([(columns.T @ weights.T).T for weights in draws])
 
 
+def sign_flipped_sums(
+    columns: NDArray[np.float64], *, seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """Sums of each column with every picture's sign drawn anew: what a difference is by chance.
+
+    Args:
+        columns: float64, shape (N, K), differences on each picture.
+
+    Returns:
+        float64, shape (resamples, K).
+    """
+    generator = np.random.default_rng(seed)
+    parts = []
+    for rows in _portions(resamples):
+        signs = generator.integers(2, size=(rows, len(columns))) * 2.0 - 1
+        parts.append(signs @ columns)
+    return np.concatenate(parts)
+
+
 def percentile_interval(value: float, samples: NDArray[np.float64]) -> Interval:
     """The middle 95 % of the resampled values, as far as needed widened to hold `value`.
 
@@ -85,9 +104,13 @@ def fraction_interval(hits: int, total: int, samples: NDArray[np.float64]) -> In
 def _weights(num_pictures: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
     """How often each picture was drawn, shape (some resamples, num_pictures), until all came."""
     generator = np.random.default_rng(seed)
-    for start in range(0, resamples, _RESAMPLES_AT_ONCE):
-        rows = min(_RESAMPLES_AT_ONCE, resamples - start)
+    for rows in _portions(resamples):
         drawn = generator.integers(num_pictures, size=(rows, num_pictures))
         drawn += np.arange(rows)[:, None] * num_pictures
         counts = np.bincount(drawn.ravel(), minlength=rows * num_pictures)
         yield counts.reshape(rows, num_pictures).astype(np.float64)
+
+
+def _portions(resamples: int) -> list[int]:
+    whole, rest = divmod(resamples, _RESAMPLES_AT_ONCE)
+    return [_RESAMPLES_AT_ONCE] * whole + [rest] * (rest > 0)

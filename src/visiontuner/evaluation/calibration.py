@@ -15,6 +15,8 @@ from scipy.special import log_softmax, softmax
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
 MIN_CONFIDENT_PICTURES = 10
+# Half the 95 % quantile of chi-squared with one degree of freedom, nats.
+_MIN_GAIN = 1.92
 
 
 def probabilities_of(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
@@ -39,18 +41,19 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
 
     It minimises the sum of the pictures' losses plus ln(T)^2 nats, which weighs as much as one
     picture: without a mistake among the pictures the likeliest temperature would be 0, and every
-    later mistake would cost without bound. The loss of the given pictures never rises: T = 1 is
-    free of the extra term.
+    later mistake would cost without bound. It stays 1 unless that gains 1.92 nats, the likelihood
+    ratio test at 5 %: less is noise, and other pictures pay for it. The loss of the given pictures
+    never rises.
 
     Args:
         logits: float, shape (N, C), of validation pictures; finite.
         labels: int, shape (N,), values in [0, C).
 
     Returns:
-        In [0.05, 20]; above 1 the network was too sure of itself. 1.0 where there is nothing to
-        fit: no pictures, one class, or logits that are not finite.
+        In [0.05, 20]; above 1 the network was too sure of itself. 1.0 also where there is nothing
+        to fit: no pictures, one class, or logits that are not finite.
 
-    Source: Guo et al. 2017, section 4.2, https://arxiv.org/abs/1706.04599
+    Source: Guo et al. 2017, section 4.2, https://arxiv.org/abs/1706.04599; Wilks 1938
     """
     logits = np.asarray(logits, dtype=np.float64)
     if not len(labels) or logits.shape[1] < 2 or not np.isfinite(logits).all():
@@ -65,8 +68,8 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
     deepest = int(np.argmin([cost(point) for point in grid]))
     around = (grid[max(deepest - 1, 0)], grid[min(deepest + 1, len(grid) - 1)])
     found = float(minimize_scalar(cost, bounds=around, method="bounded").x)
-    best = min((0.0, float(grid[deepest]), found), key=cost)
-    return 1.0 if best == 0 else _within_bounds(math.exp(best))
+    best = min((float(grid[deepest]), found), key=cost)
+    return _within_bounds(math.exp(best)) if cost(0.0) - cost(best) >= _MIN_GAIN else 1.0
 
 
 def calibration_notes(
@@ -80,10 +83,15 @@ def calibration_notes(
             f"{'One class' if classes else 'No pictures'} in validation: temperature and threshold "
             "say little about the others."
         )
-    elif (np.argmax(logits, axis=1) == labels).all():
+    elif temperature != 1 and (np.argmax(logits, axis=1) == labels).all():
         notes.append(
             f"All {len(labels):,} validation pictures were named rightly: without a mistake the "
             f"temperature {temperature:.2f} rests on caution, not on evidence."
+        )
+    if temperature == 1 and classes >= 2:
+        notes.append(
+            f"The {len(labels):,} validation pictures do not tell a temperature apart from 1: "
+            "probabilities stay as they are."
         )
     if temperature in (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE):
         notes.append(

@@ -9,12 +9,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.evaluation.bootstrap import CONFIDENCE, resampled_sums
+from visiontuner.evaluation.bootstrap import CONFIDENCE, resampled_sums, sign_flipped_sums
 from visiontuner.evaluation.calibration import picture_losses
+from visiontuner.evaluation.significance import SIGNIFICANCE_LEVEL
 from visiontuner.experiment import Objective
 from visiontuner.journal import SearchRecord
 
 Preference = Literal["best", "cheapest"]
+
+# Equal sums of floats, added in another order.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,12 @@ def tied_with_best(
     seed: int = 7,
     resamples: int = 2000,
 ) -> tuple[str, ...]:
-    """Trials whose gap to the best could be the choice of validation pictures: paired bootstrap.
+    """Trials that the validation pictures cannot tell apart from the best.
 
-    All trials are compared at once. One of thirty equal trials is far behind by chance alone, so
-    the gap, in standard errors, is held against the largest gap that resampling makes of nothing in
-    any of the trials (95 % of resamples stay below it).
+    As in `paired_test`, a trial is behind if both say so: the gap's paired bootstrap interval
+    (95 %) excludes 0, and fewer than 5 % of the gaps that chance makes by flipping the pictures'
+    signs are as large. Each trial is compared by itself, so of many equal trials a few fall behind
+    the luckiest.
 
     Args:
         values: by trial id: float, shape (N,), a score of each picture, higher is better, the same
@@ -82,17 +87,19 @@ def tied_with_best(
     Raises:
         ValueError: `best` is not among them, the pictures differ, or a score is not finite.
 
-    Source: Hsu 1996, Multiple Comparisons, chapter 4 (comparison with the best)
+    Source: Efron and Tibshirani 1993, chapters 13 and 15
     """
     ids = [best, *sorted(trial_id for trial_id in values if trial_id != best)]
     scores = _columns(values, ids)
     gaps = scores[:, :1] - scores  # (N, T): by how much the best is ahead on each picture
-    drawn = resampled_sums(gaps, seed=seed, resamples=resamples) / len(gaps)
-    gap, error = gaps.mean(axis=0), drawn.std(axis=0)
-    varies = error > 0  # no resample differs: the same answers, or one ahead on every picture
-    by_chance = np.abs((drawn - gap)[:, varies] / error[varies]).max(axis=1, initial=0.0)
-    limit = float(np.quantile(by_chance, CONFIDENCE))
-    tied = [i for i in range(1, len(ids)) if gap[i] <= limit * error[i]]
+    gap, total = gaps.mean(axis=0), len(gaps)
+    low = np.quantile(
+        resampled_sums(gaps, seed=seed, resamples=resamples), (1 - CONFIDENCE) / 2, axis=0
+    )
+    by_chance = np.abs(sign_flipped_sums(gaps, seed=seed, resamples=resamples)) / total
+    p_value = (by_chance >= np.abs(gap) - _ROUNDING).mean(axis=0)
+    behind = (low > 0) & (p_value < SIGNIFICANCE_LEVEL)
+    tied = [i for i in range(1, len(ids)) if not behind[i]]
     tied.sort(key=lambda i: (gap[i], ids[i]))
     return (best, *(ids[i] for i in tied))
 
