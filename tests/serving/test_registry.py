@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput
 
 from visiontuner.errors import ClassifierError, TrackingError
-from visiontuner.serving import registry
+from visiontuner.serving import model_parts, registry
 from visiontuner.serving.registry import classifier_digest, log_classifier
 
 pytestmark = [
@@ -123,7 +123,7 @@ def test_the_model_holds_no_pickle_and_no_more_code_than_it_needs(model_folder: 
     code = {name for name in files if name.startswith("code/") and "__pycache__" not in name}
     (package,) = {name.split("/")[1] for name in code}
     assert re.fullmatch(r"visiontuner_[0-9a-f]{12}", package)
-    assert code == {f"code/{package}/{name}" for name in registry._CODE}
+    assert code == {f"code/{package}/{name}" for name in model_parts.CODE}
     assert {
         "artifacts/classifier/classifier.json",
         "artifacts/classifier/model.onnx",
@@ -134,7 +134,7 @@ def test_the_model_holds_no_pickle_and_no_more_code_than_it_needs(model_folder: 
 
 def test_requirements_are_exact_and_light(model_folder: Path) -> None:
     lines = (model_folder / "requirements.txt").read_text().split()
-    assert sorted(lines) == sorted(registry.requirements())
+    assert sorted(lines) == sorted(model_parts.requirements())
     assert all("==" in line for line in lines)
     assert not [line for line in lines if line.startswith(("torch", "mlflow=="))]
 

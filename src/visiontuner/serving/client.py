@@ -1,0 +1,215 @@
+"""The ways to a model: a scoring server's URL, or a SageMaker endpoint.
+
+A transport answers one batch of pictures, or says why it cannot; patience, batches and the order of
+answers are `batching.ask_all`'s.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import requests
+
+from visiontuner.errors import ServingError
+from visiontuner.serving.answers import Answer, Options
+
+# InvokeEndpoint takes 6,291,456 bytes; a serverless endpoint 4 MiB.
+REQUEST_BYTES = 6_000_000
+
+# An endpoint gives a model 60 s.
+_TIMEOUT_SECONDS = (10, 70)
+_BUSY = (429, 502, 503)
+# The batch may be too large, too slow, or hold a row that the model refuses.
+_REFUSED = (400, 413, 422, 504)
+_BUSY_CODES = ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyException")
+
+
+class Transport(Protocol):
+    """A way to a model."""
+
+    body_limit: int
+
+    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
+        """Answer a batch; called from several threads."""
+        ...
+
+
+class Busy(Exception):
+    """The other side asks to come again."""
+
+    def __init__(self, message: str, after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.after_seconds = after_seconds
+
+
+class Refused(Exception):
+    """The other side does not take this batch."""
+
+
+class HttpTransport:
+    """MLflow's scoring server behind a URL, such as `http://127.0.0.1:5000`."""
+
+    def __init__(self, url: str, *, body_limit: int = REQUEST_BYTES) -> None:
+        self.url = url.rstrip("/").removesuffix("/invocations")
+        self.body_limit = body_limit
+        # A proxy cannot reach this machine's own loopback.
+        self._direct = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._local = threading.local()
+
+    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
+        return decode_answers(self._send(encode_request(contents, options)), len(contents))
+
+    def _send(self, body: bytes) -> bytes:
+        try:
+            response = self._session().post(
+                f"{self.url}/invocations",
+                data=body,
+                headers={"Content-Type": "application/json"},
+                timeout=_TIMEOUT_SECONDS,
+            )
+        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
+            raise ServingError(f"{self.url!r} is no URL; try http://127.0.0.1:5000.") from None
+        except requests.Timeout:
+            raise Refused("no answer in time") from None
+        except requests.ConnectionError as error:
+            if "NewConnectionError" in str(error) or "NameResolutionError" in str(error):
+                raise ServingError(
+                    f"Nothing answers at {self.url}. Start it: mlflow models serve -m "
+                    "models:/NAME@champion --env-manager local --port 5000"
+                ) from None
+            raise Busy("the connection broke") from None
+        if response.status_code == 200:
+            return response.content
+        reason = _reason(response.content)
+        if response.status_code in _BUSY:
+            raise Busy(reason, _seconds(response.headers.get("Retry-After")))
+        if response.status_code in _REFUSED:
+            raise Refused(reason)
+        raise ServingError(f"{self.url} answers {response.status_code}: {reason}")
+
+    def _session(self) -> requests.Session:
+        # A session is one thread's; each keeps its connection.
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+            self._local.session.trust_env = not self._direct
+        session: requests.Session = self._local.session
+        return session
+
+
+class SageMakerTransport:
+    """A SageMaker endpoint, by name."""
+
+    def __init__(
+        self, endpoint: str, *, region: str | None = None, body_limit: int = REQUEST_BYTES
+    ) -> None:
+        import boto3
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
+
+        # Retries are ours: the same for every transport.
+        config = Config(retries={"total_max_attempts": 1}, read_timeout=_TIMEOUT_SECONDS[1])
+        self.endpoint = endpoint
+        self.body_limit = body_limit
+        try:
+            self._client = boto3.client("sagemaker-runtime", region_name=region, config=config)
+        except BotoCoreError as error:
+            raise ServingError(
+                f"Cannot ask endpoint {endpoint!r}: {error} Set AWS_REGION and credentials, "
+                "or ask a server with --url."
+            ) from None
+
+    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
+        return decode_answers(self._send(encode_request(contents, options)), len(contents))
+
+    def _send(self, body: bytes) -> bytes:
+        from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
+
+        try:
+            answer = self._client.invoke_endpoint(
+                EndpointName=self.endpoint, ContentType="application/json", Body=body
+            )
+            content: bytes = answer["Body"].read()
+            return content
+        except ClientError as error:
+            raise self._explain(error.response) from None
+        except ReadTimeoutError:
+            raise Refused("no answer in time") from None
+        except BotoCoreError as error:
+            raise ServingError(
+                f"Cannot ask endpoint {self.endpoint!r}: {error} Check AWS_REGION and credentials."
+            ) from None
+
+    def _explain(self, response: Any) -> Exception:
+        code, message = response["Error"]["Code"], response["Error"]["Message"]
+        status = int(response.get("OriginalStatusCode") or 0)
+        if code in _BUSY_CODES or status in _BUSY:
+            return Busy(message)
+        if status in _REFUSED:
+            return Refused(_reason(str(response.get("OriginalMessage") or message).encode()))
+        return ServingError(
+            f"Endpoint {self.endpoint!r} does not answer ({code}): {message} "
+            "`visiontuner endpoints` lists those that run."
+        )
+
+
+def encode_request(contents: Sequence[bytes], options: Options) -> bytes:
+    """The JSON that MLflow's scoring server takes."""
+    rows = [[base64.b64encode(content).decode()] for content in contents]
+    params: dict[str, Any] = {"top_k": options.top_k, "on_error": options.on_error}
+    if options.threshold is not None:
+        params["threshold"] = options.threshold
+    table = {"columns": ["image"], "data": rows}
+    return json.dumps({"dataframe_split": table, "params": params}).encode()
+
+
+def decode_answers(body: bytes, count: int) -> list[Answer]:
+    """Read what the server sent.
+
+    Raises:
+        ServingError: it is not `count` answers of a visiontuner model.
+    """
+    try:
+        rows = json.loads(body)["predictions"]
+        if len(rows) != count:
+            raise ValueError(f"{len(rows)} answers")
+        return [read_answer(row) for row in rows]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise ServingError(
+            f"What answers is no visiontuner model: {body[:100].decode(errors='replace')!r}."
+        ) from None
+
+
+def read_answer(row: Any) -> Answer:
+    """One row of what the model answers; models from before `confident` too."""
+    if row.get("error") is not None:
+        return Answer(error=str(row["error"]))
+    probability = float(row["probability"])
+    return Answer(
+        label=str(row["label"]),
+        probability=probability,
+        confident=bool(row.get("confident", True)),
+        top_k=[
+            {"label": str(c["label"]), "probability": float(c["probability"])} for c in row["top_k"]
+        ],
+    )
+
+
+def _reason(content: bytes) -> str:
+    """What the server says, without what MLflow puts before it."""
+    text = content.decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["message"])
+    return " ".join(text.rpartition("\nError: ")[2].split())[:300] or "no reason given"
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        return max(0.0, float(value)) if value else None
+    except ValueError:
+        return None

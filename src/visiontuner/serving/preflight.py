@@ -1,0 +1,291 @@
+"""Check a model as an endpoint will serve it, over HTTP, before it is deployed."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import requests
+
+from visiontuner.errors import ClassifierError, ServingError
+from visiontuner.serving.answers import Options
+from visiontuner.serving.client import REQUEST_BYTES, encode_request
+from visiontuner.serving.environments import Environment
+from visiontuner.serving.instances import recommend
+from visiontuner.serving.malformed import JSON, MALFORMED
+from visiontuner.serving.server import ScoringServer
+
+TOLERANCE = 1e-5
+
+_ANSWER_SECONDS = 60.0  # an endpoint's limit for one request
+_PING_SECONDS = 2.0  # and for one ping
+_WARM_UP, _REQUESTS, _CLIENTS = 10, 200, 8
+_MEASURE_SECONDS = 15.0  # a slow network is measured on fewer requests
+_GROWTH = 0.10  # of memory under load; allocators keep some of what was once needed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at; `detail` says what was found."""
+
+    name: str
+    status: Literal["ok", "error"]
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreflightReport:
+    """What was found.
+
+    Args:
+        p50_ms, p95_ms, p99_ms: of requests with one picture, one at a time, milliseconds.
+        pictures_per_second: with 8 clients that send one picture a request.
+        memory_mb: the server's resident memory at the end of the load, in 10^6 bytes.
+        recommendation: where to run it, one sentence.
+    """
+
+    model: str
+    checks: tuple[Check, ...]
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    pictures_per_second: float
+    memory_mb: float
+    recommendation: str
+
+    @property
+    def passed(self) -> bool:
+        return all(check.status == "ok" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def run_preflight(
+    model: Path,
+    environment: Environment,
+    *,
+    name: str,
+    ready_seconds: float = 120.0,
+    note: Callable[[str], None] = lambda _: None,
+) -> PreflightReport:
+    """Serve a model and ask it.
+
+    Args:
+        model: an MLflow model folder.
+        environment: where to serve it.
+        name: what the report calls the model.
+
+    Raises:
+        ClassifierError: the model holds no readable reference pictures.
+        ServingError: it cannot be served at all.
+    """
+    reference = _Reference.read(model)
+    note(f"Serving {name} with {environment.python}.")
+    with ScoringServer(model, environment, ready_seconds=ready_seconds) as server:
+        asked = _Asked(server)
+        checks = [_check_ping(asked, environment), _check_reference(asked, reference)]
+        checks += [_check_reported_rows(asked, reference), _check_malformed(asked)]
+        note("Measuring.")
+        _one_at_a_time(asked, reference, _WARM_UP)
+        before = server.memory_mb()
+        milliseconds = _one_at_a_time(asked, reference, _REQUESTS)
+        rate = _many_at_a_time(asked, reference)
+        after = server.memory_mb()
+        checks.append(_check_payload(asked, reference))
+        peak = max(after, server.memory_mb())
+    p50, p95, p99 = (float(v) for v in np.percentile(milliseconds, (50, 95, 99)))
+    checks += [_check_latency(p99), _check_memory(before, after)]
+    return PreflightReport(
+        model=name,
+        checks=tuple(checks),
+        p50_ms=p50,
+        p95_ms=p95,
+        p99_ms=p99,
+        pictures_per_second=rate,
+        memory_mb=peak,
+        recommendation=recommend(memory_mb=peak, pictures_per_second=rate),
+    )
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """The pictures that the artifact was packaged with, and its own answers to them."""
+
+    class_names: list[str]
+    pictures: list[bytes]
+    probabilities: np.ndarray[Any, np.dtype[np.float64]]  # (N, C)
+
+    @classmethod
+    def read(cls, model: Path) -> _Reference:
+        folder = model / "artifacts" / "classifier"
+        try:
+            names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
+            raw = json.loads((folder / "reference.json").read_text("utf-8"))["pictures"]
+            pictures = [base64.b64decode(picture["image"]) for picture in raw]
+            recorded = np.array([picture["probabilities"] for picture in raw], dtype=np.float64)
+            if recorded.shape != (len(pictures), len(names)) or not pictures:
+                raise ValueError("no pictures, or other classes")
+        except OSError as error:
+            raise ClassifierError(
+                f"{model} is no MLflow model of visiontuner ({error.strerror}: {error.filename})."
+            ) from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ClassifierError(
+                f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
+                "Package the classifier again."
+            ) from None
+        return cls(names, pictures, recorded)
+
+    def bodies(self) -> Iterator[bytes]:
+        """Requests with one picture each, without end."""
+        return cycle([encode_request([picture], Options()) for picture in self.pictures])
+
+
+class _Asked:
+    """The server, over one connection; not for several threads."""
+
+    def __init__(self, server: ScoringServer) -> None:
+        self.server = server
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy between us and this machine
+
+    def ping(self) -> tuple[int, float]:
+        """Status and seconds."""
+        began = time.perf_counter()
+        response = self._session.get(f"{self.server.url}/ping", timeout=_ANSWER_SECONDS)
+        return response.status_code, time.perf_counter() - began
+
+    def post(self, body: bytes, content_type: str = JSON) -> requests.Response:
+        try:
+            return self._session.post(
+                f"{self.server.url}/invocations",
+                data=body,
+                headers={"Content-Type": content_type},
+                timeout=2 * _ANSWER_SECONDS,
+            )
+        except requests.RequestException as error:
+            raise ServingError(
+                f"The scoring server stopped answering ({type(error).__name__}): "
+                f"{self.server.last_lines()}"
+            ) from None
+
+    def rows(self, contents: Sequence[bytes], options: Options) -> list[dict[str, Any]]:
+        response = self.post(encode_request(contents, options))
+        if response.status_code != 200:
+            raise ServingError(
+                f"The model answers its own reference pictures with {response.status_code}: "
+                f"{' '.join(response.text.split())[:300]}"
+            )
+        rows: list[dict[str, Any]] = response.json()["predictions"]
+        return rows
+
+
+def _check_ping(asked: _Asked, environment: Environment) -> Check:
+    status, seconds = asked.ping()
+    detail = f"ready after {asked.server.started_seconds:.1f} s, answers in {seconds * 1e3:.0f} ms"
+    if environment.install_seconds is not None and environment.size_mb is not None:
+        detail += (
+            f"; clean environment of {environment.size_mb:,.0f} MB, "
+            f"installed in {environment.install_seconds:.0f} s"
+        )
+    return _check("ping", status == 200 and seconds <= _PING_SECONDS, detail)
+
+
+def _check_reference(asked: _Asked, reference: _Reference) -> Check:
+    names = reference.class_names
+    rows = asked.rows(reference.pictures, Options(top_k=len(names)))
+    answered = [{c["label"]: c["probability"] for c in row["top_k"]} for row in rows]
+    got = np.array([[row.get(name, np.nan) for name in names] for row in answered])
+    same = got.shape == reference.probabilities.shape
+    difference = float(np.abs(got - reference.probabilities).max()) if same else float("nan")
+    detail = f"{len(rows)} pictures, probabilities differ by at most {difference:.1e}"
+    return _check("reference pictures", difference <= TOLERANCE, detail)  # NaN fails
+
+
+def _check_reported_rows(asked: _Asked, reference: _Reference) -> Check:
+    rows = asked.rows([b"no picture", reference.pictures[0]], Options(on_error="report"))
+    passed = len(rows) == 2 and bool(rows[0].get("error")) and bool(rows[1].get("label"))
+    return _check("a bad row among good ones", passed, "is reported, the good one is answered")
+
+
+def _check_malformed(asked: _Asked) -> Check:
+    wrong = []
+    for what, (body, content_type) in MALFORMED.items():
+        response = asked.post(body, content_type)
+        if not 400 <= response.status_code < 500 or "Traceback" in response.text:
+            wrong.append(f"{what}: {response.status_code}")
+    detail = f"{len(MALFORMED)} kinds, each answered with 4xx and without a traceback"
+    return _check("malformed requests", not wrong, ", ".join(wrong) or detail)
+
+
+def _check_payload(asked: _Asked, reference: _Reference) -> Check:
+    """The largest request that an endpoint takes."""
+    pictures: list[bytes] = []
+    length = len(encode_request([], Options()))
+    for picture in cycle(reference.pictures):
+        length += (len(picture) + 2) // 3 * 4 + 6
+        if length > REQUEST_BYTES:
+            break
+        pictures.append(picture)
+    began = time.perf_counter()
+    response = asked.post(encode_request(pictures, Options()))
+    seconds = time.perf_counter() - began
+    passed = (
+        response.status_code == 200
+        and len(response.content) <= REQUEST_BYTES
+        and seconds <= _ANSWER_SECONDS
+    )
+    detail = (
+        f"{len(pictures)} pictures in {REQUEST_BYTES / 1e6:g} MB: status {response.status_code} "
+        f"in {seconds:.1f} s, {len(response.content) / 1e6:.2f} MB back"
+    )
+    return _check("payload", passed, detail)
+
+
+def _check_latency(p99_ms: float) -> Check:
+    detail = f"p99 {p99_ms:.0f} ms; an endpoint's limit is {_ANSWER_SECONDS:g} s"
+    return _check("latency", p99_ms <= _ANSWER_SECONDS * 1e3, detail)
+
+
+def _check_memory(before: float, after: float) -> Check:
+    growth = after / before - 1
+    detail = f"{before:.0f} MB before the load, {after:.0f} MB after it ({growth:+.1%})"
+    return _check("memory", growth <= _GROWTH, detail)
+
+
+def _one_at_a_time(asked: _Asked, reference: _Reference, count: int) -> list[float]:
+    """Milliseconds of each request."""
+    milliseconds: list[float] = []
+    end = time.perf_counter() + _MEASURE_SECONDS
+    for body in islice(reference.bodies(), count):
+        began = time.perf_counter()
+        asked.post(body)
+        milliseconds.append((time.perf_counter() - began) * 1e3)
+        if time.perf_counter() > end:
+            break
+    return milliseconds
+
+
+def _many_at_a_time(asked: _Asked, reference: _Reference) -> float:
+    """Pictures a second, with several clients."""
+    clients = [_Asked(asked.server) for _ in range(_CLIENTS)]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(_CLIENTS) as pool:
+        counts = pool.map(
+            lambda client: len(_one_at_a_time(client, reference, _REQUESTS // _CLIENTS)), clients
+        )
+        return sum(counts) / (time.perf_counter() - began)
+
+
+def _check(name: str, passed: bool, detail: str) -> Check:
+    return Check(name=name, status="ok" if passed else "error", detail=detail)

@@ -1,0 +1,155 @@
+"""MLflow's scoring server in a process of its own, on a free port of this machine."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+import psutil
+import requests
+
+from visiontuner.errors import ServingError
+from visiontuner.serving.environments import Environment
+
+_POLL_SECONDS = 0.1
+_GRACE_SECONDS = 5.0
+_PORT_TRIES = 3
+# They would bring packages or settings of this process into the model's.
+_NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MLFLOW_RUN_ID")
+
+
+class ScoringServer:
+    """Serves an MLflow model folder while the `with` block runs.
+
+    The command is the one that SageMaker's container runs: uvicorn with MLflow's application, one
+    worker. It ends with the block, whatever happened in it.
+
+    Args:
+        model: an MLflow model folder.
+        ready_seconds: how long it may take until `/ping` answers.
+
+    Raises:
+        ServingError: on entering, if it ends or is not ready in time.
+    """
+
+    def __init__(
+        self, model: Path, environment: Environment, *, ready_seconds: float = 120.0
+    ) -> None:
+        self.model = model.absolute()
+        self.environment = environment
+        self.ready_seconds = ready_seconds
+        self.url = ""
+        self.started_seconds = 0.0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            for last in range(_PORT_TRIES - 1, -1, -1):
+                if self._start(give_up=last == 0):
+                    break
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def memory_mb(self) -> float:
+        """Resident memory of the server and its children, in 10^6 bytes.
+
+        Raises:
+            ServingError: it has ended.
+        """
+        if self._process is None or self._process.poll() is not None:
+            raise ServingError(f"The scoring server has ended: {self.last_lines()}")
+        try:
+            parent = psutil.Process(self._process.pid)
+            processes = [parent, *parent.children(recursive=True)]
+            return float(sum(process.memory_info().rss for process in processes)) / 1e6
+        except psutil.Error as error:
+            raise ServingError(f"The scoring server has ended: {error}.") from None
+
+    def last_lines(self) -> str:
+        """The end of what it printed, in one line."""
+        if self._log is None:
+            return "it printed nothing"
+        self._log.seek(0)
+        return " ".join(self._log.read().decode(errors="replace").split())[-400:]
+
+    def stop(self) -> None:
+        """End the server and all that it started."""
+        process, self._process = self._process, None
+        if process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _start(self, *, give_up: bool) -> bool:
+        """Whether it runs; False if another program took the port meanwhile."""
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
+        environment = {k: v for k, v in os.environ.items() if k not in _NOT_PASSED_ON}
+        began = time.monotonic()
+        self._process = subprocess.Popen(
+            [str(self.environment.python), "-m", "uvicorn", "--host", "127.0.0.1", "--port",
+             str(port), "--log-level", "warning", "mlflow.pyfunc.scoring_server.app:app"],
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            env=environment | {"__pyfunc_model_path__": str(self.model), "PYTHONNOUSERSITE": "1"},
+            cwd=tempfile.gettempdir(),
+            start_new_session=True,  # a Ctrl-C is ours; `stop` ends the whole group
+        )  # fmt: skip
+        while time.monotonic() - began < self.ready_seconds:
+            if self._process.poll() is not None:
+                said = self.last_lines()
+                self.stop()
+                if "address already in use" in said and not give_up:
+                    return False
+                raise ServingError(f"The scoring server ended while starting: {said}")
+            if _answers(self.url):
+                self.started_seconds = time.monotonic() - began
+                return True
+            time.sleep(_POLL_SECONDS)
+        raise ServingError(
+            f"The scoring server was not ready after {self.ready_seconds:g} s: {self.last_lines()}"
+        )
+
+
+def _answers(url: str) -> bool:
+    with requests.Session() as session:
+        session.trust_env = False  # no proxy
+        try:
+            return session.get(f"{url}/ping", timeout=2).status_code == 200
+        except requests.RequestException:
+            return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
