@@ -81,7 +81,7 @@ class Reader:
 
     def _run(self, run_id: str) -> Run:
         try:
-            run = self._store.call("get_run", run_id)
+            run: Run = self._store.call("get_run", run_id)
         except TrackingRefused as error:
             if "RESOURCE_DOES_NOT_EXIST" not in _codes(error):
                 raise

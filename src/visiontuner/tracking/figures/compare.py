@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -93,14 +93,14 @@ def _plot(axes: Axes, position: int, curve: Curve) -> None:
 
 
 def _step(axes: Axes, position: int, x: np.ndarray, search: SearchProgress) -> None:
-    best_x, best = finite(x, search.best)
-    single_x, single = finite(x, search.values)
+    best_x, best = finite(x.tolist(), search.best.tolist())
+    single_x, single = finite(x.tolist(), search.values.tolist())
     style = _style(position)
     axes.step(best_x, best, where="post", label=cut(search.name, 80), **style)
     axes.scatter(single_x, single, s=12, color=style["color"], alpha=0.35, edgecolors="none")
 
 
-def _style(position: int) -> dict[str, str | float]:
+def _style(position: int) -> dict[str, Any]:
     dash = _DASHES[position // len(_COLOURS) % len(_DASHES)]
     return {"color": _COLOURS[position % len(_COLOURS)], "linestyle": dash, "linewidth": 1.6}
 
