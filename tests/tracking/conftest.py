@@ -39,7 +39,12 @@ class Search:
                 "counts": {"train": 8, "validation": 4},
             },
             code={"commit": "c0ffee", "dirty": False, "version": "0.1.0"},
-            machine={"host": "here", "platform": "Linux"},
+            machine={
+                "host": "here",
+                "platform": "Linux",
+                "python": "3.11",
+                "packages": {"torch": "2"},
+            },
         )
         self.append(
             "features_ready", backbone="efficientnet_lite0", weights_digest="w1", engine="ONNX"

@@ -9,6 +9,7 @@ Two rules make a replay at any moment, in any order of kills, end in the same ru
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -217,6 +218,7 @@ class SearchPlan:
             "version": self._fact("code", "version"),
             **{k: self.features.get(k) for k in ("backbone", "weights_digest", "engine")},
             **{k: self._fact("machine", k) for k in ("host", "platform")},
+            "packages": self._packages(),
         }
         return {
             KIND: "search",
@@ -228,6 +230,13 @@ class SearchPlan:
     def _fact(self, section: str, key: str) -> object:
         values = self.started.get(section)
         return values.get(key) if isinstance(values, Mapping) else None
+
+    def _packages(self) -> str | None:
+        """Versions of Python and of the packages that results depend on, as JSON."""
+        packages = self._fact("machine", "packages")
+        if not isinstance(packages, Mapping):
+            return None
+        return json.dumps({"python": self._fact("machine", "python"), **packages})
 
     def _interrupt_trials(self) -> None:
         for trial in self.trials.values():
