@@ -185,9 +185,11 @@ def _print_table(answers: Iterable[PictureAnswer]) -> int:
 
 
 def _common_folder(pictures: Sequence[str]) -> str:
-    """What all paths begin with, up to a slash; empty for one picture, or none in common."""
-    common = os.path.commonprefix(list(pictures)) if len(pictures) > 1 else ""
-    return common[: common.rfind("/") + 1]
+    """The folder that all pictures are in, with a slash; empty if they are not."""
+    folders = {picture.rpartition("/")[0] for picture in pictures}
+    if len(pictures) < 2 or not all(folder.startswith("/") for folder in folders):
+        return ""
+    return os.path.commonpath(folders).rstrip("/") + "/"
 
 
 def _print_json(answers: Iterable[PictureAnswer]) -> int:

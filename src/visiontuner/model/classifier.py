@@ -34,7 +34,8 @@ NETWORK = "model.onnx"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.json"
 
-_BATCH_SIZE = 32
+# With 32 a network of 4.6M parameters holds 170 MB more and is hardly faster.
+_BATCH_SIZE = 16
 
 
 @dataclass(frozen=True, kw_only=True)
