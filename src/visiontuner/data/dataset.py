@@ -139,7 +139,7 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
         if not splits[name]:
             total = sum(map(len, splits.values()))
             raise DataError(
-                f"{layout.root} has {total} readable pictures, and none of them is for {name}. "
+                f"{layout.root} has {total} picture files, and none of them is for {name}. "
                 f"Add pictures, or sort them into splits yourself. {LAYOUTS}"
             )
 

@@ -94,7 +94,7 @@ def assemble(shards: Sequence[Shard], store: FeatureSet) -> None:
         own = [shard for shard in shards if shard.split == split]
         bad = {shard.path: shard.bad() for shard in own}
         findings += [
-            _finding(split, shard.samples[position], reason)
+            _finding(shard.samples[position], reason)
             for shard in own
             for position, reason in sorted(bad[shard.path].items())
         ]
@@ -131,10 +131,12 @@ def _write_split(
     write_json(samples_path(store.folder, split), listing)
 
 
-def _finding(split: str, sample: Sample, reason: str) -> Finding:
+def _finding(sample: Sample, reason: str) -> Finding:
+    # "Cannot read /the/root/a/1.png: why." names the file already.
+    _, named, why = reason.rpartition(sample.path)
     return Finding(
         rule="unreadable_picture",
         severity="warning",
-        evidence=f"{split}: {sample.path}: {reason}",
+        evidence=f"Cannot read {sample.path}{why if named else f': {reason}'}",
         advice="Repair or delete the file; it was left out.",
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
-from visiontuner.journal import Event, SearchRecord
+from visiontuner.journal import Event, Finding, SearchRecord
+
+NAMED = 5  # of a thousand unreadable pictures
 
 
 class Observer(Protocol):
@@ -25,3 +28,11 @@ class Silent:
     def trials_begin(self, record: SearchRecord, total: int) -> None: ...
     def event(self, event: Event) -> None: ...
     def trials_end(self) -> None: ...
+
+
+def note_findings(observer: Observer, findings: Sequence[Finding]) -> None:
+    """The first few findings, a line each, and how many more there are."""
+    for finding in findings[:NAMED]:
+        observer.note(f"{finding.severity}: {finding.evidence.rstrip('.')}.")
+    if len(findings) > NAMED:
+        observer.note(f"… and {len(findings) - NAMED} more; the journal names them all.")

@@ -24,7 +24,7 @@ from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord, TrialRec
 from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
 from visiontuner.workflow.background import beside
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
-from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.observing import Observer, Silent, note_findings
 from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.pictures import describe_data, load_data, require_same_data
 from visiontuner.workflow.recording import BackgroundTracking, register_classifier
@@ -269,7 +269,7 @@ class _Run:
             self.observer.note("Features: all in the cache, nothing to compute.")
         for finding in features.findings:
             recorder.append("finding", **asdict(finding))
-            self.observer.note(f"{finding.severity}: {finding.evidence.rstrip('.')}.")
+        note_findings(self.observer, features.findings)
         return features
 
     def _engine(self) -> Engine:
