@@ -339,8 +339,15 @@ def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store
         "figures/all_curves.png",
         "figures/best_so_far.png",
         "figures/learning_rate_batch_size.png",
+        "figures/learning_rate_batch_size.csv",
         "figures/parallel_coordinates.png",
     }
+    assert "report.html" in held["pictures-20261122"]["artifacts"]
+    assert "report.html" not in held["t0001"]["artifacts"]
+    page = (search.folder / "report.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png") == 4
+    assert str(writer.parent_run_id) in page
+    assert "Completed: 2 of" in page
     assert writer.seconds_figures > 0
 
 

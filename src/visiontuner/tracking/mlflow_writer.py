@@ -83,7 +83,8 @@ class MlflowWriter:
             final status stay MLflow's.
         draw: False leaves the figures and the search's page out.
 
-    `seconds_spent` counts everything that `catch_up` took but figures and page, `seconds_figures` these.
+    `seconds_spent` counts everything that `catch_up` took but figures and page, `seconds_figures`
+    these.
     """
 
     def __init__(
@@ -353,11 +354,13 @@ class MlflowWriter:
         began = time.monotonic()
         try:
             with TemporaryDirectory() as folder:
-                for name, content in make().items():
+                files = make()
+                for name, content in files.items():
                     path = Path(folder, name)
                     path.parent.mkdir(exist_ok=True)
                     path.write_bytes(content)
-                self.store.call("log_artifacts", run_id, folder)
+                if files:
+                    self.store.call("log_artifacts", run_id, folder)
         finally:
             self.seconds_figures += time.monotonic() - began
 
