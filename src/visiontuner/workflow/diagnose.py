@@ -1,0 +1,234 @@
+"""What the rules say about the trials of a search, or about runs that MLflow holds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontuner.errors import UserMistake, VisiontunerError
+from visiontuner.journal import (
+    FILE_NAME,
+    Finding,
+    SearchRecord,
+    TrialRecord,
+    is_running,
+    read_events,
+)
+from visiontuner.locations import newest_search, tracking_uri
+
+if TYPE_CHECKING:
+    from visiontuner.tracking.history import RunHistory
+    from visiontuner.training.rules import Predictions, TrainingHistory
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosedRun:
+    """One training and what the rules found.
+
+    Attributes:
+        findings: errors first.
+        note: what a reader must know: it still runs, it has no curves, …; or empty.
+    """
+
+    name: str
+    state: str
+    findings: tuple[Finding, ...]
+    note: str = ""
+    run_id: str = ""
+
+    @property
+    def errors(self) -> int:
+        return sum(finding.severity == "error" for finding in self.findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What was looked at, where, and what was found.
+
+    Attributes:
+        data: findings on the pictures themselves, from the search's journal.
+    """
+
+    target: str
+    runs: tuple[DiagnosedRun, ...]
+    notes: tuple[str, ...] = ()
+    data: tuple[Finding, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def diagnose(target: str | None = None, *, write: bool = False) -> Diagnosis:
+    """Every rule on a search folder's trials, or on runs that MLflow holds.
+
+    Args:
+        target: a search folder (None: the newest one), or anything that names runs of MLflow: a run
+            id (a parent's means its children), an experiment's name.
+        write: put the findings on the runs, as tag and artifact. A search does that itself.
+
+    Raises:
+        UserMistake: there is no such folder or run, or `write` with a search folder.
+        TrackingError: MLflow is away or refuses.
+    """
+    folder = newest_search() if target is None else Path(target)
+    if folder.is_dir():
+        if write:
+            raise UserMistake(
+                "--write goes with a run of MLflow; what the rules found in a search is written by "
+                f"the search itself, or by `visiontuner sync {folder}`."
+            )
+        return diagnose_search(folder)
+    assert target is not None
+    return _diagnose_runs(target, write=write)
+
+
+def diagnose_search(folder: Path) -> Diagnosis:
+    """Every rule on every trial of a search folder; reads only.
+
+    Raises:
+        JournalError: the folder holds no search.
+    """
+    from visiontuner.training.rules import SimilarRuns
+
+    events = read_events(folder).events
+    record = SearchRecord.of(events)
+    running, reader = is_running(folder), _PredictionReader(folder, events)
+    similar = SimilarRuns()
+    runs = tuple(
+        _diagnose_trial(record, trial, reader, similar, running=running)
+        for trial in record.trials.values()
+    )
+    data = tuple(
+        Finding(**{name: event.get(name) for name in Finding.__dataclass_fields__})  # type: ignore[arg-type]
+        for event in events
+        if event["event"] == "finding" and not event.get("trial_id")
+    )
+    notes = [f"This search still runs; {FILE_NAME} so far."] if running else []
+    if not runs:
+        notes.append("It has no trials yet.")
+    return Diagnosis(target=str(folder), runs=runs, notes=(*notes, *reader.notes), data=data)
+
+
+def _diagnose_trial(
+    record: SearchRecord,
+    trial: TrialRecord,
+    reader: _PredictionReader,
+    similar: Any,
+    *,
+    running: bool,
+) -> DiagnosedRun:
+    from visiontuner.training.rules import diagnose_history, history_of_trial, most_severe_first
+
+    alive = running and trial.state == "running"
+    history = history_of_trial(
+        record, trial, predictions=reader.of(trial), now=time.time() if alive else None
+    )
+    found = diagnose_history(history)
+    repeated = similar.add(trial.trial_id, history) if trial.finished else None
+    found += [repeated] if repeated else []
+    known = {finding.rule for finding in found}
+    found += [finding for finding in trial.findings if finding.rule not in known]
+    state = "interrupted" if trial.state == "running" and not running else trial.state
+    return DiagnosedRun(
+        name=trial.trial_id,
+        state=state,
+        findings=tuple(most_severe_first(found)),
+        note=_note(history, state),
+    )
+
+
+def _note(history: TrainingHistory, state: str) -> str:
+    epochs = len(history.curve("train_loss").values)
+    if not history.metrics and not history.error:
+        return (
+            "no curves: it ended before its first epoch" if state != "running" else "no epoch yet"
+        )
+    return f"still running, {epochs} epochs so far" if state == "running" else ""
+
+
+class _PredictionReader:
+    """The validation predictions that a search kept, with labels from its feature store."""
+
+    def __init__(self, folder: Path, events: Sequence[dict[str, Any]]) -> None:
+        self._folder = folder
+        self._labels: Any = None
+        self._names: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        ready = [event for event in events if event["event"] == "features_ready"]
+        if ready:
+            self._open(Path(str(ready[-1].get("folder", ""))))
+
+    def of(self, trial: TrialRecord) -> Predictions | None:
+        import numpy as np
+
+        from visiontuner.training.rules import Predictions
+
+        path = self._folder / "trials" / trial.trial_id / "validation_logits.npy"
+        if self._labels is None or not trial.epochs or not path.is_file():
+            return None
+        try:
+            logits = np.load(path, allow_pickle=False)
+            return Predictions.from_logits(logits, self._labels, self._names)
+        except (OSError, ValueError, EOFError):
+            self.notes.append(f"{path} cannot be read; the rules on predictions pass over it.")
+            return None
+
+    def _open(self, features: Path) -> None:
+        from visiontuner.model.store import FeatureSet
+
+        try:
+            store = FeatureSet.open(features)
+            self._labels, self._names = store.split("validation").labels, store.class_names
+        except VisiontunerError:
+            self.notes.append(
+                f"The features in {features} are gone, and the labels with them: the rules on "
+                "predictions are left out."
+            )
+
+
+def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
+    from visiontuner.tracking.history import read_histories, write_findings
+    from visiontuner.training.rules import similar_across_runs
+
+    uri = tracking_uri()
+    histories = read_histories(uri, target)
+    repeated = similar_across_runs(
+        {run.run_id: run.history for run in histories if not run.running}
+    )
+    runs = tuple(_diagnose_run(run, repeated.get(run.run_id)) for run in histories)
+    notes = [] if runs else ["There are no runs to look at."]
+    if write:
+        foreign = {run.run_id for run in histories if not run.own}
+        for run in runs:
+            if run.run_id in foreign:
+                write_findings(uri, run.run_id, run.findings)
+        notes.append(f"Written to {len(foreign)} of {len(runs)} runs.")
+        if len(foreign) < len(runs):
+            notes.append("Trials of a search have their findings from the search itself.")
+    return Diagnosis(target=target, runs=runs, notes=tuple(notes))
+
+
+def _diagnose_run(run: RunHistory, repeated: Finding | None) -> DiagnosedRun:
+    from visiontuner.training.rules import diagnose_history, most_severe_first
+
+    found = [*diagnose_history(run.history), *([repeated] if repeated else [])]
+    earlier = sorted(set(run.findings) - {finding.rule for finding in found})
+    notes = [f"still running, {len(run.history.times)} epochs so far"] if run.running else []
+    if not run.metrics:
+        notes.append("no curves: nothing was recorded")
+    elif not run.known:
+        shown = ", ".join(run.metrics[:4]) + (", …" if len(run.metrics) > 4 else "")
+        notes.append(f"no metric that the rules know, only {shown}; they look for train_loss, …")
+    if earlier and run.own:
+        notes.append(f"the search found {', '.join(earlier)}: see its artifact findings.json")
+    return DiagnosedRun(
+        name=run.name,
+        run_id=run.run_id,
+        state=run.state,
+        findings=tuple(most_severe_first(found)),
+        note="; ".join(notes),
+    )
