@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -165,8 +166,10 @@ def test_environment_managers(monkeypatch, tmp_path, there, status, words):
 # MLflow's store.
 
 
-def database(path: Path, revision: str | None) -> str:
+def database(path: Path, revision: str | None, tables: Sequence[str] = ()) -> str:
     with sqlite3.connect(path) as connection:
+        for table in tables:
+            connection.execute(f"CREATE TABLE {table} (x TEXT)")
         if revision is not None:
             connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
             connection.execute("INSERT INTO alembic_version VALUES (?)", (revision,))
@@ -198,12 +201,24 @@ def test_revisions_are_read_as_mlflow_itself_reads_them():
 )
 def test_sqlite_schema(tmp_path, revision, status, words):
     revision = _schemas()[1] if revision == "newest" else revision
-    uri = database(tmp_path / "my runs.db", revision)
+    tables = ("experiments", "runs") if revision else ("of_another_program",)
+    uri = database(tmp_path / "my runs.db", revision, tables)
     before = (tmp_path / "my runs.db").read_bytes()
     check = check_store(uri)
     assert check.status == status
     assert words in check.detail
     assert (tmp_path / "my runs.db").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("revision", "tables"),
+    [(None, ["experiments", "runs", "metrics"]), ("451aebb31d03", ["experiments"])],
+)
+def test_a_database_that_mlflow_did_not_finish(tmp_path, revision, tables):
+    check = check_store(database(tmp_path / "mlflow.db", revision, tables))
+    assert check.status == "error"
+    assert "lacks tables" in check.detail
+    assert "Move the file away" in check.advice
 
 
 def test_file_that_is_no_database(tmp_path):

@@ -110,14 +110,24 @@ def _schema_in(path: Path) -> str | Check | None:
         connection = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)
         try:
             tables = {row[0] for row in connection.execute("SELECT name FROM sqlite_master")}
-            if "alembic_version" not in tables:
-                return None
-            rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+            rows = []
+            if "alembic_version" in tables:
+                rows = connection.execute("SELECT version_num FROM alembic_version").fetchall()
+            if bool(rows) != ({"experiments", "runs"} <= tables):
+                return _half_made(path)
             return str(rows[0][0]) if rows else None
         finally:
             connection.close()
     except sqlite3.Error as error:
         return _check("error", f"{path} is no usable database: {error}", "Name another file.")
+
+
+def _half_made(path: Path) -> Check:
+    return _check(
+        "error",
+        f"{path} lacks tables: something ended MLflow while it made them",
+        "Move the file away; MLflow makes a new one.",
+    )
 
 
 def _schemas() -> tuple[set[str], str]:
