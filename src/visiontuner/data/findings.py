@@ -178,15 +178,10 @@ def find_wrong_extensions(dataset: ImageDataset, facts: Facts) -> Finding | None
 
 def find_two_classes(dataset: ImageDataset) -> Finding | None:
     """The same file under two classes: one of the labels is wrong."""
-    pairs = []
-    for same in _by_digest(dataset).values():
-        labels = {sample.label: sample.path for _, sample in same}
-        if len(labels) > 1:
-            pairs.append(" = ".join(labels.values()))
     return listed(
         "same_picture_in_two_classes",
         "warning",
-        pairs,
+        _same_apart(dataset, lambda _, sample: sample.label),
         "the same picture with different labels",
         "Decide which label is right and remove the other file.",
     )
@@ -194,15 +189,10 @@ def find_two_classes(dataset: ImageDataset) -> Finding | None:
 
 def find_same_across_splits(dataset: ImageDataset) -> Finding | None:
     """The same file in two splits: accuracy is measured on what was learned by heart."""
-    pairs = []
-    for same in _by_digest(dataset).values():
-        splits = {split: sample.path for split, sample in same}
-        if len(splits) > 1:
-            pairs.append(" = ".join(splits.values()))
     return listed(
         "same_picture_in_two_splits",
         "warning",
-        pairs,
+        _same_apart(dataset, lambda split, _: split),
         "the same picture in two splits makes accuracy read too high",
         "Keep each picture in one split.",
     )
@@ -242,11 +232,12 @@ def _samples(dataset: ImageDataset) -> Iterator[tuple[str, Sample]]:
             yield split, sample
 
 
-def _by_digest(dataset: ImageDataset) -> dict[str, list[tuple[str, Sample]]]:
-    groups: dict[str, list[tuple[str, Sample]]] = defaultdict(list)
+def _same_apart(dataset: ImageDataset, place: Callable[[str, Sample], object]) -> list[str]:
+    """Files of equal content in several places: one path from each, joined by `=`."""
+    groups: dict[str, dict[object, str]] = defaultdict(dict)
     for split, sample in _samples(dataset):
-        groups[sample.digest].append((split, sample))
-    return {digest: group for digest, group in groups.items() if len(group) > 1}
+        groups[sample.digest][place(split, sample)] = sample.path
+    return [" = ".join(paths.values()) for paths in groups.values() if len(paths) > 1]
 
 
 def _imbalance(dataset: ImageDataset) -> float:
