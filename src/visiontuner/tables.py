@@ -13,7 +13,16 @@ from visiontuner.doctor import Check
 from visiontuner.journal import Finding
 
 BAR_WIDTH = 40
+_NO_WRAPPING = 1000  # columns
 _COLOURS = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "red"}
+
+
+def make_console() -> Console:
+    """As wide as the terminal; in a file or a pipe lines are as long as they have to be."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _NO_WRAPPING
+    return console
 
 
 def print_dataset(console: Console, summary: DatasetSummary, findings: Sequence[Finding]) -> None:

@@ -131,7 +131,7 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
     chosen = _load_experiment(experiment, data, list(_given(overrides)))
 
     from visiontuner.console import SearchConsole
-    from visiontuner.tables import print_dataset
+    from visiontuner.tables import make_console, print_dataset
     from visiontuner.workflow import prepare as look
 
     console = SearchConsole()
@@ -139,7 +139,7 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
         prepared = look(chosen, observer=console)
     finally:
         console.close()
-    print_dataset(console.console, prepared.summary, prepared.findings)
+    print_dataset(make_console(), prepared.summary, prepared.findings)
 
 
 @click.command(cls=OneLineErrors)
@@ -185,8 +185,13 @@ def backbones(contains: str) -> None:
         )
     for info in found:
         size = f"{info.parameters / 1e6:8.1f} M" if info.parameters else " " * 10
-        click.echo(f"{info.name:<44} {size}  {info.source}")
-    click.echo(f"{len(found)} networks; use one as --backbone NAME.", err=True)
+        here = ", its weights are installed" if info.source == "bundled" else ""
+        click.echo(f"{info.name:<44} {size}  {info.source}{here}")
+    click.echo(
+        f"{len(found)} networks; use one as --backbone NAME. The weights of torchvision's and "
+        "timm's are downloaded once.",
+        err=True,
+    )
 
 
 @click.command(cls=OneLineErrors)
@@ -197,14 +202,12 @@ def doctor() -> None:
     Example:
       visiontuner doctor
     """
-    from rich.console import Console
-
     from visiontuner.doctor import run_checks
     from visiontuner.locations import cache_folder, tracking_uri
-    from visiontuner.tables import print_checks
+    from visiontuner.tables import make_console, print_checks
 
     checks = run_checks(cache=cache_folder(), tracking_uri=tracking_uri())
-    print_checks(Console(highlight=False), checks)
+    print_checks(make_console(), checks)
     if any(check.status == "error" for check in checks):
         raise click.exceptions.Exit(1)
 
