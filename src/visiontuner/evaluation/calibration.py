@@ -266,4 +266,6 @@ def _top(
 
 
 def _within_bounds(temperature: float) -> float:
-    return min(max(temperature, LOWEST_TEMPERATURE), HIGHEST_TEMPERATURE)
+    """Free of the rounding of exp(log(bound)), so that an end can be told."""
+    ends = (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE)
+    return next((end for end in ends if math.isclose(temperature, end)), temperature)

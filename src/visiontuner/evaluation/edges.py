@@ -16,6 +16,8 @@ Side = Literal["lower", "upper"]
 _EDGE_SHARE = 0.05
 _MIN_VALUES = 3
 _NEW_VALUES = 2
+# Values that about double or more go on by factors, others by steps.
+_DOUBLING = 1.9
 _ABOVE_ZERO = 1e-12
 # How far a suggestion may go: beyond it the value is not allowed, or no longer makes sense.
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -165,7 +167,7 @@ def _next_values(
 ) -> Values:
     """The last two values and two beyond, which go on as the last two do: times, or plus."""
     inner, edge = (numbers[1], numbers[0]) if side == "lower" else (numbers[-2], numbers[-1])
-    times = min(inner, edge) > 0 and max(inner / edge, edge / inner) >= 1.5
+    times = min(inner, edge) > 0 and max(inner / edge, edge / inner) >= _DOUBLING
     beyond = [
         edge * (edge / inner) ** n if times else edge + (edge - inner) * n
         for n in range(1, _NEW_VALUES + 1)

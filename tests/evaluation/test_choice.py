@@ -1,0 +1,168 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from visiontuner.evaluation.choice import (
+    choose,
+    picture_scores,
+    tied_with_best,
+    training_seconds,
+)
+from visiontuner.journal import SearchRecord
+
+OBJECTIVES = ["validation_accuracy", "validation_macro_f1", "validation_loss"]
+
+
+def trained(skill, *, seed, pictures=240, classes=24):
+    """Validation logits: what all trials see in a picture, some noise of their own, and the skill.
+
+    As two trainings with different seeds do, two calls with the same skill agree on most pictures.
+    """
+    shared = np.random.default_rng(0)
+    labels = shared.integers(classes, size=pictures)
+    seen = skill * np.eye(classes)[labels] + shared.normal(size=(pictures, classes))
+    own = np.random.default_rng(seed).normal(size=(pictures, classes))
+    return seen + 0.2 * own, labels
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_two_equal_configurations_are_tied_and_one_that_learned_nothing_is_not(objective):
+    logits = {
+        "same": trained(4.5, seed=1),
+        "again": trained(4.5, seed=2),
+        "bad": trained(0.3, seed=3),
+    }
+    scores = {name: picture_scores(*pair, objective) for name, pair in logits.items()}
+    best = max(["same", "again"], key=lambda name: scores[name].mean())
+    assert set(tied_with_best(scores, best)) == {"same", "again"}
+    assert tied_with_best(scores, best)[0] == best
+
+
+def test_tied_trials_come_best_first():
+    base = np.array([1.0] * 90 + [0.0] * 10)
+    scores = {"t3": base, "t1": base.copy(), "t2": base.copy(), "t4": base.copy()}
+    scores["t1"][0] = 0
+    assert tied_with_best(scores, "t3") == ("t3", "t2", "t4", "t1")
+
+
+def test_a_difference_counts_by_the_pictures_it_is_made_of():
+    # Ten points better, on the same pictures: 30 gained and 5 lost; chance gives 18 and 17.
+    best = np.array([1.0] * 200 + [0.0] * 50)
+    other = best.copy()
+    other[:30], other[-5:] = 0, 1
+    assert tied_with_best({"a": best, "b": other}, "a") == ("a",)
+    other[:30], other[-5:] = 1, 0
+    other[:4], other[-3:] = 0, 1
+    assert tied_with_best({"a": best, "b": other}, "a") == ("a", "b")
+
+
+def test_few_pictures_tie_everything():
+    scores = {"a": np.ones(3), "b": np.zeros(3)}
+    assert tied_with_best(scores, "a") == ("a", "b")
+
+
+def test_a_trial_alone_is_tied_with_nobody():
+    assert tied_with_best({"a": np.array([1.0])}, "a") == ("a",)
+
+
+def test_equal_trials_are_rarely_told_apart():
+    generator = np.random.default_rng(5)
+    behind = 0
+    for _ in range(40):
+        chance = np.clip(generator.normal(0.9, 0.2, size=240), 0, 1)
+        pair = {name: (generator.random(240) < chance) * 1.0 for name in "ab"}
+        best = max(pair, key=lambda name: pair[name].mean())
+        behind += len(tied_with_best(pair, best, resamples=300)) == 1
+    assert behind <= 6  # of 40; 2 on average
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"b": np.ones(3)}, "has no scores"),
+        ({"a": np.ones(3), "b": np.ones(4)}, "the same pictures"),
+        ({"a": np.ones(0)}, "the same pictures"),
+        ({"a": np.ones(2), "b": np.array([1.0, np.nan])}, "finite"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        tied_with_best(values, "a")
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 999), trials=st.integers(1, 6), pictures=st.integers(1, 40))
+def test_the_best_is_tied_with_itself_and_with_its_twin(seed, trials, pictures):
+    generator = np.random.default_rng(seed)
+    values = {f"t{i}": generator.integers(2, size=pictures) * 1.0 for i in range(trials)}
+    best = max(values, key=lambda name: values[name].mean())
+    tied = tied_with_best({**values, "twin": values[best]}, best, resamples=100)
+    assert tied[0] == best
+    assert "twin" in tied
+    assert len(set(tied)) == len(tied)
+
+
+# what an objective is made of
+
+
+def test_picture_scores_by_hand():
+    ln3 = np.log(3)
+    logits = np.array([[0, ln3], [0, ln3], [0, ln3], [ln3, 0]])
+    labels = np.array([1, 1, 0, 0])
+    assert picture_scores(logits, labels, "validation_accuracy").tolist() == [1, 1, 0, 1]
+    losses = -np.log([0.75, 0.75, 0.25, 0.75])
+    assert picture_scores(logits, labels, "validation_loss") == pytest.approx(-losses)
+
+
+def test_scores_for_macro_f1_give_every_class_the_same_say():
+    # Class 0 has three pictures, all right, class 1 one, wrong, class 2 none: recall 1/2.
+    logits = np.eye(3)[[0, 0, 0, 0]]
+    scores = picture_scores(logits, np.array([0, 0, 0, 1]), "validation_macro_f1")
+    assert scores.mean() == pytest.approx(1 / 2)
+
+
+# the choice
+
+
+def test_the_best_is_chosen_unless_cheap_is_asked_for():
+    choice = choose("t2", ["t2", "t5", "t1"], seconds={"t2": 9.0, "t5": 1.5, "t1": 4.0})
+    assert (choice.chosen, choice.tied) == ("t2", ("t2", "t5", "t1"))
+    assert choice.reason == "t2 has the best objective; 2 others cannot be told apart from it."
+
+
+def test_the_cheapest_of_the_tied_is_chosen():
+    choice = choose(
+        "t2", ["t5", "t1"], prefer="cheapest", seconds={"t2": 9.0, "t5": 1.5, "t1": 4.0, "t9": 0.1}
+    )
+    assert (choice.best, choice.chosen, choice.tied) == ("t2", "t5", ("t2", "t5", "t1"))
+    assert "1.5 s of training instead of 9.0 s" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("tied", "seconds", "reason"),
+    [
+        ([], {"t2": 9.0}, "no other trial is tied with it"),
+        (["t5"], {"t2": 1.0, "t5": 1.0}, "the cheapest of the 2 tied trials"),
+        (["t5"], {}, "the cheapest of the 2 tied trials"),
+    ],
+)
+def test_the_best_can_be_the_cheapest(tied, seconds, reason):
+    choice = choose("t2", tied, prefer="cheapest", seconds=seconds)
+    assert choice.chosen == "t2"
+    assert reason in choice.reason
+
+
+def test_training_seconds_are_the_sum_of_the_epochs():
+    def event(kind, **fields):
+        return {"event": kind, "search_id": "s", "time": 0.0, "attempt": 1, **fields}
+
+    record = SearchRecord.of(
+        [
+            event("trial_started", trial_id="t1", configuration={}),
+            event("epoch", trial_id="t1", step=1, metrics={"epoch_seconds": 1.5}),
+            event("epoch", trial_id="t1", step=2, metrics={"epoch_seconds": 0.5}),
+            event("trial_started", trial_id="t2", configuration={}),
+        ]
+    )
+    assert training_seconds(record) == {"t1": 2.0}
