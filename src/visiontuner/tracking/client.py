@@ -43,13 +43,22 @@ class Store:
     Args:
         tracking_uri: `sqlite:///…` or another database URL, `http(s)://…`, `databricks`.
         advice: what to do while MLflow is away; a sentence.
+        must_exist: for who only reads: do not make a new SQLite database.
 
     Raises:
         TrackingRefused: for a file store, or a folder for the database that is not there.
     """
 
-    def __init__(self, tracking_uri: str, *, advice: str = _SYNC_LATER) -> None:
+    def __init__(
+        self, tracking_uri: str, *, advice: str = _SYNC_LATER, must_exist: bool = False
+    ) -> None:
         check_tracking_uri(tracking_uri)
+        path = sqlite_file(tracking_uri)
+        if must_exist and path is not None and not path.exists():
+            raise TrackingRefused(
+                f"There is no MLflow database at {path}; set MLFLOW_TRACKING_URI, or write a "
+                "search into it with `visiontuner sync`."
+            )
         self.tracking_uri = tracking_uri
         self.advice = advice
         self.deadline: float | None = None

@@ -9,8 +9,9 @@ from visiontuner.locations import newest_search, tracking_uri
 
 if TYPE_CHECKING:
     from visiontuner.serving.promotion import Promotion
+    from visiontuner.tracking.client import Store
 
-ADVICE = "Check MLFLOW_TRACKING_URI, then try again."
+_ADVICE = "Check MLFLOW_TRACKING_URI, then try again."
 
 
 def promote(model: str | None = None, *, force: bool = False, dry_run: bool = False) -> Promotion:
@@ -27,11 +28,20 @@ def promote(model: str | None = None, *, force: bool = False, dry_run: bool = Fa
     """
     from visiontuner.serving import promotion
     from visiontuner.serving.versions import ModelReference
-    from visiontuner.tracking.client import Store
 
     reference = ModelReference.parse(model or _newest_model())
-    store = Store(tracking_uri(), advice=ADVICE)
-    return promotion.promote(store, reference, force=force, dry_run=dry_run)
+    return promotion.promote(open_store(), reference, force=force, dry_run=dry_run)
+
+
+def open_store() -> Store:
+    """The MLflow store for looking things up; it must be there.
+
+    Raises:
+        TrackingError: there is none.
+    """
+    from visiontuner.tracking.client import Store
+
+    return Store(tracking_uri(), advice=_ADVICE, must_exist=True)
 
 
 def _newest_model() -> str:
