@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from visiontuner.data.images import Preprocessing
+from visiontuner.model.classifier import Classifier
+from visiontuner.serving.environments import local_environment
+from visiontuner.serving.registry import save_classifier
+from visiontuner.serving.server import ScoringServer
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
 
@@ -59,12 +65,35 @@ def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "classifier.json").write_text(json.dumps(description))
     onnx.save(colour_network(16), folder / "model.onnx")
     save_file({"head.weight": np.eye(3, dtype=np.float32)}, folder / "weights.safetensors")
-    reference = {
-        "schema_version": 1,
-        "pictures": [{"path": "red.png", "image": base64.b64encode(picture("red")).decode()}],
-    }
+    classifier = Classifier.load(folder, threads=1)
+    pictures = [
+        {
+            "path": f"{colour}.png",
+            "image": base64.b64encode(picture(colour)).decode(),
+            "probabilities": classifier.probabilities([picture(colour)])[0].tolist(),
+        }
+        for colour in COLOURS
+    ]
+    reference = {"schema_version": 1, "pictures": pictures}
     (folder / "reference.json").write_text(json.dumps(reference))
     return folder
+
+
+@pytest.fixture(scope="session")
+def colour_model(colour_classifier: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The classifier as an MLflow model folder."""
+    with warnings.catch_warnings():
+        # MLflow warns about its own type hints when it is imported.
+        warnings.simplefilter("ignore")
+        destination = tmp_path_factory.mktemp("models") / "colours"
+        return save_classifier(colour_classifier, destination)
+
+
+@pytest.fixture(scope="session")
+def scoring_server(colour_model: Path) -> Iterator[ScoringServer]:
+    """MLflow's scoring server with that model."""
+    with ScoringServer(colour_model, local_environment()) as server:
+        yield server
 
 
 @pytest.fixture

@@ -1,0 +1,237 @@
+import base64
+import io
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from visiontuner.model.classifier import Classifier
+from visiontuner.serving import answers
+from visiontuner.serving.answers import BadRequest, Options, answer
+from visiontuner.serving.malformed import MALFORMED
+from visiontuner.serving.server import ScoringServer
+
+JSON = "application/json"
+# softmax of 4 * (220 / 255 - 0.5) / 0.5 = 2.902 and twice 4 * (20 / 255 - 0.5) / 0.5 = -3.373
+RED = 1 / (1 + 2 * math.exp(-6.2745))
+
+
+def post(server: ScoringServer, body: bytes | str, content_type: str = JSON) -> requests.Response:
+    headers = {"Content-Type": content_type}
+    return requests.post(f"{server.url}/invocations", data=body, headers=headers, timeout=60)
+
+
+def table(contents: list[Any], **params: Any) -> str:
+    rows = [[base64.b64encode(c).decode() if isinstance(c, bytes) else c] for c in contents]
+    return json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}, "params": params})
+
+
+def ask(server: ScoringServer, contents: list[Any], **params: Any) -> list[dict[str, Any]]:
+    response = post(server, table(contents, **params))
+    assert response.status_code == 200, response.text
+    rows: list[dict[str, Any]] = response.json()["predictions"]
+    return rows
+
+
+def reason(response: requests.Response) -> str:
+    assert 400 <= response.status_code < 500
+    assert "Traceback" not in response.text
+    return str(response.json()["message"])
+
+
+def test_an_answer_is_a_name_with_its_probability(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+) -> None:
+    red, blue = ask(scoring_server, [make_picture("red"), make_picture("blue", "JPEG")], top_k=2)
+    assert red["label"] == "red"
+    assert red["probability"] == pytest.approx(RED, abs=1e-5)
+    assert red["confident"] is True
+    assert [choice["label"] for choice in red["top_k"]] == ["red", "green"]
+    assert blue["label"] == "blue"
+    assert set(red) == {"label", "probability", "confident", "top_k"}
+
+
+def test_below_the_threshold_the_name_stays_and_is_not_confident(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+) -> None:
+    (row,) = ask(scoring_server, [make_picture("red")], threshold=0.9999)
+    assert (row["label"], row["confident"]) == ("red", False)
+    (row,) = ask(scoring_server, [make_picture("red")], threshold=0.9)
+    assert row["confident"] is True
+
+
+def test_the_classifiers_own_threshold_holds_unless_the_request_has_another(
+    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    for path in colour_classifier.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    description = json.loads((tmp_path / "classifier.json").read_text())
+    (tmp_path / "classifier.json").write_text(json.dumps(description | {"threshold": 0.9999}))
+    classifier = Classifier.load(tmp_path)
+    (own,) = answer(classifier, [make_picture("red")], Options())
+    (other,) = answer(classifier, [make_picture("red")], Options(threshold=0.5))
+    (zero,) = answer(classifier, [make_picture("red")], Options(threshold=0.0))
+    assert (own.confident, other.confident, zero.confident) == (False, True, True)
+
+
+def test_good_rows_are_not_lost_when_errors_are_reported(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+) -> None:
+    contents = [make_picture("red"), b"no picture", make_picture("red")[:60], make_picture("blue")]
+    rows = ask(scoring_server, contents, on_error="report")
+    assert [row["label"] for row in rows] == ["red", None, None, "blue"]
+    assert [row["error"] is None for row in rows] == [True, False, False, True]
+    assert "not a picture" in rows[1]["error"]
+    assert "60 bytes" in rows[2]["error"]
+    assert rows[1]["probability"] is None
+    assert rows[1]["top_k"] == []
+
+
+def test_without_that_the_first_bad_row_is_named(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+) -> None:
+    contents = [make_picture("red"), make_picture("red")[:60], b"no picture"]
+    response = post(scoring_server, table(contents))
+    assert response.status_code == 400
+    assert "Row 1: Cannot read a picture of 60 bytes" in reason(response)
+
+
+def test_a_text_that_is_no_base64_is_reported_in_its_row(colour_classifier: Path) -> None:
+    """Without a server: MLflow's own decoding of JSON passes over letters that do not belong."""
+    (row,) = answer(Classifier.load(colour_classifier), ["§"], Options(on_error="report"))
+    assert row.error == "image is not base64; send the file's content."
+
+
+def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+    scoring_server: ScoringServer,
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (10_000, 5_001)).save(buffer, "PNG")
+    assert "Row 0: " in (text := reason(post(scoring_server, table([buffer.getvalue()]))))
+    assert "its 10000 x 5001 pixels are more than the 50,000,000 allowed" in text
+
+
+def test_a_picture_with_too_many_bytes_is_refused(
+    colour_classifier: Path, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answers, "MAX_BYTES", len(make_picture("red")) - 1)
+    classifier = Classifier.load(colour_classifier)
+    content = make_picture("red")
+    for image in (content, base64.b64encode(content).decode()):
+        with pytest.raises(BadRequest, match="Row 0: image has"):
+            answer(classifier, [image], Options())
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_malformed_requests_are_the_clients_mistake(
+    scoring_server: ScoringServer, what: str
+) -> None:
+    body, content_type = MALFORMED[what]
+    response = post(scoring_server, body, content_type)
+    assert 400 <= response.status_code < 500
+    assert "Traceback" not in response.text
+
+
+@pytest.mark.parametrize("form", ["dataframe_records", "inputs", "instances"])
+def test_every_form_of_mlflows_protocol_is_understood(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes], form: str
+) -> None:
+    text = base64.b64encode(make_picture("green")).decode()
+    value = {"image": [text]} if form == "inputs" else [{"image": text}]
+    response = post(scoring_server, json.dumps({form: value}))
+    assert response.json()["predictions"][0]["label"] == "green"
+
+
+def test_no_rows_have_no_answers(scoring_server: ScoringServer) -> None:
+    assert ask(scoring_server, []) == []
+
+
+def test_what_goes_wrong_inside_tells_nothing_about_the_inside(tmp_path: Path) -> None:
+    """In a process of its own: importing the model's script sets MLflow's current model."""
+    program = """
+import warnings
+warnings.simplefilter("ignore")
+import pandas as pd
+from visiontuner.serving.pyfunc import ClassifierModel
+class Broken:
+    threshold = None
+    def probabilities_or_errors(self, images, max_pixels):
+        raise RuntimeError("/secret/path")
+model = ClassifierModel()
+model.classifier = Broken()
+try:
+    model.predict(None, pd.DataFrame({"image": [b"x"]}))
+except Exception as error:
+    print(type(error).__name__, error.get_http_status_code(), error, error.__cause__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stdout.strip() == "MlflowException 500 internal error None"
+
+
+_values = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
+    st.binary(max_size=60).map(lambda b: base64.b64encode(b).decode()),
+)  # fmt: skip
+_json = st.recursive(
+    _values,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+_columns = st.lists(st.sampled_from(["image", "image", "x", ""]), min_size=1, max_size=2)
+_params = st.dictionaries(
+    st.sampled_from(["top_k", "threshold", "on_error", "x"]), _json, max_size=3
+)
+
+
+@st.composite
+def _tables(draw: st.DrawFn) -> dict[str, Any]:
+    columns = draw(_columns)
+    cells = _values if draw(st.booleans()) else _json
+    rows = draw(st.lists(st.lists(cells, min_size=len(columns), max_size=len(columns)), max_size=3))
+    records = [dict(zip(columns, row, strict=True)) for row in rows]
+    by_column = {name: [row[i] for row in rows] for i, name in enumerate(columns)}
+    form = draw(st.sampled_from(["split", "records", "inputs", "instances"]))
+    body: dict[str, Any] = {
+        "split": {"dataframe_split": {"columns": columns, "data": rows}},
+        "records": {"dataframe_records": records},
+        "inputs": {"inputs": by_column},
+        "instances": {"instances": records},
+    }[form]
+    return body | ({"params": draw(_params)} if draw(st.booleans()) else {})
+
+
+_bodies = st.one_of(
+    st.binary(max_size=80),
+    _json.map(lambda value: json.dumps(value).encode()),
+    _tables().map(lambda value: json.dumps(value).encode()),
+    _tables().map(lambda value: json.dumps(value).encode()[:-3]),
+)
+
+
+@given(body=_bodies, content_type=st.sampled_from([JSON] * 6 + ["text/csv", "image/png"]))
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_no_request_brings_the_model_to_a_server_error(
+    scoring_server: ScoringServer, body: bytes, content_type: str
+) -> None:
+    response = post(scoring_server, body, content_type)
+    assert response.status_code < 500, response.text
+    assert 'File "' not in response.text
