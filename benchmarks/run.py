@@ -28,6 +28,7 @@ BENCHMARKS = (
     "kills",
     "outage",
     "rules",
+    "compare",
     "peer",
 )
 APART = ("peer",)

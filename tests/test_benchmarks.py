@@ -21,6 +21,7 @@ NAMES = (
     "kills",
     "outage",
     "rules",
+    "compare",
     "peer",
 )
 # Programs that the measurements start, and what they share.

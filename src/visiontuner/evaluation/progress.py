@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.evaluation.compare import IN_ORDER, Mode, RunSummary, mode_of
+
+_MOST_TOLD = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,18 +56,16 @@ def search_progress(runs: Sequence[RunSummary]) -> list[SearchProgress]:
 
 
 def describe_progress(searches: Sequence[SearchProgress]) -> list[str]:
-    """A sentence for each search, then how each pair compares."""
-    told = [_outcome(search) for search in searches]
-    if len(searches) < 2:
-        return told
+    """A sentence for each search, the best first, then how each pair of the best three compares."""
     if len({search.objective for search in searches}) > 1:
-        return [*told, "They optimised different things, so none is ahead."]
-    for leader, other in permutations(searches, 2):
-        if _ahead(leader, other):
-            told.append(_comparison(leader, other))
-    if len(told) > len(searches):
-        told.append("One search each: whether a difference is more than chance is not said here.")
-    return told
+        told = [_outcome(search) for search in searches[:_MOST_TOLD]]
+        return [*told, *_rest(searches), "They optimised different things, so none is ahead."]
+    ranked = sorted(searches, key=_rank)
+    told = [_outcome(search) for search in ranked[:_MOST_TOLD]] + _rest(ranked)
+    pairs = [_comparison(a, b) for a, b in combinations(ranked[:3], 2) if _comparable(a, b)]
+    if pairs:
+        pairs.append("One search each: whether a difference is more than chance is not said here.")
+    return told + pairs
 
 
 def _progress(name: str, runs: Sequence[RunSummary]) -> SearchProgress | None:
@@ -76,8 +76,8 @@ def _progress(name: str, runs: Sequence[RunSummary]) -> SearchProgress | None:
     )
     if objective is None or not ended:
         return None
-    starts = [run.search_started or run.started for run in runs]
-    began = min(start for start in starts if start is not None)
+    starts = [r.started if r.search_started is None else r.search_started for r in runs]
+    began = min((start for start in starts if start is not None), default=ended[0].ended or 0.0)
     values = np.array([_value(run) for run in ended], dtype=float)
     keep_better = np.fmin if mode_of(objective) == "min" else np.fmax
     return SearchProgress(
@@ -108,13 +108,25 @@ def _outcome(search: SearchProgress) -> str:
     )
 
 
-def _ahead(leader: SearchProgress, other: SearchProgress) -> bool:
-    """Better in the end, or as good and sooner; a pair is told once."""
-    if not (math.isfinite(leader.final) and math.isfinite(other.final)):
-        return False
-    if leader.final != other.final:
-        return leader.reached(other.final) is not None
-    return _time_of_best(leader) < _time_of_best(other)
+def _rest(searches: Sequence[SearchProgress]) -> list[str]:
+    left = len(searches) - _MOST_TOLD
+    return [f"And {left} more."] if left > 0 else []
+
+
+def _rank(search: SearchProgress) -> tuple[bool, float, float]:
+    """Best in the end first, the sooner of equals; last those without a result."""
+    if not _has_result(search):
+        return (True, 0.0, 0.0)
+    value = search.final if search.mode == "min" else -search.final
+    return (False, value, float(search.seconds[search.reached(search.final) or 0]))
+
+
+def _comparable(leader: SearchProgress, other: SearchProgress) -> bool:
+    return _has_result(leader) and _has_result(other)
+
+
+def _has_result(search: SearchProgress) -> bool:
+    return math.isfinite(search.final)
 
 
 def _comparison(leader: SearchProgress, other: SearchProgress) -> str:
@@ -129,10 +141,6 @@ def _comparison(leader: SearchProgress, other: SearchProgress) -> str:
         f"{_seconds(leader.seconds[position])} and {_trials(position + 1)}, {other.name} after "
         f"{_seconds(other.seconds[needed])} and {_trials(needed + 1)}."
     )
-
-
-def _time_of_best(search: SearchProgress) -> float:
-    return float(search.seconds[search.reached(search.final) or 0])
 
 
 def _trials(count: int) -> str:
