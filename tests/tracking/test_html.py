@@ -11,7 +11,7 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -464,19 +464,20 @@ class _Watcher(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: `apt-get install chromium`")
-def test_a_browser_shows_it_without_a_request_or_a_complaint(
-    new_search: NewSearch, png: bytes, tmp_path: Path
-) -> None:
-    search = new_search()
-    search.begin()
-    for number in range(1, 4):
-        search.trial(number)
-    search.finish()
-    raw = evaluation(["cat", *HOSTILE])
-    source = search_page(
-        record_of(search), figures={"all_curves": png}, evaluation=raw, notes=HOSTILE
-    )
+needs_browser = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium: `apt-get install chromium`"
+)
+
+
+class Seen(NamedTuple):
+    asked: list[str]
+    complaints: list[str]
+    document: str
+    picture: Image.Image
+
+
+def browse(source: str, folder: Path) -> Seen:
+    """Open a page in a headless browser: what it asked for, said and showed."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Watcher)
     server.page, server.asked = source.encode(), []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever)
@@ -486,20 +487,63 @@ def test_a_browser_shows_it_without_a_request_or_a_complaint(
             [
                 str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                 "--disable-background-networking", "--disable-component-update",
-                "--enable-logging=stderr", "--v=0", "--timeout=5000",
-                f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'page.png'}",
-                "--window-size=1000,1400", "--dump-dom",
-                f"http://127.0.0.1:{server.server_port}/report.html",
+                "--enable-logging=stderr", "--timeout=5000", "--window-size=1000,1400",
+                f"--user-data-dir={folder / 'profile'}", f"--screenshot={folder / 'page.png'}",
+                "--dump-dom", f"http://127.0.0.1:{server.server_port}/report.html",
             ],
-            capture_output=True, text=True, timeout=60, check=True,
+            capture_output=True, text=True, timeout=120, check=True,
         )  # fmt: skip
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
-    assert server.asked == ["/report.html"]  # type: ignore[attr-defined]
-    assert "CONSOLE" not in done.stderr
-    # The script ran: the headings of the tables became buttons.
-    assert '<button type="button">Trial</button>' in done.stdout
-    shown = np.asarray(Image.open(tmp_path / "page.png").convert("L"))
-    assert shown.std() > 10
+    return Seen(
+        asked=server.asked,  # type: ignore[attr-defined]
+        complaints=[line for line in done.stderr.splitlines() if "CONSOLE" in line],
+        document=done.stdout,
+        picture=Image.open(folder / "page.png").convert("L"),
+    )
+
+
+@needs_browser
+def test_a_browser_shows_it_without_a_request_or_a_complaint(
+    new_search: NewSearch, png: bytes, tmp_path: Path
+) -> None:
+    source = search_page(
+        record_of(_three_trials(new_search)),
+        figures={"all_curves": png},
+        evaluation=evaluation(["cat", *HOSTILE]),
+        notes=HOSTILE,
+    )
+    seen = browse(source, tmp_path)
+    assert seen.asked == ["/report.html"]
+    assert seen.complaints == []
+    assert np.asarray(seen.picture).std() > 10
+    # The same eyes see what this page must not do.
+    policy = re.search(r"<meta http-equiv.*?>", source)
+    assert policy is not None
+    bad = "<script src=x.js></script><script>missing()</script></body>"
+    seen = browse(source.replace(policy[0], "").replace("</body>", bad), tmp_path)
+    assert "/x.js" in seen.asked
+    assert any("missing is not defined" in line for line in seen.complaints)
+
+
+@needs_browser
+def test_a_click_on_a_heading_sorts_the_table(new_search: NewSearch, tmp_path: Path) -> None:
+    source = search_page(record_of(_three_trials(new_search)), figures={})
+    click = "[...document.querySelectorAll('th button')].find(b => b.textContent === 'Batch size')"
+    source = re.sub(r"<meta http-equiv.*?>", "", source)
+    source = source.replace("</body>", f"<script>{click}.click()</script></body>")
+    page = Page(browse(source, tmp_path).document)
+    sizes = [row[2] for row in page.rows if re.fullmatch(r"t\d{4}", row[0])]
+    assert sizes == ["32", "64", "128"]  # as numbers, not as words
+    assert ("th", {"class": "number", "aria-sort": "ascending"}) in page.tags
+
+
+def _three_trials(new_search: NewSearch) -> Any:
+    search = new_search()
+    search.begin()
+    for number in range(1, 4):
+        search.trial(number)
+    search.finish()
+    return search

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from visiontuner.tracking.figures.names import literally, readable
+from visiontuner.tracking.figures.names import drawable, literally
 from visiontuner.tracking.figures.parts import INK, ORANGE
 
 _DPI = 90  # as `to_png` draws: one pixel of a picture is one pixel of the sheet
@@ -40,18 +40,17 @@ def contact_sheet(
     height = rows * (_TILE + _CAPTION + _GAP) + _GAP
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     sheet = Image.new("RGB", (width, height), "white")
-    true = readable([caption[0] for caption in captions], 26)
-    predicted = readable([caption[1] for caption in captions], 19)
-    for index, picture in enumerate(pictures):
+    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        true, predicted = drawable(caption[0], 26) or "?", drawable(caption[1], 19) or "?"
         left = _GAP + index % columns * (_TILE + _GAP)
         top = _GAP + index // columns * (_TILE + _CAPTION + _GAP)
         small = _fitted(picture)
         sheet.paste(small, (left + (_TILE - small.width) // 2, top + _TILE - small.height))
         line = height - top - _TILE - 14
         literally([
-            figure.text(left / width, line / height, true[index], fontsize=8, color=INK),
+            figure.text(left / width, line / height, true, fontsize=8, color=INK),
             figure.text(left / width, (line - 15) / height, fontsize=8, color=ORANGE,
-                        s=f"→ {predicted[index]} {captions[index][2]:.0%}"),
+                        s=f"→ {predicted} {caption[2]:.0%}"),
         ])  # fmt: skip
     axes = figure.add_axes((0, 0, 1, 1), zorder=-1)
     axes.imshow(sheet, aspect="auto", interpolation="nearest")

@@ -200,7 +200,11 @@ def _draw_reliability(axes: Axes, table: Reliability) -> None:
 def _draw_threshold(axes: Axes, threshold: Threshold) -> float:
     """What the threshold reached on test, with its intervals; returns the highest risk."""
     if threshold.value is None or threshold.precision is None:
-        axes.plot([], [], " ", label="No confidence was enough on validation")
+        chosen = threshold.value is not None
+        said = (
+            "No answer on test reached it" if chosen else "No confidence was enough on validation"
+        )
+        axes.plot([], [], " ", label=said)
         return 0.0
     precision, coverage = threshold.precision, threshold.coverage
     axes.errorbar(

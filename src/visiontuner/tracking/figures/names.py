@@ -14,21 +14,22 @@ def readable(names: Sequence[str], length: int = 24) -> list[str]:
 
     A name of which the font lacks half or more becomes `class 12`, its place in the list.
     """
-    return [_drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+    return [drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+
+
+def drawable(name: str, length: int) -> str:
+    """What the font has of a name, cut to `length` characters; nothing if that is half or less."""
+    name = " ".join(name.split())
+    kept = "".join(letter for letter in name if ord(letter) in _letters())
+    if 2 * len(kept) <= len(name):
+        return ""
+    return kept if len(kept) <= length else kept[: length - 1] + "…"
 
 
 def literally(texts: Iterable[Text]) -> None:
     """A dollar in a name is a dollar, and no formula."""
     for text in texts:
         text.set_parse_math(False)
-
-
-def _drawable(name: str, length: int) -> str:
-    name = " ".join(name.split())
-    kept = "".join(letter for letter in name if ord(letter) in _letters())
-    if 2 * len(kept) <= len(name):
-        return ""
-    return kept if len(kept) <= length else kept[: length - 1] + "…"
 
 
 @lru_cache

@@ -1,0 +1,231 @@
+import io
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from visiontuner.evaluation.calibration import (
+    ChosenThreshold,
+    probabilities_of,
+    reliability,
+    risk_coverage,
+)
+from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
+from visiontuner.tracking import figures
+from visiontuner.tracking.figures.evaluation import confusion_matrix, most_confused, per_class
+from visiontuner.tracking.figures.names import readable
+
+THRESHOLD = ChosenThreshold(wanted_precision=0.95, value=0.6, precision=0.96, coverage=0.8)
+
+
+def drawn(figure: Figure) -> Image.Image:
+    image = Image.open(io.BytesIO(figures.to_png(figure)))
+    low, high = image.convert("L").getextrema()
+    assert low < 128 < high, "the figure is blank"
+    return image
+
+
+def evaluated(
+    classes: int,
+    pictures: int = 200,
+    *,
+    names: list[str] | None = None,
+    logits: np.ndarray | None = None,
+    threshold: ChosenThreshold | None = THRESHOLD,
+) -> tuple[EvaluationReport, dict[str, Figure]]:
+    """Answers that are mostly right, their report and its figures."""
+    generator = np.random.default_rng(7)
+    labels = np.arange(pictures) % classes
+    if logits is None:
+        logits = generator.normal(size=(pictures, classes))
+        logits[np.arange(pictures), labels] += 3
+    report = evaluate_predictions(
+        logits=logits,
+        labels=labels,
+        class_names=names or [f"class {i}" for i in range(classes)],
+        temperature=1.3,
+        threshold=threshold,
+        resamples=50,
+    )
+    probabilities = probabilities_of(logits, 1.3)
+    return report, figures.evaluation_figures(
+        report,
+        reliability(probabilities_of(logits), labels),
+        reliability(probabilities, labels),
+        risk_coverage(probabilities, labels),
+    )
+
+
+def words(figure: Figure) -> str:
+    return " ".join(t.get_text() for t in figure.findobj(mpl.text.Text))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("classes", [2, 7, 30])
+def test_up_to_30_classes_have_a_confusion_matrix(classes: int) -> None:
+    _, found = evaluated(classes)
+    assert set(found) == {"reliability", "risk_coverage", "per_class", "confusion"}
+    for figure in found.values():
+        drawn(figure)
+
+
+def test_more_classes_have_their_most_confused_pairs() -> None:
+    report, found = evaluated(133, 532)
+    assert set(found) == {"reliability", "risk_coverage", "per_class", "confused_pairs"}
+    for figure in found.values():
+        drawn(figure)
+    axes = found["per_class"].axes[0]
+    assert len(axes.get_yticklabels()) == 30
+    weakest = min(report.classes, key=lambda score: (score.f1, score.name))
+    assert axes.get_yticklabels()[0].get_text().startswith(weakest.name)
+
+
+def test_the_matrix_shows_counts_and_the_names_of_both_sides() -> None:
+    confusion = np.array([[5, 2], [0, 7]])
+    figure = confusion_matrix(confusion, ["cat", "dog"])
+    texts = [t.get_text() for t in figure.axes[0].texts]
+    assert texts == ["5", "2", "7"]  # an empty cell stays empty
+    assert "12 of 14 pictures right" in words(figure)
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
+    shares = figure.axes[0].images[0].get_array()
+    assert np.allclose(np.asarray(shares), [[5 / 7, 2 / 7], [0, 1]])
+
+
+def test_the_most_confused_pair_comes_first() -> None:
+    confusion = np.array([[5, 1, 0], [4, 6, 0], [0, 2, 8]])
+    figure = most_confused(confusion, ["cat", "dog", "owl"])
+    assert figure is not None
+    labels = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert labels[:2] == ["dog → cat", "owl → dog"]
+    assert "4 (40%)" in words(figure)
+    low, high = figure.axes[0].get_ylim()
+    assert low > high  # the first row is on top
+
+
+def test_without_a_mistake_there_are_no_confused_pairs() -> None:
+    assert most_confused(np.diag([3, 4]), ["cat", "dog"]) is None
+    logits = 9 * np.eye(40)[np.arange(80) % 40]
+    _, found = evaluated(40, 80, logits=logits)
+    assert "confused_pairs" not in found
+    for figure in found.values():
+        drawn(figure)
+
+
+def test_the_threshold_is_marked_where_test_puts_it() -> None:
+    report, found = evaluated(7)
+    assert report.threshold is not None
+    assert report.threshold.precision is not None
+    axes = found["risk_coverage"].axes[0]
+    (bar,) = axes.containers
+    x, y = bar[0].get_xydata()[0]  # type: ignore[index]
+    assert x == pytest.approx(report.threshold.coverage.value)
+    assert y == pytest.approx(1 - report.threshold.precision.value)
+    assert "Wanted: at most 5.0% wrong" in words(found["risk_coverage"])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "said"),
+    [
+        (None, "area"),
+        (
+            ChosenThreshold(wanted_precision=0.99, value=None, precision=np.nan, coverage=0.0),
+            "No confidence was enough",
+        ),
+        (
+            ChosenThreshold(wanted_precision=0.99, value=1.0, precision=0.99, coverage=0.1),
+            "No answer on test reached",
+        ),
+    ],
+)
+def test_a_threshold_that_nothing_reaches_has_no_mark(
+    threshold: ChosenThreshold | None, said: str
+) -> None:
+    _, found = evaluated(4, threshold=threshold)
+    assert found["risk_coverage"].axes[0].containers == []
+    assert said in words(found["risk_coverage"])
+    drawn(found["risk_coverage"])
+
+
+@pytest.mark.parametrize(
+    ("classes", "pictures"), [(1, 1), (2, 1), (3, 3)], ids=["one class", "one picture", "three"]
+)
+@pytest.mark.parametrize("right", [True, False])
+def test_hardly_any_pictures_still_give_figures(classes: int, pictures: int, right: bool) -> None:
+    labels = np.arange(pictures) % classes
+    logits = 1e4 * np.eye(classes)[labels if right else (labels + 1) % classes]
+    _, found = evaluated(classes, pictures, logits=logits)
+    for figure in found.values():
+        drawn(figure)
+
+
+def test_classes_without_test_pictures_are_left_out_of_the_scores() -> None:
+    names = ["cat", "dog", "owl"]
+    report = evaluate_predictions(
+        logits=np.array([[3.0, 0, 0], [0, 3.0, 0]]),
+        labels=np.array([0, 1]),
+        class_names=names,
+        temperature=1.0,
+        threshold=None,
+        resamples=20,
+    )
+    figure = per_class(report)
+    assert figure is not None
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat  (1)", "dog  (1)"]
+
+
+HOSTILE = ["$\\frac{1}{", "a$b$c", "two\nlines\tof it", "<b>", "🐶🐶🐶", "犬", "x" * 300, " "]
+
+
+def test_names_of_folders_are_shown_as_they_are() -> None:
+    shown = readable(HOSTILE)
+    assert shown[:4] == ["$\\frac{1}{", "a$b$c", "two lines of it", "<b>"]
+    assert shown[4:6] == ["class 4", "class 5"]  # the font has no such letters
+    assert shown[6] == "x" * 23 + "…"
+    assert shown[7] == "class 7"
+    _, found = evaluated(len(HOSTILE), names=HOSTILE)
+    for figure in found.values():
+        drawn(figure)
+    confusion = np.ones((len(HOSTILE), len(HOSTILE)), dtype=np.int64)
+    pairs = most_confused(confusion, HOSTILE)
+    assert pairs is not None
+    drawn(pairs)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 24])
+def test_a_contact_sheet_shows_every_picture_whole(count: int) -> None:
+    colours: list[Any] = [(250, 0, 0), (0, 120, 0)]
+    pictures = [Image.new("RGB", (40 + 50 * (i % 2), 60), colours[i % 2]) for i in range(count)]
+    captions = [("true $1", "犬" if i % 2 else "wrong", 0.987) for i in range(count)]
+    figure = figures.contact_sheet(pictures, captions)
+    image = drawn(figure).convert("RGB")
+    rows = -(-count // 6)
+    assert image.size == (12 + 180 * min(6, count), 12 + 220 * rows)
+    # In the middle of the first tile is the first picture's colour: one pixel is one pixel.
+    assert image.getpixel((12 + 84, 12 + 84)) == colours[0]
+    assert "→ wrong 99%" in words(figure)
+    assert ("→ ? 99%" in words(figure)) == (count > 1)
+
+
+def test_arrays_and_odd_modes_can_be_on_a_contact_sheet() -> None:
+    pictures: list[Any] = [
+        np.full((9, 300, 3), 60, dtype=np.uint8),
+        Image.new("CMYK", (1, 500)),
+        Image.new("P", (3, 3)),
+        Image.new("RGBA", (3, 3)),
+    ]
+    drawn(figures.contact_sheet(pictures, [("a", "b", 1.0)] * 4))
+
+
+def test_a_contact_sheet_needs_a_caption_for_each_picture() -> None:
+    with pytest.raises(ValueError, match="1 pictures and 0 captions"):
+        figures.contact_sheet([Image.new("L", (2, 2))], [])
+    with pytest.raises(ValueError, match="0 pictures"):
+        figures.contact_sheet([], [])
+
+
+def test_drawing_leaves_no_global_state() -> None:
+    before = dict(mpl.rcParams)
+    evaluated(4)
+    assert dict(mpl.rcParams) == before
