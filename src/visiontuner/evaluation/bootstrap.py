@@ -48,7 +48,7 @@ def resampled_sums(
         float64, shape (resamples, K).
     """
     draws = _weights(columns.shape[0], seed=seed, resamples=resamples)
-    return np.concatenate([(columns.T @ weights.T).T for weights in draws])
+    return np.concatenate([weights @ columns for weights in draws])
 
 
 def sign_flipped_sums(
