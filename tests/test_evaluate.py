@@ -1,0 +1,356 @@
+"""Choosing, calibrating and testing the model of a search that ended."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from mlflow import MlflowClient
+from PIL import Image
+
+from visiontuner.cli.evaluate import evaluate as command
+from visiontuner.errors import DataError, SearchFailed, UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import JournalWriter, SearchRecord
+from visiontuner.model.classifier import Classifier
+from visiontuner.model.classifier_files import recalibrate
+from visiontuner.search.cluster import RayForSearch
+from visiontuner.workflow import (
+    EvaluationResult,
+    evaluate_search,
+    resume_search,
+    run_search,
+    sync_search,
+)
+
+pytestmark = [
+    pytest.mark.slow,
+    # Ray's own: old names in its libraries, sockets left to the collector.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
+    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
+
+# Near enough for a network without pretrained weights to take one for another.
+SHADES = {"brick": (190, 60, 50), "rust": (176, 74, 50), "sky": (60, 110, 200)}
+COUNTS = {"train": 12, "valid": 10, "test": 12}
+MODEL = "shades"
+
+
+def draw(root: Path, counts: dict[str, int]) -> None:
+    rng = np.random.default_rng(3)
+    for split, count in counts.items():
+        for name, colour in SHADES.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(rng.normal(colour, 55, (32, 40, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    with RayForSearch("local") as ray:
+        ray.start()
+        yield
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, home: Path, shared_cache: Path) -> None:
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def search(home: Path, shared_cache: Path, small_search: dict[str, Any]) -> Path:
+    """A search with test pictures; one of its configurations is hopeless."""
+    draw(home / "pictures", COUNTS)
+    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "pictures")}}
+    raw["search"] = {
+        **raw["search"],
+        "trials": 4,
+        "algorithm": "grid",
+        "space": {"learning_rate": {"values": [1e-6, 0.02, 0.03, 0.04]}},
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        return run_search(Experiment.parse(raw), output=home / "search").folder
+
+
+@pytest.fixture(scope="module")
+def evaluated(home: Path, search: Path, shared_cache: Path) -> EvaluationResult:
+    """The search's first evaluation; tests look, and may evaluate once more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        return evaluate_search(search, precision=0.9)
+
+
+@pytest.fixture
+def copied(evaluated: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The evaluated search, unknown to the MLflow of this test."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    folder = tmp_path / "search"
+    shutil.copytree(evaluated.folder, folder)
+    (folder / "mlflow.json").unlink(missing_ok=True)
+    return folder
+
+
+def client_of(folder: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{folder.parent}/mlflow.db")
+
+
+def run_of(client: MlflowClient, trial_id: str) -> Any:
+    experiment = client.get_experiment_by_name(MODEL)
+    assert experiment is not None
+    (run,) = client.search_runs(
+        [experiment.experiment_id], f"tags.`visiontuner.trial_id` = '{trial_id}'"
+    )
+    return run
+
+
+def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
+    search: Path, evaluated: EvaluationResult
+) -> None:
+    result = evaluated
+    assert result.tracking_problem is None
+    report, choice = result.report, result.choice
+    assert report.num_pictures == COUNTS["test"] * len(SHADES)
+    assert int(report.confusion.sum()) == report.num_pictures
+    assert report.confusion.sum(axis=1).tolist() == [COUNTS["test"]] * len(SHADES)
+    accuracy = report.metrics["accuracy"]
+    assert accuracy.value == pytest.approx(np.trace(report.confusion) / report.num_pictures)
+    assert accuracy.low <= accuracy.value <= accuracy.high
+    assert choice.best == choice.chosen
+    hopeless = [
+        t.trial_id
+        for t in SearchRecord.load(search).trials.values()
+        if t.configuration["learning_rate"] == 1e-6
+    ]
+    assert not set(hopeless) & set(choice.tied)
+
+    classifier = Classifier.load(search / "classifier")
+    assert classifier.temperature == report.temperature
+    assert classifier.verify_reference() < 1e-6
+    predictions = np.load(search / "evaluation" / "predictions.npz", allow_pickle=False)
+    pictures = [search.parent / "pictures" / path for path in predictions["paths"]]
+    assert np.allclose(classifier.probabilities(pictures), predictions["probabilities"], atol=1e-5)
+
+    client = client_of(search)
+    run = run_of(client, choice.chosen)
+    assert run.data.metrics["test_accuracy"] == accuracy.value
+    assert run.data.metrics["test_accuracy_low"] == accuracy.low
+    assert run.data.tags["visiontuner.test_looks"] == "1"
+    logged = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation")}
+    assert {f"evaluation/{path.name}" for path in (search / "evaluation").iterdir()} == logged
+    parent = client.get_run(run.data.tags["mlflow.parentRunId"])
+    assert "report.html" in {item.path for item in client.list_artifacts(parent.info.run_id)}
+    name, version = result.model.removeprefix("models:/").split("/")
+    registered = client.get_model_version(name, version)
+    assert registered.tags["visiontuner.evaluated"] == "true"
+    assert registered.tags["visiontuner.test_accuracy"] == f"{accuracy.value:.4f}"
+    assert str(client.get_model_version_by_alias(name, "challenger").version) == version
+
+
+def test_a_second_look_is_counted_and_changes_no_model(
+    search: Path, evaluated: EvaluationResult
+) -> None:
+    before = evaluated
+    after = evaluate_search(search, precision=0.9)
+    assert after.looks == before.looks + 1
+    assert after.model == before.model
+    assert after.report.to_dict() == before.report.to_dict()
+    client = client_of(search)
+    run = run_of(client, after.choice.chosen)
+    assert run.data.tags["visiontuner.test_looks"] == str(after.looks)
+    name, version = after.model.removeprefix("models:/").split("/")
+    assert client.get_model_version(name, version).tags["visiontuner.test_looks"] == str(
+        after.looks
+    )
+    history = client.get_metric_history(run.info.run_id, "test_accuracy")
+    sync_search(search)
+    assert client.get_metric_history(run.info.run_id, "test_accuracy") == history
+
+
+def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
+    copied: Path, evaluated: EvaluationResult
+) -> None:
+    """By the command. Its training is repeated from the seed: the same validation logits."""
+    record, tied = SearchRecord.load(copied), evaluated.choice.tied
+    assert len(tied) > 1
+    for path in copied.glob("trials/*/head.safetensors"):
+        if path.parent.name != evaluated.choice.best:
+            path.unlink()
+    kept = {t: np.load(copied / "trials" / t / "validation_logits.npy") for t in tied}
+    done = CliRunner().invoke(command, [str(copied), "--prefer", "cheapest"])
+    assert done.exit_code == 0, done.output
+    seconds = {t: sum(e.metrics["epoch_seconds"] for e in record.trials[t].epochs) for t in tied}
+    chosen = min(tied, key=lambda t: (seconds[t], tied.index(t)))
+    for words in (f"Chosen: {chosen}", "accuracy", "models:/shades/", "visiontuner promote"):
+        assert words in done.output
+    assert Classifier.load(copied / "classifier").metadata["trial_id"] == chosen
+    again = np.load(copied / "trials" / chosen / "validation_logits.npy")
+    assert np.allclose(again, kept[chosen], atol=1e-4)
+    registered = client_of(copied).get_model_version_by_alias(MODEL, "challenger")
+    assert registered.tags["visiontuner.trial_id"] == chosen
+    assert registered.run_id == run_of(client_of(copied), chosen).info.run_id
+
+
+def test_resuming_a_finished_search_keeps_the_calibrated_model(copied: Path) -> None:
+    content = (copied / "classifier" / "classifier.json").read_bytes()
+    resumed = resume_search(copied)
+    assert resumed.tracking_problem is None
+    assert (copied / "classifier" / "classifier.json").read_bytes() == content
+
+
+def test_another_temperature_is_answered_for_in_the_reference(copied: Path, home: Path) -> None:
+    before = Classifier.load(copied / "classifier")
+    picture = home / "pictures" / "test" / "sky" / "0.png"
+    recalibrate(copied / "classifier", temperature=2.5, threshold=0.7, metadata={"note": "é"})
+    after = Classifier.load(copied / "classifier")
+    assert (after.temperature, after.threshold) == (2.5, 0.7)
+    assert after.metadata == {**before.metadata, "note": "é"}
+    assert after.verify_reference() < 1e-6
+    logits = np.log(before.probabilities([picture])) * before.temperature / 2.5
+    expected = np.exp(logits) / np.exp(logits).sum()
+    assert np.allclose(after.probabilities([picture]), expected)
+
+
+def test_without_test_pictures_the_model_is_calibrated_and_the_report_says_so(
+    home: Path, tmp_path: Path, small_search: dict[str, Any]
+) -> None:
+    draw(tmp_path / "pictures", {"train": 12, "valid": 10})
+    raw = {**small_search, "name": "untested", "data": {"source": str(tmp_path / "pictures")}}
+    raw["search"] = {**raw["search"], "trials": 1}
+    folder = run_search(Experiment.parse(raw), output=tmp_path / "search").folder
+    result = evaluate_search(folder)
+    assert result.report.metrics == {}
+    assert "no test pictures" in result.report.notes[0]
+    assert result.looks == 0
+    assert Classifier.load(folder / "classifier").temperature == result.report.temperature
+    name, version = result.model.removeprefix("models:/").split("/")
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    assert "visiontuner.evaluated" not in client.get_model_version(name, version).tags
+    assert "no test pictures" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_mlflow_away_loses_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{copied.parent}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    away = evaluate_search(copied)
+    assert away.model is None
+    assert "127.0.0.1:9" in away.tracking_problem
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    model = sync_search(copied).model
+    run = run_of(client_of(copied), away.choice.chosen)
+    assert run.data.metrics["test_accuracy"] == away.report.metrics["accuracy"].value
+    name, version = model.removeprefix("models:/").split("/")
+    assert client_of(copied).get_model_version(name, version).tags["visiontuner.evaluated"]
+
+
+def test_an_unreadable_test_picture_is_left_out_and_named(
+    copied: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It became unreadable after the data set was read: its digest is still the old one."""
+    from visiontuner.workflow import evaluate
+
+    broken = home / "pictures" / "test" / "sky" / "3.png"
+    content = broken.read_bytes()
+    load = evaluate.load_data
+
+    def load_then_break(*arguments: Any) -> Any:
+        dataset = load(*arguments)
+        broken.write_bytes(content[:100])
+        return dataset
+
+    monkeypatch.setattr(evaluate, "load_data", load_then_break)
+    try:
+        result = evaluate_search(copied)
+    finally:
+        broken.write_bytes(content)
+    assert list(result.unreadable) == ["test/sky/3.png"]
+    assert result.report.num_pictures == COUNTS["test"] * len(SHADES) - 1
+
+
+def test_what_cannot_be_evaluated_says_why(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="--precision must be between 0 and 1"):
+        evaluate_search(copied, precision=97)
+    journal = JournalWriter(copied, SearchRecord.load(copied).search_id)
+    with pytest.raises(UserMistake, match="still running"):
+        evaluate_search(copied)
+    journal.close()
+    (copied / "trials" / "t0001" / "validation_logits.npy").write_bytes(b"\x93NUMPY")
+    with pytest.raises(DataError, match=r"validation_logits\.npy"):
+        evaluate_search(copied)
+    empty = tmp_path / "empty"
+    writer = JournalWriter(empty, "s")
+    writer.append("search_started", experiment={}, data={}, code={}, machine={})
+    writer.append("search_ended", state="failed", best_trial=None)
+    writer.close()
+    with pytest.raises(SearchFailed, match="no trial that could be evaluated"):
+        evaluate_search(empty)
+
+
+def test_a_fresh_process_elsewhere_gives_the_same_probabilities(
+    search: Path, evaluated: EvaluationResult, tmp_path: Path
+) -> None:
+    """Fifty pictures of every kind, loaded by a process in another folder."""
+    assert evaluated.model
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    pictures = _fifty_pictures(folder)
+    here = Classifier.load(search / "classifier").probabilities(pictures)
+    program = f"""
+import json
+from pathlib import Path
+from visiontuner.model.classifier import Classifier
+classifier = Classifier.load(Path({str(search / "classifier")!r}))
+pictures = [Path(path) for path in {json.dumps([str(path) for path in pictures])}]
+print(json.dumps(classifier.probabilities(pictures).tolist()))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert np.abs(here - np.array(json.loads(done.stdout))).max() < 1e-5
+
+
+def _fifty_pictures(folder: Path) -> list[Path]:
+    rng = np.random.default_rng(5)
+    paths = []
+    for number in range(50):
+        pixels = rng.integers(0, 256, (24 + number, 40, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        kind = number % 5
+        path = folder / f"{number}.{'png' if kind in (1, 4) else 'jpg'}"
+        exif = Image.Exif()
+        if kind == 0:
+            image = image.convert("CMYK")
+        elif kind == 1:
+            image = image.quantize(32)
+        elif kind == 2:
+            exif[0x0112] = 1 + number % 8
+        elif kind == 3:
+            image = image.convert("L")
+        else:
+            image.putalpha(Image.fromarray(pixels[..., 0]))
+        image.save(path, **({"exif": exif} if kind == 2 else {}))
+        paths.append(path)
+    return paths
