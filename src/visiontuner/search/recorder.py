@@ -25,3 +25,7 @@ class Recorder:
         self.record.apply(line)
         for listen in self._listeners:
             listen(line)
+
+    def close(self) -> None:
+        """Give the journal free for whoever comes next, in this process too."""
+        self._journal.close()

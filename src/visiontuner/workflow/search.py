@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import uuid
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -99,17 +100,34 @@ class _Run:
         self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
     def run(self) -> SearchResult:
-        from visiontuner.search.cluster import RayForSearch
         from visiontuner.search.plan import make_plan
 
         dataset = load_data(self.experiment, self.observer)
         record = self._read_record(dataset)
         remaining = make_plan(self.experiment, record).remaining
         self._had_ended = record.best is not None and not remaining
+        with ExitStack() as journal:
+            state, recorder, tracking = self._run_trials(dataset, record, remaining, journal)
+            try:
+                return self._conclude(state, dataset, recorder, tracking)
+            except KeyboardInterrupt:
+                raise SearchInterrupted(
+                    "Stopped after the last trial. "
+                    f"Go on with: visiontuner tune --resume {self.folder}"
+                ) from None
+            finally:
+                tracking.close()
+
+    def _run_trials(
+        self, dataset: ImageDataset, record: SearchRecord, remaining: int, journal: ExitStack
+    ) -> tuple[SearchState, Recorder, BackgroundTracking]:
+        """The part of a search that needs Ray; `journal` closes the recorder."""
+        from visiontuner.search.cluster import RayForSearch
+
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             backbone = self._describe_backbone()
-            recorder = self._open_journal(dataset, record)
+            recorder = journal.enter_context(closing(self._open_journal(dataset, record)))
             tracking = BackgroundTracking(
                 self.folder, self.tracking_uri, self.adopted_run, self.observer
             )
@@ -123,14 +141,7 @@ class _Run:
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 tracking.close()
                 raise
-        try:
-            return self._conclude(state, dataset, recorder, tracking)
-        except KeyboardInterrupt:
-            raise SearchInterrupted(
-                f"Stopped after the last trial. Go on with: visiontuner tune --resume {self.folder}"
-            ) from None
-        finally:
-            tracking.close()
+            return state, recorder, tracking
 
     def _load_backbone(self) -> Backbone:
         """The network itself, loaded once: torch and its libraries take seconds to import."""
