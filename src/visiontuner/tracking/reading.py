@@ -15,7 +15,7 @@ from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.compare import RunSummary
-from visiontuner.tracking.client import Store, TrackingRefused, sqlite_file, without_password
+from visiontuner.tracking.client import Store, TrackingRefused, without_password
 from visiontuner.tracking.plan import KIND, SEARCH_ID, STATE, TRIAL_ID
 from visiontuner.tracking.runs import deleted_experiment
 
@@ -34,18 +34,12 @@ class Reader:
         TrackingRefused: for a file store, or a database that is not there.
     """
 
-    def __init__(self, tracking_uri: str) -> None:
-        self._store = Store(tracking_uri, advice=_ADVICE)
+    def __init__(self, tracking_uri: str, *, advice: str = _ADVICE) -> None:
+        self._store = Store(tracking_uri, advice=advice, must_exist=True)
         self._where = without_password(tracking_uri)
         self._page = _PAGE_OF_A_SERVER if tracking_uri.startswith("http") else _PAGE
         self._experiments: dict[str, str] = {}
         self._parents: dict[str, Run | None] = {}
-        path = sqlite_file(tracking_uri)
-        if path is not None and not path.exists():
-            raise TrackingRefused(
-                f"There is no MLflow database {path}; set MLFLOW_TRACKING_URI to the one that "
-                "holds the runs, or name a search folder."
-            )
 
     def runs(self, target: str) -> list[RunSummary]:
         """The runs that a target means, oldest first; a search's own run is not among them.
