@@ -98,6 +98,10 @@ def flags(command: click.Command) -> set[str]:
     }
 
 
+def arguments(command: click.Command) -> set[str]:
+    return {p.name or "" for p in command.params if isinstance(p, click.Argument)}
+
+
 def test_main_is_tune():
     assert ENTRY_POINTS["main"] == ENTRY_POINTS["tune"]
 
@@ -106,7 +110,8 @@ def test_main_is_tune():
 def test_entry_point_is_a_subcommand_with_these_flags(entry_point):
     command = "tune" if entry_point == "main" else entry_point
     assert command in commands()
-    assert set(ENTRY_POINTS[entry_point]["parameters"]) <= flags(commands()[command])
+    known = flags(commands()[command]) | arguments(commands()[command])
+    assert set(ENTRY_POINTS[entry_point]["parameters"]) <= known
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
@@ -114,9 +119,10 @@ def test_command_runs_this_tree_and_passes_every_parameter(entry_point):
     command = ENTRY_POINTS[entry_point]["command"]
     name = "tune" if entry_point == "main" else entry_point
     assert command.startswith(f'PYTHONPATH="$PWD/src" python -m visiontuner {name} ')
-    passed = re.findall(r"--([\w-]+) \{([\w-]+)\}", command)
-    assert all(flag == value for flag, value in passed)
-    assert [flag for flag, _ in passed] == list(ENTRY_POINTS[entry_point]["parameters"])
+    passed = re.findall(r"(?:--([\w-]+) )?\{([\w-]+)\}", command)
+    for flag, value in passed:
+        assert flag == value or (not flag and value in arguments(commands()[name]))
+    assert [value for _, value in passed] == list(ENTRY_POINTS[entry_point]["parameters"])
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
@@ -129,7 +135,8 @@ def test_every_parameter_has_a_default_in_words(entry_point):
 def test_default_experiment_is_the_quickstart():
     """`auto` is what an installed package says as well, where there is no experiments folder."""
     for entry_point in ENTRY_POINTS.values():
-        assert entry_point["parameters"]["experiment"]["default"] == "auto"
+        parameters = entry_point["parameters"]
+        assert parameters.get("experiment", {"default": "auto"})["default"] == "auto"
     assert Experiment.parse(QUICKSTART) == Experiment.load(
         ROOT / "experiments" / "quickstart.yaml", ["search.first=null"]
     )

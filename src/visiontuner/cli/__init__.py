@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import click
 
+from visiontuner.cli.compare import compare
+from visiontuner.cli.diagnose import diagnose
+from visiontuner.cli.evaluate import evaluate
+from visiontuner.cli.lineage import lineage
+from visiontuner.cli.preflight import preflight
+from visiontuner.cli.promote import promote
+from visiontuner.cli.query import query
 from visiontuner.cli.search import NOT_GIVEN, backbones, doctor, prepare, sync, tune
 
 __all__ = ["NOT_GIVEN", "main"]
 
 _GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Search": (tune, prepare, sync, backbones, doctor),
+    "Judge": (evaluate, compare, diagnose, promote, lineage),
+    "Serve": (preflight, query),
 }
 
 

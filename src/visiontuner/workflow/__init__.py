@@ -4,21 +4,37 @@ prepare(experiment)            look at the pictures
 run_search(experiment)         search, track, package and register
 resume_search(folder)          the same, from where a search was stopped
 sync_search(folder)            write a search's journal into MLflow, late or elsewhere
+evaluate_search(folder)        choose, calibrate, look at the test pictures once
+compare(targets)               runs and searches as a pandas table
+diagnose(target)               what went wrong, and what to change
+promote(model)                 make the newest version the champion, if it is better
+trace(subject)                 where a model comes from
 """
 
+from visiontuner.workflow.compare import compare
+from visiontuner.workflow.diagnose import diagnose
+from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
 from visiontuner.workflow.layout import SearchResult
+from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.pictures import Prepared, prepare
+from visiontuner.workflow.promote import promote
 from visiontuner.workflow.search import resume_search, run_search
 from visiontuner.workflow.sync import sync_search
 
 __all__ = [
+    "EvaluationResult",
     "Observer",
     "Prepared",
     "SearchResult",
     "Silent",
+    "compare",
+    "diagnose",
+    "evaluate_search",
     "prepare",
+    "promote",
     "resume_search",
     "run_search",
     "sync_search",
+    "trace",
 ]
