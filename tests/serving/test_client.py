@@ -1,0 +1,280 @@
+import base64
+import io
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from visiontuner.cli.query import query
+from visiontuner.errors import ClassifierError, ServingError, UserMistake
+from visiontuner.serving.answers import Options
+from visiontuner.serving.batching import PictureAnswer, ask_all
+from visiontuner.serving.client import HttpTransport, decode_answers
+from visiontuner.serving.local import open_model
+from visiontuner.serving.pictures import Picture, find_pictures
+from visiontuner.serving.server import ScoringServer
+
+OPTIONS = Options(top_k=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, make_picture: Callable[..., bytes]) -> Path:
+    """Three pictures, one file that is none, and one of another kind."""
+    (tmp_path / "pictures" / "below").mkdir(parents=True)
+    (tmp_path / "pictures" / "a.png").write_bytes(make_picture("red"))
+    (tmp_path / "pictures" / "b.JPG").write_bytes(make_picture("green", "JPEG"))
+    (tmp_path / "pictures" / "below" / "c.webp").write_bytes(make_picture("blue", "WEBP"))
+    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "pictures" / "notes.txt").write_text("not asked about")
+    return tmp_path / "pictures"
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers each request with the next of `script`, then with one row a picture."""
+
+    protocol_version = "HTTP/1.1"
+    script: list[tuple[int, dict[str, str], Any]]
+    asked: list[list[bytes]]
+    largest: int | None
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        table = json.loads(body)["dataframe_split"]["data"]
+        type(self).asked.append([base64.b64decode(row[0]) for row in table])
+        status, headers, answer = 200, {}, {"predictions": [row(r[0]) for r in table]}
+        if type(self).script:
+            status, headers, answer = type(self).script.pop(0)
+        elif type(self).largest is not None and len(table) > type(self).largest:
+            status, answer = 413, "too large"
+        content = json.dumps(answer).encode()
+        self.send_response(status)
+        for key, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+def row(text: str) -> dict[str, Any]:
+    """Names a picture by its content, which these tests make a word."""
+    name = base64.b64decode(text).decode()
+    return {"label": name, "probability": 0.5, "confident": True, "top_k": [], "error": None}
+
+
+@pytest.fixture
+def stub() -> Iterator[tuple[str, type[Stub]]]:
+    handler = type("Handler", (Stub,), {"script": [], "asked": [], "largest": None})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def words(count: int) -> list[Picture]:
+    return [Picture(name=f"{i}", read=f"word{i}".encode) for i in range(count)]
+
+
+def labels(answers: Iterator[PictureAnswer]) -> list[str | None]:
+    return [one.answer.label for one in answers]
+
+
+def test_a_folder_is_answered_by_a_server_and_a_bad_file_is_reported(
+    scoring_server: ScoringServer, folder: Path
+) -> None:
+    pictures = find_pictures([str(folder), str(folder / "missing.png")])
+    answers = list(ask_all(HttpTransport(scoring_server.url), pictures, OPTIONS))
+    found = {Path(one.picture).name: one.answer for one in answers}
+    assert {name: answer.label for name, answer in found.items()} == {
+        "a.png": "red", "b.JPG": "green", "c.webp": "blue", "broken.png": None, "missing.png": None,
+    }  # fmt: skip
+    assert "not a picture" in str(found["broken.png"].error)
+    assert found["missing.png"].error == "Cannot read it: No such file or directory."
+    assert [choice["label"] for choice in found["a.png"].top_k] == ["red", "green"]
+
+
+def test_a_classifier_a_model_and_a_server_give_the_same_answers(
+    scoring_server: ScoringServer, colour_classifier: Path, colour_model: Path, folder: Path
+) -> None:
+    pictures = find_pictures([str(folder)])
+    ways = [
+        open_model(colour_classifier),
+        open_model(colour_model),
+        HttpTransport(scoring_server.url),
+    ]
+    first, second, third = ([a.to_dict() for a in ask_all(w, pictures, OPTIONS)] for w in ways)
+    assert first == second
+    for one, other in zip(first, third, strict=True):
+        assert one["label"] == other["label"]
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
+
+
+def test_answers_come_in_the_order_of_the_pictures(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    answers = ask_all(HttpTransport(url), words(50), OPTIONS, batch_size=7, workers=5)
+    assert labels(answers) == [f"word{i}" for i in range(50)]
+    assert sorted(len(batch) for batch in handler.asked) == [1] + [7] * 7
+
+
+def test_batches_respect_the_payload_limit(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 90) for i in range(10)]
+    # 90 bytes are 120 letters, 126 with quotes: 3 fit into 700 - 300 bytes.
+    list(ask_all(HttpTransport(url, body_limit=700), pictures, OPTIONS))
+    assert sorted(len(batch) for batch in handler.asked) == [1, 3, 3, 3]
+
+
+def test_a_picture_that_exceeds_a_request_is_sent_smaller(
+    scoring_server: ScoringServer,
+) -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((900, 900), 60).convert("RGB").save(buffer, "PNG")
+    transport = HttpTransport(scoring_server.url, body_limit=200_000)
+    assert len(buffer.getvalue()) > transport.body_limit
+    (one,) = ask_all(transport, [Picture(name="noise", read=buffer.getvalue)], OPTIONS)
+    assert one.reduced
+    assert one.answer.error is None
+
+
+def test_a_busy_server_is_asked_again_as_it_wishes(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    handler.script = [(429, {"Retry-After": "7"}, "slow down"), (503, {}, "starting")]
+    waits: list[float] = []
+    answers = ask_all(HttpTransport(url), words(1), OPTIONS, sleep=waits.append)
+    assert labels(answers) == ["word0"]
+    assert waits[0] == 7
+    assert 0.5 <= waits[1] <= 1
+
+
+def test_a_server_that_stays_busy_is_given_up(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    handler.script = [(503, {}, {"message": "no capacity"})] * 6
+    waits: list[float] = []
+    with pytest.raises(ServingError, match=r"Still busy after 6 tries: no capacity\."):
+        list(ask_all(HttpTransport(url), words(1), OPTIONS, sleep=waits.append))
+    assert len(waits) == 5
+
+
+def test_a_request_that_is_refused_as_too_large_is_split(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    handler.largest = 2
+    assert labels(ask_all(HttpTransport(url), words(5), OPTIONS)) == [f"word{i}" for i in range(5)]
+    assert [len(batch) for batch in handler.asked] == [5, 2, 3, 1, 2]
+
+
+def test_a_row_that_an_older_model_refuses_does_not_take_others_with_it(
+    stub: tuple[str, type[Stub]],
+) -> None:
+    url, handler = stub
+    refusal = (400, {}, {"message": "Failed to predict data '…'. \nError: Row 0: no picture"})
+    handler.script = [refusal, refusal]
+    first, second = ask_all(HttpTransport(url), words(2), OPTIONS)
+    assert first.answer.error == "Row 0: no picture"
+    assert second.answer.label == "word1"
+
+
+def test_another_error_of_the_server_ends_the_query(stub: tuple[str, type[Stub]]) -> None:
+    url, handler = stub
+    handler.script = [(404, {}, "Not Found")]
+    with pytest.raises(ServingError, match=r"answers 404: .*Not Found"):
+        list(ask_all(HttpTransport(url), words(1), OPTIONS))
+
+
+def test_nothing_at_the_address_is_said_with_the_command_that_starts_it() -> None:
+    with pytest.raises(ServingError, match=r"Nothing answers at .*mlflow models serve"):
+        list(ask_all(HttpTransport("http://127.0.0.1:9"), words(1), OPTIONS))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"[]", b'{"predictions": 3}', b'{"predictions": [[1, 2]]}', b'{"predictions": []}'],
+)
+def test_what_is_no_answer_of_ours_is_said(body: bytes) -> None:
+    with pytest.raises(ServingError, match="no visiontuner model"):
+        decode_answers(body, 1)
+
+
+def test_pictures_come_from_a_url_too(
+    colour_classifier: Path, make_picture: Callable[..., bytes]
+) -> None:
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/red.png" else 404)
+            self.end_headers()
+            self.wfile.write(make_picture("red"))
+
+        def log_message(self, *_: Any) -> None: ...
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Files)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    pictures = find_pictures([f"{url}/red.png", f"{url}/none.png"])
+    there, missing = ask_all(open_model(colour_classifier), pictures, OPTIONS)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+    assert there.answer.label == "red"
+    assert missing.answer.error == "Cannot fetch it: the server answers 404."
+
+
+def test_a_folder_without_pictures_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="holds no picture files"):
+        find_pictures([str(tmp_path)])
+
+
+def test_a_folder_that_is_no_model_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(ClassifierError, match="neither classifier"):
+        open_model(tmp_path)
+
+
+def test_the_command_prints_one_object_a_picture(colour_classifier: Path, folder: Path) -> None:
+    arguments = ["--model", str(colour_classifier), "--format", "json", "--threshold", "0.9999"]
+    done = CliRunner().invoke(query, [*arguments, str(folder)])
+    assert done.exit_code == 1  # one file is no picture
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["label"] for row in rows] == ["red", "green", "blue", None]
+    assert [row["confident"] for row in rows] == [False, False, False, None]
+
+
+def test_the_command_shows_names_and_percentages(colour_classifier: Path, folder: Path) -> None:
+    done = CliRunner().invoke(query, ["--model", str(colour_classifier), str(folder / "a.png")])
+    assert done.exit_code == 0, done.output
+    assert "red" in done.stdout
+    assert "99.6%" in done.stdout
+
+
+def test_the_command_reads_standard_input_and_writes_csv(
+    colour_classifier: Path, make_picture: Callable[..., bytes]
+) -> None:
+    arguments = ["--model", str(colour_classifier), "--format", "csv", "--top-k", "1", "-"]
+    done = CliRunner().invoke(query, arguments, input=make_picture("blue"))
+    assert done.exit_code == 0, done.output
+    heading, line = done.stdout.splitlines()
+    assert heading == "picture,label,probability,confident,top_k,error,reduced"
+    assert line.startswith("-,blue,0.99")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["photo.png"], "Name an endpoint or a URL"),
+        (["--local", "--top-k", "0", "a.png"], "top_k must be a whole number >= 1"),
+        (["--local", "--threshold", "much", "a.png"], "--threshold must be a number"),
+        (["--model", "models:/", "a.png"], "is no model"),
+    ],
+)
+def test_a_wrong_command_is_told_in_one_line(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(query, arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,180 @@
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from click.testing import CliRunner
+
+from visiontuner.cli.preflight import preflight
+from visiontuner.errors import ClassifierError, ServingError
+from visiontuner.serving.environments import clean_environment, local_environment
+from visiontuner.serving.instances import recommend
+from visiontuner.serving.preflight import PreflightReport, run_preflight
+from visiontuner.serving.server import ScoringServer
+
+CHECKS = [
+    "ping",
+    "reference pictures",
+    "a bad row among good ones",
+    "malformed requests",
+    "payload",
+    "latency",
+    "memory",
+]
+
+
+@pytest.fixture
+def copy(colour_model: Path, tmp_path: Path) -> Path:
+    """A model folder to damage."""
+    return shutil.copytree(colour_model, tmp_path / "model")
+
+
+def change_json(path: Path, change: Any) -> None:
+    raw = json.loads(path.read_text())
+    change(raw)
+    path.write_text(json.dumps(raw))
+
+
+def our_servers() -> list[psutil.Process]:
+    return [child for child in psutil.Process().children() if "uvicorn" in child.cmdline()]
+
+
+@pytest.fixture(scope="module")
+def report(colour_model: Path) -> PreflightReport:
+    environment = local_environment()
+    return run_preflight(colour_model, environment, name="colours", requests_measured=40)
+
+
+def test_a_good_model_passes_and_is_measured(report: PreflightReport) -> None:
+    failed = {check.name: check.detail for check in report.checks if check.status != "ok"}
+    assert not failed
+    assert [check.name for check in report.checks] == CHECKS
+    assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms
+    assert report.pictures_per_second > 0
+    assert report.memory_mb > 50
+    assert json.loads(json.dumps(report.to_dict()))["passed"] is True
+
+
+def test_another_temperature_than_the_references_is_found(copy: Path) -> None:
+    """What was packaged and what answers differ: the check that deployment relies on."""
+    folder = copy / "artifacts" / "classifier"
+    change_json(folder / "classifier.json", lambda raw: raw.update(temperature=1.01))
+    done = CliRunner().invoke(preflight, [str(copy), "--env-manager", "local"])
+    assert done.exit_code == 1
+    assert "FAIL  reference pictures" in done.stdout
+    assert done.stdout.count("FAIL") == 1
+    assert "would fail as an endpoint" in done.stdout
+    assert not our_servers()
+
+
+def test_a_model_that_cannot_be_loaded_is_said_in_one_line_and_leaves_no_server(
+    copy: Path,
+) -> None:
+    (copy / "artifacts" / "classifier" / "model.onnx").write_bytes(b"damaged")
+    before = our_servers()
+    with pytest.raises(
+        ServingError, match=r"ended while starting: .*model\.onnx is damaged"
+    ) as said:
+        run_preflight(copy, local_environment(), name="damaged")
+    assert "\n" not in str(said.value)
+    assert our_servers() == before
+
+
+def test_a_server_that_is_not_ready_in_time_is_ended(colour_model: Path) -> None:
+    before = our_servers()
+    with (
+        pytest.raises(ServingError, match=r"not ready after 0\.2 s"),
+        ScoringServer(colour_model, local_environment(), ready_seconds=0.2),
+    ):
+        pass
+    assert our_servers() == before
+
+
+def test_an_error_in_the_block_ends_the_server_too(colour_model: Path) -> None:
+    before = our_servers()
+    with pytest.raises(KeyboardInterrupt):
+        _interrupt(colour_model)
+    assert our_servers() == before
+
+
+def _interrupt(model: Path) -> None:
+    with ScoringServer(model, local_environment()) as server:
+        assert server.memory_mb() > 50
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("missing", ["artifacts/classifier/reference.json", "artifacts"])
+def test_a_model_without_reference_pictures_is_refused(copy: Path, missing: str) -> None:
+    path = copy / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ClassifierError, match="no MLflow model of visiontuner"):
+        run_preflight(copy, local_environment(), name="x")
+
+
+def test_a_reference_without_probabilities_is_refused(copy: Path) -> None:
+    path = copy / "artifacts" / "classifier" / "reference.json"
+    change_json(path, lambda raw: raw["pictures"][0].pop("probabilities"))
+    with pytest.raises(ClassifierError, match=r"cannot be used .* Package the classifier again"):
+        run_preflight(copy, local_environment(), name="x")
+
+
+def test_a_clean_environment_is_built_once_for_the_same_requirements(
+    copy: Path, tmp_path: Path
+) -> None:
+    (copy / "requirements.txt").write_text("")
+    first = clean_environment(copy, tmp_path / "cache")
+    (first.python.parent / "mark").touch()
+    again = clean_environment(copy, tmp_path / "cache")
+    assert again.python == first.python
+    assert (again.python.parent / "mark").exists()
+    assert first.python != Path(sys.executable)
+    (copy / "requirements.txt").write_text("# others\n")
+    assert clean_environment(copy, tmp_path / "cache").python != first.python
+
+
+def test_an_environment_that_was_not_finished_is_built_again(copy: Path, tmp_path: Path) -> None:
+    (copy / "requirements.txt").write_text("this is no requirement ==\n")
+    for _ in range(2):
+        with pytest.raises(ServingError, match=r"cannot be installed: .*--env-manager local"):
+            clean_environment(copy, tmp_path / "cache")
+
+
+def test_a_folder_that_says_no_requirements_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ClassifierError, match="does not say what it needs"):
+        clean_environment(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("memory_mb", "instance", "serverless"),
+    [
+        # 1.5 times the memory and 500 MB: 1,250; 3,500; 6,500; 60,500 MB
+        (500, "ml.c5.large", "serverless with 2048 MB"),
+        (2_000, "ml.c5.large", "serverless with 4096 MB"),
+        (4_000, "ml.m5.large", None),
+        (40_000, "more than that has", None),
+    ],
+)
+def test_the_smallest_instance_that_holds_the_server_is_recommended(
+    memory_mb: float, instance: str, serverless: str | None
+) -> None:
+    text = recommend(memory_mb=memory_mb, pictures_per_second=50)
+    assert instance in text
+    assert ("serverless" in text) == (serverless is not None)
+    assert serverless is None or serverless in text
+
+
+@pytest.mark.slow
+def test_the_pinned_requirements_are_enough_to_serve(colour_model: Path, tmp_path: Path) -> None:
+    """Installs them from the package registry; they hold neither torch nor all of MLflow."""
+    environment = clean_environment(colour_model, tmp_path / "cache")
+    assert environment.size_mb is not None
+    assert environment.size_mb < 450
+    packages = {
+        path.name for path in environment.python.parent.parent.glob("lib/*/site-packages/*")
+    }
+    assert not packages & {"torch", "ray", "sagemaker", "boto3", "visiontuner"}
+    report = run_preflight(colour_model, environment, name="colours", requests_measured=8)
+    assert report.passed, report.checks
