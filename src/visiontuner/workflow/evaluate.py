@@ -137,7 +137,8 @@ class _Evaluation:
         self._package(trial, dataset)
         temperature, threshold = self._calibrate(trial)
         answers = self._answer(dataset)
-        report = self._report(answers, temperature, threshold)
+        notes = self._calibration_notes(trial, temperature)
+        report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
             edge.sentence
             for edge in edges(self.record, self.experiment.search.space, tied=choice.tied)
@@ -291,6 +292,11 @@ class _Evaluation:
         )
         return temperature, threshold
 
+    def _calibration_notes(self, trial: TrialRecord, temperature: float) -> list[str]:
+        from visiontuner.evaluation.calibration import calibration_notes
+
+        return calibration_notes(self._logits(trial.trial_id), self._labels, temperature)
+
     # the test pictures
 
     @cached_property
@@ -315,7 +321,11 @@ class _Evaluation:
         return answers
 
     def _report(
-        self, answers: Answers, temperature: float, threshold: ChosenThreshold
+        self,
+        answers: Answers,
+        temperature: float,
+        threshold: ChosenThreshold,
+        notes: Sequence[str],
     ) -> EvaluationReport:
         import numpy as np
 
@@ -334,6 +344,7 @@ class _Evaluation:
                 notes=(
                     "There are no test pictures: nothing is known about pictures that played no "
                     "part in the choice. Add a folder `test` beside `train`.",
+                    *notes,
                 ),
             )
         return evaluate_predictions(
@@ -343,6 +354,7 @@ class _Evaluation:
             temperature=temperature,
             threshold=threshold,
             seed=self.experiment.seed,
+            notes=notes,
         )
 
     def _looks(self) -> int:
