@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -171,17 +172,22 @@ class _Asked:
 
     def post(self, body: bytes, content_type: str = JSON) -> requests.Response:
         try:
-            return self._session.post(
-                f"{self.server.url}/invocations",
-                data=body,
-                headers={"Content-Type": content_type},
-                timeout=2 * _ANSWER_SECONDS,
-            )
-        except requests.RequestException as error:
-            raise ServingError(
-                f"The scoring server stopped answering ({type(error).__name__}): "
-                f"{self.server.last_lines()}"
-            ) from None
+            return self._post(body, content_type)
+        except requests.ConnectionError:
+            # The server ends idle connections, perhaps just as we use one.
+            with suppress(requests.RequestException):
+                return self._post(body, content_type)
+        except requests.RequestException:
+            pass
+        raise ServingError(f"The scoring server stopped answering: {self.server.last_lines()}")
+
+    def _post(self, body: bytes, content_type: str) -> requests.Response:
+        return self._session.post(
+            f"{self.server.url}/invocations",
+            data=body,
+            headers={"Content-Type": content_type},
+            timeout=2 * _ANSWER_SECONDS,
+        )
 
     def rows(self, contents: Sequence[bytes], options: Options) -> list[dict[str, Any]]:
         response = self.post(encode_request(contents, options))
