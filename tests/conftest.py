@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,23 @@ OUTSIDE = (
     "RAY_ADDRESS",
     "VISIONTUNER_CACHE",
 )
+
+
+# Old names in Ray's libraries, sockets left to the collector.
+RAYS_OWN_WARNINGS = (
+    "ignore::DeprecationWarning:ray",
+    "ignore::FutureWarning:ray",
+    "ignore::ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where Ray runs in the test's own process, its own warnings are no errors."""
+    for item in items:
+        if "running_ray" in getattr(item, "fixturenames", ()):
+            for warning in RAYS_OWN_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +60,31 @@ def repository() -> Path:
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One VISIONTUNER_CACHE for all searches of a session: a network is exported once."""
     return tmp_path_factory.mktemp("shared-cache")
+
+
+@pytest.fixture(scope="session")
+def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+    """Makes empty MLflow databases and gives their URIs; MLflow itself takes seconds for each."""
+    from visiontuner.tracking.client import create_database
+
+    ready = tmp_path_factory.mktemp("database") / "mlflow.db"
+    create_database(f"sqlite:///{ready}")
+
+    def make(path: Path) -> str:
+        shutil.copyfile(ready, path)
+        return f"sqlite:///{path}"
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def running_ray() -> Iterator[None]:
+    """One Ray for a module: a search uses the one that is there."""
+    from visiontuner.search.cluster import RayForSearch
+
+    with RayForSearch("local") as ray:
+        ray.start()
+        yield
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}

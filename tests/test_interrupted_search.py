@@ -24,8 +24,6 @@ from visiontuner.search.space import draw_beforehand
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]
 
 TRIALS = 16
@@ -34,10 +32,12 @@ TRIALS = 16
 class Command:
     """`visiontuner tune` in a folder of its own, with its own MLflow database."""
 
-    def __init__(self, home: Path, cache: Path, experiment: dict[str, Any]) -> None:
+    def __init__(
+        self, home: Path, cache: Path, experiment: dict[str, Any], tracking_uri: str
+    ) -> None:
         self.home, self.search = home, home / "search"
         (home / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-        self.uri = f"sqlite:///{home}/mlflow.db"
+        self.uri = tracking_uri
         self.environment = {
             **os.environ,
             "VISIONTUNER_CACHE": str(cache),
@@ -99,13 +99,17 @@ class Command:
 
 @pytest.fixture
 def command(
-    tmp_path: Path, shared_cache: Path, pictures: Path, small_search: dict[str, Any]
+    tmp_path: Path,
+    shared_cache: Path,
+    pictures: Path,
+    small_search: dict[str, Any],
+    new_database: Callable[[Path], str],
 ) -> Iterator[Command]:
     experiment = json.loads(json.dumps(small_search))
     experiment["data"] = {"source": str(pictures)}
     experiment["training"]["epochs"] = 60
     experiment["search"]["trials"] = TRIALS
-    command = Command(tmp_path, shared_cache, experiment)
+    command = Command(tmp_path, shared_cache, experiment, new_database(tmp_path / "mlflow.db"))
     yield command
     if command.process is not None and command.process.poll() is None:
         command.process.kill()

@@ -15,8 +15,6 @@ from mlflow import MlflowClient
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]
 
 

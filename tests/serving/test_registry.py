@@ -18,19 +18,14 @@ from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.serving import model_parts, registry
 from visiontuner.serving.registry import classifier_digest, log_classifier
 
-pytestmark = [
-    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates,
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-    # and warns about its own type hints when it is imported.
-    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning"),
-]
-
 
 @pytest.fixture(scope="module")
-def trial(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+def trial(
+    tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], str]
+) -> tuple[str, str]:
     """A store with a search's and a trial's run: (tracking URI, the trial's run id)."""
     folder = tmp_path_factory.mktemp("store")
-    uri = f"sqlite:///{folder}/mlflow.db"
+    uri = new_database(folder / "mlflow.db")
     client = MlflowClient(uri, uri)
     experiment = client.create_experiment("colours", artifact_location=str(folder / "artifacts"))
     search_tags = {"visiontuner.data_digest": "d1", "visiontuner.code_commit": "c1"}

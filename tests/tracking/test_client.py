@@ -5,9 +5,6 @@ import pytest
 
 from visiontuner.tracking.client import Store, create_database
 
-# MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())

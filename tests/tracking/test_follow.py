@@ -18,15 +18,12 @@ from visiontuner.tracking.client import TrackingRefused, explain, quiet_and_impa
 from visiontuner.tracking.follow import WriterThread
 from visiontuner.tracking.mlflow_writer import MlflowWriter
 
-# MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
 
 class Server:
     """A real `mlflow server` on a free port that can be stopped and started again."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, database: str) -> None:
+        self._folder, self._database = folder, database
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
@@ -35,7 +32,7 @@ class Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder}/mlflow.db"]
+        command += ["--workers", "1", "--backend-store-uri", self._database]
         self._process = subprocess.Popen(
             command,
             cwd=self._folder,
@@ -70,10 +67,10 @@ class Server:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
+def server(tmp_path: Path, new_database: Callable[[Path], str]) -> Iterator[Server]:
     folder = tmp_path / "server"
     folder.mkdir()
-    server = Server(folder)
+    server = Server(folder, new_database(folder / "mlflow.db"))
     yield server
     server.stop()
 

@@ -1,6 +1,5 @@
 import json
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,28 +14,16 @@ from visiontuner.tracking.mlflow_writer import MEMORY_FILE, MlflowWriter
 
 NewSearch = Callable[..., Any]
 
-# MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Migrating a new database takes seconds: once for all tests."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    Store(f"sqlite:///{path}").call("search_experiments")
-    return path
-
 
 @pytest.fixture
 def store(
-    tmp_path: Path, empty_database: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, new_database: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., str]:
     """Makes empty stores by name; their artifacts stay in `tmp_path`."""
     monkeypatch.chdir(tmp_path)
 
     def make(name: str = "mlflow") -> str:
-        shutil.copyfile(empty_database, tmp_path / f"{name}.db")
-        return f"sqlite:///{tmp_path}/{name}.db"
+        return new_database(tmp_path / f"{name}.db")
 
     return make
 
