@@ -126,7 +126,7 @@ def _parse(path: Path, report: dict[str, Any]) -> StoredPredictions:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise TypeError("class_names must be a list of names")
     # Without pickle: an artifact store is not a place to run code from.
-    with np.load(path, allow_pickle=False) as stored:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         probabilities, labels = stored["probabilities"], stored["labels"]
         digests = [str(digest) for digest in stored["digests"].tolist()]
     _check(names, probabilities, labels, digests)
