@@ -410,6 +410,24 @@ def test_a_folder_shows_its_evaluation(new_search: NewSearch, png: bytes) -> Non
     ]
 
 
+def test_the_rules_look_at_the_curves_once(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    for number in (1, 2):
+        search.start(number)
+        for step in (1, 2):
+            search.epoch(number, step, train_loss=math.nan)
+        if number == 1:
+            search.append(
+                "finding", trial_id="t0001", attempt=1, rule="not_a_number", severity="error",
+                step=1, evidence="seen live", advice="Lower it.",
+            )  # fmt: skip
+        search.end(number, "failed", best_value=None, error="loss is not finite")
+    page = Page(write_page(search.folder, figures={}).read_text(encoding="utf-8"))
+    (row,) = [row for row in page.rows if row[1:2] == ["not_a_number"]]
+    assert row[2:] == ["t0001, t0002", "seen live", "Lower it."]
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"metrics": 3}', "\udcff"])
 def test_a_damaged_evaluation_is_named_and_the_rest_is_shown(
     new_search: NewSearch, content: str

@@ -26,6 +26,7 @@ from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_e
 from visiontuner.tracking import figures as drawing
 from visiontuner.tracking.client import without_password
 from visiontuner.tracking.page import PageData, describe_search, label
+from visiontuner.training.rules import diagnose_history, history_of_trial
 
 PAGE_FILE = "report.html"
 EVALUATION_FOLDER = "evaluation"
@@ -69,6 +70,7 @@ def write_page(
     """
     events = read_events(folder).events
     record = SearchRecord.of(events)
+    _apply_rules(record)
     if figures is None:
         figures = {n: drawing.to_png(f) for n, f in drawing.search_figures(record).items()}
     if state is None and record.ended is None:
@@ -138,6 +140,14 @@ def data_findings(events: Sequence[Event]) -> list[Finding]:
         for event in events
         if event["event"] == "finding" and not event.get("trial_id")
     ]
+
+
+def _apply_rules(record: SearchRecord) -> None:
+    """Add what the rules say of each trial's curves, where the journal does not hold it."""
+    for trial in record.trials.values():
+        known = {finding.rule for finding in trial.findings}
+        found = diagnose_history(history_of_trial(record, trial))
+        trial.findings += [finding for finding in found if finding.rule not in known]
 
 
 def _render(page: PageData, figures: Mapping[str, bytes], test: Mapping[str, bytes]) -> str:
