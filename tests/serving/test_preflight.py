@@ -93,19 +93,6 @@ def test_a_server_that_is_not_ready_in_time_is_ended(colour_model: Path) -> None
     assert our_servers() == before
 
 
-def test_an_error_in_the_block_ends_the_server_too(colour_model: Path) -> None:
-    before = our_servers()
-    with pytest.raises(KeyboardInterrupt):
-        _interrupt(colour_model)
-    assert our_servers() == before
-
-
-def _interrupt(model: Path) -> None:
-    with ScoringServer(model, local_environment()) as server:
-        assert server.memory_mb() > 50
-        raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("missing", ["artifacts/classifier/reference.json", "artifacts"])
 def test_a_model_without_reference_pictures_is_refused(copy: Path, missing: str) -> None:
     path = copy / missing

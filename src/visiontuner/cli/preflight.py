@@ -81,4 +81,5 @@ def _print_report(report: PreflightReport) -> None:
         if report.passed
         else f"{report.model} would fail as an endpoint.",
         style="bold",
+        soft_wrap=True,
     )
