@@ -335,6 +335,14 @@ def test_an_evaluation_without_test_pictures_says_so(new_search: NewSearch) -> N
     assert "Test accuracy" not in page.text
 
 
+def test_an_optimum_at_the_edge_is_said_before_an_evaluation(new_search: NewSearch) -> None:
+    search = new_search(search={"space": {"learning_rate": {"low": 1e-4, "high": 0.01005}}})
+    search.begin()
+    for number in (1, 2):
+        search.trial(number)
+    assert re.search(r"learning_rate.*0\.01", page_of(search).text.split("Test pictures")[0])
+
+
 def test_losses_are_numbers_and_the_lowest_wins(new_search: NewSearch) -> None:
     search = new_search(objective="validation_loss")
     search.begin()

@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from visiontuner.errors import ExperimentError
+from visiontuner.evaluation.edges import edges
+from visiontuner.experiment import Experiment
 from visiontuner.journal import Finding, SearchRecord, TrialRecord
 from visiontuner.tracking.figures.parts import LABELS, count
 from visiontuner.tracking.page_evaluation import TestPart, describe_test, percent
@@ -245,6 +248,16 @@ def _choice(record: SearchRecord) -> Iterable[str]:
         yield "It is the only one with a result, so there is nothing to compare it with."
     else:
         yield "`visiontuner evaluate` says which trials cannot be told apart from it."
+    yield from _edges(record)
+
+
+def _edges(record: SearchRecord) -> Iterable[str]:
+    """Where the best trial lies at the end of what was searched."""
+    try:
+        space = Experiment.parse(record.started["experiment"]).search.space
+    except (KeyError, ExperimentError):  # another version's experiment
+        return
+    yield from (edge.sentence for edge in edges(record, space))
 
 
 def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:
