@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +12,13 @@ import pytest
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
 from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
-from visiontuner.search.cluster import RayForSearch
 from visiontuner.search.run import Recorder, run_trials
 from visiontuner.search.space import draw_beforehand
 from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE
 
-pytestmark = [
-    pytest.mark.slow,
-    # Ray's own: old names in its libraries, sockets left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
 CLASSES, DIMENSIONS = 3, 8
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    with RayForSearch("local") as ray:
-        ray.start()
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +76,7 @@ class Search:
 @pytest.fixture
 def search(tmp_path: Path, features: Path) -> Callable[..., Search]:
     def make(*, epochs: int = 3, objective: str = "validation_accuracy", **search: Any) -> Search:
+        rules = search.pop("rules", {})
         search = {"algorithm": "random", "scheduler": "none", **search}
         return Search(
             tmp_path / "search",
@@ -98,6 +84,7 @@ def search(tmp_path: Path, features: Path) -> Callable[..., Search]:
             objective=objective,
             training={"epochs": epochs, "optimizer": "sgd"},
             search=search,
+            rules=rules,
         )
 
     return make
@@ -174,6 +161,7 @@ def test_a_failing_trial_does_not_end_the_search(search, capfd):
     assert by_rate[1e30].state == by_rate[1e32].state == "failed"
     assert "learning rate 1e+30" in by_rate[1e30].error
     assert "\n" not in by_rate[1e30].error
+    assert "not_a_number" in [finding.rule for finding in by_rate[1e30].findings]
     assert "Traceback" not in "".join(capfd.readouterr())
     assert grid.run() == "completed"  # a failed trial has ended; it does not run again
     assert {t.attempt for t in grid.trials.values()} == {1}
@@ -228,3 +216,30 @@ def test_every_searched_value_reaches_the_training(search):
     for trial in grid.trials.values():
         assert trial.state == "completed"
         assert trial.epochs[0].metrics["learning_rate"] == pytest.approx(0.25)
+
+
+def test_a_rule_stops_its_trial_and_no_other(search):
+    grid = search(
+        algorithm="grid",
+        epochs=8,
+        space=rates(1e-9, 0.1, 1e6),
+        rules={"stop_on": ["learning_rate_too_high", "loss_not_decreasing"]},
+    )
+    assert grid.run() == "completed"
+    by_rate = {t.configuration["learning_rate"]: t for t in grid.trials.values()}
+    flat, good, high = (by_rate[rate] for rate in (1e-9, 0.1, 1e6))
+    assert (flat.state, len(flat.epochs)) == ("stopped_early", 4)
+    assert flat.reason == "rules.stop_on: loss_not_decreasing in epoch 4"
+    assert (high.state, len(high.epochs)) == ("stopped_early", 2)  # one step an epoch
+    assert (good.state, len(good.epochs), good.reason) == ("completed", 8, None)
+    assert "error" not in [f.severity for f in good.findings]
+    # One finding for each rule and trial, all of them before the trial's end.
+    events = read_events(grid.folder).events
+    named = [(e["trial_id"], e["rule"]) for e in events if e["event"] == "finding"]
+    assert len(named) == len(set(named))
+    assert (high.trial_id, "learning_rate_too_high") in named
+    ended = [e["trial_id"] for e in events if e["event"] == "trial_ended"]
+    last = {e["trial_id"]: n for n, e in enumerate(events) if e["event"] == "finding"}
+    ends = {e["trial_id"]: n for n, e in enumerate(events) if e["event"] == "trial_ended"}
+    assert sorted(ended) == sorted(grid.trials)
+    assert all(last[trial_id] < ends[trial_id] for trial_id in last)

@@ -61,10 +61,10 @@ def _print(diagnosis: Diagnosis) -> None:
         console.print(table)
     for run in diagnosis.runs:
         if run.note:
-            console.print(f"{run.name}: {run.note}", markup=False)
+            click.echo(f"{run.name}: {run.note}")
     for note in diagnosis.notes:
-        console.print(note, markup=False)
-    console.print(_summary(diagnosis.runs, diagnosis.target), markup=False)
+        click.echo(note)
+    click.echo(_summary(diagnosis.runs, diagnosis.target))
 
 
 def _rule(finding: Finding) -> Text:
@@ -84,4 +84,5 @@ def _said(finding: Finding) -> Text:
 def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
     errors = sum(bool(run.errors) for run in runs)
     quiet = sum(not run.findings for run in runs)
-    return f"{target}: {len(runs)} trainings, {errors} with errors, {quiet} with nothing to say."
+    trainings = "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
+    return f"{target}: {trainings}, {errors} with errors, {quiet} with nothing to say."

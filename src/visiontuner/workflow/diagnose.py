@@ -21,7 +21,7 @@ from visiontuner.locations import newest_search, tracking_uri
 
 if TYPE_CHECKING:
     from visiontuner.tracking.history import RunHistory
-    from visiontuner.training.rules import Predictions, TrainingHistory
+    from visiontuner.training.rules import Predictions, SimilarRuns, TrainingHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def _diagnose_trial(
     record: SearchRecord,
     trial: TrialRecord,
     reader: _PredictionReader,
-    similar: Any,
+    similar: SimilarRuns,
     *,
     running: bool,
 ) -> DiagnosedRun:
@@ -192,14 +192,11 @@ class _PredictionReader:
 
 def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
     from visiontuner.tracking.history import read_histories, write_findings
-    from visiontuner.training.rules import similar_across_runs
+    from visiontuner.training.rules import SimilarRuns
 
-    uri = tracking_uri()
+    uri, similar = tracking_uri(), SimilarRuns()
     histories = read_histories(uri, target)
-    repeated = similar_across_runs(
-        {run.run_id: run.history for run in histories if not run.running}
-    )
-    runs = tuple(_diagnose_run(run, repeated.get(run.run_id)) for run in histories)
+    runs = tuple(_diagnose_run(run, similar) for run in histories)
     notes = [] if runs else ["There are no runs to look at."]
     if write:
         foreign = {run.run_id for run in histories if not run.own}
@@ -212,9 +209,10 @@ def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
     return Diagnosis(target=target, runs=runs, notes=tuple(notes))
 
 
-def _diagnose_run(run: RunHistory, repeated: Finding | None) -> DiagnosedRun:
+def _diagnose_run(run: RunHistory, similar: SimilarRuns) -> DiagnosedRun:
     from visiontuner.training.rules import diagnose_history, most_severe_first
 
+    repeated = None if run.running else similar.add(run.name, run.history)
     found = [*diagnose_history(run.history), *([repeated] if repeated else [])]
     earlier = sorted(set(run.findings) - {finding.rule for finding in found})
     notes = [f"still running, {len(run.history.times)} epochs so far"] if run.running else []

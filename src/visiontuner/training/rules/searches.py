@@ -33,7 +33,7 @@ class SimilarRuns:
             for setting in {*configuration, *history.configuration}
             if configuration.get(setting) != history.configuration.get(setting)
         )
-        if earlier == name or not different:
+        if not different:  # of this very training, or the same again
             return None
         values = "; ".join(
             f"{s} {_short(configuration.get(s))} and {_short(history.configuration.get(s))}"

@@ -1,0 +1,377 @@
+"""Each rule has a history that fires it and one nearby that does not."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from visiontuner.errors import ExperimentError
+from visiontuner.experiment import STOPPING_RULES, Experiment
+from visiontuner.journal import Finding
+from visiontuner.training.rules import (
+    LASTING_RULES,
+    RULES,
+    Curve,
+    Predictions,
+    TrainingHistory,
+    diagnose_curves,
+    diagnose_history,
+    similar_across_runs,
+)
+
+GUESS = math.log(10)  # 2.303
+
+
+def history(**parts: Any) -> TrainingHistory:
+    """Ten classes; a list of numbers is the curve of that name, one value an epoch from 1."""
+    curves = {n: v for n, v in parts.items() if isinstance(v, list)}
+    rest = {n: v for n, v in parts.items() if n not in curves}
+    return TrainingHistory(
+        metrics={n: Curve(tuple(range(1, len(v) + 1)), tuple(v)) for n, v in curves.items()},
+        **{"num_classes": 10, **rest},
+    )
+
+
+def falling(start: float, end: float, epochs: int = 20) -> list[float]:
+    """Geometric steps."""
+    return [float(value) for value in np.geomspace(start, end, epochs)]
+
+
+def predictions(predicted: list[int], labels: list[int], sure: float = 0.9) -> Predictions:
+    """`sure` for the predicted class, the rest shared by the others; as many classes as needed."""
+    classes = max(*predicted, *labels) + 1
+    table = np.full((len(labels), classes), (1 - sure) / (classes - 1))
+    table[np.arange(len(labels)), predicted] = sure
+    return Predictions(
+        probabilities=table,
+        labels=np.array(labels),
+        class_names=tuple("abcdefghijklmnopqrstuvwxyz"[:classes]),
+    )
+
+
+def shuffled(accuracy: float) -> TrainingHistory:
+    return history(
+        train_loss=falling(2.45, 1.6),
+        validation_loss=[2.32, 2.35, 2.41, *[2.45] * 17],
+        train_accuracy=[0.5] * 20,
+        validation_accuracy=[accuracy] * 20,
+    )
+
+
+def fifty_epochs_idle(rise: float) -> TrainingHistory:
+    return history(validation_loss=[*falling(2.0, 1.0, 20), *[1.0 + rise] * 60])
+
+
+def missed(rare_recall: float, **parts: Any) -> TrainingHistory:
+    """100, 100 and 5 training pictures; ten of the rare class in validation."""
+    right = round(10 * rare_recall)
+    labels = [0] * 10 + [1] * 10 + [2] * 10
+    said = labels[:20] + [2] * right + [0] * (10 - right)
+    return history(
+        class_names=("a", "b", "c"),
+        class_counts=(100, 100, 5),
+        num_classes=3,
+        predictions=predictions(said, labels, sure=0.6),
+        **parts,
+    )
+
+
+def never_named(others_right: int) -> TrainingHistory:
+    """Two classes of ten; the second is never predicted, the first `others_right` times of ten."""
+    labels = [0] * 10 + [1] * 10 + [2] * 10
+    said = [0] * others_right + [2] * (10 - others_right) + [0] * 10 + [2] * 10
+    return history(predictions=predictions(said, labels, sure=0.6), num_classes=3)
+
+
+def doubtful(wrong: int, sure: float = 0.995) -> TrainingHistory:
+    """100 validation pictures of ten classes, `wrong` of them confidently another one."""
+    labels = [n % 10 for n in range(100)]
+    said = [(label + 1) % 10 if n < wrong else label for n, label in enumerate(labels)]
+    return history(predictions=predictions(said, labels, sure=sure))
+
+
+def of_shape(pictures: int, classes: int) -> Predictions:
+    return Predictions(
+        probabilities=np.full((pictures, classes), 1 / classes),
+        labels=np.zeros(pictures, np.int64),
+        class_names=tuple("abc"[:classes]),
+    )
+
+
+PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
+    "not_a_number: a metric": (
+        "error",
+        history(train_loss=[1.0, math.nan]),
+        history(train_loss=[1.0, 1e30], num_classes=None, gradient_norm=[1.0]),
+    ),
+    "not_a_number: the end": (
+        "error",
+        history(error="The training loss is nan in epoch 1 at learning rate 9."),
+        history(error="MemoryError: the nanny is infinitely busy"),
+    ),
+    "loss_not_decreasing: flat": (
+        "error",
+        history(train_loss=[GUESS] * 11),
+        history(train_loss=falling(GUESS, GUESS * 0.99, 11)),
+    ),
+    "loss_not_decreasing: rising": (
+        "error",
+        history(train_loss=falling(2.0, 2.2, 5)),
+        history(train_loss=falling(2.2, 2.0, 5)),
+    ),
+    "loss_not_decreasing: but learned": (
+        "error",
+        history(train_loss=[1.2] * 11),
+        history(train_loss=[1.1] * 11),  # below half of 2.303
+    ),
+    "overfit": (
+        "error",
+        history(
+            train_loss=falling(2, 0.01),
+            validation_loss=[1.0] * 20,
+            train_accuracy=[0.99] * 20,
+            validation_accuracy=[0.7] * 20,
+        ),
+        history(
+            train_loss=falling(2, 0.01),
+            validation_loss=[1.0] * 20,
+            train_accuracy=[0.99] * 20,
+            validation_accuracy=[0.9] * 20,
+        ),
+    ),
+    "overfit: no accuracies": (
+        "warning",
+        history(train_loss=falling(2, 0.1), validation_loss=[*falling(2, 1, 10), *[1.2] * 10]),
+        history(train_loss=falling(2, 0.1), validation_loss=[*falling(2, 1, 10), *[1.05] * 10]),
+    ),
+    "overtraining": ("error", fifty_epochs_idle(0.05), fifty_epochs_idle(0.005)),
+    "learning_rate_too_high: error": (
+        "error",
+        history(train_loss=[10.1 * GUESS, 5.0, 1.0]),
+        history(train_loss=[2.9 * GUESS, 5.0, 1.0]),
+    ),
+    "learning_rate_too_high: warning": (
+        "warning",
+        history(train_loss=[3.1 * GUESS, 5.0, 1.0]),
+        history(train_loss=[2.9 * GUESS, 5.0, 1.0]),
+    ),
+    "learning_rate_too_high: jumps": (
+        "warning",
+        history(train_loss=[2.0, 1.0, 1.5, 0.9, 1.4, 0.8]),
+        history(train_loss=[2.0, 1.0, 1.5, 0.9, 0.85, 0.8]),
+    ),
+    "learning_rate_too_low": (
+        "error",
+        history(train_loss=falling(GUESS, 2.2), validation_loss=falling(GUESS, 2.21)),
+        history(train_loss=falling(GUESS, 1.3), validation_loss=falling(GUESS, 1.31)),
+    ),
+    "learning_rate_too_low: validation must fall too": (
+        "error",
+        history(train_loss=falling(GUESS, 2.2), validation_loss=falling(GUESS, 2.21)),
+        history(train_loss=falling(GUESS, 2.2), validation_loss=falling(2.21, GUESS)),
+    ),
+    "exploding_gradient": (
+        "error",
+        history(gradient_norm=[2.0, 1.0, 201.0]),
+        history(gradient_norm=[2.0, 1.0, 19.0]),
+    ),
+    "exploding_gradient: noise near the end": (
+        "warning",
+        history(gradient_norm=[2.0, 1.0, 21.0]),
+        history(gradient_norm=[2.0, 1e-6, 1e-9, 1e-2]),
+    ),
+    "stalled: now": (
+        "error",
+        history(times=(0.0, 10.0, 20.0), now=1900.0),
+        history(times=(0.0, 10.0, 20.0), now=1800.0),
+    ),
+    "stalled: slow epochs are none": (
+        "error",
+        history(times=(0.0, 1000.0, 2000.0), now=5100.0),
+        history(times=(0.0, 1000.0, 2000.0), now=4900.0),
+    ),
+    "stalled: once": (
+        "warning",
+        history(times=(0.0, 10.0, 20.0, 2000.0)),
+        history(times=(0.0, 10.0, 20.0, 1000.0)),
+    ),
+    "class_imbalance: it shows": (
+        "error",
+        missed(0.2),
+        replace(missed(0.2), class_counts=(50, 50, 5)),
+    ),
+    "class_imbalance: in numbers": (
+        "warning",
+        missed(0.4),
+        replace(missed(0.4), class_counts=(50, 50, 5)),
+    ),
+    "class_imbalance: weighted": (
+        "error",
+        missed(0.2, configuration={"class_weights": "balanced"}),
+        missed(0.4, configuration={"class_weights": "balanced"}),
+    ),
+    "class_not_predicted": (
+        "error",
+        never_named(10),
+        replace(never_named(10), predictions=predictions([0, 1], [0, 1])),
+    ),
+    "label_noise: labels say nothing": ("error", shuffled(0.1), shuffled(0.4)),
+    "label_noise: confident": ("error", doubtful(30), doubtful(7)),
+    "label_noise: some": ("warning", doubtful(9), doubtful(9, sure=0.8)),
+}
+
+
+def found(case: str, of: TrainingHistory) -> Finding | None:
+    return RULES[case.split(":")[0]](of)
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_a_rule_fires(case: str) -> None:
+    severity, fires, _ = PAIRS[case]
+    finding = found(case, fires)
+    assert finding is not None
+    assert (finding.rule, finding.severity) == (case.split(":")[0], severity)
+    assert finding.evidence
+    assert finding.advice.endswith(".")
+    assert "\n" not in finding.evidence + finding.advice
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_a_rule_is_silent_nearby(case: str) -> None:
+    assert found(case, PAIRS[case][2]) is None
+
+
+def test_every_rule_has_a_pair() -> None:
+    assert {case.split(":")[0] for case in PAIRS} == set(RULES)
+
+
+def test_what_a_weak_model_never_names_is_a_warning() -> None:
+    """Nine classes right of ten is luck excluded; a model as bad as that misses a class easily."""
+    labels = [n % 10 for n in range(50)]
+    weak = predictions([0 if n % 3 else label for n, label in enumerate(labels)], labels)
+    finding = RULES["class_not_predicted"](history(predictions=weak))
+    assert finding is None or finding.severity == "warning"
+
+
+def test_a_model_surer_than_it_is_right_judges_no_labels() -> None:
+    """12 % wrong at certainty: the loss is above a guess's, so it knows no probabilities."""
+    assert RULES["label_noise"](doubtful(20, sure=1 - 1e-9)) is None
+
+
+def test_evidence_names_the_learning_rate_and_the_batch_size() -> None:
+    settings = {"learning_rate": 3.0, "batch_size": 128}
+    finding = RULES["learning_rate_too_high"](history(train_loss=[99.0], configuration=settings))
+    assert finding is not None
+    assert "43 times the 2.3 of guessing (learning rate 3, batch size 128)" in finding.evidence
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        TrainingHistory(),
+        TrainingHistory(num_classes=1, class_counts=(5,), class_names=("a",)),
+        history(train_loss=[0.0] * 20, validation_loss=[0.0] * 20, gradient_norm=[0.0] * 20),
+        history(train_loss=[math.inf] * 20, validation_loss=[math.nan] * 20),
+        history(train_loss=[-1.0] * 20, num_classes=None),
+        history(class_counts=(0, 0, 0)),
+        history(predictions=of_shape(0, 3)),
+        history(predictions=of_shape(4, 1)),
+    ],
+    ids=["empty", "one class", "zeros", "not finite", "negative", "no pictures", "none", "one"],
+)
+def test_no_rule_fails_on_an_odd_history(rule: str, odd: TrainingHistory) -> None:
+    finding = RULES[rule](odd)
+    assert finding is None or finding.rule == rule
+
+
+def test_findings_come_with_errors_first() -> None:
+    both = history(
+        train_loss=[3.1 * GUESS, 1.0], gradient_norm=[1.0, 300.0], class_counts=(100, 1),
+        class_names=("a", "b"),
+    )  # fmt: skip
+    assert [(f.rule, f.severity) for f in diagnose_history(both)] == [
+        ("exploding_gradient", "error"),
+        ("learning_rate_too_high", "warning"),
+        ("class_imbalance", "warning"),
+    ]
+    assert {f.rule for f in diagnose_curves(both)} <= set(LASTING_RULES)
+
+
+def trial(rate: float, losses: list[float], **settings: Any) -> TrainingHistory:
+    return history(
+        train_loss=losses,
+        validation_loss=losses,
+        configuration={"learning_rate": rate, **settings},
+    )
+
+
+def test_trials_with_other_settings_and_the_same_curves_are_similar() -> None:
+    one, two = trial(0.1, [3, 2, 1], batch_size=64), trial(0.1, [3, 2, 1, 0.5], batch_size=128)
+    found = similar_across_runs({"t1": one, "t2": two})
+    assert set(found) == {"t2"}
+    assert "t1" in found["t2"].evidence
+    assert "batch_size 64 and 128" in found["t2"].evidence
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        trial(0.2, [3, 2, 1.0001]),
+        trial(0.1, [3, 2, 1]),  # the same trial again
+        trial(0.2, [3, 2]),  # too short to say
+        trial(0.2, [2, 2, 2]),
+    ],
+)
+def test_trials_are_not_similar(other: TrainingHistory) -> None:
+    assert similar_across_runs({"t1": trial(0.1, [3, 2, 1]), "t2": other}) == {}
+
+
+def test_similar_needs_curves_that_move() -> None:
+    flat = [trial(rate, [2.0, 2.0, 2.0]) for rate in (0.1, 0.2)]
+    assert similar_across_runs(dict(zip("ab", flat, strict=True))) == {}
+
+
+def test_what_can_stop_a_trial_is_a_rule_that_sees_something_while_it_runs() -> None:
+    assert set(STOPPING_RULES) <= set(RULES)
+    assert set(LASTING_RULES) <= set(STOPPING_RULES)
+    needs_the_end = {"class_not_predicted", "class_imbalance", "stalled"}
+    assert set(RULES) - set(STOPPING_RULES) == needs_the_end
+
+
+def test_an_experiment_names_rules_that_stop() -> None:
+    experiment = Experiment.parse({"rules": {"stop_on": ["overfit"]}})
+    assert experiment.rules.stop_on == ("overfit",)
+    assert Experiment.parse({"rules": None}).rules.stop_on == ()
+    assert Experiment.parse({"rules": {"stop_on": None}}).rules.stop_on == ()
+
+
+@pytest.mark.parametrize(
+    ("stop_on", "told"),
+    [
+        (["overfitt"], "no rule 'overfitt' that can stop a trial; did you mean overfit?"),
+        (["class_imbalance"], "no rule 'class_imbalance' that can stop a trial"),
+        ("overfit", "rules.stop_on must be a list of rules, got 'overfit'"),
+        ([3], "no rule 3 that can stop a trial"),
+        ({"overfit": True}, "must be a list of rules"),
+    ],
+)
+def test_an_experiment_refuses_other_rules(stop_on: Any, told: str) -> None:
+    with pytest.raises(ExperimentError, match=r"rules\.stop_on") as error:
+        Experiment.parse({"rules": {"stop_on": stop_on}})
+    assert told in str(error.value)
+
+
+def test_logits_of_another_shape_are_no_predictions() -> None:
+    with pytest.raises(ValueError, match="logits for 3 pictures"):
+        Predictions.from_logits(np.zeros((2, 2)), np.zeros(3, np.int64), ("a", "b"))
+
+
+def test_logits_become_probabilities() -> None:
+    logits = np.log([[1.0, 3.0]]) + 1000  # large ones do not overflow
+    of = Predictions.from_logits(logits, np.array([1]), ("a", "b"))
+    assert of.probabilities[0].tolist() == pytest.approx([0.25, 0.75])
+    assert of.accuracy == 1.0
+    assert of.support().tolist() == [0, 1]
