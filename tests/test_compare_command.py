@@ -214,6 +214,16 @@ def test_a_narrow_terminal_leaves_out_columns_never_the_result():
         assert bool(told) == (width == 60)
 
 
+def test_the_search_stays_where_two_have_trials_of_the_same_names():
+    write_search("a", [0.8, 0.9])
+    write_search("b", [0.8])
+    frame = load_runs("searches").frame
+    console = Console(width=80, force_terminal=True, color_system=None)
+    with console.capture() as shown:
+        print_runs(console, frame, default_columns(frame))
+    assert shown.get().splitlines()[0].split()[:2] == ["run", "search"]
+
+
 def test_a_terminal_shows_the_best_rows_and_says_how_many_more_there_are():
     write_search("a", [0.5 + number / 1000 for number in range(60)])
     frame = load_runs().frame

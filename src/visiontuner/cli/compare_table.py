@@ -13,7 +13,8 @@ _MOST_ROWS = 40  # of a terminal: what is best must not scroll away
 _GAP = 2
 # Without these a row says nothing; the others go from the right until the rest fits.
 _KEPT = ("run", "state")
-_FIRST_TO_GO = ("reason", "epochs", "best_epoch", "search")
+_FIRST_TO_GO = ("reason", "epochs", "best_epoch")
+_LAST_TO_GO = "search"  # trials of two searches have the same names
 _MARK = "← best"
 
 
@@ -61,7 +62,8 @@ def _fitting(
     """The columns that fit into `room` characters, in their order."""
     chosen = list(columns)
     can_go = [n for n in _FIRST_TO_GO if n in chosen]
-    can_go += [n for n in reversed(chosen) if n not in kept and n not in can_go]
+    can_go += [n for n in reversed(chosen) if n not in (*kept, *can_go, _LAST_TO_GO)]
+    can_go += [_LAST_TO_GO] if _LAST_TO_GO in chosen else []
     for name in can_go:
         if sum(widths[n] for n in chosen) <= room:
             break
