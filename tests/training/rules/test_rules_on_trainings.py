@@ -1,6 +1,6 @@
 """Real trainings: made to fail they raise their error, healthy ones raise none.
 
-Features are the digits' 64 pixels seen through 128 fixed random ReLU units.
+Features are the digits' 64 pixels seen through 256 fixed random ReLU units.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _one_thread() -> Iterator[None]:
 def splits() -> tuple[Split, Split]:
     pixels, labels = load_digits(return_X_y=True)
     rng = np.random.default_rng(7)
-    hidden = np.maximum(pixels / 16 @ rng.normal(size=(64, 128)) / 8**0.5, 0)
+    hidden = np.maximum(pixels / 16 @ rng.normal(size=(64, 256)) / 8**0.5, 0)
     order = rng.permutation(len(labels))
     every = Split(hidden.astype(np.float32), labels.astype(np.int64)).only(order)
     return every.only(np.arange(1400)), every.only(np.arange(1400, 1797))
@@ -59,7 +59,7 @@ def findings(train: Split, valid: Split, **settings: Any) -> dict[str, str]:
     epochs: list[Mapping[str, float]] = []
     logits, error = None, None
     try:
-        for result in fit(linear_head(128, 10, dropout=0, seed=7), *batches, training,
+        for result in fit(linear_head(256, 10, dropout=0, seed=7), *batches, training,
                           num_classes=10, seed=7):  # fmt: skip
             epochs.append(result.metrics.to_dict())
             logits = result.validation_logits.numpy() if result.is_best else logits
