@@ -5,7 +5,7 @@ import copy
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from visiontuner.errors import DataError, JournalError, SearchFailed, UserMistak
 from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
-from visiontuner.search.cluster import RayForSearch
 from visiontuner.search.space import draw_beforehand
 from visiontuner.workflow import (
     SearchResult,
@@ -30,16 +29,7 @@ from visiontuner.workflow import (
     sync_search,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    # Ray's own: old names in its libraries, sockets left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
 
 class Notes(Silent):
@@ -52,14 +42,6 @@ class Notes(Silent):
         self.notes.append(text)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    """One Ray for all: a search uses the one that is there."""
-    with RayForSearch("local") as ray:
-        ray.start()
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path) -> None:
     monkeypatch.chdir(tmp_path)
@@ -67,10 +49,14 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path) -
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], MlflowClient]:
+def store(
+    monkeypatch: pytest.MonkeyPatch, new_database: Callable[[Path], str]
+) -> Callable[[Path], MlflowClient]:
     """Sends tracking to a database and gives a client for it."""
 
     def use(path: Path) -> MlflowClient:
+        if not path.exists():
+            new_database(path)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{path}")
         return MlflowClient(f"sqlite:///{path}")
 
@@ -95,13 +81,14 @@ def finished(
     shared_cache: Path,
     pictures: Path,
     small_search: dict[str, Any],
+    new_database: Callable[[Path], str],
 ) -> tuple[SearchResult, Path, list[str]]:
     """A search that ended, its MLflow database and what was told; tests look, none changes it."""
     home, notes = tmp_path_factory.mktemp("finished"), Notes()
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", new_database(home / "mlflow.db"))
         result = run_search(
             experiment_on(pictures, small_search), output=home / "search", observer=notes
         )
