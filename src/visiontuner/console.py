@@ -32,7 +32,7 @@ class SearchConsole:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or _own_console()
         self.said: set[str] = set()
         self._record = SearchRecord()
         self._total = 0
@@ -191,6 +191,14 @@ class _Bar:
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+
+
+def _own_console() -> Console:
+    """In a notebook plain lines: a cell's output is read again later, and elsewhere."""
+    console = Console(highlight=False, soft_wrap=True)
+    if not console.is_jupyter:
+        return console
+    return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
 
 
 def _worth_showing(trials: list[TrialRecord], best: TrialRecord | None) -> list[TrialRecord]:
