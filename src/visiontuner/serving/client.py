@@ -103,10 +103,15 @@ class HttpTransport:
 
 
 class SageMakerTransport:
-    """A SageMaker endpoint, by name."""
+    """A SageMaker endpoint, by name; `session` is boto3's own if None."""
 
     def __init__(
-        self, endpoint: str, *, region: str | None = None, body_limit: int = REQUEST_BYTES
+        self,
+        endpoint: str,
+        *,
+        region: str | None = None,
+        body_limit: int = REQUEST_BYTES,
+        session: Any = None,
     ) -> None:
         import boto3
         from botocore.config import Config
@@ -117,7 +122,8 @@ class SageMakerTransport:
         self.endpoint = endpoint
         self.body_limit = body_limit
         try:
-            self._client = boto3.client("sagemaker-runtime", region_name=region, config=config)
+            maker = session or boto3
+            self._client = maker.client("sagemaker-runtime", region_name=region, config=config)
         except BotoCoreError as error:
             raise ServingError(
                 f"Cannot ask endpoint {endpoint!r}: {error} Set AWS_REGION and credentials, "

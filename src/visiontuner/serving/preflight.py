@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -16,15 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import requests
 
-from visiontuner.errors import ClassifierError, ServingError
+from visiontuner.errors import ServingError
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import REQUEST_BYTES, encode_request
 from visiontuner.serving.environments import Environment
 from visiontuner.serving.instances import recommend
 from visiontuner.serving.malformed import JSON, MALFORMED
+from visiontuner.serving.reference import TOLERANCE, Reference
 from visiontuner.serving.server import ScoringServer
-
-TOLERANCE = 1e-5
 
 _ANSWER_SECONDS = 60.0  # an endpoint's limit for one request
 _PING_SECONDS = 2.0  # and for one ping
@@ -94,7 +91,7 @@ def run_preflight(
         ClassifierError: the model holds no readable reference pictures.
         ServingError: it cannot be served at all.
     """
-    reference = _Reference.read(model)
+    reference = Reference.read(model)
     note(f"Serving {name} with {environment.python}.")
     with ScoringServer(model, environment, ready_seconds=ready_seconds) as server:
         asked = _Asked(server)
@@ -120,40 +117,6 @@ def run_preflight(
         memory_mb=peak,
         recommendation=recommend(memory_mb=peak, pictures_per_second=rate),
     )
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The pictures that the artifact was packaged with, and its own answers to them."""
-
-    class_names: list[str]
-    pictures: list[bytes]
-    probabilities: np.ndarray[Any, np.dtype[np.float64]]  # (N, C)
-
-    @classmethod
-    def read(cls, model: Path) -> _Reference:
-        folder = model / "artifacts" / "classifier"
-        try:
-            names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
-            raw = json.loads((folder / "reference.json").read_text("utf-8"))["pictures"]
-            pictures = [base64.b64decode(picture["image"]) for picture in raw]
-            recorded = np.array([picture["probabilities"] for picture in raw], dtype=np.float64)
-            if recorded.shape != (len(pictures), len(names)) or not pictures:
-                raise ValueError("no pictures, or other classes")
-        except OSError as error:
-            raise ClassifierError(
-                f"{model} is no MLflow model of visiontuner ({error.strerror}: {error.filename})."
-            ) from None
-        except (ValueError, LookupError, TypeError) as error:
-            raise ClassifierError(
-                f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
-                "Package the classifier again."
-            ) from None
-        return cls(names, pictures, recorded)
-
-    def bodies(self) -> Iterator[bytes]:
-        """Requests with one picture each, without end."""
-        return cycle([encode_request([picture], Options()) for picture in self.pictures])
 
 
 class _Asked:
@@ -211,18 +174,14 @@ def _check_ping(asked: _Asked, environment: Environment) -> Check:
     return _check("ping", status == 200 and seconds <= _PING_SECONDS, detail)
 
 
-def _check_reference(asked: _Asked, reference: _Reference) -> Check:
-    names = reference.class_names
-    rows = asked.rows(reference.pictures, Options(top_k=len(names)))
-    answered = [{c["label"]: c["probability"] for c in row["top_k"]} for row in rows]
-    got = np.array([[row.get(name, np.nan) for name in names] for row in answered])
-    same = got.shape == reference.probabilities.shape
-    difference = float(np.abs(got - reference.probabilities).max()) if same else float("nan")
+def _check_reference(asked: _Asked, reference: Reference) -> Check:
+    rows = asked.rows(reference.pictures, reference.options())
+    difference = reference.difference([row["top_k"] for row in rows])
     detail = f"{len(rows)} pictures, probabilities differ by at most {difference:.1e}"
     return _check("reference pictures", difference <= TOLERANCE, detail)  # NaN fails
 
 
-def _check_reported_rows(asked: _Asked, reference: _Reference) -> Check:
+def _check_reported_rows(asked: _Asked, reference: Reference) -> Check:
     name = "a bad row among good ones"
     contents = [b"no picture", reference.pictures[0]]
     response = asked.post(encode_request(contents, Options(on_error="report")))
@@ -245,7 +204,7 @@ def _check_malformed(asked: _Asked) -> Check:
     return _check("malformed requests", not wrong, ", ".join(wrong) or detail)
 
 
-def _check_payload(asked: _Asked, reference: _Reference) -> Check:
+def _check_payload(asked: _Asked, reference: Reference) -> Check:
     """The largest request that an endpoint takes."""
     pictures: list[bytes] = []
     length = len(encode_request([], Options()))
@@ -282,7 +241,7 @@ def _check_memory(before: float, after: float) -> Check:
     return _check("memory", grown <= max(_GROWTH * before, _GROWTH_MB), detail)
 
 
-def _one_at_a_time(asked: _Asked, reference: _Reference, count: int) -> list[float]:
+def _one_at_a_time(asked: _Asked, reference: Reference, count: int) -> list[float]:
     """Milliseconds of each request."""
     milliseconds: list[float] = []
     end = time.perf_counter() + _MEASURE_SECONDS
@@ -295,7 +254,7 @@ def _one_at_a_time(asked: _Asked, reference: _Reference, count: int) -> list[flo
     return milliseconds
 
 
-def _many_at_a_time(asked: _Asked, reference: _Reference, count: int) -> float:
+def _many_at_a_time(asked: _Asked, reference: Reference, count: int) -> float:
     """Pictures a second, with several clients that ask so often each."""
     clients = [_Asked(asked.server) for _ in range(_CLIENTS)]
     began = time.perf_counter()

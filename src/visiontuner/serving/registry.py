@@ -83,7 +83,7 @@ def log_classifier(
         TrackingError: MLflow is away or refuses.
     """
     digest = classifier_digest(folder)
-    with _one_at_a_time, _quiet(), _fluent_uris(tracking_uri):
+    with _one_at_a_time, quiet(), fluent_uris(tracking_uri):
         try:
             client = MlflowClient(tracking_uri, tracking_uri)
             run = client.get_run(run_id)
@@ -115,7 +115,7 @@ def save_classifier(folder: Path, destination: Path) -> Path:
         TrackingError: MLflow refuses.
     """
     classifier_digest(folder)
-    with _one_at_a_time, _quiet():
+    with _one_at_a_time, quiet():
         import mlflow.pyfunc
 
         try:
@@ -168,7 +168,7 @@ def _find_model(client: MlflowClient, run: Run, digest: str) -> str | None:
 
 
 def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, str]) -> str:
-    # Not at the top but in `_quiet`: its first import warns about MLflow's own type hints.
+    # Not at the top but in `quiet`: its first import warns about MLflow's own type hints.
     import mlflow.pyfunc
 
     # Made by hand: `Model.log` would put it into the process's experiment, not into the run's.
@@ -235,7 +235,7 @@ def _register(
 
 
 @contextmanager
-def _fluent_uris(tracking_uri: str) -> Iterator[None]:
+def fluent_uris(tracking_uri: str) -> Iterator[None]:
     """MLflow's logging of models reads the process-wide URIs: set for us, put back after.
 
     MLflow keeps them in its own variables and in the environment. One that was not set of its own
@@ -268,7 +268,7 @@ def _fluent_uris(tracking_uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """MLflow's notices, prints and warnings are about its own ways, not about this model."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
