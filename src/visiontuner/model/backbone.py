@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from visiontuner.data.images import Interpolation, Preprocessing
 from visiontuner.errors import BackboneError
 from visiontuner.model.bundled import BUNDLED, TIMM_NAME, bundled_weights
 from visiontuner.model.description import BackboneDescription
+from visiontuner.model.light_imports import import_timm, import_torchvision
 from visiontuner.model.weights import (
     StateDict,
     digest_weights,
@@ -32,6 +32,8 @@ from visiontuner.model.weights import (
     read_state_dict,
     read_weights,
 )
+
+torchvision: Any = import_torchvision()
 
 TIMM = "timm:"
 
@@ -231,13 +233,12 @@ def _resized_positions(state: StateDict, module: nn.Module) -> StateDict:
 
 
 def _timm_names() -> list[str]:
-    import timm  # two seconds that torchvision's users need not wait
-
-    return timm.list_models(pretrained=True)
+    timm: Any = import_timm()  # a second that torchvision's users need not wait
+    return timm.list_models(pretrained=True)  # type: ignore[no-any-return]
 
 
 def _build_timm(name: str, image_size: int | None, cache: Path) -> _Network:
-    import timm
+    timm: Any = import_timm()
     from timm.models import is_model, split_model_name_tag
 
     if not is_model(split_model_name_tag(name)[0]):
@@ -258,9 +259,8 @@ def _build_timm(name: str, image_size: int | None, cache: Path) -> _Network:
 
 
 def _timm_preprocessing(config: Mapping[str, Any], image_size: int | None) -> Preprocessing:
-    import timm.data
-
-    resolve: Any = timm.data.resolve_data_config  # type: ignore[attr-defined]
+    timm: Any = import_timm()
+    resolve: Any = timm.data.resolve_data_config
     data = resolve({}, pretrained_cfg=dict(config))
     size, interpolation = data["input_size"][-1], data["interpolation"]
     known = interpolation in get_args(Interpolation)
@@ -278,8 +278,7 @@ def _timm_weights(
     name: str, config: Mapping[str, Any], options: Mapping[str, Any], cache: Path
 ) -> StateDict:
     """The published weights, converted by timm's own rules for that network."""
-    import timm
-
+    timm: Any = import_timm()
     state = read_state_dict(_timm_file(name, config, cache))
     overlay = {"state_dict": state}
     module = timm.create_model(
@@ -369,8 +368,7 @@ def _unusable(name: str, image_size: int | None, error: Exception) -> BackboneEr
 
 def _unknown(name: str) -> BackboneError:
     if name.startswith(TIMM):
-        import timm
-
+        timm: Any = import_timm()
         known = [TIMM + other for other in timm.list_models()]
     else:
         known = [BUNDLED, *_torchvision_names()]
