@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from visiontuner.cli.compare import compare
+from visiontuner.cli.deploy import deploy, endpoints, undeploy, update
 from visiontuner.cli.diagnose import diagnose
 from visiontuner.cli.evaluate import evaluate
 from visiontuner.cli.lineage import lineage
@@ -21,7 +22,7 @@ __all__ = ["NOT_GIVEN", "main"]
 _GROUPS: dict[str, tuple[click.Command, ...]] = {
     "Search": (tune, prepare, sync, backbones, doctor),
     "Judge": (evaluate, compare, diagnose, promote, lineage),
-    "Serve": (preflight, query),
+    "Serve": (preflight, deploy, update, query, endpoints, undeploy),
 }
 
 

@@ -1,0 +1,220 @@
+"""The commands that put a model behind a SageMaker endpoint, swap it, list and remove endpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from visiontuner.cli.errors import OneLineErrors
+from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.errors import UserMistake
+
+if TYPE_CHECKING:
+    from visiontuner.serving.endpoint import Endpoint
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_WHERE = (
+    click.option(
+        "--region", metavar="REGION", default="auto", help="AWS's settings' if not given."
+    ),
+    click.option("--assume-role", metavar="ARN", default="none", help="Act as this role."),
+)
+_HOW = (
+    *_WHERE,
+    click.option("--role", metavar="NAME|ARN", default="auto", help="What the endpoint runs as."),
+    click.option("--image", metavar="URL", default="auto", help="Serving image in ECR."),
+    click.option("--bucket", metavar="NAME", default="auto", help="For the model; MLflow's own."),
+    click.option("--ttl", metavar="TIME", default="none", help="How long it is needed, as 8h."),
+    click.option("--price", metavar="USD", default="auto", help="Of one instance for an hour."),
+    click.option(
+        "--env", "environment", metavar="KEY=VALUE", multiple=True, help="For the container."
+    ),
+    click.option(
+        "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
+    ),
+    click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
+    click.option(
+        "--dry-run", is_flag=True, help="Print MLflow's command and the cost; do nothing."
+    ),
+)
+
+
+def _options(decorators: tuple[Decorator, ...]) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("model", default="auto")
+@click.option("--name", metavar="NAME", default="auto", help="Of the endpoint; the model's.")
+@click.option("--instance-type", default="auto", help="Default: ml.m5.large.")
+@click.option("--instances", type=click.IntRange(1, 100), default=1, show_default=True)
+@click.option(
+    "--serverless", metavar="MB", default="none", help="Instead of instances: 1024 to 6144."
+)
+@click.option(
+    "--data-capture", metavar="S3", default="none", help="Keep requests and answers there."
+)
+@_options(_HOW)
+def deploy(model: str, dry_run: bool, check: bool, **given: Any) -> None:
+    """Put a model behind a SageMaker endpoint, through MLflow's own client.
+
+    MODEL is NAME (its champion, or the newest), NAME/VERSION or NAME@ALIAS; the newest search's
+    model if none is named. What a failure or Ctrl-C leaves behind is taken away.
+
+    \b
+    Examples:
+      visiontuner deploy --dry-run                   what would happen, and MLflow's command for it
+      visiontuner deploy dogs@champion --ttl 8h
+      visiontuner deploy dogs --serverless 2048 --name dogs-test
+    """
+    _run(model, given, update=False, dry_run=dry_run, check=check)
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("name")
+@click.argument("model", default="auto")
+@_options(_HOW)
+def update(name: str, model: str, dry_run: bool, check: bool, **given: Any) -> None:
+    """Put another model behind an endpoint, without a pause.
+
+    The old model answers until the new one is healthy, and again if the new one answers the
+    pictures that it was packaged with differently.
+
+    \b
+    Examples:
+      visiontuner update dogs                        the newest search's model
+      visiontuner update dogs dogs@champion
+    """
+    _run(model, given | {"name": name}, update=True, dry_run=dry_run, check=check)
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("name")
+@_options(_WHERE)
+@click.option("--artifacts", is_flag=True, help="Delete the uploaded model archive too.")
+def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
+    """Delete an endpoint, its configuration and its model.
+
+    \b
+    Example:
+      visiontuner undeploy dogs --artifacts
+    """
+    from visiontuner.workflow.deploy import undeploy as remove
+
+    kept = remove(
+        name,
+        region=_given(region),
+        assume_role=_given(assume_role),
+        artifacts=artifacts,
+        note=_note,
+    )
+    click.echo(f"{name} is gone.")
+    for archive in kept:
+        click.echo(f"Kept {archive}; --artifacts deletes it too.")
+
+
+@click.command(cls=OneLineErrors)
+@_options(_WHERE)
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
+def endpoints(region: str, assume_role: str, form: str) -> None:
+    """List the endpoints that visiontuner deployed in a region: age, cost, model, time left.
+
+    \b
+    Example:
+      visiontuner endpoints --region eu-west-1
+    """
+    from visiontuner.workflow.deploy import endpoints as find
+
+    found = find(_given(region), _given(assume_role))
+    if form == "json":
+        click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
+    elif found:
+        _print_endpoints(found)
+    else:
+        click.echo("None. `visiontuner deploy` makes one.")
+
+
+def _run(model: str, given: dict[str, Any], *, update: bool, dry_run: bool, check: bool) -> None:
+    from visiontuner.workflow.deploy import DeployOptions, plan_deployment
+    from visiontuner.workflow.deploy import deploy as act
+
+    options = DeployOptions(**_read(given))
+    aws, plan = plan_deployment(_given(model), options, updated=update)
+    for line in plan.lines():
+        click.echo(line, err=True)
+    if dry_run:
+        click.echo(plan.command("update" if update else "create"))
+        return
+    act(aws, plan, check=check, update=update, note=_note)
+    click.echo(f"{plan.name} serves {plan.model_uri}.")
+    click.echo(f"Ask it:    visiontuner query {plan.name} PICTURE… --region {plan.region}")
+    click.echo(f"Remove it: visiontuner undeploy {plan.name} --region {plan.region}")
+
+
+def _read(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as `DeployOptions` takes them."""
+    read: dict[str, Any] = {key: _given(v) if isinstance(v, str) else v for key, v in given.items()}
+    read["environment"] = dict(_pair(text) for text in given["environment"])
+    read["price"] = _number("--price", read["price"])
+    serverless = _number("--serverless", read.pop("serverless", None))
+    return read | {"serverless_mb": None if serverless is None else int(serverless)}
+
+
+def _given(text: str) -> str | None:
+    return None if text in NOT_GIVEN else text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserMistake(f"--env takes KEY=VALUE, got {text!r}.")
+    return key, value
+
+
+def _number(flag: str, text: str | None) -> float | None:
+    try:
+        number = None if text is None else float(text)
+    except ValueError:
+        number = -1.0
+    if number is not None and not 0 <= number < 1e6:
+        raise UserMistake(f"{flag} takes a number from 0, got {text!r}.")
+    return number
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_endpoints(found: list[Endpoint]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from visiontuner.tables import make_console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):
+        table.add_column(heading)
+    for endpoint in found:
+        cost = "not known" if endpoint.cost is None else f"${endpoint.cost:,.2f}"
+        life = "" if endpoint.ttl_hours is None else f"{endpoint.ttl_hours:g} h"
+        if endpoint.overdue:
+            life += ", passed: visiontuner undeploy " + endpoint.name
+        table.add_row(
+            Text(endpoint.name),
+            Text(endpoint.state),
+            Text(endpoint.model),
+            f"{endpoint.age_hours:.1f} h",
+            cost,
+            Text(life, style="red" if endpoint.overdue else ""),
+        )
+    make_console().print(table)

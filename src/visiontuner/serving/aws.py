@@ -1,0 +1,176 @@
+"""Calls to AWS, as the caller or as a role that the caller takes on; their errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from visiontuner.errors import ServingError, UserMistake
+
+# What is in the middle of something else.
+_IN_PROGRESS = "in-progress"
+_NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
+_KEY_ID = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b")
+_BAD_CREDENTIALS = (
+    "ExpiredToken",
+    "ExpiredTokenException",
+    "InvalidAccessKeyId",
+    "InvalidClientTokenId",
+    "SignatureDoesNotMatch",
+    "UnrecognizedClientException",
+)
+_ADVICE = {
+    "ResourceLimitExceeded": "Ask for a higher quota (Service Quotas, Amazon SageMaker), or choose "
+    "another --instance-type or --serverless.",
+    "ThrottlingException": "Try again in a minute.",
+}
+
+
+class AwsRefused(ServingError):
+    """AWS answered no; `code` is its own word for why."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @property
+    def is_missing(self) -> bool:
+        """Whether what was asked for is not there."""
+        return any(word in f"{self.code} {self}" for word in _NO_SUCH)
+
+    @property
+    def is_in_progress(self) -> bool:
+        """Whether an endpoint is being created or updated: nothing else can be done with it."""
+        return _IN_PROGRESS in str(self)
+
+
+class Aws:
+    """One account and region.
+
+    Args:
+        region: the one that AWS's own settings name if None.
+        assume_role: ARN of a role to take on, of another account say.
+
+    Raises:
+        UserMistake: no region, no credentials, or ones that AWS does not take.
+        ServingError: AWS cannot be reached.
+    """
+
+    def __init__(self, region: str | None = None, assume_role: str | None = None) -> None:
+        import boto3
+
+        self.assume_role = assume_role
+        self._clients: dict[tuple[str, str], Any] = {}
+        with explained("read AWS's settings"):
+            self.session = boto3.Session()
+        self.region = region or os.environ.get("AWS_REGION") or self.session.region_name or ""
+        self._check_region()
+        identity = self.call("sts", "get_caller_identity")
+        if assume_role:
+            taken = self.call(
+                "sts", "assume_role", RoleArn=assume_role, RoleSessionName="visiontuner"
+            )
+            held = taken["Credentials"]
+            self.session = boto3.Session(
+                held["AccessKeyId"], held["SecretAccessKey"], held["SessionToken"]
+            )
+            self._clients.clear()
+            identity = self.call("sts", "get_caller_identity")
+        self.account: str = identity["Account"]
+        self.caller: str = identity["Arn"]
+
+    def call(self, service: str, method: str, /, **kwargs: Any) -> dict[str, Any]:
+        """One request.
+
+        Raises:
+            AwsRefused: AWS says no.
+            UserMistake: the credentials are missing or not taken.
+            ServingError: AWS cannot be reached.
+        """
+        with explained(method.replace("_", " ")):
+            answer: dict[str, Any] = getattr(self.client(service), method)(**kwargs)
+            return answer
+
+    def pages(self, service: str, method: str, key: str, /, **kwargs: Any) -> Iterator[Any]:
+        """The entries of a list, whatever number of requests it takes; raises as `call`."""
+        with explained(method.replace("_", " ")):
+            for page in self.client(service).get_paginator(method).paginate(**kwargs):
+                yield from page.get(key, ())
+
+    def client(self, service: str, region: str | None = None) -> Any:
+        """boto3's, one for each service."""
+        from botocore.config import Config
+
+        where = (service, region or self.region)
+        if where not in self._clients:
+            config = Config(connect_timeout=10, retries={"mode": "standard"})
+            self._clients[where] = self.session.client(service, region_name=where[1], config=config)
+        return self._clients[where]
+
+    def _check_region(self) -> None:
+        if not self.region:
+            raise UserMistake("No AWS region: name one with --region, or set AWS_REGION.")
+        known = [
+            region
+            for partition in self.session.get_available_partitions()
+            for region in self.session.get_available_regions("sagemaker", partition)
+        ]
+        if self.region not in known:
+            near = difflib.get_close_matches(self.region, known, 3) or ["us-east-1", "eu-west-1"]
+            raise UserMistake(
+                f"SageMaker has no region {self.region!r}. Nearest: {', '.join(near)}."
+            )
+
+
+@contextmanager
+def explained(doing: str) -> Iterator[None]:
+    """boto3's errors in the block become ours, in one line without credentials."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except ClientError as error:
+        _refused(error.response["Error"], doing)
+    except BotoCoreError as error:
+        _failed(error, doing)
+
+
+def _refused(error: dict[str, str], doing: str) -> NoReturn:
+    code, text = error.get("Code", ""), _one_line(error.get("Message", ""))
+    if code in _BAD_CREDENTIALS:
+        raise UserMistake(
+            f"AWS does not take these credentials ({code}). Renew them: `aws sso login` or "
+            "`aws configure`."
+        ) from None
+    if "iam:PassRole" in text:
+        raise AwsRefused(
+            f"{text}. Allow the caller iam:PassRole on that role (docs/aws.md), or name another "
+            "with --role.",
+            code,
+        ) from None
+    if code.startswith(("AccessDenied", "UnauthorizedOperation")) or code == "403":
+        advice = "docs/aws.md lists the permissions that are needed."
+    else:
+        advice = _ADVICE.get(code, "")
+    sentence = f"AWS refuses to {doing} ({code}): {text.rstrip('.')}. {advice}".strip()
+    raise AwsRefused(sentence, code) from None
+
+
+def _failed(error: Exception, doing: str) -> NoReturn:
+    name, text = type(error).__name__, _one_line(str(error))
+    if "Credential" in name or "Token" in name or "Profile" in name or "SSO" in name:
+        raise UserMistake(
+            f"No usable AWS credentials: {text.rstrip('.')}. Set AWS_PROFILE, or run "
+            "`aws configure` or `aws sso login`."
+        ) from None
+    raise ServingError(
+        f"Cannot {doing}: {text.rstrip('.')}. Check the region and the connection."
+    ) from None
+
+
+def _one_line(text: str) -> str:
+    return _KEY_ID.sub("…", " ".join(text.split()))[:400]

@@ -1,0 +1,207 @@
+"""What is going to be deployed, as MLflow's Python client and its command line take it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from visiontuner.errors import UserMistake
+from visiontuner.serving.surroundings import Image
+
+# Tags of an endpoint; the first is what makes it ours.
+MODEL_TAG = "visiontuner.model"
+DEPLOYMENT_TAG = "visiontuner.deployment"
+TTL_TAG = "visiontuner.ttl"
+PRICE_TAG = "visiontuner.price_per_hour"
+IMAGE_TAG = "visiontuner.image_digest"
+
+DEFAULT_INSTANCE = "ml.m5.large"
+# MLflow appends "-config-" and 20 letters, and shortens what then exceeds 63.
+NAME_LENGTH = 35
+_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
+_TAG_LETTERS = re.compile(r"[^\w .:/=+@-]")
+_TAG_LENGTH = 256
+_SERVERLESS_MB = (1024, 2048, 3072, 4096, 5120, 6144)
+_TTL = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
+_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeploymentPlan:
+    """One deployment.
+
+    Args:
+        name: of the endpoint.
+        model_uri: `models:/NAME/VERSION` or a model folder.
+        bucket: the model's archive is uploaded there; MLflow makes it if `bucket_exists` is not.
+        instance_type: None for a serverless endpoint.
+        serverless_mb: its memory; None for instances.
+        data_capture: `s3://…`, where SageMaker keeps requests and answers; None: nowhere.
+        environment: more variables for the container.
+        tags: of the endpoint and its model; their values are what AWS allows.
+        price_per_hour: US dollars for all instances; None: not known.
+    """
+
+    name: str
+    model_uri: str
+    region: str
+    account: str
+    caller: str
+    role: str
+    image: Image
+    bucket: str
+    bucket_exists: bool = True
+    instance_type: str | None = DEFAULT_INSTANCE
+    instances: int = 1
+    serverless_mb: int | None = None
+    serverless_concurrency: int = 5
+    data_capture: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    assume_role: str | None = None
+    price_per_hour: float | None = None
+    timeout_seconds: int = 1800
+    region_is_default: bool = True
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if self.serverless_mb is not None and self.serverless_mb not in _SERVERLESS_MB:
+            listed = ", ".join(map(str, _SERVERLESS_MB))
+            raise UserMistake(f"--serverless takes one of {listed} MB, got {self.serverless_mb}.")
+        if self.serverless_mb is not None and self.data_capture:
+            raise UserMistake("A serverless endpoint captures no data; leave --data-capture out.")
+        if self.data_capture and not self.data_capture.startswith("s3://"):
+            raise UserMistake(
+                f"--data-capture takes s3://BUCKET/FOLDER, got {self.data_capture!r}."
+            )
+
+    @property
+    def target(self) -> str:
+        """As MLflow names a region and a role to take on."""
+        return f"sagemaker:/{self.region}" + (f"/{self.assume_role}" if self.assume_role else "")
+
+    @property
+    def deployment(self) -> str:
+        """What tells this deployment's resources from others'."""
+        return self.tags[DEPLOYMENT_TAG]
+
+    def config(self) -> dict[str, str]:
+        """MLflow's `-C` values; MLflow reads the same texts from Python."""
+        config = {
+            "execution_role_arn": self.role,
+            "image_url": self.image.url,
+            "timeout_seconds": str(self.timeout_seconds),
+            "tags": json.dumps(dict(self.tags)),
+        }
+        if self.bucket_exists:
+            config["bucket"] = self.bucket
+        if self.serverless_mb is not None:
+            config["serverless_config"] = json.dumps(
+                {
+                    "MemorySizeInMB": self.serverless_mb,
+                    "MaxConcurrency": self.serverless_concurrency,
+                }
+            )
+        else:
+            config["instance_type"] = str(self.instance_type)
+            config["instance_count"] = str(self.instances)
+        if self.data_capture:
+            config["data_capture_config"] = json.dumps(_capture(self.data_capture))
+        if self.environment:
+            config["env"] = json.dumps(dict(self.environment))
+        return config
+
+    def command(self, verb: str = "create") -> str:
+        """MLflow's own command for this, to be pasted into a shell."""
+        words = ["mlflow", "deployments", verb, "-t", self.target, "--name", self.name]
+        lines = [shlex.join(words), shlex.join(["-m", self.model_uri])]
+        lines += [shlex.join(["-C", f"{key}={value}"]) for key, value in self.config().items()]
+        # MLflow makes its bucket in the region of AWS's settings, not in the endpoint's.
+        prefix = "" if self.region_is_default else f"AWS_DEFAULT_REGION={self.region} "
+        return prefix + " \\\n    ".join(lines)
+
+    def lines(self) -> list[str]:
+        """What is going to happen, for a person."""
+        platform = self.image.platform or "its processor could not be looked up"
+        made = "" if self.bucket_exists else " (MLflow makes it)"
+        where = (
+            f"serverless, {self.serverless_mb} MB, at most {self.serverless_concurrency} at a time"
+            if self.serverless_mb is not None
+            else f"{self.instances} x {self.instance_type}"
+        )
+        return [
+            f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
+            f"model      {self.model_uri}",
+            f"runs on    {where}; {self.cost()}",
+            f"role       {self.role}",
+            f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
+            f"upload to  s3://{self.bucket}{made}",
+            *(
+                [f"captures   requests and answers in {self.data_capture}"]
+                * bool(self.data_capture)
+            ),
+            *([f"lives for  {self.tags[TTL_TAG]}"] * (TTL_TAG in self.tags)),
+        ]
+
+    def cost(self) -> str:
+        """A few words."""
+        if self.serverless_mb is not None:
+            return "paid by use, nothing while nobody asks"
+        if self.price_per_hour is None:
+            return "its price is not known here; tell it with --price"
+        hourly = self.price_per_hour
+        return f"${hourly:.3g} an hour, ${hourly * 24 * 30:,.0f} a month if it stays"
+
+
+def check_name(name: str) -> None:
+    """
+    Raises:
+        UserMistake: SageMaker or MLflow could not take it for an endpoint.
+    """
+    if not _NAME.fullmatch(name) or len(name) > NAME_LENGTH:
+        raise UserMistake(
+            f"{name!r} cannot be an endpoint's name: 1 to {NAME_LENGTH} letters, digits and single "
+            "hyphens between them. Choose one with --name."
+        )
+
+
+def endpoint_name(model: str) -> str:
+    """A name for a model's endpoint: its own, with what SageMaker refuses taken out."""
+    plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[:NAME_LENGTH].strip("-")
+    return plain or "visiontuner"
+
+
+def make_tags(values: Mapping[str, Any]) -> dict[str, str]:
+    """Tags as AWS allows them, with a new id for this deployment; empty values are left out."""
+    tags = {
+        key: _TAG_LETTERS.sub("_", str(value), re.ASCII)[:_TAG_LENGTH]
+        for key, value in values.items()
+        if value not in (None, "")
+    }
+    return tags | {DEPLOYMENT_TAG: uuid.uuid4().hex[:12]}
+
+
+def ttl_hours(text: str) -> float:
+    """`45m`, `8h` or `2d` in hours.
+
+    Raises:
+        UserMistake: it is none of these.
+    """
+    match = _TTL.fullmatch(text)
+    if match is None or float(match[1]) == 0:
+        raise UserMistake(f"--ttl takes a time such as 45m, 8h or 2d, got {text!r}.")
+    return float(match[1]) * _HOURS[match[2]]
+
+
+def _capture(folder: str) -> dict[str, Any]:
+    return {
+        "EnableCapture": True,
+        "InitialSamplingPercentage": 100,
+        "DestinationS3Uri": folder,
+        "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+    }

@@ -1,0 +1,163 @@
+"""The states of an endpoint: wait for one, delete, compare its answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from visiontuner.errors import ServingError, UserMistake
+from visiontuner.serving.answers import Options
+from visiontuner.serving.aws import Aws, AwsRefused
+from visiontuner.serving.client import Busy, Refused, SageMakerTransport
+from visiontuner.serving.failures import explain_failure
+from visiontuner.serving.reference import TOLERANCE, Reference
+
+Note = Callable[[str], None]
+
+IN_PROGRESS = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
+_FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.5, 10.0
+_NOTE_SECONDS = 30.0
+# SageMaker gives a container up after an hour at most; until then it deletes nothing.
+_GONE_SECONDS = 3600.0
+_ASK_TRIES = 5
+
+
+def describe(aws: Aws, name: str) -> dict[str, Any]:
+    """What SageMaker says of an endpoint.
+
+    Raises:
+        UserMistake: there is none of this name.
+    """
+    try:
+        return aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+    except AwsRefused as error:
+        if error.is_missing:
+            raise UserMistake(
+                f"There is no endpoint {name!r} in {aws.region}; `visiontuner endpoints` lists "
+                "ours."
+            ) from None
+        raise
+
+
+def check_free(aws: Aws, name: str) -> None:
+    """
+    Raises:
+        UserMistake: an endpoint has this name.
+    """
+    try:
+        state = describe(aws, name)["EndpointStatus"]
+    except UserMistake:
+        return
+    raise UserMistake(
+        f"There is an endpoint {name!r} already ({state}). `visiontuner update {name}` swaps its "
+        f"model, `visiontuner undeploy {name}` removes it, or choose another --name."
+    )
+
+
+def wait_until_in_service(
+    aws: Aws, name: str, timeout_seconds: float, note: Note
+) -> dict[str, Any]:
+    """
+    Returns:
+        What SageMaker says of the endpoint then.
+
+    Raises:
+        ServingError: it failed, was deleted meanwhile, or takes longer.
+    """
+    for seconds in poll(name, note):
+        try:
+            described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+        except AwsRefused as error:
+            if error.is_missing:
+                raise ServingError(f"Endpoint {name!r} was deleted by someone meanwhile.") from None
+            raise
+        state = described["EndpointStatus"]
+        if state == "InService":
+            note(f"{name} is in service after {seconds:.0f} s.")
+            return described
+        if state not in IN_PROGRESS:
+            raise ServingError(
+                explain_failure(aws, name, described, f"Endpoint {name!r} is {state}")
+            )
+        if seconds > timeout_seconds:
+            reason = f"Endpoint {name!r} is not in service after {timeout_seconds:g} s"
+            raise ServingError(explain_failure(aws, name, described, reason))
+    raise AssertionError("polling has no end")
+
+
+def delete_endpoint(
+    aws: Aws, name: str, note: Note, timeout_seconds: float = _GONE_SECONDS
+) -> None:
+    """Until it is gone; SageMaker deletes none that is being created, so that may take a while.
+
+    Raises:
+        ServingError: it is still there after `timeout_seconds`.
+    """
+    for seconds in poll(name, note, "Deleting"):
+        try:
+            state = aws.call("sagemaker", "describe_endpoint", EndpointName=name)["EndpointStatus"]
+            if state != "Deleting":
+                aws.call("sagemaker", "delete_endpoint", EndpointName=name)
+        except AwsRefused as error:
+            if error.is_missing:
+                return
+            if not error.is_in_progress:
+                raise
+        if seconds > timeout_seconds:
+            raise ServingError(
+                f"Endpoint {name!r} cannot be deleted yet; `visiontuner undeploy {name}` tries "
+                "again."
+            )
+
+
+def roll_back(aws: Aws, name: str, old_config: str, timeout_seconds: float, note: Note) -> None:
+    """Let an endpoint serve its old configuration again, if it does not."""
+    for _ in poll(name, note, "Waiting for"):  # what is being updated cannot be updated
+        described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+        if described["EndpointStatus"] not in IN_PROGRESS:
+            break
+    if described["EndpointConfigName"] != old_config:
+        aws.call("sagemaker", "update_endpoint", EndpointName=name, EndpointConfigName=old_config)
+        wait_until_in_service(aws, name, timeout_seconds, note)
+
+
+def check_answers(aws: Aws, name: str, reference: Reference) -> None:
+    """
+    Raises:
+        ServingError: the endpoint answers the reference pictures differently from its artifact.
+    """
+    transport = SageMakerTransport(name, region=aws.region, session=aws.session)
+    answers = _ask(transport, reference.pictures, reference.options())
+    difference = reference.difference([answer.top_k or [] for answer in answers])
+    if not difference <= TOLERANCE:  # NaN too
+        raise ServingError(
+            f"Endpoint {name!r} answers the model's own pictures differently (by "
+            f"{difference:.1e}). "
+            "`visiontuner preflight` shows whether the model or the image is to blame."
+        )
+
+
+def poll(name: str, note: Note, doing: str = "Waiting for") -> Iterator[float]:
+    """Seconds since the start, with growing pauses and a note now and then."""
+    began = noted = time.monotonic()
+    for count in range(10**9):
+        yield time.monotonic() - began
+        time.sleep(min(_FIRST_POLL_SECONDS * 1.3 ** min(count, 20), _LONGEST_POLL_SECONDS))
+        if time.monotonic() - noted > _NOTE_SECONDS:
+            noted = time.monotonic()
+            note(f"{doing} {name}: {noted - began:.0f} s.")
+
+
+def _ask(transport: SageMakerTransport, pictures: list[bytes], options: Options) -> list[Any]:
+    for tries_left in range(_ASK_TRIES - 1, -1, -1):
+        try:
+            # One by one: together they may exceed a request.
+            return [transport.ask([picture], options)[0] for picture in pictures]
+        except Busy as error:
+            if not tries_left:
+                raise ServingError(f"The endpoint stays busy: {error}") from None
+            time.sleep(1.0)
+        except Refused as error:
+            raise ServingError(f"The endpoint refuses the model's own pictures: {error}") from None
+    return []

@@ -1,0 +1,209 @@
+"""Put a registered model behind a SageMaker endpoint, and take it away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from dataclasses import replace as with_values
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontuner.errors import ServingError, UserMistake
+from visiontuner.journal import SearchRecord
+from visiontuner.locations import newest_search, tracking_uri
+from visiontuner.workflow.preflight import preflight
+from visiontuner.workflow.promote import open_store
+from visiontuner.workflow.query import model_folder, model_uri
+
+if TYPE_CHECKING:
+    from visiontuner.serving.aws import Aws
+    from visiontuner.serving.deployment import DeploymentPlan
+    from visiontuner.serving.endpoint import Endpoint
+
+Note = Callable[[str], None]
+
+# What an endpoint says about its model, under the names that the model's version has.
+_LINEAGE = (
+    "visiontuner.search_id",
+    "visiontuner.trial_id",
+    "visiontuner.data_digest",
+    "visiontuner.classifier_digest",
+    "visiontuner.code_commit",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions:
+    """What a user may choose; None: found, or a default.
+
+    Args:
+        role: name or ARN of the execution role.
+        image: URL of the serving image in ECR.
+        assume_role: ARN of a role to act as, of another account say.
+        serverless_mb: memory of a serverless endpoint; None: instances.
+        ttl: how long the endpoint is meant to live, as `8h`; a tag, nothing deletes it by itself.
+        price: US dollars for an hour of one instance.
+        environment: more variables for the container.
+    """
+
+    name: str | None = None
+    region: str | None = None
+    assume_role: str | None = None
+    role: str | None = None
+    image: str | None = None
+    bucket: str | None = None
+    instance_type: str | None = None
+    instances: int = 1
+    serverless_mb: int | None = None
+    data_capture: str | None = None
+    ttl: str | None = None
+    price: float | None = None
+    timeout_seconds: int = 1800
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def plan_deployment(
+    model: str | None, options: DeployOptions, *, updated: bool = False
+) -> tuple[Aws, DeploymentPlan]:
+    """Find and check everything that a deployment needs; makes nothing.
+
+    Args:
+        model: NAME, NAME/VERSION, NAME@ALIAS, models:/… or an MLflow model folder; the newest
+            search's registered model if None.
+        updated: the endpoint is there, and keeps what it runs on.
+
+    Raises:
+        UserMistake: something is missing, taken or unfit.
+        ServingError: AWS refuses or cannot be reached.
+        TrackingError: MLflow is away or refuses.
+    """
+    from visiontuner.serving.aws import Aws
+    from visiontuner.serving.deployment import (
+        DEFAULT_INSTANCE,
+        DeploymentPlan,
+        endpoint_name,
+        make_tags,
+        ttl_hours,
+    )
+    from visiontuner.serving.endpoint import current_plan, current_role
+    from visiontuner.serving.endpoint_states import check_free
+    from visiontuner.serving.surroundings import find_bucket, find_image, find_role, hourly_price
+
+    if options.ttl is not None:
+        ttl_hours(options.ttl)
+    uri, facts = _model_facts(model)
+    aws = Aws(options.region, options.assume_role)
+    bucket, exists = find_bucket(aws, options.bucket)
+    name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
+    role = current_role(aws, name) if updated and not options.role else find_role(aws, options.role)
+    serverless = options.serverless_mb is not None
+    plan = DeploymentPlan(
+        name=name,
+        model_uri=uri,
+        region=aws.region,
+        account=aws.account,
+        caller=aws.caller,
+        role=role,
+        image=find_image(aws, options.image),
+        bucket=bucket,
+        bucket_exists=exists,
+        instance_type=None if serverless else options.instance_type or DEFAULT_INSTANCE,
+        instances=options.instances,
+        serverless_mb=options.serverless_mb,
+        data_capture=options.data_capture,
+        environment=options.environment,
+        assume_role=options.assume_role,
+        timeout_seconds=options.timeout_seconds,
+        region_is_default=aws.session.region_name == aws.region,
+    )
+    if updated:
+        plan = current_plan(aws, plan)
+    else:
+        check_free(aws, name)
+    price = options.price
+    if price is None and plan.instance_type:
+        price = hourly_price(aws, plan.instance_type)
+    whole = price * plan.instances if price is not None and plan.instance_type else None
+    tags = make_tags(
+        {
+            **facts,
+            "visiontuner.image_digest": plan.image.digest,
+            "visiontuner.ttl": options.ttl,
+            "visiontuner.price_per_hour": whole,
+        }
+    )
+    return aws, with_values(plan, tags=tags, price_per_hour=whole)
+
+
+def deploy(
+    aws: Aws, plan: DeploymentPlan, *, check: bool = True, update: bool = False, note: Note
+) -> None:
+    """Make the planned endpoint, or put the planned model behind the one that is there.
+
+    Args:
+        check: serve the model here first, as `visiontuner preflight` does.
+
+    Raises:
+        ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
+    """
+    from visiontuner.serving import endpoint
+    from visiontuner.serving.reference import Reference
+
+    if check:
+        report = preflight(plan.model_uri, note=note)
+        failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
+        if failed:
+            raise ServingError(
+                f"The preflight of {plan.model_uri} fails: {'; '.join(failed)}. Nothing was made; "
+                "--no-preflight deploys it all the same."
+            )
+        note(f"Preflight passed. {report.recommendation}")
+    with model_folder(plan.model_uri) as folder:
+        reference = Reference.read(folder)
+    act = endpoint.update if update else endpoint.create
+    act(aws, plan, reference, tracking_uri=tracking_uri(), note=note)
+
+
+def undeploy(
+    name: str,
+    *,
+    region: str | None = None,
+    assume_role: str | None = None,
+    artifacts: bool = False,
+    note: Note,
+) -> list[str]:
+    """Delete an endpoint, its configuration and its model; returns the archives that were kept.
+
+    Raises:
+        UserMistake: there is no such endpoint.
+        ServingError: AWS refuses or cannot be reached.
+    """
+    from visiontuner.serving import endpoint
+    from visiontuner.serving.aws import Aws
+
+    return endpoint.undeploy(Aws(region, assume_role), name, artifacts=artifacts, note=note)
+
+
+def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:
+    """Those that visiontuner deployed in a region, oldest first."""
+    from visiontuner.serving.aws import Aws
+    from visiontuner.serving.endpoint import list_endpoints
+
+    return list_endpoints(Aws(region, assume_role))
+
+
+def _model_facts(model: str | None) -> tuple[str, dict[str, Any]]:
+    """The URI to deploy, and the tags that lead from the endpoint back to it."""
+    name = model or str(SearchRecord.load(newest_search()).started["experiment"]["name"])
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "MLmodel").is_file():
+            raise UserMistake(
+                f"{name} is no MLflow model. Deploy the registered one: `visiontuner deploy NAME`."
+            )
+        return str(folder.resolve()), {"visiontuner.model": folder.resolve().name}
+    uri = model_uri(name)
+    registered, version = uri.removeprefix("models:/").rsplit("/", 1)
+    found = open_store().call("get_model_version", registered, version)
+    lineage = {key: found.tags[key] for key in _LINEAGE if key in found.tags}
+    return uri, {"visiontuner.model": f"{registered}/{version}", **lineage}
