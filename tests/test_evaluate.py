@@ -4,7 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.classifier_files import recalibrate
-from visiontuner.search.cluster import RayForSearch
 from visiontuner.workflow import (
     EvaluationResult,
     evaluate_search,
@@ -29,16 +28,7 @@ from visiontuner.workflow import (
     sync_search,
 )
 
-pytestmark = [
-    pytest.mark.slow,
-    # Ray's own: old names in its libraries, sockets left to the collector.
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray"),
-    pytest.mark.filterwarnings("ignore::FutureWarning:ray"),
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-    # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
-    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
 # Near enough for a network without pretrained weights to take one for another.
 SHADES = {"brick": (190, 60, 50), "rust": (176, 74, 50), "sky": (60, 110, 200)}
@@ -57,16 +47,11 @@ def draw(root: Path, counts: dict[str, int]) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _ray() -> Iterator[None]:
-    with RayForSearch("local") as ray:
-        ray.start()
-        yield
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("home")
+def home(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], str]) -> Path:
+    folder = tmp_path_factory.mktemp("home")
+    new_database(folder / "mlflow.db")
+    return folder
 
 
 @pytest.fixture(autouse=True)
