@@ -37,6 +37,12 @@ _HOW = (
     click.option(
         "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
     ),
+    click.option(
+        "--env-manager",
+        type=click.Choice(["uv", "local"]),
+        default="uv",
+        help="Of the preflight: a clean environment, or this one.",
+    ),
     click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
     click.option(
         "--dry-run", is_flag=True, help="Print MLflow's command and the cost; do nothing."
@@ -65,7 +71,7 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
     "--data-capture", metavar="S3", default="none", help="Keep requests and answers there."
 )
 @_options(_HOW)
-def deploy(model: str, dry_run: bool, check: bool, **given: Any) -> None:
+def deploy(model: str, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
 
     MODEL is NAME (its champion, or the newest), NAME/VERSION or NAME@ALIAS; the newest search's
@@ -77,14 +83,14 @@ def deploy(model: str, dry_run: bool, check: bool, **given: Any) -> None:
       visiontuner deploy dogs@champion --ttl 8h
       visiontuner deploy dogs --serverless 2048 --name dogs-test
     """
-    _run(model, given, update=False, dry_run=dry_run, check=check)
+    _run(model, given, update=False)
 
 
 @click.command(cls=OneLineErrors)
 @click.argument("name")
 @click.argument("model", default="auto")
 @_options(_HOW)
-def update(name: str, model: str, dry_run: bool, check: bool, **given: Any) -> None:
+def update(name: str, model: str, **given: Any) -> None:
     """Put another model behind an endpoint, without a pause.
 
     The old model answers until the new one is healthy, and again if the new one answers the
@@ -95,7 +101,7 @@ def update(name: str, model: str, dry_run: bool, check: bool, **given: Any) -> N
       visiontuner update dogs                        the newest search's model
       visiontuner update dogs dogs@champion
     """
-    _run(model, given | {"name": name}, update=True, dry_run=dry_run, check=check)
+    _run(model, given | {"name": name}, update=True)
 
 
 @click.command(cls=OneLineErrors)
@@ -144,10 +150,11 @@ def endpoints(region: str, assume_role: str, form: str) -> None:
         click.echo("None. `visiontuner deploy` makes one.")
 
 
-def _run(model: str, given: dict[str, Any], *, update: bool, dry_run: bool, check: bool) -> None:
+def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
     from visiontuner.workflow.deploy import DeployOptions, plan_deployment
     from visiontuner.workflow.deploy import deploy as act
 
+    dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
     options = DeployOptions(**_read(given))
     aws, plan = plan_deployment(_given(model), options, updated=update)
     for line in plan.lines():
@@ -155,7 +162,8 @@ def _run(model: str, given: dict[str, Any], *, update: bool, dry_run: bool, chec
     if dry_run:
         click.echo(plan.command("update" if update else "create"))
         return
-    act(aws, plan, check=check, update=update, note=_note)
+    preflight = env_manager if check else None
+    act(aws, plan, preflight=preflight, update=update, note=_note)
     click.echo(f"{plan.name} serves {plan.model_uri}.")
     click.echo(f"Ask it:    visiontuner query {plan.name} PICTURE… --region {plan.region}")
     click.echo(f"Remove it: visiontuner undeploy {plan.name} --region {plan.region}")

@@ -18,6 +18,8 @@ class OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
+        # A million objects of torch, MLflow and Ray stay: Python need not walk them so often.
+        gc.set_threshold(50_000, 20, 100)
         try:
             with _sigterm_is_ctrl_c():
                 return super().invoke(ctx)

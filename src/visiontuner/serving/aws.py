@@ -101,13 +101,15 @@ class Aws:
             for page in self.client(service).get_paginator(method).paginate(**kwargs):
                 yield from page.get(key, ())
 
-    def client(self, service: str, region: str | None = None) -> Any:
-        """boto3's, one for each service."""
+    def client(self, service: str, region: str | None = None, *, patient: bool = True) -> Any:
+        """boto3's, one for each service; who is not patient asks once and not for long."""
         from botocore.config import Config
 
         where = (service, region or self.region)
         if where not in self._clients:
-            config = Config(connect_timeout=10, retries={"mode": "standard"})
+            attempts, seconds = (3, 10) if patient else (1, 3)
+            retries = {"mode": "standard", "total_max_attempts": attempts}
+            config = Config(connect_timeout=seconds, retries=retries)
             self._clients[where] = self.session.client(service, region_name=where[1], config=config)
         return self._clients[where]
 

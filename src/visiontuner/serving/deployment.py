@@ -134,19 +134,19 @@ class DeploymentPlan:
             if self.serverless_mb is not None
             else f"{self.instances} x {self.instance_type}"
         )
-        return [
+        lines = [
             f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
             f"model      {self.model_uri}",
             f"runs on    {where}; {self.cost()}",
             f"role       {self.role}",
             f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
             f"upload to  s3://{self.bucket}{made}",
-            *(
-                [f"captures   requests and answers in {self.data_capture}"]
-                * bool(self.data_capture)
-            ),
-            *([f"lives for  {self.tags[TTL_TAG]}"] * (TTL_TAG in self.tags)),
         ]
+        if self.data_capture:
+            lines.append(f"captures   requests and answers in {self.data_capture}")
+        if TTL_TAG in self.tags:
+            lines.append(f"lives for  {self.tags[TTL_TAG]}; nothing deletes it by itself")
+        return lines
 
     def cost(self) -> str:
         """A few words."""

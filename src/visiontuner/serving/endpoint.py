@@ -8,7 +8,7 @@ and taking away what a failed or interrupted attempt made.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -219,7 +219,7 @@ def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     from visiontuner.serving.registry import fluent_uris, quiet
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
-    with _default_region(plan.region), quiet(), fluent_uris(tracking_uri), explained("deploy"):
+    with _mlflows_environment(plan.region), quiet(), fluent_uris(tracking_uri), explained("deploy"):
         try:
             client = mlflow.deployments.get_deploy_client(plan.target)  # type: ignore[no-untyped-call]
             getattr(client, method)(plan.name, model_uri=plan.model_uri, config=config)
@@ -229,17 +229,28 @@ def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
 
 
 @contextmanager
-def _default_region(region: str) -> Iterator[None]:
-    """MLflow makes its bucket in the region of AWS's settings, not in the endpoint's."""
-    before = os.environ.get("AWS_DEFAULT_REGION")
-    os.environ["AWS_DEFAULT_REGION"] = region
+def _mlflows_environment(region: str) -> Iterator[None]:
+    """MLflow makes its bucket in the region of AWS's settings, and copies proxies in lower case,
+    with their passwords, to the container; boto3 reads those in upper case too."""
+    changed = {"AWS_DEFAULT_REGION": region}
+    for name in ("http_proxy", "https_proxy", "no_proxy"):
+        if name in os.environ:
+            changed |= {name: "", name.upper(): os.environ.get(name.upper()) or os.environ[name]}
+    before = {name: os.environ.get(name) for name in changed}
+    _set_environment(changed)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["AWS_DEFAULT_REGION"]
+        _set_environment(before)
+
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    """Empty and None: not set."""
+    for name, value in values.items():
+        if value:
+            os.environ[name] = value
         else:
-            os.environ["AWS_DEFAULT_REGION"] = before
+            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -237,7 +237,7 @@ def hourly_price(aws: Aws, instance_type: str) -> float | None:
     wanted = {"regionCode": aws.region, "instanceName": instance_type, "component": "Hosting"}
     filters = [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in wanted.items()]
     try:
-        products = aws.client("pricing", "us-east-1").get_products(
+        products = aws.client("pricing", "us-east-1", patient=False).get_products(
             ServiceCode="AmazonSageMaker", Filters=filters, MaxResults=1
         )
         terms = json.loads(products["PriceList"][0])["terms"]["OnDemand"]

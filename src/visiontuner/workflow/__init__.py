@@ -9,9 +9,18 @@ compare(targets)               runs and searches as a pandas table
 diagnose(target)               what went wrong, and what to change
 promote(model)                 make the newest version the champion, if it is better
 trace(subject)                 where a model comes from
+plan_deployment(model, …)      find and check what an endpoint needs; deploy(…) makes it
+undeploy(name), endpoints()    take an endpoint away; list ours
 """
 
 from visiontuner.workflow.compare import compare
+from visiontuner.workflow.deploy import (
+    DeployOptions,
+    deploy,
+    endpoints,
+    plan_deployment,
+    undeploy,
+)
 from visiontuner.workflow.diagnose import diagnose
 from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
 from visiontuner.workflow.layout import SearchResult
@@ -23,18 +32,23 @@ from visiontuner.workflow.search import resume_search, run_search
 from visiontuner.workflow.sync import sync_search
 
 __all__ = [
+    "DeployOptions",
     "EvaluationResult",
     "Observer",
     "Prepared",
     "SearchResult",
     "Silent",
     "compare",
+    "deploy",
     "diagnose",
+    "endpoints",
     "evaluate_search",
+    "plan_deployment",
     "prepare",
     "promote",
     "resume_search",
     "run_search",
     "sync_search",
     "trace",
+    "undeploy",
 ]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as with_values
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import SearchRecord
 from visiontuner.locations import newest_search, tracking_uri
-from visiontuner.workflow.preflight import preflight
+from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.query import model_folder, model_uri
 
@@ -86,7 +86,7 @@ def plan_deployment(
         ttl_hours,
     )
     from visiontuner.serving.endpoint import current_plan, current_role
-    from visiontuner.serving.endpoint_states import check_free
+    from visiontuner.serving.endpoint_states import check_free, describe
     from visiontuner.serving.surroundings import find_bucket, find_image, find_role, hourly_price
 
     if options.ttl is not None:
@@ -95,6 +95,10 @@ def plan_deployment(
     aws = Aws(options.region, options.assume_role)
     bucket, exists = find_bucket(aws, options.bucket)
     name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
+    if updated:
+        describe(aws, name)
+    else:
+        check_free(aws, name)
     role = current_role(aws, name) if updated and not options.role else find_role(aws, options.role)
     serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
@@ -118,8 +122,6 @@ def plan_deployment(
     )
     if updated:
         plan = current_plan(aws, plan)
-    else:
-        check_free(aws, name)
     price = options.price
     if price is None and plan.instance_type:
         price = hourly_price(aws, plan.instance_type)
@@ -136,12 +138,17 @@ def plan_deployment(
 
 
 def deploy(
-    aws: Aws, plan: DeploymentPlan, *, check: bool = True, update: bool = False, note: Note
+    aws: Aws,
+    plan: DeploymentPlan,
+    *,
+    preflight: Literal["uv", "local"] | None = "uv",
+    update: bool = False,
+    note: Note,
 ) -> None:
     """Make the planned endpoint, or put the planned model behind the one that is there.
 
     Args:
-        check: serve the model here first, as `visiontuner preflight` does.
+        preflight: serve the model here first, in such an environment; None: do not.
 
     Raises:
         ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
@@ -149,8 +156,8 @@ def deploy(
     from visiontuner.serving import endpoint
     from visiontuner.serving.reference import Reference
 
-    if check:
-        report = preflight(plan.model_uri, note=note)
+    if preflight:
+        report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
         failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
         if failed:
             raise ServingError(

@@ -1,0 +1,220 @@
+"""The AWS stand-in that every AWS test shares, and a model to put behind an endpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+REGION = "eu-west-1"
+ACCOUNT = "123456789012"  # moto's
+REPOSITORY = "mlflow-pyfunc"
+DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
+
+# The classifier that names colours; conftest files of two folders do not see each other.
+_specification = importlib.util.spec_from_file_location(
+    "colours", HERE.parent / "serving/conftest.py"
+)
+assert _specification is not None
+assert _specification.loader is not None
+colours = importlib.util.module_from_spec(_specification)
+_specification.loader.exec_module(colours)
+colour_classifier = colours.colour_classifier
+colour_model = colours.colour_model
+make_picture = colours.make_picture
+
+
+@dataclass(frozen=True)
+class Aws:
+    """The stand-in: its URL, and the environment of who uses it."""
+
+    url: str
+    environment: dict[str, str]
+
+    def client(self, service: str, region: str = REGION) -> Any:
+        import boto3
+
+        return boto3.client(
+            service,
+            region_name=region,
+            endpoint_url=self.url,
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        import requests
+
+        requests.post(f"{self.url}/moto-api/reset", timeout=10).raise_for_status()
+
+    def put_image(
+        self,
+        *,
+        tag: str,
+        architecture: str = "amd64",
+        media_type: str = DOCKER_MANIFEST,
+        repository: str = REPOSITORY,
+    ) -> str:
+        """An image in ECR that nobody could start; returns its URL."""
+        ecr, s3 = self.client("ecr"), self.client("s3")
+        if not ecr.describe_repositories()["repositories"]:
+            ecr.create_repository(repositoryName=repository)
+            s3.create_bucket(
+                Bucket="ecr-layers", CreateBucketConfiguration={"LocationConstraint": REGION}
+            )
+        config = json.dumps({"architecture": architecture, "os": "linux"}).encode()
+        digest = f"sha256:{hashlib.sha256(config).hexdigest()}"
+        s3.put_object(
+            Bucket="ecr-layers", Key=digest.replace(":", "-"), Body=config, ACL="public-read"
+        )
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": media_type,
+            "config": {"digest": digest, "size": len(config)},
+            "layers": [],
+        }
+        ecr.put_image(
+            repositoryName=repository,
+            imageTag=tag,
+            imageManifest=json.dumps(manifest),
+            imageManifestMediaType=media_type,
+        )
+        return f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com/{repository}:{tag}"
+
+    def put_role(self, name: str, service: str = "sagemaker.amazonaws.com") -> str:
+        """A role that a service may take on; returns its ARN."""
+        trust = {
+            "Version": "2012-10-17",
+            "Statement": [
+                {"Effect": "Allow", "Principal": {"Service": service}, "Action": "sts:AssumeRole"}
+            ],
+        }
+        arn: str = self.client("iam").create_role(
+            RoleName=name, AssumeRolePolicyDocument=json.dumps(trust)
+        )["Role"]["Arn"]
+        return arn
+
+    def holds(self, region: str = REGION) -> dict[str, list[str]]:
+        """What a deployment makes: all of it that is there, by kind."""
+        sagemaker, s3 = self.client("sagemaker", region), self.client("s3", region)
+        keys = []
+        for bucket in s3.list_buckets()["Buckets"]:
+            if bucket["Name"] != "ecr-layers":
+                objects = s3.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
+                keys += [entry["Key"] for entry in objects]
+        return {
+            "endpoints": [e["EndpointName"] for e in sagemaker.list_endpoints()["Endpoints"]],
+            "configs": [
+                c["EndpointConfigName"]
+                for c in sagemaker.list_endpoint_configs()["EndpointConfigs"]
+            ],
+            "models": [m["ModelName"] for m in sagemaker.list_models()["Models"]],
+            "objects": keys,
+        }
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
+    """The server; its resources are of all tests, see `aws`."""
+    nowhere = tmp_path_factory.mktemp("no-aws-settings")
+    log = (nowhere / "log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(HERE / "stand_in.py")],
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+        env=_without_aws() | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "false"},
+    )
+    try:
+        assert process.stdout is not None
+        port = process.stdout.readline().strip()
+        assert port, (nowhere / "log").read_text()
+        url = f"http://127.0.0.1:{port}"
+        yield Aws(url, _settings(url, nowhere))
+    finally:
+        process.terminate()
+        try:
+            process.communicate(timeout=30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+        log.close()
+
+
+@pytest.fixture
+def aws(stand_in: Aws, monkeypatch: pytest.MonkeyPatch) -> Aws:
+    """An empty account with an image and an execution role; this process talks to nothing else."""
+    stand_in.reset()
+    for name in (*(name for name in os.environ if name.startswith("AWS_")), *_PROXIES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in stand_in.environment.items():
+        monkeypatch.setenv(name, value)
+    import boto3
+
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    return stand_in
+
+
+_PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def _without_aws() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("AWS_") and name not in _PROXIES
+    }
+
+
+def _settings(url: str, nowhere: Path) -> dict[str, str]:
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": REGION,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(nowhere / "config"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(nowhere / "credentials"),
+        "NO_PROXY": "127.0.0.1",
+    }
+
+
+@pytest.fixture(scope="session")
+def registered(
+    tmp_path_factory: pytest.TempPathFactory,
+    new_database: Callable[[Path], str],
+    colour_classifier: Path,
+) -> Callable[..., str]:
+    """Registers classifiers in one store: `registered(folder) -> models:/colours/N`."""
+    from mlflow import MlflowClient
+
+    from visiontuner.serving.registry import log_classifier
+
+    folder = tmp_path_factory.mktemp("store")
+    uri = new_database(folder / "mlflow.db")
+    client = MlflowClient(uri, uri)
+    experiment = client.create_experiment("colours", artifact_location=str(folder / "artifacts"))
+
+    def register(classifier: Path = colour_classifier) -> str:
+        tags = {
+            "visiontuner.search_id": "s1",
+            "visiontuner.trial_id": "t0001",
+            "visiontuner.data_digest": "d1",
+        }
+        run = client.create_run(experiment, tags=tags).info.run_id
+        client.set_terminated(run)
+        return log_classifier(classifier, run_id=run, tracking_uri=uri, name="colours").uri
+
+    register.tracking_uri = uri  # type: ignore[attr-defined]
+    return register

@@ -1,0 +1,448 @@
+"""Deploying against the stand-in: the endpoint is served by a real scoring server."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from visiontuner.cli import main
+from visiontuner.errors import ServingError
+from visiontuner.model.classifier import Classifier
+from visiontuner.serving.aws import Aws
+from visiontuner.serving.endpoint import Endpoint
+from visiontuner.serving.endpoint_states import wait_until_in_service
+
+NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
+
+
+@pytest.fixture
+def account(aws: Any, registered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An account that is set up, and a store with one version of `colours`."""
+    import mlflow.version
+
+    aws.put_image(tag=mlflow.version.VERSION)
+    aws.put_role("endpoints")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
+    monkeypatch.chdir(tmp_path)
+    return aws
+
+
+@pytest.fixture(scope="module")
+def model(registered: Callable[..., str]) -> str:
+    return registered().removeprefix("models:/")
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def said(result: Result) -> str:
+    """What a user sees of a failure."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.slow
+def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classifier(
+    account: Any,
+    model: str,
+    colour_classifier: Path,
+    make_picture: Callable[..., bytes],
+    tmp_path: Path,
+) -> None:
+    planned = run("deploy", model, "--dry-run", "--name", "first", "--ttl", "8h")
+    assert planned.exit_code == 0, planned.output
+    assert account.holds() == NOTHING
+    # As from a shell: the command as it is, with this environment's programs.
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        planned.stdout, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
+    )
+    assert done.returncode == 0, done.stderr
+    pictures = {name: make_picture(name) for name in ("red", "green", "blue")}
+    for name, content in pictures.items():
+        (tmp_path / f"{name}.png").write_bytes(content)
+    expected = Classifier.load(colour_classifier, threads=1).probabilities(list(pictures.values()))
+    asked = run("query", "first", "--format", "json", *(f"{name}.png" for name in pictures))
+    assert asked.exit_code == 0, asked.output
+    rows = [json.loads(line) for line in asked.stdout.splitlines()]
+    rows_of_boto3 = _ask_with_boto3(account, "first", list(pictures.values()))
+    names = list(pictures)
+    for answered in (rows, rows_of_boto3):
+        assert [row["label"] for row in answered] == names
+        for row, probabilities in zip(answered, expected, strict=True):
+            got = {choice["label"]: choice["probability"] for choice in row["top_k"]}
+            assert [got[name] for name in names] == pytest.approx(list(probabilities), abs=1e-5)
+    listed = json.loads(run("endpoints", "--format", "json").stdout)
+    assert [(e["name"], e["model"], e["ttl_hours"]) for e in listed] == [("first", model, 8.0)]
+    gone = run("undeploy", "first", "--artifacts")
+    assert gone.exit_code == 0, gone.output
+    assert account.holds() == NOTHING
+
+
+def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict[str, Any]]:
+    data = [[base64.b64encode(content).decode()] for content in pictures]
+    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}})
+    answer = account.client("sagemaker-runtime").invoke_endpoint(
+        EndpointName=name, ContentType="application/json", Body=body
+    )
+    rows: list[dict[str, Any]] = json.loads(answer["Body"].read())["predictions"]
+    return rows
+
+
+@pytest.fixture
+def damaged(colour_model: Path, tmp_path: Path) -> Path:
+    """A model folder that no server can load."""
+    folder = shutil.copytree(colour_model, tmp_path / "damaged")
+    (folder / "artifacts/classifier/model.onnx").write_bytes(b"damaged")
+    return folder
+
+
+@pytest.fixture
+def warmer(colour_model: Path, tmp_path: Path) -> Path:
+    """A model folder that answers otherwise than its reference pictures say."""
+    folder = shutil.copytree(colour_model, tmp_path / "warmer")
+    _set_temperature(folder / "artifacts/classifier")
+    return folder
+
+
+def _set_temperature(classifier: Path) -> None:
+    path = classifier / "classifier.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"temperature": 2.0}))
+
+
+class Asking:
+    """Asks an endpoint again and again while the block runs."""
+
+    def __init__(self, account: Any, name: str, picture: bytes) -> None:
+        self.answers: list[float] = []
+        self.failures: list[str] = []
+        self._asked = (account, name, [picture])
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+
+    def _ask(self) -> None:
+        while not self._ended.is_set():
+            try:
+                self.answers.append(_ask_with_boto3(*self._asked)[0]["probability"])
+            except Exception as error:
+                self.failures.append(repr(error))
+            time.sleep(0.05)
+
+    def __enter__(self) -> "Asking":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+@pytest.mark.slow
+def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_changes_nothing(
+    account: Any,
+    model: str,
+    registered: Callable[..., str],
+    damaged: Path,
+    warmer: Path,
+    colour_classifier: Path,
+    make_picture: Callable[..., bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@proxy.invalid:3128")
+    made = run("deploy", model, "--no-preflight", "--name", "c", "--instance-type", "ml.c5.large")
+    assert made.exit_code == 0, made.output
+    first = account.holds()
+    assert [len(first[kind]) for kind in first] == [1, 1, 1, 1]
+    container = account.client("sagemaker").describe_model(ModelName=first["models"][0])
+    assert "secret" not in str(container)
+
+    with Asking(account, "c", make_picture("red")) as asking:
+        broken = run("update", "c", str(damaged), "--no-preflight")
+        assert broken.exit_code == 1
+        assert "SageMaker rolled back" in said(broken)
+        assert "model.onnx is damaged" in said(broken)
+        assert account.holds() == first
+
+        different = run("update", "c", str(warmer), "--no-preflight")
+        assert different.exit_code == 1
+        assert "answers the model's own pictures differently" in said(different)
+        assert account.holds() == first
+        before = asking.answers[-1]
+
+        retrained = shutil.copytree(colour_classifier, tmp_path / "retrained" / "classifier")
+        _set_temperature(retrained)
+        _repackage(retrained)
+        version = registered(retrained).removeprefix("models:/")
+        updated = run("update", "c", version, "--no-preflight")
+        assert updated.exit_code == 0, updated.output
+        deadline = time.monotonic() + 20
+        while asking.answers[-1] == before and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert asking.answers[-1] != before
+    assert asking.failures == []
+
+    second = account.holds()
+    assert [len(second[kind]) for kind in second] == [1, 1, 1, 1]
+    assert not set(first["configs"] + first["models"] + first["objects"]) & set(
+        second["configs"] + second["models"] + second["objects"]
+    )
+    (listed,) = json.loads(run("endpoints", "--format", "json").stdout)
+    assert listed["model"] == version
+    config = account.client("sagemaker").describe_endpoint_config(
+        EndpointConfigName=second["configs"][0]
+    )
+    assert config["ProductionVariants"][0]["InstanceType"] == "ml.c5.large"
+    kept = run("undeploy", "c")
+    assert (
+        f"Kept s3://mlflow-sagemaker-eu-west-1-123456789012/{second['objects'][0]}" in kept.stdout
+    )
+    assert account.holds() == NOTHING | {"objects": second["objects"]}
+
+
+def _repackage(classifier: Path) -> None:
+    path = classifier / "reference.json"
+    reference = json.loads(path.read_text())
+    loaded = Classifier.load(classifier, threads=1)
+    for picture in reference["pictures"]:
+        content = base64.b64decode(picture["image"])
+        picture["probabilities"] = loaded.probabilities([content])[0].tolist()
+    path.write_text(json.dumps(reference))
+
+
+def test_a_model_that_cannot_be_served_is_not_deployed(account: Any, damaged: Path) -> None:
+    done = run("deploy", str(damaged), "--env-manager", "local")
+    assert done.exit_code == 1
+    assert "model.onnx is damaged" in said(done)
+    assert account.holds() == NOTHING
+
+
+def test_an_endpoint_that_fails_is_taken_away_and_its_log_is_shown(
+    account: Any, model: str
+) -> None:
+    done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=0.1")
+    assert done.exit_code == 1
+    assert "did not pass the ping health check" in said(done)
+    assert "Its log ends with: It hangs." in said(done)
+    assert "Usually the server did not start in time" in said(done)
+    assert account.holds() == NOTHING
+
+
+def test_an_endpoint_that_never_becomes_healthy_is_taken_away(account: Any, model: str) -> None:
+    done = run(
+        "deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=2", "--timeout-seconds", "1"
+    )
+    assert done.exit_code == 1
+    assert "is not in service after 1 s" in said(done)
+    assert account.holds() == NOTHING
+
+
+def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
+    def press() -> None:
+        while not ended.is_set():
+            if account.holds()["endpoints"]:
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+            time.sleep(0.05)
+
+    ended = threading.Event()
+    person = threading.Thread(target=press)
+    person.start()
+    done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=1.5")
+    ended.set()
+    person.join()
+    assert done.exit_code == 130
+    assert said(done) == "Error: Stopped."
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--instance-type", "ml.p3.16xlarge"], 1, "ResourceLimitExceeded.*Service Quotas"),
+        (["--role", "unpassable"], 1, "iam:PassRole.*docs/aws.md"),
+    ],
+)
+def test_what_sagemaker_refuses_on_the_way_leaves_nothing(
+    account: Any, model: str, arguments: list[str], code: int, message: str
+) -> None:
+    account.put_role("unpassable")
+    role = [] if "--role" in arguments else ["--role", "endpoints"]
+    done = run("deploy", model, "--no-preflight", *role, *arguments)
+    assert done.exit_code == code
+    assert re.search(message, said(done)), said(done)
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--region", "eu-wst-1"], "no region 'eu-wst-1'. Nearest: eu-west-1"),
+        (["--region", "us-east-1"], "There is no image 123456789012.dkr.ecr.us-east-1"),
+        (
+            ["--image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/mlflow-pyfunc:1"],
+            "The image is in us-east-1 and the endpoint would be in eu-west-1",
+        ),
+        (["--image", "python:3.11"], "is no image in ECR"),
+        (["--image", "123456789012.dkr.ecr.eu-west-1.amazonaws.com/other:1"], "no image"),
+        (["--role", "nobody"], "no role 'nobody'"),
+        (["--role", "trusts-others"], "SageMaker may not take on the role"),
+        (["--bucket", "not-there"], "There is no bucket 'not-there'"),
+        (["--name", "under_score"], "cannot be an endpoint's name"),
+        (["--name", "a" * 36], "cannot be an endpoint's name"),
+        (["--serverless", "1000"], "--serverless takes one of 1024"),
+        (["--serverless", "much"], "--serverless takes a number"),
+        (["--price", "nan"], "--price takes a number"),
+        (["--ttl", "soon"], "--ttl takes a time such as 45m, 8h or 2d"),
+        (["--env", "KEY"], "--env takes KEY=VALUE"),
+        (["--data-capture", "here"], "--data-capture takes s3://BUCKET/FOLDER"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_made(
+    account: Any, model: str, arguments: list[str], message: str
+) -> None:
+    account.put_role("trusts-others", service="lambda.amazonaws.com")
+    done = run("deploy", model, *arguments)
+    assert done.exit_code == 2
+    assert message in said(done)
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        ({"architecture": "arm64"}, "for linux/arm64"),
+        (
+            {"media_type": "application/vnd.oci.image.manifest.v1+json"},
+            "SageMaker refuses images of type application/vnd.oci.image.manifest",
+        ),
+    ],
+)
+def test_an_image_that_sagemaker_cannot_run_is_refused(
+    account: Any, model: str, image: dict[str, str], message: str
+) -> None:
+    url = account.put_image(tag="wrong", **image)
+    done = run("deploy", model, "--image", url)
+    assert done.exit_code == 2
+    assert message in said(done)
+    assert "docker buildx build --platform linux/amd64 --provenance=false" in said(done)
+
+
+def test_several_roles_have_to_be_chosen_from(account: Any, model: str) -> None:
+    account.put_role("another")
+    assert "may take on 2 roles: " in said(run("deploy", model, "--dry-run"))
+
+
+@pytest.mark.usefixtures("account")
+def test_without_credentials_nothing_is_tried(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    done = run("deploy", model)
+    assert done.exit_code == 2
+    assert "No usable AWS credentials" in said(done)
+
+
+@pytest.mark.usefixtures("account")
+def test_without_a_region_nothing_is_tried(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_DEFAULT_REGION")
+    done = run("deploy", model)
+    assert done.exit_code == 2
+    assert "No AWS region: name one with --region" in said(done)
+
+
+def test_a_name_that_is_taken_is_left_alone(account: Any, model: str) -> None:
+    _make_endpoint(account, "taken")
+    before = account.holds()
+    done = run("deploy", model, "--no-preflight", "--name", "taken")
+    assert done.exit_code == 2
+    assert "visiontuner update taken" in said(done)
+    assert account.holds() == before
+
+
+def _make_endpoint(account: Any, name: str) -> None:
+    """Another program's endpoint; it stays in creation."""
+    sagemaker = account.client("sagemaker")
+    container = {"Image": "x", "ModelDataUrl": "s3://x/y", "Environment": {"STAND_IN_HANG": "900"}}
+    sagemaker.create_model(
+        ModelName=name, PrimaryContainer=container, ExecutionRoleArn=account.put_role("theirs")
+    )
+    variant = {"VariantName": "v", "ModelName": name, "InstanceType": "ml.m5.large"}
+    sagemaker.create_endpoint_config(
+        EndpointConfigName=name, ProductionVariants=[variant | {"InitialInstanceCount": 1}]
+    )
+    sagemaker.create_endpoint(EndpointName=name, EndpointConfigName=name)
+
+
+def test_other_programs_endpoints_are_not_listed(account: Any) -> None:
+    _make_endpoint(account, "theirs")
+    assert run("endpoints").stdout == "None. `visiontuner deploy` makes one.\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["update", "missing"], ["undeploy", "missing"]], ids=["update", "undeploy"]
+)
+def test_an_endpoint_that_is_not_there_is_a_mistake(
+    account: Any, model: str, arguments: list[str]
+) -> None:
+    named = [model] if arguments[0] == "update" else []
+    done = run(*arguments, *named)
+    assert done.exit_code == 2
+    assert "There is no endpoint 'missing' in eu-west-1" in said(done)
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.usefixtures("account")
+def test_an_endpoint_that_is_deleted_meanwhile_is_said() -> None:
+    with pytest.raises(ServingError, match="was deleted by someone meanwhile"):
+        wait_until_in_service(Aws(), "gone", 5, note=lambda _: None)
+
+
+@pytest.mark.usefixtures("account")
+def test_the_plan_says_what_it_costs_and_the_command_repeats_every_choice(model: str) -> None:
+    done = run("deploy", model, "--dry-run", "--price", "0.115", "--instances", "2")
+    assert "2 x ml.m5.large; $0.23 an hour, $166 a month if it stays" in done.stderr
+    assert done.stdout.startswith(
+        "mlflow deployments create -t sagemaker:/eu-west-1 --name colours"
+    )
+    assert f"-m models:/{model}" in done.stdout
+    unknown = run("deploy", model, "--dry-run")
+    assert "its price is not known here; tell it with --price" in unknown.stderr
+    elsewhere = run(
+        "deploy", model, "--dry-run", "--serverless", "2048", "--env", "A=it's", "--ttl", "2d"
+    )
+    assert "paid by use" in elsewhere.stderr
+    words = shlex.split(elsewhere.stdout)
+    config = dict(word.split("=", 1) for word in words if "=" in word)
+    assert json.loads(config["env"]) == {"A": "it's"}
+    assert json.loads(config["serverless_config"])["MemorySizeInMB"] == 2048
+    tags = json.loads(config["tags"])
+    assert {
+        "visiontuner.model": model,
+        "visiontuner.search_id": "s1",
+        "visiontuner.data_digest": "d1",
+        "visiontuner.ttl": "2d",
+    }.items() <= tags.items()
+
+
+def test_an_endpoint_that_outlived_its_time_is_said() -> None:
+    endpoint = Endpoint(name="e", state="InService", model="m/1", age_hours=8.5, ttl_hours=8)
+    assert endpoint.overdue
+    assert not replace(endpoint, age_hours=7.5).overdue
+    assert not replace(endpoint, ttl_hours=None).overdue
