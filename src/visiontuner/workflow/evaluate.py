@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.data.dataset import ImageDataset
-from visiontuner.errors import DataError, SearchFailed, TrackingError, UserMistake
+from visiontuner.errors import SearchFailed, TrackingError, UserMistake
 from visiontuner.experiment import Experiment
-from visiontuner.journal import SearchRecord, TrialRecord, is_running, read_events
+from visiontuner.journal import SearchRecord, TrialRecord, is_running
 from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
 from visiontuner.workflow.layout import (
     CLASSIFIER_FOLDER,
@@ -31,11 +31,9 @@ from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
 from visiontuner.workflow.pictures import load_data, require_same_data
 from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.validation import ValidationAnswers
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
     from visiontuner.evaluation.report import EvaluationReport
@@ -46,7 +44,6 @@ Prefer = Literal["best", "cheapest"]
 
 DEFAULT_PRECISION = 0.95
 _MISTAKES = 24
-_LOGITS_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +122,20 @@ class _Evaluation:
         self.observer = observer
         self.cache = writable_cache_folder()
         self.experiment = Experiment.load(folder / EXPERIMENT_FILE)
+        self.validation = ValidationAnswers(folder, record, self.experiment)
 
     def run(self) -> EvaluationResult:
         from visiontuner.evaluation.edges import edges
 
         dataset = load_data(self.experiment, self.observer)
         require_same_data(self.record, dataset)
-        choice = self._choose()
+        choice = self.validation.choose(self.prefer)
         self.observer.note(choice.reason)
         trial = self.record.trials[choice.chosen]
         self._package(trial, dataset)
-        temperature, threshold = self._calibrate(trial)
+        temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
+        self._calibrate(temperature, threshold)
         answers = self._answer(dataset)
-        notes = self._calibration_notes(trial, temperature)
         report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
             edge.sentence
@@ -158,67 +156,14 @@ class _Evaluation:
             unreadable=answers.bad,
         )
 
-    # the choice, on validation
-
-    @cached_property
-    def _labels(self) -> NDArray[np.int64]:
-        """int64 (N,), of the validation pictures in the order of the kept logits."""
-        from visiontuner.model.store import FeatureSet
-
-        ready = [e for e in read_events(self.folder).events if e["event"] == "features_ready"]
-        if not ready:
-            raise DataError(f"{self.folder} says nothing about its features. Search again.")
-        try:
-            return FeatureSet.open(Path(ready[-1]["folder"])).split("validation").labels
-        except DataError:
-            raise DataError(
-                f"The features of this search are gone from {ready[-1]['folder']}. Any search on "
-                "the same pictures and backbone computes them again."
-            ) from None
-
-    def _logits(self, trial_id: str) -> NDArray[np.float64]:
-        import numpy as np
-
-        from visiontuner.search.trial import LOGITS_FILE
-
-        path = self.folder / "trials" / trial_id / LOGITS_FILE
-        try:
-            logits: NDArray[np.float64] = np.load(path, allow_pickle=False).astype(np.float64)
-        except (OSError, ValueError, EOFError) as error:
-            raise DataError(f"Cannot read {path} ({type(error).__name__}). Search again.") from None
-        if len(logits) != len(self._labels):
-            raise DataError(f"{path} is about other pictures than the features. Search again.")
-        return logits
-
-    def _choose(self) -> Choice:
-        from visiontuner.evaluation.choice import (
-            choose,
-            picture_scores,
-            tied_with_best,
-            training_seconds,
-        )
-
-        ids = [trial.trial_id for trial in self.record.ranking()]
-        scores = {
-            trial_id: picture_scores(
-                self._logits(trial_id), self._labels, self.experiment.objective
-            )
-            for trial_id in ids
-        }
-        return choose(
-            ids[0],
-            tied_with_best(scores, ids[0]),
-            prefer=self.prefer,
-            seconds=training_seconds(self.record),
-        )
-
     def _package(self, trial: TrialRecord, dataset: ImageDataset) -> None:
         """The chosen trial in `classifier/`; most often it is there already."""
         if packaged_trial(self.folder) == trial.trial_id and is_packaged(self.folder, self.record):
             return
         from visiontuner.model.backbone import load_backbone
 
-        self._restore_head(trial)
+        if said := self.validation.restore_head(trial):
+            self.observer.note(said)
         self.observer.note(f"Packaging {trial.trial_id} as a classifier.")
         model = self.experiment.model
         package_trial(
@@ -235,49 +180,10 @@ class _Evaluation:
             cache=self.cache,
         )
 
-    def _restore_head(self, trial: TrialRecord) -> None:
-        """A search keeps the heads of its five best; another's is trained again: seconds."""
-        import numpy as np
-
-        from visiontuner.search.trial import HEAD_FILE, TrialTask
-
-        if (self.folder / "trials" / trial.trial_id / HEAD_FILE).is_file():
-            return
-        from visiontuner.search.head_trial import train_again
-
-        kept = self._logits(trial.trial_id)
-        self.observer.note(f"Training {trial.trial_id} again: its head was not among those kept.")
-        ready = [e for e in read_events(self.folder).events if e["event"] == "features_ready"]
-        train_again(
-            {"trial_id": trial.trial_id, "configuration": trial.configuration},
-            TrialTask(
-                experiment=self.experiment,
-                search_folder=self.folder.resolve(),
-                features_folder=Path(ready[-1]["folder"]),
-                threads=int(self.experiment.search.cpus_per_trial) or 1,
-            ),
-            best_epoch=trial.best_epoch or 1,
-        )
-        difference = float(np.abs(self._logits(trial.trial_id) - kept).max())
-        if difference > _LOGITS_TOLERANCE:
-            self.observer.note(
-                f"warning: the same training gave validation logits that differ by {difference:.2g}"
-                " from the search's: another machine or thread count."
-            )
-
-    def _calibrate(self, trial: TrialRecord) -> tuple[float, ChosenThreshold]:
-        """Temperature and threshold, from validation alone, into the classifier."""
-        from visiontuner.evaluation.calibration import (
-            choose_threshold,
-            fit_temperature,
-            probabilities_of,
-        )
+    def _calibrate(self, temperature: float, threshold: ChosenThreshold) -> None:
+        """Temperature and threshold into the classifier; its reference is answered anew."""
         from visiontuner.model.classifier_files import recalibrate
 
-        logits = self._logits(trial.trial_id)
-        temperature = fit_temperature(logits, self._labels)
-        probabilities = probabilities_of(logits, temperature)
-        threshold = choose_threshold(probabilities, self._labels, self.precision)
         recalibrate(
             self.folder / CLASSIFIER_FOLDER,
             temperature=temperature,
@@ -290,12 +196,6 @@ class _Evaluation:
                 }
             },
         )
-        return temperature, threshold
-
-    def _calibration_notes(self, trial: TrialRecord, temperature: float) -> list[str]:
-        from visiontuner.evaluation.calibration import calibration_notes
-
-        return calibration_notes(self._logits(trial.trial_id), self._labels, temperature)
 
     # the test pictures
 
