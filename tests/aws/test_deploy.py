@@ -167,7 +167,8 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://user:secret@proxy.invalid:3128")
-    made = run("deploy", model, "--no-preflight", "--name", "c", "--instance-type", "ml.c5.large")
+    chosen = ["--instance-type", "ml.c5.large", "--env", "A=1", "--data-capture", "s3://kept/here"]
+    made = run("deploy", model, "--no-preflight", "--name", "c", *chosen)
     assert made.exit_code == 0, made.output
     first = account.holds()
     assert [len(first[kind]) for kind in first] == [1, 1, 1, 1]
@@ -210,6 +211,9 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
         EndpointConfigName=second["configs"][0]
     )
     assert config["ProductionVariants"][0]["InstanceType"] == "ml.c5.large"
+    assert config["DataCaptureConfig"]["DestinationS3Uri"] == "s3://kept/here"
+    container = account.client("sagemaker").describe_model(ModelName=second["models"][0])
+    assert container["PrimaryContainer"]["Environment"]["A"] == "1"
     kept = run("undeploy", "c")
     assert (
         f"Kept s3://mlflow-sagemaker-eu-west-1-123456789012/{second['objects'][0]}" in kept.stdout

@@ -20,6 +20,7 @@ TTL_TAG = "visiontuner.ttl"
 PRICE_TAG = "visiontuner.price_per_hour"
 IMAGE_TAG = "visiontuner.image_digest"
 
+CAPTURE = "data_capture_config"
 DEFAULT_INSTANCE = "ml.m5.large"
 # MLflow appends "-config-" and 20 letters, and shortens what then exceeds 63.
 NAME_LENGTH = 35
@@ -41,7 +42,8 @@ class DeploymentPlan:
         bucket: the model's archive is uploaded there; MLflow makes it if `bucket_exists` is not.
         instance_type: None for a serverless endpoint.
         serverless_mb: its memory; None for instances.
-        data_capture: `s3://…`, where SageMaker keeps requests and answers; None: nowhere.
+        more: further dictionaries that MLflow takes: data_capture_config, vpc_config,
+            async_inference_config.
         environment: more variables for the container.
         tags: of the endpoint and its model; their values are what AWS allows.
         price_per_hour: US dollars for all instances; None: not known.
@@ -60,7 +62,7 @@ class DeploymentPlan:
     instances: int = 1
     serverless_mb: int | None = None
     serverless_concurrency: int = 5
-    data_capture: str | None = None
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     assume_role: str | None = None
@@ -73,12 +75,8 @@ class DeploymentPlan:
         if self.serverless_mb is not None and self.serverless_mb not in _SERVERLESS_MB:
             listed = ", ".join(map(str, _SERVERLESS_MB))
             raise UserMistake(f"--serverless takes one of {listed} MB, got {self.serverless_mb}.")
-        if self.serverless_mb is not None and self.data_capture:
+        if self.serverless_mb is not None and CAPTURE in self.more:
             raise UserMistake("A serverless endpoint captures no data; leave --data-capture out.")
-        if self.data_capture and not self.data_capture.startswith("s3://"):
-            raise UserMistake(
-                f"--data-capture takes s3://BUCKET/FOLDER, got {self.data_capture!r}."
-            )
 
     @property
     def target(self) -> str:
@@ -110,8 +108,7 @@ class DeploymentPlan:
         else:
             config["instance_type"] = str(self.instance_type)
             config["instance_count"] = str(self.instances)
-        if self.data_capture:
-            config["data_capture_config"] = json.dumps(_capture(self.data_capture))
+        config |= {key: json.dumps(value) for key, value in self.more.items()}
         if self.environment:
             config["env"] = json.dumps(dict(self.environment))
         return config
@@ -142,8 +139,8 @@ class DeploymentPlan:
             f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
             f"upload to  s3://{self.bucket}{made}",
         ]
-        if self.data_capture:
-            lines.append(f"captures   requests and answers in {self.data_capture}")
+        if CAPTURE in self.more:
+            lines.append(f"captures   requests in {self.more[CAPTURE]['DestinationS3Uri']}")
         if TTL_TAG in self.tags:
             lines.append(f"lives for  {self.tags[TTL_TAG]}; nothing deletes it by itself")
         return lines
@@ -198,7 +195,14 @@ def ttl_hours(text: str) -> float:
     return float(match[1]) * _HOURS[match[2]]
 
 
-def _capture(folder: str) -> dict[str, Any]:
+def capture_everything(folder: str) -> dict[str, Any]:
+    """SageMaker's configuration to keep all requests and answers.
+
+    Raises:
+        UserMistake: the folder is not in S3.
+    """
+    if not folder.startswith("s3://"):
+        raise UserMistake(f"--data-capture takes s3://BUCKET/FOLDER, got {folder!r}.")
     return {
         "EnableCapture": True,
         "InitialSamplingPercentage": 100,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 from visiontuner.serving.aws import Aws, explained
 from visiontuner.serving.deployment import (
+    CAPTURE,
     DEPLOYMENT_TAG,
     MODEL_TAG,
     PRICE_TAG,
@@ -42,6 +44,15 @@ from visiontuner.serving.endpoint_states import (
 )
 from visiontuner.serving.failures import explain_failure
 from visiontuner.serving.reference import Reference
+
+# What MLflow puts into a container's environment by itself.
+_MLFLOWS_OWN = (
+    "MLFLOW_DEPLOYMENT_FLAVOR_NAME",
+    "SERVING_ENVIRONMENT",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +133,6 @@ def update(
         raise
     arn = now["EndpointArn"]
     tags = [{"Key": key, "Value": value} for key, value in plan.tags.items()]
-    aws.call("sagemaker", "delete_tags", ResourceArn=arn, TagKeys=[t["Key"] for t in tags])
     aws.call("sagemaker", "add_tags", ResourceArn=arn, Tags=tags)
     replaced = Parts.find(aws, plan).of_config(aws, old_config)
     replaced.delete(aws, plan)
@@ -178,37 +188,59 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
     return sorted(found, key=lambda endpoint: -endpoint.age_hours)
 
 
-def current_plan(aws: Aws, plan: DeploymentPlan) -> DeploymentPlan:
-    """A plan with what the endpoint runs on now: MLflow would fall back to its own defaults.
+@dataclass(frozen=True, kw_only=True)
+class Running:
+    """What an endpoint runs on: MLflow's update would fall back to its own defaults."""
 
-    Raises:
-        UserMistake: there is no such endpoint, or it is being changed.
+    role: str
+    image: str
+    instance_type: str | None
+    instances: int
+    serverless_mb: int | None
+    serverless_concurrency: int
+    environment: Mapping[str, str]
+    more: Mapping[str, Any]
+
+
+def find_running(aws: Aws, name: str) -> Running:
     """
-    described = describe(aws, plan.name)
+    Raises:
+        UserMistake: there is no such endpoint, it is being changed, or serves several models.
+    """
+    described = describe(aws, name)
     if described["EndpointStatus"] in IN_PROGRESS:
         raise UserMistake(
-            f"Endpoint {plan.name!r} is {described['EndpointStatus']}; try again when it is done."
+            f"Endpoint {name!r} is {described['EndpointStatus']}; try again when it is done."
         )
     config = aws.call(
         "sagemaker", "describe_endpoint_config", EndpointConfigName=described["EndpointConfigName"]
     )
-    variant = config["ProductionVariants"][0]
+    if len(config["ProductionVariants"]) != 1:
+        raise UserMistake(f"Endpoint {name!r} serves several models; update it with AWS's tools.")
+    (variant,) = config["ProductionVariants"]
+    model = aws.call("sagemaker", "describe_model", ModelName=variant["ModelName"])
+    container = model["PrimaryContainer"]
     serverless = variant.get("ServerlessConfig") or {}
     capture = config.get("DataCaptureConfig") or {}
-    return replace(
-        plan,
+    more = {
+        CAPTURE: capture if capture.get("EnableCapture") else None,
+        "async_inference_config": config.get("AsyncInferenceConfig"),
+        "vpc_config": model.get("VpcConfig"),
+    }
+    return Running(
+        role=model["ExecutionRoleArn"],
+        image=container["Image"],
         instance_type=variant.get("InstanceType"),
         instances=variant.get("InitialInstanceCount", 1),
         serverless_mb=serverless.get("MemorySizeInMB"),
         serverless_concurrency=serverless.get("MaxConcurrency", 5),
-        data_capture=capture.get("DestinationS3Uri"),
+        environment={
+            key: value
+            for key, value in container.get("Environment", {}).items()
+            if key not in _MLFLOWS_OWN
+        },
+        more={key: value for key, value in more.items() if value},
     )
-
-
-def current_role(aws: Aws, name: str) -> str:
-    """The execution role of the model that an endpoint serves."""
-    model = aws.call("sagemaker", "describe_model", ModelName=models_of(aws, name)[0])
-    return str(model["ExecutionRoleArn"])
 
 
 def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:

@@ -79,27 +79,28 @@ def plan_deployment(
     """
     from visiontuner.serving.aws import Aws
     from visiontuner.serving.deployment import (
+        CAPTURE,
         DEFAULT_INSTANCE,
         DeploymentPlan,
+        capture_everything,
         endpoint_name,
         make_tags,
         ttl_hours,
     )
-    from visiontuner.serving.endpoint import current_plan, current_role
-    from visiontuner.serving.endpoint_states import check_free, describe
+    from visiontuner.serving.endpoint import find_running
+    from visiontuner.serving.endpoint_states import check_free
     from visiontuner.serving.surroundings import find_bucket, find_image, find_role, hourly_price
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
+    capture = capture_everything(options.data_capture) if options.data_capture else None
     uri, facts = _model_facts(model)
     aws = Aws(options.region, options.assume_role)
-    bucket, exists = find_bucket(aws, options.bucket)
     name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
-    if updated:
-        describe(aws, name)
-    else:
+    running = find_running(aws, name) if updated else None
+    if running is None:
         check_free(aws, name)
-    role = current_role(aws, name) if updated and not options.role else find_role(aws, options.role)
+    bucket, exists = find_bucket(aws, options.bucket)
     serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
         name=name,
@@ -107,21 +108,29 @@ def plan_deployment(
         region=aws.region,
         account=aws.account,
         caller=aws.caller,
-        role=role,
-        image=find_image(aws, options.image),
+        role=find_role(aws, options.role or (running.role if running else None)),
+        image=find_image(aws, options.image or (running.image if running else None)),
         bucket=bucket,
         bucket_exists=exists,
         instance_type=None if serverless else options.instance_type or DEFAULT_INSTANCE,
         instances=options.instances,
         serverless_mb=options.serverless_mb,
-        data_capture=options.data_capture,
         environment=options.environment,
+        more={CAPTURE: capture} if capture else {},
         assume_role=options.assume_role,
         timeout_seconds=options.timeout_seconds,
         region_is_default=aws.session.region_name == aws.region,
     )
-    if updated:
-        plan = current_plan(aws, plan)
+    if running is not None:
+        plan = with_values(
+            plan,
+            instance_type=running.instance_type,
+            instances=running.instances,
+            serverless_mb=running.serverless_mb,
+            serverless_concurrency=running.serverless_concurrency,
+            environment={**running.environment, **options.environment},
+            more=running.more,
+        )
     price = options.price
     if price is None and plan.instance_type:
         price = hourly_price(aws, plan.instance_type)
