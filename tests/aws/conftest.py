@@ -207,10 +207,16 @@ def registered(
     experiment = client.create_experiment("colours", artifact_location=str(folder / "artifacts"))
 
     def register(classifier: Path = colour_classifier) -> str:
+        search = {
+            "visiontuner.kind": "search",
+            "visiontuner.search_id": "s1",
+            "visiontuner.data_digest": "d1",
+        }
         tags = {
+            "mlflow.parentRunId": client.create_run(experiment, tags=search).info.run_id,
+            "visiontuner.kind": "trial",
             "visiontuner.search_id": "s1",
             "visiontuner.trial_id": "t0001",
-            "visiontuner.data_digest": "d1",
         }
         run = client.create_run(experiment, tags=tags).info.run_id
         client.set_terminated(run)

@@ -11,7 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,12 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
             assert [got[name] for name in names] == pytest.approx(list(probabilities), abs=1e-5)
     listed = json.loads(run("endpoints", "--format", "json").stdout)
     assert [(e["name"], e["model"], e["ttl_hours"]) for e in listed] == [("first", model, 8.0)]
+    lineage = run("lineage", "endpoint:first", "--json")
+    assert lineage.exit_code == 0, lineage.output
+    traced = json.loads(lineage.stdout)
+    assert traced["model"]["uri"] == f"models:/{model}"
+    assert traced["trial"]["trial_id"] == "t0001"
+    assert traced["data"]["digest"] == "d1"
     gone = run("undeploy", "first", "--artifacts")
     assert gone.exit_code == 0, gone.output
     assert account.holds() == NOTHING
@@ -258,23 +265,44 @@ def test_an_endpoint_that_never_becomes_healthy_is_taken_away(account: Any, mode
     assert account.holds() == NOTHING
 
 
-def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
+@contextmanager
+def pressing_ctrl_c(account: Any, *, times: int) -> Iterator[None]:
+    """As soon as there is an endpoint, and again half a second later."""
+
     def press() -> None:
-        while not ended.is_set():
-            if account.holds()["endpoints"]:
-                os.kill(os.getpid(), signal.SIGINT)
-                return
+        while not account.holds()["endpoints"] and not ended.is_set():
             time.sleep(0.05)
+        for _ in range(times):
+            if not ended.is_set():
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
 
     ended = threading.Event()
     person = threading.Thread(target=press)
     person.start()
-    done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=1.5")
-    ended.set()
-    person.join()
+    try:
+        yield
+    finally:
+        ended.set()
+        person.join()
+
+
+def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
+    with pressing_ctrl_c(account, times=1):
+        done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=1.5")
     assert done.exit_code == 130
     assert said(done) == "Error: Stopped."
+    assert "SageMaker deletes no endpoint that is being created" in done.stderr
     assert account.holds() == NOTHING
+
+
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_left(account: Any, model: str) -> None:
+    with pressing_ctrl_c(account, times=2):
+        done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=60")
+    assert done.exit_code == 1
+    assert "something may cost money" in said(done)
+    assert "visiontuner undeploy colours" in said(done)
+    assert account.holds()["endpoints"] == ["colours"]
 
 
 @pytest.mark.parametrize(

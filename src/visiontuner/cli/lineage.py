@@ -25,7 +25,7 @@ _STATES = {"ok": "ok", "differs": "differs", "unknown": "cannot be checked"}
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("subject", metavar="[MODEL|RUN|FOLDER]", default="auto")
+@click.argument("subject", metavar="[MODEL|RUN|FOLDER|endpoint:NAME]", default="auto")
 @click.option(
     "--verify", is_flag=True, help="Compute digests and answers again; exit 1 if any differs."
 )
@@ -34,13 +34,15 @@ def lineage(subject: str, verify: bool, as_json: bool) -> None:
     """Say where a model comes from: trial, search, experiment, pictures, code, machine.
 
     MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION; RUN the id of a trial's or a
-    search's MLflow run; FOLDER a search folder. Default: the newest search.
+    search's MLflow run; FOLDER a search folder; endpoint:NAME a SageMaker endpoint. Default: the
+    newest search.
 
     \b
     Examples:
       visiontuner lineage
       visiontuner lineage dog-breeds@champion
       visiontuner lineage models:/dog-breeds/3 --verify
+      visiontuner lineage endpoint:dog-breeds
     """
     from visiontuner.workflow.lineage import trace
 

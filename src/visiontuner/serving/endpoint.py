@@ -188,6 +188,19 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
     return sorted(found, key=lambda endpoint: -endpoint.age_hours)
 
 
+def deployed_model(aws: Aws, name: str) -> str:
+    """`NAME/VERSION` of the model that an endpoint serves.
+
+    Raises:
+        UserMistake: there is no such endpoint, or its tags do not say.
+    """
+    describe(aws, name)
+    model = tags_of(aws, name).get(MODEL_TAG, "")
+    if "/" not in model:
+        raise UserMistake(f"Endpoint {name!r} does not say which registered model it serves.")
+    return model
+
+
 @dataclass(frozen=True, kw_only=True)
 class Running:
     """What an endpoint runs on: MLflow's update would fall back to its own defaults."""

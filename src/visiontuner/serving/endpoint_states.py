@@ -94,6 +94,7 @@ def delete_endpoint(
     Raises:
         ServingError: it is still there after `timeout_seconds`.
     """
+    told = False
     for seconds in poll(name, note, "Deleting"):
         try:
             state = aws.call("sagemaker", "describe_endpoint", EndpointName=name)["EndpointStatus"]
@@ -104,6 +105,9 @@ def delete_endpoint(
                 return
             if not error.is_in_progress:
                 raise
+            if not told:
+                note("SageMaker deletes no endpoint that is being created: waiting until it can.")
+            told = True
         if seconds > timeout_seconds:
             raise ServingError(
                 f"Endpoint {name!r} cannot be deleted yet; `visiontuner undeploy {name}` tries "

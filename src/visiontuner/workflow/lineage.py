@@ -26,18 +26,20 @@ if TYPE_CHECKING:
     from visiontuner.serving.lineage import Lineage
 
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
+_ENDPOINT = "endpoint:"
 
 
 def trace(subject: str | None = None) -> Lineage:
     """Where a model comes from.
 
     Args:
-        subject: a search folder, an MLflow run, or a model (NAME, NAME/VERSION, NAME@ALIAS,
-            models:/…); the newest search if None.
+        subject: a search folder, an MLflow run, a model (NAME, NAME/VERSION, NAME@ALIAS,
+            models:/…), or endpoint:NAME; the newest search if None.
 
     Raises:
         UserMistake: there is no such thing, or visiontuner did not make it.
         TrackingError: MLflow is away and nothing else tells.
+        ServingError: AWS refuses or cannot be reached.
     """
     subject = subject or str(newest_search())
     for resolve in _RESOLVERS:
@@ -90,8 +92,23 @@ def _from_model(subject: str) -> Lineage:
     return trace_version(mlflow, find_version(mlflow, reference))
 
 
-# Asked in this order; each answers None to what it does not know. Endpoints join before models.
+def _from_endpoint(subject: str) -> Lineage | None:
+    """Its tags name the model version."""
+    if not subject.startswith(_ENDPOINT):
+        return None
+    from visiontuner.serving.aws import Aws
+    from visiontuner.serving.endpoint import deployed_model
+
+    name, aws = subject.removeprefix(_ENDPOINT).strip("/"), Aws()
+    model = deployed_model(aws, name)
+    traced = _from_model(f"models:/{model}")
+    note = f"Endpoint {name} in {aws.region}, account {aws.account}, serves models:/{model}."
+    return replace(traced, notes=(note, *traced.notes))
+
+
+# Asked in this order; each answers None to what it does not know.
 _RESOLVERS: tuple[Callable[[str], Lineage | None], ...] = (
+    _from_endpoint,
     _from_folder,
     _from_run,
     _from_model,
