@@ -7,6 +7,14 @@ import pytest
 
 from visiontuner.experiment import SEARCHABLE
 from visiontuner.journal import read_events
+from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
+from visiontuner.tracking.evaluation import (
+    EVALUATION_DIGEST,
+    TEST_LOOKS,
+    Evaluation,
+    metrics,
+    version_tags,
+)
 from visiontuner.tracking.plan import SearchPlan, TrialPlan
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tracking.md"
@@ -43,8 +51,33 @@ def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
     tags = set(plan.tags()).union(*(trial.tags() for trial in plan.trials.values()))
     assert tags <= described
     # And nothing is described that nobody writes.
-    written_elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
-    assert {n for n in described if n.startswith("visiontuner.")} <= tags | written_elsewhere
+    elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
+    elsewhere |= {DECISION_TAG, REASON_TAG, TEST_LOOKS, EVALUATION_DIGEST}
+    elsewhere |= set(version_tags(evaluation()))
+    assert {n for n in described if n.startswith("visiontuner.")} == tags | elsewhere
+
+
+def test_every_metric_of_an_evaluation_is_described(described: set[str]) -> None:
+    names = {re.sub("_(low|high)$", "", name) for name in metrics(evaluation())}
+    assert names == {n for n in described if n.startswith("test_")} | {
+        "temperature",
+        "confidence_threshold",
+    }
+
+
+def evaluation() -> Evaluation:
+    """One with everything that an evaluation can say."""
+    interval = {"value": 0.9, "low": 0.8, "high": 1.0}
+    names = ("accuracy", "top5_accuracy", "macro_f1", "nll", "nll_uncalibrated")
+    report = {
+        "temperature": 1.1,
+        "num_pictures": 10,
+        "metrics": dict.fromkeys((*names, "ece", "ece_uncalibrated"), interval),
+        "threshold": {"value": 0.5, "precision": interval, "coverage": interval},
+    }
+    return Evaluation(
+        folder=Path(), digest="d", trial_id="t", classifier_digest="c", looks=1, report=report
+    )
 
 
 def test_every_parameter_is_described(described: set[str]) -> None:
