@@ -20,7 +20,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _WHERE = (
     click.option(
-        "--region", metavar="REGION", default="auto", help="AWS's settings' if not given."
+        "--region", metavar="REGION", default="auto", help="By default that of AWS's settings."
     ),
     click.option("--assume-role", metavar="ARN", default="none", help="Act as this role."),
 )
@@ -28,7 +28,9 @@ _HOW = (
     *_WHERE,
     click.option("--role", metavar="NAME|ARN", default="auto", help="What the endpoint runs as."),
     click.option("--image", metavar="URL", default="auto", help="Serving image in ECR."),
-    click.option("--bucket", metavar="NAME", default="auto", help="For the model; MLflow's own."),
+    click.option(
+        "--bucket", metavar="NAME", default="auto", help="For the model; by default MLflow's."
+    ),
     click.option("--ttl", metavar="TIME", default="none", help="How long it is needed, as 8h."),
     click.option("--price", metavar="USD", default="auto", help="Of one instance for an hour."),
     click.option(
@@ -61,7 +63,9 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
 
 @click.command(cls=OneLineErrors)
 @click.argument("model", default="auto")
-@click.option("--name", metavar="NAME", default="auto", help="Of the endpoint; the model's.")
+@click.option(
+    "--name", metavar="NAME", default="auto", help="Of the endpoint; by default the model's."
+)
 @click.option("--instance-type", default="auto", help="Default: ml.m5.large.")
 @click.option("--instances", type=click.IntRange(1, 100), default=1, show_default=True)
 @click.option(

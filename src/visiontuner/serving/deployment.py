@@ -156,7 +156,8 @@ class DeploymentPlan:
 
 
 def check_name(name: str) -> None:
-    """
+    """Make sure that an endpoint can have a name.
+
     Raises:
         UserMistake: SageMaker or MLflow could not take it for an endpoint.
     """

@@ -121,7 +121,7 @@ def update(
             f"Uploading {plan.model_uri} and updating {plan.name}; the old model serves meanwhile."
         )
         _ask_mlflow("update_deployment", plan, tracking_uri)
-        now = wait_until_in_service(aws, plan.name, plan.timeout_seconds, note)
+        now = wait_until_in_service(aws, plan.name, plan.timeout_seconds, note, leaving=old_config)
         if now["EndpointConfigName"] == old_config:
             raise ServingError(explain_failure(aws, plan.name, now, "SageMaker rolled back"))
         check_answers(aws, plan.name, reference)
@@ -216,7 +216,8 @@ class Running:
 
 
 def find_running(aws: Aws, name: str) -> Running:
-    """
+    """Look up what an update has to keep.
+
     Raises:
         UserMistake: there is no such endpoint, it is being changed, or serves several models.
     """

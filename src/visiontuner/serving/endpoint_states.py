@@ -18,6 +18,7 @@ Note = Callable[[str], None]
 IN_PROGRESS = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.5, 10.0
 _NOTE_SECONDS = 30.0
+_BEGIN_SECONDS = 20.0  # as long as MLflow gives an update to begin
 # SageMaker gives a container up after an hour at most; until then it deletes nothing.
 _GONE_SECONDS = 3600.0
 _ASK_TRIES = 5
@@ -41,14 +42,17 @@ def describe(aws: Aws, name: str) -> dict[str, Any]:
 
 
 def check_free(aws: Aws, name: str) -> None:
-    """
+    """Make sure that no endpoint has a name.
+
     Raises:
-        UserMistake: an endpoint has this name.
+        UserMistake: one has.
     """
     try:
-        state = describe(aws, name)["EndpointStatus"]
-    except UserMistake:
-        return
+        state = aws.call("sagemaker", "describe_endpoint", EndpointName=name)["EndpointStatus"]
+    except AwsRefused as error:
+        if error.is_missing:
+            return
+        raise
     raise UserMistake(
         f"There is an endpoint {name!r} already ({state}). `visiontuner update {name}` swaps its "
         f"model, `visiontuner undeploy {name}` removes it, or choose another --name."
@@ -56,15 +60,21 @@ def check_free(aws: Aws, name: str) -> None:
 
 
 def wait_until_in_service(
-    aws: Aws, name: str, timeout_seconds: float, note: Note
+    aws: Aws, name: str, timeout_seconds: float, note: Note, *, leaving: str | None = None
 ) -> dict[str, Any]:
-    """
+    """Wait for an endpoint that was just created or updated.
+
+    Args:
+        leaving: the configuration that an update is to replace. In service with it means that
+            SageMaker went back, unless the update has not begun yet.
+
     Returns:
         What SageMaker says of the endpoint then.
 
     Raises:
         ServingError: it failed, was deleted meanwhile, or takes longer.
     """
+    begun = leaving is None
     for seconds in poll(name, note):
         try:
             described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
@@ -73,10 +83,11 @@ def wait_until_in_service(
                 raise ServingError(f"Endpoint {name!r} was deleted by someone meanwhile.") from None
             raise
         state = described["EndpointStatus"]
-        if state == "InService":
+        begun = begun or state != "InService" or described["EndpointConfigName"] != leaving
+        if state == "InService" and (begun or seconds > _BEGIN_SECONDS):
             note(f"{name} is in service after {seconds:.0f} s.")
             return described
-        if state not in IN_PROGRESS:
+        if state not in (*IN_PROGRESS, "InService"):
             raise ServingError(
                 explain_failure(aws, name, described, f"Endpoint {name!r} is {state}")
             )
@@ -121,15 +132,20 @@ def roll_back(aws: Aws, name: str, old_config: str, timeout_seconds: float, note
         described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
         if described["EndpointStatus"] not in IN_PROGRESS:
             break
-    if described["EndpointConfigName"] != old_config:
-        aws.call("sagemaker", "update_endpoint", EndpointName=name, EndpointConfigName=old_config)
-        wait_until_in_service(aws, name, timeout_seconds, note)
+    new_config = described["EndpointConfigName"]
+    if new_config == old_config:
+        return
+    aws.call("sagemaker", "update_endpoint", EndpointName=name, EndpointConfigName=old_config)
+    now = wait_until_in_service(aws, name, timeout_seconds, note, leaving=new_config)
+    if now["EndpointConfigName"] != old_config:
+        raise ServingError(explain_failure(aws, name, now, f"{name!r} could not go back"))
 
 
 def check_answers(aws: Aws, name: str, reference: Reference) -> None:
-    """
+    """Ask an endpoint its model's reference pictures.
+
     Raises:
-        ServingError: the endpoint answers the reference pictures differently from its artifact.
+        ServingError: it answers them differently from the artifact.
     """
     transport = SageMakerTransport(name, region=aws.region, session=aws.session)
     answers = _ask(transport, reference.pictures, reference.options())
