@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from dataclasses import dataclass
@@ -62,9 +63,7 @@ class RayForSearch:
 
     def __exit__(self, *_: object) -> None:
         if self._ours:
-            import ray
-
-            ray.shutdown()
+            _shut_down()
         for key in self._added:
             os.environ.pop(key, None)
 
@@ -101,6 +100,24 @@ class RayForSearch:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+def _shut_down() -> None:
+    """End Ray with no garbage of its own left, and none collected meanwhile.
+
+    A reference to an object of Ray's that another thread's garbage collection frees during the
+    shutdown ends the whole process, with "The core worker has already been shutdown".
+    """
+    import ray
+
+    gc.collect()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _let_trials_use_waiting_workers() -> None:

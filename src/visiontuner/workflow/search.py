@@ -226,11 +226,11 @@ class _Run:
         computing = beside(lambda: self._features(dataset, backbone))
         from visiontuner.search.run import run_trials
 
+        # Packaging needs the network: load it while Ray starts, which is mostly waiting. A mistake
+        # in it shows there as well.
+        beside(self._load_backbone)
         ray.start()
         features = self._record_features(computing.result(), backbone, recorder)
-        # Packaging needs the network: load it beside the trials. A mistake in it shows there as
-        # well.
-        beside(self._load_backbone)
         finished = sum(trial.finished for trial in recorder.record.trials.values())
         self.observer.note(_describe_search(self.experiment, finished, remaining))
         self.observer.trials_begin(recorder.record, finished + remaining)
