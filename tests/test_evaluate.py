@@ -134,6 +134,9 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
 
     classifier = Classifier.load(search / "classifier")
     assert classifier.temperature == report.temperature
+    assert report.threshold is not None
+    # A precision that validation cannot show: every answer abstains.
+    assert classifier.threshold == (report.threshold.value or 1.0)
     assert classifier.verify_reference() < 1e-6
     predictions = np.load(search / "evaluation" / "predictions.npz", allow_pickle=False)
     pictures = [search.parent / "pictures" / path for path in predictions["paths"]]

@@ -187,7 +187,8 @@ class _Evaluation:
         recalibrate(
             self.folder / CLASSIFIER_FOLDER,
             temperature=temperature,
-            threshold=threshold.value,
+            # Not reached at any confidence: every answer abstains.
+            threshold=1.0 if threshold.value is None else threshold.value,
             metadata={
                 "calibration": {
                     "wanted_precision": self.precision,
