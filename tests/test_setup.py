@@ -229,7 +229,8 @@ def test_second_install_does_nothing(copy):
     assert "-c constraints.txt -e .[dev]" in installed
     assert make(copy, "install", f"PYTHON={sys.executable}", PATH=path).returncode == 0
     assert log.read_text() == installed
-    os.utime(copy / "requirements.txt")
+    later = (copy / ".venv" / ".installed").stat().st_mtime + 1  # whatever the clock's steps
+    os.utime(copy / "requirements.txt", (later, later))
     assert make(copy, "install", f"PYTHON={sys.executable}", PATH=path).returncode == 0
     assert len(log.read_text()) > len(installed)
 

@@ -279,12 +279,15 @@ def pressing_ctrl_c(account: Any, *, times: int) -> Iterator[None]:
 
     ended = threading.Event()
     person = threading.Thread(target=press)
+    # A shell starts what it puts into the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     person.start()
     try:
         yield
     finally:
         ended.set()
         person.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
