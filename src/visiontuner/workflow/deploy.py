@@ -18,7 +18,7 @@ from visiontuner.workflow.query import model_folder, model_uri
 if TYPE_CHECKING:
     from visiontuner.serving.aws import Aws
     from visiontuner.serving.deployment import DeploymentPlan
-    from visiontuner.serving.endpoint import Endpoint
+    from visiontuner.serving.endpoint import Endpoint, Running
 
 Note = Callable[[str], None]
 
@@ -84,12 +84,11 @@ def plan_deployment(
         DeploymentPlan,
         capture_everything,
         endpoint_name,
-        make_tags,
         ttl_hours,
     )
     from visiontuner.serving.endpoint import find_running
     from visiontuner.serving.endpoint_states import check_free
-    from visiontuner.serving.surroundings import find_bucket, find_image, find_role, hourly_price
+    from visiontuner.serving.surroundings import find_bucket, find_image, find_role
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
@@ -122,15 +121,30 @@ def plan_deployment(
         region_is_default=aws.session.region_name == aws.region,
     )
     if running is not None:
-        plan = with_values(
-            plan,
-            instance_type=running.instance_type,
-            instances=running.instances,
-            serverless_mb=running.serverless_mb,
-            serverless_concurrency=running.serverless_concurrency,
-            environment={**running.environment, **options.environment},
-            more=running.more,
-        )
+        plan = _on_what_runs(plan, running, options)
+    return aws, _priced_and_tagged(aws, plan, options, facts)
+
+
+def _on_what_runs(plan: DeploymentPlan, running: Running, options: DeployOptions) -> DeploymentPlan:
+    """An update changes the model, not what it runs on."""
+    return with_values(
+        plan,
+        instance_type=running.instance_type,
+        instances=running.instances,
+        serverless_mb=running.serverless_mb,
+        serverless_concurrency=running.serverless_concurrency,
+        environment={**running.environment, **options.environment},
+        more=running.more,
+    )
+
+
+def _priced_and_tagged(
+    aws: Aws, plan: DeploymentPlan, options: DeployOptions, facts: Mapping[str, Any]
+) -> DeploymentPlan:
+    """What it costs an hour, as far as that is known, and the tags of its lineage."""
+    from visiontuner.serving.deployment import make_tags
+    from visiontuner.serving.surroundings import hourly_price
+
     price = options.price
     if price is None and plan.instance_type:
         price = hourly_price(aws, plan.instance_type)
@@ -143,7 +157,7 @@ def plan_deployment(
             "visiontuner.price_per_hour": whole,
         }
     )
-    return aws, with_values(plan, tags=tags, price_per_hour=whole)
+    return with_values(plan, tags=tags, price_per_hour=whole)
 
 
 def deploy(
