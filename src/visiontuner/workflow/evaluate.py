@@ -142,7 +142,7 @@ class _Evaluation:
             for edge in edges(self.record, self.experiment.search.space, tied=choice.tied)
         )
         looks = self._looks() + (1 if answers.samples else 0)
-        self._write(choice, at_edges, report, answers, looks, threshold)
+        self._write(dataset.root, choice, at_edges, report, answers, looks, threshold)
         model, problem = self._track()
         return EvaluationResult(
             folder=self.folder,
@@ -218,7 +218,6 @@ class _Evaluation:
         )
         for path, reason in answers.bad.items():
             self.observer.note(f"warning: left out {path}: {reason}")
-        self._root = dataset.root
         return answers
 
     def _report(
@@ -270,6 +269,7 @@ class _Evaluation:
 
     def _write(
         self,
+        root: Path,
         choice: Choice,
         at_edges: Sequence[str],
         report: EvaluationReport,
@@ -307,7 +307,7 @@ class _Evaluation:
             report=report,
             facts=facts,
             answers=answers,
-            root=self._root,
+            root=root,
             mistakes=_MISTAKES,
         )
 
