@@ -424,3 +424,53 @@ def test_flat_names_are_dotted_and_complete():
     assert flat["search.space.learning_rate.low"] == "0.0001"
     assert flat["search.space.batch_size.values"] == "[32, 64, 128, 256]"
     assert all(isinstance(value, str) for value in flat.values())
+
+
+# Training the network.
+
+
+def test_a_frozen_network_trains_on_features_unless_its_pictures_change():
+    def trains_on_pictures(**sections: object) -> bool:
+        return Experiment.parse({"name": "a", **sections}).trains_on_pictures
+
+    assert not trains_on_pictures()
+    assert not trains_on_pictures(training={"augmentation": "none"})
+    assert trains_on_pictures(training={"augmentation": "light"})
+    assert trains_on_pictures(model={"train": "all"}, training={"augmentation": "none"})
+
+
+def test_more_than_the_head_trains_with_light_augmentation_unless_told_otherwise():
+    assert Experiment.parse({"name": "a", "model": {"train": "all"}}).augmentation.flip == 0.5
+    assert Experiment.parse({"name": "a"}).augmentation.is_off
+
+
+def test_two_stages_are_a_head_search_and_then_whole_trainings():
+    raw = {
+        "name": "a",
+        "model": {"train": "last_stage"},
+        "training": {"augmentation": "strong"},
+        "search": {"stages": {"best": 2, "epochs": 4}},
+    }
+    experiment = Experiment.parse(raw)
+    first, second = experiment.head_stage(), experiment.network_stage()
+    assert not first.trains_on_pictures
+    assert second.trains_on_pictures
+    assert (second.training.epochs, second.search.scheduler) == (4, "none")
+    assert first.search.space == experiment.search.space
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["training.augmentation=strnog"], "training.augmentation: must be none, light, strong"),
+        (["training.augmentation={crop_scal: 0.5}"], "did you mean crop_scale?"),
+        (["search.stages.bst=2"], "did you mean best?"),
+        (["search.stages={best: 2}"], "search.stages is for training the network; set model.train"),
+        (["training.layer_decay=0.7"], "training.layer_decay is for training the network"),
+        (["training.freeze_batch_norm=true"], "training.freeze_batch_norm is for training"),
+        (["model.train=al"], "model.train must be one of 'head', 'last_stage' or 'all'"),
+    ],
+)
+def test_a_mistake_in_what_is_trained_is_one_line(overrides: list[str], message: str):
+    with pytest.raises(ExperimentError, match=re.escape(message)):
+        Experiment.parse({"name": "a"}, overrides)

@@ -35,6 +35,7 @@ SEARCHABLE = (
     "label_smoothing",
     "optimizer",
     "epochs",
+    "backbone_learning_rate_factor",
 )
 INTEGERS = ("batch_size", "epochs")
 STOPPING_RULES = (
@@ -103,7 +104,37 @@ class Model(Section):
     backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
     weights: Annotated[str, Field(min_length=1)] = "default"
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
-    train: Literal["head"] = "head"
+    train: Literal["head", "last_stage", "all"] = "head"
+
+
+class Augmentation(Section):
+    """Random changes to a training picture; those of validation and test are never changed.
+
+    `crop_scale` is the smallest share of the picture's area that a random crop takes, 1 for the
+    fixed crop of evaluation; `flip` and `erasing` are probabilities; `mixup` and `cutmix` are the
+    alpha of their Beta distribution, 0 for without.
+    """
+
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.35
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    policy: Literal["none", "randaugment", "trivial"] = "none"
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def is_off(self) -> bool:
+        """Whether a training picture is the same in every epoch, as evaluation reads it."""
+        return self == NO_AUGMENTATION
+
+
+NO_AUGMENTATION = Augmentation(crop_scale=1, flip=0)
+AUGMENTATIONS: Mapping[str, Augmentation] = {
+    "none": NO_AUGMENTATION,
+    "light": Augmentation(),
+    "strong": Augmentation(crop_scale=0.2, policy="trivial", erasing=0.1, mixup=0.2),
+}
+"""What `training.augmentation` may be in one word."""
 
 
 class Training(Section):
@@ -123,6 +154,24 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     early_stop: PositiveInt | None = None
     log_every_steps: PositiveInt | None = None
+    gradient_clip: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    augmentation: Augmentation | None = None
+    micro_batch_size: PositiveInt | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    backbone_learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    freeze_batch_norm: bool = False
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _read_augmentation(cls, raw: object) -> object:
+        if not isinstance(raw, str):
+            return raw
+        if raw not in AUGMENTATIONS:
+            words = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"must be {words} or a section with crop_scale, flip, …, got {raw!r}")
+        return AUGMENTATIONS[raw]
 
 
 class Values(Section):
@@ -186,6 +235,19 @@ def default_space() -> dict[str, Domain]:
     }
 
 
+class Stages(Section):
+    """A search in two stages: first heads on features, then the best of them with the network.
+
+    The second stage begins with the trained head of the first; it takes the `best` trials and those
+    of `search.first`, and trains what `model.train` names for `epochs` epochs. `learning_rate` is
+    its own for all of them; null keeps each trial's.
+    """
+
+    best: PositiveInt = 3
+    epochs: PositiveInt = 5
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+
+
 class Search(Section):
     """What is searched, by which algorithm, with which resources."""
 
@@ -197,6 +259,7 @@ class Search(Section):
     first: tuple[Configuration, ...] | None = None
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.25
+    stages: Stages | None = None
 
     @field_validator("space", mode="before")
     @classmethod
@@ -276,6 +339,55 @@ class Experiment(Section):
     def mode(self) -> Literal["min", "max"]:
         """Which direction of the objective is better."""
         return "min" if self.objective == "validation_loss" else "max"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """`training.augmentation`; where that is null, light if more than the head is trained."""
+        if self.training.augmentation is not None:
+            return self.training.augmentation
+        return NO_AUGMENTATION if self.model.train == "head" else AUGMENTATIONS["light"]
+
+    @property
+    def trains_on_pictures(self) -> bool:
+        """Whether trials run the network in every step, instead of a head on features."""
+        return self.model.train != "head" or not self.augmentation.is_off
+
+    def head_stage(self) -> Experiment:
+        """The first of two stages: heads on features, over the whole space."""
+        return self._changed(
+            model={"train": "head"}, training={"augmentation": None}, search={"stages": None}
+        )
+
+    def network_stage(self) -> Experiment:
+        """The second of two stages: a few trials that train the network, each to its end."""
+        stages = self.search.stages or Stages()
+        return self._changed(
+            training={"epochs": stages.epochs}, search={"stages": None, "scheduler": "none"}
+        )
+
+    def _changed(self, **sections: Mapping[str, object]) -> Experiment:
+        changes = {
+            name: getattr(self, name).model_copy(update=dict(values))
+            for name, values in sections.items()
+        }
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _has_something_to_train(self) -> Self:
+        if self.model.train != "head":
+            return self
+        network_only = {
+            "training.layer_decay": self.training.layer_decay is not None,
+            "training.freeze_batch_norm": self.training.freeze_batch_norm,
+            "search.stages": self.search.stages is not None,
+        }
+        for name, given in network_only.items():
+            if given:
+                raise told(
+                    f"{name} is for training the network; set model.train to last_stage or all, "
+                    "or leave it out"
+                )
+        return self
 
     def first_trials(self) -> list[Configuration]:
         """`search.first`; where that is null the values under `training`, if the space holds them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
@@ -106,8 +106,14 @@ def _field_of(keys: Sequence[str], root: type[BaseModel]) -> Any:
         if key not in fields:
             return None
         field = fields[key]
-        section = field.annotation
+        section = _section_of(field.annotation)
     return field
+
+
+def _section_of(annotation: Any) -> Any:
+    """`Stages | None` -> `Stages`."""
+    sections = [part for part in get_args(annotation) if hasattr(part, "model_fields")]
+    return sections[0] if sections else annotation
 
 
 def _known_keys(keys: Sequence[str], root: type[BaseModel]) -> list[str]:
@@ -115,5 +121,5 @@ def _known_keys(keys: Sequence[str], root: type[BaseModel]) -> list[str]:
     if keys:
         field = _field_of(keys, root)
         # A domain of the search space is one of two shapes.
-        section = field.annotation if field else None
+        section = _section_of(field.annotation) if field else None
     return list(getattr(section, "model_fields", ("low", "high", "scale", "values")))
