@@ -1,0 +1,222 @@
+"""YAML -> Experiment, checked at the door and trusted afterwards."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from visiontuner.errors import ExperimentError
+from visiontuner.experiment.reading import apply_overrides, read_experiment
+from visiontuner.experiment.search import (
+    INTEGERS,
+    SEARCHABLE,
+    Configuration,
+    Domain,
+    Range,
+    Search,
+    Space,
+    Stages,
+    Values,
+    default_space,
+)
+from visiontuner.experiment.sections import (
+    AUGMENTATIONS,
+    NO_AUGMENTATION,
+    STOPPING_RULES,
+    Augmentation,
+    Data,
+    Model,
+    Rules,
+    Section,
+    Training,
+    parse_duration,
+)
+from visiontuner.explain import explain, told
+
+__all__ = [
+    "AUGMENTATIONS",
+    "INTEGERS",
+    "NO_AUGMENTATION",
+    "QUICKSTART",
+    "SEARCHABLE",
+    "STOPPING_RULES",
+    "Augmentation",
+    "Configuration",
+    "Data",
+    "Domain",
+    "Experiment",
+    "Model",
+    "Objective",
+    "Range",
+    "Rules",
+    "Search",
+    "Space",
+    "Stages",
+    "Training",
+    "Values",
+    "apply_overrides",
+    "default_space",
+    "parse_duration",
+    "read_experiment",
+]
+
+Objective = Literal["validation_accuracy", "validation_macro_f1", "validation_loss"]
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,99}$"
+_NAME_RULE = "start with a letter or digit and hold up to 100 letters, digits, spaces and _.-"
+
+QUICKSTART: Mapping[str, Any] = {
+    "name": "quickstart",
+    "data": {"source": "digits"},
+    "model": {"image_size": 96},
+}
+"""What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
+
+
+class Experiment(Section):
+    """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
+
+    name: str = Field(pattern=_NAME, description=_NAME_RULE)
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
+    objective: Objective = "validation_accuracy"
+    data: Data = Data()
+    model: Model = Model()
+    training: Training = Training()
+    search: Search = Search()
+    rules: Rules = Rules()
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Which direction of the objective is better."""
+        return "min" if self.objective == "validation_loss" else "max"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """`training.augmentation`; where that is null, light if more than the head is trained."""
+        if self.training.augmentation is not None:
+            return self.training.augmentation
+        return NO_AUGMENTATION if self.model.train == "head" else AUGMENTATIONS["light"]
+
+    @property
+    def trains_on_pictures(self) -> bool:
+        """Whether trials run the network in every step, instead of a head on features."""
+        return self.model.train != "head" or not self.augmentation.is_off
+
+    def head_stage(self) -> Experiment:
+        """The first of two stages: heads on features, over the whole space."""
+        return self._changed(
+            model={"train": "head"}, training={"augmentation": None}, search={"stages": None}
+        )
+
+    def network_stage(self) -> Experiment:
+        """The second of two stages: a few trials that train the network, each to its end."""
+        stages = self.search.stages or Stages()
+        return self._changed(
+            training={"epochs": stages.epochs}, search={"stages": None, "scheduler": "none"}
+        )
+
+    def _changed(self, **sections: Mapping[str, object]) -> Experiment:
+        changes = {
+            name: getattr(self, name).model_copy(update=dict(values))
+            for name, values in sections.items()
+        }
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _has_something_to_train(self) -> Self:
+        if self.model.train != "head":
+            return self
+        network_only = {
+            "training.layer_decay": self.training.layer_decay is not None,
+            "training.freeze_batch_norm": self.training.freeze_batch_norm,
+            "search.stages": self.search.stages is not None,
+        }
+        for name, given in network_only.items():
+            if given:
+                raise told(
+                    f"{name} is for training the network; set model.train to last_stage or all, "
+                    "or leave it out"
+                )
+        return self
+
+    def first_trials(self) -> list[Configuration]:
+        """`search.first`; where that is null the values under `training`, if the space holds them.
+
+        Without the defaults among its trials a search can lose to them.
+        """
+        if self.search.first is not None:
+            return list(self.search.first)
+        space = self.search.space
+        defaults: Configuration = {name: getattr(self.training, name) for name in space}
+        fits = all(domain.holds(defaults[name]) for name, domain in space.items())
+        return [defaults] if fits and self.search.algorithm != "grid" else []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_the_data(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and raw.get("name") is None:
+            data = raw.get("data") or {}
+            source = str(data.get("source", "digits")) if isinstance(data, Mapping) else "digits"
+            return {**raw, "name": _default_name(source)}
+        return raw
+
+    @field_validator("data", "model", "training", "search", "rules", mode="before")
+    @classmethod
+    def _empty_section_is_default(cls, raw: object) -> object:
+        """A section whose every line is commented out reads as null."""
+        return {} if raw is None else raw
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+        """Read an experiment file and apply `section.key=value` overrides to it.
+
+        Raises:
+            ExperimentError: naming the key, the value and the rule it breaks.
+        """
+        return cls.parse(read_experiment(Path(path)), overrides, where=str(path))
+
+    @classmethod
+    def parse(
+        cls, raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "experiment"
+    ) -> Experiment:
+        """Check a nested mapping; the same rules and errors as `load`."""
+        merged = apply_overrides(raw, overrides)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise ExperimentError(f"{where}: {explain(error, cls)}") from None
+
+    def to_yaml(self) -> str:
+        """The complete experiment with every default spelled out; `load` reads it back."""
+        raw = self.model_dump(mode="json")
+        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+    def flatten(self) -> dict[str, str]:
+        """Dotted names to text, `{"training.epochs": "20", …}`, as MLflow parameters need them."""
+        return dict(_flatten("", self.model_dump(mode="json")))
+
+
+def _default_name(source: str) -> str:
+    if "://" in source:  # a signed URL's query is no name, and a secret
+        source = re.split(r"[?#]", source, maxsplit=1)[0]
+    last = source.rstrip("/").rsplit("/", 1)[-1]
+    last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
+    name = re.sub(r"[^A-Za-z0-9_. -]+", "-", last).strip("-. ")
+    return name[:100] or "pictures"
+
+
+def _flatten(prefix: str, value: object) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        return [
+            row
+            for key, item in value.items()
+            for row in _flatten(f"{prefix}.{key}" if prefix else str(key), item)
+        ]
+    if isinstance(value, float) and math.isfinite(value):
+        return [(prefix, repr(value))]
+    return [(prefix, "null" if value is None else str(value))]
