@@ -69,3 +69,7 @@ class TrackingError(VisiontunerError):
 
 class ServingError(VisiontunerError):
     """An endpoint or scoring server that does not answer, or answers wrongly."""
+
+
+class JobFailed(VisiontunerError):
+    """A training job that cannot be submitted, or that ended without a search."""

@@ -20,10 +20,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from visiontuner.aws import Aws
 from visiontuner.cli import main
 from visiontuner.errors import ServingError
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving.aws import Aws
 from visiontuner.serving.endpoint import Endpoint
 from visiontuner.serving.endpoint_states import wait_until_in_service
 

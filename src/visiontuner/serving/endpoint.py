@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from visiontuner.aws import Aws, explained
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
-from visiontuner.serving.aws import Aws, explained
 from visiontuner.serving.deployment import (
     CAPTURE,
     DEPLOYMENT_TAG,

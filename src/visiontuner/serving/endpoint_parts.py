@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from visiontuner.serving.aws import Aws, AwsRefused
+from visiontuner.aws import Aws, AwsRefused
 from visiontuner.serving.deployment import DeploymentPlan
 
 

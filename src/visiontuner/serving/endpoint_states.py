@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from visiontuner.aws import Aws, AwsRefused
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.answers import Options
-from visiontuner.serving.aws import Aws, AwsRefused
 from visiontuner.serving.client import Busy, Refused, SageMakerTransport
 from visiontuner.serving.failures import explain_failure
 from visiontuner.serving.reference import TOLERANCE, Reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from visiontuner.aws import Aws
 from visiontuner.errors import ServingError
-from visiontuner.serving.aws import Aws
 
 _LINES, _LENGTH = 5, 300
 # The first that is found in the reason or the log.

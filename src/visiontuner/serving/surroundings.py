@@ -1,5 +1,4 @@
-"""What a deployment needs and MLflow leaves to the user: role, image, bucket, price. Found and
-checked before anything is made."""
+"""The serving image that a deployment needs and MLflow leaves to the user, checked beforehand."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from visiontuner.aws import Aws, AwsRefused
 from visiontuner.errors import ServingError, UserMistake
-from visiontuner.serving.aws import Aws, AwsRefused
 
 IMAGE_VARIABLE = "MLFLOW_SAGEMAKER_DEPLOY_IMG_URL"  # MLflow's
 DEFAULT_REPOSITORY = "mlflow-pyfunc"
@@ -19,7 +18,6 @@ _IMAGE = re.compile(
     r"(?P<account>\d{12})\.dkr\.ecr\.(?P<region>[a-z0-9-]+)\.amazonaws\.com(\.cn)?/"
     r"(?P<repository>[^:@]+)(:(?P<tag>[^@]+))?(@(?P<digest>sha256:[0-9a-f]{64}))?"
 )
-_SAGEMAKER = "sagemaker.amazonaws.com"
 _DOCKER_TYPES = (
     "application/vnd.docker.distribution.manifest.v2+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
@@ -38,77 +36,6 @@ class Image:
     url: str
     digest: str
     platform: str | None
-
-
-def find_role(aws: Aws, wanted: str | None) -> str:
-    """The ARN of the role that the endpoint runs as.
-
-    Args:
-        wanted: its name or ARN; None: the caller's own, or the only one that SageMaker may take on.
-
-    Raises:
-        UserMistake: there is none, or several, or SageMaker may not take it on.
-    """
-    if wanted and wanted.startswith("arn:"):
-        return wanted
-    name = wanted or _own_role(aws)
-    if name:
-        try:
-            role = aws.call("iam", "get_role", RoleName=name)["Role"]
-        except AwsRefused as error:
-            if not wanted:
-                return _only_role(aws)
-            if error.is_missing:
-                raise UserMistake(
-                    f"The account has no role {name!r}. docs/aws.md shows how to make one."
-                ) from None
-            raise
-        if _is_sagemakers(role):
-            return str(role["Arn"])
-        if wanted:
-            raise UserMistake(
-                f"SageMaker may not take on the role {name!r}: its trust policy does not name "
-                f"{_SAGEMAKER} (docs/aws.md)."
-            )
-    return _only_role(aws)
-
-
-def _own_role(aws: Aws) -> str | None:
-    """In a notebook of SageMaker's the caller is such a role."""
-    match = re.search(r":assumed-role/([^/]+)/", aws.caller)
-    return match[1] if match else None
-
-
-def _only_role(aws: Aws) -> str:
-    try:
-        roles = [r["Arn"] for r in aws.pages("iam", "list_roles", "Roles") if _is_sagemakers(r)]
-    except AwsRefused:
-        raise UserMistake(
-            "The caller may not list roles: name the execution role with --role ARN."
-        ) from None
-    roles = [arn for arn in roles if "/aws-service-role/" not in arn]
-    if len(roles) != 1:
-        found = f"{len(roles)} roles: {', '.join(sorted(roles)[:5])}" if roles else "no role"
-        raise UserMistake(
-            f"SageMaker may take on {found}. Name one with --role; docs/aws.md shows how to make "
-            "one."
-        )
-    return str(roles[0])
-
-
-def _is_sagemakers(role: dict[str, Any]) -> bool:
-    policy = role.get("AssumeRolePolicyDocument") or {}
-    if isinstance(policy, str):
-        policy = json.loads(policy)
-    statements = policy.get("Statement", [])
-    for statement in statements if isinstance(statements, list) else [statements]:
-        principal = statement.get("Principal", {})
-        services = principal.get("Service", []) if isinstance(principal, dict) else []
-        if statement.get("Effect") == "Allow" and _SAGEMAKER in (
-            services if isinstance(services, list) else [services]
-        ):
-            return True
-    return False
 
 
 def find_image(aws: Aws, wanted: str | None) -> Image:
@@ -200,48 +127,4 @@ def _platform(aws: Aws, where: dict[str, str], manifest: dict[str, Any]) -> str 
         config = requests.get(layer["downloadUrl"], timeout=10).json()
         return f"{config['os']}/{config['architecture']}"
     except (ServingError, requests.RequestException, ValueError, LookupError):
-        return None
-
-
-def find_bucket(aws: Aws, wanted: str | None) -> tuple[str, bool]:
-    """Where the model is uploaded, and whether it is there.
-
-    Args:
-        wanted: its name; None: MLflow's own, which MLflow makes if it is not there.
-
-    Raises:
-        UserMistake: the wanted one is not there, or another account's.
-    """
-    name = wanted or f"mlflow-sagemaker-{aws.region}-{aws.account}"
-    try:
-        aws.call("s3", "head_bucket", Bucket=name)
-    except AwsRefused as error:
-        if error.code not in ("404", "NoSuchBucket") and not error.is_missing:
-            raise UserMistake(
-                f"The bucket {name!r} cannot be used ({error.code}); name one of this account with "
-                "--bucket."
-            ) from None
-        if wanted:
-            raise UserMistake(
-                f"There is no bucket {name!r}; make it, or leave --bucket out for MLflow's own."
-            ) from None
-        return name, False
-    return name, True
-
-
-def hourly_price(aws: Aws, instance_type: str) -> float | None:
-    """US dollars an hour for one instance that hosts an endpoint; None if AWS does not say.
-
-    From AWS's public price list, which one region serves for all.
-    """
-    wanted = {"regionCode": aws.region, "instanceName": instance_type, "component": "Hosting"}
-    filters = [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in wanted.items()]
-    try:
-        products = aws.client("pricing", "us-east-1", patient=False).get_products(
-            ServiceCode="AmazonSageMaker", Filters=filters, MaxResults=1
-        )
-        terms = json.loads(products["PriceList"][0])["terms"]["OnDemand"]
-        dimensions = next(iter(terms.values()))["priceDimensions"]
-        return float(next(iter(dimensions.values()))["pricePerUnit"]["USD"])
-    except Exception:  # whatever it is, the price is not known, and nothing depends on it
         return None

@@ -16,7 +16,7 @@ from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.query import model_folder, model_uri
 
 if TYPE_CHECKING:
-    from visiontuner.serving.aws import Aws
+    from visiontuner.aws import Aws
     from visiontuner.serving.deployment import DeploymentPlan
     from visiontuner.serving.endpoint import Endpoint, Running
 
@@ -77,7 +77,8 @@ def plan_deployment(
         ServingError: AWS refuses or cannot be reached.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.aws import Aws
+    from visiontuner.aws import Aws
+    from visiontuner.aws_account import find_bucket, find_role
     from visiontuner.serving.deployment import (
         CAPTURE,
         DEFAULT_INSTANCE,
@@ -88,7 +89,7 @@ def plan_deployment(
     )
     from visiontuner.serving.endpoint import find_running
     from visiontuner.serving.endpoint_states import check_free
-    from visiontuner.serving.surroundings import find_bucket, find_image, find_role
+    from visiontuner.serving.surroundings import find_image
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
@@ -99,7 +100,8 @@ def plan_deployment(
     running = find_running(aws, name) if updated else None
     if running is None:
         check_free(aws, name)
-    bucket, exists = find_bucket(aws, options.bucket)
+    mlflows = f"mlflow-sagemaker-{aws.region}-{aws.account}"
+    bucket, exists = find_bucket(aws, options.bucket, default=mlflows)
     serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
         name=name,
@@ -142,8 +144,8 @@ def _priced_and_tagged(
     aws: Aws, plan: DeploymentPlan, options: DeployOptions, facts: Mapping[str, Any]
 ) -> DeploymentPlan:
     """What it costs an hour, as far as that is known, and the tags of its lineage."""
+    from visiontuner.aws_account import hourly_price
     from visiontuner.serving.deployment import make_tags
-    from visiontuner.serving.surroundings import hourly_price
 
     price = options.price
     if price is None and plan.instance_type:
@@ -208,15 +210,15 @@ def undeploy(
         UserMistake: there is no such endpoint.
         ServingError: AWS refuses or cannot be reached.
     """
+    from visiontuner.aws import Aws
     from visiontuner.serving import endpoint
-    from visiontuner.serving.aws import Aws
 
     return endpoint.undeploy(Aws(region, assume_role), name, artifacts=artifacts, note=note)
 
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in a region, oldest first."""
-    from visiontuner.serving.aws import Aws
+    from visiontuner.aws import Aws
     from visiontuner.serving.endpoint import list_endpoints
 
     return list_endpoints(Aws(region, assume_role))

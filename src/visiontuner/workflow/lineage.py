@@ -96,7 +96,7 @@ def _from_endpoint(subject: str) -> Lineage | None:
     """Its tags name the model version."""
     if not subject.startswith(_ENDPOINT):
         return None
-    from visiontuner.serving.aws import Aws
+    from visiontuner.aws import Aws
     from visiontuner.serving.endpoint import deployed_model
 
     name, aws = subject.removeprefix(_ENDPOINT).strip("/"), Aws()

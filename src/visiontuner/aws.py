@@ -25,7 +25,7 @@ _BAD_CREDENTIALS = (
 )
 _ADVICE = {
     "ResourceLimitExceeded": "Ask for a higher quota (Service Quotas, Amazon SageMaker), or choose "
-    "another --instance-type or --serverless.",
+    "another --instance-type.",
     "ThrottlingException": "Try again in a minute.",
 }
 
@@ -82,6 +82,15 @@ class Aws:
             identity = self.call("sts", "get_caller_identity")
         self.account: str = identity["Account"]
         self.caller: str = identity["Arn"]
+
+    def session_in_region(self) -> Any:
+        """A boto3 session for libraries that ask it for its region; as the same caller."""
+        import boto3
+
+        if self.assume_role is None:
+            return boto3.Session(region_name=self.region)
+        held = self.session.get_credentials().get_frozen_credentials()
+        return boto3.Session(held.access_key, held.secret_key, held.token, self.region)
 
     def call(self, service: str, method: str, /, **kwargs: Any) -> dict[str, Any]:
         """One request.

@@ -1,0 +1,130 @@
+"""What SageMaker's endpoints and jobs need of an account: role, bucket, price. Found and checked
+before anything is made."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal
+
+from visiontuner.aws import Aws, AwsRefused
+from visiontuner.errors import UserMistake
+
+_SAGEMAKER = "sagemaker.amazonaws.com"
+
+
+def find_role(aws: Aws, wanted: str | None) -> str:
+    """The ARN of the role that an endpoint or a job runs as.
+
+    Args:
+        wanted: its name or ARN; None: the caller's own, or the only one that SageMaker may take on.
+
+    Raises:
+        UserMistake: there is none, or several, or SageMaker may not take it on.
+    """
+    if wanted and wanted.startswith("arn:"):
+        return wanted
+    name = wanted or _own_role(aws)
+    if name:
+        try:
+            role = aws.call("iam", "get_role", RoleName=name)["Role"]
+        except AwsRefused as error:
+            if not wanted:
+                return _only_role(aws)
+            if error.is_missing:
+                raise UserMistake(
+                    f"The account has no role {name!r}. docs/aws.md shows how to make one."
+                ) from None
+            raise
+        if _is_sagemakers(role):
+            return str(role["Arn"])
+        if wanted:
+            raise UserMistake(
+                f"SageMaker may not take on the role {name!r}: its trust policy does not name "
+                f"{_SAGEMAKER} (docs/aws.md)."
+            )
+    return _only_role(aws)
+
+
+def _own_role(aws: Aws) -> str | None:
+    """In a notebook of SageMaker's the caller is such a role."""
+    match = re.search(r":assumed-role/([^/]+)/", aws.caller)
+    return match[1] if match else None
+
+
+def _only_role(aws: Aws) -> str:
+    try:
+        roles = [r["Arn"] for r in aws.pages("iam", "list_roles", "Roles") if _is_sagemakers(r)]
+    except AwsRefused:
+        raise UserMistake(
+            "The caller may not list roles: name the execution role with --role ARN."
+        ) from None
+    roles = [arn for arn in roles if "/aws-service-role/" not in arn]
+    if len(roles) != 1:
+        found = f"{len(roles)} roles: {', '.join(sorted(roles)[:5])}" if roles else "no role"
+        raise UserMistake(
+            f"SageMaker may take on {found}. Name one with --role; docs/aws.md shows how to make "
+            "one."
+        )
+    return str(roles[0])
+
+
+def _is_sagemakers(role: dict[str, Any]) -> bool:
+    policy = role.get("AssumeRolePolicyDocument") or {}
+    if isinstance(policy, str):
+        policy = json.loads(policy)
+    statements = policy.get("Statement", [])
+    for statement in statements if isinstance(statements, list) else [statements]:
+        principal = statement.get("Principal", {})
+        services = principal.get("Service", []) if isinstance(principal, dict) else []
+        if statement.get("Effect") == "Allow" and _SAGEMAKER in (
+            services if isinstance(services, list) else [services]
+        ):
+            return True
+    return False
+
+
+def find_bucket(aws: Aws, wanted: str | None, *, default: str) -> tuple[str, bool]:
+    """Where things are uploaded, and whether it is there.
+
+    Args:
+        wanted: its name; None: the default, which is made where it is used.
+
+    Raises:
+        UserMistake: the wanted one is not there, or another account's.
+    """
+    name = wanted or default
+    try:
+        aws.call("s3", "head_bucket", Bucket=name)
+    except AwsRefused as error:
+        if error.code not in ("404", "NoSuchBucket") and not error.is_missing:
+            raise UserMistake(
+                f"The bucket {name!r} cannot be used ({error.code}); name one of this account with "
+                "--bucket."
+            ) from None
+        if wanted:
+            raise UserMistake(
+                f"There is no bucket {name!r}; make it, or leave --bucket out for {default}."
+            ) from None
+        return name, False
+    return name, True
+
+
+def hourly_price(
+    aws: Aws, instance_type: str, component: Literal["Hosting", "Training"] = "Hosting"
+) -> float | None:
+    """US dollars an hour for one instance, on demand; None if AWS does not say.
+
+    From AWS's public price list, which one region serves for all.
+    """
+    wanted = {"regionCode": aws.region, "instanceName": instance_type, "component": component}
+    filters = [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in wanted.items()]
+    try:
+        products = aws.client("pricing", "us-east-1", patient=False).get_products(
+            ServiceCode="AmazonSageMaker", Filters=filters, MaxResults=1
+        )
+        terms = json.loads(products["PriceList"][0])["terms"]["OnDemand"]
+        dimensions = next(iter(terms.values()))["priceDimensions"]
+        return float(next(iter(dimensions.values()))["pricePerUnit"]["USD"])
+    except Exception:  # whatever it is, the price is not known, and nothing depends on it
+        return None
