@@ -1,4 +1,4 @@
-"""One configuration, trained on the shared features, in a Ray worker.
+"""One configuration of a head, trained on the shared features, in a Ray worker.
 
 A worker writes only into its trial's own folder and reports numbers to Ray; it never touches the
 journal or MLflow.
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from ray import tune
 from safetensors.numpy import save_file
 
 from visiontuner.model.store import FeatureSet
-from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE, TrialTask, settings_of
+from visiontuner.search.trial import HEAD_FILE, TrialTask, settings_of
+from visiontuner.search.worker import prepare_worker, save_logits, to_report
 from visiontuner.training.fit import EpochResult, FeatureBatches, fit, linear_head
 
 
 def train_head(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
     for result in train_epochs(config, task):
-        tune.report(_to_report(result))
+        tune.report(to_report(result))
 
 
 def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
@@ -37,9 +37,8 @@ def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> 
 
 def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResult]:
     """Train one configuration; an epoch that is the best so far is on disk when it is yielded."""
-    # Every time: OpenMP keeps the number by thread, and Ray gives each trial a thread of its own.
-    torch.set_num_threads(task.threads)
-    _leave_the_compiler_out()
+    assert task.features_folder is not None
+    prepare_worker(task.threads)
     features = _open_features(task.features_folder)
     settings = settings_of(task.experiment.training, config["configuration"])
     seed = task.experiment.seed
@@ -49,7 +48,7 @@ def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResul
     head = linear_head(
         features.feature_dim, features.num_classes, dropout=settings.dropout, seed=seed
     ).to(train.labels.device)
-    folder = task.search_folder / "trials" / config["trial_id"]
+    folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
     results = fit(
         head,
@@ -75,14 +74,7 @@ def save_best(folder: Path, result: EpochResult, head: torch.nn.Module) -> None:
     }
     save_file(tensors, folder / "head.part")
     (folder / "head.part").replace(folder / HEAD_FILE)
-    with (folder / "logits.part").open("wb") as file:
-        np.save(file, result.validation_logits.numpy(), allow_pickle=False)
-    (folder / "logits.part").replace(folder / LOGITS_FILE)
-
-
-def _to_report(result: EpochResult) -> dict[str, Any]:
-    steps = [list(step) for step in result.step_losses]
-    return {**result.metrics.to_dict(), "epoch": result.epoch, "step_losses": steps}
+    save_logits(folder, result)
 
 
 @dataclass(frozen=True)
@@ -106,17 +98,3 @@ def _open_features(folder: Path) -> _WorkerFeatures:
         features.feature_dim,
         len(features.class_names),
     )
-
-
-def _leave_the_compiler_out() -> None:
-    """Keep torch.optim from importing torch's compiler: 4 s a worker, for code that never compiles.
-
-    `Optimizer.add_param_group` and others are wrapped so that the compiler, once imported, stays
-    out of them; the first call imports it for that. Telling the wrapper that this is done already
-    leaves the very same functions.
-    """
-    optimizer = torch.optim.Optimizer
-    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
-        wrapped = getattr(getattr(optimizer, name), "__wrapped__", None)
-        if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):
-            wrapped.__dynamo_disable = wrapped

@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from visiontuner.experiment import Experiment, Training
 
 HEAD_FILE = "head.safetensors"
+NETWORK_FILE = "network.safetensors"
 LOGITS_FILE = "validation_logits.npy"
+CHECKPOINT_FOLDER = "checkpoint"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialTask:
-    """What all trials share; paths are absolute, since workers run in folders of their own."""
+    """What all trials share; paths are absolute, since workers run in folders of their own.
+
+    Args:
+        features_folder: what heads are trained on.
+        threads: of one trial's arithmetic.
+        pictures_folder: a `PictureStore`; if it is given, trials run the network on it.
+        cache: where the network's weights are kept; needed with pictures.
+        start_heads: by trial id the trained head (safetensors) that a network begins with.
+        checkpoints: keep the whole state of a running training in `trials/ID/checkpoint` after
+            every epoch, and go on from there.
+    """
 
     experiment: Experiment
     search_folder: Path
-    features_folder: Path
     threads: int
+    features_folder: Path | None = None
+    pictures_folder: Path | None = None
+    cache: Path | None = None
+    start_heads: Mapping[str, Path] = field(default_factory=dict)
+    checkpoints: bool = False
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Where the files of a trial's best epoch lie."""
+        return self.search_folder / "trials" / trial_id
 
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
-    from visiontuner.search.head_trial import train_head
+    if task.pictures_folder is not None:
+        from visiontuner.search.network_trial import train_network
 
-    train_head(config, task)
+        train_network(config, task)
+    else:
+        from visiontuner.search.head_trial import train_head
+
+        train_head(config, task)
 
 
-def settings_of(training: Training, configuration: dict[str, Any]) -> Training:
+def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:
     """The experiment's training settings with a trial's own values in place."""
     return Training.model_validate({**training.model_dump(), **configuration})

@@ -1,0 +1,195 @@
+"""One configuration of the network itself, trained on pictures: in a Ray worker, or without Ray.
+
+A worker writes only into its trial's own folder: the best epoch's weights and validation logits,
+and while it runs a checkpoint. It never touches the journal or MLflow.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import save_file
+from torch import nn
+
+from visiontuner.data.picture_store import PictureStore
+from visiontuner.experiment import Experiment, Training
+from visiontuner.model.backbone import Backbone, load_backbone
+from visiontuner.model.network import (
+    Network,
+    build_network,
+    load_head,
+    parameter_groups,
+    save_network,
+)
+from visiontuner.search.trial import (
+    CHECKPOINT_FOLDER,
+    HEAD_FILE,
+    NETWORK_FILE,
+    TrialTask,
+    settings_of,
+)
+from visiontuner.search.worker import prepare_worker, save_logits, to_report
+from visiontuner.training.checkpoint import load_checkpoint, save_checkpoint
+from visiontuner.training.fit import EpochResult, Fit, linear_head
+from visiontuner.training.pictures import PictureBatches
+
+# Pictures evaluated at a time: the numbers do not depend on it, memory does.
+_EVALUATION_BATCH = 64
+
+
+def train_network(config: dict[str, Any], task: TrialTask) -> None:
+    """Train one configuration and report every epoch; the best one is on disk before its report."""
+    from ray import tune
+
+    # A scheduler ends the trial inside a report: the processes that decode have to end with it.
+    with closing(train_epochs(config, task)) as results:
+        for result in results:
+            tune.report(to_report(result))
+
+
+def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
+    """Write the files of a finished trial's best epoch anew: as long as the trial took."""
+    with closing(train_epochs(config, task)) as results:
+        for result in results:
+            if result.epoch == best_epoch:
+                return
+
+
+def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResult]:
+    """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
+
+    With `task.checkpoints` the state after an epoch is written when the next one is asked for, and
+    a training that finds a checkpoint yields from the epoch after it on, with the numbers that it
+    would have given without the interruption (on the CPU in fp32).
+
+    Raises:
+        TrialFailed: the loss is not finite, or one picture is too much for the memory.
+        VisiontunerError: the checkpoint is of another network or other classes.
+    """
+    assert task.pictures_folder is not None
+    prepare_worker(task.threads)
+    experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
+    settings = settings_of(experiment.training, config["configuration"])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = _start(experiment, settings, len(pictures.class_names), task, config["trial_id"])
+    network.to(device)
+    folder = task.trial_folder(config["trial_id"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        closing(_train_batches(pictures, experiment, settings, device)) as train,
+        closing(_validation_batches(pictures, settings, device)) as validation,
+    ):
+        training = Fit(
+            network,
+            train,
+            validation,
+            settings,
+            num_classes=len(pictures.class_names),
+            seed=experiment.seed,
+            objective=experiment.objective,
+            mode=experiment.mode,
+            parameter_groups=parameter_groups(network, settings),
+        )
+        checkpoint = folder / CHECKPOINT_FOLDER
+        if task.checkpoints and checkpoint.is_dir():
+            training.load_state_dict(load_checkpoint(checkpoint))
+        for result in training.epochs():
+            if result.is_best:  # before the report: a scheduler may end the trial inside it
+                save_best(folder, result, whole=experiment.model.train != "head")
+            yield result
+            if task.checkpoints:
+                save_checkpoint(checkpoint, training.state_dict())
+    remove_checkpoint(folder)
+
+
+def save_best(folder: Path, result: EpochResult, *, whole: bool) -> None:
+    """The best epoch's logits and weights, each file whole or not there.
+
+    Args:
+        whole: the network is kept, else the head alone: its backbone is the one that is cached.
+    """
+    if whole:
+        save_network(_network(result), folder / "network.part")
+        (folder / "network.part").replace(folder / NETWORK_FILE)
+    else:
+        layer = _network(result).head[1]
+        tensors = {n: t.detach().cpu().numpy() for n, t in layer.state_dict().items()}
+        save_file(tensors, folder / "head.part")
+        (folder / "head.part").replace(folder / HEAD_FILE)
+    save_logits(folder, result)
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """A training that has ended goes on nowhere."""
+    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+
+
+def _network(result: EpochResult) -> Network:
+    assert isinstance(result.network, Network)
+    return result.network
+
+
+def _start(
+    experiment: Experiment, settings: Training, num_classes: int, task: TrialTask, trial_id: str
+) -> Network:
+    """The network before its first step: with a trained head where the trial begins with one."""
+    assert task.cache is not None
+    backbone = _load_backbone(experiment, task.cache)
+    head: nn.Sequential = linear_head(
+        backbone.feature_dim, num_classes, dropout=settings.dropout, seed=experiment.seed
+    )
+    network = build_network(
+        backbone,
+        head,
+        train=experiment.model.train,
+        freeze_batch_norm=settings.freeze_batch_norm,
+    )
+    if trial_id in task.start_heads:
+        load_head(network, task.start_heads[trial_id])
+    return network
+
+
+def _load_backbone(experiment: Experiment, cache: Path) -> Backbone:
+    model = experiment.model
+    return _loaded(model.backbone, model.weights, model.image_size, cache)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, weights: str, image_size: int | None, cache: Path) -> Backbone:
+    """Read once a worker process; `build_network` copies it."""
+    return load_backbone(name, weights=weights, image_size=image_size, cache=cache)
+
+
+def _train_batches(
+    pictures: PictureStore, experiment: Experiment, settings: Training, device: torch.device
+) -> PictureBatches:
+    return PictureBatches(
+        pictures.split("train"),
+        preprocessing=pictures.preprocessing,
+        augmentation=experiment.augmentation,
+        num_classes=len(pictures.class_names),
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        device=device,
+    )
+
+
+def _validation_batches(
+    pictures: PictureStore, settings: Training, device: torch.device
+) -> PictureBatches:
+    at_once = settings.micro_batch_size or settings.batch_size
+    return PictureBatches(
+        pictures.split("validation"),
+        preprocessing=pictures.preprocessing,
+        augmentation=None,
+        num_classes=len(pictures.class_names),
+        batch_size=min(at_once, _EVALUATION_BATCH),
+        workers=settings.workers,
+        device=device,
+    )
