@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import mlflow.version
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
@@ -44,13 +46,19 @@ class Store:
         tracking_uri: `sqlite:///…` or another database URL, `http(s)://…`, `databricks`.
         advice: what to do while MLflow is away; a sentence.
         must_exist: for who only reads: do not make a new SQLite database.
+        templates: where an empty database is kept, to copy for the next new one.
 
     Raises:
         TrackingRefused: for a file store, or a folder for the database that is not there.
     """
 
     def __init__(
-        self, tracking_uri: str, *, advice: str = _SYNC_LATER, must_exist: bool = False
+        self,
+        tracking_uri: str,
+        *,
+        advice: str = _SYNC_LATER,
+        must_exist: bool = False,
+        templates: Path | None = None,
     ) -> None:
         check_tracking_uri(tracking_uri)
         path = sqlite_file(tracking_uri)
@@ -63,6 +71,7 @@ class Store:
         self.advice = advice
         self.deadline: float | None = None
         self.calls = 0
+        self._templates = templates
         self._client: MlflowClient | None = None
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +102,7 @@ class Store:
         with quiet_and_impatient():
             try:
                 if self._client is None:
-                    create_database(self.tracking_uri)
+                    create_database(self.tracking_uri, templates=self._templates)
                     self._client = MlflowClient(self.tracking_uri, self.tracking_uri)
                 return question(self._client)
             except Exception as error:  # MLflow lets its backends' own exceptions of any type out
@@ -118,25 +127,56 @@ def check_tracking_uri(tracking_uri: str) -> None:
         )
 
 
-def create_database(tracking_uri: str) -> None:
+def create_database(tracking_uri: str, *, templates: Path | None = None) -> None:
     """A new SQLite database appears whole or not at all; any other store is left alone.
 
     MLflow makes its tables one by one, for seconds. Killed meanwhile, it leaves a file that it can
     never open again.
+
+    Args:
+        templates: a folder with an empty database by MLflow version, made by the first call and
+            copied by the next ones.
     """
     path = sqlite_file(tracking_uri)
     if path is None or path.exists():
         return
-    from mlflow.db import upgrade
-
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     fresh.unlink(missing_ok=True)
-    assert upgrade.callback is not None
     try:
-        upgrade.callback(f"sqlite:///{fresh}")
+        if templates is None or not _copied(_template(templates), fresh):
+            _migrate(fresh)
+            if templates is not None:
+                _keep(fresh, _template(templates))
         _give_name(fresh, path)
     finally:
         fresh.unlink(missing_ok=True)
+
+
+def _migrate(path: Path) -> None:
+    from mlflow.db import upgrade
+
+    assert upgrade.callback is not None
+    upgrade.callback(f"sqlite:///{path}")
+
+
+def _template(folder: Path) -> Path:
+    return folder / f"mlflow-{mlflow.version.VERSION}.db"
+
+
+def _copied(template: Path, path: Path) -> bool:
+    with suppress(OSError):
+        shutil.copyfile(template, path)
+        return path.stat().st_size > 0
+    return False
+
+
+def _keep(path: Path, template: Path) -> None:
+    """Whole or not at all; without it the next database takes its seconds again."""
+    part = template.with_name(f"{template.name}.{os.getpid()}.part")
+    with suppress(OSError):
+        template.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, part)
+        part.replace(template)
 
 
 def _give_name(fresh: Path, path: Path) -> None:

@@ -82,6 +82,7 @@ class MlflowWriter:
         parent_run_id: the run that `mlflow run` opened, to adopt as the parent. Its name and its
             final status stay MLflow's.
         draw: False leaves the figures and the search's page out.
+        templates: of new databases, see `client.create_database`.
 
     `seconds_spent` counts everything that `catch_up` took but figures and page, `seconds_figures`
     these.
@@ -95,9 +96,10 @@ class MlflowWriter:
         experiment_name: str | None = None,
         parent_run_id: str | None = None,
         draw: bool = True,
+        templates: Path | None = None,
     ) -> None:
         self.folder = folder
-        self.store = Store(tracking_uri)
+        self.store = Store(tracking_uri, templates=templates)
         self.plan = SearchPlan()
         self.seconds_spent = 0.0
         self.seconds_figures = 0.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.journal import SearchRecord
+from visiontuner.locations import writable_cache_folder
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER
 from visiontuner.workflow.observing import Observer
 from visiontuner.workflow.packaging import packaged_trial
@@ -53,7 +54,10 @@ class BackgroundTracking:
 
         try:
             self._writer = MlflowWriter(
-                self._folder, tracking_uri=self._uri, parent_run_id=self._adopted_run
+                self._folder,
+                tracking_uri=self._uri,
+                parent_run_id=self._adopted_run,
+                templates=writable_cache_folder() / "databases",
             )
         except TrackingError as error:  # the search goes on, `sync` writes it elsewhere
             self._problem = str(error)
