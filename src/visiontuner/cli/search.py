@@ -5,53 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from visiontuner.cli.errors import OneLineErrors
+from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
-    from visiontuner.experiment import Experiment
     from visiontuner.workflow import SearchResult
-
-NOT_GIVEN = ("auto", "none", "")
-"""Words that MLproject passes for a parameter that was not given."""
-
-
-def _experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that say what the experiment is."""
-    options = [
-        click.option(
-            "--experiment",
-            metavar="FILE",
-            default="auto",
-            help="Experiment file. Default: the quickstart on built-in pictures.",
-        ),
-        click.option(
-            "--data",
-            metavar="SOURCE",
-            default="auto",
-            help="Folder, archive (path or URL) or `digits`, instead of the experiment's.",
-        ),
-        click.option(
-            "--set",
-            "overrides",
-            metavar="KEY=VALUE",
-            multiple=True,
-            help="Override any value of the experiment, for example training.epochs=5. Repeatable.",
-        ),
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
 
 
 @click.command(cls=OneLineErrors)
-@_experiment_options
+@experiment_options
 @click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
 @click.option("--trials", metavar="N", default="auto", help="How many configurations to try.")
 @click.option("--algorithm", metavar="random|optuna|grid", default="auto", help="How to choose.")
@@ -96,12 +64,12 @@ def tune(
     }
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     if resume not in NOT_GIVEN:
-        changed = [*given, *_given(overrides), *_given([data, output])]
+        changed = [*given, *given_values(overrides), *given_values([data, output])]
         if changed or experiment not in NOT_GIVEN:
             _refuse_changes_on_resume()
         chosen = None
     else:
-        chosen = _load_experiment(experiment, data, [*given, *_given(overrides)])
+        chosen = load_experiment(experiment, data, [*given, *given_values(overrides)])
 
     from visiontuner.console import SearchConsole
     from visiontuner.workflow import resume_search, run_search
@@ -119,7 +87,7 @@ def tune(
 
 
 @click.command(cls=OneLineErrors)
-@_experiment_options
+@experiment_options
 def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
     """Look at the pictures: how many of which class, and what is wrong with them.
 
@@ -128,7 +96,7 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
       visiontuner prepare --data photos/
       visiontuner prepare --experiment experiments/flowers.yaml
     """
-    chosen = _load_experiment(experiment, data, list(_given(overrides)))
+    chosen = load_experiment(experiment, data, list(given_values(overrides)))
 
     from visiontuner.console import SearchConsole
     from visiontuner.tables import make_console, print_dataset
@@ -210,24 +178,6 @@ def doctor() -> None:
     print_checks(make_console(), checks)
     if any(check.status == "error" for check in checks):
         raise click.exceptions.Exit(1)
-
-
-def _given(values: Sequence[str]) -> list[str]:
-    return [value for value in values if value not in NOT_GIVEN]
-
-
-def _load_experiment(experiment: str, data: str, overrides: list[str]) -> Experiment:
-    """The file, or without one the quickstart; own pictures alone get the general defaults."""
-    from visiontuner.experiment import QUICKSTART, Experiment, read_experiment
-
-    own_data = data not in NOT_GIVEN
-    if experiment not in NOT_GIVEN:
-        raw, where = read_experiment(Path(experiment)), experiment
-    else:
-        raw, where = ({} if own_data else dict(QUICKSTART)), "the command line"
-    if own_data:
-        raw["data"] = {**(raw.get("data") or {}), "source": data}
-    return Experiment.parse(raw, overrides, where=where)
 
 
 def _refuse_changes_on_resume() -> None:
