@@ -41,6 +41,10 @@ class JournalError(UserMistake):
     """A search folder without a readable journal."""
 
 
+class CheckpointError(UserMistake):
+    """A checkpoint that is damaged, or of another network, class list or setting."""
+
+
 class DownloadError(VisiontunerError):
     """A download that did not end, or ended with other bytes than promised."""
 
