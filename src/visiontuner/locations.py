@@ -45,6 +45,15 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
 
 
+def at_hand(source: str) -> str:
+    """A data source that SageMaker laid beside a training job, as the folder where it lies.
+
+    `VISIONTUNER_CHANNEL` is `SOURCE=FOLDER`. Any other source stays as it is.
+    """
+    channel, _, folder = os.environ.get("VISIONTUNER_CHANNEL", "").rpartition("=")
+    return folder if channel and channel == source else source
+
+
 def newest_search(searches: Path = SEARCHES) -> Path:
     """The search folder whose journal was written last.
 

@@ -10,7 +10,7 @@ from visiontuner.data.source import fetch_source
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.journal import Finding, SearchRecord
-from visiontuner.locations import writable_cache_folder
+from visiontuner.locations import at_hand, writable_cache_folder
 from visiontuner.workflow.observing import Observer, Silent
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prep
 def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     data, cache = experiment.data, writable_cache_folder()
     root = fetch_source(
-        data.source,
+        at_hand(data.source),
         cache=cache,
         sha256=data.sha256,
         progress=lambda done, total: observer.progress("Fetching", done, total, "B"),

@@ -1,0 +1,245 @@
+"""What a job is going to be, for a person and for the request."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from visiontuner.errors import UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.sagemaker.cost import Price, dollars
+from visiontuner.sagemaker.source import CHANNEL_FOLDER, CHECKPOINTS
+
+PREFIX = "visiontuner"
+"""Of our jobs' names and of their folder in the bucket."""
+
+SEARCH_TAG = "visiontuner.search"
+PRICE_TAG = "visiontuner.price_per_hour"
+
+_JOB_NAME_LENGTH = 63
+_TIMESTAMP_LENGTH = 15  # what the SDK appends, with its hyphen
+_INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
+# SageMaker waits for spot machines within this, running time included.
+SPOT_WAIT_SECONDS = 4 * 3600
+_LONGEST_SECONDS = 28 * 24 * 3600
+_TAGS = 48  # AWS allows 50, and two are ours
+_GB = 10**9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """Pictures on S3 as a job gets them.
+
+    Attributes:
+        uri: a folder, with a slash at its end, or an archive.
+        size: bytes in all.
+        upload: the folder here that has to be uploaded first.
+    """
+
+    uri: str
+    size: int = 0
+    upload: Path | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where they lie in the job."""
+        return CHANNEL_FOLDER if self.uri.endswith("/") else f"{CHANNEL_FOLDER}/{self._name}"
+
+    @property
+    def _name(self) -> str:
+        return self.uri.rsplit("/", 1)[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPlan:
+    """One training job that is going to run one search.
+
+    Attributes:
+        search: names the search's folder in the bucket.
+        experiment: with its pictures on S3, if they have to be.
+        tracking_uri: an MLflow that the job can reach; None: the journal travels.
+        tracking: the same in words.
+        resumed: the job whose checkpoints this one goes on with.
+
+    Raises:
+        UserMistake: SageMaker could not take it.
+    """
+
+    search: str
+    experiment: Experiment
+    region: str
+    account: str
+    caller: str
+    role: str
+    bucket: str
+    bucket_exists: bool
+    image: str
+    instance_type: str
+    instances: int
+    max_run_seconds: int
+    price: Price
+    tracking_uri: str | None
+    tracking: str
+    pictures: Pictures | None = None
+    spot: bool = False
+    warm_pool_seconds: int = 0
+    subnets: tuple[str, ...] = ()
+    security_groups: tuple[str, ...] = ()
+    kms_key: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    resumed: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name, value in self.environment.items():
+            check_no_apostrophe(name, value)
+
+    @property
+    def root(self) -> str:
+        """The search's folder in the bucket."""
+        return f"s3://{self.bucket}/{PREFIX}/{self.search}"
+
+    @property
+    def checkpoints(self) -> str:
+        return f"{self.root}/checkpoints"
+
+    @property
+    def output(self) -> str:
+        return f"{self.root}/output"
+
+    @property
+    def base_name(self) -> str:
+        """To which the SDK appends a time."""
+        plain = re.sub(r"[^a-zA-Z0-9]+", "-", f"{PREFIX}-{self.experiment.name}")
+        return plain[: _JOB_NAME_LENGTH - _TIMESTAMP_LENGTH].strip("-")
+
+    @property
+    def volume_gb(self) -> int:
+        """Of each host: the pictures, unpacked if they are an archive, and room for the rest."""
+        size = self.pictures.size if self.pictures else 0
+        return 50 + round((1 if self._is_folder else 3) * size / _GB)
+
+    @property
+    def _is_folder(self) -> bool:
+        return self.pictures is None or self.pictures.uri.endswith("/")
+
+    @property
+    def max_wait_seconds(self) -> int | None:
+        """With spot: how long SageMaker may take, waiting for machines included."""
+        if not self.spot:
+            return None
+        return min(self.max_run_seconds + SPOT_WAIT_SECONDS, _LONGEST_SECONDS)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the container."""
+        variables = {
+            "VISIONTUNER_CACHE": f"{CHECKPOINTS}/cache",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_ROOT_USER_ACTION": "ignore",
+            "PYTHONUNBUFFERED": "1",
+        }
+        if self.pictures is not None:
+            variables["VISIONTUNER_CHANNEL"] = f"{self.pictures.uri}={self.pictures.folder}"
+        return variables
+
+    @property
+    def all_tags(self) -> dict[str, str]:
+        """The user's, and those that `jobs` and `attach` read."""
+        tags = {**self.tags, SEARCH_TAG: self.search}
+        if self.price.per_hour is not None:
+            tags[PRICE_TAG] = f"{self.price.per_hour:g}"
+        return tags
+
+    @property
+    def most_it_can_cost(self) -> float | None:
+        """US dollars, on demand, the warm pool included."""
+        return self.price.of(self.max_run_seconds + self.warm_pool_seconds)
+
+    def lines(self) -> list[str]:
+        """What is going to happen, for a person."""
+        machines = f"{self.instances} x {self.instance_type}" + (", spot" if self.spot else "")
+        made = "" if self.bucket_exists else " (is made)"
+        lines = [
+            f"job        {self.base_name}-… in {self.region}, account {self.account}, "
+            f"as {self.caller}",
+            f"search     {self._describe_search()}",
+            f"pictures   {self._describe_pictures()}",
+            f"runs on    {machines}; at most {words_for(self.max_run_seconds)}",
+            f"cost       {self._describe_cost()}",
+            f"tracking   {self.tracking}",
+            f"image      {self.image}",
+            f"role       {self.role}",
+            f"keeps      {self.root}{made}",
+        ]
+        if self.warm_pool_seconds:
+            lines.append(f"warm pool  {words_for(self.warm_pool_seconds)} after the job, and paid")
+        if self.subnets:
+            subnets, groups = ", ".join(self.subnets), ", ".join(self.security_groups)
+            lines.append(f"network    {subnets} ({groups})")
+        return lines
+
+    def _describe_search(self) -> str:
+        search = self.experiment.search
+        described = f"{self.search}: {search.trials} trials ({search.algorithm})"
+        return described + (f", goes on after {self.resumed}" if self.resumed else "")
+
+    def _describe_pictures(self) -> str:
+        if self.pictures is None:
+            return self.experiment.data.source
+        size = f" ({self.pictures.size / 1e6:,.0f} MB)" if self.pictures.size else ""
+        origin = f", uploaded from {self.pictures.upload}" if self.pictures.upload else ""
+        return f"{self.pictures.uri}{size}{origin}"
+
+    def _describe_cost(self) -> str:
+        if self.price.per_hour is None:
+            return "not known: AWS's price list does not say; tell it with --price"
+        most = f"at most {dollars(self.most_it_can_cost)}"
+        saved = "; spot is mostly cheaper" if self.spot else ""
+        return f"${self.price.per_hour:g} an hour each; {most}{saved}"
+
+
+def check_choices(plan: JobPlan) -> None:
+    """Refuse what SageMaker refuses, before anything is made.
+
+    Raises:
+        UserMistake: with the flag to change.
+    """
+    if not _INSTANCE.fullmatch(plan.instance_type):
+        raise UserMistake(
+            f"--instance-type takes a name such as ml.g5.xlarge, got {plan.instance_type!r}."
+        )
+    if plan.spot and plan.warm_pool_seconds:
+        raise UserMistake("SageMaker keeps no spot machines warm: leave --spot or --warm-pool out.")
+    if bool(plan.subnets) != bool(plan.security_groups):
+        raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
+    if plan.warm_pool_seconds > 3600:
+        raise UserMistake("SageMaker keeps machines warm for an hour at most (--warm-pool 1h).")
+    if plan.max_run_seconds > _LONGEST_SECONDS:
+        raise UserMistake("A training job runs for 28 days at most (--max-run 28d).")
+    if len(plan.tags) > _TAGS:
+        raise UserMistake(f"AWS allows {_TAGS} tags beside ours, got {len(plan.tags)}.")
+
+
+def check_no_apostrophe(what: str, value: str) -> None:
+    """An apostrophe ends the quotation in the SDK's start script on the hosts.
+
+    Raises:
+        UserMistake: there is one.
+    """
+    if "'" in value:
+        raise UserMistake(
+            f"{what} has an apostrophe ({value}), which SageMaker's start script does not survive; "
+            "choose another."
+        )
+
+
+def words_for(seconds: float) -> str:
+    """`2 h`, `1 h 30 min`, `45 min`."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    parts = [f"{hours} h" if hours else "", f"{minutes} min" if minutes or not hours else ""]
+    return " ".join(part for part in parts if part)

@@ -1,0 +1,112 @@
+"""What a job's hosts get: this very package, what the image lacks, the experiment, its orders."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+COMMAND = "python -m visiontuner.sagemaker.cluster"
+CHECKPOINTS = "/opt/ml/checkpoints"
+CHANNEL = "pictures"
+CHANNEL_FOLDER = f"/opt/ml/input/data/{CHANNEL}"
+
+# The image brings its own torch, built for its GPUs: it is neither listed nor looked behind.
+_IMAGES_OWN = re.compile(r"torch|torchvision|triton|nvidia-.*|cuda-.*")
+# Submitting is done here; a job talks to S3 and to MLflow only.
+_NOT_NEEDED = ("sagemaker",)
+# Signs requests to an MLflow that SageMaker runs.
+SAGEMAKER_MLFLOW = "sagemaker-mlflow"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """`job.json`.
+
+    Attributes:
+        search: `output`, the search folder in the job.
+        tracking_uri: an MLflow that the job can reach; None: the journal travels instead.
+        data_channel: a channel to read the pictures from instead of the experiment's source; None:
+            the source is as it says, or `VISIONTUNER_CHANNEL` says where it lies.
+        ray_token: what the hosts of one job know of each other.
+    """
+
+    search: dict[str, str] = field(default_factory=lambda: {"output": f"{CHECKPOINTS}/search"})
+    tracking_uri: str | None = None
+    data_channel: str | None = None
+    ray_token: str
+
+
+def requirements(package: str = "visiontuner", *, also: tuple[str, ...] = ()) -> list[str]:
+    """Everything a package needs, pinned to what is installed here, but for the image's own.
+
+    With `make install` these are the pins of constraints.txt.
+    """
+    found: dict[str, str] = {}
+    waiting = [(name, frozenset[str]()) for name in also]
+    waiting += _needs(package, frozenset())
+    seen: set[tuple[str, frozenset[str]]] = set()
+    while waiting:
+        name, extras = waiting.pop()
+        if (name, extras) in seen or _IMAGES_OWN.fullmatch(name) or name in _NOT_NEEDED:
+            continue
+        seen.add((name, extras))
+        try:
+            found[name] = distribution(name).version
+        except PackageNotFoundError:
+            continue  # for another system or Python than this one
+        waiting += _needs(name, extras)
+    return [f"{name}=={version}" for name, version in sorted(found.items())]
+
+
+def _needs(package: str, extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+    for text in distribution(package).requires or ():
+        need = Requirement(text)
+        wanted = [{"extra": extra} for extra in extras] or [{"extra": ""}]
+        if need.marker is None or any(need.marker.evaluate(one) for one in wanted):
+            yield canonicalize_name(need.name), frozenset(need.extras)
+
+
+def write_source(folder: Path, *, experiment: str, job: JobFile) -> Path:
+    """Write the archive that the job's hosts unpack and run.
+
+    Args:
+        folder: an existing one.
+        experiment: the experiment file's text.
+
+    Returns:
+        The archive, named after its content.
+    """
+    import visiontuner
+
+    also = (SAGEMAKER_MLFLOW,) if (job.tracking_uri or "").startswith("arn:") else ()
+    texts = {
+        "experiment.yaml": experiment,
+        "job.json": json.dumps(asdict(job), indent=1),
+        "requirements.txt": "\n".join(requirements(also=also)) + "\n",
+    }
+    files = {name: text.encode() for name, text in texts.items()}
+    package = Path(visiontuner.__file__).parent
+    for path in sorted(package.rglob("*")):
+        if path.is_file() and "__pycache__" not in path.parts:
+            files[f"visiontuner/{path.relative_to(package).as_posix()}"] = path.read_bytes()
+    plain = io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size, entry.mode = len(content), 0o644
+            tar.addfile(entry, io.BytesIO(content))
+    digest = hashlib.sha256(plain.getvalue()).hexdigest()
+    archive = folder / f"source-{digest[:12]}.tar.gz"
+    archive.write_bytes(gzip.compress(plain.getvalue(), mtime=0))
+    return archive

@@ -1,0 +1,171 @@
+"""What a job needs beside an account's role and bucket: image, quota, pictures on S3, MLflow."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from visiontuner.aws import Aws, AwsRefused, explained
+from visiontuner.errors import ServingError, UserMistake
+
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
+_QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
+# MLflow's own; what they hold must not be readable in a job's description.
+_SECRETS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
+    """AWS's newest PyTorch training image that the SDK knows, for a region and a kind of machine.
+
+    Args:
+        wanted: a URL, which is taken as it is.
+
+    Raises:
+        UserMistake: AWS has none there.
+    """
+    if wanted:
+        return wanted
+    from packaging.version import Version
+    from sagemaker.core import image_uris
+
+    try:
+        with explained("look for an image"):
+            version = max(image_uris.list_versions("pytorch", "training"), key=Version)
+            pythons = image_uris.list_py_versions("pytorch", version, "training")
+            image: str = image_uris.retrieve(
+                "pytorch",
+                aws.region,
+                version=version,
+                py_version=pythons[-1],
+                instance_type=instance_type,
+                image_scope="training",
+            )
+            return image
+    except ValueError as error:
+        raise UserMistake(
+            f"AWS has no PyTorch image for {instance_type} in {aws.region} "
+            f"({' '.join(str(error).split())[:160]}). Name one with --image."
+        ) from None
+
+
+def check_quota(aws: Aws, instance_type: str, instances: int, *, spot: bool) -> None:
+    """Refuse what the account may not start; silent where AWS does not say.
+
+    Raises:
+        UserMistake: the quota is smaller than the number of instances.
+    """
+    usage = "spot training job usage" if spot else "training job usage"
+    name = f"{instance_type} for {usage}"
+    quota = _quota(aws, name)
+    if quota is not None and quota < instances:
+        raise UserMistake(
+            f"The account may use {quota:g} of {name} in {aws.region}, and {instances} "
+            f"{'is' if instances == 1 else 'are'} asked for. Ask for a higher quota "
+            f"({_QUOTAS_SHOWN}), or choose another --instance-type or --region."
+        )
+
+
+def _quota(aws: Aws, name: str) -> float | None:
+    try:
+        for quota in aws.pages(
+            "service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker"
+        ):
+            if quota["QuotaName"] == name:
+                return float(quota["Value"])
+    except ServingError:  # not every caller may ask; SageMaker itself refuses then
+        pass
+    return None
+
+
+def check_bucket_region(aws: Aws, bucket: str) -> None:
+    """SageMaker reads and writes in its own region only.
+
+    Raises:
+        UserMistake: the bucket is elsewhere.
+        AwsRefused: it is not there, or not for this caller.
+    """
+    answer = aws.call("s3", "head_bucket", Bucket=bucket)
+    region = answer.get("BucketRegion") or _header(answer)
+    if region and region != aws.region:
+        raise UserMistake(
+            f"The bucket {bucket!r} is in {region} and the job would run in {aws.region}: choose "
+            f"--region {region}, or another bucket."
+        )
+
+
+def _header(answer: Mapping[str, Any]) -> str | None:
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region: str | None = headers.get("x-amz-bucket-region")
+    return region
+
+
+def size_on_s3(aws: Aws, uri: str) -> int:
+    """Bytes of the pictures under a URI.
+
+    Raises:
+        UserMistake: there is nothing, the bucket is not there, or in another region.
+    """
+    bucket, key = split_uri(uri)
+    try:
+        check_bucket_region(aws, bucket)
+        pages = aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=key)
+        size = sum(int(entry["Size"]) for entry in pages)
+    except AwsRefused as error:
+        if error.is_missing or error.code in ("404", "403"):
+            why = (
+                "There is no bucket" if error.is_missing or error.code == "404" else "No access to"
+            )
+            raise UserMistake(f"{why} {bucket!r}, where {uri} would be.") from None
+        raise
+    if not size:
+        raise UserMistake(
+            f"There are no pictures at {uri}. Bring them there with "
+            f"`visiontuner prepare --data FOLDER --upload {uri}`."
+        )
+    return size
+
+
+def as_channel(uri: str) -> str:
+    """A folder ends with a slash: without one `dogs` would hold `dogs2` as well."""
+    return uri if uri.lower().endswith(_ARCHIVES) or uri.endswith("/") else f"{uri}/"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://BUCKET/KEY` -> bucket and key."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    if not uri.startswith("s3://") or not bucket:
+        raise UserMistake(f"{uri!r} is no place on S3; write s3://BUCKET/FOLDER.")
+    return bucket, key
+
+
+def reachable_tracking(
+    uri: str, environment: Mapping[str, str] | None = None
+) -> tuple[str | None, str]:
+    """Whether a job can write to an MLflow, and the same in words.
+
+    A database or a server on this machine is out of a job's reach, and credentials do not travel
+    in a job's request, where everybody who may describe the job would read them.
+    """
+    variables = os.environ if environment is None else environment
+    later = "the journal travels instead, and `visiontuner attach` writes it"
+    if uri.startswith("arn:"):
+        return uri, f"live, into {uri}"
+    parts = urlsplit(uri)
+    if parts.scheme not in ("http", "https"):
+        return None, f"{uri} is on this machine: {later}"
+    if _is_local(parts.hostname or ""):
+        return None, f"{uri} is this machine's own: {later}"
+    if parts.password or any(variables.get(name) for name in _SECRETS):
+        host = parts.hostname
+        return None, f"{host} wants credentials, which do not travel in a job's request: {later}"
+    return uri, f"live, into {uri}"
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host in ("", "localhost") or host.endswith(".localhost")
