@@ -7,23 +7,25 @@ journal or MLflow.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from ray import tune
 from safetensors.numpy import save_file
 
+from visiontuner.experiment import Training
 from visiontuner.model.store import FeatureSet
 from visiontuner.search.trial import HEAD_FILE, TrialTask, settings_of
-from visiontuner.search.worker import prepare_worker, save_logits, to_report
-from visiontuner.training.fit import EpochResult, FeatureBatches, fit, linear_head
+from visiontuner.search.worker import prepare_worker, run_epochs, save_logits, to_report
+from visiontuner.training.fit import EpochResult, FeatureBatches, Fit, StepDone, linear_head
 
 
 def train_head(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
+    from ray import tune
+
     for result in train_epochs(config, task):
         tune.report(to_report(result))
 
@@ -35,46 +37,78 @@ def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> 
             return
 
 
-def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResult]:
-    """Train one configuration; an epoch that is the best so far is on disk when it is yielded."""
+def train_epochs(
+    config: dict[str, Any], task: TrialTask, *, on_step: Callable[[StepDone], None] | None = None
+) -> Generator[EpochResult, None, None]:
+    """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
+
+    With `task.checkpoints` a training that finds a checkpoint goes on from there.
+    """
     assert task.features_folder is not None
     prepare_worker(task.threads)
-    features = _open_features(task.features_folder)
     settings = settings_of(task.experiment.training, config["configuration"])
-    seed = task.experiment.seed
-    train, validation = (
-        FeatureBatches(*tensors, batch_size=settings.batch_size) for tensors in features.tensors
-    )
-    head = linear_head(
-        features.feature_dim, features.num_classes, dropout=settings.dropout, seed=seed
-    ).to(train.labels.device)
+    start = start_head(task, settings)
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
-    results = fit(
-        head,
-        train,
-        validation,
+    training = Fit(
+        start.head,
+        start.train,
+        start.validation,
         settings,
-        num_classes=features.num_classes,
-        seed=seed,
+        num_classes=start.num_classes,
+        seed=task.experiment.seed,
         objective=task.experiment.objective,
         mode=task.experiment.mode,
+        on_step=on_step,
     )
-    for result in results:
-        if result.is_best:  # before the report: a scheduler may end the trial inside it
-            save_best(folder, result, head[1])
+    for result in run_epochs(training, folder, task):
+        if task.keeps(is_best=result.is_best):
+            # Before the report: a scheduler may end the trial inside it.
+            save_best(folder, result, task)
         yield result
 
 
-def save_best(folder: Path, result: EpochResult, head: torch.nn.Module) -> None:
-    """The best epoch's validation logits and head weights, each file whole or not there."""
+@dataclass(frozen=True)
+class HeadStart:
+    """A head before its first step, and what it is trained and evaluated on."""
+
+    head: torch.nn.Sequential
+    train: FeatureBatches
+    validation: FeatureBatches
+    num_classes: int
+
+
+def start_head(task: TrialTask, settings: Training) -> HeadStart:
+    """On the features of `task`; with `trained_on` both splits the first batches hold both."""
+    assert task.features_folder is not None
+    features = _open_features(task.features_folder)
+    train, validation = features.tensors
+    if task.trained_on != "train":
+        train = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
+    head = linear_head(
+        features.feature_dim,
+        features.num_classes,
+        dropout=settings.dropout,
+        seed=task.experiment.seed,
+    )
+    return HeadStart(
+        head.to(train[1].device),
+        FeatureBatches(*train, batch_size=settings.batch_size),
+        FeatureBatches(*validation, batch_size=settings.batch_size),
+        features.num_classes,
+    )
+
+
+def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
+    """The epoch's validation logits and head weights, each file whole or not there."""
+    assert isinstance(result.network, torch.nn.Sequential)
     tensors = {
         name: tensor.detach().cpu().contiguous().numpy()
-        for name, tensor in head.state_dict().items()
+        for name, tensor in result.network[1].state_dict().items()
     }
     save_file(tensors, folder / "head.part")
     (folder / "head.part").replace(folder / HEAD_FILE)
-    save_logits(folder, result)
+    save_logits(folder, result, task)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,7 @@ and while it runs a checkpoint. It never touches the journal or MLflow.
 from __future__ import annotations
 
 import functools
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from safetensors.numpy import save_file
 from torch import nn
 
 from visiontuner.data.picture_store import PictureStore
-from visiontuner.experiment import Experiment, Training
+from visiontuner.experiment import NO_AUGMENTATION, Experiment, Training
 from visiontuner.model.backbone import Backbone, load_backbone
 from visiontuner.model.network import (
     Network,
@@ -28,15 +27,13 @@ from visiontuner.model.network import (
     save_network,
 )
 from visiontuner.search.trial import (
-    CHECKPOINT_FOLDER,
     HEAD_FILE,
     NETWORK_FILE,
     TrialTask,
     settings_of,
 )
-from visiontuner.search.worker import prepare_worker, save_logits, to_report
-from visiontuner.training.checkpoint import load_checkpoint, save_checkpoint
-from visiontuner.training.fit import EpochResult, Fit, linear_head
+from visiontuner.search.worker import prepare_worker, run_epochs, save_logits, to_report
+from visiontuner.training.fit import EpochResult, Fit, StepDone, linear_head
 from visiontuner.training.pictures import PictureBatches
 
 # Pictures evaluated at a time: the numbers do not depend on it, memory does.
@@ -61,7 +58,9 @@ def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> 
                 return
 
 
-def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResult]:
+def train_epochs(
+    config: dict[str, Any], task: TrialTask, *, on_step: Callable[[StepDone], None] | None = None
+) -> Generator[EpochResult, None, None]:
     """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
 
     With `task.checkpoints` the state after an epoch is written when the next one is asked for, and
@@ -70,19 +69,21 @@ def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResul
 
     Raises:
         TrialFailed: the loss is not finite, or one picture is too much for the memory.
-        VisiontunerError: the checkpoint is of another network or other classes.
+        CheckpointError: the checkpoint is of another network or other classes.
     """
     assert task.pictures_folder is not None
     prepare_worker(task.threads)
     experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
     settings = settings_of(experiment.training, config["configuration"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = _start(experiment, settings, len(pictures.class_names), task, config["trial_id"])
+    network = start_network(
+        experiment, settings, len(pictures.class_names), task, config["trial_id"]
+    )
     network.to(device)
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        closing(_train_batches(pictures, experiment, settings, device)) as train,
+        closing(train_batches(pictures, experiment, settings, device)) as train,
         closing(_validation_batches(pictures, settings, device)) as validation,
     ):
         training = Fit(
@@ -90,31 +91,26 @@ def train_epochs(config: dict[str, Any], task: TrialTask) -> Iterator[EpochResul
             train,
             validation,
             settings,
-            num_classes=len(pictures.class_names),
+            num_classes=num_classes,
             seed=experiment.seed,
             objective=experiment.objective,
             mode=experiment.mode,
             parameter_groups=parameter_groups(network, settings),
+            on_step=on_step,
         )
-        checkpoint = folder / CHECKPOINT_FOLDER
-        if task.checkpoints and checkpoint.is_dir():
-            training.load_state_dict(load_checkpoint(checkpoint))
-        for result in training.epochs():
-            if result.is_best:  # before the report: a scheduler may end the trial inside it
-                save_best(folder, result, whole=experiment.model.train != "head")
+        for result in run_epochs(training, folder, task):
+            if task.keeps(is_best=result.is_best):
+                # Before the report: a scheduler may end the trial inside it.
+                save_best(folder, result, task)
             yield result
-            if task.checkpoints:
-                save_checkpoint(checkpoint, training.state_dict())
-    remove_checkpoint(folder)
 
 
-def save_best(folder: Path, result: EpochResult, *, whole: bool) -> None:
+def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
     """The best epoch's logits and weights, each file whole or not there.
 
-    Args:
-        whole: the network is kept, else the head alone: its backbone is the one that is cached.
+    Where the head alone is trained it alone is kept: its backbone is the one that is cached.
     """
-    if whole:
+    if task.experiment.model.train != "head":
         save_network(_network(result), folder / "network.part")
         (folder / "network.part").replace(folder / NETWORK_FILE)
     else:
@@ -122,12 +118,7 @@ def save_best(folder: Path, result: EpochResult, *, whole: bool) -> None:
         tensors = {n: t.detach().cpu().numpy() for n, t in layer.state_dict().items()}
         save_file(tensors, folder / "head.part")
         (folder / "head.part").replace(folder / HEAD_FILE)
-    save_logits(folder, result)
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """A training that has ended goes on nowhere."""
-    shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+    save_logits(folder, result, task)
 
 
 def _network(result: EpochResult) -> Network:
@@ -135,7 +126,7 @@ def _network(result: EpochResult) -> Network:
     return result.network
 
 
-def _start(
+def start_network(
     experiment: Experiment, settings: Training, num_classes: int, task: TrialTask, trial_id: str
 ) -> Network:
     """The network before its first step: with a trained head where the trial begins with one."""
@@ -166,7 +157,7 @@ def _loaded(name: str, weights: str, image_size: int | None, cache: Path) -> Bac
     return load_backbone(name, weights=weights, image_size=image_size, cache=cache)
 
 
-def _train_batches(
+def train_batches(
     pictures: PictureStore, experiment: Experiment, settings: Training, device: torch.device
 ) -> PictureBatches:
     return PictureBatches(
@@ -187,7 +178,7 @@ def _validation_batches(
     return PictureBatches(
         pictures.split("validation"),
         preprocessing=pictures.preprocessing,
-        augmentation=None,
+        augmentation=NO_AUGMENTATION,
         num_classes=len(pictures.class_names),
         batch_size=min(at_once, _EVALUATION_BATCH),
         workers=settings.workers,

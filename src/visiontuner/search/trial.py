@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from visiontuner.experiment import Experiment, Training
 
@@ -13,6 +14,8 @@ HEAD_FILE = "head.safetensors"
 NETWORK_FILE = "network.safetensors"
 LOGITS_FILE = "validation_logits.npy"
 CHECKPOINT_FOLDER = "checkpoint"
+
+TrainedOn = Literal["train", "train+validation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,9 @@ class TrialTask:
         cache: where the network's weights are kept; needed with pictures.
         start_heads: by trial id the trained head (safetensors) that a network begins with.
         checkpoints: keep the whole state of a running training in `trials/ID/checkpoint` after
-            every epoch, and go on from there.
+            every epoch, and go on from there. Whoever runs the trial removes it at the end.
+        trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
+            weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
     """
 
     experiment: Experiment
@@ -37,6 +42,11 @@ class TrialTask:
     cache: Path | None = None
     start_heads: Mapping[str, Path] = field(default_factory=dict)
     checkpoints: bool = False
+    trained_on: TrainedOn = "train"
+
+    def keeps(self, *, is_best: bool) -> bool:
+        """Whether an epoch's files replace those of the epochs before it."""
+        return is_best or self.trained_on != "train"
 
     def trial_folder(self, trial_id: str) -> Path:
         """Where the files of a trial's best epoch lie."""
@@ -53,6 +63,23 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
         from visiontuner.search.head_trial import train_head
 
         train_head(config, task)
+
+
+def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
+    """Write the files of a finished trial's best epoch anew; the seed makes the same numbers.
+
+    For a head that takes seconds, for a network as long as the trial did.
+    """
+    if task.pictures_folder is not None:
+        from visiontuner.search import network_trial
+
+        epochs = network_trial.train_epochs(config, task)
+    else:
+        from visiontuner.search import head_trial
+
+        epochs = head_trial.train_epochs(config, task)
+    with closing(epochs):
+        next(result for result in epochs if result.epoch == best_epoch)
 
 
 def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from visiontuner.search.trial import LOGITS_FILE
-from visiontuner.training.fit import EpochResult
+from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
+from visiontuner.training.fit import EpochResult, Fit
 
 
 def prepare_worker(threads: int) -> None:
@@ -22,8 +23,30 @@ def prepare_worker(threads: int) -> None:
     _leave_the_compiler_out()
 
 
-def save_logits(folder: Path, result: EpochResult) -> None:
-    """An epoch's validation logits, whole or not there."""
+def run_epochs(training: Fit, folder: Path, task: TrialTask) -> Iterator[EpochResult]:
+    """The epochs of a training; with `task.checkpoints` from the one after its checkpoint on.
+
+    The state after an epoch is written when the next one is asked for: what the caller did with the
+    epoch, its line in a journal for one, is done by then.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network, other classes or other settings.
+    """
+    from visiontuner.training.checkpoint import load_checkpoint, save_checkpoint
+
+    checkpoint = folder / CHECKPOINT_FOLDER
+    if task.checkpoints and checkpoint.is_dir():
+        training.load_state_dict(load_checkpoint(checkpoint))
+    for result in training.epochs():
+        yield result
+        if task.checkpoints:
+            save_checkpoint(checkpoint, training.state_dict())
+
+
+def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
+    """An epoch's validation logits, whole or not there; none of pictures that were trained on."""
+    if task.trained_on != "train":
+        return
     with (folder / "logits.part").open("wb") as file:
         np.save(file, result.validation_logits.numpy(), allow_pickle=False)
     (folder / "logits.part").replace(folder / LOGITS_FILE)
