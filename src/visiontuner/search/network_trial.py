@@ -76,9 +76,8 @@ def train_epochs(
     experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
     settings = settings_of(experiment.training, config["configuration"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = start_network(
-        experiment, settings, len(pictures.class_names), task, config["trial_id"]
-    )
+    num_classes = len(pictures.class_names)
+    network = start_network(experiment, settings, num_classes, task, config["trial_id"])
     network.to(device)
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)

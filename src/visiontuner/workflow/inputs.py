@@ -1,0 +1,125 @@
+"""What one training in this process needs: pictures, network, features or decoded pictures."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontuner.data.dataset import ImageDataset
+from visiontuner.experiment import Experiment
+from visiontuner.locations import writable_cache_folder
+from visiontuner.workflow.observing import Observer
+from visiontuner.workflow.pictures import load_data
+
+if TYPE_CHECKING:
+    from visiontuner.data.picture_store import PictureStore
+    from visiontuner.model.backbone import Backbone
+    from visiontuner.model.description import BackboneDescription
+    from visiontuner.model.engine import Engine
+    from visiontuner.model.features import FeatureSet
+
+
+class Inputs:
+    """An experiment's pictures and network, each fetched once and when it is first asked for.
+
+    Raises from every property: DataError, BackboneError, DownloadError, VisiontunerError, with what
+    to do about it.
+    """
+
+    def __init__(self, experiment: Experiment, observer: Observer) -> None:
+        self.experiment = experiment
+        self.observer = observer
+        self.cache: Path = writable_cache_folder()
+        self._loading = threading.Lock()  # asked for beside other work, and once is enough
+        self._backbone: Backbone | None = None
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        return load_data(self.experiment, self.observer)
+
+    @property
+    def backbone(self) -> Backbone:
+        """The network itself: torch and its libraries take seconds to import."""
+        from visiontuner.model.backbone import load_backbone
+
+        model = self.experiment.model
+        with self._loading:
+            if self._backbone is None:
+                self._backbone = load_backbone(
+                    model.backbone,
+                    weights=model.weights,
+                    image_size=model.image_size,
+                    cache=self.cache,
+                )
+            return self._backbone
+
+    @cached_property
+    def description(self) -> BackboneDescription:
+        """The network without loading it, where it is known from before."""
+        from visiontuner.model.description import describe_backbone
+
+        model = self.experiment.model
+        return describe_backbone(
+            model.backbone,
+            weights=model.weights,
+            image_size=model.image_size,
+            cache=self.cache,
+            load=lambda: self.backbone,
+        )
+
+    def features(self) -> tuple[FeatureSet, float]:
+        """The features of training and validation pictures, and the seconds they took."""
+        from visiontuner.model.features import compute_features
+
+        began = time.monotonic()
+        features = compute_features(
+            self.dataset,
+            backbone=self.description,
+            engine=self._engine,
+            precision=self.experiment.training.precision,
+            cache=self.cache,
+            on_bad_image=self.experiment.data.on_bad_image,
+            progress=lambda done, total: self.observer.progress(
+                "Features", done, total, "pictures"
+            ),
+        )
+        return features, round(time.monotonic() - began, 3)
+
+    def pictures(self, dataset: ImageDataset | None = None) -> tuple[PictureStore, float]:
+        """The pictures, decoded once, and the seconds it took."""
+        from visiontuner.data.picture_store import prepare_pictures
+
+        began = time.monotonic()
+        store = prepare_pictures(
+            dataset or self.dataset,
+            preprocessing=self.description.preprocessing,
+            cache=self.cache,
+            augmented=not self.experiment.augmentation.is_off,
+            on_bad_image=self.experiment.data.on_bad_image,
+            progress=lambda done, total: self.observer.progress(
+                "Decoding", done, total, "pictures"
+            ),
+        )
+        return store, round(time.monotonic() - began, 3)
+
+    def facts(self, folder: Path, computed: int, seconds: float) -> dict[str, Any]:
+        """What the journal says of features and of decoded pictures alike."""
+        return {
+            "backbone": self.description.name,
+            "weights_digest": self.description.weights_digest,
+            "folder": str(folder),
+            "computed": computed,
+            "seconds": seconds,
+        }
+
+    def _engine(self) -> Engine:
+        from visiontuner.model.engine import make_engine
+
+        engine = make_engine(
+            self.backbone, precision=self.experiment.training.precision, cache=self.cache
+        )
+        self.observer.note(f"Features are computed once, by {engine.description}.")
+        return engine
