@@ -1,64 +1,58 @@
 """Epochs -> EpochResult: one training loop, for feature vectors and for pictures.
 
 `fit` knows neither Ray nor MLflow: it yields after every epoch and stops when it is no longer
-asked.
+asked. `Fit` is the same with a state that can be saved between two epochs.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
+from visiontuner.training.batches import Batches, FeatureBatches, join_last_single
+from visiontuner.training.ema import averaged_copy
 from visiontuner.training.epoch import EpochMetrics
-from visiontuner.training.metrics import Scores, balanced_class_weights, score
+from visiontuner.training.evaluate import evaluate
+from visiontuner.training.metrics import Scores, balanced_class_weights
+from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
+from visiontuner.training.optimisation import (
+    ParameterGroup,
+    learning_rate_of,
+    make_optimizer,
+    make_schedule,
+)
+from visiontuner.training.state import (
+    identity_of,
+    load_optimizer,
+    random_state,
+    require_fitting,
+    require_same,
+    set_random_state,
+)
+from visiontuner.training.step import TrainingStep
 
-# Rows of logits computed at a time in evaluation: bounds memory, whatever the split's size.
-EVALUATION_BATCH = 4096
-
-
-class Batches(Protocol):
-    """What `fit` trains or evaluates on."""
-
-    @property
-    def labels(self) -> Tensor:
-        """int64, shape (num_samples,), in the order that `in_order` yields."""
-
-    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch of (inputs, labels) batches in random order; every sample once."""
-
-    def in_order(self) -> Iterator[Tensor]:
-        """One pass over the inputs alone, in their fixed order."""
-
-
-class FeatureBatches:
-    """Batches of rows of a feature matrix, which may be memory-mapped.
-
-    Args:
-        features: float32, shape (num_samples, feature_dim).
-        labels: int64, shape (num_samples,).
-    """
-
-    def __init__(self, features: Tensor, labels: Tensor, *, batch_size: int) -> None:
-        self.features = features
-        self.labels = labels
-        self.batch_size = batch_size
-
-    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.labels), generator=generator).to(self.labels.device)
-        for rows in torch.split(order, self.batch_size):
-            yield self.features.index_select(0, rows), self.labels.index_select(0, rows)
-
-    def in_order(self) -> Iterator[Tensor]:
-        yield from torch.split(self.features, EVALUATION_BATCH)
+__all__ = [
+    "Batches",
+    "EpochResult",
+    "FeatureBatches",
+    "Fit",
+    "StepDone",
+    "StepLoss",
+    "evaluate",
+    "fit",
+    "linear_head",
+    "make_optimizer",
+    "make_schedule",
+]
 
 
 class StepLoss(NamedTuple):
@@ -66,6 +60,22 @@ class StepLoss(NamedTuple):
 
     step: int
     loss: float
+
+
+class StepDone(NamedTuple):
+    """What `on_step` is told after every optimizer step.
+
+    Attributes:
+        epoch: 1 for the first.
+        step: 1 for the first, counted through all epochs.
+        steps_per_epoch: how many steps every epoch takes.
+        loss: float32, (), on the network's device: reading its value waits for the device.
+    """
+
+    epoch: int
+    step: int
+    steps_per_epoch: int
+    loss: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,14 +86,19 @@ class EpochResult:
         epoch: 1 for the first.
         is_best: this epoch's objective is better than every earlier one's.
         validation_logits: float32, shape (num_validation, num_classes), on the CPU.
+        network: the one that was evaluated, in eval mode: the averaged weights with `ema_decay`.
+            It trains on in the next epoch, so whatever is kept of it is copied before.
         step_losses: every `log_every_steps`-th step's loss; empty if not asked for.
+        notes: what happened in this epoch and a user should know, a line each.
     """
 
     epoch: int
     metrics: EpochMetrics
     is_best: bool
     validation_logits: Tensor
+    network: nn.Module
     step_losses: tuple[StepLoss, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def linear_head(feature_dim: int, num_classes: int, *, dropout: float, seed: int) -> nn.Sequential:
@@ -106,90 +121,225 @@ def fit(
     seed: int,
     objective: str = "validation_accuracy",
     mode: Literal["min", "max"] = "max",
+    parameter_groups: Sequence[ParameterGroup] | None = None,
 ) -> Iterator[EpochResult]:
-    """Train `network` in place and yield once an epoch.
+    """Train `network` in place and yield once an epoch; `Fit` says more."""
+    yield from Fit(
+        network,
+        train,
+        validation,
+        settings,
+        num_classes=num_classes,
+        seed=seed,
+        objective=objective,
+        mode=mode,
+        parameter_groups=parameter_groups,
+    ).epochs()
 
-    The same seed gives the same numbers on the same machine with the same number of threads.
+
+class Fit:
+    """One training: `epochs()` runs it, `state_dict()` between two epochs is all it needs to go on.
+
+    The same seed gives the same numbers on the same machine with the same number of threads, and so
+    does a training that was interrupted and went on from its state.
+
+    Args:
+        network: trained in place, on the device of `train`'s batches. Its convolutions' weights
+            are laid out channels last.
+        parameter_groups: learning rates and decays of parts of the network; default: one group.
+        on_step: called after every optimizer step.
 
     Raises:
-        TrialFailed: the loss is not finite; the message has the epoch and the learning rate.
+        ExperimentError: nothing of the network is trained.
     """
-    torch.manual_seed(seed)  # dropout draws from the global generator
-    order = torch.Generator().manual_seed(seed)
-    optimizer = make_optimizer(network, settings)
-    steps_per_epoch = math.ceil(len(train.labels) / settings.batch_size)
-    schedule = make_schedule(optimizer, settings, total_steps=steps_per_epoch * settings.epochs)
-    weights = (
-        balanced_class_weights(train.labels, num_classes).to(train.labels.device)
-        if settings.class_weights == "balanced"
-        else None
-    )
-    best, epochs_without_better = -math.inf, 0
-    for epoch in range(1, settings.epochs + 1):
-        started = time.perf_counter()
-        trained = _train_epoch(
-            network, train, optimizer, schedule, order, settings, weights, epoch - 1
+
+    def __init__(
+        self,
+        network: nn.Module,
+        train: Batches,
+        validation: Batches,
+        settings: Training,
+        *,
+        num_classes: int,
+        seed: int,
+        objective: str = "validation_accuracy",
+        mode: Literal["min", "max"] = "max",
+        parameter_groups: Sequence[ParameterGroup] | None = None,
+        on_step: Callable[[StepDone], None] | None = None,
+    ) -> None:
+        self.network = network.to(memory_format=torch.channels_last)
+        self.settings = settings
+        self.epoch = 0
+        """Whole epochs trained so far."""
+        self._train, self._validation = train, validation
+        self._num_classes, self._seed = num_classes, seed
+        self._identity = identity_of(settings, seed=seed, num_classes=num_classes) | {
+            "objective": objective
+        }
+        self._objective, self._sign = objective, 1 if mode == "max" else -1
+        self._on_step = on_step
+        self._best, self._epochs_without_better = -math.inf, 0
+        self._order = torch.Generator().manual_seed(seed)
+        self._random: dict[str, Tensor] | None = None
+        self._joins_last_single = _joins_last_single(network, len(train.labels), settings)
+        self.steps_per_epoch = (
+            math.ceil(len(train.labels) / settings.batch_size) - self._joins_last_single
         )
+        decay = settings.ema_decay
+        self._average = None if decay is None else averaged_copy(network, decay)
+        self._step = self._make_step(parameter_groups)
+        self._evaluation = MicroBatches(None, where="evaluation")
+
+    def _make_step(self, parameter_groups: Sequence[ParameterGroup] | None) -> TrainingStep:
+        settings, labels = self.settings, self._train.labels
+        optimizer = make_optimizer(self.network, settings, parameter_groups)
+        steps = self.steps_per_epoch * settings.epochs
+        weights = (
+            balanced_class_weights(labels, self._num_classes).to(self._device)
+            if settings.class_weights == "balanced"
+            else None
+        )
+        return TrainingStep(
+            self.network,
+            optimizer,
+            make_schedule(optimizer, settings, total_steps=steps),
+            settings,
+            class_weights=weights,
+            average=self._average,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or `early_stop` of them without a better one."""
+        patience = self.settings.early_stop
+        stopped = patience is not None and self._epochs_without_better >= patience
+        return stopped or self.epoch >= self.settings.epochs
+
+    def epochs(self) -> Iterator[EpochResult]:
+        """Train on from the last whole epoch, and yield once an epoch.
+
+        Raises:
+            TrialFailed: the loss is not finite (the message has the epoch and the learning rate),
+                or one picture is more than memory holds.
+        """
+        while not self.finished:
+            try:
+                result = self._run_epoch()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise TrialFailed(
+                    f"Out of memory at batch size {self.settings.batch_size} outside the network's "
+                    "own passes; choose a smaller batch_size or backbone."
+                ) from None
+            yield result
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next epoch depends on: tensors, numbers and text in plain containers.
+
+        The tensors are the live ones, so save or copy them before the next epoch.
+        """
+        return {
+            "identity": self._identity,
+            "epoch": self.epoch,
+            "best": self._best if self.epoch else None,
+            "epochs_without_better": self._epochs_without_better,
+            "network": dict(self.network.state_dict()),
+            "average": None if self._average is None else dict(self._average.state_dict()),
+            "optimizer": self._step.optimizer.state_dict(),
+            "schedule": self._step.schedule.state_dict(),
+            "order": self._order.get_state(),
+            "random": self._random,
+            "micro_batch_size": self._step.micro_batches.size,
+            "evaluation_batch_size": self._evaluation.size,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            CheckpointError: it is of another network or was made with other settings.
+        """
+        require_same(state["identity"], self._identity)
+        require_fitting(state["network"], self.network)
+        self.network.load_state_dict(state["network"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        load_optimizer(self._step.optimizer, state["optimizer"])
+        self._step.schedule.load_state_dict(dict(state["schedule"]))
+        self._order.set_state(state["order"].cpu())
+        self._random = state["random"]
+        self.epoch = state["epoch"]
+        self._best = -math.inf if state["best"] is None else state["best"]
+        self._epochs_without_better = state["epochs_without_better"]
+        self._step.micro_batches.size = state["micro_batch_size"]
+        self._evaluation.size = state["evaluation_batch_size"]
+
+    def _run_epoch(self) -> EpochResult:
+        if self._random is None:
+            torch.manual_seed(self._seed)  # dropout draws from the global generator
+        else:  # whatever was drawn between two epochs
+            set_random_state(self._random, self._device)
+        epoch, started = self.epoch + 1, time.perf_counter()
+        trained = self._train_epoch(epoch)
         _require_finite(trained.loss, "training loss", epoch, trained.learning_rate)
         seconds = time.perf_counter() - started
-        logits, scores = evaluate(network, validation)
+        network = self.network if self._average is None else self._average.module
+        logits, scores = evaluate(network, self._validation, self._evaluation)
         _require_finite(scores.loss, "validation loss", epoch, trained.learning_rate)
-        metrics = _join(trained, scores, seconds, len(train.labels))
-        value = metrics.to_dict()[objective] * (1 if mode == "max" else -1)
-        is_best = value > best
-        best = max(best, value)
-        epochs_without_better = 0 if is_best else epochs_without_better + 1
-        yield EpochResult(
+        metrics = _join(trained, scores, seconds, len(self._train.labels))
+        is_best = self._count(self._sign * metrics.to_dict()[self._objective])
+        self.epoch = epoch
+        self._random = random_state(self._device)
+        return EpochResult(
             epoch=epoch,
             metrics=metrics,
             is_best=is_best,
             validation_logits=logits,
+            network=network,
             step_losses=trained.step_losses,
+            notes=(*self._step.micro_batches.take_notes(), *self._evaluation.take_notes()),
         )
-        if settings.early_stop is not None and epochs_without_better >= settings.early_stop:
-            return
 
+    def _count(self, value: float) -> bool:
+        """Whether this epoch's value is the best so far."""
+        is_best = value > self._best
+        self._best = max(self._best, value)
+        self._epochs_without_better = 0 if is_best else self._epochs_without_better + 1
+        return is_best
 
-def evaluate(network: nn.Module, batches: Batches) -> tuple[Tensor, Scores]:
-    """Logits (num_samples, num_classes) on the CPU, in order, and their scores."""
-    network.eval()
-    with torch.inference_mode():
-        logits = torch.cat([network(inputs).float() for inputs in batches.in_order()])
-        scores = score(logits, batches.labels)
-    return logits.cpu(), scores
-
-
-def make_optimizer(network: nn.Module, settings: Training) -> torch.optim.Optimizer:
-    """AdamW, Adam or SGD with Nesterov momentum over the parameters that need gradients."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    decay = settings.weight_decay
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=settings.learning_rate,
-            momentum=settings.momentum,
-            nesterov=settings.momentum > 0,
-            weight_decay=decay,
+    def _train_epoch(self, epoch: int) -> _Trained:
+        """One pass over the training samples. Sums stay on the device: one transfer an epoch."""
+        self.network.train()
+        zero = torch.zeros((), device=self._device)
+        loss_sum, correct, norm_sum = zero.clone(), zero.clone(), zero.clone()
+        # Of the epoch's first step: with a cosine the last one is near 0.
+        learning_rate = learning_rate_of(self._step.optimizer)
+        steps, before, step_losses = 0, (epoch - 1) * self.steps_per_epoch, []
+        every = self.settings.log_every_steps
+        batches = self._train.shuffled(self._order)
+        for inputs, labels in join_last_single(batches) if self._joins_last_single else batches:
+            outcome = self._step(inputs, labels)
+            steps += 1
+            loss_sum += outcome.loss * len(labels)
+            correct += outcome.correct
+            norm_sum += outcome.gradient_norm
+            if every and steps % every == 0:
+                step_losses.append((before + steps, outcome.loss))
+            if self._on_step is not None:
+                self._on_step(StepDone(epoch, before + steps, self.steps_per_epoch, outcome.loss))
+        samples = len(self._train.labels)
+        return _Trained(
+            loss=float(loss_sum) / samples,
+            accuracy=float(correct) / samples,
+            learning_rate=learning_rate,
+            gradient_norm=float(norm_sum) / steps,
+            step_losses=tuple(StepLoss(step, float(loss)) for step, loss in step_losses),
         )
-    adam = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-    return adam(parameters, lr=settings.learning_rate, weight_decay=decay, fused=True)
 
-
-def make_schedule(
-    optimizer: torch.optim.Optimizer, settings: Training, *, total_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate of every optimizer step: linear warm-up, then constant or cosine to 0."""
-    warmup_steps = round(settings.warmup_fraction * total_steps)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if settings.schedule == "constant":
-            return 1.0
-        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    @property
+    def _device(self) -> torch.device:
+        return next(self.network.parameters()).device
 
 
 class _Trained(NamedTuple):
@@ -200,50 +350,11 @@ class _Trained(NamedTuple):
     step_losses: tuple[StepLoss, ...]
 
 
-def _train_epoch(
-    network: nn.Module,
-    train: Batches,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    order: torch.Generator,
-    settings: Training,
-    class_weights: Tensor | None,
-    epochs_done: int,
-) -> _Trained:
-    """One pass over the training samples. Sums stay on the device: one transfer an epoch."""
+def _joins_last_single(network: nn.Module, samples: int, settings: Training) -> bool:
+    """Whether the last batch has one sample, and a layer that cannot learn from one."""
     network.train()
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    zero = torch.zeros((), device=train.labels.device)
-    loss_sum, correct, norm_sum = zero.clone(), zero.clone(), zero.clone()
-    learning_rate, steps, step_losses = 0.0, 0, []
-    for inputs, labels in train.shuffled(order):
-        logits = network(inputs)  # (B, num_classes)
-        loss = functional.cross_entropy(
-            logits, labels, weight=class_weights, label_smoothing=settings.label_smoothing
-        )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if steps == 0:  # the epoch's first step: with a cosine the last one is near 0
-            learning_rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        schedule.step()
-        steps += 1
-        with torch.no_grad():
-            loss_sum += loss * len(labels)
-            correct += (logits.argmax(dim=1) == labels).sum()
-            norm_sum += torch.nn.utils.get_total_norm(
-                [p.grad for p in parameters if p.grad is not None]
-            )
-        if settings.log_every_steps and steps % settings.log_every_steps == 0:
-            step_losses.append((steps, loss.detach()))
-    samples = len(train.labels)
-    return _Trained(
-        loss=float(loss_sum) / samples,
-        accuracy=float(correct) / samples,
-        learning_rate=learning_rate,
-        gradient_norm=float(norm_sum) / steps,
-        step_losses=tuple(StepLoss(epochs_done * steps + s, float(v)) for s, v in step_losses),
-    )
+    normalises = any(isinstance(m, _BatchNorm) and m.training for m in network.modules())
+    return normalises and samples > settings.batch_size > 1 and samples % settings.batch_size == 1
 
 
 def _join(trained: _Trained, scores: Scores, seconds: float, samples: int) -> EpochMetrics:

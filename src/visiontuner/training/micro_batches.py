@@ -1,0 +1,86 @@
+"""A batch in pieces that fit into memory; out of memory halves them and goes on."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from visiontuner.errors import TrialFailed
+
+Answer = TypeVar("Answer")
+
+# How torch and the libraries below it say that memory ran out, where they have no class for it.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+
+
+class MicroBatches:
+    """How many samples go through the network at a time.
+
+    Args:
+        size: at most so many; None for a whole batch.
+        where: "training" or "evaluation", for messages.
+    """
+
+    def __init__(self, size: int | None, *, where: str) -> None:
+        self.size = size
+        self.where = where
+        self._notes: list[str] = []
+
+    def sizes(self, count: int) -> list[int]:
+        """`count` in as few pieces as fit, of even sizes: 65 by 32 at most is 22, 22 and 21.
+
+        Even, because batch normalisation cannot learn from the single sample that would be left.
+        """
+        if self.size is None or count <= self.size:
+            return [count]
+        pieces = math.ceil(count / self.size)
+        small, larger = divmod(count, pieces)
+        return [small + 1] * larger + [small] * (pieces - larger)
+
+    def run(self, count: int, attempt: Callable[[list[int]], Answer]) -> Answer:
+        """`attempt` with the sizes of the pieces, again with halved ones while memory runs out.
+
+        Raises:
+            TrialFailed: one sample at a time is still too much.
+        """
+        while True:
+            sizes = self.sizes(count)
+            try:
+                return attempt(sizes)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # Not within the handler: the error's frames hold what the attempt allocated.
+            self._halve(max(sizes))
+
+    def take_notes(self) -> list[str]:
+        """One line for every time that memory ran out since this was last asked."""
+        notes, self._notes = self._notes, []
+        return notes
+
+    def _halve(self, tried: int) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if tried == 1:
+            raise TrialFailed(
+                f"Out of memory in {self.where} with one picture at a time; choose a smaller "
+                "model.image_size or backbone, train less of it (model.train), or run fewer "
+                "trials side by side (search.gpus_per_trial, search.cpus_per_trial)."
+            )
+        self.size = tried // 2
+        self._notes.append(
+            f"out of memory in {self.where} at {tried} pictures, "
+            f"going on with {self.size} at a time"
+        )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator's or the machine's memory ran out."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
