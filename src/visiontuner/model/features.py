@@ -7,12 +7,11 @@ that was killed goes on at the last full shard. Two processes that need the same
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -21,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.files import locked
 from visiontuner.data.images import normalise
 from visiontuner.errors import BadImageError, DataError
 from visiontuner.model.decoding import DecodedBatch, available_cpus, decode_batches
@@ -74,7 +74,7 @@ def compute_features(
     folder = store_folder(dataset, backbone, precision, splits, cache)
     computed = 0
     if not (folder / META).is_file():
-        with _locked(folder):
+        with locked(folder):
             if not (folder / META).is_file():  # another process may have done it meanwhile
                 job = _Job(
                     dataset=dataset,
@@ -211,13 +211,3 @@ def _workers(asked: int | None, pictures: int) -> int:
 
 def _bad_image(reason: str) -> BadImageError:
     return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time computes a store; the lock ends with its process, however it ends."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as file:
-        with suppress(OSError):  # a file system without locks: whole files still replace each other
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

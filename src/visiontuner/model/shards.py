@@ -14,15 +14,14 @@ import numpy as np
 from numpy.lib.format import write_array_header_2_0
 from numpy.typing import NDArray
 
-from visiontuner.data.dataset import Sample
+from visiontuner.data.dataset import Sample, unreadable_picture
+from visiontuner.data.files import write_atomically, write_json
 from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 from visiontuner.model.store import (
     FeatureSet,
     array_path,
     samples_path,
-    write_atomically,
-    write_json,
     write_meta,
 )
 
@@ -94,7 +93,7 @@ def assemble(shards: Sequence[Shard], store: FeatureSet) -> None:
         own = [shard for shard in shards if shard.split == split]
         bad = {shard.path: shard.bad() for shard in own}
         findings += [
-            _finding(shard.samples[position], reason)
+            unreadable_picture(shard.samples[position], reason)
             for shard in own
             for position, reason in sorted(bad[shard.path].items())
         ]
@@ -129,14 +128,3 @@ def _write_split(
         lambda file: np.save(file, labels, allow_pickle=False),
     )
     write_json(samples_path(store.folder, split), listing)
-
-
-def _finding(sample: Sample, reason: str) -> Finding:
-    # "Cannot read /the/root/a/1.png: why." names the file already.
-    _, named, why = reason.rpartition(sample.path)
-    return Finding(
-        rule="unreadable_picture",
-        severity="warning",
-        evidence=f"Cannot read {sample.path}{why if named else f': {reason}'}",
-        advice="Repair or delete the file; it was left out.",
-    )

@@ -11,16 +11,15 @@ features/KEY/
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.errors import DataError, VisiontunerError
+from visiontuner.data.files import write_json
+from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 
 SCHEMA_VERSION = 1
@@ -135,29 +134,3 @@ def write_meta(features: FeatureSet) -> None:
         "seconds": features.seconds,
     }
     write_json(features.folder / META, meta)
-
-
-def write_json(path: Path, value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file that is either whole or not there.
-
-    Raises:
-        VisiontunerError: the disk is full or not writable.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or "the disk is full"  # numpy's own short-write error has no text
-        raise VisiontunerError(
-            f"Cannot write features to {path.parent} ({reason}). Make room there or set "
-            "VISIONTUNER_CACHE to another folder; what is done is kept."
-        ) from None
-    finally:
-        temporary.unlink(missing_ok=True)

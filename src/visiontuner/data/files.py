@@ -1,0 +1,55 @@
+"""Files that are computed once and found again: whole or not there, written by one at a time."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from visiontuner.errors import VisiontunerError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON; errors as `write_atomically`."""
+    text = json.dumps(value, ensure_ascii=False)
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file that is either whole or not there.
+
+    Raises:
+        VisiontunerError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: Path, error: OSError) -> VisiontunerError:
+    """What to say when a file of the cache cannot be written."""
+    reason = error.strerror or "the disk is full"  # numpy's own short-write error has no text
+    return VisiontunerError(
+        f"Cannot write {path.parent.parent.name} to {path.parent} ({reason}). Make room there or "
+        "set VISIONTUNER_CACHE to another folder; what is done is kept."
+    )
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time computes a folder; the lock ends with its process, however it ends."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as file:
+        with suppress(OSError):  # a file system without locks: whole files still replace each other
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,193 @@
+"""Batches of decoded pictures for `fit`, prepared in worker processes where that helps.
+
+Pixels that are only read (evaluation's, and training's without augmentation) are gathered in this
+process. Views are decoded, cropped and changed at random by torch's DataLoader.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from visiontuner.data.images import Preprocessing
+from visiontuner.data.stored_pictures import StoredPictures
+from visiontuner.experiment import Augmentation
+from visiontuner.training.augment import mix
+from visiontuner.training.picture_workers import (
+    PREFETCHED,
+    Failed,
+    Key,
+    Views,
+    clean_workers,
+    default_workers,
+    start_worker,
+    worker_died,
+    workers_that_fit,
+)
+
+# Pictures evaluated at a time: bounds memory, whatever the split's size.
+EVALUATION_BATCH = 64
+
+
+class PictureBatches:
+    """Batches of the pictures of one split; implements `fit.Batches`.
+
+    Every random number follows from one number that `shuffled` draws for an epoch and from the
+    picture's place in the split, so that the batches are the same with any number of workers.
+
+    Args:
+        augmentation: how training pictures are changed; `in_order` never changes one.
+        workers: processes that prepare pictures; by default so many as suit the device and the
+            threads of this process. 0 prepares them in this process.
+        device: where the batches are handed over.
+
+    Attributes:
+        notes: what is other than asked for, for people.
+    """
+
+    def __init__(
+        self,
+        pictures: StoredPictures,
+        *,
+        preprocessing: Preprocessing,
+        augmentation: Augmentation,
+        num_classes: int,
+        batch_size: int,
+        workers: int | None = None,
+        device: torch.device,
+    ) -> None:
+        self.pictures = pictures
+        self.batch_size = batch_size
+        self.device = device
+        self.labels = torch.from_numpy(pictures.labels).to(device)
+        self.notes: tuple[str, ...] = ()
+        self._augmentation = augmentation
+        self._num_classes = num_classes
+        self._mean, self._std = (
+            torch.tensor(values, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
+            for values in (preprocessing.mean, preprocessing.std)
+        )
+        self._views = Views(pictures, augmentation, preprocessing)
+        self._workers = self._choose_workers(workers)
+        self._keys: list[list[Key]] = []
+        self._loader: DataLoader[Tensor | Failed] | None = None
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order, every picture once.
+
+        Yields:
+            Inputs, float32 (B, 3, S, S), normalised; and labels, int64 (B,), or float32
+            (B, num_classes) with MixUp or CutMix.
+
+        Raises:
+            TrialFailed: a worker process died.
+            DataError: the store is gone.
+        """
+        order = torch.randperm(len(self.labels), generator=generator)
+        batches = torch.split(order, self.batch_size)
+        if self._augmentation.is_off:
+            for rows in batches:
+                yield self._normalised(self._gather(rows)), self._labels_of(rows)
+            return
+        epoch = int(torch.randint(2**62, (), generator=generator))
+        keys = [[(int(row), _seed(epoch, int(row))) for row in rows] for rows in batches]
+        for number, (rows, pixels) in enumerate(zip(batches, self._prepared(keys), strict=True)):
+            inputs, labels = self._normalised(pixels), self._labels_of(rows)
+            yield self._mixed(inputs, labels, _seed(epoch, len(self.labels) + number))
+
+    def in_order(self) -> Iterator[Tensor]:
+        """One pass over the inputs, float32 (B, 3, S, S), as evaluation reads them.
+
+        Raises:
+            DataError: the store holds views of these pictures, for random crops.
+        """
+        for rows in torch.split(torch.arange(len(self.labels)), EVALUATION_BATCH):
+            yield self._normalised(self._gather(rows))
+
+    def close(self) -> None:
+        """End the worker processes; another epoch would start new ones."""
+        self._loader = None
+
+    def _choose_workers(self, asked: int | None) -> int:
+        if self.pictures.form == "pixels" or asked == 0:
+            return 0
+        wanted = default_workers(self.device) if asked is None else asked
+        batch = min(self.batch_size, len(self.labels)) * 3 * self._views.size**2
+        workers, note = workers_that_fit(wanted, batch)
+        self.notes += (note,) if note else ()
+        return workers
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """uint8, shape (B, 3, S, S), channels last in memory."""
+        pixels = torch.from_numpy(self.pictures.all_pixels)
+        return pixels.index_select(0, rows).permute(0, 3, 1, 2)
+
+    def _normalised(self, pixels: Tensor) -> Tensor:
+        """As `data.images.normalise`, on the device; the memory format stays."""
+        images = pixels.to(self.device, non_blocking=True).float()
+        return images.div_(255).sub_(self._mean).div_(self._std)
+
+    def _labels_of(self, rows: Tensor) -> Tensor:
+        return self.labels.index_select(0, rows.to(self.device))
+
+    def _mixed(self, inputs: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        if self._augmentation.mixup == 0 and self._augmentation.cutmix == 0:
+            return inputs, labels
+        generator = torch.Generator().manual_seed(seed)
+        return mix(
+            inputs,
+            labels,
+            self._augmentation,
+            num_classes=self._num_classes,
+            generator=generator,
+        )
+
+    def _prepared(self, keys: list[list[Key]]) -> Iterator[Tensor]:
+        """uint8 (B, 3, S, S) for each list of keys."""
+        in_process = map(self._views.__getitems__, keys)
+        for batch in self._by_workers(keys) if self._workers else in_process:
+            if isinstance(batch, Failed):
+                self.close()
+                raise batch.error()
+            yield batch
+
+    def _by_workers(self, keys: list[list[Key]]) -> Iterator[Tensor | Failed]:
+        self._keys[:] = keys
+        if self._loader is None:
+            self._loader = self._make_loader()
+        try:
+            with clean_workers():  # the first time, this starts them
+                batches = iter(self._loader)
+            yield from batches
+        except (RuntimeError, OSError, EOFError) as error:
+            self.close()
+            raise worker_died(error) or error from None
+
+    def _make_loader(self) -> DataLoader[Tensor | Failed]:
+        return DataLoader(
+            self._views,
+            batch_sampler=self._keys,
+            collate_fn=_as_it_is,
+            num_workers=self._workers,
+            worker_init_fn=start_worker,
+            persistent_workers=True,
+            pin_memory=self.device.type == "cuda",
+            prefetch_factor=PREFETCHED,
+            multiprocessing_context="forkserver",
+            generator=torch.Generator(),  # else it would draw from the one that dropout uses
+        )
+
+
+def _seed(epoch: int, number: int) -> int:
+    """A 32-bit seed from an epoch's number and a picture's; torch's generator takes no more."""
+    return int(np.random.SeedSequence((epoch, number)).generate_state(1)[0])
+
+
+def _as_it_is(batch: Any) -> Any:
+    """`Views` makes whole batches; there is nothing to collate."""
+    return batch
