@@ -17,24 +17,15 @@ from safetensors.numpy import save_file
 
 from visiontuner.experiment import Training
 from visiontuner.model.store import FeatureSet
-from visiontuner.search.trial import HEAD_FILE, TrialTask, settings_of
-from visiontuner.search.worker import prepare_worker, run_epochs, save_logits, to_report
+from visiontuner.search.trial import HEAD_FILE, TrainedOn, TrialTask, settings_of
+from visiontuner.search.worker import prepare_worker, report, run_epochs, save_logits
 from visiontuner.training.fit import EpochResult, FeatureBatches, Fit, StepDone, linear_head
 
 
 def train_head(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
-    from ray import tune
-
     for result in train_epochs(config, task):
-        tune.report(to_report(result))
-
-
-def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
-    """Write the files of a finished trial's best epoch anew; the seed makes the same numbers."""
-    for result in train_epochs(config, task):
-        if result.epoch == best_epoch:
-            return
+        report(result, task, config["trial_id"])
 
 
 def train_epochs(
@@ -47,7 +38,9 @@ def train_epochs(
     assert task.features_folder is not None
     prepare_worker(task.threads)
     settings = settings_of(task.experiment.training, config["configuration"])
-    start = start_head(task, settings)
+    start = start_head(
+        task.features_folder, settings, seed=task.experiment.seed, trained_on=task.trained_on
+    )
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
     training = Fit(
@@ -78,18 +71,19 @@ class HeadStart:
     num_classes: int
 
 
-def start_head(task: TrialTask, settings: Training) -> HeadStart:
-    """On the features of `task`; with `trained_on` both splits the first batches hold both."""
-    assert task.features_folder is not None
-    features = _open_features(task.features_folder)
+def start_head(
+    features_folder: Path, settings: Training, *, seed: int, trained_on: TrainedOn = "train"
+) -> HeadStart:
+    """On features; where validation is trained on as well, the first batches hold both splits."""
+    features = _open_features(features_folder)
     train, validation = features.tensors
-    if task.trained_on != "train":
+    if trained_on != "train":
         train = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
     head = linear_head(
         features.feature_dim,
         features.num_classes,
         dropout=settings.dropout,
-        seed=task.experiment.seed,
+        seed=seed,
     )
     return HeadStart(
         head.to(train[1].device),

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from safetensors.numpy import save_file
-from torch import nn
 
 from visiontuner.data.picture_store import PictureStore
 from visiontuner.experiment import NO_AUGMENTATION, Experiment, Training
@@ -32,7 +31,7 @@ from visiontuner.search.trial import (
     TrialTask,
     settings_of,
 )
-from visiontuner.search.worker import prepare_worker, run_epochs, save_logits, to_report
+from visiontuner.search.worker import prepare_worker, report, run_epochs, save_logits
 from visiontuner.training.fit import EpochResult, Fit, StepDone, linear_head
 from visiontuner.training.pictures import PictureBatches
 
@@ -42,20 +41,10 @@ _EVALUATION_BATCH = 64
 
 def train_network(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
-    from ray import tune
-
     # A scheduler ends the trial inside a report: the processes that decode have to end with it.
     with closing(train_epochs(config, task)) as results:
         for result in results:
-            tune.report(to_report(result))
-
-
-def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
-    """Write the files of a finished trial's best epoch anew: as long as the trial took."""
-    with closing(train_epochs(config, task)) as results:
-        for result in results:
-            if result.epoch == best_epoch:
-                return
+            report(result, task, config["trial_id"])
 
 
 def train_epochs(
@@ -75,10 +64,15 @@ def train_epochs(
     prepare_worker(task.threads)
     experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
     settings = settings_of(experiment.training, config["configuration"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    num_classes = len(pictures.class_names)
-    network = start_network(experiment, settings, num_classes, task, config["trial_id"])
-    network.to(device)
+    device, num_classes = training_device(), len(pictures.class_names)
+    assert task.cache is not None
+    network = start_network(
+        experiment,
+        settings,
+        num_classes=num_classes,
+        cache=task.cache,
+        head=task.start_heads.get(config["trial_id"]),
+    ).to(device)
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -125,23 +119,31 @@ def _network(result: EpochResult) -> Network:
     return result.network
 
 
+def training_device() -> torch.device:
+    """The first GPU that this process sees, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start_network(
-    experiment: Experiment, settings: Training, num_classes: int, task: TrialTask, trial_id: str
+    experiment: Experiment,
+    settings: Training,
+    *,
+    num_classes: int,
+    cache: Path,
+    head: Path | None = None,
 ) -> Network:
-    """The network before its first step: with a trained head where the trial begins with one."""
-    assert task.cache is not None
-    backbone = _load_backbone(experiment, task.cache)
-    head: nn.Sequential = linear_head(
-        backbone.feature_dim, num_classes, dropout=settings.dropout, seed=experiment.seed
-    )
+    """The network before its first step; `head` is a trained one that it begins with."""
+    backbone = _load_backbone(experiment, cache)
     network = build_network(
         backbone,
-        head,
+        linear_head(
+            backbone.feature_dim, num_classes, dropout=settings.dropout, seed=experiment.seed
+        ),
         train=experiment.model.train,
         freeze_batch_norm=settings.freeze_batch_norm,
     )
-    if trial_id in task.start_heads:
-        load_head(network, task.start_heads[trial_id])
+    if head is not None:
+        load_head(network, head)
     return network
 
 

@@ -1,0 +1,192 @@
+"""The learning rate range test of an experiment: where its search for a learning rate belongs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from visiontuner.errors import UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.workflow.inputs import Inputs
+from visiontuner.workflow.layout import EXPERIMENT_FILE
+from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.threads import training_threads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from visiontuner.training.batches import Batches
+    from visiontuner.training.optimisation import ParameterGroup
+    from visiontuner.training.range_test import RangeTest
+
+FOLDER = Path("lr-find")
+FIGURE_FILE = "range_test.png"
+NUMBERS_FILE = "range_test.json"
+
+# Enough for a smooth curve: steps on features take milliseconds, on pictures a second or so.
+STEPS_ON_FEATURES = 200
+STEPS_ON_PICTURES = 100
+
+OnStep = Callable[[int, int, float, float], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundLearningRate:
+    """What a range test said, and the folder that holds its curve and its numbers.
+
+    Attributes:
+        subject: what was trained, in a few words.
+    """
+
+    folder: Path
+    subject: str
+    curve: RangeTest
+
+    @property
+    def figure(self) -> Path:
+        return self.folder / FIGURE_FILE
+
+
+def find_learning_rate(
+    experiment: Experiment,
+    *,
+    output: Path | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    steps: int | None = None,
+    observer: Observer | None = None,
+    on_step: OnStep | None = None,
+) -> FoundLearningRate:
+    """Train once with a learning rate that only grows, and say from the loss where to search.
+
+    Nothing of the training is kept but its curve: `range_test.png` and `range_test.json`.
+
+    Args:
+        output: a new folder; default: `lr-find/NAME-TIME` here.
+        low, high: learning rates to go from and to; default: 1e-6 to 10.
+        steps: of the optimizer, 20 at least; default: 200 on features, 100 on pictures.
+        on_step: called with (step from 1, of how many, learning rate, smoothed loss).
+
+    Raises:
+        UserMistake: the folder is taken, or a value is wrong.
+        TrialFailed: the loss is not finite at the first step.
+    """
+    from visiontuner.training.range_test import HIGHEST, LOWEST, range_test
+
+    observer = observer or Silent()
+    folder = output or FOLDER / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    low, high = low or LOWEST, high or HIGHEST
+    steps = steps or (STEPS_ON_PICTURES if experiment.trains_on_pictures else STEPS_ON_FEATURES)
+    _check(folder, low, high, steps)
+    inputs = Inputs(experiment, observer)
+    with ExitStack() as stack:
+        start = _start(inputs, stack)
+        observer.note(f"The learning rate grows from {low:g} to {high:g} in {steps} steps.")
+        curve = range_test(
+            start.network,
+            start.train,
+            experiment.training,
+            num_classes=len(inputs.dataset.class_names),
+            seed=experiment.seed,
+            low=low,
+            high=high,
+            steps=steps,
+            parameter_groups=start.groups,
+            on_step=on_step and (lambda step, rate, loss: on_step(step, steps, rate, loss)),
+        )
+    found = FoundLearningRate(folder=folder, subject=_subject(experiment), curve=curve)
+    _write(found, experiment)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    """A network before its first step, and what it is trained on."""
+
+    network: nn.Module
+    train: Batches
+    groups: Sequence[ParameterGroup] | None = None
+
+
+def _start(inputs: Inputs, stack: ExitStack) -> _Start:
+    """As a trial begins; `stack` ends the processes that decode."""
+    from visiontuner.search.worker import prepare_worker
+
+    on_pictures = inputs.experiment.trains_on_pictures
+    prepare_worker(training_threads(inputs.experiment))
+    return _start_on_pictures(inputs, stack) if on_pictures else _start_on_features(inputs)
+
+
+def _start_on_features(inputs: Inputs) -> _Start:
+    from visiontuner.search.head_trial import start_head
+
+    features, _ = inputs.features()
+    start = start_head(features.folder, inputs.experiment.training, seed=inputs.experiment.seed)
+    return _Start(network=start.head, train=start.train)
+
+
+def _start_on_pictures(inputs: Inputs, stack: ExitStack) -> _Start:
+    from visiontuner.model.network import parameter_groups
+    from visiontuner.search.network_trial import start_network, train_batches, training_device
+
+    experiment, device = inputs.experiment, training_device()
+    settings = experiment.training
+    pictures, _ = inputs.pictures()
+    network = start_network(
+        experiment, settings, num_classes=len(pictures.class_names), cache=inputs.cache
+    ).to(device)
+    train = train_batches(pictures, experiment, settings, device)
+    stack.enter_context(closing(train))
+    return _Start(network=network, train=train, groups=parameter_groups(network, settings))
+
+
+def _write(found: FoundLearningRate, experiment: Experiment) -> None:
+    from visiontuner.tracking.figures import to_png
+    from visiontuner.tracking.figures.range_test import range_test_curve
+
+    curve, suggestion = found.curve, found.curve.suggestion
+    figure = range_test_curve(
+        f"Learning rate range test: {found.subject}",
+        curve.learning_rates,
+        curve.losses,
+        curve.smoothed,
+        suggested=None
+        if suggestion is None
+        else (suggestion.low, suggestion.learning_rate, suggestion.high),
+    )
+    numbers: dict[str, Any] = {
+        "learning_rates": curve.learning_rates,
+        "losses": curve.losses,
+        "smoothed": curve.smoothed,
+        "stopped": curve.stopped,
+        "suggestion": None if suggestion is None else asdict(suggestion),
+    }
+    try:
+        found.folder.mkdir(parents=True, exist_ok=True)
+        found.figure.write_bytes(to_png(figure))
+        (found.folder / NUMBERS_FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+        (found.folder / EXPERIMENT_FILE).write_text(experiment.to_yaml(), encoding="utf-8")
+    except OSError as error:
+        raise UserMistake(
+            f"Cannot write {found.folder}: {error.strerror}. Name another one with --output."
+        ) from None
+
+
+def _check(folder: Path, low: float, high: float, steps: int) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserMistake(f"{folder} is taken. Choose another --output.")
+    if not 0 < low < high:
+        raise UserMistake(f"--low must be > 0 and < --high, got {low:g} and {high:g}.")
+    if steps < 20:
+        raise UserMistake(f"--steps must be >= 20, got {steps}: fewer show no curve.")
+
+
+def _subject(experiment: Experiment) -> str:
+    model, training = experiment.model, experiment.training
+    what = {"head": "the head", "last_stage": "the last stage", "all": "all"}[model.train]
+    return f"{what} of {model.backbone}, {training.optimizer}, batch size {training.batch_size}"
