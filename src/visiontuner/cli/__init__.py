@@ -7,22 +7,29 @@ from __future__ import annotations
 
 import click
 
+from visiontuner.cli.attach import attach
 from visiontuner.cli.compare import compare
 from visiontuner.cli.deploy import deploy, endpoints, undeploy, update
 from visiontuner.cli.diagnose import diagnose
 from visiontuner.cli.evaluate import evaluate
+from visiontuner.cli.jobs import jobs
 from visiontuner.cli.lineage import lineage
+from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.cli.lr_find import lr_find
 from visiontuner.cli.preflight import preflight
 from visiontuner.cli.promote import promote
 from visiontuner.cli.query import query
-from visiontuner.cli.search import NOT_GIVEN, backbones, doctor, prepare, sync, tune
+from visiontuner.cli.search import backbones, doctor, prepare, sync
+from visiontuner.cli.stop import stop
+from visiontuner.cli.tune import tune
 
 __all__ = ["NOT_GIVEN", "main"]
 
 _GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Search": (tune, prepare, sync, backbones, doctor),
+    "Search": (tune, prepare, lr_find, sync, backbones, doctor),
     "Judge": (evaluate, compare, diagnose, promote, lineage),
     "Serve": (preflight, deploy, update, query, endpoints, undeploy),
+    "Cloud": (jobs, attach, stop),
 }
 
 
