@@ -1,0 +1,201 @@
+"""Trials on other machines than the search's own.
+
+A search has its folder and its features on the driver's machine, its home. A worker elsewhere sees
+neither: it first fetches the files it lacks, once for all trials of its machine, and what a trial
+writes travels home before its report does. One small actor at home reads and writes for all.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+if TYPE_CHECKING:
+    from visiontuner.search.trial import TrialTask
+
+# A chunk is in memory twice, at home and where it goes.
+_CHUNK_BYTES = 16 * 1024**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """The driver's machine: where it is in the cluster, and who reads and writes files there."""
+
+    node_id: str
+    files: Any  # handle of the actor `_Files`
+
+    @property
+    def is_here(self) -> bool:
+        return ray.get_runtime_context().get_node_id() == self.node_id
+
+
+@contextmanager
+def home_of(search_folder: Path, stores: Sequence[Path]) -> Iterator[Home | None]:
+    """A home for a search, as long as its trials run; None where the cluster is one machine.
+
+    Args:
+        search_folder: what trials write goes below it, and heads that they begin with are read.
+        stores: features and pictures that workers read.
+    """
+    alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    if len(alive) < 2:
+        yield None
+        return
+    node_id = ray.get_runtime_context().get_node_id()
+    actor = ray.remote(_Files).options(
+        num_cpus=0,
+        scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False),
+    )
+    files: Any = actor.remote(search_folder.resolve(), [store.resolve() for store in stores])
+    try:
+        yield Home(node_id=node_id, files=files)
+    finally:
+        ray.kill(files)
+
+
+@contextmanager
+def at_this_machine(task: TrialTask, trial_id: str) -> Iterator[TrialTask]:
+    """The same task with paths of the worker's own machine; what the trial writes here goes."""
+    home = task.home
+    if home is None or home.is_here:
+        yield task
+        return
+    cache = _cache(task)
+    with tempfile.TemporaryDirectory(prefix="visiontuner-trial-") as folder:
+        start = task.start_heads.get(trial_id)
+        features, pictures = (
+            store and fetch_folder(home, store, cache)
+            for store in (task.features_folder, task.pictures_folder)
+        )
+        yield replace(
+            task,
+            search_folder=Path(folder),
+            features_folder=features,
+            pictures_folder=pictures,
+            cache=cache,
+            start_heads={trial_id: _fetch_file(home, start, Path(folder))} if start else {},
+        )
+
+
+def send_home(task: TrialTask, trial_id: str) -> None:
+    """Write what a trial has on disk into the search folder too, if that is elsewhere."""
+    if task.home is None or task.home.is_here:
+        return
+    folder = task.trial_folder(trial_id)
+    whole = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".part"]
+    ray.get(
+        [
+            task.home.files.write.remote(f"trials/{trial_id}/{path.name}", path.read_bytes())
+            for path in whole
+        ]
+    )
+
+
+_FETCHED: dict[Path, Path] = {}
+
+
+def fetch_folder(home: Home, folder: Path, cache: Path) -> Path:
+    """A folder of the home, here: the same one where the machines share it, else a copy.
+
+    A copy lies in the cache under the same name. Files that are there already, by name and size,
+    are not fetched again: what the folders hold is named after all that determines it.
+    """
+    if folder not in _FETCHED:
+        sizes: dict[str, int] = ray.get(home.files.sizes.remote(folder))
+        if _lacks(folder, sizes):
+            target = cache / folder.parent.name / folder.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                for name in _lacks(target, sizes):
+                    _fetch(home, folder / name, target / name, sizes[name])
+            _FETCHED[folder] = target
+        else:
+            _FETCHED[folder] = folder
+    return _FETCHED[folder]
+
+
+def _lacks(folder: Path, sizes: dict[str, int]) -> list[str]:
+    return [name for name, size in sizes.items() if _size(folder / name) != size]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
+def _fetch_file(home: Home, path: Path, folder: Path) -> Path:
+    target = folder / "start" / path.name
+    _fetch(home, path, target, ray.get(home.files.size.remote(path)))
+    return target
+
+
+def _fetch(home: Home, path: Path, target: Path, size: int) -> None:
+    """One file in chunks; whole or not there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with part.open("wb") as file:
+            for offset in range(0, size, _CHUNK_BYTES):
+                file.write(ray.get(home.files.read.remote(path, offset)))
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _cache(task: TrialTask) -> Path:
+    """Of this machine: its own setting, else where the driver's is."""
+    own = os.environ.get("VISIONTUNER_CACHE")
+    if own:
+        return Path(own)
+    return task.cache or Path(tempfile.gettempdir()) / "visiontuner"
+
+
+class _Files:
+    """Reads and writes at home; only below the folders that the search named."""
+
+    def __init__(self, search_folder: Path, stores: Sequence[Path]) -> None:
+        self._search = search_folder
+        self._readable = (search_folder, *stores)
+
+    def sizes(self, folder: Path) -> dict[str, int]:
+        """Bytes of each file below a folder, by relative path."""
+        return {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(self._allowed(folder).rglob("*"))
+            if path.is_file() and path.suffix != ".tmp"
+        }
+
+    def size(self, path: Path) -> int:
+        return self._allowed(path).stat().st_size
+
+    def read(self, path: Path, offset: int) -> bytes:
+        with self._allowed(path).open("rb") as file:
+            file.seek(offset)
+            return file.read(_CHUNK_BYTES)
+
+    def write(self, name: str, content: bytes) -> None:
+        path = (self._search / name).resolve()
+        if not path.is_relative_to(self._search):
+            raise PermissionError(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(content)
+        part.replace(path)
+
+    def _allowed(self, path: Path) -> Path:
+        resolved = path.resolve()
+        if not any(resolved.is_relative_to(folder) for folder in self._readable):
+            raise PermissionError(str(path))
+        return resolved

@@ -1,0 +1,271 @@
+"""One CreateTrainingJob request, really run: what SageMaker does around the containers.
+
+S3 channels and checkpoints down, one host in a network namespace for each instance with the
+request's own entry point as process 1, checkpoints up to S3 while it runs, the model and the last
+checkpoints at the end.
+
+    python job_runner.py FOLDER     FOLDER/request.json in; FOLDER/outcome.json out
+
+FOLDER/HOST/pid is the process that is a host: SIGKILL ends the host, and the job goes on without
+it. SIGTERM to this program stops the job as `StopTrainingJob` and a spot interruption do: SIGTERM
+to every container, SIGKILL 120 seconds later. Settings are in the environment:
+
+    STAND_IN_PATH       PATH inside the hosts
+    STAND_IN_GRACE      seconds between the two signals
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import boto3
+from namespaces import Hosts, first_process
+
+TREE = ("input/config", "input/data", "model", "output/data", "checkpoints", "tmp")
+SYNC_SECONDS = 1.0
+REASON_LENGTH = 1024
+
+
+@dataclass
+class Host:
+    """One container and its /opt/ml."""
+
+    name: str
+    ml: Path
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    uploaded: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+
+class Job:
+    """One training job from its request to its outcome."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.request: dict[str, Any] = json.loads((folder / "request.json").read_text())
+        self.name: str = self.request["TrainingJobName"]
+        self.count: int = self.request["ResourceConfig"]["InstanceCount"]
+        self.s3 = boto3.client("s3")
+        self.stopping: str | None = None
+        self.hosts = [
+            Host(f"algo-{n}", folder / f"algo-{n}" / "ml", folder / f"algo-{n}" / "log")
+            for n in range(1, self.count + 1)
+        ]
+
+    def run(self) -> dict[str, str]:
+        for host in self.hosts:
+            self._prepare(host)
+        with Hosts(self.count) as network:
+            for number, host in enumerate(self.hosts):
+                self._start(network, host, cpu=number % (os.cpu_count() or 1))
+            try:
+                self._wait()
+            finally:
+                for host in self.hosts:
+                    _kill(host)
+        self._upload_checkpoints(last=True)
+        status = self._status()
+        if status["status"] != "Failed":
+            self._upload_archive("model", "model.tar.gz")
+        self._upload_archive("output/data", "output.tar.gz")
+        return status
+
+    def stop(self, reason: str) -> None:
+        self.stopping = reason
+
+    def _prepare(self, host: Host) -> None:
+        for part in TREE:
+            (host.ml / part).mkdir(parents=True, exist_ok=True)
+        for channel in self.request.get("InputDataConfig", []):
+            uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
+            self._download(uri, host.ml / "input/data" / channel["ChannelName"])
+        checkpoints = self.request.get("CheckpointConfig")
+        if checkpoints:
+            self._download(checkpoints["S3Uri"], host.ml / "checkpoints")
+            host.uploaded = {name: stamp for name, _, stamp in _files(host.ml / "checkpoints")}
+        for name, value in self._configuration(host).items():
+            (host.ml / "input/config" / f"{name}.json").write_text(json.dumps(value))
+
+    def _configuration(self, host: Host) -> dict[str, Any]:
+        kind = self.request["ResourceConfig"]["InstanceType"]
+        names = [each.name for each in self.hosts]
+        group = {"instance_group_name": "homogeneousCluster", "instance_type": kind, "hosts": names}
+        channel = {
+            "TrainingInputMode": "File",
+            "S3DistributionType": "FullyReplicated",
+            "RecordWrapperType": "None",
+        }
+        return {
+            "hyperparameters": self.request.get("HyperParameters", {}),
+            "inputdataconfig": {
+                each["ChannelName"]: channel for each in self.request.get("InputDataConfig", [])
+            },
+            "resourceconfig": {
+                "current_host": host.name,
+                "current_instance_type": kind,
+                "current_group_name": "homogeneousCluster",
+                "hosts": names,
+                "instance_groups": [group],
+                "network_interface_name": "eth0",
+            },
+        }
+
+    def _start(self, network: Hosts, host: Host, cpu: int) -> None:
+        container = self.request["AlgorithmSpecification"]
+        region = os.environ["AWS_DEFAULT_REGION"]
+        with host.log.open("wb") as log:
+            host.process = network.start(
+                host.name,
+                [*container["ContainerEntrypoint"], *container.get("ContainerArguments", [])],
+                ml=host.ml,
+                environment={
+                    "PATH": os.environ["STAND_IN_PATH"],
+                    "HOME": "/opt/ml/tmp",
+                    "AWS_REGION": region,
+                    "TRAINING_JOB_NAME": self.name,
+                    "TRAINING_JOB_ARN": (
+                        f"arn:aws:sagemaker:{region}:123456789012:training-job/{self.name}"
+                    ),
+                    **self.request.get("Environment", {}),
+                },
+                log=log,
+                cpu=cpu,
+            )
+        (self.folder / host.name / "pid").write_text(str(host.process.pid))
+
+    def _wait(self) -> None:
+        """Until all have ended, one has failed, or the job is stopped or out of time."""
+        limit = self.request.get("StoppingCondition", {}).get("MaxRuntimeInSeconds", 86400)
+        deadline, told = time.monotonic() + limit, False
+        while any(host.process and host.process.poll() is None for host in self.hosts):
+            if self._one_failed():
+                return
+            if not told and time.monotonic() > deadline:
+                self.stop("MaxRuntimeExceeded")
+            if self.stopping and not told:
+                told = True
+                deadline = time.monotonic() + float(os.environ.get("STAND_IN_GRACE", 120))
+                for host in self.hosts:
+                    _terminate(host)
+            if told and time.monotonic() > deadline:
+                return
+            self._upload_checkpoints()
+            time.sleep(SYNC_SECONDS if not told else 0.2)
+
+    def _one_failed(self) -> bool:
+        """A host that was killed from outside only falls silent."""
+        codes = [host.process.returncode for host in self.hosts if host.process]
+        return any(code not in (None, 0, -signal.SIGKILL) for code in codes) or (
+            codes[0] == -signal.SIGKILL
+        )
+
+    def _status(self) -> dict[str, str]:
+        if self.stopping:
+            return {"status": "Stopped", "secondary": self.stopping, "reason": ""}
+        codes = {host.name: host.process.returncode for host in self.hosts if host.process}
+        if not self._one_failed() and codes[self.hosts[0].name] == 0:
+            return {"status": "Completed", "secondary": "Completed", "reason": ""}
+        told = [
+            path.read_text(errors="replace")
+            for path in (host.ml / "output/failure" for host in self.hosts)
+            if path.is_file()
+        ]
+        reason = f"AlgorithmError: {told[0] if told else ''}, exit code: {max(codes.values())}"
+        return {"status": "Failed", "secondary": "Failed", "reason": reason[:REASON_LENGTH]}
+
+    def _download(self, uri: str, folder: Path) -> None:
+        bucket, prefix = _split(uri)
+        folder.mkdir(parents=True, exist_ok=True)
+        for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            for entry in page.get("Contents", []):
+                name = entry["Key"][len(prefix) :].lstrip("/") or Path(entry["Key"]).name
+                path = folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.s3.download_file(bucket, entry["Key"], str(path))
+
+    def _upload_checkpoints(self, *, last: bool = False) -> None:
+        """What has changed on any host goes to the one place in S3; nothing is deleted there."""
+        if "CheckpointConfig" not in self.request:
+            return
+        bucket, prefix = _split(self.request["CheckpointConfig"]["S3Uri"])
+        for host in self.hosts:
+            if last and host.process and host.process.returncode == -signal.SIGKILL:
+                continue  # a machine that is gone uploads nothing
+            for name, path, stamp in _files(host.ml / "checkpoints"):
+                if host.uploaded.get(name) == stamp:
+                    continue
+                with suppress(OSError):  # it has gone meanwhile
+                    body = path.read_bytes()
+                    self.s3.put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/{name}", Body=body)
+                    host.uploaded[name] = stamp
+
+    def _upload_archive(self, part: str, name: str) -> None:
+        """One archive of what all hosts left there."""
+        archive = self.folder / name
+        with tarfile.open(archive, "w:gz", compresslevel=1) as tar:
+            for host in self.hosts:
+                for entry in sorted((host.ml / part).iterdir()):
+                    tar.add(entry, arcname=entry.name)
+        bucket, prefix = _split(self.request["OutputDataConfig"]["S3OutputPath"])
+        key = "/".join(filter(None, [prefix.strip("/"), self.name, "output", name]))
+        self.s3.upload_file(str(archive), bucket, key)
+
+
+def _split(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path, tuple[int, int]]]:
+    for path in sorted(folder.rglob("*")):
+        with suppress(OSError):
+            if path.is_file():
+                status = path.stat()
+                yield str(path.relative_to(folder)), path, (status.st_mtime_ns, status.st_size)
+
+
+def _terminate(host: Host) -> None:
+    first = first_process(host.process) if host.process else None
+    if first is not None:
+        with suppress(ProcessLookupError):
+            os.kill(first, signal.SIGTERM)
+
+
+def _kill(host: Host) -> None:
+    if host.process is not None and host.process.poll() is None:
+        host.process.kill()
+        host.process.wait()
+        host.process.returncode = -signal.SIGTERM  # by us: the job had ended
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    job = Job(folder)
+    signal.signal(signal.SIGTERM, lambda *_: job.stop("Stopped"))
+    try:
+        outcome = job.run()
+    except Exception as error:
+        outcome = {"status": "Failed", "secondary": "Failed", "reason": f"InternalError: {error}"}
+        raise
+    finally:
+        part = folder / "outcome.part"
+        part.write_text(json.dumps(outcome))
+        part.replace(folder / "outcome.json")
+        for host in job.hosts:
+            shutil.rmtree(host.ml, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
