@@ -15,8 +15,10 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
 from visiontuner.search.cluster import RayForSearch
+from visiontuner.search.labels import Stores
 from visiontuner.search.recorder import Recorder
 from visiontuner.search.run import run_trials
+from visiontuner.search.stages import stages_of
 
 CLASSES = tuple(f"class{number}" for number in range(10))
 FEATURE_DIM = 1280
@@ -32,7 +34,8 @@ def main() -> None:
     recorder.append("search_started", experiment=experiment.model_dump(mode="json"))
     with RayForSearch("local") as ray:
         ray.start()
-        run_trials(folder, experiment, folder / "features", recorder)
+        stores = Stores(features=folder / "features", pictures=None)
+        run_trials(folder, stages_of(experiment)[0], recorder, stores=stores, cache=folder)
 
 
 def make_store(folder: Path, splits: dict[str, int]) -> None:

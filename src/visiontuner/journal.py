@@ -7,7 +7,8 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     search_started   experiment, data, code, machine      the first line
     search_resumed   code, machine                        one for each `--resume`
     features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
-    trial_started    configuration
+    pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
+    trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
     trial_ended      state, best_epoch, best_value, error, reason
@@ -37,6 +38,7 @@ Event = dict[str, Any]
 TrialState = Literal["running", "completed", "stopped_early", "failed", "interrupted"]
 FINISHED: tuple[TrialState, ...] = ("completed", "stopped_early", "failed")
 Severity = Literal["info", "warning", "error"]
+StageName = Literal["head", "network"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,12 @@ class EpochRecord:
 
 @dataclass(kw_only=True)
 class TrialRecord:
-    """One trial, all attempts together; the epochs are those of the last attempt."""
+    """One trial, all attempts together.
+
+    The epochs are those of the last attempt; where that one went on from a checkpoint, with those
+    of earlier attempts up to there. `stage` and `starts_from`, the trial whose head it began with,
+    are given in a search with two stages.
+    """
 
     trial_id: str
     configuration: dict[str, Any]
@@ -181,6 +188,9 @@ class TrialRecord:
     reason: str | None = None
     epochs: list[EpochRecord] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    stage: StageName | None = None
+    starts_from: str | None = None
+    earlier_epochs: list[EpochRecord] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -238,9 +248,13 @@ class SearchRecord:
         return str(self.started.get("experiment", {}).get("objective", "validation_accuracy"))
 
     def epochs_of(self, trial: TrialRecord) -> int:
-        """How many epochs the trial was to run: its own value, or the experiment's."""
-        training = self.started.get("experiment", {}).get("training", {})
-        return int(trial.configuration.get("epochs", training.get("epochs", 0)))
+        """How many epochs the trial was to run: its own value, its stage's or the experiment's."""
+        experiment = self.started.get("experiment", {})
+        training, search = experiment.get("training", {}), experiment.get("search", {})
+        epochs = training.get("epochs", 0)
+        if trial.stage == "network":
+            epochs = (search.get("stages") or {}).get("epochs", epochs)
+        return int(trial.configuration.get("epochs", epochs))
 
     def ranking(self) -> list[TrialRecord]:
         """Usable trials, best first: ended in order, with a finite value; ties by trial id."""
@@ -267,6 +281,9 @@ class SearchRecord:
             attempt=event["attempt"],
             state="running",
             started=previous.started if previous else event["time"],
+            stage=event.get("stage"),
+            starts_from=event.get("starts_from"),
+            earlier_epochs=[*previous.earlier_epochs, *previous.epochs] if previous else [],
         )
 
 
@@ -279,6 +296,8 @@ def best_epoch(epochs: Iterable[EpochRecord], objective: str, mode: str) -> Epoc
 
 def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
     if event["event"] == "epoch":
+        if not trial.epochs and event["step"] > 1:  # it went on from a checkpoint
+            trial.epochs = _up_to(event["step"], trial.earlier_epochs)
         trial.epochs.append(
             EpochRecord(
                 step=event["step"],
@@ -298,6 +317,12 @@ def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
         trial.best_value = event.get("best_value")
         trial.error = event.get("error")
         trial.reason = event.get("reason")
+
+
+def _up_to(step: int, epochs: Iterable[EpochRecord]) -> list[EpochRecord]:
+    """The epochs before a step, each as the latest attempt had it."""
+    latest = {epoch.step: epoch for epoch in epochs if epoch.step < step}
+    return [latest[known] for known in sorted(latest)]
 
 
 def _parse(line: bytes, path: Path) -> Event:

@@ -3,15 +3,25 @@
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from visiontuner.experiment import Experiment, Training
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.labels import Stores
 from visiontuner.search.live_rules import LiveRules, RuleStopper
-from visiontuner.search.run import JournalCallback, Recorder, end_trial, failure_line, prune_heads
-from visiontuner.search.trial import HEAD_FILE, settings_of
+from visiontuner.search.losses import Losses
+from visiontuner.search.run import (
+    JournalCallback,
+    Recorder,
+    end_trial,
+    failure_line,
+    findings_of,
+)
+from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE, settings_of
+from visiontuner.search.weights import WeightsOnDisk
 
 RAY_TRACEBACK = """
 ray::ImplicitFunc.train() (pid=1, ip=127.0.0.1)
@@ -49,16 +59,32 @@ def recorder(tmp_path: Path):
     journal.close()
 
 
-def run_trial(recorder: Recorder, folder: Path, number: int, values: list[float], state: str):
+def run_trial(
+    recorder: Recorder,
+    folder: Path,
+    number: int,
+    values: list[float],
+    state: str,
+    *,
+    file: str = HEAD_FILE,
+    **fields: Any,
+) -> None:
     trial_id = f"t{number:04d}"
-    recorder.append("trial_started", trial_id=trial_id, attempt=1, configuration={})
+    fields = {"configuration": {}, **fields}
+    recorder.append("trial_started", trial_id=trial_id, attempt=1, **fields)
     for step, value in enumerate(values, start=1):
         metrics = {"validation_accuracy": value}
         recorder.append("epoch", trial_id=trial_id, attempt=1, step=step, metrics=metrics)
-    head = folder / "trials" / trial_id / HEAD_FILE
-    head.parent.mkdir(parents=True)
-    head.write_bytes(b"head")
-    end_trial(recorder, trial_id, state)
+    weights = folder / "trials" / trial_id / file
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    (weights.parent / CHECKPOINT_FOLDER).mkdir()
+    if state != "running":
+        end_trial(recorder, trial_id, state)
+
+
+def kept(folder: Path, file: str = HEAD_FILE) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob(f"trials/*/{file}"))
 
 
 def test_a_trials_value_is_its_best_epochs(recorder, tmp_path):
@@ -77,10 +103,75 @@ def test_only_the_best_heads_and_those_still_needed_stay(recorder, tmp_path):
     for number in range(1, 8):
         run_trial(recorder, tmp_path, number, [number / 10], "completed")
     run_trial(recorder, tmp_path, 8, [0.01], "interrupted")
-    prune_heads(tmp_path, recorder.record)
-    prune_heads(tmp_path, recorder.record)
-    kept = sorted(path.parent.name for path in tmp_path.glob(f"trials/*/{HEAD_FILE}"))
-    assert kept == ["t0003", "t0004", "t0005", "t0006", "t0007", "t0008"]
+    run_trial(recorder, tmp_path, 9, [0.99], "failed")
+    weights = WeightsOnDisk(tmp_path, Experiment.parse({"name": "x"}), recorder.record)
+    weights.prune()
+    weights.prune()
+    assert kept(tmp_path) == ["t0003", "t0004", "t0005", "t0006", "t0007", "t0008"]
+    # Only an interrupted training has something to go on with.
+    assert kept(tmp_path, CHECKPOINT_FOLDER) == ["t0008"]
+
+
+def test_however_many_networks_are_trained_there_are_never_more_than_five_and_the_running(
+    recorder, tmp_path
+):
+    weights = WeightsOnDisk(tmp_path, Experiment.parse({"name": "x"}), recorder.record)
+    values = [0.3, 0.9, 0.1, 0.8, 0.2, 0.7, 0.4, 0.6, 0.5, 0.95, 0.05, 0.85]
+    for number, value in enumerate(values, start=1):
+        run_trial(recorder, tmp_path, number, [value], "completed", file=NETWORK_FILE)
+        assert len(kept(tmp_path, NETWORK_FILE)) <= 5 + 1
+        weights.prune()
+        assert len(kept(tmp_path, NETWORK_FILE)) <= 5
+    assert kept(tmp_path, NETWORK_FILE) == ["t0002", "t0004", "t0006", "t0010", "t0012"]
+
+
+def test_the_heads_that_networks_begin_with_stay_while_each_stage_keeps_its_best(
+    recorder, tmp_path
+):
+    first = [{"learning_rate": 0.5, "batch_size": 32}]
+    experiment = Experiment.parse(
+        {
+            "name": "x",
+            "model": {"train": "all"},
+            "search": {
+                "stages": {"best": 2},
+                "first": first,
+                "space": {
+                    "learning_rate": {"low": 0.01, "high": 1.0},
+                    "batch_size": {"values": [32, 64]},
+                },
+            },
+        }
+    )
+    configuration = {"learning_rate": 0.1, "batch_size": 64}
+    run_trial(recorder, tmp_path, 1, [0.1], "completed", stage="head", configuration=dict(first[0]))
+    for number in range(2, 9):
+        run_trial(
+            recorder,
+            tmp_path,
+            number,
+            [number / 10],
+            "completed",
+            stage="head",
+            configuration=configuration,
+        )
+    for number in range(9, 12):
+        run_trial(
+            recorder, tmp_path, number, [0.9], "completed", file=NETWORK_FILE, stage="network"
+        )
+    WeightsOnDisk(tmp_path, experiment, recorder.record, keep=2).prune()
+    assert kept(tmp_path) == ["t0001", "t0007", "t0008"]
+    assert kept(tmp_path, NETWORK_FILE) == ["t0009", "t0010"]
+
+
+def test_what_a_training_has_to_say_becomes_findings():
+    memory = "out of memory at 64 pictures, going on with 32 at a time"
+    found = findings_of([memory, "the last batch joins the one before it"], 3)
+    assert [(f.rule, f.severity, f.evidence, f.step) for f in found] == [
+        ("out_of_memory", "warning", memory, 3),
+        ("training_note", "info", "the last batch joins the one before it", 3),
+    ]
+    assert "micro_batch_size" in found[0].advice
 
 
 def test_listeners_hear_what_the_journal_holds(tmp_path):
@@ -92,8 +183,11 @@ def test_listeners_hear_what_the_journal_holds(tmp_path):
 
 
 def test_rays_snapshot_holds_no_open_journal(recorder, tmp_path):
-    rules = LiveRules(tmp_path, Experiment.parse({"name": "x"}), tmp_path, recorder)
-    assert JournalCallback(recorder, tmp_path, rules).__getstate__() == {}
+    experiment = Experiment.parse({"name": "x"})
+    stores = Stores(features=tmp_path, pictures=None)
+    rules = LiveRules(tmp_path, experiment, stores.read_labels, recorder)
+    weights = WeightsOnDisk(tmp_path, experiment, recorder.record)
+    assert JournalCallback(recorder, rules, weights, Losses()).__getstate__() == {}
     assert RuleStopper(rules, ()).__getstate__()["_rules"] is None
 
 

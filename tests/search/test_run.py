@@ -12,8 +12,10 @@ import pytest
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
 from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
+from visiontuner.search.labels import Stores
 from visiontuner.search.run import Recorder, run_trials
 from visiontuner.search.space import draw_beforehand
+from visiontuner.search.stages import stages_of
 from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
@@ -61,7 +63,14 @@ class Search:
             recorder = Recorder(journal, record, [listen])
             described = self.experiment.model_dump(mode="json")
             recorder.append("search_resumed" if begun else "search_started", experiment=described)
-            return run_trials(self.folder, self.experiment, self.features, recorder)
+            return run_trials(
+                self.folder,
+                stages_of(self.experiment)[0],
+                recorder,
+                stores=Stores(features=self.features, pictures=None),
+                cache=self.folder,
+                time_budget=self.experiment.search.time_budget,
+            )
         finally:
             journal.close()
 

@@ -48,13 +48,13 @@ def train_epochs(
         start.train,
         start.validation,
         settings,
-        num_classes=start.num_classes,
+        num_classes=len(start.class_names),
         seed=task.experiment.seed,
         objective=task.experiment.objective,
         mode=task.experiment.mode,
         on_step=on_step,
     )
-    for result in run_epochs(training, folder, task):
+    for result in run_epochs(training, folder, task, start.class_names):
         if task.keeps(is_best=result.is_best):
             # Before the report: a scheduler may end the trial inside it.
             save_best(folder, result, task)
@@ -68,7 +68,7 @@ class HeadStart:
     head: torch.nn.Sequential
     train: FeatureBatches
     validation: FeatureBatches
-    num_classes: int
+    class_names: tuple[str, ...]
 
 
 def start_head(
@@ -81,7 +81,7 @@ def start_head(
         train = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
     head = linear_head(
         features.feature_dim,
-        features.num_classes,
+        len(features.class_names),
         dropout=settings.dropout,
         seed=seed,
     )
@@ -89,7 +89,7 @@ def start_head(
         head.to(train[1].device),
         FeatureBatches(*train, batch_size=settings.batch_size),
         FeatureBatches(*validation, batch_size=settings.batch_size),
-        features.num_classes,
+        features.class_names,
     )
 
 
@@ -109,7 +109,7 @@ def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
 class _WorkerFeatures:
     tensors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     feature_dim: int
-    num_classes: int
+    class_names: tuple[str, ...]
 
 
 @functools.lru_cache(maxsize=1)
@@ -124,5 +124,5 @@ def _open_features(folder: Path) -> _WorkerFeatures:
             for s in splits
         ),
         features.feature_dim,
-        len(features.class_names),
+        features.class_names,
     )

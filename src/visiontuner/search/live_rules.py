@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from ray.tune import Stopper
 from visiontuner.errors import VisiontunerError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import EpochRecord, Finding, TrialRecord
-from visiontuner.model.store import FeatureSet
+from visiontuner.search.labels import ValidationLabels
 from visiontuner.search.recorder import Recorder
 from visiontuner.search.trial import LOGITS_FILE
 from visiontuner.training.rules import (
@@ -32,18 +32,25 @@ class LiveRules:
 
     After an epoch only rules whose verdict lasts are asked, and those that may stop the trial; the
     others wait for its end, when its curves and its predictions are complete.
+
+    Args:
+        labels: reads the validation pictures' labels, once and not before they are needed.
     """
 
     def __init__(
-        self, folder: Path, experiment: Experiment, features_folder: Path, recorder: Recorder
+        self,
+        folder: Path,
+        experiment: Experiment,
+        labels: Callable[[], ValidationLabels],
+        recorder: Recorder,
     ) -> None:
         self._folder = folder
         self._stop_on = experiment.rules.stop_on
         self._asked = tuple(dict.fromkeys([*LASTING_RULES, *self._stop_on]))
-        self._features_folder = features_folder
+        self._read_labels = labels
         self._recorder = recorder
         self._similar = SimilarRuns()
-        self._validation: tuple[Any, tuple[str, ...]] | None = None
+        self._labels: ValidationLabels | None = None
         self._waiting: dict[str, list[Finding]] = {}
         self.reasons: dict[str, str] = {}
         for trial in recorder.record.trials.values():
@@ -96,11 +103,9 @@ class LiveRules:
         if not trial.epochs or not path.is_file():
             return None
         try:
-            if self._validation is None:
-                features = FeatureSet.open(self._features_folder)
-                labels = features.split("validation").labels
-                self._validation = labels, features.class_names
-            return Predictions.from_logits(np.load(path, allow_pickle=False), *self._validation)
+            if self._labels is None:
+                self._labels = self._read_labels()
+            return Predictions.from_logits(np.load(path, allow_pickle=False), *self._labels)
         except (OSError, ValueError, VisiontunerError) as problem:
             logging.getLogger(__name__).info("%s: %s", path, problem)
             return None

@@ -91,7 +91,7 @@ def train_epochs(
             parameter_groups=parameter_groups(network, settings),
             on_step=on_step,
         )
-        for result in run_epochs(training, folder, task):
+        for result in run_epochs(training, folder, task, pictures.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best(folder, result, task)

@@ -6,8 +6,9 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,45 +19,88 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
 from visiontuner.experiment import Experiment
-from visiontuner.journal import SearchRecord, best_epoch
+from visiontuner.journal import Finding, best_epoch
 from visiontuner.search.cluster import resources_for
+from visiontuner.search.hosts import home_of
 from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.labels import Stores
 from visiontuner.search.live_rules import LiveRules, RuleStopper
-from visiontuner.search.plan import make_plan
+from visiontuner.search.losses import Losses
 from visiontuner.search.recorder import Recorder
 from visiontuner.search.searcher import PlanSearcher
-from visiontuner.search.trial import HEAD_FILE, TrialTask, run_trial
+from visiontuner.search.stages import Stage, make_task, plan_stage
+from visiontuner.search.trial import run_trial
+from visiontuner.search.weights import WeightsOnDisk
 from visiontuner.training.epoch import EpochMetrics
 
 METRICS = tuple(EpochMetrics.__dataclass_fields__)
-HEADS_KEPT = 5
 
 SearchState = Literal["completed", "interrupted", "time_budget"]
 
 
 def run_trials(
-    folder: Path, experiment: Experiment, features_folder: Path, recorder: Recorder
+    folder: Path,
+    stage: Stage,
+    recorder: Recorder,
+    *,
+    stores: Stores,
+    cache: Path,
+    time_budget: float | None = None,
 ) -> SearchState:
-    """Run what the journal does not hold yet; Ray must be initialised.
+    """Run what the journal does not hold yet of a stage; Ray must be initialised.
 
     Returns when every trial has ended, the time budget is spent, or a signal asked for the end:
-    running trials are then `interrupted` in the journal, and a later call runs them again.
+    running trials are then `interrupted` in the journal, and a later call runs them again. So are
+    those whose worker or machine died; they run again on what is left, when the others have ended.
+
+    Args:
+        stores: what the trials train on: features, or pictures where the network is trained.
+        cache: where the network's weights are kept.
+        time_budget: seconds from now on.
     """
-    plan = make_plan(experiment, recorder.record)
+    stopper, losses = EndInOrder(time_budget), Losses()
+    while True:
+        _run_plan(folder, stage, recorder, stopper, losses, stores=stores, cache=cache)
+        if stopper.reason or not losses.take():
+            return stopper.reason or "completed"
+
+
+def _run_plan(
+    folder: Path,
+    stage: Stage,
+    recorder: Recorder,
+    stopper: EndInOrder,
+    losses: Losses,
+    *,
+    stores: Stores,
+    cache: Path,
+) -> None:
+    """Run every trial that is left once, less those whose workers die."""
+    experiment, plan = stage.experiment, plan_stage(stage, recorder.record)
     if plan.remaining == 0:
-        return "completed"
+        return
     resources = resources_for(experiment.search)
-    task = TrialTask(
-        experiment=experiment,
-        search_folder=folder.resolve(),
-        features_folder=features_folder.resolve(),
+    task = make_task(
+        folder,
+        stage,
+        stores=stores,
+        cache=cache,
         threads=resources.threads,
+        starts={p.trial_id: p.starts_from for p in plan.known if p.starts_from is not None},
+        checkpoints=stage.on_pictures,
     )
-    stopper = EndInOrder(experiment.search.time_budget)
     searcher = PlanSearcher(plan, experiment, recorder.record)
-    rules = LiveRules(folder, experiment, features_folder, recorder)
+    rules = LiveRules(folder, experiment, stores.read_labels, recorder)
+    weights = WeightsOnDisk(folder, stage.search, recorder.record)
+    weights.prune()  # a kill may have come between a trial's end and this
     _skip_callback_statistics()
-    with _scratch_folder() as scratch, _quiet_tune(), signals_end(stopper):
+    with (
+        _scratch_folder() as scratch,
+        _quiet_tune(),
+        signals_end(stopper),
+        home_of(folder, [f for f in stores if f is not None]) as home,
+    ):
+        task = replace(task, home=home)
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), resources.to_ray()),
             tune_config=tune.TuneConfig(
@@ -75,20 +119,22 @@ def run_trials(
                 storage_path=str(scratch),
                 verbose=0,
                 stop=CombinedStopper(stopper, RuleStopper(rules, METRICS)),
-                callbacks=[JournalCallback(recorder, folder, rules)],
+                callbacks=[JournalCallback(recorder, rules, weights, losses)],
             ),
         ).fit()
     _close_running(recorder, stopper)
-    return stopper.reason or "completed"
 
 
 class JournalCallback(Callback):
     """Ray Tune's news as journal events; runs in the driver."""
 
-    def __init__(self, recorder: Recorder, folder: Path, rules: LiveRules) -> None:
+    def __init__(
+        self, recorder: Recorder, rules: LiveRules, weights: WeightsOnDisk, losses: Losses
+    ) -> None:
         self._recorder = recorder
-        self._folder = folder
         self._rules = rules
+        self._weights = weights
+        self._losses = losses
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray snapshots its callbacks; an open journal stays here
@@ -96,8 +142,9 @@ class JournalCallback(Callback):
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
+        staged = {n: trial.config[n] for n in ("stage", "starts_from") if n in trial.config}
         self._recorder.append(
-            "trial_started", **_who(trial), configuration=trial.config["configuration"]
+            "trial_started", **_who(trial), configuration=trial.config["configuration"], **staged
         )
 
     def on_trial_result(
@@ -113,6 +160,8 @@ class JournalCallback(Callback):
         self._recorder.append(
             "epoch", **_who(trial), step=result["epoch"], metrics=metrics, **steps
         )
+        for finding in findings_of(result.get("notes", ()), result["epoch"]):
+            self._recorder.append("finding", **_who(trial), **asdict(finding))
         self._rules.write_waiting(trial.config["trial_id"])
 
     def on_trial_complete(
@@ -129,14 +178,19 @@ class JournalCallback(Callback):
             "completed" if whole else "stopped_early",
             reason=None if whole else self._rules.reasons.get(trial_id),
         )
-        prune_heads(self._folder, self._recorder.record)
+        self._weights.prune()
 
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
-        error = failure_line(_traceback_of(trial)) or "the worker ended without a message"
-        self._rules.end(trial.config["trial_id"], error=error)
-        end_trial(self._recorder, trial.config["trial_id"], "failed", error=error)
+        trial_id, traceback = trial.config["trial_id"], _traceback_of(trial)
+        if self._losses.begins_again(trial_id, traceback):
+            end_trial(self._recorder, trial_id, "interrupted", reason="its worker died")
+            return
+        error = failure_line(traceback) or "the worker ended without a message"
+        self._rules.end(trial_id, error=error)
+        end_trial(self._recorder, trial_id, "failed", error=error)
+        self._weights.prune()
 
 
 def end_trial(
@@ -158,10 +212,24 @@ def end_trial(
     )
 
 
-def prune_heads(folder: Path, record: SearchRecord, *, keep: int = HEADS_KEPT) -> None:
-    """Head weights of ended trials that are not among the best take no disk."""
-    for trial in record.ranking()[keep:]:
-        (folder / "trials" / trial.trial_id / HEAD_FILE).unlink(missing_ok=True)
+def findings_of(notes: Iterable[str], step: int) -> list[Finding]:
+    """What a training had to say of an epoch, as findings."""
+    return [_finding(note, step) for note in notes]
+
+
+def _finding(note: str, step: int) -> Finding:
+    if "memory" not in note:
+        return Finding(
+            rule="training_note", severity="info", evidence=note, advice="Nothing to do.", step=step
+        )
+    return Finding(
+        rule="out_of_memory",
+        severity="warning",
+        evidence=note,
+        advice="The batch size stays what it was. Set training.micro_batch_size to what fits, so "
+        "that no step is tried twice, or let fewer trials share the memory.",
+        step=step,
+    )
 
 
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Failed|Exception|Exit|Interrupt)): (.*)$")

@@ -24,10 +24,11 @@ class PlanSearcher(Searcher):
         self._known = deque(plan.known)
         self._suggestions_left = plan.suggestions
         self._next_number = plan.next_number
+        self._stage = plan.stage
         self._record = record
         self._running: dict[str, PlannedTrial] = {}
         self._suggester: Suggester | None = None
-        if experiment.search.algorithm == "optuna":
+        if experiment.search.algorithm == "optuna" and plan.suggestions:
             ended = [t for t in record.trials.values() if t.finished]
             self._suggester = Suggester(experiment, trials_told=len(ended))
             for trial in ended:
@@ -64,7 +65,10 @@ class PlanSearcher(Searcher):
         self._suggestions_left -= 1
         name = trial_name(self._next_number)
         self._next_number += 1
-        return PlannedTrial(trial_id=name, attempt=1, configuration=self._suggester.ask(name))
+        configuration = self._suggester.ask(name)
+        return PlannedTrial(
+            trial_id=name, attempt=1, configuration=configuration, stage=self._stage
+        )
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: a search is resumed from its journal, never from Ray's snapshot."""

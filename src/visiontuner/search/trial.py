@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.experiment import Experiment, Training
+
+if TYPE_CHECKING:
+    from visiontuner.search.hosts import Home
 
 HEAD_FILE = "head.safetensors"
 NETWORK_FILE = "network.safetensors"
@@ -32,6 +35,7 @@ class TrialTask:
             every epoch, and go on from there. Whoever runs the trial removes it at the end.
         trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
             weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
+        home: where these paths are, in a cluster of several machines.
     """
 
     experiment: Experiment
@@ -43,6 +47,7 @@ class TrialTask:
     start_heads: Mapping[str, Path] = field(default_factory=dict)
     checkpoints: bool = False
     trained_on: TrainedOn = "train"
+    home: Home | None = None
 
     def keeps(self, *, is_best: bool) -> bool:
         """Whether an epoch's files replace those of the epochs before it."""
@@ -55,6 +60,16 @@ class TrialTask:
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
+    if task.home is not None:
+        from visiontuner.search.hosts import at_this_machine
+
+        with at_this_machine(task, config["trial_id"]) as here:
+            _train(config, here)
+    else:
+        _train(config, task)
+
+
+def _train(config: dict[str, Any], task: TrialTask) -> None:
     if task.pictures_folder is not None:
         from visiontuner.search.network_trial import train_network
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
+from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.fit import EpochResult, Fit
 
 
@@ -23,7 +24,9 @@ def prepare_worker(threads: int) -> None:
     _leave_the_compiler_out()
 
 
-def run_epochs(training: Fit, folder: Path, task: TrialTask) -> Iterator[EpochResult]:
+def run_epochs(
+    training: Fit, folder: Path, task: TrialTask, class_names: Sequence[str]
+) -> Iterator[EpochResult]:
     """The epochs of a training; with `task.checkpoints` from the one after its checkpoint on.
 
     The state after an epoch is written when the next one is asked for: what the caller did with the
@@ -32,15 +35,16 @@ def run_epochs(training: Fit, folder: Path, task: TrialTask) -> Iterator[EpochRe
     Raises:
         CheckpointError: the checkpoint is of another network, other classes or other settings.
     """
-    from visiontuner.training.checkpoint import load_checkpoint, save_checkpoint
-
     checkpoint = folder / CHECKPOINT_FOLDER
-    if task.checkpoints and checkpoint.is_dir():
-        training.load_state_dict(load_checkpoint(checkpoint))
+    model = task.experiment.model.model_dump(mode="json")
+    made_for = {f"model.{name}": value for name, value in model.items()}
+    made_for |= {"trained_on": task.trained_on, "class_names": list(class_names)}
+    if task.checkpoints and (checkpoint / CHECKPOINT_FILE).is_file():
+        training.load_state_dict(load_checkpoint(checkpoint, made_for=made_for))
     for result in training.epochs():
         yield result
-        if task.checkpoints:
-            save_checkpoint(checkpoint, training.state_dict())
+        if task.checkpoints and not training.finished:  # else there would be nothing to go on with
+            save_checkpoint(checkpoint, training.state_dict(), made_for=made_for)
 
 
 def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
@@ -50,6 +54,17 @@ def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
     with (folder / "logits.part").open("wb") as file:
         np.save(file, result.validation_logits.numpy(), allow_pickle=False)
     (folder / "logits.part").replace(folder / LOGITS_FILE)
+
+
+def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
+    """Tell Ray of an epoch, once the files of the best one are where the search is."""
+    from ray import tune
+
+    if task.home is not None and task.keeps(is_best=result.is_best):
+        from visiontuner.search.hosts import send_home
+
+        send_home(task, trial_id)
+    tune.report(to_report(result))
 
 
 def to_report(result: EpochResult) -> dict[str, Any]:

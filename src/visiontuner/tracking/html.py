@@ -257,7 +257,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _features(events: Sequence[Event]) -> dict[str, Any]:
-    found = next((event for event in events if event["event"] == "features_ready"), {})
+    kinds = ("features_ready", "pictures_ready")
+    found = next((event for event in events if event["event"] in kinds), {})
     return {name: found.get(name) for name in ("backbone", "weights_digest", "engine")}
 
 

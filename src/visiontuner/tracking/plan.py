@@ -24,6 +24,7 @@ KIND = "visiontuner.kind"
 SEARCH_ID = "visiontuner.search_id"
 TRIAL_ID = "visiontuner.trial_id"
 STATE = "visiontuner.state"
+STAGE = "visiontuner.stage"
 
 STATUS_OF: dict[str, Status] = {
     "running": "RUNNING",
@@ -63,6 +64,8 @@ class TrialPlan:
     steps: set[int] = field(default_factory=set)
     rules: set[str] = field(default_factory=set)
     details: dict[str, str] = field(default_factory=dict)
+    stage: str | None = None
+    starts_from: str | None = None
 
     @property
     def status(self) -> Status:
@@ -82,6 +85,8 @@ class TrialPlan:
             "visiontuner.attempt": str(self.attempt),
             "visiontuner.epochs": str(len(self.steps)),
             **({"visiontuner.findings": ", ".join(sorted(self.rules))} if self.rules else {}),
+            **({STAGE: self.stage} if self.stage else {}),
+            **({"visiontuner.starts_from": self.starts_from} if self.starts_from else {}),
             **self.details,
         }
 
@@ -181,7 +186,7 @@ class SearchPlan:
             self._start(event)
         elif kind == "search_started":
             self.features = event.get("features") or {}
-        elif kind == "features_ready":
+        elif kind in ("features_ready", "pictures_ready"):
             # A resumed search finds them in the cache: the first time says how they were made.
             self.features = self.features or event
         elif kind == "finding" and not event.get("trial_id"):
@@ -254,6 +259,8 @@ class SearchPlan:
             started=_milliseconds(event),
             attempt=event["attempt"],
             last_seen=_milliseconds(event),
+            stage=event.get("stage"),
+            starts_from=event.get("starts_from"),
         )
 
     def _apply_to_trial(self, trial: TrialPlan, event: Event) -> None:

@@ -151,16 +151,14 @@ def _note(history: TrainingHistory, state: str) -> str:
 
 
 class _PredictionReader:
-    """The validation predictions that a search kept, with labels from its feature store."""
+    """The validation predictions that a search kept, with labels from what it was trained on."""
 
     def __init__(self, folder: Path, events: Sequence[dict[str, Any]]) -> None:
         self._folder = folder
         self._labels: Any = None
         self._names: tuple[str, ...] = ()
         self.notes: list[str] = []
-        ready = [event for event in events if event["event"] == "features_ready"]
-        if ready:
-            self._open(Path(str(ready[-1].get("folder", ""))))
+        self._open(events)
 
     def of(self, trial: TrialRecord) -> Predictions | None:
         import numpy as np
@@ -177,16 +175,19 @@ class _PredictionReader:
             self.notes.append(f"{path} cannot be read; the rules on predictions pass over it.")
             return None
 
-    def _open(self, features: Path) -> None:
-        from visiontuner.model.store import FeatureSet
+    def _open(self, events: Sequence[dict[str, Any]]) -> None:
+        from visiontuner.search.labels import Stores
 
+        stores = Stores.of(events)
+        if stores.features is None and stores.pictures is None:
+            return
         try:
-            store = FeatureSet.open(features)
-            self._labels, self._names = store.split("validation").labels, store.class_names
+            self._labels, self._names = stores.read_labels()
         except VisiontunerError:
+            what = "features" if stores.features else "decoded pictures"
             self.notes.append(
-                f"The features in {features} are gone, and the labels with them: the rules on "
-                "predictions are left out."
+                f"The {what} in {stores.features or stores.pictures} are gone, and the labels "
+                "with them: the rules on predictions are left out."
             )
 
 

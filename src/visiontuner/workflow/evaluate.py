@@ -162,7 +162,7 @@ class _Evaluation:
             return
         from visiontuner.model.backbone import load_backbone
 
-        if said := self.validation.restore_head(trial):
+        if said := self.validation.restore(trial):
             self.observer.note(said)
         self.observer.note(f"Packaging {trial.trial_id} as a classifier.")
         model = self.experiment.model

@@ -161,7 +161,8 @@ def _trial(trial: TrialRecord, objective: str) -> dict[str, Any]:
 
 
 def _network(folder: Path) -> dict[str, Any] | None:
-    ready = [e for e in read_events(folder).events if e["event"] == "features_ready"]
+    kinds = ("features_ready", "pictures_ready")
+    ready = [e for e in read_events(folder).events if e["event"] in kinds]
     # A resumed search finds its features in the cache: the first time says how they were made.
     first = ready[0] if ready else {}
     return {k: first[k] for k in ("backbone", "weights_digest", "engine") if k in first} or None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.errors import ClassifierError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER
@@ -30,17 +31,16 @@ def package_trial(
     """Package a trial of a search as its `classifier/`, without training.
 
     Raises:
-        ClassifierError: the trial's head is not there or does not fit.
+        ClassifierError: the trial's weights are not there or do not fit.
     """
     from visiontuner.model.package import package_classifier
-    from visiontuner.search.trial import HEAD_FILE
 
     classifier = folder / CLASSIFIER_FOLDER
     reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
     package_classifier(
         folder=classifier,
         backbone=backbone,
-        head_weights=folder / "trials" / trial.trial_id / HEAD_FILE,
+        **_weights(folder, trial),
         class_names=dataset.class_names,
         dataset_root=dataset.root,
         reference_paths=[sample.path for sample in reference],
@@ -56,6 +56,20 @@ def package_trial(
     return classifier
 
 
+def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
+    """What the trial trained, under the name that `package_classifier` has for it."""
+    from visiontuner.search.trial import NETWORK_FILE
+    from visiontuner.search.weights import kept_weights
+
+    weights = kept_weights(folder, trial.trial_id)
+    if weights is None:
+        raise ClassifierError(
+            f"The weights of {trial.trial_id} are gone from {folder}. "
+            f"`visiontuner evaluate {folder}` trains the trial again."
+        )
+    return {"network_weights" if weights.name == NETWORK_FILE else "head_weights": weights}
+
+
 def packaged_trial(folder: Path) -> str | None:
     """The id of the trial that `classifier/` was made from; None without a readable one."""
     try:
@@ -68,7 +82,6 @@ def packaged_trial(folder: Path) -> str | None:
 
 def is_packaged(folder: Path, record: SearchRecord) -> bool:
     """Whether a trial of this search lies in `classifier/`, whole."""
-    from visiontuner.errors import ClassifierError
     from visiontuner.model.classifier import Classifier
 
     if packaged_trial(folder) not in record.trials:

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
-import uuid
 from contextlib import ExitStack, closing
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from visiontuner import provenance
-from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import (
     JournalError,
     SearchFailed,
@@ -21,23 +16,19 @@ from visiontuner.errors import (
     UserMistake,
 )
 from visiontuner.experiment import Experiment
-from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord, TrialRecord
-from visiontuner.locations import SEARCHES, tracking_uri, writable_cache_folder
-from visiontuner.workflow.background import beside
+from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.workflow.inputs import Inputs
+from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
-from visiontuner.workflow.observing import Observer, Silent, note_findings
+from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
-from visiontuner.workflow.pictures import describe_data, load_data, require_same_data
 from visiontuner.workflow.recording import BackgroundTracking, register_classifier
+from visiontuner.workflow.stages import StageRunner
 
 # Heavy parts are imported where they are used: a mistake in the data is told before torch is
 # loaded, and Ray starts while it is.
 if TYPE_CHECKING:
-    from visiontuner.model.backbone import Backbone
-    from visiontuner.model.description import BackboneDescription
-    from visiontuner.model.engine import Engine
-    from visiontuner.model.features import FeatureSet
-    from visiontuner.search.cluster import RayForSearch
     from visiontuner.search.recorder import Recorder
     from visiontuner.search.run import SearchState
 
@@ -92,24 +83,21 @@ class _Run:
         self.folder = folder
         self.on = on
         self.observer = observer
-        self.cache = writable_cache_folder()
+        self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
-        self._backbone: Backbone | None = None
-        self._backbone_lock = threading.Lock()
         # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
         self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
     def run(self) -> SearchResult:
-        from visiontuner.search.plan import make_plan
+        from visiontuner.search.stages import remaining_trials
 
-        dataset = load_data(self.experiment, self.observer)
-        record = self._read_record(dataset)
-        remaining = make_plan(self.experiment, record).remaining
+        record = read_record(self.folder, self.inputs.dataset)
+        remaining = remaining_trials(self.experiment, record)
         self._had_ended = record.best is not None and not remaining
         with ExitStack() as journal:
-            state, recorder, tracking = self._run_trials(dataset, record, remaining, journal)
+            state, recorder, tracking = self._run_trials(record, remaining, journal)
             try:
-                return self._conclude(state, dataset, recorder, tracking)
+                return self._conclude(state, recorder, tracking)
             except KeyboardInterrupt:
                 raise SearchInterrupted(
                     "Stopped after the last trial. "
@@ -119,22 +107,22 @@ class _Run:
                 tracking.close()
 
     def _run_trials(
-        self, dataset: ImageDataset, record: SearchRecord, remaining: int, journal: ExitStack
+        self, record: SearchRecord, remaining: int, journal: ExitStack
     ) -> tuple[SearchState, Recorder, BackgroundTracking]:
         """The part of a search that needs Ray; `journal` closes the recorder."""
         from visiontuner.search.cluster import RayForSearch
 
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
-            backbone = self._describe_backbone()
-            recorder = journal.enter_context(closing(self._open_journal(dataset, record)))
+            _ = self.inputs.description
+            recorder = journal.enter_context(closing(self._open_journal(record)))
             tracking = BackgroundTracking(
                 self.folder, self.tracking_uri, self.adopted_run, self.observer
             )
             state: SearchState = "completed"
             try:
                 if remaining:
-                    state = self._search(dataset, backbone, recorder, ray, remaining)
+                    state = StageRunner(self.inputs, self.folder, recorder, ray).run()
             except KeyboardInterrupt:
                 state = "interrupted"
             except Exception as error:
@@ -143,161 +131,13 @@ class _Run:
                 raise
             return state, recorder, tracking
 
-    def _load_backbone(self) -> Backbone:
-        """The network itself, loaded once: torch and its libraries take seconds to import."""
-        from visiontuner.model.backbone import load_backbone
-
-        model = self.experiment.model
-        with self._backbone_lock:
-            if self._backbone is None:
-                self._backbone = load_backbone(
-                    model.backbone,
-                    weights=model.weights,
-                    image_size=model.image_size,
-                    cache=self.cache,
-                )
-            return self._backbone
-
-    def _describe_backbone(self) -> BackboneDescription:
-        from visiontuner.model.description import describe_backbone
-
-        model = self.experiment.model
-        return describe_backbone(
-            model.backbone,
-            weights=model.weights,
-            image_size=model.image_size,
-            cache=self.cache,
-            load=self._load_backbone,
+    def _open_journal(self, record: SearchRecord) -> Recorder:
+        return open_journal(
+            self.folder, self.experiment, self.inputs.dataset, record, self.observer
         )
-
-    def _read_record(self, dataset: ImageDataset) -> SearchRecord:
-        """What an earlier process of this search left; empty for a new one."""
-        if not (self.folder / FILE_NAME).exists():
-            return SearchRecord()
-        record = SearchRecord.load(self.folder)
-        if record.started:
-            require_same_data(record, dataset)
-        return record
-
-    def _open_journal(self, dataset: ImageDataset, record: SearchRecord) -> Recorder:
-        from visiontuner.search.recorder import Recorder
-
-        path = self.folder / EXPERIMENT_FILE
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                fresh = path.with_suffix(".part")  # a kill must not leave half of it
-                fresh.write_text(self.experiment.to_yaml(), encoding="utf-8")
-                fresh.replace(path)
-        except OSError as error:
-            raise UserMistake(
-                f"Cannot write the search folder {self.folder}: {error.strerror}. "
-                "Name another one with --output."
-            ) from None
-        journal = JournalWriter(self.folder, record.search_id or uuid.uuid4().hex)
-        recorder = Recorder(journal, record, [self.observer.event])
-        described = {
-            "code": provenance.describe_code(),
-            "machine": provenance.describe_machine(),
-        }
-        if record.started:
-            recorder.append("search_resumed", **described)
-        else:
-            recorder.append(
-                "search_started",
-                name=self.folder.resolve().name,
-                experiment=self.experiment.model_dump(mode="json"),
-                data=describe_data(self.experiment, dataset),
-                **described,
-            )
-        self.observer.note(f"Search folder: {self.folder}")
-        return recorder
-
-    def _search(
-        self,
-        dataset: ImageDataset,
-        backbone: BackboneDescription,
-        recorder: Recorder,
-        ray: RayForSearch,
-        remaining: int,
-    ) -> SearchState:
-        # Ray's import and start fill one core for some seconds; the first part of the features,
-        # writing the network as ONNX, the other.
-        computing = beside(lambda: self._features(dataset, backbone))
-        from visiontuner.search.run import run_trials
-
-        # Packaging needs the network: load it while Ray starts, which is mostly waiting. A mistake
-        # in it shows there as well.
-        beside(self._load_backbone)
-        ray.start()
-        features = self._record_features(computing.result(), backbone, recorder)
-        finished = sum(trial.finished for trial in recorder.record.trials.values())
-        self.observer.note(_describe_search(self.experiment, finished, remaining))
-        self.observer.trials_begin(recorder.record, finished + remaining)
-        try:
-            return run_trials(self.folder, self.experiment, features.folder, recorder)
-        finally:
-            self.observer.trials_end()
-
-    def _features(
-        self, dataset: ImageDataset, backbone: BackboneDescription
-    ) -> tuple[FeatureSet, float]:
-        """The features, computed or found, and the seconds it took."""
-        from visiontuner.model.features import compute_features
-
-        began = time.monotonic()
-        features = compute_features(
-            dataset,
-            backbone=backbone,
-            engine=self._engine,
-            precision=self.experiment.training.precision,
-            cache=self.cache,
-            on_bad_image=self.experiment.data.on_bad_image,
-            progress=lambda done, total: self.observer.progress(
-                "Features", done, total, "pictures"
-            ),
-        )
-        return features, round(time.monotonic() - began, 3)
-
-    def _record_features(
-        self,
-        found: tuple[FeatureSet, float],
-        backbone: BackboneDescription,
-        recorder: Recorder,
-    ) -> FeatureSet:
-        features, seconds = found
-        recorder.append(
-            "features_ready",
-            backbone=backbone.name,
-            weights_digest=backbone.weights_digest,
-            feature_dim=features.feature_dim,
-            engine=features.engine,
-            computed=features.computed,
-            seconds=seconds,
-            folder=str(features.folder),
-        )
-        if not features.computed:
-            self.observer.note("Features: all in the cache, nothing to compute.")
-        for finding in features.findings:
-            recorder.append("finding", **asdict(finding))
-        note_findings(self.observer, features.findings)
-        return features
-
-    def _engine(self) -> Engine:
-        from visiontuner.model.engine import make_engine
-
-        engine = make_engine(
-            self._load_backbone(), precision=self.experiment.training.precision, cache=self.cache
-        )
-        self.observer.note(f"Features are computed once, by {engine.description}.")
-        return engine
 
     def _conclude(
-        self,
-        state: SearchState,
-        dataset: ImageDataset,
-        recorder: Recorder,
-        tracking: BackgroundTracking,
+        self, state: SearchState, recorder: Recorder, tracking: BackgroundTracking
     ) -> SearchResult:
         best = recorder.record.best
         recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
@@ -305,7 +145,7 @@ class _Run:
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
         if best is None:
             raise SearchFailed(_first_error(recorder.record))
-        classifier = self._package(best, dataset, recorder.record)
+        classifier = self._package(best, recorder.record)
         problem = tracking.close()
         model = None
         if problem is None:
@@ -317,7 +157,7 @@ class _Run:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)
 
-    def _package(self, best: TrialRecord, dataset: ImageDataset, record: SearchRecord) -> Path:
+    def _package(self, best: TrialRecord, record: SearchRecord) -> Path:
         if self._had_ended and is_packaged(self.folder, record):
             return self.folder / CLASSIFIER_FOLDER  # and perhaps evaluated since
         self.observer.note(f"Packaging {best.trial_id} as a classifier.")
@@ -325,9 +165,9 @@ class _Run:
             self.folder,
             best,
             experiment=self.experiment,
-            dataset=dataset,
-            backbone=self._load_backbone(),
-            cache=self.cache,
+            dataset=self.inputs.dataset,
+            backbone=self.inputs.backbone,
+            cache=self.inputs.cache,
         )
 
     def _result(
@@ -359,11 +199,3 @@ def _first_error(record: SearchRecord) -> str:
     if not errors:
         return "The search ended before any trial finished; give it more time."
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
-
-
-def _describe_search(experiment: Experiment, finished: int, remaining: int) -> str:
-    search = experiment.search
-    names = " and ".join(name.replace("_", " ") for name in search.space)
-    scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
-    done = f"{finished} trials are finished, " if finished else ""
-    return f"{done}{remaining} trials over {names} to run ({search.algorithm}{scheduler})."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from visiontuner.errors import DataError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, read_events
+from visiontuner.locations import writable_cache_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice, Preference
+    from visiontuner.search.labels import Stores
 
 _LOGITS_TOLERANCE = 1e-3
 
@@ -29,28 +32,26 @@ class ValidationAnswers:
         self.experiment = experiment
 
     @cached_property
-    def features_folder(self) -> Path:
-        """Where the features are that the trials were trained on.
+    def stores(self) -> Stores:
+        """What the trials were trained on, as the journal says."""
+        from visiontuner.search.labels import Stores
 
-        Raises:
-            DataError: the journal does not say.
-        """
-        ready = [e for e in read_events(self.folder).events if e["event"] == "features_ready"]
-        if not ready:
-            raise DataError(f"{self.folder} says nothing about its features. Search again.")
-        return Path(ready[-1]["folder"])
+        return Stores.of(read_events(self.folder).events)
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """int64 (N,), of the validation pictures in the order of the kept logits."""
-        from visiontuner.model.store import FeatureSet
+        """int64 (N,), of the validation pictures in the order of the kept logits.
 
+        Raises:
+            DataError: neither the features nor the decoded pictures are there.
+        """
         try:
-            return FeatureSet.open(self.features_folder).split("validation").labels
+            return self.stores.read_labels().labels
         except DataError:
+            where = self.stores.features or self.stores.pictures
             raise DataError(
-                f"The features of this search are gone from {self.features_folder}. Any search on "
-                "the same pictures and backbone computes them again."
+                f"What this search was trained on is gone from {where}. Any search on the same "
+                "pictures and backbone computes it again."
             ) from None
 
     def logits(self, trial_id: str) -> NDArray[np.float64]:
@@ -65,7 +66,7 @@ class ValidationAnswers:
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"Cannot read {path} ({type(error).__name__}). Search again.") from None
         if len(logits) != len(self.labels):
-            raise DataError(f"{path} is about other pictures than the features. Search again.")
+            raise DataError(f"{path} is about other pictures than the search's. Search again.")
         return logits
 
     def choose(self, prefer: Preference) -> Choice:
@@ -82,46 +83,72 @@ class ValidationAnswers:
             trial_id: picture_scores(self.logits(trial_id), self.labels, self.experiment.objective)
             for trial_id in ids
         }
-        return choose(
+        tied = tied_with_best(scores, ids[0])
+        ready = {trial_id for trial_id in tied if self._is_quick_to_package(trial_id)}
+        seconds = training_seconds(self.record)
+        choice = choose(
             ids[0],
-            tied_with_best(scores, ids[0]),
+            tied,
             prefer=prefer,
-            seconds=training_seconds(self.record),
+            seconds={trial_id: s for trial_id, s in seconds.items() if trial_id in ready},
         )
+        if prefer == "cheapest" and len(ready) < len(tied):
+            reason = f"{choice.reason} Only the {len(ready)} whose networks were kept can be taken."
+            return replace(choice, reason=reason)
+        return choice
 
-    def restore_head(self, trial: TrialRecord) -> str | None:
-        """A search keeps the heads of its five best; another's is trained again: seconds.
+    def _is_quick_to_package(self, trial_id: str) -> bool:
+        """Whether its weights are there, or a matter of seconds."""
+        from visiontuner.search.stages import stage_of
+        from visiontuner.search.weights import kept_weights
+
+        if kept_weights(self.folder, trial_id) is not None:
+            return True
+        return not stage_of(self.experiment, self.record.trials[trial_id]).on_pictures
+
+    def restore(self, trial: TrialRecord) -> str | None:
+        """A search keeps the weights of its five best; another trial is trained again.
+
+        For a head that takes seconds, for a network as long as the trial did.
 
         Returns:
-            What was done, or None if the head was there.
+            What was done, or None if the weights were there.
         """
         import numpy as np
 
-        from visiontuner.search.trial import HEAD_FILE, TrialTask
+        from visiontuner.search.weights import kept_weights
 
-        if (self.folder / "trials" / trial.trial_id / HEAD_FILE).is_file():
+        if kept_weights(self.folder, trial.trial_id) is not None:
             return None
-        from visiontuner.search.head_trial import train_again
-
         kept = self.logits(trial.trial_id)
-        train_again(
-            {"trial_id": trial.trial_id, "configuration": trial.configuration},
-            TrialTask(
-                experiment=self.experiment,
-                search_folder=self.folder.resolve(),
-                features_folder=self.features_folder,
-                threads=int(self.experiment.search.cpus_per_trial) or 1,
-            ),
-            best_epoch=trial.best_epoch or 1,
-        )
+        self._train_again(trial)
         difference = float(np.abs(self.logits(trial.trial_id) - kept).max())
-        said = f"Trained {trial.trial_id} again: its head was not among those kept."
+        said = f"Trained {trial.trial_id} again: its weights were not among those kept."
         if difference <= _LOGITS_TOLERANCE:
             return said
         return (
             f"{said} warning: its validation logits differ by {difference:.2g} from the search's: "
             "another machine or number of threads."
         )
+
+    def _train_again(self, trial: TrialRecord) -> None:
+        from visiontuner.search.stages import make_task, stage_of
+        from visiontuner.search.trial import train_again
+
+        starts = {}
+        if trial.starts_from is not None:
+            starts[trial.trial_id] = trial.starts_from
+            self.restore(self.record.trials[trial.starts_from])
+        task = make_task(
+            self.folder,
+            stage_of(self.experiment, trial),
+            stores=self.stores,
+            cache=writable_cache_folder(),
+            threads=int(self.experiment.search.cpus_per_trial) or 1,
+            starts=starts,
+        )
+        config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
+        train_again(config, task, best_epoch=trial.best_epoch or 1)
 
     def calibrate(
         self, trial_id: str, precision: float

@@ -1,0 +1,84 @@
+"""Open the journal of a search folder, a new one or one that an earlier process left."""
+
+from __future__ import annotations
+
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visiontuner import provenance
+from visiontuner.data.dataset import ImageDataset
+from visiontuner.errors import UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord
+from visiontuner.workflow.layout import EXPERIMENT_FILE
+from visiontuner.workflow.observing import Observer
+from visiontuner.workflow.pictures import describe_data, require_same_data
+
+if TYPE_CHECKING:
+    from visiontuner.search.recorder import Recorder
+
+
+def read_record(folder: Path, dataset: ImageDataset) -> SearchRecord:
+    """What an earlier process of this search left; empty for a new one.
+
+    Raises:
+        UserMistake: the pictures are not those the search began with.
+    """
+    if not (folder / FILE_NAME).exists():
+        return SearchRecord()
+    record = SearchRecord.load(folder)
+    if record.started:
+        require_same_data(record, dataset)
+    return record
+
+
+def open_journal(
+    folder: Path,
+    experiment: Experiment,
+    dataset: ImageDataset,
+    record: SearchRecord,
+    observer: Observer,
+) -> Recorder:
+    """The folder with its experiment file, and its journal with one more line; close it at the end.
+
+    Raises:
+        UserMistake: the folder cannot be written.
+        JournalError: another process is writing this journal.
+    """
+    from visiontuner.search.recorder import Recorder
+
+    _write_experiment(folder, experiment)
+    journal = JournalWriter(folder, record.search_id or uuid.uuid4().hex)
+    recorder = Recorder(journal, record, [observer.event])
+    described = {
+        "code": provenance.describe_code(),
+        "machine": provenance.describe_machine(),
+    }
+    if record.started:
+        recorder.append("search_resumed", **described)
+    else:
+        recorder.append(
+            "search_started",
+            name=folder.resolve().name,
+            experiment=experiment.model_dump(mode="json"),
+            data=describe_data(experiment, dataset),
+            **described,
+        )
+    observer.note(f"Search folder: {folder}")
+    return recorder
+
+
+def _write_experiment(folder: Path, experiment: Experiment) -> None:
+    path = folder / EXPERIMENT_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            fresh = path.with_suffix(".part")  # a kill must not leave half of it
+            fresh.write_text(experiment.to_yaml(), encoding="utf-8")
+            fresh.replace(path)
+    except OSError as error:
+        raise UserMistake(
+            f"Cannot write the search folder {folder}: {error.strerror}. "
+            "Name another one with --output."
+        ) from None
