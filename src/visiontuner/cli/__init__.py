@@ -14,8 +14,8 @@ from visiontuner.cli.diagnose import diagnose
 from visiontuner.cli.evaluate import evaluate
 from visiontuner.cli.jobs import jobs
 from visiontuner.cli.lineage import lineage
-from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.cli.lr_find import lr_find
+from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.cli.preflight import preflight
 from visiontuner.cli.promote import promote
 from visiontuner.cli.query import query
