@@ -1,0 +1,90 @@
+import weakref
+
+import pytest
+import torch
+
+from visiontuner.errors import TrialFailed
+from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
+
+HUGE = 1 << 50  # bytes; more than any machine's address space grants
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [
+        (64, None, [64]),
+        (64, 64, [64]),
+        (64, 100, [64]),
+        (64, 16, [16, 16, 16, 16]),
+        (65, 32, [22, 22, 21]),  # never 32, 32, 1
+        (5, 4, [3, 2]),
+        (3, 1, [1, 1, 1]),
+    ],
+)
+def test_pieces_are_as_few_as_fit_and_even(count, size, sizes):
+    assert MicroBatches(size, where="training").sizes(count) == sizes
+
+
+def test_a_real_allocation_that_fails_halves_until_it_fits():
+    tried = []
+
+    def attempt(sizes):
+        tried.append(sizes)
+        if max(sizes) > 12:
+            torch.empty(HUGE, dtype=torch.uint8)
+        return sum(sizes)
+
+    pieces = MicroBatches(None, where="training")
+    assert pieces.run(50, attempt) == 50
+    assert tried == [[50], [25, 25], [10] * 5]  # at most 25, then at most 12
+    assert pieces.take_notes() == [
+        "out of memory in training at 50 pictures, going on with 25 at a time",
+        "out of memory in training at 25 pictures, going on with 12 at a time",
+    ]
+    assert pieces.take_notes() == []
+    assert pieces.run(24, attempt) == 24  # it remembers
+    assert tried[3:] == [[12, 12]]
+
+
+def test_what_an_attempt_held_is_free_before_the_next_one():
+    alive = []
+
+    def attempt(_sizes):
+        block = torch.zeros(1000)
+        alive.append(weakref.ref(block))
+        assert all(ref() is None for ref in alive[:-1])
+        if len(alive) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return len(block)
+
+    assert MicroBatches(None, where="training").run(8, attempt) == 1000
+
+
+def test_one_picture_that_does_not_fit_fails_the_trial_with_advice():
+    def attempt(_sizes):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(TrialFailed, match=r"evaluation with one picture .* model\.image_size"):
+        MicroBatches(None, where="evaluation").run(7, attempt)
+
+
+def test_another_error_is_passed_on_at_once():
+    calls = []
+
+    def attempt(sizes):
+        calls.append(sizes)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        MicroBatches(None, where="training").run(8, attempt)
+    assert len(calls) == 1
+
+
+def test_only_memory_counts_as_out_of_memory():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(HUGE, dtype=torch.uint8)
+    assert is_out_of_memory(raised.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert not is_out_of_memory(RuntimeError("element 0 of tensors does not require grad"))
+    assert not is_out_of_memory(ValueError("can't allocate memory"))
