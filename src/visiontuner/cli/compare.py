@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:

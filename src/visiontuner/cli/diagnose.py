@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN
 
 if TYPE_CHECKING:
     from rich.tree import Tree

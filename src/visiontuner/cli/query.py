@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:

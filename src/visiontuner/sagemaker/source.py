@@ -38,13 +38,13 @@ class JobFile:
         tracking_uri: an MLflow that the job can reach; None: the journal travels instead.
         data_channel: a channel to read the pictures from instead of the experiment's source; None:
             the source is as it says, or `VISIONTUNER_CHANNEL` says where it lies.
-        ray_token: what the hosts of one job know of each other.
+        token: random, the same on every host and made for this job alone.
     """
 
     search: dict[str, str] = field(default_factory=lambda: {"output": f"{CHECKPOINTS}/search"})
     tracking_uri: str | None = None
     data_channel: str | None = None
-    ray_token: str
+    token: str
 
 
 def requirements(package: str = "visiontuner", *, also: tuple[str, ...] = ()) -> list[str]:

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
 
 
-def sync_search(folder: Path) -> SearchResult:
+def sync_search(folder: Path, *, parent_run_id: str | None = None) -> SearchResult:
     """Write a search's journal into MLflow, model and registration included.
 
     Repeating it changes nothing. Nothing is computed: a search that ended without its classifier
     gets it from `resume_search`.
+
+    Args:
+        parent_run_id: a run to adopt as the search's own, if MLflow holds none of it yet.
 
     Raises:
         JournalError: the folder holds no search, or it is still running elsewhere.
@@ -33,7 +36,7 @@ def sync_search(folder: Path) -> SearchResult:
     from visiontuner.tracking.mlflow_writer import MlflowWriter
 
     record, uri = SearchRecord.load(folder), tracking_uri()
-    with MlflowWriter(folder, tracking_uri=uri) as writer:
+    with MlflowWriter(folder, tracking_uri=uri, parent_run_id=parent_run_id) as writer:
         writer.catch_up(search_is_over=not is_running(folder))
         run_ids, parent_run_id = writer.run_ids, writer.parent_run_id
     classifier = folder / CLASSIFIER_FOLDER

@@ -1,0 +1,58 @@
+"""How a search ended, for a person."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from visiontuner.workflow import SearchResult
+
+
+def print_result(result: SearchResult, *, said: set[str]) -> None:
+    """The best trial, what was made of it, and the next command; exits 130 if it was interrupted.
+
+    Args:
+        said: what the user was told already.
+    """
+    best, folder, uri = result.best, result.folder, result.tracking_uri
+    if best is not None:
+        values = ", ".join(f"{k} {_short(v)}" for k, v in best.configuration.items())
+        objective = result.record.objective
+        click.echo(f"\nBest trial: {best.trial_id} with {values}")
+        click.echo(f"  {objective} {best.best_value:.4f} in epoch {best.best_epoch}")
+    if result.classifier:
+        click.echo(f"  classifier: {result.classifier}")
+    if result.model:
+        click.echo(f"  MLflow model: {result.model} (in {uri})")
+    if result.tracking_problem:
+        known = result.tracking_problem in said
+        reason = "." if known else f": {result.tracking_problem}"
+        click.echo(f"\nNot everything is in MLflow{reason}")
+        click.echo(f"Nothing is lost. Write it later: visiontuner sync {folder}")
+    elif result.state == "completed":
+        click.echo("\nNext, compare the trials: " + _ui_command(uri))
+    if result.state != "completed":
+        word = "Stopped" if result.state == "interrupted" else "The time budget is spent"
+        click.echo(f"\n{word}. Go on with: visiontuner tune --resume {folder}")
+    if result.state == "interrupted":
+        raise click.exceptions.Exit(130)
+
+
+def _ui_command(uri: str) -> str:
+    from visiontuner.locations import DEFAULT_TRACKING_URI
+
+    if uri.startswith("http"):
+        return uri
+    beside = Path(sys.executable).with_name("mlflow")
+    mlflow = "mlflow" if shutil.which("mlflow") else os.path.relpath(beside)
+    return f"{mlflow} ui" + ("" if uri == DEFAULT_TRACKING_URI else f" --backend-store-uri {uri}")
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,71 @@
+"""Bring a job's search folder home."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from visiontuner.aws import Aws
+from visiontuner.errors import JobFailed, JournalError, UserMistake
+from visiontuner.journal import FILE_NAME, SearchRecord
+from visiontuner.sagemaker import s3
+from visiontuner.sagemaker.job import Job
+
+
+def bring_home(
+    aws: Aws, job: Job, folder: Path, *, progress: s3.Progress | None = None
+) -> SearchRecord:
+    """Copy the search folder of an ended job; returns what it holds.
+
+    A completed job's comes from its model.tar.gz, any other's from its checkpoints. What lies in
+    the folder of the same search is brought up to date, unless it went on here.
+
+    Raises:
+        JobFailed: the job ended before a search began.
+        UserMistake: the folder is another search's.
+    """
+    coming = folder.with_name(f".{folder.name}.coming")
+    shutil.rmtree(coming, ignore_errors=True)
+    coming.mkdir(parents=True)
+    try:
+        _fetch(aws, job, coming, progress)
+        record = SearchRecord.load(coming)
+        return _put_in_place(coming, folder, record)
+    except JournalError:
+        raise JobFailed(_no_search(job)) from None
+    finally:
+        shutil.rmtree(coming, ignore_errors=True)
+
+
+def _fetch(aws: Aws, job: Job, coming: Path, progress: s3.Progress | None) -> None:
+    if job.status == "Completed" and job.archive:
+        archive = coming / "model.tar.gz"
+        if s3.fetch(aws, job.archive, archive):
+            s3.unpack_search(archive, coming)
+            archive.unlink()
+    if not (coming / FILE_NAME).exists() and job.search_folder:
+        s3.download_folder(aws, job.search_folder, coming, progress=progress)
+
+
+def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> SearchRecord:
+    if not folder.exists():
+        coming.rename(folder)
+        return record
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE_NAME).exists()):
+        raise UserMistake(f"{folder} is taken. Choose another --output.")
+    if (folder / FILE_NAME).exists():
+        here = SearchRecord.load(folder)
+        if here.search_id != record.search_id:
+            raise UserMistake(f"{folder} holds another search. Choose another --output.")
+        if (folder / FILE_NAME).stat().st_size > (coming / FILE_NAME).stat().st_size:
+            return here  # it went on here
+    shutil.copytree(coming, folder, dirs_exist_ok=True)
+    return record
+
+
+def _no_search(job: Job) -> str:
+    reason = f": {job.reason.rstrip('.')}" if job.reason else ""
+    return (
+        f"{job.name} {job.status.lower()} before its search began{reason}. "
+        f"`visiontuner attach {job.name} --logs all` shows its log."
+    )

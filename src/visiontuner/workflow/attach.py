@@ -1,0 +1,307 @@
+"""Follow a training job, bring its search home, and write it into MLflow; nothing is trained."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.workflow.layout import SearchResult
+from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.sync import sync_search
+
+if TYPE_CHECKING:
+    from visiontuner.aws import Aws
+    from visiontuner.sagemaker.classic import TunedJob, TuningJob
+    from visiontuner.sagemaker.job import Job
+    from visiontuner.tracking.tuning_job import ForeignSearch, ForeignTrial
+
+Logs = Literal["start", "all", "none"]
+POLL_SECONDS = 5.0
+_COST_EVERY_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attached:
+    """What came home: `lines` for a person, and the search unless it was a classic tuning job."""
+
+    lines: tuple[str, ...]
+    result: SearchResult | None = None
+    failed: bool = False
+
+
+def attach(
+    name: str,
+    *,
+    region: str | None = None,
+    assume_role: str | None = None,
+    output: Path | None = None,
+    logs: Logs = "start",
+    observer: Observer | None = None,
+    poll_seconds: float = POLL_SECONDS,
+) -> Attached:
+    """Follow a job until it ends, then bring its search home and into MLflow.
+
+    Args:
+        name: a training job of ours, or a classic hyperparameter tuning job.
+        output: the search folder here; default: `searches/SEARCH`.
+        logs: the hosts' lines until the first trial begins, all of them, or none.
+
+    Raises:
+        UserMistake: there is no such job, or the folder is taken.
+        JobFailed: the job ended before its search began.
+        ServingError: AWS refuses or cannot be reached.
+    """
+    from visiontuner.aws import Aws
+    from visiontuner.sagemaker.classic import find_tuning_job
+    from visiontuner.sagemaker.job import describe
+
+    watching, aws = observer or Silent(), Aws(region, assume_role)
+    try:
+        job = describe(aws, name)
+    except UserMistake:
+        tuning = find_tuning_job(aws, name)
+        if tuning is None:
+            raise
+        return _classic(tuning)
+    if not job.search:
+        raise UserMistake(
+            f"{name} was not submitted by visiontuner, and is no tuning job: there is no search to "
+            "bring home."
+        )
+    job = _follow(aws, job, logs, watching, poll_seconds)
+    return _bring_home(aws, job, output or SEARCHES / job.search, watching)
+
+
+# Following
+
+
+def _follow(aws: Aws, job: Job, logs: Logs, observer: Observer, poll_seconds: float) -> Job:
+    """Show what a job does until it has ended, and the whole log if that is wanted."""
+    from visiontuner.sagemaker.job import describe
+
+    if job.ended and logs != "all":
+        return job
+    watch = _Watch(aws, job, logs, observer)
+    try:
+        while True:
+            job = describe(aws, job.name)
+            watch.look(job)
+            if job.ended:
+                return job
+            time.sleep(poll_seconds)
+    finally:
+        watch.close()
+
+
+class _Watch:
+    """What has been shown of a job so far."""
+
+    def __init__(self, aws: Aws, job: Job, logs: Logs, observer: Observer) -> None:
+        from visiontuner.sagemaker.follow import JournalTail, LogTail
+
+        self._observer = observer
+        self._logs = logs
+        self._lines = LogTail(aws, job.name)
+        self._journal = JournalTail(aws, job.search_folder) if job.search_folder else None
+        self._record = SearchRecord()
+        self._showing = False
+        self._stage = ""
+        self._said_cost = time.monotonic()
+
+    def look(self, job: Job) -> None:
+        if job.stage != self._stage:
+            self._stage = job.stage
+            self._observer.note(f"{job.name}: {job.stage}{_so_far(job)}")
+        elif time.monotonic() - self._said_cost > _COST_EVERY_SECONDS:
+            self._said_cost = time.monotonic()
+            self._observer.note(f"{job.name}: {job.stage}{_so_far(job)}")
+        self._show_lines()
+        self._show_trials()
+
+    def close(self) -> None:
+        if self._showing:
+            self._observer.trials_end()
+
+    def _show_lines(self) -> None:
+        from visiontuner.sagemaker.follow import is_noise
+
+        if self._logs == "none" or (self._logs == "start" and self._showing):
+            return
+        for host, line in self._lines.new_lines():
+            if self._logs == "all" or not is_noise(line):
+                self._observer.note(f"{host}  {line}")
+
+    def _show_trials(self) -> None:
+        for event in self._journal.new_events() if self._journal else ():
+            self._record.apply(event)
+            if not self._showing and event["event"] == "trial_started":
+                self._showing = True
+                search = self._record.started.get("experiment", {}).get("search", {})
+                self._observer.trials_begin(self._record, int(search.get("trials", 0)))
+            self._observer.event(event)
+
+
+def _so_far(job: Job) -> str:
+    from visiontuner.sagemaker.cost import dollars
+
+    if not job.seconds:
+        return ""
+    cost = f", {dollars(job.cost)} so far" if job.cost is not None else ""
+    return f" ({job.seconds / 60:.0f} min{cost})"
+
+
+# Bringing home
+
+
+def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attached:
+    from visiontuner.sagemaker.home import bring_home
+    from visiontuner.sagemaker.job import jobs_of
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    bring_home(
+        aws,
+        job,
+        folder,
+        progress=lambda done, total: observer.progress("Bringing home", done, total, "files"),
+    )
+    result = sync_search(folder, parent_run_id=os.environ.pop("MLFLOW_RUN_ID", None))
+    jobs = jobs_of(aws, job)
+    _log_costs(folder, result.record, jobs)
+    return Attached(
+        lines=tuple(_told(job, jobs, result)),
+        result=result,
+        failed=job.status == "Failed",
+    )
+
+
+def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
+    from visiontuner.sagemaker.cost import dollars
+
+    seconds = sum(one.seconds for one in jobs)
+    costs = [one.cost for one in jobs]
+    cost = None if None in costs else sum(one for one in costs if one is not None)
+    several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
+    yield (
+        f"{job.name}: {job.status}. {len(result.record.trials)} trials are in {result.folder}; "
+        f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
+        f"{dollars(cost)}."
+    )
+    if job.reason:
+        yield f"SageMaker says: {job.reason}"
+    if result.state != "completed":
+        yield f"Go on there: visiontuner tune --on sagemaker --resume {job.name}"
+
+
+def _log_costs(folder: Path, record: SearchRecord, jobs: list[Job]) -> None:
+    from visiontuner.sagemaker.cost import shares
+    from visiontuner.tracking.client import Store
+    from visiontuner.tracking.costs import Costs, log_costs
+
+    costs = [one.cost for one in jobs]
+    whole = None if None in costs else sum(one for one in costs if one is not None)
+    seconds = {trial.trial_id: training_seconds(trial) for trial in record.trials.values()}
+    last = jobs[-1]
+    log_costs(
+        Store(tracking_uri()),
+        folder,
+        Costs(
+            time=_milliseconds(last.created) + round(last.seconds * 1000),
+            machine_seconds=sum(one.seconds * one.instances for one in jobs),
+            dollars=whole,
+            trial_seconds=seconds,
+            trial_dollars={} if whole is None else shares(seconds, whole),
+            tags={
+                "visiontuner.job": ", ".join(one.name for one in jobs),
+                "visiontuner.instances": f"{last.instances} x {last.instance_type}",
+            },
+        ),
+    )
+
+
+def training_seconds(trial: TrialRecord) -> float:
+    """How long a trial's epochs took; interruptions between its attempts do not count."""
+    epochs = [epoch.metrics.get("epoch_seconds") for epoch in trial.epochs]
+    if epochs and all(seconds is not None for seconds in epochs):
+        return float(sum(seconds for seconds in epochs if seconds is not None))
+    return max(0.0, (trial.ended or trial.started) - trial.started)
+
+
+# Classic tuning jobs
+
+
+def _classic(tuning: TuningJob) -> Attached:
+    from visiontuner.tracking.client import Store
+    from visiontuner.tracking.tuning_job import write_foreign_search
+
+    uri = tracking_uri()
+    if not tuning.jobs:
+        raise TrackingError(f"{tuning.name} has trained nothing yet; attach again later.")
+    write_foreign_search(Store(uri), _as_search(tuning))
+    best = max(
+        (job for job in tuning.jobs if job.objective is not None),
+        key=lambda job: (job.objective or 0.0) * (-1 if tuning.mode == "min" else 1),
+        default=None,
+    )
+    lines = [f"{tuning.name}: {len(tuning.jobs)} training jobs are in {uri}."]
+    if best is not None:
+        lines.append(f"Best: {best.name} with {tuning.objective} {best.objective:.4f}.")
+    if tuning.status in ("InProgress", "Stopping"):
+        lines.append("It is still running: attach again to write the rest.")
+    lines.append(f"Compare them: visiontuner compare {tuning.name}")
+    return Attached(lines=tuple(lines))
+
+
+def _as_search(tuning: TuningJob) -> ForeignSearch:
+    from visiontuner.tracking.tuning_job import ForeignSearch
+
+    states = {"Completed": "completed", "Failed": "failed", "Stopped": "interrupted"}
+    values = [job.objective for job in tuning.jobs if job.objective is not None]
+    choose = min if tuning.mode == "min" else max
+    return ForeignSearch(
+        search_id=f"sagemaker-{tuning.name}",
+        name=tuning.name,
+        state=states.get(tuning.status, "running"),
+        started=_milliseconds(tuning.started),
+        ended=_milliseconds(tuning.ended) if tuning.ended else None,
+        params={"strategy": tuning.strategy},
+        metrics={f"best_{tuning.objective}": choose(values)} if values else {},
+        tags={
+            "visiontuner.objective": tuning.objective,
+            "visiontuner.job": tuning.name,
+            **({"visiontuner.best_trial": tuning.best} if tuning.best else {}),
+        },
+        trials=[_as_trial(job, tuning.objective) for job in tuning.jobs],
+    )
+
+
+def _as_trial(job: TunedJob, objective: str) -> ForeignTrial:
+    from visiontuner.tracking.tuning_job import ForeignTrial
+
+    metrics = {**job.metrics, "seconds": job.seconds}
+    if job.objective is not None:
+        metrics |= {objective: job.objective, f"best_{objective}": job.objective}
+    return ForeignTrial(
+        name=job.name,
+        state=job.state,
+        started=_milliseconds(job.started),
+        ended=_milliseconds(job.ended) if job.ended else None,
+        params=job.parameters,
+        metrics=metrics,
+        tags={
+            "visiontuner.instances": f"{job.instances} x {job.instance_type}",
+            **({"visiontuner.model_archive": job.model} if job.model else {}),
+            **({"visiontuner.error": job.error} if job.error else {}),
+        },
+    )
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
