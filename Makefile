@@ -3,15 +3,17 @@
 
 PYTHON ?= python3
 ARGS ?=
+MODEL ?=
+IMAGE ?= visiontuner-serving
 BIN := .venv/bin
 STAMP := .venv/.installed
 LISTS := pyproject.toml requirements.txt constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install tune test ui lint bench clean
+.PHONY: help install tune test test-container serving-image aws-smoke ui lint bench clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 24
 
 install: $(STAMP)  ## a virtual environment in .venv with exactly the tested versions
 
@@ -35,6 +37,22 @@ tune: $(STAMP)  ## search on the quickstart's pictures; ARGS= for your own
 
 test: $(STAMP)  ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+# Without a Docker engine root on Debian gets one for the length of the tests.
+test-container: $(STAMP)  ## test the model in SageMaker's container
+	@VISIONTUNER_CONTAINER_TESTS=1 $(BIN)/python tests/container/engine.py \
+	  $(BIN)/python -m pytest tests/container $(ARGS)
+
+# Attestations would make the image of an OCI type, which SageMaker refuses.
+serving-image: $(STAMP)  ## the image that serves a model: make serving-image MODEL=models:/dogs@champion
+	@docker info >/dev/null 2>&1 || { echo "No Docker engine runs here (\`docker info\` fails):" \
+	  "start Docker, or build where one runs." >&2; exit 1; }
+	@test -n "$(MODEL)" || { echo "Name the model: make serving-image MODEL=models:/NAME@champion" >&2; exit 1; }
+	@BUILDX_NO_DEFAULT_ATTESTATIONS=1 $(BIN)/mlflow models build-docker -m "$(MODEL)" -n "$(IMAGE)" \
+	  --env-manager local
+
+aws-smoke: $(STAMP)  ## deploy, ask and undeploy on your AWS account; costs some cents
+	@$(BIN)/python scripts/aws_smoke.py $(ARGS)
 
 ui: $(STAMP)  ## compare the runs in a browser
 	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)

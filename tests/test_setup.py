@@ -181,7 +181,8 @@ def program(path: Path, script: str) -> Path:
 def test_make_alone_lists_the_targets(copy):
     done = make(copy)
     assert done.returncode == 0
-    for target in ("install", "tune", "test", "ui", "lint", "bench", "clean"):
+    targets = ("install", "tune", "test", "test-container", "serving-image", "aws-smoke")
+    for target in (*targets, "ui", "lint", "bench", "clean"):
         assert f"make {target} " in done.stdout
 
 
@@ -233,6 +234,16 @@ def test_second_install_does_nothing(copy):
     os.utime(copy / "requirements.txt", (later, later))
     assert make(copy, "install", f"PYTHON={sys.executable}", PATH=path).returncode == 0
     assert len(log.read_text()) > len(installed)
+
+
+@needs_make
+def test_a_serving_image_without_a_docker_engine_is_one_clear_line(copy, tmp_path):
+    program(copy / ".venv" / "bin" / "python", "exit 0")
+    program(tmp_path / "bin" / "docker", "exit 1")
+    path = f"{tmp_path}/bin:/usr/bin:/bin"
+    done = make(copy, "serving-image", "MODEL=models:/x/1", f"PYTHON={sys.executable}", PATH=path)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0].startswith("No Docker engine runs here")
 
 
 @needs_make

@@ -44,8 +44,8 @@ def our_servers() -> list[psutil.Process]:
 
 @pytest.fixture(scope="module")
 def report(colour_model: Path) -> PreflightReport:
-    environment = local_environment()
-    return run_preflight(colour_model, environment, name="colours", requests_measured=40)
+    server = ScoringServer(colour_model, local_environment())
+    return run_preflight(colour_model, server, name="colours", requests_measured=40)
 
 
 def test_a_good_model_passes_and_is_measured(report: PreflightReport) -> None:
@@ -79,7 +79,7 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_line_and_leaves_no_server(
     with pytest.raises(
         ServingError, match=r"ended while starting: .*model\.onnx is damaged"
     ) as said:
-        run_preflight(copy, local_environment(), name="damaged")
+        run_preflight(copy, ScoringServer(copy, local_environment()), name="damaged")
     assert "\n" not in str(said.value)
     assert our_servers() == before
 
@@ -99,14 +99,14 @@ def test_a_model_without_reference_pictures_is_refused(copy: Path, missing: str)
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ClassifierError, match="no MLflow model of visiontuner"):
-        run_preflight(copy, local_environment(), name="x")
+        run_preflight(copy, ScoringServer(copy, local_environment()), name="x")
 
 
 def test_a_reference_without_probabilities_is_refused(copy: Path) -> None:
     path = copy / "artifacts" / "classifier" / "reference.json"
     change_json(path, lambda raw: raw["pictures"][0].pop("probabilities"))
     with pytest.raises(ClassifierError, match=r"cannot be used .* Package the classifier again"):
-        run_preflight(copy, local_environment(), name="x")
+        run_preflight(copy, ScoringServer(copy, local_environment()), name="x")
 
 
 def test_a_clean_environment_is_built_once_for_the_same_requirements(
@@ -164,5 +164,6 @@ def test_the_pinned_requirements_are_enough_to_serve(colour_model: Path, tmp_pat
         path.name for path in environment.python.parent.parent.glob("lib/*/site-packages/*")
     }
     assert not packages & {"torch", "ray", "sagemaker", "boto3", "visiontuner"}
-    report = run_preflight(colour_model, environment, name="colours", requests_measured=8)
+    server = ScoringServer(colour_model, environment)
+    report = run_preflight(colour_model, server, name="colours", requests_measured=8)
     assert report.passed, report.checks

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.search import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN
 
 if TYPE_CHECKING:
     from visiontuner.serving.preflight import PreflightReport
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
     show_default=True,
     help="A clean environment from the model's requirements, or this one.",
 )
+@click.option("--container", is_flag=True, help="In SageMaker's container; needs a Docker engine.")
+@click.option(
+    "--image",
+    metavar="NAME",
+    default="auto",
+    help="Of the container; by default MLflow builds one for the model's requirements.",
+)
 @click.option(
     "--ready-seconds",
     type=click.FloatRange(1, 3600),
@@ -31,7 +38,9 @@ if TYPE_CHECKING:
     help="How long the server may take to start.",
 )
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
-def preflight(model: str, env_manager: str, ready_seconds: float, form: str) -> None:
+def preflight(
+    model: str, env_manager: str, container: bool, image: str, ready_seconds: float, form: str
+) -> None:
     """Serve a model here as its endpoint will, and check what it answers over HTTP.
 
     MODEL is NAME (its champion, or the newest), NAME/VERSION, NAME@ALIAS, or a folder; the
@@ -42,12 +51,15 @@ def preflight(model: str, env_manager: str, ready_seconds: float, form: str) -> 
       visiontuner preflight
       visiontuner preflight dogs@challenger
       visiontuner preflight models:/dogs/3 --env-manager local
+      visiontuner preflight dogs --container
     """
     from visiontuner.workflow.preflight import preflight as check
 
     report = check(
         None if model in NOT_GIVEN else model,
         env_manager=env_manager,  # type: ignore[arg-type]  # one of click's choices
+        container=container or image not in NOT_GIVEN,
+        image=None if image in NOT_GIVEN else image,
         ready_seconds=ready_seconds,
         note=lambda text: click.echo(text, err=True),
     )

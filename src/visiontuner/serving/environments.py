@@ -52,7 +52,7 @@ def clean_environment(model: Path, cache: Path) -> Environment:
         ClassifierError: the model does not say what it needs.
         ServingError: it cannot be installed.
     """
-    requirements, version = _wanted(model)
+    requirements, version = wanted_by(model)
     wanted = "\n".join([version, platform.platform(), *sorted(requirements.split("\n"))])
     folder = cache / "environments" / hashlib.sha256(wanted.encode()).hexdigest()[:16]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -66,8 +66,12 @@ def clean_environment(model: Path, cache: Path) -> Environment:
     )
 
 
-def _wanted(model: Path) -> tuple[str, str]:
-    """The requirements' lines, and Python's version as `3.11`."""
+def wanted_by(model: Path) -> tuple[str, str]:
+    """The lines of a model's requirements, and its Python's version as `3.11`.
+
+    Raises:
+        ClassifierError: the model does not say what it needs.
+    """
     try:
         requirements = (model / "requirements.txt").read_text(encoding="utf-8").strip()
         raw = yaml.safe_load((model / "python_env.yaml").read_text(encoding="utf-8"))

@@ -17,11 +17,10 @@ import requests
 from visiontuner.errors import ServingError
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import REQUEST_BYTES, encode_request
-from visiontuner.serving.environments import Environment
 from visiontuner.serving.instances import recommend
 from visiontuner.serving.malformed import JSON, MALFORMED
 from visiontuner.serving.reference import TOLERANCE, Reference
-from visiontuner.serving.server import ScoringServer
+from visiontuner.serving.server import Served
 
 _ANSWER_SECONDS = 60.0  # an endpoint's limit for one request
 _PING_SECONDS = 2.0  # and for one ping
@@ -72,10 +71,9 @@ class PreflightReport:
 
 def run_preflight(
     model: Path,
-    environment: Environment,
+    server: Served,
     *,
     name: str,
-    ready_seconds: float = 120.0,
     requests_measured: int = 200,
     note: Callable[[str], None] = lambda _: None,
 ) -> PreflightReport:
@@ -83,7 +81,7 @@ def run_preflight(
 
     Args:
         model: an MLflow model folder.
-        environment: where to serve it.
+        server: serves it; started and ended here.
         name: what the report calls the model.
         requests_measured: how many one after another, and as many again by 8 clients.
 
@@ -92,10 +90,10 @@ def run_preflight(
         ServingError: it cannot be served at all.
     """
     reference = Reference.read(model)
-    note(f"Serving {name} with {environment.python}.")
-    with ScoringServer(model, environment, ready_seconds=ready_seconds) as server:
+    note(f"Serving {name} with {server.description}.")
+    with server:
         asked = _Asked(server)
-        checks = [_check_ping(asked, environment), _check_reference(asked, reference)]
+        checks = [_check_ping(asked), _check_reference(asked, reference)]
         checks += [_check_reported_rows(asked, reference), _check_malformed(asked)]
         note("Measuring.")
         _one_at_a_time(asked, reference, _WARM_UP)
@@ -122,7 +120,7 @@ def run_preflight(
 class _Asked:
     """The server, over one connection; not for several threads."""
 
-    def __init__(self, server: ScoringServer) -> None:
+    def __init__(self, server: Served) -> None:
         self.server = server
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy between us and this machine
@@ -163,14 +161,11 @@ class _Asked:
         return rows
 
 
-def _check_ping(asked: _Asked, environment: Environment) -> Check:
+def _check_ping(asked: _Asked) -> Check:
     status, seconds = asked.ping()
     detail = f"ready after {asked.server.started_seconds:.1f} s, answers in {seconds * 1e3:.0f} ms"
-    if environment.install_seconds is not None and environment.size_mb is not None:
-        detail += (
-            f"; clean environment of {environment.size_mb:,.0f} MB, "
-            f"installed in {environment.install_seconds:.0f} s"
-        )
+    if asked.server.installed:
+        detail += f"; {asked.server.installed}"
     return _check("ping", status == 200 and seconds <= _PING_SECONDS, detail)
 
 

@@ -11,7 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Protocol, Self
 
 import psutil
 import requests
@@ -24,6 +24,30 @@ _GRACE_SECONDS = 5.0
 _PORT_TRIES = 3
 # They would bring packages or settings of this process into the model's.
 _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MLFLOW_RUN_ID")
+
+
+class Served(Protocol):
+    """A model that answers over HTTP while a `with` block runs.
+
+    `description` says where, `installed` how large that is ("" if it is this machine's own).
+    """
+
+    url: str
+    started_seconds: float
+
+    @property
+    def description(self) -> str: ...
+    @property
+    def installed(self) -> str: ...
+    def memory_mb(self) -> float: ...
+    def last_lines(self) -> str: ...
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
 
 
 class ScoringServer:
@@ -50,6 +74,17 @@ class ScoringServer:
         self.started_seconds = 0.0
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
+
+    @property
+    def description(self) -> str:
+        return str(self.environment.python)
+
+    @property
+    def installed(self) -> str:
+        seconds, size = self.environment.install_seconds, self.environment.size_mb
+        if seconds is None or size is None:
+            return ""
+        return f"clean environment of {size:,.0f} MB, installed in {seconds:.0f} s"
 
     def __enter__(self) -> Self:
         try:
@@ -131,7 +166,7 @@ class ScoringServer:
                 if "address already in use" in said and not give_up:
                     return False
                 raise ServingError(f"The scoring server ended while starting: {said}")
-            if _answers(self.url):
+            if answers_ping(self.url):
                 self.started_seconds = time.monotonic() - began
                 return True
             time.sleep(_POLL_SECONDS)
@@ -140,7 +175,8 @@ class ScoringServer:
         )
 
 
-def _answers(url: str) -> bool:
+def answers_ping(url: str) -> bool:
+    """Whether a server is ready."""
     with requests.Session() as session:
         session.trust_env = False  # no proxy
         try:

@@ -13,12 +13,15 @@ from visiontuner.workflow.query import model_folder, model_uri
 
 if TYPE_CHECKING:
     from visiontuner.serving.preflight import PreflightReport
+    from visiontuner.serving.server import Served
 
 
 def preflight(
     model: str | None = None,
     *,
     env_manager: Literal["uv", "local"] = "uv",
+    container: bool = False,
+    image: str | None = None,
     ready_seconds: float = 120.0,
     note: Callable[[str], None] = lambda _: None,
 ) -> PreflightReport:
@@ -29,28 +32,55 @@ def preflight(
             folder; the newest search's registered model if None.
         env_manager: a clean environment from the model's pinned requirements, kept for the next
             time, or this process's own.
+        container: in SageMaker's container instead, on this machine's Docker engine.
+        image: of the container; None: the one that MLflow builds for the model's requirements,
+            kept for the next time.
         ready_seconds: how long the server may take to start.
         note: told what happens, a line at a time.
 
     Raises:
-        UserMistake: there is no such model.
+        UserMistake: there is no such model, or no Docker engine.
         ServingError: it cannot be installed or served at all.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.environments import clean_environment, local_environment
+    from visiontuner.serving.container import require_engine
     from visiontuner.serving.preflight import run_preflight
 
+    if container:
+        require_engine()
     name = model or str(SearchRecord.load(newest_search()).started["experiment"]["name"])
     if not Path(name).is_dir():
         name = model_uri(name)
     with model_folder(name) as found, TemporaryDirectory(prefix="visiontuner-") as temporary:
         folder = _as_mlflow_model(found, Path(temporary) / "model")
-        if env_manager == "local":
-            environment = local_environment()
+        if container:
+            server = _container(folder, image, ready_seconds, note)
         else:
-            note("Installing the model's requirements, if they are not there yet.")
-            environment = clean_environment(folder, writable_cache_folder())
-        return run_preflight(folder, environment, name=name, ready_seconds=ready_seconds, note=note)
+            server = _process(folder, env_manager, ready_seconds, note)
+        return run_preflight(folder, server, name=name, note=note)
+
+
+def _container(
+    folder: Path, image: str | None, ready_seconds: float, note: Callable[[str], None]
+) -> Served:
+    from visiontuner.serving.container import Container, build_image
+
+    found = image or build_image(folder, note=note)
+    return Container(folder, found, ready_seconds=ready_seconds)
+
+
+def _process(
+    folder: Path, env_manager: str, ready_seconds: float, note: Callable[[str], None]
+) -> Served:
+    from visiontuner.serving.environments import clean_environment, local_environment
+    from visiontuner.serving.server import ScoringServer
+
+    if env_manager == "local":
+        environment = local_environment()
+    else:
+        note("Installing the model's requirements, if they are not there yet.")
+        environment = clean_environment(folder, writable_cache_folder())
+    return ScoringServer(folder, environment, ready_seconds=ready_seconds)
 
 
 def _as_mlflow_model(folder: Path, destination: Path) -> Path:
