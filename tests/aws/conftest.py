@@ -36,10 +36,11 @@ make_picture = colours.make_picture
 
 @dataclass(frozen=True)
 class Aws:
-    """The stand-in: its URL, and the environment of who uses it."""
+    """The stand-in: its URL, the environment of who uses it, and the folder of training jobs."""
 
     url: str
     environment: dict[str, str]
+    jobs: Path
 
     def client(self, service: str, region: str = REGION) -> Any:
         import boto3
@@ -134,14 +135,15 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        env=_without_aws() | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "false"},
+        env=_without_aws()
+        | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "false", "STAND_IN_JOBS": str(nowhere / "jobs")},
     )
     try:
         assert process.stdout is not None
         port = process.stdout.readline().strip()
         assert port, (nowhere / "log").read_text()
         url = f"http://127.0.0.1:{port}"
-        yield Aws(url, _settings(url, nowhere))
+        yield Aws(url, _settings(url, nowhere), nowhere / "jobs")
     finally:
         process.terminate()
         try:

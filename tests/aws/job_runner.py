@@ -253,6 +253,7 @@ def _kill(host: Host) -> None:
 def main() -> None:
     folder = Path(sys.argv[1])
     job = Job(folder)
+    outcome = {"status": "Failed", "secondary": "Failed", "reason": "InternalError: ended"}
     signal.signal(signal.SIGTERM, lambda *_: job.stop("Stopped"))
     try:
         outcome = job.run()

@@ -38,7 +38,9 @@ exec "$@"
 
 def reason_against() -> str | None:
     """Why there can be no such hosts here; None where there can."""
-    missing = [tool for tool in ("ip", "unshare", "mount", "taskset") if not shutil.which(tool)]
+    missing = [
+        tool for tool in ("ip", "unshare", "mount", "setpriv", "taskset") if not shutil.which(tool)
+    ]
     if missing:
         return f"hosts need {', '.join(missing)}"
     if os.geteuid() != 0:
@@ -116,6 +118,7 @@ class Hosts:
         own = {"HOST_NAME": host, "HOST_ML": str(ml)}
         process = subprocess.Popen(
             [
+                *("setpriv", "--pdeathsig", "KILL"),  # with who started it
                 *("ip", "netns", "exec", self._namespace(host), *pinned),
                 *("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc"),
                 *("--kill-child", "bash", "-c", _ENTER, "bash", *command),

@@ -1,10 +1,12 @@
-"""AWS for tests: moto as an HTTP server on this machine, and what moto lacks of endpoints.
+"""AWS for tests: moto as an HTTP server on this machine, and what moto lacks of endpoints and jobs.
 
 An endpoint here is `Creating` until a real MLflow scoring server, started from the very
 model.tar.gz that a deployment uploaded to its S3, answers; `invoke_endpoint` passes on to that
 server. As in AWS, an endpoint whose server does not start is `Failed`, an update whose server does
 not start keeps the old one, and an endpoint that is being created or updated can be neither updated
 nor deleted.
+
+Training jobs really run, see `training_jobs.py`.
 
     python stand_in.py      prints its port; ends with SIGTERM, or when who started it has ended
 
@@ -31,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import training_jobs
 from moto.core.exceptions import ServiceException
 from moto.core.responses import ActionResult
 from moto.core.utils import unix_time_millis, utcnow
@@ -257,6 +260,7 @@ SageMakerResponse.update_endpoint = update_endpoint  # type: ignore[attr-defined
 SageMakerResponse.delete_endpoint = delete_endpoint  # type: ignore[method-assign]
 SageMakerRuntimeResponse.invoke_endpoint = invoke_endpoint  # type: ignore[method-assign]
 ECRResponse.get_download_url_for_layer = get_download_url_for_layer
+training_jobs.install()
 
 
 def main() -> None:
@@ -273,6 +277,7 @@ def main() -> None:
         while not ended.wait(0.5) and os.getppid() == parent:
             pass
     finally:
+        training_jobs.stop_all()
         SERVERS.stop()
         sys.stdout.flush()
         os._exit(0)  # threads that wait for a server wait for nothing now

@@ -11,7 +11,7 @@ checkpoints goes on with it.
 Beside it, in the folder where it is started, lie `experiment.yaml` and `job.json`:
 
     search        {"output": FOLDER}, below /opt/ml/checkpoints
-    ray_token     a random value, the same on every host and made for this job alone
+    token         a random value, the same on every host and made for this job alone
     tracking_uri  where MLflow is, or null: the journal travels instead
     data_channel  the channel that holds the pictures, or null: the experiment's own source
 
@@ -90,7 +90,7 @@ class Job:
                 host=resources["current_host"],
                 hosts=tuple(sorted(resources["hosts"], key=by_number)),
                 name=environment.get("TRAINING_JOB_NAME", ""),
-                token=job["ray_token"],
+                token=job["token"],
                 search=Path(job["search"]["output"]),
                 tracking_uri=job["tracking_uri"],
                 data=base / "input/data" / channel if channel else None,
