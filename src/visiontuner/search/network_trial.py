@@ -7,7 +7,7 @@ and while it runs a checkpoint. It never touches the journal or MLflow.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -94,21 +94,22 @@ def train_epochs(
         for result in run_epochs(training, folder, task, pictures.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
-                save_best(folder, result, task)
+                save_best(folder, result, task, class_names=pictures.class_names)
             yield result
 
 
-def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
-    """The best epoch's logits and weights, each file whole or not there.
+def save_best(
+    folder: Path, result: EpochResult, task: TrialTask, *, class_names: Sequence[str]
+) -> None:
+    """The epoch's logits and weights, each file whole or not there.
 
     Where the head alone is trained it alone is kept: its backbone is the one that is cached.
     """
+    network = _network(result)
     if task.experiment.model.train != "head":
-        save_network(_network(result), folder / "network.part")
-        (folder / "network.part").replace(folder / NETWORK_FILE)
+        save_network(network, folder / NETWORK_FILE, class_names=class_names)
     else:
-        layer = _network(result).head[1]
-        tensors = {n: t.detach().cpu().numpy() for n, t in layer.state_dict().items()}
+        tensors = {n: t.detach().cpu().numpy() for n, t in network.head[1].state_dict().items()}
         save_file(tensors, folder / "head.part")
         (folder / "head.part").replace(folder / HEAD_FILE)
     save_logits(folder, result, task)
