@@ -4,7 +4,8 @@
 last one. Every line has `schema_version`, `event`, `search_id` and `time` (seconds since the
 epoch); lines about a trial have `trial_id` and `attempt`. The events and what else they carry:
 
-    search_started   experiment, data, code, machine      the first line
+    search_started   experiment, data, code, machine      the first line; of a single training also
+                     trained_on and from (where its hyperparameters come from)
     search_resumed   code, machine                        one for each `--resume`
     features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
     pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
@@ -247,6 +248,16 @@ class SearchRecord:
     def objective(self) -> str:
         return str(self.started.get("experiment", {}).get("objective", "validation_accuracy"))
 
+    @property
+    def is_training(self) -> bool:
+        """Whether it is one training of `visiontuner train`, and no search."""
+        return "trained_on" in self.started
+
+    @property
+    def is_unvalidated(self) -> bool:
+        """Whether the validation pictures were trained on: then nothing was measured on them."""
+        return bool(self.started.get("trained_on", "train") != "train")
+
     def epochs_of(self, trial: TrialRecord) -> int:
         """How many epochs the trial was to run: its own value, its stage's or the experiment's."""
         experiment = self.started.get("experiment", {})
@@ -257,13 +268,18 @@ class SearchRecord:
         return int(trial.configuration.get("epochs", epochs))
 
     def ranking(self) -> list[TrialRecord]:
-        """Usable trials, best first: ended in order, with a finite value; ties by trial id."""
+        """Usable trials, best first: ended in order, with a finite value; ties by trial id.
+
+        A training on the validation pictures too has no value, and is usable.
+        """
         usable = [
             t
             for t in self.trials.values()
             if t.state in ("completed", "stopped_early")
-            and t.best_value is not None
-            and math.isfinite(t.best_value)
+            and (
+                math.isfinite(math.nan if t.best_value is None else t.best_value)
+                or self.is_unvalidated
+            )
         ]
         sign = 1 if self.mode == "min" else -1
         return sorted(usable, key=lambda t: (sign * (t.best_value or 0.0), t.trial_id))

@@ -11,14 +11,13 @@ from visiontuner.experiment import Experiment, Training
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.search.interrupt import EndInOrder, signals_end
 from visiontuner.search.labels import Stores
-from visiontuner.search.live_rules import LiveRules, RuleStopper
+from visiontuner.search.live_rules import LiveRules
 from visiontuner.search.losses import Losses
+from visiontuner.search.recorder import Recorder, end_trial, findings_of
+from visiontuner.search.rule_stopper import RuleStopper
 from visiontuner.search.run import (
     JournalCallback,
-    Recorder,
-    end_trial,
     failure_line,
-    findings_of,
 )
 from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE, settings_of
 from visiontuner.search.weights import WeightsOnDisk

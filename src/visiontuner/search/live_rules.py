@@ -6,10 +6,8 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from ray.tune import Stopper
 
 from visiontuner.errors import VisiontunerError
 from visiontuner.experiment import Experiment
@@ -109,23 +107,3 @@ class LiveRules:
         except (OSError, ValueError, VisiontunerError) as problem:
             logging.getLogger(__name__).info("%s: %s", path, problem)
             return None
-
-
-class RuleStopper(Stopper):
-    """Asked by Ray Tune after every result whether a rule ends that trial."""
-
-    def __init__(self, rules: LiveRules, metrics: tuple[str, ...]) -> None:
-        self._rules: LiveRules | None = rules
-        self._metrics = metrics
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_rules": None, "_metrics": self._metrics}  # an open journal stays here
-
-    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if self._rules is None or "epoch" not in result:
-            return False
-        metrics = {name: float(result[name]) for name in self._metrics}
-        return self._rules.stops(result["config"]["trial_id"], int(result["epoch"]), metrics)
-
-    def stop_all(self) -> bool:
-        return False  # never the whole search

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,14 +19,14 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
 from visiontuner.experiment import Experiment
-from visiontuner.journal import Finding, best_epoch
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.hosts import home_of
 from visiontuner.search.interrupt import EndInOrder, signals_end
 from visiontuner.search.labels import Stores
-from visiontuner.search.live_rules import LiveRules, RuleStopper
+from visiontuner.search.live_rules import LiveRules
 from visiontuner.search.losses import Losses
-from visiontuner.search.recorder import Recorder
+from visiontuner.search.recorder import Recorder, end_trial, findings_of
+from visiontuner.search.rule_stopper import RuleStopper
 from visiontuner.search.searcher import PlanSearcher
 from visiontuner.search.stages import Stage, make_task, plan_stage
 from visiontuner.search.trial import run_trial
@@ -191,45 +191,6 @@ class JournalCallback(Callback):
         self._rules.end(trial_id, error=error)
         end_trial(self._recorder, trial_id, "failed", error=error)
         self._weights.prune()
-
-
-def end_trial(
-    recorder: Recorder, trial_id: str, state: str, *, error: str | None = None, **fields: Any
-) -> None:
-    """Close a trial in the journal with its best epoch."""
-    record = recorder.record
-    trial = record.trials[trial_id]
-    best = best_epoch(trial.epochs, record.objective, record.mode)
-    recorder.append(
-        "trial_ended",
-        trial_id=trial_id,
-        attempt=trial.attempt,
-        state=state,
-        best_epoch=best.step if best else None,
-        best_value=best.metrics[record.objective] if best else None,
-        error=error,
-        **fields,
-    )
-
-
-def findings_of(notes: Iterable[str], step: int) -> list[Finding]:
-    """What a training had to say of an epoch, as findings."""
-    return [_finding(note, step) for note in notes]
-
-
-def _finding(note: str, step: int) -> Finding:
-    if "memory" not in note:
-        return Finding(
-            rule="training_note", severity="info", evidence=note, advice="Nothing to do.", step=step
-        )
-    return Finding(
-        rule="out_of_memory",
-        severity="warning",
-        evidence=note,
-        advice="The batch size stays what it was. Set training.micro_batch_size to what fits, so "
-        "that no step is tried twice, or let fewer trials share the memory.",
-        step=step,
-    )
 
 
 _EXCEPTION_LINE = re.compile(r"^(?:[\w.]+\.)?(\w+(?:Error|Failed|Exception|Exit|Interrupt)): (.*)$")

@@ -70,6 +70,10 @@ class Inputs:
             load=lambda: self.backbone,
         )
 
+    def store(self, *, on_pictures: bool) -> tuple[FeatureSet | PictureStore, float]:
+        """Decoded pictures or features, and the seconds they took."""
+        return self.pictures() if on_pictures else self.features()
+
     def features(self) -> tuple[FeatureSet, float]:
         """The features of training and validation pictures, and the seconds they took."""
         from visiontuner.model.features import compute_features
@@ -123,3 +127,14 @@ class Inputs:
         )
         self.observer.note(f"Features are computed once, by {engine.description}.")
         return engine
+
+
+def with_absolute_paths(experiment: Experiment) -> Experiment:
+    """So that a search can be resumed from another folder than it was begun in."""
+    data, model = experiment.data, experiment.model
+    source, weights = Path(data.source).expanduser(), Path(model.weights).expanduser()
+    if data.source != "digits" and source.exists():
+        data = data.model_copy(update={"source": str(source.resolve())})
+    if model.weights not in ("default", "none") and weights.exists():
+        model = model.model_copy(update={"weights": str(weights.resolve())})
+    return experiment.model_copy(update={"data": data, "model": model})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visiontuner import provenance
 from visiontuner.data.dataset import ImageDataset
@@ -39,8 +39,12 @@ def open_journal(
     dataset: ImageDataset,
     record: SearchRecord,
     observer: Observer,
+    **facts: Any,
 ) -> Recorder:
     """The folder with its experiment file, and its journal with one more line; close it at the end.
+
+    Args:
+        facts: more of what a new journal's first line says.
 
     Raises:
         UserMistake: the folder cannot be written.
@@ -64,6 +68,7 @@ def open_journal(
             experiment=experiment.model_dump(mode="json"),
             data=describe_data(experiment, dataset),
             **described,
+            **facts,
         )
     observer.note(f"Search folder: {folder}")
     return recorder

@@ -18,7 +18,7 @@ from visiontuner.errors import (
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri
-from visiontuner.workflow.inputs import Inputs
+from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
 from visiontuner.workflow.observing import Observer, Silent
@@ -57,7 +57,7 @@ def run_search(
         raise UserMistake(
             f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
         )
-    return _Run(_with_absolute_paths(experiment), folder, on, observer or Silent()).run()
+    return _Run(with_absolute_paths(experiment), folder, on, observer or Silent()).run()
 
 
 def resume_search(
@@ -181,17 +181,6 @@ class _Run:
             tracking_problem=problem,
             **parts,
         )
-
-
-def _with_absolute_paths(experiment: Experiment) -> Experiment:
-    """So that a search can be resumed from another folder than it was begun in."""
-    data, model = experiment.data, experiment.model
-    source, weights = Path(data.source).expanduser(), Path(model.weights).expanduser()
-    if data.source != "digits" and source.exists():
-        data = data.model_copy(update={"source": str(source.resolve())})
-    if model.weights not in ("default", "none") and weights.exists():
-        model = model.model_copy(update={"weights": str(weights.resolve())})
-    return experiment.model_copy(update={"data": data, "model": model})
 
 
 def _first_error(record: SearchRecord) -> str:

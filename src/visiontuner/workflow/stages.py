@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from visiontuner.errors import DataError
-from visiontuner.journal import Finding, read_events
+from visiontuner.journal import read_events
 from visiontuner.workflow.background import beside
 from visiontuner.workflow.inputs import Inputs
-from visiontuner.workflow.observing import note_findings
+from visiontuner.workflow.stores import StoreRecorder
 from visiontuner.workflow.validation import ValidationAnswers
 
 if TYPE_CHECKING:
-    from visiontuner.data.picture_store import PictureStore
-    from visiontuner.model.features import FeatureSet
     from visiontuner.search.cluster import RayForSearch
     from visiontuner.search.labels import Stores
     from visiontuner.search.plan import Plan
@@ -35,7 +31,7 @@ class StageRunner:
         self.recorder = recorder
         self.ray = ray
         self.observer = inputs.observer
-        self._known_findings: set[str] = set()
+        self._stores = StoreRecorder(inputs, recorder)
         budget = inputs.experiment.search.time_budget
         self._deadline = None if budget is None else time.monotonic() + budget
 
@@ -55,14 +51,14 @@ class StageRunner:
     def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
-        computing = beside(self.inputs.pictures if stage.on_pictures else self.inputs.features)
+        computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
         from visiontuner.search.run import run_trials
 
         # Packaging needs the network: load it while Ray starts, which is mostly waiting. A mistake
         # in it shows there as well.
         beside(lambda: self.inputs.backbone)
         self.ray.start()
-        stores = self._record(computing)
+        stores = self._stores.record(*computing.result())
         if stage.name == "network":
             self._prepare_heads(plan, stores)
         record = self.recorder.record
@@ -83,48 +79,6 @@ class StageRunner:
 
     def _seconds_left(self) -> float | None:
         return None if self._deadline is None else max(0.1, self._deadline - time.monotonic())
-
-    # what trials train on
-
-    def _record(self, computing: Future[Any]) -> Stores:
-        from visiontuner.model.store import FeatureSet
-        from visiontuner.search.labels import Stores
-
-        store, seconds = computing.result()
-        if isinstance(store, FeatureSet):
-            self._record_features(store, seconds)
-            return Stores(features=store.folder, pictures=None)
-        self._record_pictures(store, seconds)
-        return Stores(features=None, pictures=store.folder)
-
-    def _record_features(self, features: FeatureSet, seconds: float) -> None:
-        self.recorder.append(
-            "features_ready",
-            **self.inputs.facts(features.folder, features.computed, seconds),
-            feature_dim=features.feature_dim,
-            engine=features.engine,
-        )
-        if not features.computed:
-            self.observer.note("Features: all in the cache, nothing to compute.")
-        self._record_findings(features.findings)
-
-    def _record_pictures(self, pictures: PictureStore, seconds: float) -> None:
-        self.recorder.append(
-            "pictures_ready",
-            **self.inputs.facts(pictures.folder, pictures.computed, seconds),
-            feature_dim=self.inputs.description.feature_dim,
-        )
-        if not pictures.computed:
-            self.observer.note("Pictures: all decoded in the cache.")
-        self._record_findings(pictures.findings)
-
-    def _record_findings(self, findings: tuple[Finding, ...]) -> None:
-        """Features and pictures are made of the same files: what is wrong with one is said once."""
-        new = [finding for finding in findings if finding.evidence not in self._known_findings]
-        self._known_findings |= {finding.evidence for finding in new}
-        for finding in new:
-            self.recorder.append("finding", **asdict(finding))
-        note_findings(self.observer, new)
 
     # the second stage
 
