@@ -10,15 +10,19 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from visiontuner.data.images import Preprocessing
 from visiontuner.data.stored_pictures import PictureStore, StoredPictures
@@ -31,6 +35,7 @@ Key = tuple[int, int]
 
 PREFETCHED = 2  # batches that each worker is ahead
 SHARED_MEMORY = Path("/dev/shm")
+_QUEUES_BYTES = 1_000_000  # 17 queues of 4 locks, a page of 4 kB each, are 280 kB
 _MOST_WORKERS = 16
 
 
@@ -43,6 +48,10 @@ class Failed:
 
     def error(self) -> VisiontunerError:
         return self.kind(self.message)
+
+
+Batch = Tensor | NDArray[np.uint8] | Failed
+"""Pixels, uint8 (B, 3, S, S); an array where the shared memory was full."""
 
 
 class Views(Dataset[Tensor]):
@@ -59,7 +68,7 @@ class Views(Dataset[Tensor]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pictures": None}
 
-    def __getitems__(self, keys: Sequence[Key]) -> Tensor | Failed:
+    def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """uint8, shape (B, 3, S, S), channels last in memory."""
         try:
             if self._pictures is None:
@@ -68,7 +77,7 @@ class Views(Dataset[Tensor]):
             batch = torch.empty((len(keys), self.size, self.size, 3), dtype=torch.uint8)
             for row, (index, seed) in enumerate(keys):
                 batch[row] = self._one(self._pictures, index, seed).permute(1, 2, 0)
-            return batch.permute(0, 3, 1, 2)
+            return _shared(batch.permute(0, 3, 1, 2))
         except VisiontunerError as error:
             return Failed(type(error), str(error))
 
@@ -92,24 +101,28 @@ def default_workers(device: torch.device) -> int:
     return min(_MOST_WORKERS, wanted)
 
 
-def workers_that_fit(wanted: int, batch_bytes: int) -> tuple[int, str | None]:
-    """How many workers the shared memory allows, and a line to say so if these are fewer.
+def _shared(batch: Tensor) -> Tensor | NDArray[np.uint8]:
+    """A batch in shared memory, so that it is not copied; else one that goes through a pipe.
 
-    Batches go through it: where it is full, the system kills a worker that writes to it.
+    Left to torch, this happens where an error is lost, and the training would wait forever.
     """
+    if get_worker_info() is None:
+        return batch
+    try:
+        batch.share_memory_()  # type: ignore[no-untyped-call]
+        return batch
+    except RuntimeError:  # it is full: 64 MB is what a container has by default
+        array: NDArray[np.uint8] = batch.numpy()
+        return array
+
+
+def room_for_queues() -> bool:
+    """Whether workers can be talked to at all: each queue's locks take pages of shared memory."""
     try:
         status = os.statvfs(SHARED_MEMORY)
     except OSError:  # no such folder: the system shares memory in another way
-        return wanted, None
-    free = status.f_bavail * status.f_frsize
-    # Beside those ahead, each worker makes one batch and this process holds one.
-    fitting = max(0, free // batch_bytes - 1) // (PREFETCHED + 1)
-    if fitting >= wanted:
-        return wanted, None
-    return fitting, (
-        f"{SHARED_MEMORY} has {free / 1e6:,.0f} MB free: {fitting} instead of {wanted} worker "
-        "processes prepare pictures; give it more (docker run --shm-size=2g)"
-    )
+        return True
+    return status.f_bavail * status.f_frsize >= _QUEUES_BYTES
 
 
 @contextmanager
@@ -133,6 +146,15 @@ def clean_workers() -> Iterator[None]:
 def start_worker(_number: int) -> None:
     # Ctrl-C reaches the whole process group; the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """torch watches the server that started the worker; the training may have been killed alone."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
 
 
 def worker_died(error: Exception) -> TrialFailed | None:
@@ -141,6 +163,6 @@ def worker_died(error: Exception) -> TrialFailed | None:
     if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
         return None
     return TrialFailed(
-        "A process that prepares pictures died: killed, out of memory, or /dev/shm is full. Run it "
-        "again with fewer of them (training.workers) or with none (training.workers=0)."
+        "A process that prepares pictures died (killed, or out of memory). Run the same again, "
+        "with fewer of them (training.workers) or with none (training.workers=0)."
     )

@@ -20,14 +20,15 @@ from visiontuner.experiment import Augmentation
 from visiontuner.training.augment import mix
 from visiontuner.training.picture_workers import (
     PREFETCHED,
+    Batch,
     Failed,
     Key,
     Views,
     clean_workers,
     default_workers,
+    room_for_queues,
     start_worker,
     worker_died,
-    workers_that_fit,
 )
 
 # Pictures evaluated at a time: bounds memory, whatever the split's size.
@@ -73,9 +74,9 @@ class PictureBatches:
             for values in (preprocessing.mean, preprocessing.std)
         )
         self._views = Views(pictures, augmentation, preprocessing)
-        self._workers = self._choose_workers(workers)
+        self._workers = default_workers(device) if workers is None else workers
         self._keys: list[list[Key]] = []
-        self._loader: DataLoader[Tensor | Failed] | None = None
+        self._loader: DataLoader[Tensor] | None = None
 
     def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch in random order, every picture once.
@@ -113,15 +114,6 @@ class PictureBatches:
         """End the worker processes; another epoch would start new ones."""
         self._loader = None
 
-    def _choose_workers(self, asked: int | None) -> int:
-        if self.pictures.form == "pixels" or asked == 0:
-            return 0
-        wanted = default_workers(self.device) if asked is None else asked
-        batch = min(self.batch_size, len(self.labels)) * 3 * self._views.size**2
-        workers, note = workers_that_fit(wanted, batch)
-        self.notes += (note,) if note else ()
-        return workers
-
     def _gather(self, rows: Tensor) -> Tensor:
         """uint8, shape (B, 3, S, S), channels last in memory."""
         pixels = torch.from_numpy(self.pictures.all_pixels)
@@ -149,26 +141,39 @@ class PictureBatches:
 
     def _prepared(self, keys: list[list[Key]]) -> Iterator[Tensor]:
         """uint8 (B, 3, S, S) for each list of keys."""
+        if self._workers and self._loader is None and not room_for_queues():
+            self._note("this process prepares the pictures, without worker processes")
+            self._workers = 0
         in_process = map(self._views.__getitems__, keys)
         for batch in self._by_workers(keys) if self._workers else in_process:
             if isinstance(batch, Failed):
                 self.close()
                 raise batch.error()
+            if isinstance(batch, np.ndarray):
+                self._note("batches take the slower way through a pipe")
+                batch = torch.from_numpy(batch)
             yield batch
 
-    def _by_workers(self, keys: list[list[Key]]) -> Iterator[Tensor | Failed]:
+    def _by_workers(self, keys: list[list[Key]]) -> Iterator[Batch]:
         self._keys[:] = keys
-        if self._loader is None:
-            self._loader = self._make_loader()
         try:
-            with clean_workers():  # the first time, this starts them
-                batches = iter(self._loader)
-            yield from batches
+            yield from self._started()
         except (RuntimeError, OSError, EOFError) as error:
             self.close()
             raise worker_died(error) or error from None
 
-    def _make_loader(self) -> DataLoader[Tensor | Failed]:
+    def _started(self) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = self._make_loader()
+        with clean_workers():  # the first time, this starts them
+            return iter(self._loader)
+
+    def _note(self, what: str) -> None:
+        note = f"/dev/shm is full: {what}; give it more memory (docker run --shm-size=2g)"
+        if note not in self.notes:
+            self.notes += (note,)
+
+    def _make_loader(self) -> DataLoader[Tensor]:
         return DataLoader(
             self._views,
             batch_sampler=self._keys,
