@@ -6,7 +6,7 @@ server. As in AWS, an endpoint whose server does not start is `Failed`, an updat
 not start keeps the old one, and an endpoint that is being created or updated can be neither updated
 nor deleted.
 
-Training jobs really run, see `training_jobs.py`.
+Training jobs really run (`training_jobs.py`), or are directed by a test (`stand_in_jobs.py`).
 
     python stand_in.py      prints its port; ends with SIGTERM, or when who started it has ended
 
@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+import stand_in_jobs
 import training_jobs
 from moto.core.exceptions import ServiceException
 from moto.core.responses import ActionResult
@@ -261,6 +262,7 @@ SageMakerResponse.delete_endpoint = delete_endpoint  # type: ignore[method-assig
 SageMakerRuntimeResponse.invoke_endpoint = invoke_endpoint  # type: ignore[method-assign]
 ECRResponse.get_download_url_for_layer = get_download_url_for_layer
 training_jobs.install()
+stand_in_jobs.install()
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
 
     try:
         with explained("look for an image"):
-            version = max(image_uris.list_versions("pytorch", "training"), key=Version)
+            known = image_uris.list_versions("pytorch", "training")
+            # 2.10 and 2.10.0 are the same: the longer name is the exact one.
+            version = max(known, key=lambda text: (Version(text), len(text)))
             pythons = image_uris.list_py_versions("pytorch", version, "training")
             image: str = image_uris.retrieve(
                 "pytorch",
