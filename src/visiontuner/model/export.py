@@ -38,10 +38,19 @@ def export_backbone(backbone: Backbone, *, cache: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
         temporary = Path(folder) / "backbone.onnx"
-        _export(backbone, temporary)
-        save_onnx(_load_onnx(temporary, backbone), temporary)
+        save_onnx(_exported(backbone, temporary), temporary)
         temporary.replace(target)
     return target
+
+
+def exported_once(backbone: Backbone) -> onnx.ModelProto:
+    """The same as `export_backbone` writes, kept nowhere: a fine-tuned network is packaged once.
+
+    Raises:
+        ExportError: torch cannot write this network as ONNX.
+    """
+    with tempfile.TemporaryDirectory(prefix="visiontuner-export-") as folder:
+        return _exported(backbone, Path(folder) / "backbone.onnx")
 
 
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:
@@ -74,6 +83,11 @@ def _key(backbone: Backbone) -> str:
         ]
     )
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _exported(backbone: Backbone, path: Path) -> onnx.ModelProto:
+    _export(backbone, path)
+    return _load_onnx(path, backbone)
 
 
 def _export(backbone: Backbone, path: Path) -> None:

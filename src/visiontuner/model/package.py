@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,11 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from visiontuner.data.images import Preprocessing, decode_image, normalise, read_pixels
-from visiontuner.errors import (
-    BadImageError,
-    ClassifierError,
-    DataError,
-    ExportError,
-    VisiontunerError,
-)
+from visiontuner.data.images import normalise, read_pixels
+from visiontuner.errors import ClassifierError, ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
 from visiontuner.model.classifier import (
     DESCRIPTION,
@@ -41,12 +34,16 @@ from visiontuner.model.classifier_files import (
     replace_folder,
     write_json,
 )
-from visiontuner.model.export import export_backbone, save_onnx
-
-REFERENCE_PICTURES = 20
-# Twenty pictures as base64: at most 20 x 200 kB x 4/3 = 5.3 MB.
-_LARGEST_PICTURE = 200_000
-_JPEG_QUALITY = 90
+from visiontuner.model.export import export_backbone, exported_once, save_onnx
+from visiontuner.model.network import (
+    Train,
+    build_network,
+    load_network,
+    trained_amount,
+    write_tensors,
+)
+from visiontuner.model.reference import reference_pictures
+from visiontuner.model.weights import digest_weights
 
 # What ONNX Runtime's logits may differ from torch's.
 _ABSOLUTE_TOLERANCE = 1e-3
@@ -57,7 +54,8 @@ def package_classifier(
     *,
     folder: Path,
     backbone: Backbone,
-    head_weights: Path,
+    head_weights: Path | None = None,
+    network_weights: Path | None = None,
     class_names: Sequence[str],
     dataset_root: Path,
     reference_paths: Sequence[str],
@@ -70,33 +68,46 @@ def package_classifier(
     The folder appears whole, and replaces an older one.
 
     Args:
+        backbone: the pretrained network; also where `network_weights` are given.
         head_weights: safetensors with "weight" (num_classes, D) and "bias" (num_classes,).
+        network_weights: instead of a head, what `save_network` wrote of a fine-tuned network.
         reference_paths: validation pictures, relative to `dataset_root`; the first 20 that can be
             read are recorded.
-        metadata: plain JSON values; what the check measured is added.
+        metadata: plain JSON values; what was trained and what the check measured is added.
         reference_labels: the pictures' classes, recorded with them.
 
     Raises:
         ExportError: the network cannot be written as ONNX, or answers differently there.
+        BackboneError: the network's weights are of another architecture.
         ClassifierError: the head does not fit the backbone or the class names.
         DataError: no reference picture can be read.
         VisiontunerError: the folder cannot be written.
     """
-    head = _read_head(head_weights, backbone, class_names)
-    pictures = _reference_pictures(dataset_root, reference_paths, reference_labels, backbone)
+    if (head_weights is None) == (network_weights is None):
+        raise ValueError("give either head_weights or network_weights")
+    if network_weights is not None:
+        trained = _read_network(network_weights, backbone, class_names)
+    else:
+        assert head_weights is not None
+        trained = _Trained(backbone, _read_head(head_weights, backbone, class_names), "head")
+    pictures = reference_pictures(
+        dataset_root,
+        reference_paths,
+        labels=reference_labels,
+        preprocessing=backbone.preprocessing,
+    )
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         temporary.chmod(0o755)
-        backbone_onnx = onnx.load(export_backbone(backbone, cache=cache))
-        save_onnx(with_head(backbone_onnx, head), temporary / NETWORK)
-        save_file(_all_weights(backbone, head), temporary / WEIGHTS)
-        (temporary / WEIGHTS).chmod(0o644)  # safetensors makes it private; a server may be another
-        description = _description(backbone, class_names, metadata)
+        is_tuned = trained.backbone.weights_digest != backbone.weights_digest
+        save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
+        _write_weights(trained, temporary / WEIGHTS, class_names)
+        description = _description(trained, class_names, metadata)
         write_json(temporary / DESCRIPTION, description)
         classifier = Classifier.load(temporary)
-        difference = _check_against_torch(classifier, backbone, head, pictures)
+        difference = _check_against_torch(classifier, trained, pictures)
         description["metadata"]["onnx_difference"] = difference
         write_json(temporary / DESCRIPTION, description)
         write_json(temporary / REFERENCE, reference_document(classifier, pictures))
@@ -106,6 +117,13 @@ def package_classifier(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Classifier.load(folder)
+
+
+def _onnx(trained: _Trained, *, cache: Path | None) -> onnx.ModelProto:
+    """The whole network; without a cache its backbone is exported for this once."""
+    if cache is None:
+        return with_head(exported_once(trained.backbone), trained.head)
+    return with_head(onnx.load(export_backbone(trained.backbone, cache=cache)), trained.head)
 
 
 def with_head(model: onnx.ModelProto, head: Mapping[str, Tensor]) -> onnx.ModelProto:
@@ -121,6 +139,25 @@ def with_head(model: onnx.ModelProto, head: Mapping[str, Tensor]) -> onnx.ModelP
     del graph.output[:]
     graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
     return model
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """What is packaged: a backbone, fine-tuned or not, and the head's "weight" and "bias"."""
+
+    backbone: Backbone
+    head: dict[str, Tensor]
+    train: Train
+
+
+def _read_network(path: Path, backbone: Backbone, class_names: Sequence[str]) -> _Trained:
+    layer = nn.Linear(backbone.feature_dim, len(class_names))
+    network = build_network(backbone, nn.Sequential(nn.Dropout(), layer), train="head")
+    load_network(network, path, class_names=class_names)
+    module = network.backbone.eval()
+    tuned = replace(backbone, module=module, weights_digest=digest_weights(module))
+    head = {name: tensor.float() for name, tensor in layer.state_dict().items()}
+    return _Trained(tuned, head, trained_amount(path))
 
 
 def _read_head(path: Path, backbone: Backbone, class_names: Sequence[str]) -> dict[str, Tensor]:
@@ -140,99 +177,57 @@ def _read_head(path: Path, backbone: Backbone, class_names: Sequence[str]) -> di
     return {name: tensor.float() for name, tensor in head.items()}
 
 
-def _all_weights(backbone: Backbone, head: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    tensors = {f"backbone.{name}": t for name, t in backbone.module.state_dict().items()}
+def _write_weights(trained: _Trained, path: Path, class_names: Sequence[str]) -> None:
+    module, head = trained.backbone.module, trained.head
+    tensors = {f"backbone.{name}": t for name, t in module.state_dict().items()}
     tensors |= {f"head.{name}": tensor for name, tensor in head.items()}
-    # Clones: safetensors refuses tensors that share memory or are not contiguous.
-    return {
-        name: tensor.detach().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
+    write_tensors(
+        tensors,
+        path,
+        backbone=trained.backbone.name,
+        train=trained.train,
+        class_names=class_names,
+    )
 
 
 def _description(
-    backbone: Backbone, class_names: Sequence[str], metadata: Mapping[str, Any]
+    trained: _Trained, class_names: Sequence[str], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "class_names": list(class_names),
-        "preprocessing": backbone.preprocessing.to_dict(),
+        "preprocessing": trained.backbone.preprocessing.to_dict(),
         "temperature": 1.0,
         "threshold": None,
         "metadata": {
             **metadata,
-            "backbone": backbone.name,
-            "weights_digest": backbone.weights_digest,
+            "train": trained.train,
+            "backbone": trained.backbone.name,
+            "weights_digest": trained.backbone.weights_digest,
         },
     }
 
 
-# the reference pictures
-
-
-def _reference_pictures(
-    root: Path, paths: Sequence[str], labels: Sequence[int] | None, backbone: Backbone
-) -> list[dict[str, Any]]:
-    """Content (bytes), path and label of the first pictures that can be read."""
-    pictures: list[dict[str, Any]] = []
-    for index, path in enumerate(paths):
-        if len(pictures) == REFERENCE_PICTURES:
-            break
-        with suppress(BadImageError, OSError):
-            content = _small_content(root / path, backbone.preprocessing)
-            label = None if labels is None else int(labels[index])
-            pictures.append({"path": path, "content": content, "label": label})
-    if not pictures:
-        raise DataError(
-            f"None of the {len(paths)} reference pictures in {root} can be read. "
-            "Run `visiontuner prepare` to see why."
-        )
-    return pictures
-
-
-def _small_content(path: Path, preprocessing: Preprocessing) -> bytes:
-    """The file as it is, or a smaller JPEG that still exceeds what the network sees."""
-    content = path.read_bytes()
-    if len(content) <= _LARGEST_PICTURE:
-        decode_image(content, target=preprocessing.resize)
-        return content
-    image = decode_image(content, target=preprocessing.resize)
-    for side in (2 * preprocessing.resize, preprocessing.resize):
-        smaller = image.copy()
-        scale = min(1.0, side / min(smaller.size))
-        smaller = smaller.resize([max(1, round(length * scale)) for length in smaller.size])
-        buffer = io.BytesIO()
-        smaller.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-        if buffer.tell() <= _LARGEST_PICTURE:
-            break
-    return buffer.getvalue()
-
-
 def _check_against_torch(
-    classifier: Classifier,
-    backbone: Backbone,
-    head: Mapping[str, Tensor],
-    pictures: Sequence[Mapping[str, Any]],
+    classifier: Classifier, trained: _Trained, pictures: Sequence[Mapping[str, Any]]
 ) -> float:
     """The largest absolute difference of the logits."""
-    preprocessing = backbone.preprocessing
+    preprocessing = trained.backbone.preprocessing
     pixels = np.stack([read_pixels(picture["content"], preprocessing) for picture in pictures])
-    expected = _torch_logits(backbone, head, normalise(pixels, preprocessing))
+    expected = _torch_logits(trained, normalise(pixels, preprocessing))
     got = classifier.logits(pixels)
     difference = float(np.abs(got - expected).max())
     allowed = max(_ABSOLUTE_TOLERANCE, _RELATIVE_TOLERANCE * float(np.abs(expected).max()))
     if not difference <= allowed:  # NaN too
         raise ExportError(
-            f"The ONNX form of {backbone.name!r} differs from torch by {difference:.1e} in its "
-            f"logits, more than {allowed:.1e}. Choose another: `visiontuner backbones`."
+            f"The ONNX form of {trained.backbone.name!r} differs from torch by {difference:.1e} "
+            f"in its logits, more than {allowed:.1e}. Choose another: `visiontuner backbones`."
         )
     return difference
 
 
-def _torch_logits(
-    backbone: Backbone, head: Mapping[str, Tensor], images: NDArray[np.float32]
-) -> NDArray[np.float64]:
+def _torch_logits(trained: _Trained, images: NDArray[np.float32]) -> NDArray[np.float64]:
     with torch.inference_mode():
-        features = backbone.module(torch.from_numpy(images))  # (B, D)
-        logits = torch.nn.functional.linear(features, head["weight"], head["bias"])
+        features = trained.backbone.module(torch.from_numpy(images))  # (B, D)
+        logits = nn.functional.linear(features, trained.head["weight"], trained.head["bias"])
     return logits.double().numpy()
