@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from visiontuner.errors import CheckpointError, TrialFailed
@@ -48,10 +48,10 @@ def save_checkpoint(
     path = folder / CHECKPOINT_FILE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(path, tensors, header)
-    except (OSError, SafetensorError) as error:
+        _replace(path, save(tensors, header))
+    except OSError as error:
         raise TrialFailed(
-            f"Cannot write the checkpoint {path}: {' '.join(str(error).split())}; make room or "
+            f"Cannot write the checkpoint {path}: {error.strerror}; make room or "
             "choose another folder, and go on from the checkpoint before it."
         ) from None
     return path
@@ -91,12 +91,18 @@ def load_checkpoint(folder: Path, *, made_for: Mapping[str, Any] | None = None) 
     return state
 
 
-def _replace(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+def _replace(path: Path, content: bytes) -> None:
+    # Not safetensors' save_file: killed, it leaves a file under another name each time.
     part = path.with_suffix(".part")
-    save_file(tensors, part, header)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
