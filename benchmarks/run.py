@@ -29,6 +29,7 @@ BENCHMARKS = (
     "outage",
     "rules",
     "compare",
+    "loader",
     "peer",
 )
 APART = ("peer",)

@@ -22,6 +22,7 @@ NAMES = (
     "outage",
     "rules",
     "compare",
+    "loader",
     "peer",
 )
 # Programs that the measurements start, and what they share.
