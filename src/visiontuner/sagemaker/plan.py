@@ -140,6 +140,8 @@ class JobPlan:
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "RAY_USAGE_STATS_ENABLED": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            # The list is complete: what a package wants of the image's torch changes nothing.
+            "PIP_NO_DEPS": "1",
             "PIP_ROOT_USER_ACTION": "ignore",
             "PYTHONUNBUFFERED": "1",
         }

@@ -16,7 +16,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-COMMAND = "python -m visiontuner.sagemaker.cluster"
+# `exec`: SIGTERM goes to a container's first process, and bash, which that is, passes nothing on.
+COMMAND = "exec python -m visiontuner.sagemaker.cluster"
 CHECKPOINTS = "/opt/ml/checkpoints"
 CHANNEL = "pictures"
 CHANNEL_FOLDER = f"/opt/ml/input/data/{CHANNEL}"
