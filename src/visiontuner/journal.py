@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -288,6 +288,11 @@ class SearchRecord:
     def best(self) -> TrialRecord | None:
         ranking = self.ranking()
         return ranking[0] if ranking else None
+
+    def searching(self) -> SearchRecord:
+        """The same search with the trials that searched the space: without a second stage's."""
+        searched = {i: trial for i, trial in self.trials.items() if trial.stage != "network"}
+        return replace(self, trials=searched)
 
     def _start(self, event: Event) -> None:
         previous = self.trials.get(event["trial_id"])

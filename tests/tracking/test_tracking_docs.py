@@ -38,6 +38,11 @@ def plan(new_search: Callable[..., Any]) -> SearchPlan:
     search.append(
         "finding", trial_id="t0001", attempt=1, rule="r", severity="info", evidence="", advice=""
     )
+    configuration = {"learning_rate": 0.001, "batch_size": 32}
+    stage = {"stage": "network", "starts_from": "t0001"}
+    search.append(
+        "trial_started", trial_id="t0003", attempt=1, configuration=configuration, **stage
+    )
     search.finish()
     return SearchPlan.of(read_events(search.folder).events)
 

@@ -62,17 +62,18 @@ def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> 
     """Searched values of the best trial that lie at an edge of the search space.
 
     A range has its edges in the outer 5 % of its span, on its own scale; a list of three or more
-    numbers in its lowest and highest one. Where nothing can lie beyond (dropout 0, a batch of all
+    numbers in its lowest and highest one. A trial of a second stage counts as the one it began
+    with. Where nothing can lie beyond (dropout 0, a batch of all
     training pictures) there is no finding.
 
     Args:
         space: `experiment.search.space`.
         tied: trials that cannot be told apart from the best one.
     """
-    best = record.best
+    best = record.best and _searched(record, record.best)
     if best is None:
         return []
-    rivals = [record.trials[trial_id] for trial_id in tied if trial_id in record.trials]
+    rivals = [_searched(record, record.trials[name]) for name in tied if name in record.trials]
     found = []
     for name, domain in space.items():
         side = _side(domain, best, name)
@@ -91,6 +92,11 @@ def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> 
                 )
             )
     return found
+
+
+def _searched(record: SearchRecord, trial: TrialRecord) -> TrialRecord:
+    """The trial whose values were searched: of one of a second stage, the one it started from."""
+    return record.trials.get(trial.starts_from or "", trial)
 
 
 def _side(domain: Domain, trial: TrialRecord, name: str) -> Side | None:

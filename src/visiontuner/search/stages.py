@@ -6,8 +6,8 @@ first one's trials alone, so that a search that is resumed goes on with the same
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from visiontuner.experiment import Configuration, Experiment, Stages
@@ -64,8 +64,7 @@ def plan_stage(stage: Stage, record: SearchRecord) -> Plan:
     """What of a stage has not finished; the second one is known when the first one has ended."""
     if stage.name == "network":
         return _plan_networks(stage.search, record)
-    heads = [trial for trial in record.trials.values() if trial.stage != "network"]
-    return make_plan(stage.experiment, _only(record, heads), stage=stage.name)
+    return make_plan(stage.experiment, record.searching(), stage=stage.name)
 
 
 def remaining_trials(experiment: Experiment, record: SearchRecord) -> int:
@@ -128,7 +127,7 @@ def starting_heads(experiment: Experiment, record: SearchRecord) -> list[TrialRe
 
 def _plan_networks(experiment: Experiment, record: SearchRecord) -> Plan:
     heads = starting_heads(experiment, record)
-    offset = highest_number(t.trial_id for t in record.trials.values() if t.stage != "network")
+    offset = highest_number(record.searching().trials)
     planned = [
         PlannedTrial(
             trial_id=trial_name(offset + position),
@@ -170,7 +169,3 @@ def _attempts(record: SearchRecord, trial_id: str) -> int:
 
 def _is_finished(record: SearchRecord, trial_id: str) -> bool:
     return trial_id in record.trials and record.trials[trial_id].finished
-
-
-def _only(record: SearchRecord, trials: Sequence[TrialRecord]) -> SearchRecord:
-    return replace(record, trials={trial.trial_id: trial for trial in trials})

@@ -26,7 +26,7 @@ def importances(record: SearchRecord) -> dict[str, float]:
 
     Source: Watanabe et al. 2023, https://arxiv.org/abs/2304.10255
     """
-    trials = [t for t in record.ranking() if math.isfinite(t.best_value or 0.0)]
+    trials = [t for t in record.searching().ranking() if math.isfinite(t.best_value or 0.0)]
     trials = sorted(trials, key=lambda trial: trial.trial_id)
     names = [
         name

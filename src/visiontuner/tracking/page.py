@@ -157,9 +157,16 @@ def _question(record: SearchRecord) -> str:
     scheduler = search.get("scheduler", "none")
     return (
         f"Searched: {', '.join(searched) or 'nothing'}, by {label(record.objective).lower()}, for "
-        f"a {model.get('train', 'head')} on {model.get('backbone', 'an unknown backbone')} "
+        f"{_trained(model, search)} {model.get('backbone', 'an unknown backbone')} "
         f"(algorithm {how}, scheduler {scheduler}) with {_source(record)}."
     )
+
+
+def _trained(model: Mapping[str, Any], search: Mapping[str, Any]) -> str:
+    train = str(model.get("train", "head"))
+    known = {"head": "a head on", "last_stage": "the last stage of", "all": "all of"}
+    words = known.get(train, f"{train} of")
+    return f"heads on, then for {words}" if search.get("stages") else words
 
 
 def _source(record: SearchRecord) -> str:
@@ -316,9 +323,15 @@ def _trial_rows(record: SearchRecord, state: str, where: Mapping[str, Any]) -> I
             seconds=_training_seconds(trial),
             state="interrupted" if dead else trial.state.replace("_", " "),
             findings=", ".join(sorted({finding.rule for finding in trial.findings})),
-            remark=" ".join(filter(None, (trial.error, trial.reason))),
+            remark=" ".join(filter(None, (_stage(trial), trial.error, trial.reason))),
             run_id=run_ids.get(trial.trial_id),
         )
+
+
+def _stage(trial: TrialRecord) -> str:
+    if trial.stage != "network":
+        return ""
+    return f"Network, begun with the head of {trial.starts_from}."
 
 
 def _ranked(record: SearchRecord) -> list[TrialRecord]:

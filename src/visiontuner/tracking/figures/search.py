@@ -35,13 +35,17 @@ from visiontuner.tracking.importance import importances
 
 
 def search_figures(record: SearchRecord) -> dict[str, Figure]:
-    """Every figure of a search that its record allows, by file name."""
+    """Every figure of a search that its record allows, by file name.
+
+    Those of the searched values leave out a second stage, which searched none.
+    """
+    searching = record.searching()
     drawn = {
         "all_curves": all_curves(record),
         "best_so_far": best_so_far(record),
-        "learning_rate_batch_size": learning_rate_batch_size_map(record),
-        "parallel_coordinates": parallel_coordinates(record),
-        "importance": importance(record),
+        "learning_rate_batch_size": learning_rate_batch_size_map(searching),
+        "parallel_coordinates": parallel_coordinates(searching),
+        "importance": importance(searching),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
