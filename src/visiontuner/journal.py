@@ -12,7 +12,7 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
-    trial_ended      state, best_epoch, best_value, error, reason
+    trial_ended      state, best_epoch, best_value, error, reason, host
     search_ended     state, best_trial, error
 
 `SearchRecord` folds the lines into the state of the search: a pure function of what was read.

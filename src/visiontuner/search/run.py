@@ -177,6 +177,7 @@ class JournalCallback(Callback):
             trial_id,
             "completed" if whole else "stopped_early",
             reason=None if whole else self._rules.reasons.get(trial_id),
+            host=(trial.last_result or {}).get("hostname"),
         )
         self._weights.prune()
 
