@@ -21,12 +21,13 @@ from visiontuner.cli.promote import promote
 from visiontuner.cli.query import query
 from visiontuner.cli.search import backbones, doctor, prepare, sync
 from visiontuner.cli.stop import stop
+from visiontuner.cli.train import train
 from visiontuner.cli.tune import tune
 
 __all__ = ["NOT_GIVEN", "main"]
 
 _GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Search": (tune, prepare, lr_find, sync, backbones, doctor),
+    "Search": (tune, prepare, train, lr_find, sync, backbones, doctor),
     "Judge": (evaluate, compare, diagnose, promote, lineage),
     "Serve": (preflight, deploy, update, query, endpoints, undeploy),
     "Cloud": (jobs, attach, stop),

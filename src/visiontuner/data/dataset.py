@@ -56,6 +56,12 @@ class ImageDataset:
         counts = Counter(sample.label for sample in self.splits[split])
         return [counts[label] for label in range(len(self.class_names))]
 
+    def with_validation_in_train(self) -> ImageDataset:
+        """The same pictures, with those of validation in train as well as where they are."""
+        train = sorted((*self.splits["train"], *self.splits["validation"]), key=lambda s: s.path)
+        splits = {**self.splits, "train": tuple(train)}
+        return replace(self, splits=splits, digest=_digest(self.class_names, splits))
+
 
 def load_dataset(
     root: Path,

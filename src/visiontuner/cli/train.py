@@ -1,0 +1,144 @@
+"""The command `train`: one training with given or with the best found hyperparameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from visiontuner.cli.errors import OneLineErrors
+from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, read_raw
+from visiontuner.errors import UserMistake
+
+if TYPE_CHECKING:
+    from visiontuner.cli.training_console import TrainingConsole
+    from visiontuner.workflow import SearchResult
+
+
+@click.command(cls=OneLineErrors)
+@experiment_options
+@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option("--epochs", metavar="N", default="auto", help="The same as --set training.epochs=N.")
+@click.option(
+    "--from",
+    "origin",
+    metavar="SEARCH|RUN|MODEL",
+    default="none",
+    help="Take the hyperparameters of a search's best trial, of a run, of `champion` or a model.",
+)
+@click.option(
+    "--on",
+    "trained_on",
+    type=click.Choice(["train", "train+validation"]),
+    default="train",
+    show_default=True,
+    help="Which pictures. Of train+validation the last epoch counts.",
+)
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    default="auto",
+    help="The training's folder. Default: searches/NAME-train-TIME.",
+)
+@click.option("--resume", metavar="FOLDER", default="none", help="Go on with an earlier training.")
+def train(resume: str, output: str, **asked: Any) -> None:
+    """Train once, without a search; the model registers like any other.
+
+    The folder is a search folder with one trial: evaluate, diagnose, promote and deploy take it.
+    After any interruption --resume goes on from the last whole epoch, with the same numbers.
+
+    \b
+    Examples:
+      visiontuner train --data photos/ --set training.learning_rate=0.003
+      visiontuner train --from searches/photos-20261122-154100 --epochs 60
+      visiontuner train --from champion --set model.train=last_stage
+      visiontuner train --from searches/photos-20261122-154100 --on train+validation
+      visiontuner train --resume searches/photos-train-20261122-161500
+    """
+    if resume not in NOT_GIVEN:
+        _refuse_changes(output=output, **{k: v for k, v in asked.items() if k != "overrides"})
+
+    from visiontuner.cli.training_console import TrainingConsole
+
+    console = TrainingConsole()
+    try:
+        if resume not in NOT_GIVEN:
+            from visiontuner.workflow.train import resume_training
+
+            changed = given_values(asked["overrides"])
+            result = resume_training(Path(resume), overrides=changed, observer=console)
+        else:
+            result = _begin(console, output, **asked)
+    finally:
+        console.close()
+    _print_result(result, said=console.said)
+
+
+def _begin(
+    console: TrainingConsole,
+    output: str,
+    *,
+    experiment: str,
+    data: str,
+    overrides: tuple[str, ...],
+    backbone: str,
+    epochs: str,
+    origin: str,
+    trained_on: str,
+) -> SearchResult:
+    flags = {"model.backbone": backbone, "training.epochs": epochs}
+    given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
+    raw, where = read_raw(experiment, data)
+
+    from visiontuner.workflow.train import train as run
+    from visiontuner.workflow.train_from import find_origin, one_training
+
+    found = None
+    if origin not in NOT_GIVEN:
+        own = experiment not in NOT_GIVEN
+        found = find_origin(origin, name=raw.get("name") if own else None)
+        if not own:  # all of the origin's, but for the pictures if others are named
+            pictures = {} if data in NOT_GIVEN else {"data": raw["data"]}
+            raw, where = {**found.experiment, **pictures}, origin
+    chosen = one_training(raw, [*given, *given_values(overrides)], found, where=where)
+    return run(
+        chosen,
+        origin=found,
+        trained_on=trained_on,  # type: ignore[arg-type]  # click checked it
+        output=None if output in NOT_GIVEN else Path(output),
+        observer=console,
+    )
+
+
+def _refuse_changes(*, trained_on: str, **texts: str) -> None:
+    if given_values(list(texts.values())) or trained_on != "train":
+        raise UserMistake(
+            "--resume goes on with the training as it was; leave the other flags out, or start a "
+            "new one with them."
+        )
+
+
+def _print_result(result: SearchResult, *, said: set[str]) -> None:
+    record, best = result.record, result.best
+    assert best is not None
+    if record.is_unvalidated:
+        click.echo(f"\nTrained on train and validation; the last epoch, {best.best_epoch}, counts.")
+        calibrated = record.started.get("calibration")
+        click.echo(
+            f"  temperature and threshold: those of {calibrated['fitted_on']}"
+            if calibrated
+            else "  temperature and threshold: not set; no picture is left to fit them on"
+        )
+    else:
+        click.echo(f"\n{record.objective} {best.best_value:.4f} in epoch {best.best_epoch}")
+    click.echo(f"  classifier: {result.classifier}")
+    if result.model:
+        click.echo(f"  MLflow model: {result.model} (in {result.tracking_uri})")
+    if result.tracking_problem:
+        known = result.tracking_problem in said
+        reason = "." if known else f": {result.tracking_problem}"
+        click.echo(f"\nNot everything is in MLflow{reason}")
+        click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")
+    else:
+        click.echo(f"\nNext, look at the test pictures: visiontuner evaluate {result.folder}")

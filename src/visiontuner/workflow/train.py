@@ -1,0 +1,418 @@
+"""One training with given hyperparameters, in this process: a search folder with one trial.
+
+Everything that looks at a search looks at it the same way: MLflow, evaluate, promote, report.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from visiontuner.errors import (
+    JournalError,
+    SearchFailed,
+    SearchInterrupted,
+    TrackingError,
+    TrialFailed,
+    UserMistake,
+    VisiontunerError,
+)
+from visiontuner.experiment import Experiment
+from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord
+from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.workflow.inputs import Inputs, with_absolute_paths
+from visiontuner.workflow.journals import open_journal, read_record
+from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
+from visiontuner.workflow.observing import Observer, Silent, note_findings
+from visiontuner.workflow.packaging import is_packaged, package_trial
+from visiontuner.workflow.recording import BackgroundTracking, register_classifier
+from visiontuner.workflow.stores import StoreRecorder
+from visiontuner.workflow.threads import training_threads
+from visiontuner.workflow.train_from import Origin
+
+if TYPE_CHECKING:
+    from visiontuner.search.labels import Stores
+    from visiontuner.search.live_rules import LiveRules
+    from visiontuner.search.recorder import Recorder
+    from visiontuner.search.trial import TrainedOn, TrialTask
+    from visiontuner.training.fit import EpochResult, StepDone
+
+TRIAL_ID = "t0001"
+START_HEAD_FILE = "start_head.safetensors"
+CHANGEABLE = ("training.workers", "training.micro_batch_size")
+
+
+class TrainingObserver(Observer, Protocol):
+    """Who watches a training, step by step."""
+
+    def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
+        """After step `step` (from 1) of `steps` in an epoch; reading the loss takes time."""
+
+
+class SilentTraining(Silent):
+    """A TrainingObserver that shows nothing."""
+
+    def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None: ...
+
+
+def train(
+    experiment: Experiment,
+    *,
+    origin: Origin | None = None,
+    trained_on: TrainedOn = "train",
+    output: Path | None = None,
+    observer: TrainingObserver | None = None,
+) -> SearchResult:
+    """Train once, write it to MLflow, package and register it.
+
+    Args:
+        experiment: as `train_from.one_training` makes it: its search is this one configuration.
+        origin: where the configuration comes from. A network begins with its trained head, if it
+            has one for the same backbone and classes.
+        trained_on: with `train+validation` the last epoch counts, no validation metric is kept, and
+            the temperature is the origin's.
+        output: a new folder; default: `searches/NAME-train-TIME` here.
+
+    Raises:
+        UserMistake: the folder is taken, or data or backbone do not fit the experiment.
+        SearchFailed: the training cannot be used or cannot go on; the message says why.
+        SearchInterrupted: it was stopped in order; the message has the command that goes on.
+    """
+    folder = output or SEARCHES / f"{experiment.name}-train-{time.strftime('%Y%m%d-%H%M%S')}"
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserMistake(
+            f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
+        )
+    observer = observer or SilentTraining()
+    if trained_on != "train" and experiment.training.early_stop is not None:
+        observer.note("No early stop: no picture is left to see from when to stop.")
+        training = experiment.training.model_copy(update={"early_stop": None})
+        experiment = experiment.model_copy(update={"training": training})
+    run = _Training(with_absolute_paths(experiment), folder, observer)
+    return run.begin(origin, trained_on)
+
+
+def resume_training(
+    folder: Path, *, overrides: Sequence[str] = (), observer: TrainingObserver | None = None
+) -> SearchResult:
+    """Go on with a training after any interruption, from its last whole epoch.
+
+    On a CPU in fp32 the numbers are those of a training that was not interrupted. One that ended is
+    packaged and registered if it is not yet.
+
+    Args:
+        overrides: `section.key=value` of what leaves the numbers as they are, `CHANGEABLE`.
+
+    Raises:
+        JournalError: the folder holds no training, or another process is running it.
+        UserMistake: the pictures are not those it began with.
+        CheckpointError: the checkpoint is of another network, class list or setting.
+    """
+    if not (folder / FILE_NAME).is_file() or not (folder / EXPERIMENT_FILE).is_file():
+        raise JournalError(f"{folder} holds no training: `visiontuner train` begins one.")
+    record = SearchRecord.load(folder)
+    if record.started and not record.is_training:
+        raise JournalError(f"{folder} holds a search: visiontuner tune --resume {folder}")
+    for override in overrides:
+        if override.partition("=")[0].strip() not in CHANGEABLE:
+            raise UserMistake(
+                f"{override!r} would make another training of it; only {' and '.join(CHANGEABLE)} "
+                "can be set with --resume."
+            )
+    experiment = Experiment.load(folder / EXPERIMENT_FILE, overrides)
+    return _Training(experiment, folder, observer or SilentTraining()).go_on()
+
+
+class _Training:
+    """One run of a training, from the pictures to the registered model."""
+
+    def __init__(self, experiment: Experiment, folder: Path, observer: TrainingObserver) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.observer = observer
+        self.inputs = Inputs(experiment, observer)
+        self.tracking_uri = tracking_uri()
+        # `mlflow run` opened a run for us to adopt.
+        self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
+
+    def begin(self, origin: Origin | None, trained_on: TrainedOn) -> SearchResult:
+        _ = self.inputs.dataset, self.inputs.description  # mistakes in them leave no folder
+        facts: dict[str, Any] = {"trained_on": trained_on, "from": None}
+        if origin is not None:
+            self.observer.note(f"Hyperparameters: {origin.description}.")
+            facts["from"] = {"description": origin.description, **origin.facts}
+            self._keep_head(origin)
+            if trained_on != "train":
+                facts["calibration"] = self._calibration(origin)
+        return self._run(SearchRecord(), facts)
+
+    def go_on(self) -> SearchResult:
+        return self._run(read_record(self.folder, self.inputs.dataset), {})
+
+    def _run(self, record: SearchRecord, facts: dict[str, Any]) -> SearchResult:
+        _ = self.inputs.description
+        trial = record.trials.get(TRIAL_ID)
+        had_ended = trial is not None and trial.state in ("completed", "stopped_early")
+        recorder = open_journal(
+            self.folder, self.experiment, self.inputs.dataset, record, self.observer, **facts
+        )
+        with closing(recorder):
+            tracking = BackgroundTracking(
+                self.folder, self.tracking_uri, self.adopted_run, self.observer
+            )
+            try:
+                with self._ending_in_order(recorder, tracking):
+                    if not had_ended:
+                        self._train(recorder)
+                return self._conclude(recorder, tracking, had_ended=had_ended)
+            finally:
+                tracking.close()
+
+    # before the first step
+
+    def _keep_head(self, origin: Origin) -> None:
+        """A copy of the head that the network begins with: the training can then go on alone."""
+        head = origin.head()
+        if head is None or not self.experiment.trains_on_pictures:
+            return
+        if not self._fits(origin):
+            self.observer.note(
+                "The head starts anew: the one of the origin is for another backbone, other "
+                "weights or other classes."
+            )
+            return
+        folder = self.folder / "trials" / TRIAL_ID
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(head, folder / START_HEAD_FILE)
+        self.observer.note("The network begins with the origin's trained head.")
+
+    def _fits(self, origin: Origin) -> bool:
+        theirs, ours = origin.experiment["model"], self.experiment.model
+        same = all(theirs[name] == getattr(ours, name) for name in ("backbone", "weights"))
+        return same and origin.class_names == self.inputs.dataset.class_names
+
+    def _calibration(self, origin: Origin) -> dict[str, Any] | None:
+        """What the journal keeps of the origin's calibration."""
+        if origin.class_names != self.inputs.dataset.class_names:
+            return None
+        found = origin.calibration()
+        return None if found is None else asdict(found)
+
+    # the training
+
+    def _train(self, recorder: Recorder) -> None:
+        """Until the trial has ended; the journal has all of it."""
+        from visiontuner.search.live_rules import LiveRules
+        from visiontuner.search.recorder import end_trial
+
+        stores = self._stores(recorder)
+        self._warn()
+        record = recorder.record
+        attempt = record.trials[TRIAL_ID].attempt + 1 if record.trials else 1
+        (configuration,) = self.experiment.search.first or ({},)
+        recorder.append(
+            "trial_started", trial_id=TRIAL_ID, attempt=attempt, configuration=configuration
+        )
+        self.observer.trials_begin(record, 1)
+        rules = LiveRules(self.folder, self.experiment, stores.read_labels, recorder)
+        try:
+            self._run_epochs(self._task(stores, recorder.record), recorder, rules)
+        except TrialFailed as error:
+            if _can_go_on(recorder.record.trials[TRIAL_ID], error):
+                raise
+            rules.end(TRIAL_ID, error=str(error))
+            end_trial(recorder, TRIAL_ID, "failed", error=str(error))
+            return
+        finally:
+            self.observer.trials_end()
+        rules.end(TRIAL_ID)
+        whole = record.trials[TRIAL_ID].epochs[-1].step >= self.experiment.training.epochs
+        end_trial(
+            recorder,
+            TRIAL_ID,
+            "completed" if whole else "stopped_early",
+            reason=rules.reasons.get(TRIAL_ID),
+        )
+
+    def _stores(self, recorder: Recorder) -> Stores:
+        """What is trained on, ready and in the journal."""
+        stores = StoreRecorder(self.inputs, recorder)
+        if not self.experiment.trains_on_pictures:
+            return stores.record(*self.inputs.features())
+        dataset = self.inputs.dataset
+        if recorder.record.is_unvalidated:
+            dataset = dataset.with_validation_in_train()
+        return stores.record(*self.inputs.pictures(dataset))
+
+    def _warn(self) -> None:
+        """What of the pictures and the settings a training alone does not show."""
+        dataset, training = self.inputs.dataset, self.experiment.training
+        note_findings(self.observer, [f for f in dataset.findings if f.severity != "info"])
+        pictures = len(dataset.splits["train"])
+        if training.batch_size > pictures:
+            self.observer.note(
+                f"warning: batch_size {training.batch_size} is more than the {pictures} training "
+                "pictures: every epoch is a single step. Choose a smaller one."
+            )
+
+    def _task(self, stores: Stores, record: SearchRecord) -> TrialTask:
+        from visiontuner.search.trial import TrialTask
+
+        folder = self.folder.resolve()
+        head = folder / "trials" / TRIAL_ID / START_HEAD_FILE
+        return TrialTask(
+            experiment=self.experiment,
+            search_folder=folder,
+            threads=training_threads(self.experiment),
+            features_folder=stores.features,
+            pictures_folder=stores.pictures,
+            cache=self.inputs.cache,
+            start_heads={TRIAL_ID: head} if head.is_file() else {},
+            checkpoints=True,
+            trained_on=record.started["trained_on"],
+        )
+
+    def _run_epochs(self, task: TrialTask, recorder: Recorder, rules: LiveRules) -> None:
+        from visiontuner.search.recorder import findings_of
+
+        trial = recorder.record.trials[TRIAL_ID]
+        config = {"trial_id": TRIAL_ID, "configuration": trial.configuration}
+        who = {"trial_id": TRIAL_ID, "attempt": trial.attempt}
+        with closing(_epochs(config, task, self._on_step)) as results:
+            for result in results:
+                metrics = _metrics(result, unvalidated=recorder.record.is_unvalidated)
+                stop = rules.stops(TRIAL_ID, result.epoch, metrics)
+                steps = {"step_losses": result.step_losses} if result.step_losses else {}
+                recorder.append("epoch", **who, step=result.epoch, metrics=metrics, **steps)
+                for finding in findings_of(result.notes, result.epoch):
+                    recorder.append("finding", **who, **asdict(finding))
+                    self.observer.note(f"{finding.severity}: {finding.evidence}.")
+                rules.write_waiting(TRIAL_ID)
+                if stop:
+                    return
+
+    def _on_step(self, done: StepDone) -> None:
+        steps = done.steps_per_epoch
+        self.observer.step(
+            done.epoch, done.step - (done.epoch - 1) * steps, steps, lambda: float(done.loss)
+        )
+
+    @contextmanager
+    def _ending_in_order(self, recorder: Recorder, tracking: BackgroundTracking) -> Iterator[None]:
+        """Whatever ends a training, its journal and MLflow say so, and a person how to go on."""
+        go_on = f"Go on with: visiontuner train --resume {self.folder}"
+        try:
+            yield
+        except KeyboardInterrupt:
+            where = self._interrupt(recorder, "stopped")
+            tracking.close(timeout_seconds=10)
+            raise SearchInterrupted(f"Stopped{where}; nothing is lost. {go_on}") from None
+        except VisiontunerError as error:
+            self._interrupt(recorder, str(error))
+            if isinstance(error, UserMistake):
+                raise
+            raise SearchFailed(f"{error} What is done is kept. {go_on}") from None
+        except Exception as error:
+            self._interrupt(recorder, f"{type(error).__name__}: {error}")
+            raise
+
+    def _interrupt(self, recorder: Recorder, reason: str) -> str:
+        """Close the journal of a training that can go on; where it was, for a sentence."""
+        from visiontuner.search.recorder import end_trial
+
+        self.observer.trials_end()
+        trial = recorder.record.trials.get(TRIAL_ID)
+        if trial is not None and trial.state == "running":
+            end_trial(recorder, TRIAL_ID, "interrupted", reason=reason)
+        recorder.append("search_ended", state="interrupted", best_trial=None)
+        if trial is None or trial.finished:
+            return ""
+        done = trial.epochs[-1].step if trial.epochs else 0
+        return f" in epoch {done + 1} of {self.experiment.training.epochs}"
+
+    # after the last epoch
+
+    def _conclude(
+        self, recorder: Recorder, tracking: BackgroundTracking, *, had_ended: bool
+    ) -> SearchResult:
+        record = recorder.record
+        best = record.best
+        recorder.append("search_ended", state="completed", best_trial=best and best.trial_id)
+        if best is None:
+            raise SearchFailed(f"The training failed: {record.trials[TRIAL_ID].error}")
+        with self._ending_in_order(recorder, tracking):
+            if not (had_ended and is_packaged(self.folder, record)):
+                self._package(best, record)
+        problem, model = tracking.close(), None
+        if problem is None:
+            try:
+                model = register_classifier(
+                    self.folder, record, tracking.run_ids, self.tracking_uri
+                )
+            except TrackingError as error:
+                problem = str(error)
+        # Not before: until here the training could be gone on with.
+        shutil.rmtree(self.folder / "trials" / TRIAL_ID / "checkpoint", ignore_errors=True)
+        return SearchResult(
+            folder=self.folder,
+            record=record,
+            state="completed",
+            tracking_uri=self.tracking_uri,
+            tracking_problem=problem,
+            classifier=self.folder / CLASSIFIER_FOLDER,
+            model=model,
+        )
+
+    def _package(self, trial: TrialRecord, record: SearchRecord) -> None:
+        self.observer.note("Packaging it as a classifier.")
+        package_trial(
+            self.folder,
+            trial,
+            experiment=self.experiment,
+            dataset=self.inputs.dataset,
+            backbone=self.inputs.backbone,
+            cache=self.inputs.cache,
+        )
+        calibration = record.started.get("calibration")
+        if calibration is not None:
+            from visiontuner.model.classifier_files import recalibrate
+
+            recalibrate(
+                self.folder / CLASSIFIER_FOLDER,
+                temperature=calibration["temperature"],
+                threshold=calibration["threshold"],
+                metadata={"calibration": {"fitted_on": calibration["fitted_on"]}},
+            )
+
+
+def _can_go_on(trial: TrialRecord, error: TrialFailed) -> bool:
+    """A dead process or a full memory can be got over; a loss that exploded comes back."""
+    return bool(trial.epochs) and "learning rate" not in str(error)
+
+
+def _epochs(
+    config: dict[str, Any], task: TrialTask, on_step: Callable[[StepDone], None]
+) -> Generator[EpochResult, None, None]:
+    """The epochs, on pictures or on features."""
+    if task.pictures_folder is not None:
+        from visiontuner.search.network_trial import train_epochs as train_network
+
+        return train_network(config, task, on_step=on_step)
+    from visiontuner.search.head_trial import train_epochs as train_head
+
+    return train_head(config, task, on_step=on_step)
+
+
+def _metrics(result: EpochResult, *, unvalidated: bool) -> dict[str, float]:
+    """Without what was measured on pictures that were trained on."""
+    return {
+        name: value
+        for name, value in result.metrics.to_dict().items()
+        if not (unvalidated and name.startswith("validation_"))
+    }
