@@ -35,13 +35,8 @@ from visiontuner.model.classifier_files import (
     write_json,
 )
 from visiontuner.model.export import export_backbone, exported_once, save_onnx
-from visiontuner.model.network import (
-    Train,
-    build_network,
-    load_network,
-    trained_amount,
-    write_tensors,
-)
+from visiontuner.model.network import Train, build_network
+from visiontuner.model.network_files import load_network, trained_amount, write_tensors
 from visiontuner.model.reference import reference_pictures
 from visiontuner.model.weights import digest_weights
 

@@ -18,13 +18,8 @@ from safetensors.numpy import save_file
 from visiontuner.data.picture_store import PictureStore
 from visiontuner.experiment import NO_AUGMENTATION, Experiment, Training
 from visiontuner.model.backbone import Backbone, load_backbone
-from visiontuner.model.network import (
-    Network,
-    build_network,
-    load_head,
-    parameter_groups,
-    save_network,
-)
+from visiontuner.model.network import Network, build_network, parameter_groups
+from visiontuner.model.network_files import load_head, save_network
 from visiontuner.search.trial import (
     HEAD_FILE,
     NETWORK_FILE,
