@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.digests import write_json
 from visiontuner.data.images import decode_image, picture_formats
@@ -101,7 +102,7 @@ def _decode_all(
     pictures: Sequence[tuple[str, Path]], workers: int | None
 ) -> Iterator[tuple[str, PictureFacts]]:
     batches = [list(pictures[i : i + _BATCH]) for i in range(0, len(pictures), _BATCH)]
-    processes = min(workers or _available_cores(), len(batches))
+    processes = min(workers or available_cpus(), len(batches))
     # fork is unsafe in a process with threads, and torch and Ray start some.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
@@ -136,9 +137,3 @@ def _decode(path: Path) -> PictureFacts:
     except BadImageError as error:
         return PictureFacts(error=str(error).removeprefix(f"Cannot read {path}: "))
     return PictureFacts(name, width, height, str(imagehash.phash(image, hash_size=HASH_SIDE)))
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

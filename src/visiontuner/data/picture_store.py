@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -27,6 +26,7 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
+from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
 from visiontuner.data.images import Preprocessing, decode_image, read_pixels
@@ -99,7 +99,7 @@ def prepare_pictures(
                     folder=folder,
                     forms={"train": "views" if augmented else "pixels", "validation": "pixels"},
                     on_bad_image=on_bad_image,
-                    workers=workers or min(_MOST_THREADS, _available_cores()),
+                    workers=workers or min(_MOST_THREADS, available_cpus()),
                     progress=progress or (lambda _done, _total: None),
                 ).run()
     store = PictureStore.open(folder)
@@ -253,9 +253,3 @@ def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
 
 def _bad_image(reason: str) -> BadImageError:
     return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
-
-
-def _available_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

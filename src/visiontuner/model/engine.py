@@ -13,9 +13,9 @@ import onnxruntime
 import torch
 from numpy.typing import NDArray
 
+from visiontuner.data.cores import available_cpus
 from visiontuner.errors import ExportError
 from visiontuner.model.backbone import Backbone
-from visiontuner.model.decoding import available_cpus
 from visiontuner.model.export import export_backbone
 from visiontuner.model.store import Precision
 

@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
 from visiontuner.data.images import normalise
 from visiontuner.errors import BadImageError, DataError
-from visiontuner.model.decoding import DecodedBatch, available_cpus, decode_batches
+from visiontuner.model.decoding import DecodedBatch, decode_batches
 from visiontuner.model.description import BackboneDescription
 from visiontuner.model.shards import FOLDER as SHARDS
 from visiontuner.model.shards import SHARD_SIZE, Shard, assemble, cut_into_shards

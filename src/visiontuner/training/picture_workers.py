@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from visiontuner.data.cores import available_cpus
 from visiontuner.data.images import Preprocessing
 from visiontuner.data.stored_pictures import PictureStore, StoredPictures
 from visiontuner.errors import DataError, TrialFailed, VisiontunerError
@@ -91,14 +92,16 @@ class Views(Dataset[Tensor]):
             ) from None
 
 
-def default_workers(device: torch.device) -> int:
-    """By the threads of this process: beside a GPU all but one prepare pictures.
+def choose_workers(asked: int | None, device: torch.device) -> int:
+    """How many workers, where nobody says: beside a GPU all threads of this process but one.
 
-    On a CPU the network itself takes every core; a process more costs speed on few of them.
+    On a CPU the network itself uses every thread, and a picture costs a fiftieth of what the
+    network does with it: one worker for four threads. More than there are cores help nobody.
     """
     threads = torch.get_num_threads()
-    wanted = threads // 4 if device.type == "cpu" else max(1, threads - 1)
-    return min(_MOST_WORKERS, wanted)
+    by_threads = threads // 4 if device.type == "cpu" else max(1, threads - 1)
+    wanted = min(_MOST_WORKERS, by_threads) if asked is None else asked
+    return min(wanted, available_cpus())
 
 
 def _shared(batch: Tensor) -> Tensor | NDArray[np.uint8]:

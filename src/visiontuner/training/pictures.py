@@ -24,15 +24,12 @@ from visiontuner.training.picture_workers import (
     Failed,
     Key,
     Views,
+    choose_workers,
     clean_workers,
-    default_workers,
     room_for_queues,
     start_worker,
     worker_died,
 )
-
-# Pictures evaluated at a time: bounds memory, whatever the split's size.
-EVALUATION_BATCH = 64
 
 
 class PictureBatches:
@@ -43,12 +40,12 @@ class PictureBatches:
 
     Args:
         augmentation: how training pictures are changed; `in_order` never changes one.
-        workers: processes that prepare pictures; by default so many as suit the device and the
-            threads of this process. 0 prepares them in this process.
+        workers: processes that prepare pictures, at most one a core; by default so many as suit
+            the device and the threads of this process. 0 prepares them in this process.
         device: where the batches are handed over.
 
     Attributes:
-        notes: what is other than asked for, for people.
+        notes: what is other than asked for, for people; it grows while batches are made.
     """
 
     def __init__(
@@ -74,7 +71,7 @@ class PictureBatches:
             for values in (preprocessing.mean, preprocessing.std)
         )
         self._views = Views(pictures, augmentation, preprocessing)
-        self._workers = default_workers(device) if workers is None else workers
+        self._workers = choose_workers(workers, device)
         self._keys: list[list[Key]] = []
         self._loader: DataLoader[Tensor] | None = None
 
@@ -107,7 +104,7 @@ class PictureBatches:
         Raises:
             DataError: the store holds views of these pictures, for random crops.
         """
-        for rows in torch.split(torch.arange(len(self.labels)), EVALUATION_BATCH):
+        for rows in torch.split(torch.arange(len(self.labels)), self.batch_size):
             yield self._normalised(self._gather(rows))
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ def training_threads(experiment: Experiment) -> int:
     The number of threads decides the order of sums, and with it the last digits: a head that is
     trained alone is then the same as the one that a search trained.
     """
-    from visiontuner.model.decoding import available_cpus
+    from visiontuner.data.cores import available_cpus
 
     if experiment.trains_on_pictures:
         return available_cpus()
