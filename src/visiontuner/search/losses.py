@@ -5,11 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-# Ray's own errors for a machine or a process that has gone; all else the trial itself raised.
-_LOST = re.compile(
-    r"ray\.exceptions\.(ActorDiedError|ActorUnavailableError|RayActorError|NodeDiedError"
-    r"|LocalRayletDiedError|WorkerCrashedError|ObjectLostError|OwnerDiedError)"
-)
+# So Ray writes of an actor whose process or machine has gone. What a trial itself raised begins
+# with `ray::`, and an actor that could not even be made would fail anywhere.
+_LOST = re.compile(r"(?:Failure # \d+ .*\n)?The actor (?!died because of an error)")
 MOST_LOSSES = 3
 
 
@@ -20,12 +18,12 @@ class Losses:
         self._lost: Counter[str] = Counter()
         self._waiting = False
 
-    def begins_again(self, trial_id: str, traceback: str) -> bool:
-        """Whether a trial that ended with this traceback lost its worker and is to run again.
+    def begins_again(self, trial_id: str, told: str) -> bool:
+        """Whether a trial of which Ray told this lost its worker and is to run again.
 
         A trial that has lost as many as `MOST_LOSSES` is taken to be what ends them.
         """
-        if not _LOST.search(traceback):
+        if not _LOST.match(told):
             return False
         self._lost[trial_id] += 1
         again = self._lost[trial_id] < MOST_LOSSES
