@@ -120,7 +120,7 @@ def install() -> None:
     def describe_training_job(self: Any) -> Any:
         name = self._get_param("TrainingJobName")
         told = _read(self, f"{name}.json")
-        if told is not None:
+        if told is not None and name in self.sagemaker_backend.training_jobs:
             _direct(self.sagemaker_backend.training_jobs[name], told)
         return describe(self)
 

@@ -84,11 +84,11 @@ def only_for_sagemaker(job: dict[str, Any]) -> None:
     Raises:
         UserMistake: naming them.
     """
-    given = [
+    given = sorted(
         "--" + name.replace("_", "-").replace("tags", "tag")
         for name, value in job.items()
         if value not in NOT_GIVEN and value != _DEFAULTS.get(name)
-    ]
+    )
     if given:
         raise UserMistake(
             f"{', '.join(given)} {'is' if len(given) == 1 else 'are'} for --on sagemaker; add it, "

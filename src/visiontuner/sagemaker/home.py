@@ -9,7 +9,7 @@ from visiontuner.aws import Aws
 from visiontuner.errors import JobFailed, JournalError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.sagemaker import s3
-from visiontuner.sagemaker.job import Job
+from visiontuner.sagemaker.job import Job, advice_on
 
 
 def bring_home(
@@ -66,6 +66,6 @@ def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> SearchRec
 def _no_search(job: Job) -> str:
     reason = f": {job.reason.rstrip('.')}" if job.reason else ""
     return (
-        f"{job.name} {job.status.lower()} before its search began{reason}. "
+        f"{job.name} {job.status.lower()} before its search began{reason}.{advice_on(job.reason)} "
         f"`visiontuner attach {job.name} --logs all` shows its log."
     )

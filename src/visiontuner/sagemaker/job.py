@@ -20,6 +20,15 @@ from visiontuner.sagemaker.source import JobFile, write_source
 
 EXPERIMENT = "experiment.yaml"
 _ENDED = ("Completed", "Failed", "Stopped")
+_ADVICE = {
+    "CapacityError": "AWS has no such machines now: choose another --instance-type or --region, or "
+    "try later.",
+    "Insufficient capacity": "AWS has no such machines now: choose another --instance-type or "
+    "--region, or try later.",
+    "No space left": "A disk was full: bring fewer pictures, or choose machines with a larger one.",
+    "No matching distribution": "The image's Python has no such version: name another --image.",
+    "could not be installed": "The image's Python has no such version: name another --image.",
+}
 _SHOWN = 50  # jobs of a list: describing one is a request
 
 
@@ -135,6 +144,14 @@ def stop(aws: Aws, job: Job) -> None:
             "home what it did."
         )
     aws.call("sagemaker", "stop_training_job", TrainingJobName=job.name)
+
+
+def advice_on(reason: str) -> str:
+    """A sentence for the reasons of SageMaker's that name no next step."""
+    for word, advice in _ADVICE.items():
+        if word.lower() in reason.lower():
+            return f" {advice}"
+    return ""
 
 
 def _ours(aws: Aws) -> Iterator[Job]:

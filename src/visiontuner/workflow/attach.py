@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.errors import ServingError, TrackingError, UserMistake
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.layout import SearchResult
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 Logs = Literal["start", "all", "none"]
 POLL_SECONDS = 5.0
+PATIENCE_SECONDS = 600.0
+"""How long AWS may be out of reach while a job is followed."""
 _COST_EVERY_SECONDS = 300.0
 
 
@@ -85,17 +87,24 @@ def attach(
 
 def _follow(aws: Aws, job: Job, logs: Logs, observer: Observer, poll_seconds: float) -> Job:
     """Show what a job does until it has ended, and the whole log if that is wanted."""
+    from visiontuner.aws import AwsRefused
     from visiontuner.sagemaker.job import describe
 
     if job.ended and logs != "all":
         return job
-    watch = _Watch(aws, job, logs, observer)
+    watch, heard = _Watch(aws, job, logs, observer), time.monotonic()
     try:
         while True:
-            job = describe(aws, job.name)
-            watch.look(job)
-            if job.ended:
-                return job
+            try:
+                job = describe(aws, job.name)
+                watch.look(job)
+                heard = time.monotonic()
+                if job.ended:
+                    return job
+            except ServingError as error:
+                # The job does not care whether anybody looks: a network that is away comes back.
+                if isinstance(error, AwsRefused) or time.monotonic() - heard > PATIENCE_SECONDS:
+                    raise
             time.sleep(poll_seconds)
     finally:
         watch.close()
@@ -184,6 +193,7 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
 
 def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
     from visiontuner.sagemaker.cost import dollars
+    from visiontuner.sagemaker.job import advice_on
 
     seconds = sum(one.seconds for one in jobs)
     costs = [one.cost for one in jobs]
@@ -195,7 +205,7 @@ def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
         f"{dollars(cost)}."
     )
     if job.reason:
-        yield f"SageMaker says: {job.reason}"
+        yield f"SageMaker says: {job.reason}{advice_on(job.reason)}"
     if result.state != "completed":
         yield f"Go on there: visiontuner tune --on sagemaker --resume {job.name}"
 

@@ -1,0 +1,547 @@
+"""Training jobs against the stand-in: submitted by the SDK, followed and brought home.
+
+What a job's hosts do is tested in test_two_hosts.py; here a finished search is put where a job
+would have left it.
+"""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from visiontuner.cli import main
+from visiontuner.experiment import Experiment
+from visiontuner.journal import FILE_NAME, SearchRecord
+from visiontuner.workflow import run_search
+from visiontuner.workflow.attach import attach, training_seconds
+from visiontuner.workflow.observing import Silent
+
+# The SageMaker SDK's own, from its own imports; and what Ray's leave behind.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
+]
+REGION = "eu-west-1"
+IMAGE = "example/directed:1"
+FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tmp_path_factory: pytest.TempPathFactory,
+    running_ray: None,  # noqa: ARG001
+    pictures: Path,
+    small_search: dict[str, Any],
+    shared_cache: Path,
+    new_database: Callable[[Path], str],
+) -> Iterator[Path]:
+    """A search that was made here, and what it wrote into MLflow."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+        patch.setenv("MLFLOW_TRACKING_URI", new_database(root / "mlflow.db"))
+        patch.chdir(root)
+        raw = small_search | {"data": {"source": str(pictures)}}
+        run_search(Experiment.parse(raw), output=root / "search")
+        yield root / "search"
+
+
+@pytest.fixture
+def account(
+    aws: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    new_database: Callable[[Path], str],
+) -> Any:
+    """An account with a role and pictures on S3; MLflow is a database of this test's own."""
+    aws.put_role("jobs")
+    s3 = aws.client("s3")
+    for bucket in ("photos", "directed-jobs"):
+        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket="photos", Key="colours/train/red/1.png", Body=b"x" * 100)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
+    monkeypatch.chdir(tmp_path)
+    return aws
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def said(result: Result) -> str:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+def submit(*more: str) -> str:
+    """Submit a search that a test directs; returns the job's name."""
+    done = run("tune", *FLAGS, "--data", "s3://photos/colours", "--no-wait", *more)
+    assert done.exit_code == 0, done.output
+    return next(
+        line.split()[-1].rstrip(".")
+        for line in done.stdout.splitlines()
+        if line.startswith("Submitted ")
+    )
+
+
+def place(account: Any, name: str = "visiontuner-colours-1", *, instances: int = 1) -> str:
+    """A job as `submit` leaves it, without the SDK's seconds; returns its name."""
+    root = "photos/visiontuner/colours-1"
+    tags = {"visiontuner.search": "colours-1", "visiontuner.price_per_hour": "2"}
+    account.client("sagemaker").create_training_job(
+        TrainingJobName=name,
+        AlgorithmSpecification={"TrainingImage": IMAGE, "TrainingInputMode": "File"},
+        RoleArn="arn:aws:iam::123456789012:role/jobs",
+        OutputDataConfig={"S3OutputPath": f"s3://{root}/output"},
+        CheckpointConfig={"S3Uri": f"s3://{root}/checkpoints", "LocalPath": "/opt/ml/checkpoints"},
+        ResourceConfig={
+            "InstanceType": "ml.g5.xlarge",
+            "InstanceCount": instances,
+            "VolumeSizeInGB": 50,
+        },
+        StoppingCondition={"MaxRuntimeInSeconds": 3600},
+        Tags=[{"Key": key, "Value": value} for key, value in tags.items()],
+    )
+    return name
+
+
+def direct(account: Any, job: str, **told: Any) -> None:
+    body = json.dumps(told).encode()
+    account.client("s3").put_object(Bucket="directed-jobs", Key=f"{job}.json", Body=body)
+
+
+def described(account: Any, job: str) -> dict[str, Any]:
+    told: dict[str, Any] = account.client("sagemaker").describe_training_job(TrainingJobName=job)
+    return told
+
+
+def keep_checkpoints(account: Any, job: str, search: Path, *, upto: int | None = None) -> None:
+    """What SageMaker would have synchronised; of the journal only so many lines."""
+    bucket, _, prefix = described(account, job)["CheckpointConfig"]["S3Uri"][5:].partition("/")
+    s3 = account.client("s3")
+    for path in search.rglob("*"):
+        if path.is_file() and not path.name.startswith("mlflow."):
+            content = path.read_bytes()
+            if path.name == FILE_NAME and upto is not None:
+                content = b"".join(content.splitlines(keepends=True)[:upto])
+            key = f"{prefix}/search/{path.relative_to(search)}"
+            s3.put_object(Bucket=bucket, Key=key, Body=content)
+
+
+def keep_archive(account: Any, job: str, search: Path) -> None:
+    """model.tar.gz, as SageMaker packs /opt/ml/model."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(search, "search", filter=lambda e: None if "mlflow." in e.name else e)
+    uri = described(account, job)["ModelArtifacts"]["S3ModelArtifacts"]
+    bucket, _, key = uri[5:].partition("/")
+    account.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
+
+
+# Submitting
+
+
+def test_a_submitted_job_is_what_the_dry_run_showed(account: Any) -> None:
+    flags = ("--instances", "2", "--spot", "--max-run", "1h", "--tag", "team=vision")
+    planned = run("tune", *FLAGS, "--data", "s3://photos/colours", "--dry-run", *flags)
+    assert planned.exit_code == 0, planned.output
+    assert account.holds()["objects"] == ["colours/train/red/1.png"]
+    assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+    job = submit(*flags)
+    told, request = described(account, job), json.loads(planned.stdout)
+    for key in ("ResourceConfig", "StoppingCondition", "EnableManagedSpotTraining", "Environment"):
+        assert told[key] == request[key]
+    assert told["ResourceConfig"]["InstanceCount"] == 2
+    assert told["StoppingCondition"]["MaxRuntimeInSeconds"] == 3600
+    assert [c["ChannelName"] for c in told["InputDataConfig"]] == ["pictures", "code", "sm_drivers"]
+    assert told["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] == (
+        "s3://photos/colours/"
+    )
+    assert "'" not in json.dumps(request)
+    tags = account.client("sagemaker").list_tags(ResourceArn=told["TrainingJobArn"])["Tags"]
+    assert {"Key": "team", "Value": "vision"} in tags
+    listed = json.loads(run("jobs", "--format", "json").stdout)
+    assert [(one["name"], one["status"], one["instances"]) for one in listed] == [
+        (job, "InProgress", 2)
+    ]
+
+
+def test_the_source_runs_without_the_images_own_packages_being_touched(account: Any) -> None:
+    told = described(account, submit())
+    uri = told["InputDataConfig"][1]["DataSource"]["S3DataSource"]["S3Uri"]
+    bucket, _, key = uri[5:].partition("/")
+    content = account.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+        names = tar.getnames()
+        texts = {n: tar.extractfile(n).read().decode() for n in names if "/" not in n}  # type: ignore[union-attr]
+    assert {"requirements.txt", "experiment.yaml", "job.json"} == set(texts)
+    assert "visiontuner/sagemaker/cluster.py" in names
+    pinned = dict(line.split("==") for line in texts["requirements.txt"].split())
+    assert {"ray", "mlflow", "timm", "boto3", "safetensors"} <= set(pinned)
+    assert not {"torch", "torchvision", "triton", "sagemaker"} & set(pinned)
+    assert not [name for name in pinned if name.startswith(("nvidia-", "cuda-"))]
+    job = json.loads(texts["job.json"])
+    assert job["search"] == {"output": "/opt/ml/checkpoints/search"}
+    assert job["tracking_uri"] is None
+    assert len(job["token"]) == 64
+    assert "source: s3://photos/colours/" in texts["experiment.yaml"]
+    assert job["token"] not in json.dumps(told, default=str)
+
+
+@pytest.mark.usefixtures("account")
+def test_money_bounds_the_running_time() -> None:
+    # $3 at 2 machines of $2 an hour last 45 minutes.
+    flags = ("--instances", "2", "--max-cost", "3")
+    done = run("tune", *FLAGS, "--data", "s3://photos/colours", "--dry-run", *flags)
+    assert json.loads(done.stdout)["StoppingCondition"] == {"MaxRuntimeInSeconds": 2700}
+    assert "at most 45 min" in done.stderr
+    assert "at most $3.00" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-cost", "0.1"), "--max-cost 0.1 lasts 3 minutes at $2.00 an hour"),
+        (("--data", "photos"), "There is no data at photos"),
+        (("--data", "s3://photos/none"), "There are no pictures at s3://photos/none/"),
+        (("--data", "s3://nowhere/x"), "There is no bucket 'nowhere'"),
+        (("--data", "s3://photos/it's"), "has an apostrophe"),
+        (("--tag", "team"), "--tag takes KEY=VALUE"),
+        (("--instances", "0"), "--instances takes a number from 1"),
+        (("--instance-type", "g5.xlarge"), "--instance-type takes a name such as ml.g5.xlarge"),
+        (("--spot", "--warm-pool", "30m"), "keeps no spot machines warm"),
+        (("--subnets", "subnet-1"), "name --subnets and --security-groups"),
+        (("--max-run", "soon"), "--max-run takes a time such as 30m"),
+        (("--bucket", "nowhere"), "There is no bucket 'nowhere'"),
+        (("--role", "nobody"), "The account has no role 'nobody'"),
+        (("--set", "model.weights=w.pt"), "a file of this machine"),
+        (("--resume", "other", "--data", "auto"), "There is no training job 'other'"),
+        (("--instance-type", "ml.g5.2xlarge"), "may use 0 of ml.g5.2xlarge for training job"),
+        (("--instance-type", "ml.p3.16xlarge"), "service limit 'ml.p3.16xlarge for training"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    account: Any, flags: tuple[str, ...], message: str
+) -> None:
+    quotas = json.dumps({"ml.g5.2xlarge for training job usage": 0}).encode()
+    account.client("s3").put_object(Bucket="directed-jobs", Key="quotas.json", Body=quotas)
+    data = () if "--data" in flags else ("--data", "s3://photos/colours")
+    done = run("tune", *FLAGS, *data, *flags)
+    assert message in said(done)
+    assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+
+
+@pytest.mark.usefixtures("account")
+def test_pictures_of_this_machine_are_not_sent_unasked(pictures: Path) -> None:
+    refused = said(run("tune", *FLAGS, "--data", str(pictures)))
+    assert f"Add --upload s3://BUCKET/{pictures.name}" in refused
+
+
+@pytest.mark.usefixtures("account")
+def test_without_credentials_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    assert "No usable AWS credentials" in said(run("tune", *FLAGS, "--data", "s3://photos/colours"))
+
+
+def test_nobody_to_ask_means_no_job(account: Any) -> None:
+    flags = [flag for flag in FLAGS if flag != "--yes"]
+    done = run("tune", *flags, "--data", "s3://photos/colours")
+    assert "add --yes" in said(done)
+    assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+
+
+@pytest.mark.usefixtures("account")
+def test_a_jobs_flags_are_refused_where_there_is_no_job() -> None:
+    assert said(run("tune", "--spot", "--instances", "2")) == (
+        "Error: --instances, --spot are for --on sagemaker; add it, or leave them out."
+    )
+
+
+# Coming back
+
+
+def test_an_attached_search_is_in_mlflow_what_a_local_one_is(
+    account: Any, finished: Path, tmp_path: Path
+) -> None:
+    job = place(account, instances=2)
+    keep_archive(account, job, finished)
+    direct(account, job, status="Completed", seconds=1800)
+    done = run("attach", job)
+    assert done.exit_code == 0, done.output
+    folder = next((tmp_path / "searches").iterdir())
+    assert (folder / FILE_NAME).read_bytes() == (finished / FILE_NAME).read_bytes()
+    assert "2 x ml.g5.xlarge ran 30 min, cost $2.00" in done.stdout
+    assert "MLflow model: models:/colours/1" in done.stdout
+    here = _runs(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    there = _runs(f"sqlite:///{finished.parent / 'mlflow.db'}")
+    assert here.keys() == there.keys()
+    for name, held in there.items():
+        assert here[name]["params"] == held["params"]
+        assert here[name]["points"].items() >= held["points"].items()
+        assert held["tags"].items() <= here[name]["tags"].items()
+    # $2 an hour for each of 2 machines and half an hour; the trials share it by their seconds.
+    costs = {name: held["points"] for name, held in here.items()}
+    parent = folder.name if folder.name in costs else "search"
+    assert _value(costs[parent], "cost_usd") == pytest.approx(2.0)
+    assert _value(costs[parent], "machine_seconds") == 3600
+    trials = [name for name in costs if name.startswith("t0")]
+    assert sum(_value(costs[name], "cost_usd") for name in trials) == pytest.approx(2.0)
+    again = run("attach", job)
+    assert again.exit_code == 0, again.output
+    assert _runs(f"sqlite:///{tmp_path / 'mlflow.db'}") == here
+
+
+def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -> None:
+    job = place(account)
+    logs = account.client("logs")
+    logs.create_log_group(logGroupName="/aws/sagemaker/TrainingJobs")
+    stream = {
+        "logGroupName": "/aws/sagemaker/TrainingJobs",
+        "logStreamName": f"{job}/algo-1-1700000000",
+    }
+    logs.create_log_stream(**stream)
+    lines = ["+ cat noise", "All 1 hosts are there."]
+    events = [{"timestamp": int(time.time() * 1000), "message": line} for line in lines]
+    logs.put_log_events(**stream, logEvents=events)
+    keep_checkpoints(account, job, finished, upto=10)
+    watching = _Watching(lambda: direct(account, job, status="Completed", seconds=60))
+    keep_archive(account, job, finished)
+    came = attach(job, observer=watching, poll_seconds=0.2)
+    assert watching.notes[0].startswith(f"{job}: Training (0 min, $0.00 so far)")
+    assert "algo-1  All 1 hosts are there." in watching.notes
+    assert not [note for note in watching.notes if "noise" in note]
+    assert watching.total == 16  # of the experiment in the journal, see `small_search`
+    assert {event["event"] for event in watching.events} >= {"search_started", "trial_started"}
+    assert came.result is not None
+    assert len(came.result.record.trials) == 3
+    assert came.result.model == "models:/colours/1"
+
+
+def test_a_stopped_job_comes_home_and_its_search_goes_on_in_another(
+    account: Any, finished: Path, tmp_path: Path
+) -> None:
+    job = submit()
+    keep_checkpoints(account, job, finished, upto=12)
+    stopped = run("stop", job)
+    assert stopped.exit_code == 0, stopped.output
+    assert f"--resume {job}" in stopped.stdout
+    assert "is stopped already" in said(run("stop", job))
+    shutil.rmtree(tmp_path / "searches", ignore_errors=True)
+    came = run("attach", job)
+    assert came.exit_code == 130, came.output  # interrupted, as a local search would be
+    folder = next((tmp_path / "searches").iterdir())
+    assert not SearchRecord.load(folder).ended
+    assert f"visiontuner tune --on sagemaker --resume {job}" in came.stdout
+    time.sleep(1.1)  # the SDK names jobs by the second
+    done = run("tune", *FLAGS, "--resume", job, "--no-wait")
+    assert done.exit_code == 0, done.output
+    (second,) = [
+        one["TrainingJobName"]
+        for one in account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+        if one["TrainingJobName"] != job
+    ]
+    assert (
+        described(account, second)["CheckpointConfig"]
+        == described(account, job)["CheckpointConfig"]
+    )
+    keep_archive(account, second, finished)
+    direct(account, second, status="Completed", seconds=600)
+    direct(account, job, status="Stopped", seconds=300)
+    whole = run("attach", second)
+    assert whole.exit_code == 0, whole.output
+    assert "in 2 jobs, cost $0.50" in whole.stdout  # 15 minutes of one machine
+    assert SearchRecord.load(folder).ended
+
+
+def test_a_job_that_fails_before_its_search_says_why(account: Any) -> None:
+    job = place(account)
+    reason = "AlgorithmError: ray==2.60.0 could not be installed, exit code: 1"
+    direct(account, job, status="Failed", reason=reason, seconds=60)
+    told = said(run("attach", job))
+    assert "failed before its search began: AlgorithmError: ray==2.60.0 could not" in told
+    assert f"visiontuner attach {job} --logs all" in told
+
+
+def test_what_went_on_here_is_not_overwritten(account: Any, finished: Path, tmp_path: Path) -> None:
+    job = place(account)
+    keep_checkpoints(account, job, finished, upto=12)
+    direct(account, job, status="Stopped", seconds=60)
+    run("attach", job)
+    folder = next((tmp_path / "searches").iterdir())
+    shutil.copy(finished / FILE_NAME, folder / FILE_NAME)
+    run("attach", job)
+    assert SearchRecord.load(folder).ended
+
+
+def test_a_folder_of_something_else_is_left_alone(
+    account: Any, finished: Path, tmp_path: Path
+) -> None:
+    job = place(account)
+    keep_archive(account, job, finished)
+    direct(account, job, status="Completed", seconds=60)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    assert "mine is taken" in said(run("attach", job, "--output", "mine"))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+def test_a_damaged_archive_and_a_key_that_climbs_out_are_refused(
+    account: Any, finished: Path, tmp_path: Path
+) -> None:
+    job = place(account)
+    told = described(account, job)
+    bucket, _, key = told["ModelArtifacts"]["S3ModelArtifacts"][5:].partition("/")
+    account.client("s3").put_object(Bucket=bucket, Key=key, Body=b"no archive")
+    direct(account, job, status="Completed", seconds=60)
+    assert "model.tar.gz cannot be unpacked" in said(run("attach", job))
+    account.client("s3").delete_object(Bucket=bucket, Key=key)
+    keep_checkpoints(account, job, finished)
+    prefix = told["CheckpointConfig"]["S3Uri"][5:].partition("/")[2]
+    account.client("s3").put_object(
+        Bucket=bucket, Key=f"{prefix}/search/a/../../../escaped", Body=b"x"
+    )
+    assert "would leave the search folder" in said(run("attach", job))
+    assert not (tmp_path / "escaped").exists()
+
+
+def test_another_programs_job_is_no_search(account: Any) -> None:
+    _train(account, "theirs", {})
+    assert "was not submitted by visiontuner" in said(run("attach", "theirs"))
+    assert run("jobs").stdout == "None. `visiontuner tune --on sagemaker` submits one.\n"
+
+
+def test_a_classic_tuning_job_becomes_runs(account: Any, tmp_path: Path) -> None:
+    """As in older SageMaker projects: HyperparameterTuner over a script."""
+    objectives = {
+        "birds-001": {"objective": 0.81, "tuned": {"lr": "0.01"}, "metrics": {"loss": 0.6}},
+        "birds-002": {"objective": 0.93, "tuned": {"lr": "0.003"}, "metrics": {"loss": 0.2}},
+        "birds-003": {"status": "Failed", "reason": "AlgorithmError: x", "tuned": {"lr": "1.0"}},
+    }
+    for told in objectives.values():
+        told.setdefault("status", "Completed")
+        told["seconds"] = 300
+    sagemaker = account.client("sagemaker")
+    sagemaker.create_hyper_parameter_tuning_job(
+        HyperParameterTuningJobName="birds",
+        HyperParameterTuningJobConfig={
+            "Strategy": "Bayesian",
+            "HyperParameterTuningJobObjective": {"Type": "Maximize", "MetricName": "accuracy"},
+            "ResourceLimits": {"MaxParallelTrainingJobs": 1},
+        },
+    )
+    for name in objectives:
+        _train(account, name, {"batch-size": "64", "optimizer": '"adam"'})
+    account.client("s3").put_object(
+        Bucket="directed-jobs", Key="birds.json", Body=json.dumps(objectives).encode()
+    )
+    done = run("attach", "birds")
+    assert done.exit_code == 0, done.output
+    assert "Best: birds-002 with accuracy 0.9300." in done.stdout
+    held = _runs(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert set(held) == {"birds", *objectives}
+    best = held["birds-002"]
+    assert best["params"] == {"lr": "0.003", "batch-size": "64", "optimizer": "adam"}
+    assert _value(best["points"], "accuracy") == 0.93
+    assert _value(best["points"], "loss") == 0.2
+    assert _value(best["points"], "seconds") == 300
+    assert held["birds-003"]["tags"]["visiontuner.error"] == "AlgorithmError: x"
+    table = run("compare", "birds", "--format", "json")
+    assert table.exit_code == 0, table.output
+    assert json.loads(table.stdout)[0]["run"] == "birds-002"
+    run("attach", "birds")
+    assert _runs(f"sqlite:///{tmp_path / 'mlflow.db'}") == held
+
+
+def test_trial_seconds_leave_interruptions_out(finished: Path) -> None:
+    for trial in SearchRecord.load(finished).trials.values():
+        told = sum(epoch.metrics["epoch_seconds"] for epoch in trial.epochs)
+        assert training_seconds(trial) == pytest.approx(told)
+
+
+def test_help_and_local_commands_do_not_import_the_sdk() -> None:
+    for arguments in (["--help"], ["tune", "--help"], ["query", "--help"]):
+        script = (
+            "import sys; from visiontuner.cli import main\n"
+            f"try: main({arguments!r})\n"
+            "except SystemExit: print(sorted({'sagemaker', 'boto3'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+class _Watching(Silent):
+    """Remembers what it was shown, and acts when trials begin."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.notes: list[str] = []
+        self.events: list[dict[str, Any]] = []
+        self.total = 0
+        self._then = then
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def trials_begin(self, record: SearchRecord, total: int) -> None:
+        self.total = total
+        threading.Timer(0.5, self._then).start()
+
+    def event(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
+
+
+def _train(account: Any, name: str, parameters: dict[str, str]) -> None:
+    account.client("sagemaker").create_training_job(
+        TrainingJobName=name,
+        HyperParameters=parameters,
+        AlgorithmSpecification={"TrainingImage": IMAGE, "TrainingInputMode": "File"},
+        RoleArn=f"arn:aws:iam::123456789012:role/{name}",
+        OutputDataConfig={"S3OutputPath": "s3://photos/out"},
+        ResourceConfig={"InstanceType": "ml.m5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 5},
+        StoppingCondition={"MaxRuntimeInSeconds": 600},
+    )
+
+
+def _runs(uri: str) -> dict[str, dict[str, Any]]:
+    """What MLflow holds, by run name: parameters, points and our tags, without its own ids."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(uri, uri)
+    experiments = [each.experiment_id for each in client.search_experiments()]
+    held = {}
+    for found in client.search_runs(experiments, max_results=100):
+        points = {
+            key: [
+                (p.step, p.timestamp, p.value)
+                for p in client.get_metric_history(found.info.run_id, key)
+            ]
+            for key in found.data.metrics
+        }
+        tags = {
+            key: value
+            for key, value in found.data.tags.items()
+            if key.startswith("visiontuner.") and "run_id" not in key
+        }
+        held[found.info.run_name] = {
+            "params": found.data.params,
+            "points": points,
+            "tags": tags,
+            "status": found.info.status,
+        }
+    return held
+
+
+def _value(points: dict[str, list[tuple[int, int, float]]], key: str) -> float:
+    return points[key][-1][2]
