@@ -102,13 +102,17 @@ def arguments(command: click.Command) -> set[str]:
     return {p.name or "" for p in command.params if isinstance(p, click.Argument)}
 
 
+def command_of(entry_point: str) -> str:
+    return {"main": "tune", "tune_sagemaker": "tune"}.get(entry_point, entry_point)
+
+
 def test_main_is_tune():
     assert ENTRY_POINTS["main"] == ENTRY_POINTS["tune"]
 
 
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_entry_point_is_a_subcommand_with_these_flags(entry_point):
-    command = "tune" if entry_point == "main" else entry_point
+    command = command_of(entry_point)
     assert command in commands()
     known = flags(commands()[command]) | arguments(commands()[command])
     assert set(ENTRY_POINTS[entry_point]["parameters"]) <= known
@@ -117,7 +121,7 @@ def test_entry_point_is_a_subcommand_with_these_flags(entry_point):
 @pytest.mark.parametrize("entry_point", ENTRY_POINTS)
 def test_command_runs_this_tree_and_passes_every_parameter(entry_point):
     command = ENTRY_POINTS[entry_point]["command"]
-    name = "tune" if entry_point == "main" else entry_point
+    name = command_of(entry_point)
     assert command.startswith(f'PYTHONPATH="$PWD/src" python -m visiontuner {name} ')
     passed = re.findall(r"(?:--([\w-]+) )?\{([\w-]+)\}", command)
     for flag, value in passed:

@@ -24,6 +24,19 @@ CHANNEL_FOLDER = f"/opt/ml/input/data/{CHANNEL}"
 
 # The image brings its own torch, built for its GPUs: it is neither listed nor looked behind.
 _IMAGES_OWN = re.compile(r"torch|torchvision|triton|nvidia-.*|cuda-.*")
+# The hosts are not this machine: AWS's images are Linux, with a Python of their own.
+_LINUX = {
+    "os_name": "posix",
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "platform_machine": "x86_64",
+    "implementation_name": "cpython",
+    "platform_python_implementation": "CPython",
+}
+_PYTHONS = [
+    {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.0"}
+    for minor in (11, 12, 13)
+]
 # Submitting is done here; a job talks to S3 and to MLflow only.
 _NOT_NEEDED = ("sagemaker",)
 # Signs requests to an MLflow that SageMaker runs.
@@ -49,33 +62,38 @@ class JobFile:
 
 
 def requirements(package: str = "visiontuner", *, also: tuple[str, ...] = ()) -> list[str]:
-    """Everything a package needs, pinned to what is installed here, but for the image's own.
+    """Everything a package needs in a job but for the image's own, pinned to what is here.
 
-    With `make install` these are the pins of constraints.txt.
+    With `make install` these are the pins of constraints.txt. What only another Python or Linux
+    needs is not installed here, and comes without a pin.
     """
     found: dict[str, str] = {}
-    waiting = [(name, frozenset[str]()) for name in also]
-    waiting += _needs(package, frozenset())
     seen: set[tuple[str, frozenset[str]]] = set()
+    waiting = [Requirement(name) for name in also] + list(_needs(package, frozenset()))
     while waiting:
-        name, extras = waiting.pop()
+        need = waiting.pop()
+        name, extras = canonicalize_name(need.name), frozenset(need.extras)
         if (name, extras) in seen or _IMAGES_OWN.fullmatch(name) or name in _NOT_NEEDED:
             continue
         seen.add((name, extras))
         try:
-            found[name] = distribution(name).version
+            found[name] = f"=={distribution(name).version}"
         except PackageNotFoundError:
-            continue  # for another system or Python than this one
+            found.setdefault(name, f"{need.specifier}")
+            continue
         waiting += _needs(name, extras)
-    return [f"{name}=={version}" for name, version in sorted(found.items())]
+    return [f"{name}{version}" for name, version in sorted(found.items())]
 
 
-def _needs(package: str, extras: frozenset[str]) -> Iterator[tuple[str, frozenset[str]]]:
+def _needs(package: str, extras: frozenset[str]) -> Iterator[Requirement]:
     for text in distribution(package).requires or ():
         need = Requirement(text)
-        wanted = [{"extra": extra} for extra in extras] or [{"extra": ""}]
-        if need.marker is None or any(need.marker.evaluate(one) for one in wanted):
-            yield canonicalize_name(need.name), frozenset(need.extras)
+        if need.marker is None or any(
+            need.marker.evaluate({**_LINUX, **python, "extra": extra})
+            for python in _PYTHONS
+            for extra in (extras or {""})
+        ):
+            yield need
 
 
 def write_source(folder: Path, *, experiment: str, job: JobFile) -> Path:
