@@ -207,7 +207,7 @@ def _when(record: SearchRecord) -> str:
 
 def _tiles(record: SearchRecord, test: TestPart | None) -> Iterable[Tile]:
     best = record.best
-    if best is not None:
+    if best is not None and best.best_value is not None:
         yield Tile(
             label=f"Best {label(record.objective).lower()}",
             value=_value(best.best_value, record),
@@ -241,6 +241,12 @@ def _choice(record: SearchRecord) -> Iterable[str]:
     ranking = record.ranking()
     if not ranking:
         yield "No trial has a result yet." if not record.trials else "No trial has a usable result."
+        return
+    if record.is_unvalidated:
+        yield (
+            "The validation pictures were trained on as well: nothing was chosen by them, and only "
+            "the test pictures can say how good it is."
+        )
         return
     best, name = ranking[0], label(record.objective).lower()
     extreme = "lowest" if record.mode == "min" else "highest"

@@ -180,10 +180,13 @@ class _Evaluation:
             cache=self.cache,
         )
 
-    def _calibrate(self, temperature: float, threshold: ChosenThreshold) -> None:
+    def _calibrate(self, temperature: float, threshold: ChosenThreshold | None) -> None:
         """Temperature and threshold into the classifier; its reference is answered anew."""
         from visiontuner.model.classifier_files import recalibrate
 
+        if self.record.is_unvalidated:
+            return  # it was packaged with what it took over, if there was something
+        assert threshold is not None
         recalibrate(
             self.folder / CLASSIFIER_FOLDER,
             temperature=temperature,
@@ -224,7 +227,7 @@ class _Evaluation:
         self,
         answers: Answers,
         temperature: float,
-        threshold: ChosenThreshold,
+        threshold: ChosenThreshold | None,
         notes: Sequence[str],
     ) -> EvaluationReport:
         import numpy as np
@@ -275,7 +278,7 @@ class _Evaluation:
         report: EvaluationReport,
         answers: Answers,
         looks: int,
-        threshold: ChosenThreshold,
+        threshold: ChosenThreshold | None,
     ) -> None:
         from visiontuner.serving.registry import classifier_digest
         from visiontuner.workflow.evaluation_files import write_evaluation
@@ -295,12 +298,7 @@ class _Evaluation:
             },
             "edges": list(at_edges),
             "unreadable": answers.bad,
-            "validation_threshold": {
-                "wanted_precision": threshold.wanted_precision,
-                "value": threshold.value,
-                "precision": _finite(threshold.precision),
-                "coverage": _finite(threshold.coverage),
-            },
+            "validation_threshold": None if threshold is None else _facts(threshold),
         }
         write_evaluation(
             self.folder / EVALUATION_FOLDER,
@@ -317,6 +315,15 @@ class _Evaluation:
             return sync_search(self.folder).model, None
         except TrackingError as error:
             return None, str(error)
+
+
+def _facts(threshold: ChosenThreshold) -> dict[str, Any]:
+    return {
+        "wanted_precision": threshold.wanted_precision,
+        "value": threshold.value,
+        "precision": _finite(threshold.precision),
+        "coverage": _finite(threshold.coverage),
+    }
 
 
 def _finite(value: float) -> float | None:

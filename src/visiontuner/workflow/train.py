@@ -387,7 +387,11 @@ class _Training:
                 self.folder / CLASSIFIER_FOLDER,
                 temperature=calibration["temperature"],
                 threshold=calibration["threshold"],
-                metadata={"calibration": {"fitted_on": calibration["fitted_on"]}},
+                metadata={
+                    "calibration": {
+                        name: calibration[name] for name in ("wanted_precision", "fitted_on")
+                    }
+                },
             )
 
 

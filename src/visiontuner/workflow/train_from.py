@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.errors import UserMistake, VisiontunerError
+from visiontuner.errors import JournalError, UserMistake, VisiontunerError
 from visiontuner.experiment import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.locations import newest_search
@@ -31,6 +31,7 @@ class Calibration:
 
     temperature: float
     threshold: float | None
+    wanted_precision: float
     fitted_on: str
 
 
@@ -202,7 +203,13 @@ def _read_params(params: Mapping[str, str]) -> Configuration:
 
 
 def _newest_name() -> str:
-    return str(SearchRecord.load(newest_search()).started["experiment"]["name"])
+    try:
+        return str(SearchRecord.load(newest_search()).started["experiment"]["name"])
+    except JournalError:
+        raise UserMistake(
+            "Whose champion? There is no search here that would tell. Name the model: "
+            f"--from NAME@{CHAMPION}."
+        ) from None
 
 
 # calibration
@@ -213,7 +220,7 @@ def _calibration_of_folder(folder: Path, trial_id: str) -> Calibration | None:
     from visiontuner.workflow.validation import ValidationAnswers
 
     if packaged_trial(folder) == trial_id:
-        found = _read_calibration(folder / CLASSIFIER_FOLDER, trial_id)
+        found = _read_calibration(folder / CLASSIFIER_FOLDER, f"{trial_id} of {folder.name}")
         if found is not None:
             return found
     answers = ValidationAnswers(
@@ -223,8 +230,15 @@ def _calibration_of_folder(folder: Path, trial_id: str) -> Calibration | None:
         temperature, threshold, _ = answers.calibrate(trial_id, _PRECISION)
     except VisiontunerError:  # its answers are gone: then it stays unset
         return None
+    if threshold is None:  # of a training on validation too, that had nothing to take over
+        return None
     value = 1.0 if threshold.value is None else threshold.value
-    return Calibration(temperature=temperature, threshold=value, fitted_on=trial_id)
+    return Calibration(
+        temperature=temperature,
+        threshold=value,
+        wanted_precision=_PRECISION,
+        fitted_on=f"{trial_id} of {folder.name}",
+    )
 
 
 def _calibration_of_model(model_id: str, description: str) -> Calibration | None:
@@ -247,6 +261,13 @@ def _read_calibration(classifier: Path, fitted_on: str) -> Calibration | None:
         read = Classifier.load(classifier, threads=1)
     except VisiontunerError:
         return None
-    if "calibration" not in read.metadata:
+    calibration = read.metadata.get("calibration")
+    if calibration is None:
         return None
-    return Calibration(temperature=read.temperature, threshold=read.threshold, fitted_on=fitted_on)
+    return Calibration(
+        temperature=read.temperature,
+        threshold=read.threshold,
+        wanted_precision=float(calibration.get("wanted_precision", _PRECISION)),
+        # Of a training on validation itself: what its own origin was fitted on.
+        fitted_on=str(calibration.get("fitted_on") or fitted_on),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -70,8 +71,12 @@ class ValidationAnswers:
         return logits
 
     def choose(self, prefer: Preference) -> Choice:
-        """The trial to keep, and those that cannot be told apart from the best."""
+        """The trial to keep, and those that cannot be told apart from the best.
+
+        Of a training on validation too it is the only one.
+        """
         from visiontuner.evaluation.choice import (
+            Choice,
             choose,
             picture_scores,
             tied_with_best,
@@ -79,6 +84,9 @@ class ValidationAnswers:
         )
 
         ids = [trial.trial_id for trial in self.record.ranking()]
+        if self.record.is_unvalidated:
+            reason = f"{ids[0]} was trained on the validation pictures too: there is no choice."
+            return Choice(best=ids[0], tied=(ids[0],), chosen=ids[0], reason=reason)
         scores = {
             trial_id: picture_scores(self.logits(trial_id), self.labels, self.experiment.objective)
             for trial_id in ids
@@ -152,8 +160,13 @@ class ValidationAnswers:
 
     def calibrate(
         self, trial_id: str, precision: float
-    ) -> tuple[float, ChosenThreshold, list[str]]:
-        """Temperature, the threshold for a wanted precision, and what must be said of them."""
+    ) -> tuple[float, ChosenThreshold | None, list[str]]:
+        """Temperature, the threshold for a wanted precision, and what must be said of them.
+
+        A training on validation too has those of the trial that it took its values from, or none.
+        """
+        if self.record.is_unvalidated:
+            return self._calibration_taken_over()
         from visiontuner.evaluation.calibration import (
             calibration_notes,
             choose_threshold,
@@ -166,3 +179,22 @@ class ValidationAnswers:
         probabilities = probabilities_of(logits, temperature)
         threshold = choose_threshold(probabilities, self.labels, precision)
         return temperature, threshold, calibration_notes(logits, self.labels, temperature)
+
+    def _calibration_taken_over(self) -> tuple[float, ChosenThreshold | None, list[str]]:
+        from visiontuner.evaluation.calibration import ChosenThreshold
+
+        seen = "The validation pictures were trained on, so nothing was fitted on them"
+        taken = self.record.started.get("calibration")
+        if taken is None:
+            return 1.0, None, [f"{seen}: there is no temperature and no threshold."]
+        threshold = ChosenThreshold(
+            wanted_precision=taken["wanted_precision"],
+            value=taken["threshold"],
+            precision=math.nan,
+            coverage=math.nan,
+        )
+        return (
+            taken["temperature"],
+            None if threshold.value is None else threshold,
+            [f"{seen}: temperature and threshold are those of {taken['fitted_on']}."],
+        )

@@ -267,7 +267,7 @@ def _norm(values: Sequence[float] | np.ndarray, record: SearchRecord) -> Normali
 
 def _usable(record: SearchRecord) -> list[TrialRecord]:
     """Trials that ended in order with a finite value; the best comes last, so it is on top."""
-    return record.ranking()[::-1]
+    return [trial for trial in record.ranking()[::-1] if trial.best_value is not None]
 
 
 def _shown_objective(record: SearchRecord) -> str:
