@@ -11,8 +11,11 @@ promote(model)                 make the newest version the champion, if it is be
 trace(subject)                 where a model comes from
 plan_deployment(model, …)      find and check what an endpoint needs; deploy(…) makes it
 undeploy(name), endpoints()    take an endpoint away; list ours
+plan_job(experiment, …)        find and check what a training job needs; submit_job(…) makes it
+attach(job)                    follow a training job, bring its search home; jobs(), stop(job)
 """
 
+from visiontuner.workflow.attach import Attached, attach
 from visiontuner.workflow.compare import compare
 from visiontuner.workflow.deploy import (
     DeployOptions,
@@ -23,31 +26,40 @@ from visiontuner.workflow.deploy import (
 )
 from visiontuner.workflow.diagnose import diagnose
 from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
+from visiontuner.workflow.jobs import jobs, stop
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.pictures import Prepared, prepare
 from visiontuner.workflow.promote import promote
 from visiontuner.workflow.search import resume_search, run_search
+from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 from visiontuner.workflow.sync import sync_search
 
 __all__ = [
+    "Attached",
     "DeployOptions",
     "EvaluationResult",
+    "JobOptions",
     "Observer",
     "Prepared",
     "SearchResult",
     "Silent",
+    "attach",
     "compare",
     "deploy",
     "diagnose",
     "endpoints",
     "evaluate_search",
+    "jobs",
     "plan_deployment",
+    "plan_job",
     "prepare",
     "promote",
     "resume_search",
     "run_search",
+    "stop",
+    "submit_job",
     "sync_search",
     "trace",
     "undeploy",
