@@ -7,6 +7,7 @@ which it is killed, or None.
 import json
 import os
 import signal
+from multiprocessing import forkserver
 
 import torch
 from torch import nn
@@ -95,4 +96,6 @@ def main() -> None:
         save_checkpoint(FOLDER, training.state_dict())
 
 
+# Workers come from the server that started this process; another one would import torch first.
+forkserver._forkserver.ensure_running = lambda: None
 main()
