@@ -29,6 +29,7 @@ BENCHMARKS = (
     "outage",
     "rules",
     "compare",
+    "serving",
     "loader",
     "peer",
 )

@@ -22,6 +22,7 @@ NAMES = (
     "outage",
     "rules",
     "compare",
+    "serving",
     "loader",
     "peer",
 )
@@ -34,6 +35,7 @@ PARTS = (
     "writer_on_or_off",
     "trials_on_features",
     "peer_pattern",
+    "plain_answers",
 )
 
 

@@ -142,9 +142,11 @@ class Classifier:
         rows = np.full((len(images), len(self.class_names)), np.nan)
         errors: list[BadImageError | None] = []
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
+            # One picture is decoded before a thread has started.
+            each = pool.map if len(images) > 1 else map
             for start in range(0, len(images), _BATCH_SIZE):
                 batch = images[start : start + _BATCH_SIZE]
-                read = list(pool.map(partial(self._read, max_pixels=max_pixels), batch))
+                read = list(each(partial(self._read, max_pixels=max_pixels), batch))
                 errors += [None if isinstance(one, np.ndarray) else one for one in read]
                 good = [i for i, one in enumerate(read, start) if isinstance(one, np.ndarray)]
                 if good:
