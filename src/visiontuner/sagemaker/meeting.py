@@ -118,6 +118,7 @@ class Gathering:
                     self._joined[host] = line
                 else:
                     self._failed[host] = str(answer.get("failed", f"{host} does not answer."))
+                    line.close()
                 self._changed.notify_all()
         except (OSError, ValueError, KeyError):
             line.close()
@@ -197,9 +198,7 @@ class Meeting:
         deadline = time.monotonic() + self._seconds
         while True:
             try:
-                line = _Line(socket.create_connection(self._head, timeout=30))
-                self._introduce(line)
-                return line
+                return self._introduce(_Line(socket.create_connection(self._head, timeout=30)))
             except (OSError, ValueError, KeyError) as error:  # not there yet, or not known by name
                 if time.monotonic() > deadline:
                     raise MeetingError(
@@ -209,11 +208,16 @@ class Meeting:
             if self._terminated.wait(_RETRY_SECONDS):
                 raise MeetingError(f"{self._host} was stopped before it met the head.")
 
-    def _introduce(self, line: _Line) -> None:
-        nonce = str(line.receive()["nonce"])
-        line.send({"host": self._host, "proof": _proof(self._key, nonce, self._host)})
-        if not line.receive()["welcome"]:
-            raise ValueError("not welcome")
+    def _introduce(self, line: _Line) -> _Line:
+        try:
+            nonce = str(line.receive()["nonce"])
+            line.send({"host": self._host, "proof": _proof(self._key, nonce, self._host)})
+            if not line.receive()["welcome"]:
+                raise ValueError("not welcome")
+        except BaseException:
+            line.close()
+            raise
+        return line
 
     def _send(self, message: dict[str, Any]) -> None:
         try:

@@ -68,10 +68,11 @@ class Child:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if self._echo:
-                print(line, end="", flush=True)
-            self.tail.append(_COLOURS.sub("", line).strip())
+        with self._process.stdout as lines:
+            for line in lines:
+                if self._echo:
+                    print(line, end="", flush=True)
+                self.tail.append(_COLOURS.sub("", line).strip())
 
 
 def last_line(lines: Sequence[str] | deque[str]) -> str:
