@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from visiontuner.aws import Aws
 from visiontuner.cli import main
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord
+from visiontuner.sagemaker.s3 import upload_folder
 from visiontuner.workflow import run_search
 from visiontuner.workflow.attach import attach, training_seconds
 from visiontuner.workflow.observing import Silent
@@ -268,6 +270,19 @@ def test_a_jobs_flags_are_refused_where_there_is_no_job() -> None:
     assert said(run("tune", "--spot", "--instances", "2")) == (
         "Error: --instances, --spot are for --on sagemaker; add it, or leave them out."
     )
+
+
+def test_pictures_are_uploaded_once_if_that_is_asked_for(account: Any, pictures: Path) -> None:
+    flags = ("--data", str(pictures), "--upload", "s3://photos/mine", "--no-wait")
+    asked = run("tune", *(flag for flag in FLAGS if flag != "--yes"), *flags)
+    assert f"s3://photos/mine/ (0 MB), uploaded from {pictures}" in asked.stderr
+    assert not [key for key in account.holds()["objects"] if key.startswith("mine/")]
+    done = run("tune", *FLAGS, *flags)
+    assert done.exit_code == 0, done.output
+    files = {f"mine/{p.relative_to(pictures)}" for p in pictures.rglob("*") if p.is_file()}
+    assert files == {key for key in account.holds()["objects"] if key.startswith("mine/")}
+    assert f"Uploaded {len(files)} pictures" in done.output
+    assert upload_folder(Aws(), pictures, "s3://photos/mine/") == 0
 
 
 # Coming back

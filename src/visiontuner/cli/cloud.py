@@ -122,7 +122,7 @@ def run_on_sagemaker(
             aws,
             plan,
             note=console.note,
-            progress=lambda done, total: console.progress("Uploading", done, total, "B"),
+            progress=lambda done, total: console.progress("Uploading", done, total, "files"),
         )
     finally:
         console.close()

@@ -44,6 +44,38 @@ def make_bucket(aws: Aws, bucket: str) -> None:
     aws.call("s3", "create_bucket", Bucket=bucket, **({} if aws.region == "us-east-1" else where))
 
 
+def upload_folder(
+    aws: Aws,
+    folder: Path,
+    uri: str,
+    *,
+    kms_key: str | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Bring a folder's files to S3, side by side; returns how many were sent.
+
+    What is there with the same size is left alone: a picture is not edited in place.
+    """
+    bucket, prefix = split_uri(uri.rstrip("/") + "/")
+    pages = aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=prefix)
+    there = {entry["Key"]: entry["Size"] for entry in pages}
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    keys = {path: prefix + path.relative_to(folder).as_posix() for path in files}
+    wanted = [path for path in files if there.get(keys[path]) != path.stat().st_size]
+    encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
+    client = aws.client("s3")
+    with explained("upload the pictures"), ThreadPoolExecutor(_THREADS) as pool:
+        waiting = [
+            pool.submit(client.upload_file, str(path), bucket, keys[path], ExtraArgs=encrypted)
+            for path in wanted
+        ]
+        for done, future in enumerate(waiting, start=1):
+            future.result()
+            if progress is not None:
+                progress(done, len(waiting))
+    return len(wanted)
+
+
 def download_folder(aws: Aws, uri: str, folder: Path, *, progress: Progress | None = None) -> int:
     """Bring everything under a URI into a folder, side by side; returns how many files.
 

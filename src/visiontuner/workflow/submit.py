@@ -143,10 +143,12 @@ def submit_job(
     from visiontuner.sagemaker.job import submit
 
     if plan.pictures is not None and plan.pictures.upload is not None:
-        from visiontuner.data.storage import upload_folder
+        from visiontuner.sagemaker.s3 import upload_folder
 
-        moved = upload_folder(plan.pictures.upload, plan.pictures.uri, progress=progress)
-        note(f"Pictures: {moved.files:,} files uploaded, {moved.skipped:,} were there.")
+        sent = upload_folder(
+            aws, plan.pictures.upload, plan.pictures.uri, kms_key=plan.kms_key, progress=progress
+        )
+        note(f"Uploaded {sent:,} pictures to {plan.pictures.uri}; the others were there.")
     return submit(aws, plan, note=note)
 
 
