@@ -155,9 +155,12 @@ class PictureBatches:
         self._keys[:] = keys
         try:
             yield from self._started()
+            return
         except (RuntimeError, OSError, EOFError) as error:
-            self.close()
-            raise worker_died(error) or error from None
+            failure = worker_died(error) or error
+        # Not within the handler: the error's frames would keep the other workers alive.
+        self.close()
+        raise failure
 
     def _started(self) -> Iterator[Batch]:
         if self._loader is None:
