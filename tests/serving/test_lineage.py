@@ -153,6 +153,17 @@ def test_what_others_made_is_refused_in_one_line(traced: Traced) -> None:
         trace("foreign/1")
 
 
+def test_a_trial_run_without_a_search_says_so(traced: Traced) -> None:
+    made = traced.store.call("get_run", traced.trial).info.experiment_id
+    alone = traced.store.call("create_run", made).info.run_id
+    traced.tag(traced.store, alone, {"kind": "trial", "search_id": "s9", "trial_id": "t0007"})
+    found = trace(alone)
+    assert found.trial is not None
+    assert found.trial["trial_id"] == "t0007"
+    assert f"Run {alone} has no parent run: nothing tells of its search." in found.notes
+    assert not [note for note in found.notes if "None" in note]
+
+
 def test_json_holds_everything_and_the_checks(traced: Traced) -> None:
     answer = json.loads(call("colours", "--json", "--verify").stdout)
     assert answer["data"]["digest"] == traced.digest

@@ -2,6 +2,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,16 @@ def test_the_model_holds_no_pickle_and_no_more_code_than_it_needs(model_folder: 
         "artifacts/classifier/weights.safetensors",
         "artifacts/classifier/reference.json",
     } <= files
+
+
+def test_the_artifact_has_one_name_whatever_the_folders(
+    colour_classifier: Path, tmp_path: Path
+) -> None:
+    """What serves, checks and deploys a model finds it by that name."""
+    folder = shutil.copytree(colour_classifier, tmp_path / "my best one")
+    model = registry.save_classifier(folder, tmp_path / "model")
+    assert classifier_digest(model / "artifacts" / "classifier") == classifier_digest(folder)
+    assert [path.name for path in (model / "artifacts").iterdir()] == ["classifier"]
 
 
 def test_requirements_are_exact_and_light(model_folder: Path) -> None:

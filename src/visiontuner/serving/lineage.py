@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.serving.predictions import read_report
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
 from visiontuner.serving.registry import DIGEST_TAG
@@ -28,8 +29,7 @@ from visiontuner.serving.versions import Mlflow, is_missing, logged_model_id, ve
 Facts = dict[str, Any]
 
 _OURS = "visiontuner."
-_EXPERIMENT = "experiment.yaml"
-_CLASSIFIER = "artifacts/classifier"
+_CLASSIFIER = f"artifacts/{CLASSIFIER_FOLDER}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +156,8 @@ def download_classifier(mlflow: Mlflow, model_id: str, folder: Path) -> Path:
 
 
 def _run(mlflow: Mlflow, run_id: str | None) -> tuple[Run | None, list[str]]:
+    if not run_id:
+        return None, []
     try:
         return mlflow.call("get_run", run_id), []
     except TrackingError as error:
@@ -214,7 +216,10 @@ def _trial_run(mlflow: Mlflow, run: Run, classifier_digest: str | None) -> Linea
         evaluation = evaluation_facts(report, classifier_digest) if report else None
     except UserMistake as error:  # a damaged report must not hide the rest
         notes.append(str(error))
-    parent, gone = _run(mlflow, tags.get("mlflow.parentRunId"))
+    parent_id = tags.get("mlflow.parentRunId")
+    parent, gone = _run(mlflow, parent_id)
+    if not parent_id:
+        gone.append(f"Run {run.info.run_id} has no parent run: nothing tells of its search.")
     own = Lineage(trial=trial, evaluation=evaluation, notes=(*notes, *gone))
     return own.over(_search_run(mlflow, parent)) if parent else own
 
@@ -223,11 +228,11 @@ def _search_run(mlflow: Mlflow, run: Run) -> Lineage:
     tags, run_id = run.data.tags, run.info.run_id
     experiment, notes = _read(
         lambda folder: yaml.safe_load(
-            Path(mlflow.call("download_artifacts", run_id, _EXPERIMENT, str(folder))).read_text(
+            Path(mlflow.call("download_artifacts", run_id, EXPERIMENT_FILE, str(folder))).read_text(
                 encoding="utf-8"
             )
         ),
-        f"{_EXPERIMENT} of run {run_id}",
+        f"{EXPERIMENT_FILE} of run {run_id}",
     )
     search = {
         "name": run.info.run_name,
@@ -236,7 +241,7 @@ def _search_run(mlflow: Mlflow, run: Run) -> Lineage:
         "state": tags.get(f"{_OURS}state"),
         "objective": tags.get(f"{_OURS}objective"),
         "started": _moment(run.info.start_time),
-        "experiment_file": f"artifact {_EXPERIMENT} of run {run_id}" if experiment else None,
+        "experiment_file": f"artifact {EXPERIMENT_FILE} of run {run_id}" if experiment else None,
     }
     sections = _tagged(tags)
     sections["data"] = {**(sections["data"] or {}), **_dataset(run)}

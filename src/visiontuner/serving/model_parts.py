@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mlflow.types.schema import Array, Object, Property
 
 import visiontuner
 from visiontuner.errors import ClassifierError
+from visiontuner.layout import CLASSIFIER_FOLDER
 
 # `serving/pyfunc.py` and all that it imports of visiontuner; it travels with the model.
 _PYFUNC = "serving/pyfunc.py"
@@ -44,9 +46,12 @@ def model_parts(folder: Path) -> Iterator[dict[str, Any]]:
     """What MLflow needs to make a model of a classifier folder."""
     with TemporaryDirectory() as temporary, _importable(temporary):
         code, script = _stage_code(Path(temporary))
+        if folder.resolve().name != CLASSIFIER_FOLDER:
+            # MLflow names an artifact after its folder; what reads the model goes by this name.
+            folder = Path(shutil.copytree(folder, Path(temporary) / CLASSIFIER_FOLDER))
         yield {
             "python_model": str(script),
-            "artifacts": {"classifier": str(folder)},
+            "artifacts": {CLASSIFIER_FOLDER: str(folder)},
             "code_paths": [str(code)],
             "signature": signature(),
             "input_example": (_example(folder), {"top_k": 5}),

@@ -15,12 +15,9 @@ from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
 from visiontuner.errors import UserMistake
+from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_PREDICTIONS, EVALUATION_REPORT
 from visiontuner.serving.registry import DIGEST_TAG
 from visiontuner.serving.versions import Mlflow
-
-EVALUATION = "evaluation"
-REPORT = "report.json"
-PREDICTIONS = "predictions.npz"
 
 _TRIAL_ID = "visiontuner.trial_id"
 
@@ -63,16 +60,16 @@ def read_report(mlflow: Mlflow, run_id: str) -> dict[str, Any] | None:
         UserMistake: the report is damaged.
         TrackingError: MLflow is away or refuses.
     """
-    if f"{EVALUATION}/{REPORT}" not in _stored(mlflow, run_id):
+    if f"{EVALUATION_FOLDER}/{EVALUATION_REPORT}" not in _stored(mlflow, run_id):
         return None
     with TemporaryDirectory() as folder:
-        path = _download(mlflow, run_id, REPORT, folder)
+        path = _download(mlflow, run_id, EVALUATION_REPORT, folder)
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(report, dict):
                 raise TypeError("it is not an object")
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise _damaged(run_id, REPORT, error) from None
+            raise _damaged(run_id, EVALUATION_REPORT, error) from None
     return report
 
 
@@ -94,14 +91,14 @@ def read_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredictions
             f"Version {version.version} of {version.name} was evaluated without any test picture. "
             "Add a folder `test` beside `train` and search again; --force names a champion without."
         )
-    if f"{EVALUATION}/{PREDICTIONS}" not in _stored(mlflow, version.run_id):
-        raise _damaged(version.run_id, PREDICTIONS, FileNotFoundError("it is missing"))
+    if f"{EVALUATION_FOLDER}/{EVALUATION_PREDICTIONS}" not in _stored(mlflow, version.run_id):
+        raise _damaged(version.run_id, EVALUATION_PREDICTIONS, FileNotFoundError("it is missing"))
     with TemporaryDirectory() as folder:
-        path = _download(mlflow, version.run_id, PREDICTIONS, folder)
+        path = _download(mlflow, version.run_id, EVALUATION_PREDICTIONS, folder)
         try:
             return _parse(path, report)
         except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:
-            raise _damaged(version.run_id, PREDICTIONS, error) from None
+            raise _damaged(version.run_id, EVALUATION_PREDICTIONS, error) from None
 
 
 def _require_same_model(version: ModelVersion, report: dict[str, Any]) -> None:
@@ -161,16 +158,16 @@ def _check(
 
 
 def _stored(mlflow: Mlflow, run_id: str) -> set[str]:
-    return {item.path for item in mlflow.call("list_artifacts", run_id, EVALUATION)}
+    return {item.path for item in mlflow.call("list_artifacts", run_id, EVALUATION_FOLDER)}
 
 
 def _download(mlflow: Mlflow, run_id: str, name: str, folder: str) -> Path:
-    return Path(mlflow.call("download_artifacts", run_id, f"{EVALUATION}/{name}", folder))
+    return Path(mlflow.call("download_artifacts", run_id, f"{EVALUATION_FOLDER}/{name}", folder))
 
 
 def _damaged(run_id: str, name: str, error: Exception) -> UserMistake:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return UserMistake(
-        f"{EVALUATION}/{name} on run {run_id} cannot be used ({reason}). "
+        f"{EVALUATION_FOLDER}/{name} on run {run_id} cannot be used ({reason}). "
         "Run `visiontuner evaluate` on its search again."
     )

@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from visiontuner.errors import ClassifierError
+from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import encode_request
 
@@ -39,7 +40,7 @@ class Reference:
         Raises:
             ClassifierError: it holds no readable reference pictures.
         """
-        folder = model / "artifacts" / "classifier"
+        folder = model / "artifacts" / CLASSIFIER_FOLDER
         try:
             names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
             raw = json.loads((folder / "reference.json").read_text("utf-8"))["pictures"]

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from visiontuner.errors import DataError
+from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.tracking.client import Store
 from visiontuner.tracking.plan import Point
 from visiontuner.tracking.runs import log_batch
 
 TEST_LOOKS = "visiontuner.test_looks"
 EVALUATION_DIGEST = "visiontuner.evaluation_digest"
-ARTIFACTS = "evaluation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def read_evaluation(folder: Path) -> Evaluation:
         DataError: it is damaged.
     """
     try:
-        content = (folder / "report.json").read_bytes()
+        content = (folder / EVALUATION_REPORT).read_bytes()
         report = json.loads(content)
         return Evaluation(
             folder=folder,
@@ -77,7 +77,7 @@ def log_evaluation(store: Store, evaluation: Evaluation, *, run_id: str) -> None
         Point(key, value, now, max(1, evaluation.looks))
         for key, value in metrics(evaluation).items()
     ]
-    store.call("log_artifacts", run_id, str(evaluation.folder), ARTIFACTS)
+    store.call("log_artifacts", run_id, str(evaluation.folder), EVALUATION_FOLDER)
     log_batch(
         store,
         run_id,

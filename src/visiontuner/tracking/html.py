@@ -23,13 +23,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_events
+from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.tracking import figures as drawing
 from visiontuner.tracking.client import without_password
 from visiontuner.tracking.page import PageData, describe_search, label
 from visiontuner.training.rules import diagnose_history, history_of_trial
 
 PAGE_FILE = "report.html"
-EVALUATION_FOLDER = "evaluation"
 
 _WIDE = ("confusion", "confused_pairs", "per_class", "mistakes")
 _CAPTIONS = {
@@ -226,7 +226,7 @@ def _hash(text: str) -> Markup:
 
 def _read_evaluation(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """What `evaluate` left in the search folder, or why it cannot be shown."""
-    path = folder / EVALUATION_FOLDER / "report.json"
+    path = folder / EVALUATION_FOLDER / EVALUATION_REPORT
     if not path.exists():
         return None, None
     from visiontuner.evaluation.report import EvaluationReport

@@ -20,13 +20,13 @@ from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import SearchFailed, TrackingError, UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, is_running
-from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
-from visiontuner.workflow.layout import (
+from visiontuner.layout import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
     EVALUATION_REPORT,
     EXPERIMENT_FILE,
 )
+from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
 from visiontuner.workflow.pictures import load_data, require_same_data

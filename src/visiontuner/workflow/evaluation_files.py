@@ -15,11 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import BadImageError, VisiontunerError
-from visiontuner.workflow.layout import (
-    EVALUATION_CLASSES,
-    EVALUATION_PREDICTIONS,
-    EVALUATION_REPORT,
-)
+from visiontuner.layout import EVALUATION_CLASSES, EVALUATION_PREDICTIONS, EVALUATION_REPORT
 
 if TYPE_CHECKING:
     import numpy as np

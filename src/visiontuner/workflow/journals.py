@@ -11,7 +11,7 @@ from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord
-from visiontuner.workflow.layout import EXPERIMENT_FILE
+from visiontuner.layout import EXPERIMENT_FILE
 from visiontuner.workflow.observing import Observer
 from visiontuner.workflow.pictures import describe_data, require_same_data
 

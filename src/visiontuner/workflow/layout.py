@@ -1,4 +1,4 @@
-"""What lies where in a search folder, and how a search ended."""
+"""How a search ended, and where it lies."""
 
 from __future__ import annotations
 
@@ -10,14 +10,6 @@ from visiontuner.journal import SearchRecord, TrialRecord
 
 if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
-
-EXPERIMENT_FILE = "experiment.yaml"
-CLASSIFIER_FOLDER = "classifier"
-EVALUATION_FOLDER = "evaluation"
-# In the evaluation folder:
-EVALUATION_REPORT = "report.json"
-EVALUATION_PREDICTIONS = "predictions.npz"
-EVALUATION_CLASSES = "classes.csv"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord, read_events
-from visiontuner.locations import newest_search
-from visiontuner.workflow.layout import (
+from visiontuner.layout import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
     EVALUATION_REPORT,
     EXPERIMENT_FILE,
 )
+from visiontuner.locations import newest_search
 from visiontuner.workflow.packaging import packaged_trial
 from visiontuner.workflow.promote import open_store
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
+from visiontuner.layout import EXPERIMENT_FILE
 from visiontuner.workflow.inputs import Inputs
-from visiontuner.workflow.layout import EXPERIMENT_FILE
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.threads import training_threads
 

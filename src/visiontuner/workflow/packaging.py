@@ -11,7 +11,7 @@ from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.errors import ClassifierError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER
+from visiontuner.layout import CLASSIFIER_FOLDER
 
 if TYPE_CHECKING:
     from visiontuner.model.backbone import Backbone

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
+from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.locations import tracking_uri
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER
 
 if TYPE_CHECKING:
     from visiontuner.serving.batching import PictureAnswer

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.journal import SearchRecord
+from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.locations import writable_cache_folder
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER
 from visiontuner.workflow.observing import Observer
 from visiontuner.workflow.packaging import packaged_trial
 

@@ -17,10 +17,11 @@ from visiontuner.errors import (
 )
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE, SearchResult
+from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.recording import BackgroundTracking, register_classifier

@@ -7,13 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.journal import SearchRecord, is_running
+from visiontuner.layout import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.locations import tracking_uri
-from visiontuner.workflow.layout import (
-    CLASSIFIER_FOLDER,
-    EVALUATION_FOLDER,
-    EVALUATION_REPORT,
-    SearchResult,
-)
+from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.recording import register_classifier
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from visiontuner.errors import JournalError, UserMistake, VisiontunerError
 from visiontuner.experiment import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.journal import FILE_NAME, SearchRecord
+from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.locations import newest_search
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 
 if TYPE_CHECKING:
     from visiontuner.journal import TrialRecord

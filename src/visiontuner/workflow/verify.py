@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.experiment import Experiment
+from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.provenance import describe_code, describe_machine
-from visiontuner.workflow.layout import CLASSIFIER_FOLDER
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.pictures import load_data
 from visiontuner.workflow.promote import open_store
