@@ -18,7 +18,8 @@ from typing import Any
 
 from measuring import Skipped, describe_run, write_json
 
-# In the order of docs/benchmarks.md. `peer` takes half an hour, so it is run by name.
+# In the order of docs/benchmarks.md. `fine_tune` and `peer` take half an hour each, so they are
+# run by name.
 BENCHMARKS = (
     "quickstart",
     "search_time",
@@ -31,9 +32,10 @@ BENCHMARKS = (
     "compare",
     "serving",
     "loader",
+    "fine_tune",
     "peer",
 )
-APART = ("peer",)
+APART = ("fine_tune", "peer")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

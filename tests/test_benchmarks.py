@@ -24,6 +24,7 @@ NAMES = (
     "compare",
     "serving",
     "loader",
+    "fine_tune",
     "peer",
 )
 # Programs that the measurements start, and what they share.
