@@ -202,7 +202,7 @@ def test_workers_make_the_same_batches(make_batches: MakeBatches) -> None:
     assert same(epochs(batches, 3), expected)
     # Dropout draws from it: the same training with and without workers.
     assert torch.equal(torch.get_rng_state(), before)
-    assert batches.notes == ()
+    assert batches.take_notes() == []
     assert worker_pids()
     batches.close()
     assert worker_pids() == []
@@ -242,8 +242,9 @@ def test_full_shared_memory_costs_speed_alone(make_batches: MakeBatches) -> None
                 psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))
     made += batches.shuffled(generator)
     assert same(made, epochs(make_batches(), 2))
-    assert len(batches.notes) == 1
-    assert "/dev/shm is full: batches take the slower way" in batches.notes[0]
+    (note,) = batches.take_notes()
+    assert "/dev/shm is full: batches take the slower way" in note
+    assert batches.take_notes() == []  # said once
 
 
 def test_without_any_shared_memory_this_process_prepares_the_pictures(
@@ -253,8 +254,8 @@ def test_without_any_shared_memory_this_process_prepares_the_pictures(
     batches = make_batches(workers=2)
     assert same(epochs(batches, 2), epochs(make_batches(), 2))
     assert worker_pids() == []
-    assert len(batches.notes) == 1
-    assert "this process prepares the pictures" in batches.notes[0]
+    (note,) = batches.take_notes()
+    assert "this process prepares the pictures" in note
 
 
 @pytest.mark.parametrize("workers", [0, 2])

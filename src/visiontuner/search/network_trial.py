@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def train_epochs(
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best(folder, result, task, class_names=pictures.class_names)
-            yield result
+            yield replace(result, notes=(*result.notes, *train.take_notes()))
 
 
 def save_best(

@@ -43,9 +43,6 @@ class PictureBatches:
         workers: processes that prepare pictures, at most one a core; by default so many as suit
             the device and the threads of this process. 0 prepares them in this process.
         device: where the batches are handed over.
-
-    Attributes:
-        notes: what is other than asked for, for people; it grows while batches are made.
     """
 
     def __init__(
@@ -63,7 +60,7 @@ class PictureBatches:
         self.batch_size = batch_size
         self.device = device
         self.labels = torch.from_numpy(pictures.labels).to(device)
-        self.notes: tuple[str, ...] = ()
+        self._notes: dict[str, bool] = {}  # what is other than asked for -> it was told
         self._augmentation = augmentation
         self._num_classes = num_classes
         self._mean, self._std = (
@@ -106,6 +103,12 @@ class PictureBatches:
         """
         for rows in torch.split(torch.arange(len(self.labels)), self.batch_size):
             yield self._normalised(self._gather(rows))
+
+    def take_notes(self) -> list[str]:
+        """What is other than asked for, a line each; every line is given once."""
+        notes = [note for note, told in self._notes.items() if not told]
+        self._notes.update(dict.fromkeys(notes, True))
+        return notes
 
     def close(self) -> None:
         """End the worker processes; another epoch would start new ones."""
@@ -170,8 +173,7 @@ class PictureBatches:
 
     def _note(self, what: str) -> None:
         note = f"/dev/shm is full: {what}; give it more memory (docker run --shm-size=2g)"
-        if note not in self.notes:
-            self.notes += (note,)
+        self._notes.setdefault(note, False)
 
     def _make_loader(self) -> DataLoader[Tensor]:
         return DataLoader(
