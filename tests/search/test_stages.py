@@ -173,3 +173,28 @@ def test_the_best_is_the_best_of_both_stages_and_the_space_was_searched_by_the_f
     better = record(chosen, {"t0001": 0.5, "t0002": 0.7}, {"t0005": 0.8})
     assert better.best is not None
     assert better.best.trial_id == "t0005"
+
+
+def epochs_of_attempts(*attempts: list[int]) -> list[tuple[int, int]]:
+    """(step, attempt) of the epochs that a trial has after attempts with these steps."""
+    events: list[dict[str, Any]] = []
+    for attempt, steps in enumerate(attempts, start=1):
+        who = {"trial_id": "t0001", "attempt": attempt, "time": 0.0}
+        events += [
+            {"event": "search_resumed", "search_id": "s", "time": 0.0},
+            {"event": "trial_started", **who, "configuration": {}},
+            *({"event": "epoch", **who, "step": step, "metrics": {}} for step in steps),
+        ]
+    trial = SearchRecord.of(events).trials["t0001"]
+    return [(epoch.step, epoch.attempt) for epoch in trial.epochs]
+
+
+def test_a_trial_that_went_on_from_a_checkpoint_keeps_the_epochs_before_it():
+    assert epochs_of_attempts([1, 2, 3], [3, 4]) == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    # Killed again before its first epoch, and a third time.
+    assert epochs_of_attempts([1, 2], [], [3], [4]) == [(1, 1), (2, 1), (3, 3), (4, 4)]
+
+
+def test_a_trial_that_began_anew_has_its_last_attempts_epochs_alone():
+    assert epochs_of_attempts([1, 2, 3], [1]) == [(1, 2)]
+    assert epochs_of_attempts([1, 2, 3], []) == []

@@ -1,0 +1,104 @@
+"""What is read back of a search over the network: labels, and which trial can be taken."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from visiontuner.data.dataset import load_dataset
+from visiontuner.data.images import Preprocessing
+from visiontuner.data.picture_store import PictureStore, prepare_pictures
+from visiontuner.errors import DataError
+from visiontuner.experiment import Experiment
+from visiontuner.journal import JournalWriter, SearchRecord, read_events
+from visiontuner.search.labels import Stores
+from visiontuner.search.trial import LOGITS_FILE, NETWORK_FILE
+from visiontuner.workflow.diagnose import diagnose_search
+from visiontuner.workflow.validation import ValidationAnswers
+
+SECONDS = {"t0001": 3.0, "t0002": 2.0, "t0003": 1.0}
+
+
+@pytest.fixture
+def store(pictures: Path, tmp_path: Path) -> PictureStore:
+    preprocessing = Preprocessing(
+        resize=20, size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear"
+    )
+    return prepare_pictures(
+        load_dataset(pictures, cache=tmp_path),
+        preprocessing=preprocessing,
+        cache=tmp_path,
+        augmented=True,
+    )
+
+
+@pytest.fixture
+def search(tmp_path: Path, store: PictureStore) -> Path:
+    """Three networks with the same right answers, of which two are kept; the third was quickest."""
+    folder = tmp_path / "search"
+    journal = JournalWriter(folder, "s")
+    experiment = Experiment.parse({"name": "x", "model": {"train": "all"}})
+    journal.append("search_started", experiment=experiment.model_dump(mode="json"))
+    journal.append("pictures_ready", folder=str(store.folder))
+    logits = np.eye(3, dtype=np.float32)[store.split("validation").labels]
+    for trial_id, seconds in SECONDS.items():
+        who: dict[str, Any] = {"trial_id": trial_id, "attempt": 1}
+        metrics = {"validation_accuracy": 1.0, "epoch_seconds": seconds}
+        journal.append("trial_started", **who, configuration={})
+        journal.append("epoch", **who, step=1, metrics=metrics)
+        journal.append("trial_ended", **who, state="completed", best_epoch=1, best_value=1.0)
+        trial = folder / "trials" / trial_id
+        trial.mkdir(parents=True)
+        np.save(trial / LOGITS_FILE, logits)
+        if trial_id != "t0003":
+            (trial / NETWORK_FILE).write_bytes(b"")
+    journal.close()
+    return folder
+
+
+def answers_of(search: Path) -> ValidationAnswers:
+    record = SearchRecord.load(search)
+    return ValidationAnswers(search, record, Experiment.parse(record.started["experiment"]))
+
+
+def test_labels_come_from_the_decoded_pictures_where_there_are_no_features(search, store):
+    stores = Stores.of(read_events(search).events)
+    assert stores == Stores(features=None, pictures=store.folder)
+    labels, names = stores.read_labels()
+    assert labels.tolist() == store.split("validation").labels.tolist()
+    assert names == ("blue", "green", "red")
+    # Features that are gone are no reason to have none.
+    both = Stores(features=search / "gone", pictures=store.folder)
+    assert both.read_labels().labels.tolist() == labels.tolist()
+
+
+def test_the_cheapest_is_chosen_among_the_networks_that_were_kept(search):
+    choice = answers_of(search).choose("cheapest")
+    assert choice.tied == ("t0001", "t0002", "t0003")
+    assert choice.chosen == "t0002"
+    assert "2 whose networks were kept" in choice.reason
+    (search / "trials" / "t0003" / NETWORK_FILE).write_bytes(b"")
+    assert answers_of(search).choose("cheapest").chosen == "t0003"
+
+
+def test_a_network_that_was_kept_is_not_trained_again(search):
+    answers = answers_of(search)
+    assert answers.restore(answers.record.trials["t0001"]) is None
+
+
+def test_without_the_pictures_the_message_says_where_they_were(search, store):
+    store.folder.rename(store.folder.with_name("moved"))
+    with pytest.raises(DataError, match=str(store.folder)):
+        _ = answers_of(search).labels
+    (note,) = diagnose_search(search).notes
+    assert "decoded pictures" in note
+
+
+def test_the_rules_on_predictions_read_the_pictures_labels(search):
+    labels_wrong = np.zeros((12, 3), dtype=np.float32)
+    labels_wrong[:, 0] = 5  # every picture is taken for the first class
+    np.save(search / "trials" / "t0001" / LOGITS_FILE, labels_wrong)
+    found = {run.name: [f.rule for f in run.findings] for run in diagnose_search(search).runs}
+    assert "class_not_predicted" in found["t0001"]
+    assert "class_not_predicted" not in found["t0002"]
