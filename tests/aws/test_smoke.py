@@ -1,0 +1,106 @@
+"""`make aws-smoke` against the stand-in: deploys, asks, takes away, and refuses where it should."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from visiontuner.errors import ServingError
+
+NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
+
+
+@pytest.fixture
+def account(aws: Any, registered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An account that is set up, and a store."""
+    import mlflow.version
+
+    aws.put_image(tag=mlflow.version.VERSION)
+    aws.put_role("endpoints")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
+    monkeypatch.chdir(tmp_path)
+    return aws
+
+
+@pytest.fixture(scope="module")
+def model(registered: Callable[..., str]) -> str:
+    return registered().removeprefix("models:/")
+
+
+@pytest.fixture(scope="module")
+def smoke(repository: Path) -> ModuleType:
+    path = repository / "scripts" / "aws_smoke.py"
+    specification = importlib.util.spec_from_file_location("aws_smoke", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def run(smoke: ModuleType, *arguments: str, answer: str = "") -> Result:
+    return CliRunner().invoke(smoke.main, ["--no-preflight", *arguments], input=answer)
+
+
+def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, model: str) -> None:
+    done = run(smoke, model, "--price", "0.115", answer="y\n")
+    assert done.exit_code == 0, done.output
+    # 0.115 x (1800 + 900) / 3600
+    assert "It costs at most $0.09. Go on?" in done.stdout
+    assert "3 pictures answered; the first: red" in done.stdout
+    assert "nothing is left" in done.stdout
+    assert account.holds() == NOTHING
+
+
+def test_what_fails_after_deploying_is_taken_away_too(
+    smoke: ModuleType, account: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        assert account.holds()["endpoints"]
+        raise ServingError("No answer.")
+
+    monkeypatch.setattr(smoke, "ask", fail)
+    done = run(smoke, model, "--price", "0.1", "--yes")
+    assert done.exit_code == 1
+    assert "Error: No answer." in done.stderr
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "AWS does not say what the instance costs"),
+        # 2 x (1800 + 900) / 3600
+        (["--price", "2"], "It could cost $1.50, more than --max-cost 0.25"),
+        (["--price", "0.1", "--region", "nowhere"], "SageMaker has no region 'nowhere'"),
+    ],
+)
+def test_it_refuses_before_anything_is_made(
+    smoke: ModuleType, account: Any, model: str, arguments: list[str], said: str
+) -> None:
+    done = run(smoke, model, "--yes", *arguments)
+    assert done.exit_code == 2
+    assert said in done.stderr
+    assert account.holds() == NOTHING
+
+
+def test_who_says_no_deploys_nothing(smoke: ModuleType, account: Any, model: str) -> None:
+    done = run(smoke, model, "--price", "0.1", answer="n\n")
+    assert done.exit_code == 1
+    assert account.holds() == NOTHING
+
+
+@pytest.mark.usefixtures("account")
+def test_it_refuses_without_an_account(
+    smoke: ModuleType, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    done = run(smoke, model, "--yes")
+    assert done.exit_code == 2
+    assert "No usable AWS credentials" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
