@@ -27,6 +27,7 @@ BENCHMARKS = (
     "memory",
     "scale",
     "kills",
+    "resume",
     "outage",
     "rules",
     "compare",

@@ -19,6 +19,7 @@ NAMES = (
     "memory",
     "scale",
     "kills",
+    "resume",
     "outage",
     "rules",
     "compare",

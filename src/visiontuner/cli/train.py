@@ -91,13 +91,15 @@ def _begin(
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     raw, where = read_raw(experiment, data)
 
+    from visiontuner.experiment import Experiment
     from visiontuner.workflow.train import train as run
     from visiontuner.workflow.train_from import find_origin, one_training
 
     found = None
     if origin not in NOT_GIVEN:
         own = experiment not in NOT_GIVEN
-        found = find_origin(origin, name=raw.get("name") if own else None)
+        named = own or data not in NOT_GIVEN
+        found = find_origin(origin, name=Experiment.parse(raw, where=where).name if named else None)
         if not own:  # all of the origin's, but for the pictures if others are named
             pictures = {} if data in NOT_GIVEN else {"data": raw["data"]}
             raw, where = {**found.experiment, **pictures}, origin
