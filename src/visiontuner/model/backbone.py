@@ -7,33 +7,33 @@ be prepared for it.
 from __future__ import annotations
 
 import difflib
-import os
-import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from visiontuner.data.images import Interpolation, Preprocessing
 from visiontuner.errors import BackboneError
-from visiontuner.model.bundled import BUNDLED, TIMM_NAME, bundled_weights
+from visiontuner.model.architecture import Architecture
+from visiontuner.model.bundled import BUNDLED
 from visiontuner.model.description import BackboneDescription
-from visiontuner.model.light_imports import import_timm, import_torchvision
-from visiontuner.model.weights import (
-    StateDict,
-    digest_weights,
-    download_weights,
-    fit_state_dict,
-    read_state_dict,
-    read_weights,
+from visiontuner.model.timm_networks import (
+    build_bundled,
+    build_timm,
+    is_timm_network,
+    pretrained_timm_names,
+    timm_architectures,
 )
-
-torchvision: Any = import_torchvision()
+from visiontuner.model.torchvision_networks import (
+    build_torchvision,
+    resize_positions,
+    torchvision_facts,
+    torchvision_names,
+)
+from visiontuner.model.weights import digest_weights, fit_state_dict, read_weights
 
 TIMM = "timm:"
 
@@ -57,16 +57,6 @@ class BackboneInfo:
     source: Literal["bundled", "torchvision", "timm"]
     parameters: int | None = None
     image_size: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Network:
-    """A network whose head is cut off, before its weights."""
-
-    module: nn.Module
-    preprocessing: Preprocessing
-    head: tuple[str, ...]  # top-level modules under which a state dict's head lies
-    default_weights: Callable[[], StateDict]
 
 
 def load_backbone(
@@ -103,232 +93,38 @@ def list_backbones(contains: str = "") -> list[BackboneInfo]:
     """Every name that `load_backbone` takes and that contains a text, the bundled one first."""
     infos = [
         BackboneInfo(name=BUNDLED, source="bundled", parameters=4_652_008, image_size=224),
-        *(_torchvision_info(name) for name in _torchvision_names()),
-        *(BackboneInfo(name=TIMM + name, source="timm") for name in _timm_names()),
+        *(_torchvision_info(name) for name in torchvision_names()),
+        *(BackboneInfo(name=TIMM + name, source="timm") for name in pretrained_timm_names()),
     ]
     return [info for info in infos if contains.lower() in info.name.lower()]
 
 
-def _build(name: str, image_size: int | None, cache: Path) -> _Network:
+def _build(name: str, image_size: int | None, cache: Path) -> Architecture:
     try:
         if name == BUNDLED:
-            return _build_bundled(image_size)
-        if name.startswith(TIMM):
-            return _build_timm(name.removeprefix(TIMM), image_size, cache)
-        if name in _torchvision_names():
-            return _build_torchvision(name, image_size, cache)
+            return build_bundled(image_size)
+        if name.startswith(TIMM) and is_timm_network(name.removeprefix(TIMM)):
+            return build_timm(name.removeprefix(TIMM), image_size, cache)
+        if name in torchvision_names():
+            return build_torchvision(name, image_size, cache)
     except (AssertionError, ValueError, TypeError, RuntimeError) as error:
         raise _unusable(name, image_size, error) from None
     raise _unknown(name)
 
 
-def _load(network: _Network, name: str, weights: str, cache: Path) -> None:
+def _load(network: Architecture, name: str, weights: str, cache: Path) -> None:
     if weights == "default":
         state = network.default_weights()
     else:
         state = read_weights(weights, cache=cache)
-    state = _resized_positions(state, network.module)
+    state = resize_positions(state, network.module)
     fitted = fit_state_dict(state, network.module, head=network.head, name=name)
     network.module.load_state_dict(fitted, strict=True)
 
 
-# torchvision
-
-
-def _torchvision_names() -> list[str]:
-    return torchvision.models.list_models(module=torchvision.models)  # type: ignore[no-any-return]
-
-
 def _torchvision_info(name: str) -> BackboneInfo:
-    weights = torchvision.models.get_model_weights(name).DEFAULT
-    return BackboneInfo(
-        name=name,
-        source="torchvision",
-        parameters=weights.meta["num_params"],
-        image_size=weights.transforms().crop_size[0],
-    )
-
-
-def _build_torchvision(name: str, image_size: int | None, cache: Path) -> _Network:
-    published = torchvision.models.get_model_weights(name).DEFAULT
-    transforms = published.transforms()
-    preprocessing = Preprocessing(
-        resize=transforms.resize_size[0],
-        size=transforms.crop_size[0],
-        mean=tuple(transforms.mean),
-        std=tuple(transforms.std),
-        interpolation=transforms.interpolation.value,
-    )
-    if image_size is not None:
-        preprocessing = preprocessing.with_size(image_size)
-    options = _torchvision_options(name, preprocessing.size)
-    module = torchvision.models.get_model(name, weights=None, **options)
-    return _Network(
-        module=module,
-        preprocessing=preprocessing,
-        head=_cut_head(module),
-        default_weights=lambda: _published_weights(published.url, cache),
-    )
-
-
-def _torchvision_options(name: str, size: int) -> dict[str, Any]:
-    if name.startswith("vit_"):
-        return {"image_size": size}
-    if name.startswith("maxvit"):
-        return {"input_size": (size, size)}
-    if name in ("googlenet", "inception_v3"):
-        # Their published weights expect the input of their first authors' network.
-        return {"init_weights": True, "transform_input": True}
-    return {}
-
-
-def _cut_head(module: nn.Module) -> tuple[str, ...]:
-    """Replace the last Linear by nothing; the top-level modules in which heads lie."""
-    heads = [name for name in ("aux1", "aux2", "AuxLogits") if hasattr(module, name)]
-    for name in heads:  # Inception's helpers in training; eval mode never asks them
-        setattr(module, name, None)
-    linears = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    if linears:
-        parent, _, leaf = linears[-1].rpartition(".")
-        setattr(module.get_submodule(parent), leaf, nn.Identity())
-        return (linears[-1].split(".")[0], *heads)
-    module.classifier = nn.AdaptiveAvgPool2d(1)  # SqueezeNet's head is a convolution
-    return ("classifier", *heads)
-
-
-def _published_weights(url: str, cache: Path) -> StateDict:
-    file_name = url.rsplit("/", 1)[-1]
-    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
-    if not path.is_file():
-        # torchvision's file names end in the first digits of their SHA-256: resnet50-11ad3fa6.pth
-        found = re.search(r"-([0-9a-f]{8,})\.pth$", file_name)
-        path = download_weights(url, cache=cache, sha256_prefix=found[1] if found else "")
-    state = read_state_dict(path)
-    return _renamed(state, _without_densenet_dots)
-
-
-def _without_densenet_dots(key: str) -> str:
-    """DenseNet's file was written when modules could be called `norm.1`."""
-    pattern = r"^(.*denselayer\d+\.(?:norm|relu|conv))\.((?:[12])\.(?:weight|bias|running_\w+))$"
-    found = re.match(pattern, key)
-    return found[1] + found[2] if found else key
-
-
-def _resized_positions(state: StateDict, module: nn.Module) -> StateDict:
-    """torchvision's ViT at another size: its position embedding, interpolated."""
-    key = "encoder.pos_embedding"
-    if not isinstance(module, torchvision.models.VisionTransformer) or key not in state:
-        return state
-    if state[key].shape == module.state_dict()[key].shape:
-        return state
-    return cast(
-        StateDict,
-        torchvision.models.vision_transformer.interpolate_embeddings(
-            module.image_size, module.patch_size, OrderedDict(state)
-        ),
-    )
-
-
-# timm, and the bundled network, which is one of timm's
-
-
-def _timm_names() -> list[str]:
-    timm: Any = import_timm()  # a second that torchvision's users need not wait
-    return timm.list_models(pretrained=True)  # type: ignore[no-any-return]
-
-
-def _build_timm(name: str, image_size: int | None, cache: Path) -> _Network:
-    timm: Any = import_timm()
-    from timm.models import is_model, split_model_name_tag
-
-    if not is_model(split_model_name_tag(name)[0]):
-        raise _unknown(TIMM + name)
-    config = timm.get_pretrained_cfg(name)
-    options: dict[str, Any] = {}
-    if image_size is not None and config is not None and config.fixed_input_size:
-        options["img_size"] = image_size
-    module = timm.create_model(name, pretrained=False, num_classes=0, **options)
-    raw = cast(dict[str, Any], module.pretrained_cfg)
-    heads = raw.get("classifier") or ()
-    return _Network(
-        module=module,
-        preprocessing=_timm_preprocessing(raw, image_size),
-        head=tuple(head.split(".")[0] for head in ([heads] if isinstance(heads, str) else heads)),
-        default_weights=lambda: _timm_weights(name, raw, options, cache),
-    )
-
-
-def _timm_preprocessing(config: Mapping[str, Any], image_size: int | None) -> Preprocessing:
-    timm: Any = import_timm()
-    resolve: Any = timm.data.resolve_data_config
-    data = resolve({}, pretrained_cfg=dict(config))
-    size, interpolation = data["input_size"][-1], data["interpolation"]
-    known = interpolation in get_args(Interpolation)
-    preprocessing = Preprocessing(
-        resize=int(size / data["crop_pct"]),  # timm rounds down
-        size=size,
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
-        interpolation=interpolation if known else "bicubic",
-    )
-    return preprocessing if image_size is None else preprocessing.with_size(image_size)
-
-
-def _timm_weights(
-    name: str, config: Mapping[str, Any], options: Mapping[str, Any], cache: Path
-) -> StateDict:
-    """The published weights, converted by timm's own rules for that network."""
-    timm: Any = import_timm()
-    state = read_state_dict(_timm_file(name, config, cache))
-    overlay = {"state_dict": state}
-    module = timm.create_model(
-        name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay, **options
-    )
-    return OrderedDict(module.state_dict())
-
-
-def _timm_file(name: str, config: Mapping[str, Any], cache: Path) -> Path:
-    from huggingface_hub import get_token, try_to_load_from_cache
-
-    repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
-    if not repository:
-        if config.get("url"):
-            return download_weights(config["url"], cache=cache)
-        raise BackboneError(
-            f"timm has no pretrained weights for {name!r}. "
-            "Use `weights: none`, or `weights: PATH` of a state dict."
-        )
-    chosen = config.get("hf_hub_filename")
-    files = [chosen] if chosen else ["model.safetensors", "pytorch_model.bin"]
-    for file in files:
-        cached = try_to_load_from_cache(repository, file, revision=revision or None)
-        if isinstance(cached, str):
-            return Path(cached)
-    # Not hf_hub_download: without a network it retries for 47 seconds.
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    base = f"{host}/{repository}/resolve/{revision or 'main'}"
-    try:
-        return download_weights(f"{base}/{files[0]}", cache=cache, token=get_token() or "")
-    except BackboneError as error:
-        if len(files) == 1 or "status 404" not in str(error):
-            raise
-    return download_weights(f"{base}/{files[1]}", cache=cache, token=get_token() or "")
-
-
-def _build_bundled(image_size: int | None) -> _Network:
-    network = _build_timm(TIMM_NAME, image_size, Path())
-    return _Network(
-        module=network.module,
-        preprocessing=network.preprocessing,
-        head=network.head,
-        default_weights=bundled_weights,
-    )
-
-
-def _renamed(state: StateDict, rename: Callable[[str], str]) -> StateDict:
-    renamed: StateDict = OrderedDict((rename(key), value) for key, value in state.items())
-    renamed._metadata = getattr(state, "_metadata", {})  # type: ignore[attr-defined]
-    return renamed
+    parameters, size = torchvision_facts(name)
+    return BackboneInfo(name=name, source="torchvision", parameters=parameters, image_size=size)
 
 
 # checks
@@ -368,10 +164,9 @@ def _unusable(name: str, image_size: int | None, error: Exception) -> BackboneEr
 
 def _unknown(name: str) -> BackboneError:
     if name.startswith(TIMM):
-        timm: Any = import_timm()
-        known = [TIMM + other for other in timm.list_models()]
+        known = [TIMM + other for other in timm_architectures()]
     else:
-        known = [BUNDLED, *_torchvision_names()]
+        known = [BUNDLED, *torchvision_names()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     nearest = f" Nearest: {', '.join(near)}." if near else ""
     return BackboneError(f"Unknown backbone {name!r}.{nearest} All: `visiontuner backbones`.")
