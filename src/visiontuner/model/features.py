@@ -10,33 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
-from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
-from visiontuner.data.images import normalise
 from visiontuner.errors import BadImageError, DataError
-from visiontuner.model.decoding import DecodedBatch, decode_batches
+from visiontuner.model.computing import (
+    BATCH_SIZE,
+    Machines,
+    ShardRows,
+    compute_shards,
+    decoding_workers,
+)
+from visiontuner.model.decoding import DecodedBatch
 from visiontuner.model.description import BackboneDescription
 from visiontuner.model.shards import FOLDER as SHARDS
 from visiontuner.model.shards import SHARD_SIZE, Shard, assemble, cut_into_shards
-from visiontuner.model.store import META, SCHEMA_VERSION, FeatureSet, Precision, SplitFeatures
+from visiontuner.model.store import SCHEMA_VERSION, FeatureSet, Precision, SplitFeatures
 
 if TYPE_CHECKING:  # features that are there already are found without torch
     from visiontuner.model.engine import Engine
 
 __all__ = ["FeatureSet", "SplitFeatures", "compute_features", "store_folder"]
 
-# Starting worker processes takes about as long as decoding so many photographs.
-_DECODE_IN_PROCESS_BELOW = 64
+# Other machines load and export the network first, as long as a shard or two take.
+SHARDS_WORTH_SHARING = 4
 
 Progress = Callable[[int, int], None]
 
@@ -51,8 +53,9 @@ def compute_features(
     splits: Sequence[str] = ("train", "validation"),
     on_bad_image: Literal["skip", "fail"] = "skip",
     workers: int | None = None,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
+    machines: Callable[[], AbstractContextManager[Machines | None]] = nullcontext,
 ) -> FeatureSet:
     """The features of a data set, from the store or computed.
 
@@ -63,6 +66,8 @@ def compute_features(
         workers: processes that decode; default by the cores, 0 decodes in a thread.
         batch_size: pictures that go through the network at a time.
         progress: called with (pictures done, pictures in all).
+        machines: opens others that compute the shards of a large set instead; gives None where
+            there are none.
 
     Raises:
         DataError: a split has no readable picture.
@@ -74,9 +79,9 @@ def compute_features(
             raise DataError(f"{dataset.root} has no pictures for {split}. Add some.")
     folder = store_folder(dataset, backbone, precision, splits, cache)
     computed = 0
-    if not (folder / META).is_file():
+    if not _is_whole(folder):
         with locked(folder):
-            if not (folder / META).is_file():  # another process may have done it meanwhile
+            if not _is_whole(folder):  # another process may have done it meanwhile
                 job = _Job(
                     dataset=dataset,
                     backbone=backbone,
@@ -85,6 +90,7 @@ def compute_features(
                     on_bad_image=on_bad_image,
                     batch_size=batch_size,
                     progress=progress or (lambda _done, _total: None),
+                    machines=machines,
                 )
                 computed = job.run(engine, workers)
     features = FeatureSet.open(folder)
@@ -119,6 +125,17 @@ def store_folder(
     return cache / "features" / digest.hexdigest()[:32]
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether all of a store is there: one that came back from S3 may have its mark and no more."""
+    try:
+        features = FeatureSet.open(folder)
+        for split in features.splits:
+            features.split(split)
+    except DataError:
+        return False
+    return True
+
+
 @dataclass
 class _Job:
     """One computation of one store."""
@@ -130,6 +147,7 @@ class _Job:
     on_bad_image: Literal["skip", "fail"]
     batch_size: int
     progress: Progress
+    machines: Callable[[], AbstractContextManager[Machines | None]]
 
     def run(self, make_engine: Callable[[], Engine], workers: int | None) -> int:
         """Compute what is missing and put it together; the number of pictures computed."""
@@ -144,44 +162,54 @@ class _Job:
         (self.folder / SHARDS).mkdir(parents=True, exist_ok=True)
         self.progress(total - todo, total)
         description = "unknown"
+        done = total - todo
+        if len(missing) >= SHARDS_WORTH_SHARING:
+            with self.machines() as machines:
+                if machines is not None:
+                    description = machines.description
+                    started = time.monotonic()
+                    for computed in machines.compute(missing):
+                        self._keep(computed)
+                        done += len(computed.shard.samples)
+                        self.progress(done, total)
+        missing = [shard for shard in missing if not shard.is_done()]
         if missing:
             engine = make_engine()
             description = engine.description
             started = time.monotonic()
-            self._compute(missing, engine, _workers(workers, todo), total)
+            self._compute(missing, engine, decoding_workers(todo, workers), done, total)
         assemble(shards, self._description(description, time.monotonic() - started))
         return todo
 
-    def _compute(self, missing: Sequence[Shard], engine: Engine, workers: int, total: int) -> None:
-        batches = [
-            [sample.path for sample in shard.samples[start:end]]
-            for shard in missing
-            for start, end in shard.batches(self.batch_size)
-        ]
-        done = total - _count(missing)
-        preprocessing = self.backbone.preprocessing
-        decoded = decode_batches(self.dataset.root, batches, preprocessing, workers=workers)
-        with closing(decoded):
-            for shard in missing:
-                parts: list[NDArray[np.float32]] = []
-                bad: dict[int, str] = {}
-                for start, end in shard.batches(self.batch_size):
-                    batch = next(decoded)
-                    self._check(batch)
-                    bad |= {start + position: reason for position, reason in batch.bad.items()}
-                    parts.append(self._features(batch, engine))
-                    done += end - start
-                    self.progress(done, total)
-                shard.write(np.concatenate(parts), bad)
+    def _compute(
+        self, missing: Sequence[Shard], engine: Engine, workers: int, done: int, total: int
+    ) -> None:
+        def on_batch(batch: DecodedBatch) -> None:
+            nonlocal done
+            self._check(batch.bad)
+            done += len(batch.good) + len(batch.bad)
+            self.progress(done, total)
 
-    def _check(self, batch: DecodedBatch) -> None:
-        if batch.bad and self.on_bad_image == "fail":
-            raise _bad_image(next(iter(batch.bad.values())))
+        computed = compute_shards(
+            missing,
+            root=self.dataset.root,
+            backbone=self.backbone,
+            engine=engine,
+            workers=workers,
+            batch_size=self.batch_size,
+            on_batch=on_batch,
+        )
+        with closing(computed):
+            for shard in computed:
+                self._keep(shard)
 
-    def _features(self, batch: DecodedBatch, engine: Engine) -> NDArray[np.float32]:
-        if not batch.good:
-            return np.empty((0, self.backbone.feature_dim), np.float32)
-        return engine.features(normalise(batch.pixels, self.backbone.preprocessing))
+    def _keep(self, computed: ShardRows) -> None:
+        self._check(computed.bad)
+        computed.shard.write(computed.rows, computed.bad)
+
+    def _check(self, bad: Mapping[int, str]) -> None:
+        if bad and self.on_bad_image == "fail":
+            raise _bad_image(next(iter(bad.values())))
 
     def _description(self, engine: str, seconds: float) -> FeatureSet:
         return FeatureSet(
@@ -197,17 +225,6 @@ class _Job:
 
 def _count(shards: Sequence[Shard]) -> int:
     return sum(len(shard.samples) for shard in shards)
-
-
-def _workers(asked: int | None, pictures: int) -> int:
-    if asked is not None:
-        return asked
-    if pictures < _DECODE_IN_PROCESS_BELOW:
-        return 0
-    # Two cores are busy with the network: a thread overlaps as well (Pillow lets go of Python's
-    # lock), and a process more cost speed: 122 pictures/s against 76 with a 4.6M-parameter network.
-    cores = available_cpus()
-    return 0 if cores < 4 else min(16, cores // 2)
 
 
 def _bad_image(reason: str) -> BadImageError:

@@ -67,12 +67,19 @@ class RayForSearch:
         for key in self._added:
             os.environ.pop(key, None)
 
+    @property
+    def joins(self) -> bool:
+        """Whether it is a cluster that was there before, perhaps of several machines."""
+        return self._where == "auto"
+
     def start(self) -> None:
-        """Return when Ray is up.
+        """Return when Ray is up; a second call does nothing.
 
         Raises:
             SearchFailed: Ray cannot start, or there is no cluster to join.
         """
+        if self._ours:
+            return
         self._added = [key for key in _ENVIRONMENT if key not in os.environ]
         os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
         import ray

@@ -148,7 +148,7 @@ def _fetch(home: Home, path: Path, target: Path, size: int) -> None:
     try:
         with part.open("wb") as file:
             for offset in range(0, size, _CHUNK_BYTES):
-                file.write(ray.get(home.files.read.remote(path, offset)))
+                file.write(ray.get(home.files.read.remote(path, offset, _CHUNK_BYTES)))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -180,10 +180,10 @@ class _Files:
     def size(self, path: Path) -> int:
         return self._allowed(path).stat().st_size
 
-    def read(self, path: Path, offset: int) -> bytes:
+    def read(self, path: Path, offset: int, length: int) -> bytes:
         with self._allowed(path).open("rb") as file:
             file.seek(offset)
-            return file.read(_CHUNK_BYTES)
+            return file.read(length)
 
     def write(self, name: str, content: bytes) -> None:
         path = (self._search / name).resolve()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from visiontuner.workflow.pictures import load_data
 if TYPE_CHECKING:
     from visiontuner.data.picture_store import PictureStore
     from visiontuner.model.backbone import Backbone
+    from visiontuner.model.computing import Machines
     from visiontuner.model.description import BackboneDescription
     from visiontuner.model.engine import Engine
     from visiontuner.model.features import FeatureSet
@@ -33,6 +35,7 @@ class Inputs:
         self.experiment = experiment
         self.observer = observer
         self.cache: Path = writable_cache_folder()
+        self.on_cluster = False  # whether Ray's other machines help with features
         self._loading = threading.Lock()  # asked for beside other work, and once is enough
         self._backbone: Backbone | None = None
 
@@ -89,6 +92,7 @@ class Inputs:
             progress=lambda done, total: self.observer.progress(
                 "Features", done, total, "pictures"
             ),
+            machines=self._machines if self.on_cluster else nullcontext,
         )
         return features, round(time.monotonic() - began, 3)
 
@@ -118,6 +122,14 @@ class Inputs:
             "computed": computed,
             "seconds": seconds,
         }
+
+    def _machines(self) -> AbstractContextManager[Machines | None]:
+        from visiontuner.search.feature_workers import feature_workers
+
+        experiment = self.experiment
+        return feature_workers(
+            self.dataset.root.resolve(), experiment.model, experiment.training.precision
+        )
 
     def _engine(self) -> Engine:
         from visiontuner.model.engine import make_engine

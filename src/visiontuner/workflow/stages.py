@@ -49,6 +49,9 @@ class StageRunner:
         return state
 
     def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
+        if self.ray.joins:
+            self.ray.start()
+            self.inputs.on_cluster = True
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
         computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))

@@ -1,0 +1,95 @@
+"""Shards of pictures -> their features: on this machine, and what others are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontuner.data.cores import available_cpus
+from visiontuner.data.images import normalise
+from visiontuner.model.decoding import DecodedBatch, decode_batches
+from visiontuner.model.description import BackboneDescription
+from visiontuner.model.shards import Shard
+
+if TYPE_CHECKING:
+    from visiontuner.model.engine import Engine
+
+BATCH_SIZE = 16
+# Starting worker processes takes about as long as decoding so many photographs.
+_DECODE_IN_PROCESS_BELOW = 64
+
+
+class ShardRows(NamedTuple):
+    """A computed shard: float32 (N, D) of its readable pictures, and why others are not there."""
+
+    shard: Shard
+    rows: NDArray[np.float32]
+    bad: dict[int, str]
+
+
+class Machines(Protocol):
+    """Others that compute shards; `description` says what runs the network."""
+
+    description: str
+
+    def compute(self, shards: Sequence[Shard]) -> Iterator[ShardRows]:
+        """Every shard once, in any order."""
+        ...
+
+
+def compute_shards(
+    shards: Sequence[Shard],
+    *,
+    root: Path,
+    backbone: BackboneDescription,
+    engine: Engine,
+    workers: int,
+    batch_size: int = BATCH_SIZE,
+    on_batch: Callable[[DecodedBatch], None] = lambda _: None,
+) -> Generator[ShardRows]:
+    """Decode the pictures of some shards and run the network over them, in order.
+
+    Args:
+        root: the data set's folder.
+        workers: processes that decode, see `decoding_workers`.
+    """
+    batches = [
+        [sample.path for sample in shard.samples[start:end]]
+        for shard in shards
+        for start, end in shard.batches(batch_size)
+    ]
+    with closing(decode_batches(root, batches, backbone.preprocessing, workers=workers)) as decoded:
+        for shard in shards:
+            parts: list[NDArray[np.float32]] = []
+            bad: dict[int, str] = {}
+            for start, _ in shard.batches(batch_size):
+                batch = next(decoded)
+                bad |= {start + position: reason for position, reason in batch.bad.items()}
+                parts.append(_features(batch, backbone, engine))
+                on_batch(batch)
+            yield ShardRows(shard, np.concatenate(parts), bad)
+
+
+def _features(
+    batch: DecodedBatch, backbone: BackboneDescription, engine: Engine
+) -> NDArray[np.float32]:
+    if not batch.good:
+        return np.empty((0, backbone.feature_dim), np.float32)
+    return engine.features(normalise(batch.pixels, backbone.preprocessing))
+
+
+def decoding_workers(pictures: int, asked: int | None = None) -> int:
+    """Processes that decode; 0 is a thread."""
+    if asked is not None:
+        return asked
+    if pictures < _DECODE_IN_PROCESS_BELOW:
+        return 0
+    # Two cores are busy with the network: a thread overlaps as well (Pillow lets go of Python's
+    # lock), and a process more cost speed: 122 pictures/s against 76 with a 4.6M-parameter network.
+    cores = available_cpus()
+    return 0 if cores < 4 else min(16, cores // 2)

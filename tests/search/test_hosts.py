@@ -1,0 +1,148 @@
+"""Workers elsewhere: files travel to them and home, on a Ray that only plays several machines."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+from visiontuner.data.dataset import Sample
+from visiontuner.experiment import Experiment, Model
+from visiontuner.model.computing import ShardRows
+from visiontuner.model.shards import Shard
+from visiontuner.search import hosts
+from visiontuner.search.feature_workers import FeatureWorkers, _FeatureWorker
+from visiontuner.search.hosts import Home, at_this_machine, home_of, send_home
+from visiontuner.search.trial import HEAD_FILE, TrialTask
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
+
+
+@pytest.fixture
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialTask]:
+    """What the driver of a search hands to a worker on another machine."""
+    features = tmp_path / "home/cache/features/KEY"
+    features.mkdir(parents=True)
+    (features / "meta.json").write_text("{}")
+    (features / "train.features.npy").write_bytes(bytes(range(256)) * 4)
+    (features / ".half.tmp").write_text("being written")
+    search = tmp_path / "home/search"
+    (search / "trials/t0001").mkdir(parents=True)
+    (search / "trials/t0001" / HEAD_FILE).write_text("weights")
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "away"))
+    monkeypatch.setattr(hosts, "_FETCHED", {})
+    monkeypatch.setattr(hosts, "_CHUNK_BYTES", 100)
+    files: Any = ray.remote(hosts._Files).remote(search, [features])
+    yield TrialTask(
+        experiment=Experiment.parse({"name": "x"}),
+        search_folder=search,
+        threads=1,
+        features_folder=features,
+        start_heads={"t0002": search / "trials/t0001" / HEAD_FILE},
+        home=Home(node_id="another", files=files),
+    )
+    ray.kill(files)
+
+
+def test_one_machine_needs_no_home(tmp_path: Path) -> None:
+    with home_of(tmp_path, []) as home:
+        assert home is None
+
+
+def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
+    task: TrialTask,
+) -> None:
+    with at_this_machine(task, "t0002") as here:
+        # Files at the same path are used as they are: the machines share a disk.
+        assert here.features_folder == task.features_folder
+        assert here.search_folder != task.search_folder
+        assert here.start_heads["t0002"].read_text() == "weights"
+        folder = here.trial_folder("t0002")
+        folder.mkdir(parents=True)
+        (folder / HEAD_FILE).write_text("new weights")
+        (folder / "logits.part").write_text("half")
+        send_home(here, "t0002")
+    home = task.trial_folder("t0002")
+    assert [path.name for path in home.iterdir()] == [HEAD_FILE]
+    assert (home / HEAD_FILE).read_text() == "new weights"
+    assert not folder.exists()
+
+
+def _elsewhere(task: TrialTask) -> Home:
+    assert task.home is not None
+    return task.home
+
+
+def test_a_copy_is_whole_and_is_fetched_once(
+    task: TrialTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert task.features_folder is not None
+    folder, home = task.features_folder, _elsewhere(task)
+    monkeypatch.setattr(hosts, "_lacks", _never_shared(folder))
+    copy = hosts.fetch_folder(home, folder, tmp_path / "away")
+    assert copy == tmp_path / "away/features/KEY"
+    names = ("meta.json", "train.features.npy")
+    assert sorted(path.name for path in copy.iterdir()) == sorted(names)
+    assert all((copy / name).read_bytes() == (folder / name).read_bytes() for name in names)
+
+    (copy / "meta.json").unlink()
+    times = (copy / "train.features.npy").stat().st_mtime_ns
+    hosts._FETCHED.clear()
+    hosts.fetch_folder(home, folder, tmp_path / "away")
+    assert (copy / "meta.json").is_file()
+    assert (copy / "train.features.npy").stat().st_mtime_ns == times
+
+
+def _never_shared(folder: Path) -> Any:
+    """This machine cannot see the home's disk."""
+    original = hosts._lacks
+    return lambda where, sizes: list(sizes) if where == folder else original(where, sizes)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/outside", "trials/../../outside"])
+def test_nothing_is_written_outside_the_search(task: TrialTask, name: str) -> None:
+    with pytest.raises(RayTaskError, match="PermissionError"):
+        ray.get(_elsewhere(task).files.write.remote(name, b""))
+    with pytest.raises(RayTaskError, match="PermissionError"):
+        ray.get(_elsewhere(task).files.read.remote(task.search_folder / name, 0, 1))
+
+
+@ray.remote
+class Machine:
+    """Computes shards until it has done as many as it lives for."""
+
+    def __init__(self, lives: int) -> None:
+        self._lives = lives
+
+    def compute(self, shard: Shard) -> ShardRows:
+        if self._lives == 0:
+            raise OSError("gone")
+        self._lives -= 1
+        return ShardRows(shard, np.full((1, 2), shard.number, np.float32), {})
+
+
+def shards(tmp_path: Path, count: int) -> list[Shard]:
+    sample = (Sample(path="a.png", label=0, digest="d"),)
+    return [Shard("train", number, sample, tmp_path) for number in range(count)]
+
+
+def test_shards_of_a_machine_that_dies_go_to_the_others(tmp_path: Path) -> None:
+    machines = {Machine.remote(1): "torch", Machine.remote(100): "torch"}  # type: ignore[attr-defined]
+    workers = FeatureWorkers(machines)
+    computed = list(workers.compute(shards(tmp_path, 8)))
+    assert sorted(each.shard.number for each in computed) == list(range(8))
+    assert all((each.rows == each.shard.number).all() for each in computed)
+    assert workers.description == "2 machines or GPUs, each by torch"
+
+
+def test_what_no_machine_can_compute_is_left_to_the_driver(tmp_path: Path) -> None:
+    machines = {Machine.remote(2): "torch", Machine.remote(1): "torch"}  # type: ignore[attr-defined]
+    assert len(list(FeatureWorkers(machines).compute(shards(tmp_path, 8)))) == 3
+
+
+def test_a_machine_without_the_pictures_takes_no_part(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        _FeatureWorker(tmp_path / "nowhere", Model().model_dump(), "fp32")

@@ -1,0 +1,45 @@
+"""Which ends of a trial are a lost worker's."""
+
+import pytest
+
+from visiontuner.search.losses import MOST_LOSSES, Losses
+
+UNAVAILABLE = (
+    "Failure # 1 (occurred at 2026-11-22_22-54-35)\nThe actor f62d1b99 is unavailable: The actor "
+    "is temporarily unavailable: RpcError: RPC error: Connection reset by peer rpc_code: 14."
+)
+DIED = (
+    "Failure # 1 (occurred at 2026-11-22_22-54-35)\n"
+    "The actor died unexpectedly before finishing this task.\n\tclass_name: ImplicitFunc\n"
+    "The actor died because its node has died. Node Id: 1"
+)
+
+
+@pytest.mark.parametrize("told", [UNAVAILABLE, DIED, DIED.split("\n", 1)[1]])
+def test_a_trial_whose_worker_died_begins_again(told: str) -> None:
+    losses = Losses()
+    assert losses.begins_again("t0001", told)
+    assert losses.take()
+    assert not losses.take()
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        "",
+        "Failure # 1 (occurred at now)\nray::ImplicitFunc.train() (pid=1)\nTrialFailed: nan",
+        "ray::ImplicitFunc.train()\nThe actor died unexpectedly before finishing this task.",
+        "Failure # 1 (now)\nThe actor died because of an error raised in its creation task, x",
+    ],
+)
+def test_what_a_trial_itself_raised_does_not(told: str) -> None:
+    losses = Losses()
+    assert not losses.begins_again("t0001", told)
+    assert not losses.take()
+
+
+def test_a_trial_that_ends_every_worker_fails_at_last() -> None:
+    losses = Losses()
+    again = [losses.begins_again("t0001", DIED) for _ in range(MOST_LOSSES)]
+    assert again == [True] * (MOST_LOSSES - 1) + [False]
+    assert losses.begins_again("t0002", DIED)
