@@ -6,6 +6,7 @@ would have left it.
 
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from click.testing import CliRunner, Result
 
 from visiontuner.aws import Aws
 from visiontuner.cli import main
+from visiontuner.errors import JobFailed, ServingError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.sagemaker.s3 import upload_folder
@@ -33,6 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
 ]
+# The module; in its package the function has the same name.
+FOLLOWING = sys.modules["visiontuner.workflow.attach"]
 REGION = "eu-west-1"
 IMAGE = "example/directed:1"
 FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")
@@ -98,7 +103,9 @@ def submit(*more: str) -> str:
     )
 
 
-def place(account: Any, name: str = "visiontuner-colours-1", *, instances: int = 1) -> str:
+def place(
+    account: Any, name: str = "visiontuner-colours-20261122224611", *, instances: int = 1
+) -> str:
     """A job as `submit` leaves it, without the SDK's seconds; returns its name."""
     root = "photos/visiontuner/colours-1"
     tags = {"visiontuner.search": "colours-1", "visiontuner.price_per_hour": "2"}
@@ -335,7 +342,7 @@ def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -
     watching = _Watching(lambda: direct(account, job, status="Completed", seconds=60))
     keep_archive(account, job, finished)
     came = attach(job, observer=watching, poll_seconds=0.2)
-    assert watching.notes[0].startswith(f"{job}: Training (0 min, $0.00 so far)")
+    assert watching.notes[0].startswith(f"{job}: Training (0 min, $0.")
     assert "algo-1  All 1 hosts are there." in watching.notes
     assert not [note for note in watching.notes if "noise" in note]
     assert watching.total == 16  # of the experiment in the journal, see `small_search`
@@ -343,6 +350,48 @@ def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -
     assert came.result is not None
     assert len(came.result.record.trials) == 3
     assert came.result.model == "models:/colours/1"
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(
+    account: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = place(account)
+
+    def press(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FOLLOWING, "time", SimpleNamespace(monotonic=time.monotonic, sleep=press))
+    done = run("attach", job)
+    assert done.exit_code == 130
+    assert f"{job} runs on. Follow it again: visiontuner attach {job}" in done.stderr
+    assert described(account, job)["TrainingJobStatus"] == "InProgress"
+
+
+def test_an_aws_that_is_away_for_a_while_does_not_end_the_following(
+    account: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = place(account)
+    url, looks = os.environ["AWS_ENDPOINT_URL"], iter(range(10))
+
+    def pause(_: float) -> None:
+        """Two looks find nobody; at the third AWS is back, and the job has ended."""
+        if next(looks) == 2:
+            monkeypatch.setattr(Aws, "call", call)
+            direct(account, job, status="Failed", reason="InternalServerError", seconds=60)
+
+    call = Aws.call
+
+    def away(self: Aws, service: str, method: str, /, **kwargs: Any) -> Any:
+        if next(calls) < 3:  # who am I, and the first look
+            return call(self, service, method, **kwargs)
+        raise ServingError(f"Cannot {method} at {url}: connection refused.")
+
+    calls = iter(range(1000))
+    monkeypatch.setattr(Aws, "call", away)
+    monkeypatch.setattr(FOLLOWING, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
+    with pytest.raises(JobFailed, match="before its search began: InternalServerError"):
+        attach(job, poll_seconds=0)
+    assert next(looks) == 3
 
 
 def test_a_stopped_job_comes_home_and_its_search_goes_on_in_another(

@@ -29,6 +29,7 @@ _ADVICE = {
     "No matching distribution": "The image's Python has no such version: name another --image.",
     "could not be installed": "The image's Python has no such version: name another --image.",
 }
+_TIME = len("20261122224611")
 _SHOWN = 50  # jobs of a list: describing one is a request
 
 
@@ -127,7 +128,8 @@ def jobs_of(aws: Aws, job: Job) -> list[Job]:
     """All jobs of one search, oldest first: resumed ones share their checkpoints."""
     if job.checkpoints is None:
         return [job]
-    same = [one for one in _ours(aws) if one.checkpoints == job.checkpoints]
+    # All but the time that the SDK appends.
+    same = [one for one in _ours(aws, job.name[: -1 - _TIME]) if one.checkpoints == job.checkpoints]
     known = {one.name: one for one in (job, *same)}
     return sorted(known.values(), key=lambda one: (one.created, one.name))
 
@@ -154,12 +156,12 @@ def advice_on(reason: str) -> str:
     return ""
 
 
-def _ours(aws: Aws) -> Iterator[Job]:
+def _ours(aws: Aws, contains: str = f"{PREFIX}-") -> Iterator[Job]:
     found = aws.pages(
         "sagemaker",
         "list_training_jobs",
         "TrainingJobSummaries",
-        NameContains=f"{PREFIX}-",
+        NameContains=contains,
         SortBy="CreationTime",
         SortOrder="Descending",
     )
