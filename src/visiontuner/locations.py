@@ -10,6 +10,8 @@ from visiontuner.journal import FILE_NAME
 
 SEARCHES = Path("searches")
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+NO_TRACKING = "none"
+"""As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
 
 
 def cache_folder() -> Path:

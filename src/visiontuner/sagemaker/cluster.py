@@ -205,12 +205,10 @@ def environment_of(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
 
 def _search(job: Job, ray_address: str, terminated: threading.Event) -> Outcome:
     """Run the search and keep what it made."""
-    tracking = job.tracking_uri or f"sqlite:///{job.base / 'tmp' / 'mlflow.db'}"
-    (job.base / "tmp").mkdir(exist_ok=True)
     environment = {
         **environment_of(job, os.environ),
         "RAY_ADDRESS": ray_address,
-        "MLFLOW_TRACKING_URI": tracking,
+        "MLFLOW_TRACKING_URI": job.tracking_uri or "none",
     }
     command = [sys.executable, "-m", "visiontuner", *tune_arguments(job)]
     with Child(command, environment, echo=True) as search:

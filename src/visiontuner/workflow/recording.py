@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.journal import SearchRecord
 from visiontuner.layout import CLASSIFIER_FOLDER
-from visiontuner.locations import writable_cache_folder
+from visiontuner.locations import NO_TRACKING, writable_cache_folder
 from visiontuner.workflow.observing import Observer
 from visiontuner.workflow.packaging import packaged_trial
 
@@ -49,6 +49,9 @@ class BackgroundTracking:
         return self._problem
 
     def _open(self) -> None:
+        if self._uri == NO_TRACKING:
+            self._problem = f"MLFLOW_TRACKING_URI is {NO_TRACKING!r}."
+            return
         from visiontuner.tracking.follow import WriterThread
         from visiontuner.tracking.mlflow_writer import MlflowWriter
 
