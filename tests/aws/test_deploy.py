@@ -228,6 +228,59 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
     assert account.holds() == NOTHING | {"objects": second["objects"]}
 
 
+def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
+    account: Any, model: str, make_picture: Callable[..., bytes]
+) -> None:
+    acting = ["--assume-role", account.put_role("deployer", service="ec2.amazonaws.com")]
+    printed = run("deploy", model, "--dry-run", *acting)
+    assert f"sagemaker:/eu-west-1/{acting[1]} " in printed.stdout
+    assert "assumed-role/deployer/visiontuner" in printed.stderr
+    made = run("deploy", model, "--no-preflight", "--serverless", "2048", *acting)
+    assert made.exit_code == 0, made.output
+    assert _variant(account)["ServerlessConfig"] == {"MemorySizeInMB": 2048, "MaxConcurrency": 5}
+    assert _ask_with_boto3(account, "colours", [make_picture("blue")])[0]["label"] == "blue"
+    updated = run("update", "colours", model, "--no-preflight", *acting)
+    assert updated.exit_code == 0, updated.output
+    assert _variant(account)["ServerlessConfig"]["MemorySizeInMB"] == 2048
+    listed = run("endpoints", *acting)
+    assert "colours" in listed.stdout
+    gone = run("undeploy", "colours", "--artifacts", *acting)
+    assert gone.exit_code == 0, gone.output
+    assert account.holds() == NOTHING
+
+
+def _variant(account: Any) -> dict[str, Any]:
+    (name,) = account.holds()["configs"]
+    config = account.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+    variant: dict[str, Any] = config["ProductionVariants"][0]
+    return variant
+
+
+def test_a_role_that_may_not_be_taken_on_is_said_in_one_line(account: Any, model: str) -> None:
+    done = run("deploy", model, "--assume-role", "no-arn", "--no-preflight")
+    assert done.exit_code in (1, 2)
+    assert "no-arn" in said(done) or "RoleArn" in said(done)
+    assert account.holds() == NOTHING
+
+
+def test_captured_data_go_where_they_are_wanted(account: Any, model: str) -> None:
+    wanted = ["--data-capture", "s3://kept/here"]
+    made = run("deploy", model, "--no-preflight", *wanted)
+    assert made.exit_code == 0, made.output
+    assert "captures   requests in s3://kept/here" in made.stderr
+    (name,) = account.holds()["configs"]
+    config = account.client("sagemaker").describe_endpoint_config(EndpointConfigName=name)
+    kept = config["DataCaptureConfig"]
+    assert kept["EnableCapture"] is True
+    assert kept["InitialSamplingPercentage"] == 100
+    assert kept["DestinationS3Uri"] == "s3://kept/here"
+    assert [one["CaptureMode"] for one in kept["CaptureOptions"]] == ["Input", "Output"]
+    refused = run("deploy", model, "--name", "two", "--serverless", "1024", *wanted)
+    assert "A serverless endpoint captures no data" in said(refused)
+    assert run("undeploy", "colours", "--artifacts").exit_code == 0
+    assert account.holds() == NOTHING
+
+
 def _repackage(classifier: Path) -> None:
     path = classifier / "reference.json"
     reference = json.loads(path.read_text())
