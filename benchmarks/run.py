@@ -29,6 +29,7 @@ BENCHMARKS = (
     "kills",
     "resume",
     "outage",
+    "two_hosts",
     "rules",
     "compare",
     "serving",
