@@ -21,6 +21,7 @@ NAMES = (
     "kills",
     "resume",
     "outage",
+    "two_hosts",
     "rules",
     "compare",
     "serving",
