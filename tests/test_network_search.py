@@ -1,0 +1,197 @@
+"""Searches over the network itself, from the pictures to the evaluated model."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mlflow import MlflowClient
+
+from visiontuner.experiment import Experiment
+from visiontuner.journal import Event, SearchRecord, read_events
+from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE
+from visiontuner.workflow import Silent, evaluate_search, resume_search, run_search
+from visiontuner.workflow.diagnose import diagnose_search
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("running_ray"),
+]
+
+EPOCHS = 30
+
+
+class PressCtrlC(Silent):
+    """Presses Ctrl-C when an event came so many times."""
+
+    def __init__(self, event: str, number: int) -> None:
+        self.awaited, self.left = event, number
+
+    def event(self, event: Event) -> None:
+        self.left -= event["event"] == self.awaited
+        if self.left == 0:
+            self.left -= 1
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
+    return new_database(tmp_path / "mlflow.db")
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path, uri: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+
+@pytest.fixture
+def staged(tmp_path: Path, pictures: Path) -> dict[str, Any]:
+    """Four heads, and the two best of them as networks."""
+    root = tmp_path / "colours"
+    shutil.copytree(pictures, root)
+    shutil.copytree(root / "valid", root / "test")
+    return {
+        "name": "colours",
+        "data": {"source": str(root)},
+        "model": {
+            "backbone": "timm:test_efficientnet.r160_in1k",
+            "weights": "none",
+            "image_size": 32,
+            "train": "last_stage",
+        },
+        "training": {"epochs": 4, "batch_size": 8, "augmentation": "none", "workers": 0},
+        "search": {
+            "trials": 4,
+            "algorithm": "random",
+            "scheduler": "none",
+            "first": [],
+            "space": {"learning_rate": {"low": 0.001, "high": 0.1, "scale": "log"}},
+            "stages": {"best": 2, "epochs": EPOCHS, "learning_rate": 0.01},
+        },
+    }
+
+
+def runs_by_trial(uri: str) -> tuple[list[Any], dict[str, Any]]:
+    """The parent runs, and the trials' runs by trial id."""
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("colours")
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if r.data.tags["visiontuner.kind"] == "search"]
+    trials = [r for r in runs if r.data.tags["visiontuner.kind"] == "trial"]
+    by_id = {run.data.tags["visiontuner.trial_id"]: run for run in trials}
+    assert len(by_id) == len(trials)
+    return parents, by_id
+
+
+def kill_in_the_second_stage(search: Path, experiment: dict[str, Any]) -> None:
+    """`visiontuner tune`, and kill -9 when a network has gone through some epochs."""
+    Path("experiment.yaml").write_text(yaml.safe_dump(experiment))
+    arguments = ["tune", "--experiment", "experiment.yaml", "--output", str(search)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "visiontuner", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        end = time.monotonic() + 200
+        while len(network_epochs(search)) < 8:
+            assert process.poll() is None, "it ended too early"
+            assert time.monotonic() < end, "the moment never came"
+            time.sleep(0.01)
+        process.kill()
+
+
+def network_epochs(search: Path) -> list[Event]:
+    if not (search / "journal.jsonl").is_file():
+        return []
+    events = read_events(search).events
+    networks = {e["trial_id"] for e in events if e.get("stage") == "network"}
+    return [e for e in events if e["event"] == "epoch" and e["trial_id"] in networks]
+
+
+def test_a_staged_search_killed_in_its_second_stage_goes_on_and_is_like_any_other(
+    tmp_path, staged, uri
+):
+    search = tmp_path / "search"
+    kill_in_the_second_stage(search, staged)
+    before = SearchRecord.load(search)
+    assert {t.state for t in before.trials.values() if t.stage == "head"} == {"completed"}
+    checkpoints = {path.parent.name for path in search.glob(f"trials/*/{CHECKPOINT_FOLDER}")}
+    assert checkpoints
+
+    result = resume_search(search)
+    record = result.record
+    assert result.state == "completed"
+    assert sorted(record.trials) == [f"t{number:04d}" for number in range(1, 7)]
+    for trial in record.trials.values():
+        if trial.stage == "head":
+            assert trial == before.trials[trial.trial_id]
+            continue
+        assert trial.state == "completed"
+        assert [epoch.step for epoch in trial.epochs] == list(range(1, EPOCHS + 1))
+        attempts = [epoch.attempt for epoch in trial.epochs]
+        assert attempts == sorted(attempts)
+        # It went on where the kill came, and did not begin anew.
+        began_anew = trial.trial_id in before.trials and trial.trial_id not in checkpoints
+        assert attempts[0] == (2 if began_anew else 1)
+        assert attempts[-1] == (2 if trial.trial_id in before.trials else 1)
+    ranking = record.ranking()
+    heads = [t.trial_id for t in ranking if t.stage == "head"][:2]
+    assert [record.trials[f"t{n:04d}"].starts_from for n in (5, 6)] == heads
+    assert record.best is ranking[0]
+    ready = [e for e in read_events(search).events if e["event"] == "pictures_ready"]
+    assert [event["computed"] > 0 for event in ready] == [True, False]
+    assert not list(search.glob(f"trials/*/{CHECKPOINT_FOLDER}"))
+    assert len(list(search.glob(f"trials/*/{NETWORK_FILE}"))) == 2
+    assert len(list(search.glob(f"trials/*/{HEAD_FILE}"))) == 4
+
+    parents, runs = runs_by_trial(uri)
+    assert len(parents) == 1
+    assert sorted(runs) == sorted(record.trials)
+    for trial_id, run in runs.items():
+        trial = record.trials[trial_id]
+        assert run.data.tags["visiontuner.stage"] == trial.stage
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        history = MlflowClient(uri).get_metric_history(run.info.run_id, "train_loss")
+        assert sorted(m.step for m in history) == list(range(1, len(trial.epochs) + 1))
+    assert runs["t0005"].data.tags["visiontuner.starts_from"] == heads[0]
+
+    chosen = evaluate_search(search).choice.chosen
+    description = json.loads((search / "classifier" / "classifier.json").read_text())
+    assert description["metadata"]["trial_id"] == chosen == record.best.trial_id
+    expected = "head" if record.best.stage == "head" else "last_stage"
+    assert description["metadata"]["train"] == expected
+    assert (search / "report.html").is_file()
+    diagnosis = diagnose_search(search)
+    assert len(diagnosis.runs) == 6
+    assert diagnosis.notes == ()
+
+
+def test_a_search_over_the_network_alone_goes_on_after_ctrl_c_and_keeps_the_best_five(
+    tmp_path, staged
+):
+    del staged["search"]["stages"]
+    staged["search"] |= {"trials": 7, "scheduler": "asha"}
+    experiment, search = Experiment.parse(staged), tmp_path / "search"
+    stopped = run_search(experiment, output=search, observer=PressCtrlC("trial_ended", 2))
+    assert stopped.state == "interrupted"
+    result = resume_search(search)
+    record = result.record
+    assert {t.state for t in record.trials.values()} <= {"completed", "stopped_early"}
+    assert {t.stage for t in record.trials.values()} == {None}
+    assert len(record.trials) == 7
+    kept = {path.parent.name for path in search.glob(f"trials/*/{NETWORK_FILE}")}
+    assert kept == {trial.trial_id for trial in record.ranking()[:5]}
+    assert "features_ready" not in [e["event"] for e in read_events(search).events]
+    # Of the trials that cannot be told apart only those whose networks are there are taken.
+    assert evaluate_search(search, prefer="cheapest").choice.chosen in kept
