@@ -326,6 +326,26 @@ def test_an_attached_search_is_in_mlflow_what_a_local_one_is(
     assert _runs(f"sqlite:///{tmp_path / 'mlflow.db'}") == here
 
 
+def test_the_run_that_mlflow_run_opened_becomes_the_searchs(
+    account: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    opened = client.create_run(client.create_experiment("mine")).info
+    job = place(account)
+    keep_archive(account, job, finished)
+    direct(account, job, status="Completed", seconds=60)
+    monkeypatch.setenv("MLFLOW_RUN_ID", opened.run_id)
+    done = run("attach", job)
+    assert done.exit_code == 0, done.output
+    children = client.search_runs(
+        [opened.experiment_id], f"tags.`mlflow.parentRunId` = '{opened.run_id}'"
+    )
+    assert {child.info.run_name for child in children} == {"t0001", "t0002", "t0003"}
+
+
 def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -> None:
     job = place(account)
     logs = account.client("logs")
@@ -345,7 +365,7 @@ def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -
     assert watching.notes[0].startswith(f"{job}: Training (0 min, $0.")
     assert "algo-1  All 1 hosts are there." in watching.notes
     assert not [note for note in watching.notes if "noise" in note]
-    assert watching.total == 16  # of the experiment in the journal, see `small_search`
+    assert watching.total == 3
     assert {event["event"] for event in watching.events} >= {"search_started", "trial_started"}
     assert came.result is not None
     assert len(came.result.record.trials) == 3
