@@ -103,12 +103,14 @@ def kill_in_the_second_stage(search: Path, experiment: dict[str, Any]) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     ) as process:
-        end = time.monotonic() + 200
-        while len(network_epochs(search)) < 8:
-            assert process.poll() is None, "it ended too early"
-            assert time.monotonic() < end, "the moment never came"
-            time.sleep(0.01)
-        process.kill()
+        end = time.monotonic() + 400
+        try:
+            while len(network_epochs(search)) < 8:
+                assert process.poll() is None, "it ended too early"
+                assert time.monotonic() < end, "the moment never came"
+                time.sleep(0.01)
+        finally:
+            process.kill()
 
 
 def network_epochs(search: Path) -> list[Event]:
