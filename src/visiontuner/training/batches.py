@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 # Rows of logits computed at a time in evaluation: bounds memory, whatever the split's size.
 EVALUATION_BATCH = 4096
@@ -50,6 +51,13 @@ class FeatureBatches:
 
     def in_order(self) -> Iterator[Tensor]:
         yield from torch.split(self.features, EVALUATION_BATCH)
+
+
+def needs_joining(network: nn.Module, *, samples: int, batch_size: int) -> bool:
+    """Whether the last batch has one sample, and the network a layer that cannot learn from one."""
+    network.train()
+    normalises = any(isinstance(m, _BatchNorm) and m.training for m in network.modules())
+    return normalises and samples > batch_size > 1 and samples % batch_size == 1
 
 
 def join_last_single(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
-from visiontuner.training.batches import Batches, FeatureBatches, join_last_single
+from visiontuner.training.batches import (
+    Batches,
+    FeatureBatches,
+    join_last_single,
+    needs_joining,
+)
 from visiontuner.training.ema import averaged_copy
-from visiontuner.training.epoch import EpochMetrics
 from visiontuner.training.evaluate import evaluate
-from visiontuner.training.metrics import Scores, balanced_class_weights
+from visiontuner.training.metrics import balanced_class_weights
 from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
 from visiontuner.training.optimisation import (
     ParameterGroup,
-    learning_rate_of,
     make_optimizer,
     make_schedule,
 )
+from visiontuner.training.results import EpochResult, StepDone, StepLoss
 from visiontuner.training.state import (
     identity_of,
     load_optimizer,
@@ -39,6 +41,7 @@ from visiontuner.training.state import (
     set_random_state,
 )
 from visiontuner.training.step import TrainingStep
+from visiontuner.training.train_epoch import Trained, train_epoch
 
 __all__ = [
     "Batches",
@@ -53,52 +56,6 @@ __all__ = [
     "make_optimizer",
     "make_schedule",
 ]
-
-
-class StepLoss(NamedTuple):
-    """Training loss of one optimizer step, for curves finer than an epoch."""
-
-    step: int
-    loss: float
-
-
-class StepDone(NamedTuple):
-    """What `on_step` is told after every optimizer step.
-
-    Attributes:
-        epoch: 1 for the first.
-        step: 1 for the first, counted through all epochs.
-        steps_per_epoch: how many steps every epoch takes.
-        loss: float32, (), on the network's device: reading its value waits for the device.
-    """
-
-    epoch: int
-    step: int
-    steps_per_epoch: int
-    loss: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class EpochResult:
-    """What one epoch gave.
-
-    Attributes:
-        epoch: 1 for the first.
-        is_best: this epoch's objective is better than every earlier one's.
-        validation_logits: float32, shape (num_validation, num_classes), on the CPU.
-        network: the one that was evaluated, in eval mode: the averaged weights with `ema_decay`.
-            It trains on in the next epoch, so whatever is kept of it is copied before.
-        step_losses: every `log_every_steps`-th step's loss; empty if not asked for.
-        notes: what happened in this epoch and a user should know, a line each.
-    """
-
-    epoch: int
-    metrics: EpochMetrics
-    is_best: bool
-    validation_logits: Tensor
-    network: nn.Module
-    step_losses: tuple[StepLoss, ...] = ()
-    notes: tuple[str, ...] = ()
 
 
 def linear_head(feature_dim: int, num_classes: int, *, dropout: float, seed: int) -> nn.Sequential:
@@ -181,7 +138,9 @@ class Fit:
         self._best, self._epochs_without_better = -math.inf, 0
         self._order = torch.Generator().manual_seed(seed)
         self._random: dict[str, Tensor] | None = None
-        self._joins_last_single = _joins_last_single(network, len(train.labels), settings)
+        self._joins_last_single = needs_joining(
+            network, samples=len(train.labels), batch_size=settings.batch_size
+        )
         self.steps_per_epoch = (
             math.ceil(len(train.labels) / settings.batch_size) - self._joins_last_single
         )
@@ -281,13 +240,13 @@ class Fit:
         else:  # whatever was drawn between two epochs
             set_random_state(self._random, self._device)
         epoch, started = self.epoch + 1, time.perf_counter()
-        trained = self._train_epoch(epoch)
+        trained = self._train_epoch()
         _require_finite(trained.loss, "training loss", epoch, trained.learning_rate)
         seconds = time.perf_counter() - started
         network = self.network if self._average is None else self._average.module
         logits, scores = evaluate(network, self._validation, self._evaluation)
         _require_finite(scores.loss, "validation loss", epoch, trained.learning_rate)
-        metrics = _join(trained, scores, seconds, len(self._train.labels))
+        metrics = trained.joined_with(scores, seconds=seconds)
         is_best = self._count(self._sign * metrics.to_dict()[self._objective])
         self.epoch = epoch
         self._random = random_state(self._device)
@@ -308,67 +267,22 @@ class Fit:
         self._epochs_without_better = 0 if is_best else self._epochs_without_better + 1
         return is_best
 
-    def _train_epoch(self, epoch: int) -> _Trained:
-        """One pass over the training samples. Sums stay on the device: one transfer an epoch."""
-        self.network.train()
-        zero = torch.zeros((), device=self._device)
-        loss_sum, correct, norm_sum = zero.clone(), zero.clone(), zero.clone()
-        # Of the epoch's first step: with a cosine the last one is near 0.
-        learning_rate = learning_rate_of(self._step.optimizer)
-        steps, before, step_losses = 0, (epoch - 1) * self.steps_per_epoch, []
-        every = self.settings.log_every_steps
-        batches = self._train.shuffled(self._order)
-        for inputs, labels in join_last_single(batches) if self._joins_last_single else batches:
-            outcome = self._step(inputs, labels)
-            steps += 1
-            loss_sum += outcome.loss * len(labels)
-            correct += outcome.correct
-            norm_sum += outcome.gradient_norm
-            if every and steps % every == 0:
-                step_losses.append((before + steps, outcome.loss))
-            if self._on_step is not None:
-                self._on_step(StepDone(epoch, before + steps, self.steps_per_epoch, outcome.loss))
-        samples = len(self._train.labels)
-        return _Trained(
-            loss=float(loss_sum) / samples,
-            accuracy=float(correct) / samples,
-            learning_rate=learning_rate,
-            gradient_norm=float(norm_sum) / steps,
-            step_losses=tuple(StepLoss(step, float(loss)) for step, loss in step_losses),
+    def _train_epoch(self) -> Trained:
+        batches: Iterable[tuple[Tensor, Tensor]] = self._train.shuffled(self._order)
+        if self._joins_last_single:
+            batches = join_last_single(batches)
+        return train_epoch(
+            self._step,
+            batches,
+            epoch=self.epoch + 1,
+            steps_per_epoch=self.steps_per_epoch,
+            log_every_steps=self.settings.log_every_steps,
+            on_step=self._on_step,
         )
 
     @property
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device
-
-
-class _Trained(NamedTuple):
-    loss: float
-    accuracy: float
-    learning_rate: float
-    gradient_norm: float
-    step_losses: tuple[StepLoss, ...]
-
-
-def _joins_last_single(network: nn.Module, samples: int, settings: Training) -> bool:
-    """Whether the last batch has one sample, and a layer that cannot learn from one."""
-    network.train()
-    normalises = any(isinstance(m, _BatchNorm) and m.training for m in network.modules())
-    return normalises and samples > settings.batch_size > 1 and samples % settings.batch_size == 1
-
-
-def _join(trained: _Trained, scores: Scores, seconds: float, samples: int) -> EpochMetrics:
-    return EpochMetrics(
-        train_loss=trained.loss,
-        train_accuracy=trained.accuracy,
-        validation_loss=scores.loss,
-        validation_accuracy=scores.accuracy,
-        validation_macro_f1=scores.macro_f1,
-        learning_rate=trained.learning_rate,
-        gradient_norm=trained.gradient_norm,
-        epoch_seconds=seconds,
-        images_per_second=samples / max(seconds, 1e-9),
-    )
 
 
 def _require_finite(loss: float, what: str, epoch: int, learning_rate: float) -> None:

@@ -57,6 +57,7 @@ class TrainingStep:
         self.class_weights = class_weights
         self.average = average
         self.micro_batches = MicroBatches(settings.micro_batch_size, where="training")
+        self.device = next(network.parameters()).device
         self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
     def __call__(self, inputs: Tensor, labels: Tensor) -> StepOutcome:
