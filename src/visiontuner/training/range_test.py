@@ -155,14 +155,16 @@ def suggest(learning_rates: Sequence[float], smoothed: Sequence[float]) -> Sugge
     """
     values: NDArray[np.float64] = np.asarray(smoothed, dtype=np.float64)
     lowest = int(values.argmin())
-    start = float(values[: max(1, lowest)].max())
+    # The first values are means of a few steps, and noisy: their median is the level.
+    start = float(np.median(values[: max(3, lowest // 4)]))
     fall = start - float(values[lowest])
     if lowest < 2 or fall < _LEAST_FALL * start:
         return None
     before = values[: lowest + 1]
     # The last place above the threshold: noise at the start must not count as a beginning.
     begun = int(np.flatnonzero(before >= start - _BEGUN * fall)[-1])
-    done = max(begun + 1, int(np.flatnonzero(before <= start - _DONE * fall)[0]))
+    after = before[begun:]
+    done = begun + max(1, int(np.flatnonzero(after <= start - _DONE * fall)[0]))
     steepest = begun + int(np.argmin(np.gradient(before)[begun : done + 1]))
     return Suggestion(
         learning_rate=_two_digits(learning_rates[steepest]),
