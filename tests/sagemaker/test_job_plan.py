@@ -195,6 +195,7 @@ def test_what_is_no_place_on_s3_is_refused(uri: str) -> None:
     ("uri", "variables", "reaches"),
     [
         ("sqlite:///mlflow.db", {}, False),
+        ("postgresql://me:secret@db.example.org/mlflow", {}, False),
         ("http://localhost:5000", {}, False),
         ("http://127.0.0.1:5000", {}, False),
         ("http://[::1]:5000", {}, False),

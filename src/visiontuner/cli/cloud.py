@@ -22,7 +22,9 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def yes_or_no(name: str, text: str) -> Decorator:
     """A flag that MLproject can pass as well, which always writes a value: `none` or `true`."""
-    return click.option(name, is_flag=False, flag_value="true", default="none", help=text)
+    return click.option(
+        name, is_flag=False, flag_value="true", default="none", metavar="", help=text
+    )
 
 
 REGION_FLAGS: tuple[Decorator, ...] = (
@@ -35,14 +37,7 @@ REGION_FLAGS: tuple[Decorator, ...] = (
 _JOB_FLAGS: tuple[Decorator, ...] = (
     click.option("--instances", metavar="N", default="1", help="SageMaker: how many machines."),
     click.option("--instance-type", metavar="TYPE", default="auto", help="Default: ml.g5.xlarge."),
-    click.option(
-        "--spot",
-        is_flag=False,
-        flag_value="true",
-        default="none",
-        metavar="",
-        help="Cheaper machines that AWS may take back; the search goes on afterwards.",
-    ),
+    yes_or_no("--spot", "Cheaper machines that AWS may take back; the search then goes on."),
     click.option("--max-run", metavar="TIME", default="auto", help="At most so long; default 2h."),
     click.option("--max-cost", metavar="USD", default="none", help="Ends before it costs more."),
     click.option("--price", metavar="USD", default="auto", help="Of one machine for an hour."),
@@ -57,9 +52,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Repeatable."),
     *REGION_FLAGS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the request; do nothing."),
-    click.option(
-        "--yes", is_flag=False, flag_value="true", default="none", metavar="", help="Do not ask."
-    ),
+    yes_or_no("--yes", "Do not ask."),
     click.option("--wait/--no-wait", default=True, help="Follow the job, and bring it home."),
 )
 # What each is called where it was not given.

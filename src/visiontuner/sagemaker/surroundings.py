@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
@@ -157,7 +158,8 @@ def reachable_tracking(
         return uri, f"live, into {uri}"
     parts = urlsplit(uri)
     if parts.scheme not in ("http", "https"):
-        return None, f"{uri} is on this machine: {later}"
+        plain = re.sub(r"(?<=://)[^/@]+@", "", uri)
+        return None, f"{plain} is a database, out of a job's reach: {later}"
     if _is_local(parts.hostname or ""):
         return None, f"{uri} is this machine's own: {later}"
     if parts.password or any(variables.get(name) for name in _SECRETS):

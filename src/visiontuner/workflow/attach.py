@@ -10,18 +10,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from visiontuner.errors import ServingError, TrackingError, UserMistake
+from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.tuning_job import write_tuning_job
 
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
-    from visiontuner.sagemaker.classic import TunedJob, TuningJob
     from visiontuner.sagemaker.job import Job
-    from visiontuner.tracking.tuning_job import ForeignSearch, ForeignTrial
 
 Logs = Literal["start", "all", "none"]
 POLL_SECONDS = 5.0
@@ -72,7 +71,7 @@ def attach(
         tuning = find_tuning_job(aws, name)
         if tuning is None:
             raise
-        return _classic(tuning)
+        return Attached(lines=write_tuning_job(tuning))
     if not job.search:
         raise UserMistake(
             f"{name} was not submitted by visiontuner, and is no tuning job: there is no search to "
@@ -196,13 +195,11 @@ def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
     from visiontuner.sagemaker.job import advice_on
 
     seconds = sum(one.seconds for one in jobs)
-    costs = [one.cost for one in jobs]
-    cost = None if None in costs else sum(one for one in costs if one is not None)
     several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
     yield (
         f"{job.name}: {job.status}. {len(result.record.trials)} trials are in {result.folder}; "
         f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
-        f"{dollars(cost)}."
+        f"{dollars(_whole_cost(jobs))}."
     )
     if job.reason:
         yield f"SageMaker says: {job.reason}{advice_on(job.reason)}"
@@ -215,8 +212,7 @@ def _log_costs(folder: Path, record: SearchRecord, jobs: list[Job]) -> None:
     from visiontuner.tracking.client import Store
     from visiontuner.tracking.costs import Costs, log_costs
 
-    costs = [one.cost for one in jobs]
-    whole = None if None in costs else sum(one for one in costs if one is not None)
+    whole = _whole_cost(jobs)
     seconds = {trial.trial_id: training_seconds(trial) for trial in record.trials.values()}
     last = jobs[-1]
     log_costs(
@@ -236,81 +232,18 @@ def _log_costs(folder: Path, record: SearchRecord, jobs: list[Job]) -> None:
     )
 
 
+def _whole_cost(jobs: list[Job]) -> float | None:
+    """US dollars of all jobs of a search; None if the price of one is not known."""
+    costs = [one.cost for one in jobs]
+    return None if None in costs else sum(cost for cost in costs if cost is not None)
+
+
 def training_seconds(trial: TrialRecord) -> float:
     """How long a trial's epochs took; interruptions between its attempts do not count."""
     epochs = [epoch.metrics.get("epoch_seconds") for epoch in trial.epochs]
     if epochs and all(seconds is not None for seconds in epochs):
         return float(sum(seconds for seconds in epochs if seconds is not None))
     return max(0.0, (trial.ended or trial.started) - trial.started)
-
-
-# Classic tuning jobs
-
-
-def _classic(tuning: TuningJob) -> Attached:
-    from visiontuner.tracking.client import Store
-    from visiontuner.tracking.tuning_job import write_foreign_search
-
-    uri = tracking_uri()
-    if not tuning.jobs:
-        raise TrackingError(f"{tuning.name} has trained nothing yet; attach again later.")
-    write_foreign_search(Store(uri), _as_search(tuning))
-    best = max(
-        (job for job in tuning.jobs if job.objective is not None),
-        key=lambda job: (job.objective or 0.0) * (-1 if tuning.mode == "min" else 1),
-        default=None,
-    )
-    lines = [f"{tuning.name}: {len(tuning.jobs)} training jobs are in {uri}."]
-    if best is not None:
-        lines.append(f"Best: {best.name} with {tuning.objective} {best.objective:.4f}.")
-    if tuning.status in ("InProgress", "Stopping"):
-        lines.append("It is still running: attach again to write the rest.")
-    lines.append(f"Compare them: visiontuner compare {tuning.name}")
-    return Attached(lines=tuple(lines))
-
-
-def _as_search(tuning: TuningJob) -> ForeignSearch:
-    from visiontuner.tracking.tuning_job import ForeignSearch
-
-    states = {"Completed": "completed", "Failed": "failed", "Stopped": "interrupted"}
-    values = [job.objective for job in tuning.jobs if job.objective is not None]
-    choose = min if tuning.mode == "min" else max
-    return ForeignSearch(
-        search_id=f"sagemaker-{tuning.name}",
-        name=tuning.name,
-        state=states.get(tuning.status, "running"),
-        started=_milliseconds(tuning.started),
-        ended=_milliseconds(tuning.ended) if tuning.ended else None,
-        params={"strategy": tuning.strategy},
-        metrics={f"best_{tuning.objective}": choose(values)} if values else {},
-        tags={
-            "visiontuner.objective": tuning.objective,
-            "visiontuner.job": tuning.name,
-            **({"visiontuner.best_trial": tuning.best} if tuning.best else {}),
-        },
-        trials=[_as_trial(job, tuning.objective) for job in tuning.jobs],
-    )
-
-
-def _as_trial(job: TunedJob, objective: str) -> ForeignTrial:
-    from visiontuner.tracking.tuning_job import ForeignTrial
-
-    metrics = {**job.metrics, "seconds": job.seconds}
-    if job.objective is not None:
-        metrics |= {objective: job.objective, f"best_{objective}": job.objective}
-    return ForeignTrial(
-        name=job.name,
-        state=job.state,
-        started=_milliseconds(job.started),
-        ended=_milliseconds(job.ended) if job.ended else None,
-        params=job.parameters,
-        metrics=metrics,
-        tags={
-            "visiontuner.instances": f"{job.instances} x {job.instance_type}",
-            **({"visiontuner.model_archive": job.model} if job.model else {}),
-            **({"visiontuner.error": job.error} if job.error else {}),
-        },
-    )
 
 
 def _milliseconds(moment: datetime) -> int:
