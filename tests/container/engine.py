@@ -107,7 +107,7 @@ def run_outside(arguments: Sequence[str]) -> int:
     host = subprocess.Popen(["unshare", *flags, *inside])
     # The command hears a Ctrl-C from the terminal itself; it decides what becomes of it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: host.terminate())
+    signal.signal(signal.SIGTERM, lambda *_: host.kill())  # `unshare` ignores SIGTERM
     try:
         wait_for_namespace(host)
         log = (folder / "slirp4netns.log").open("wb")
@@ -122,6 +122,7 @@ def run_outside(arguments: Sequence[str]) -> int:
                 process.kill()  # all in the namespaces ends with the first
                 process.wait()
         remove(folder)
+        remove_control_groups(group_of(folder))
 
 
 def wait_for_namespace(host: subprocess.Popen[bytes]) -> None:
@@ -139,20 +140,19 @@ def run_inside(folder: Path, arguments: Sequence[str]) -> int:
     run(["ip", "link", "set", "lo", "up"])
     environment = {**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock"}
     os.environ["DOCKER_HOST"] = environment["DOCKER_HOST"]
-    group = f"visiontuner-{folder.name}"
     try:
         with (folder / "dockerd.log").open("wb") as log:
             engine = subprocess.Popen(
                 ["dockerd", "--data-root", str(folder / "data"), "--exec-root",
                  str(folder / "exec"), "--pidfile", str(folder / "pid"), "--host",
-                 environment["DOCKER_HOST"], "--cgroup-parent", f"/{group}"],
+                 environment["DOCKER_HOST"], "--cgroup-parent", f"/{group_of(folder)}"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
         make_system(folder / "base")
         wait_for_engine(engine, folder)
         import_system(folder / "base")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
         command = subprocess.Popen(arguments, env=environment)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # now: a child inherits what is ignored
         signal.signal(signal.SIGTERM, lambda *_: command.terminate())
         status = command.wait()
         end(engine)
@@ -160,10 +160,6 @@ def run_inside(folder: Path, arguments: Sequence[str]) -> int:
     except NoEngine as reason:
         print(f"No Docker engine: {reason}", file=sys.stderr)
         return 2
-    finally:
-        for path in Path("/sys/fs/cgroup").glob(f"*/{group}"):
-            with suppress(OSError):
-                path.rmdir()
 
 
 def wait_for_engine(engine: subprocess.Popen[bytes], folder: Path) -> None:
@@ -220,6 +216,20 @@ def remove(folder: Path) -> None:
             return
         time.sleep(0.25)
     print(f"{folder} could not be removed.", file=sys.stderr)
+
+
+def group_of(folder: Path) -> str:
+    """The control group of an engine's containers."""
+    return folder.name
+
+
+def remove_control_groups(name: str) -> None:
+    """The kernel keeps those of containers that were killed."""
+    for group in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+        inner = [Path(folder) for folder, _, _ in os.walk(group, topdown=False)]
+        for folder in inner:
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def run(command: Sequence[str]) -> None:
