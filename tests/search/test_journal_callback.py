@@ -78,6 +78,7 @@ def run_trial(
     weights.parent.mkdir(parents=True)
     weights.write_bytes(b"weights")
     (weights.parent / CHECKPOINT_FOLDER).mkdir()
+    (weights.parent / f".{NETWORK_FILE}.part").write_bytes(b"half")
     if state != "running":
         end_trial(recorder, trial_id, state)
 
@@ -109,6 +110,7 @@ def test_only_the_best_heads_and_those_still_needed_stay(recorder, tmp_path):
     assert kept(tmp_path) == ["t0003", "t0004", "t0005", "t0006", "t0007", "t0008"]
     # Only an interrupted training has something to go on with.
     assert kept(tmp_path, CHECKPOINT_FOLDER) == ["t0008"]
+    assert kept(tmp_path, f".{NETWORK_FILE}.part") == ["t0008"]
 
 
 def test_however_many_networks_are_trained_there_are_never_more_than_five_and_the_running(

@@ -42,6 +42,8 @@ class WeightsOnDisk:
                 continue
             folder = self._folder / "trials" / trial.trial_id
             shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+            for half_written in folder.glob(".*.part"):  # by a worker that was killed
+                half_written.unlink(missing_ok=True)
             if trial.trial_id not in kept:
                 for name in (HEAD_FILE, NETWORK_FILE):
                     (folder / name).unlink(missing_ok=True)
