@@ -36,7 +36,8 @@ def measure(
     if limit_per_class is not None:
         common += settings(data__limit_per_class=limit_per_class)
     in_stages = settings(search__stages=_yaml(stages)) if stages else []
-    alone = settings(search__stages="null", model__train="head", training__freeze_batch_norm=False)
+    # On features, as the first stage has them.
+    alone = settings(search__stages="null", model__train="head", training__augmentation="null")
     measured: list[dict[str, Any]] = []
     with scratch() as folder:
         for seed in seeds:

@@ -98,15 +98,17 @@ def kill_in_the_second_stage(search: Path, experiment: dict[str, Any]) -> None:
     """`visiontuner tune`, and kill -9 when a network has gone through some epochs."""
     Path("experiment.yaml").write_text(yaml.safe_dump(experiment))
     arguments = ["tune", "--experiment", "experiment.yaml", "--output", str(search)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "visiontuner", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    ) as process:
+    log = Path("output.log")
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [sys.executable, "-m", "visiontuner", *arguments], stdout=output, stderr=output
+        ) as process,
+    ):
         end = time.monotonic() + 400
         try:
             while len(network_epochs(search)) < 8:
-                assert process.poll() is None, "it ended too early"
+                assert process.poll() is None, log.read_text()
                 assert time.monotonic() < end, "the moment never came"
                 time.sleep(0.01)
         finally:
