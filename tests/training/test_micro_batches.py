@@ -25,6 +25,16 @@ def test_pieces_are_as_few_as_fit_and_even(count, size, sizes):
     assert MicroBatches(size, where="training").sizes(count) == sizes
 
 
+@pytest.mark.parametrize(
+    ("before", "limit", "after"),
+    [(None, None, None), (None, 8, 8), (16, 8, 8), (4, 8, 4), (4, None, 4)],
+)
+def test_a_limit_never_lets_more_through(before, limit, after):
+    pieces = MicroBatches(before, where="training")
+    pieces.limit(limit)
+    assert pieces.size == after
+
+
 def test_a_real_allocation_that_fails_halves_until_it_fits():
     tried = []
 

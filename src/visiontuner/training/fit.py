@@ -231,8 +231,8 @@ class Fit:
         self.epoch = state["epoch"]
         self._best = -math.inf if state["best"] is None else state["best"]
         self._epochs_without_better = state["epochs_without_better"]
-        self._step.micro_batches.size = state["micro_batch_size"]
-        self._evaluation.size = state["evaluation_batch_size"]
+        self._step.micro_batches.limit(state["micro_batch_size"])
+        self._evaluation.limit(state["evaluation_batch_size"])
 
     def _run_epoch(self) -> EpochResult:
         if self._random is None:

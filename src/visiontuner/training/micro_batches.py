@@ -30,6 +30,11 @@ class MicroBatches:
         self.where = where
         self._notes: list[str] = []
 
+    def limit(self, size: int | None) -> None:
+        """At most `size` from now on, or fewer if that is what holds already; None for any."""
+        if size is not None and (self.size is None or size < self.size):
+            self.size = size
+
     def sizes(self, count: int) -> list[int]:
         """`count` in as few pieces as fit, of even sizes: 65 by 32 at most is 22, 22 and 21.
 
