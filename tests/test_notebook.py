@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+# The stand-in for AWS; conftest files of two folders do not see each other.
+_specification = importlib.util.spec_from_file_location(
+    "stand_in_for_notebook", Path(__file__).parent / "aws" / "conftest.py"
+)
+assert _specification is not None
+assert _specification.loader is not None
+_conftest = importlib.util.module_from_spec(_specification)
+sys.modules[_specification.name] = _conftest  # dataclasses look their module up
+_specification.loader.exec_module(_conftest)
+stand_in = _conftest.stand_in
+aws = _conftest.aws
 
 pytestmark = [
     pytest.mark.slow,
@@ -45,22 +59,46 @@ def test_it_is_stored_with_its_outputs_and_nobodys_folders(notebook: Any) -> Non
     assert len(text) < 1_500_000
 
 
-@pytest.mark.timeout(600)
-def test_it_runs_from_a_clean_kernel(
-    notebook: Any, tmp_path: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In an empty folder, as a person would who has only the package and the notebook."""
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+def execute(notebook: Any, folder: Path) -> str:
+    """From a clean kernel in a folder; what it printed."""
     client = NotebookClient(
         nbformat.reads(nbformat.writes(notebook), as_version=4),
         timeout=500,
         kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
+        resources={"metadata": {"path": str(folder)}},
     )
     ran = client.execute()
-    said = "".join(output.get("text", "") for cell in code_cells(ran) for output in cell.outputs)
+    outputs = [output for cell in code_cells(ran) for output in cell.outputs]
+    return "".join(output.get("text", "") for output in outputs)
+
+
+@pytest.mark.timeout(600)
+def test_it_runs_from_a_clean_kernel(
+    notebook: Any, tmp_path: Path, shared_cache: Path, aws: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an empty folder, as a person would who has only the package and the notebook."""
+    import mlflow.version
+
+    aws.put_image(tag=mlflow.version.VERSION)
+    aws.put_role("endpoints")
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    said = execute(notebook, tmp_path)
     assert "learning_rate_too_high" in said
     assert "16/16" in said
     (evaluated,) = tmp_path.glob("searches/*/evaluation/report.json")
     assert (evaluated.parent.parent / "report.html").is_file()
     assert (tmp_path / "mlflow.db").is_file()
+    assert "mlflow deployments create -t sagemaker:/eu-west-1" in said
+    assert "0 endpoints are left." in said
+    assert set(map(tuple, aws.holds().values())) == {()}
+
+
+def test_without_a_stand_in_or_an_account_nothing_is_deployed(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    cells = code_cells(notebook)
+    last = [cell for cell in cells if "deploying" in cell.source]
+    assert len(last) == 4
+    alone = nbformat.v4.new_notebook(cells=[cells[0], *last], metadata=notebook.metadata)
+    assert "Skipped: AWS_ENDPOINT_URL names no stand-in" in execute(alone, tmp_path)
