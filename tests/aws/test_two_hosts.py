@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 
 from visiontuner.journal import SearchRecord, read_events
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 BUCKET = "searches"
 TRIALS = 16
@@ -109,7 +109,7 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=500,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
@@ -189,7 +189,7 @@ class Job:
         return [event for event in read_events(folder).events if event["event"] == kind]
 
     def when(self, hosts: Path, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while not condition():
             assert self.status() == "InProgress", self.logs(hosts)
             assert time.monotonic() < deadline, self.logs(hosts)
@@ -200,7 +200,7 @@ class Job:
         return str(described["TrainingJobStatus"])
 
     def end(self, hosts: Path) -> str:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 400
         while (status := self.status()) in ("InProgress", "Stopping"):
             assert time.monotonic() < deadline, self.logs(hosts)
             time.sleep(0.2)
