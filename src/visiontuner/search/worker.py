@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,6 @@ def _leave_the_compiler_out() -> None:
         wrapped = getattr(getattr(optimizer, name), "__wrapped__", None)
         if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):
             wrapped.__dynamo_disable = wrapped
+    # `step` imports it to tell it where not to look; what is inside is the same without.
+    for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        kind.step = torch.no_grad()(inspect.unwrap(kind.step))  # type: ignore[method-assign]
