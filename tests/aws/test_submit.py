@@ -137,11 +137,15 @@ def described(account: Any, job: str) -> dict[str, Any]:
 
 
 def keep_checkpoints(account: Any, job: str, search: Path, *, upto: int | None = None) -> None:
-    """What SageMaker would have synchronised; of the journal only so many lines."""
+    """What SageMaker would have synchronised of a search that has not packaged its best trial.
+
+    Args:
+        upto: of the journal only so many lines.
+    """
     bucket, _, prefix = described(account, job)["CheckpointConfig"]["S3Uri"][5:].partition("/")
     s3 = account.client("s3")
     for path in search.rglob("*"):
-        if path.is_file() and not path.name.startswith("mlflow."):
+        if path.is_file() and path.parent.name != "classifier" and "mlflow." not in path.name:
             content = path.read_bytes()
             if path.name == FILE_NAME and upto is not None:
                 content = b"".join(content.splitlines(keepends=True)[:upto])
@@ -151,12 +155,13 @@ def keep_checkpoints(account: Any, job: str, search: Path, *, upto: int | None =
 
 def keep_archive(account: Any, job: str, search: Path) -> None:
     """model.tar.gz, as SageMaker packs /opt/ml/model."""
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        tar.add(search, "search", filter=lambda e: None if "mlflow." in e.name else e)
+    packed = search.with_suffix(".tar.gz")
+    if not packed.exists():
+        with tarfile.open(packed, "w:gz", compresslevel=1) as tar:
+            tar.add(search, "search", filter=lambda e: None if "mlflow." in e.name else e)
     uri = described(account, job)["ModelArtifacts"]["S3ModelArtifacts"]
     bucket, _, key = uri[5:].partition("/")
-    account.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
+    account.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.read_bytes())
 
 
 # Submitting

@@ -125,8 +125,8 @@ def size_on_s3(aws: Aws, uri: str) -> int:
         raise
     if not size:
         raise UserMistake(
-            f"There are no pictures at {uri}. Bring them there with "
-            f"`visiontuner prepare --data FOLDER --upload {uri}`."
+            f"There are no pictures at {uri}. Name the folder that holds them as --data and add "
+            f"--upload {uri}."
         )
     return size
 
