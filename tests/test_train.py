@@ -22,10 +22,17 @@ from safetensors.numpy import load_file
 
 from visiontuner.cli import main
 from visiontuner.cli.training_console import TrainingConsole
-from visiontuner.errors import CheckpointError, SearchFailed, SearchInterrupted, UserMistake
+from visiontuner.errors import (
+    CheckpointError,
+    JournalError,
+    SearchFailed,
+    SearchInterrupted,
+    UserMistake,
+)
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
+from visiontuner.workflow import resume_search
 from visiontuner.workflow.train import SilentTraining, resume_training, train
 from visiontuner.workflow.train_from import find_origin, one_training
 
@@ -280,6 +287,7 @@ from visiontuner.errors import SearchInterrupted
 from visiontuner.experiment import Experiment
 from visiontuner.search import head_trial, live_rules, network_trial
 from visiontuner.tracking import follow, mlflow_writer
+from visiontuner.workflow import resume_search
 from visiontuner.workflow.train import SilentTraining, resume_training, train
 from visiontuner.workflow.train_from import one_training
 
@@ -434,6 +442,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, told):
     assert result.exit_code == 2
     assert told in result.stderr
     assert not Path("searches").exists()
+
+
+def test_a_search_does_not_go_on_with_a_training(raw):
+    folder = interrupted(raw)
+    with pytest.raises(JournalError, match="visiontuner train --resume"):
+        resume_search(folder)
 
 
 def test_only_what_leaves_the_numbers_alone_can_be_set_on_resume(raw):

@@ -16,7 +16,7 @@ from visiontuner.errors import (
     UserMistake,
 )
 from visiontuner.experiment import Experiment
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord
 from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
@@ -73,6 +73,8 @@ def resume_search(
     path = folder / EXPERIMENT_FILE
     if not path.is_file():
         raise JournalError(f"{folder} is no search folder: it has no {EXPERIMENT_FILE}.")
+    if (folder / FILE_NAME).is_file() and SearchRecord.load(folder).is_training:
+        raise JournalError(f"{folder} holds one training: visiontuner train --resume {folder}")
     return _Run(Experiment.load(path), folder, on, observer or Silent()).run()
 
 
