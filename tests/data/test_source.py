@@ -265,7 +265,6 @@ def test_an_archive_larger_than_the_disk_is_refused_beforehand(tmp_path, cache, 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("s3://bucket/pictures", "aws s3 sync s3://bucket/pictures"),
         ("htps://example.org/a.zip", "Did you mean https://"),
         ("gopher://example.org/a.zip", "unknown scheme"),
         ("digit", "Did you mean digits"),

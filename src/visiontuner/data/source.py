@@ -1,4 +1,4 @@
-"""`data.source` -> a local folder: a folder, an archive (path or URL) or the built-in digits.
+"""`data.source` -> a local folder: a folder, an archive, either on S3, a URL, or the digits.
 
 What is downloaded or unpacked lies under the cache and is used again by the next call.
 """
@@ -6,6 +6,7 @@ What is downloaded or unpacked lies under the cache and is used again by the nex
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ from visiontuner.data.archive import ARCHIVE_SUFFIXES, extract, is_archive_name
 from visiontuner.data.digests import file_digest
 from visiontuner.data.digits import write_digits
 from visiontuner.data.download import download
+from visiontuner.data.files import locked
+from visiontuner.data.objects import split_uri
 from visiontuner.errors import DataError
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -26,14 +29,17 @@ def fetch_source(
     cache: Path,
     sha256: str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Bring a data source onto this machine.
 
     Args:
-        source: a folder, the path or http(s) URL of a zip or tar archive, or `digits`.
+        source: a folder, the path or http(s) URL of a zip or tar archive, an `s3://BUCKET/KEY` of
+            either, or `digits`.
         cache: where archives are unpacked and downloads are kept.
         sha256: what the archive must hash to, hexadecimal.
         progress: called with (bytes so far, bytes in all; 0 if the server does not say).
+        note: told when S3 does not answer and is asked again.
 
     Returns:
         A folder for `load_dataset`.
@@ -41,12 +47,15 @@ def fetch_source(
     Raises:
         DataError: the source does not exist, is of an unknown kind, or is a damaged archive.
         DownloadError: the download did not end, or its content is not what `sha256` promises.
+        ServingError: S3 cannot be reached.
     """
     scheme = _SCHEME.match(source)
     if source == "digits" and not Path(source).is_dir():
         return write_digits(cache)
     if scheme and scheme[1].lower() in ("http", "https"):
         return _fetch_url(source, cache, sha256, progress)
+    if scheme and scheme[1].lower() == "s3":
+        return _fetch_s3(source, cache, sha256, progress, note)
     if scheme and scheme[1].lower() == "file":
         source = urlsplit(source).path
     elif scheme:
@@ -60,6 +69,36 @@ def _fetch_url(
     archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
     name = _folder_name(archive.path.name, archive.sha256)
     return extract(archive.path, cache / "archives" / name)
+
+
+def _fetch_s3(
+    uri: str,
+    cache: Path,
+    sha256: str | None,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> Path:
+    """What lies on S3, here; of what was here already only what changed comes."""
+    from visiontuner.data.storage import download_file, download_folder
+
+    bucket, key = split_uri(uri)
+    name = key.rstrip("/").rpartition("/")[2]
+    place = cache / "s3" / hashlib.sha256(f"{bucket}/{key.rstrip('/')}".encode()).hexdigest()[:16]
+    with locked(place):
+        if is_archive_name(name):
+            archive = download_file(uri, place, progress=progress, note=note)
+            return _open_path(archive, cache, sha256)
+        folder = place / (name or bucket)
+        memory = place / ".memory.json"
+        moved = download_folder(
+            uri, folder, memory=memory, mirror=True, progress=progress, note=note
+        )
+    if not moved.files + moved.skipped:
+        raise DataError(
+            f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring pictures "
+            f"there: `visiontuner prepare --data FOLDER --upload {uri}`."
+        )
+    return folder
 
 
 def _open_path(path: Path, cache: Path, sha256: str | None) -> Path:
@@ -83,14 +122,12 @@ def _folder_name(name: str, key: str) -> str:
 
 
 def _unknown_scheme(source: str, scheme: str) -> str:
-    if scheme == "s3":
-        return (
-            f"{source} cannot be read directly yet: download it first with "
-            f"`aws s3 sync {source} FOLDER`, then use FOLDER."
-        )
-    near = difflib.get_close_matches(scheme, ["http", "https", "file"], n=1)
+    near = difflib.get_close_matches(scheme, ["http", "https", "file", "s3"], n=1)
     hint = f" Did you mean {near[0]}://?" if near else ""
-    return f"{source} has an unknown scheme.{hint} Use a folder, an archive, http(s):// or digits."
+    return (
+        f"{source} has an unknown scheme.{hint} Use a folder, an archive, http(s)://, s3:// or "
+        "digits."
+    )
 
 
 def _missing(path: Path) -> str:
@@ -102,5 +139,5 @@ def _missing(path: Path) -> str:
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return (
         f"There is no data at {path}.{hint} "
-        "data.source is a folder, an archive (path or URL) or digits."
+        "data.source is a folder, an archive (path or URL), s3://BUCKET/FOLDER or digits."
     )

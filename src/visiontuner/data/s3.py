@@ -1,0 +1,152 @@
+"""boto3's S3: the client for many threads, what lies where, and its errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from visiontuner.data.objects import RemoteFile
+from visiontuner.errors import DataError
+
+# One request to S3 waits some 20 to 50 ms: 32 at a time are what one interpreter can prepare.
+THREADS = 32
+_MISSING = ("404", "NoSuchKey")
+_BUSY = (
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestTimeout",
+    "InternalError",
+    "BadDigest",
+)
+_ELSEWHERE = (
+    "301",
+    "PermanentRedirect",
+    "AuthorizationHeaderMalformed",
+    "IllegalLocationConstraint",
+)
+
+
+def connect(session: Any = None, region: str | None = None) -> Any:
+    """boto3's S3 client for many threads.
+
+    Args:
+        session: a boto3 session, of a role that was taken on say; the caller's own if None.
+        region: as the settings say if None; buckets elsewhere are found all the same.
+
+    Raises:
+        UserMistake: AWS's settings cannot be read.
+    """
+    import boto3
+    from botocore.config import Config
+
+    from visiontuner.aws import explained
+
+    with explained("read AWS's settings"):
+        config = Config(
+            connect_timeout=10,
+            read_timeout=60,
+            max_pool_connections=THREADS + 8,
+            # A lost part of a large file is sent again here; `Transfers` waits for longer.
+            retries={"mode": "standard", "total_max_attempts": 3},
+        )
+        return (session or boto3.Session()).client("s3", region_name=region, config=config)
+
+
+def list_files(client: Any, bucket: str, prefix: str) -> list[RemoteFile]:
+    """All objects under a prefix but the empty ones that stand for folders."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [
+        RemoteFile(
+            entry["Key"][len(prefix) :], entry["Key"], entry["Size"], entry["ETag"].strip('"')
+        )
+        for page in pages
+        for entry in page.get("Contents", ())
+        if not entry["Key"].endswith("/")
+    ]
+
+
+def head(client: Any, bucket: str, key: str) -> Mapping[str, Any]:
+    """What S3 says of an object; nothing if it is not there."""
+    from botocore.exceptions import ClientError
+
+    try:
+        answer: Mapping[str, Any] = client.head_object(Bucket=bucket, Key=key)
+        return answer
+    except ClientError as error:
+        if error.response["Error"]["Code"] in _MISSING:
+            return {}
+        raise
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether an error is one of the connection or of a busy S3: asking again may help."""
+    from botocore.exceptions import (
+        ClientError,
+        HTTPClientError,
+        IncompleteReadError,
+        ResponseStreamingError,
+        SSLError,
+    )
+    from botocore.exceptions import ConnectionError as NotConnected
+
+    if isinstance(error, ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
+    if isinstance(error, SSLError):
+        return False
+    return isinstance(
+        error, NotConnected | HTTPClientError | IncompleteReadError | ResponseStreamingError
+    )
+
+
+@contextmanager
+def explained(bucket: str, doing: str) -> Iterator[None]:
+    """S3's errors in the block become ours, in one line without credentials.
+
+    Args:
+        doing: "read" or "write to".
+
+    Raises:
+        UserMistake: no bucket, no permission, another region, no credentials.
+        ServingError: S3 cannot be reached, or refuses for another reason.
+    """
+    from botocore.exceptions import ClientError
+
+    from visiontuner.aws import explained as aws_explained
+
+    with aws_explained(f"{doing} s3://{bucket}"):
+        try:
+            yield
+        except ClientError as error:
+            advice = _advice(error.response, bucket, doing)
+            if advice is None:
+                raise
+            raise DataError(advice) from None
+
+
+def _advice(response: Mapping[str, Any], bucket: str, doing: str) -> str | None:
+    code = response["Error"].get("Code", "")
+    if code in ("NoSuchBucket", "404"):
+        return f"There is no bucket {bucket!r}. Correct the name, or make it: `aws s3 mb s3://{bucket}`."
+    if code in ("403", "AccessDenied", "AllAccessDisabled"):
+        needed = "s3:GetObject" if doing == "read" else "s3:PutObject, s3:GetObject"
+        return (
+            f"These credentials may not {doing} s3://{bucket}. They need s3:ListBucket on the "
+            f"bucket and {needed} on its objects (docs/aws.md, Pictures on S3), or set AWS_PROFILE "
+            "to others."
+        )
+    if code in _ELSEWHERE:
+        headers = response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        region = headers.get("x-amz-bucket-region") or response["Error"].get("Region")
+        return (
+            f"The bucket {bucket!r} is in another region. Set AWS_REGION={region}."
+            if region
+            else f"The bucket {bucket!r} is in another region. Set AWS_REGION to its own."
+        )
+    if code == "InvalidObjectState":
+        return f"Objects in s3://{bucket} are archived (Glacier). Restore them first."
+    if code == "NoSuchKey":
+        return f"What lies in s3://{bucket} changed meanwhile. Run the same command again."
+    return None
