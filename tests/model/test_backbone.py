@@ -177,7 +177,7 @@ def test_unreadable_weights_are_refused_without_running_code(
     assert "was run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("weights", ["/no/such/file.pth", "s3://bucket/w.pth", "best"])
+@pytest.mark.parametrize("weights", ["/no/such/file.pth", "ftp://host/w.pth", "best"])
 def test_weights_that_are_nowhere_name_the_choices(weights: str, cache: Path) -> None:
     with pytest.raises(BackboneError, match="must be default, none"):
         load_backbone("resnet18", weights=weights, cache=cache)

@@ -28,7 +28,7 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--data",
             metavar="SOURCE",
             default="auto",
-            help="Folder, archive (path or URL) or `digits`, instead of the experiment's.",
+            help="Folder, archive (path or URL), s3:// or `digits`, instead of the experiment's.",
         ),
         click.option(
             "--set",

@@ -7,19 +7,26 @@ from pathlib import Path
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.options import experiment_options, given_values, load_experiment
+from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
 from visiontuner.errors import UserMistake
 
 
 @click.command(cls=OneLineErrors)
 @experiment_options
-def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--upload",
+    metavar="s3://BUCKET/FOLDER",
+    default="none",
+    help="Bring the pictures there, as far as they are not there yet.",
+)
+def prepare(experiment: str, data: str, overrides: tuple[str, ...], upload: str) -> None:
     """Look at the pictures: how many of which class, and what is wrong with them.
 
     \b
     Examples:
       visiontuner prepare --data photos/
       visiontuner prepare --experiment experiments/flowers.yaml
+      visiontuner prepare --data photos/ --upload s3://my-bucket/photos
     """
     chosen = load_experiment(experiment, data, list(given_values(overrides)))
 
@@ -29,10 +36,17 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...]) -> None:
 
     console = SearchConsole()
     try:
-        prepared = look(chosen, observer=console)
+        prepared = look(chosen, upload=None if upload in NOT_GIVEN else upload, observer=console)
     finally:
         console.close()
     print_dataset(make_console(), prepared.summary, prepared.findings)
+    moved = prepared.uploaded
+    if moved is not None:
+        others = f" {moved.others:,} others there are not here." if moved.others else ""
+        click.echo(
+            f"Uploaded {moved.files:,} files ({moved.bytes / 1e6:,.1f} MB) to {upload}; "
+            f"{moved.skipped:,} were there already.{others}"
+        )
 
 
 @click.command(cls=OneLineErrors)

@@ -31,22 +31,26 @@ _CONNECT_SECONDS, _READ_SECONDS = 5, 30
 
 
 def read_weights(source: str, *, cache: Path) -> StateDict:
-    """A state dict from a path or an https:// URL.
+    """A state dict from a path, an https:// URL or an s3://BUCKET/KEY.
 
     Args:
-        source: a `.pth`, `.pt` or `.safetensors` file. Checkpoints that hold a `state_dict` or
-            `model` are unwrapped.
+        source: a `.pth`, `.pt` or `.safetensors` file, here, on a web server or on S3. Checkpoints
+            that hold a `state_dict` or `model` are unwrapped.
         cache: where a download is kept.
 
     Raises:
         BackboneError: it cannot be found, downloaded or read, or holds more than tensors.
+        DataError: S3 does not have or give it.
+        ServingError: S3 cannot be reached.
     """
+    if source.startswith("s3://"):
+        return read_state_dict(_from_s3(source, cache))
     if source.startswith("https://"):
         return read_state_dict(download_weights(source, cache=cache))
     if "://" in source:
         raise BackboneError(
-            f"Cannot read weights from {source!r}: it must be default, none, a path or an "
-            "https:// URL. Download the file and give its path."
+            f"Cannot read weights from {source!r}: it must be default, none, a path, "
+            "s3://BUCKET/KEY or an https:// URL. Download the file and give its path."
         )
     path = Path(source).expanduser()
     if not path.is_file():
@@ -55,6 +59,16 @@ def read_weights(source: str, *, cache: Path) -> StateDict:
             "dict (.pth, .pt, .safetensors) or an https:// URL."
         )
     return read_state_dict(path)
+
+
+def _from_s3(uri: str, cache: Path) -> Path:
+    """The file, which comes again only when it changed on S3."""
+    from visiontuner.data.files import locked
+    from visiontuner.data.storage import download_file
+
+    folder = cache / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    with locked(folder):
+        return download_file(uri, folder)
 
 
 def read_state_dict(path: Path) -> StateDict:

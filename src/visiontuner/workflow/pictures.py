@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.data.dataset import ImageDataset, load_dataset
+from visiontuner.data.objects import split_folder
 from visiontuner.data.source import fetch_source
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
@@ -15,6 +17,7 @@ from visiontuner.workflow.observing import Observer, Silent
 
 if TYPE_CHECKING:
     from visiontuner.data.findings import DatasetSummary
+    from visiontuner.data.storage import Moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,23 +27,50 @@ class Prepared:
     dataset: ImageDataset
     summary: DatasetSummary
     findings: list[Finding]
+    uploaded: Moved | None = None
 
 
-def prepare(experiment: Experiment, *, observer: Observer | None = None) -> Prepared:
-    """Fetch the pictures and look at every one of them."""
+def prepare(
+    experiment: Experiment, *, upload: str | None = None, observer: Observer | None = None
+) -> Prepared:
+    """Fetch the pictures and look at every one of them.
+
+    Args:
+        upload: `s3://BUCKET/FOLDER`, where they are brought afterwards.
+
+    Raises:
+        UserMistake: the pictures cannot be read, or S3 does not take them.
+        ServingError: S3 stays away.
+    """
     from visiontuner.data.findings import inspect_dataset, summarise
 
     observer = observer or Silent()
+    if upload is not None:
+        split_folder(upload)  # a wrong address is said before anything is done
     dataset = load_data(experiment, observer)
     findings = inspect_dataset(
         dataset,
         cache=writable_cache_folder(),
         progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
     )
-    return Prepared(
+    prepared = Prepared(
         dataset=dataset,
         summary=summarise(dataset, cache=writable_cache_folder()),
         findings=[*dataset.findings, *findings],
+    )
+    if upload is None:
+        return prepared
+    return replace(prepared, uploaded=_upload(dataset.root, upload, observer))
+
+
+def _upload(root: Path, uri: str, observer: Observer) -> Moved:
+    from visiontuner.data.storage import upload_folder
+
+    return upload_folder(
+        root,
+        uri,
+        progress=lambda done, total: observer.progress("Uploading", done, total, "B"),
+        note=observer.note,
     )
 
 
@@ -51,6 +81,7 @@ def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
         cache=cache,
         sha256=data.sha256,
         progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
+        note=observer.note,
     )
     dataset = load_dataset(
         root,
