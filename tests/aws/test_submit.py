@@ -23,10 +23,10 @@ from click.testing import CliRunner, Result
 
 from visiontuner.aws import Aws
 from visiontuner.cli import main
+from visiontuner.data.storage import upload_folder
 from visiontuner.errors import JobFailed, ServingError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord
-from visiontuner.sagemaker.s3 import upload_folder
 from visiontuner.workflow import run_search
 from visiontuner.workflow.attach import attach, training_seconds
 from visiontuner.workflow.observing import Silent
@@ -294,7 +294,7 @@ def test_pictures_are_uploaded_once_if_that_is_asked_for(account: Any, pictures:
     files = {f"mine/{p.relative_to(pictures)}" for p in pictures.rglob("*") if p.is_file()}
     assert files == {key for key in account.holds()["objects"] if key.startswith("mine/")}
     assert f"Uploaded {len(files)} pictures" in done.output
-    assert upload_folder(Aws(), pictures, "s3://photos/mine/") == 0
+    assert upload_folder(pictures, "s3://photos/mine/").files == 0
 
 
 # Coming back
@@ -502,7 +502,7 @@ def test_a_damaged_archive_and_a_key_that_climbs_out_are_refused(
     account.client("s3").put_object(
         Bucket=bucket, Key=f"{prefix}/search/a/../../../escaped", Body=b"x"
     )
-    assert "would leave the search folder" in said(run("attach", job))
+    assert "would leave the folder" in said(run("attach", job))
     assert not (tmp_path / "escaped").exists()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from visiontuner.data.objects import split_uri
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.locations import at_hand
@@ -15,7 +16,7 @@ from visiontuner.sagemaker.cost import Price, limit_seconds, shares
 from visiontuner.sagemaker.job import advice_on, paid_seconds
 from visiontuner.sagemaker.plan import JobPlan, Pictures, words_for
 from visiontuner.sagemaker.source import requirements
-from visiontuner.sagemaker.surroundings import as_channel, reachable_tracking, split_uri
+from visiontuner.sagemaker.surroundings import as_channel, reachable_tracking
 from visiontuner.workflow.submit import JobOptions, plan_job
 
 

@@ -115,7 +115,7 @@ def run_on_sagemaker(
             aws,
             plan,
             note=console.note,
-            progress=lambda done, total: console.progress("Uploading", done, total, "files"),
+            progress=lambda done, total: console.progress("Uploading", done, total, "B"),
         )
     finally:
         console.close()

@@ -100,7 +100,7 @@ def places(folder: Path, names: Iterable[str]) -> dict[str, Path]:
     for name in names:
         parts = name.split("/")
         if "\0" in name or any(part in ("", ".", "..") for part in parts):
-            raise DataError(f"The object {name!r} would leave {folder}, or be nowhere: rename it.")
+            raise DataError(f"The object {name!r} would leave the folder: rename it on S3.")
         found[name] = folder.joinpath(*parts)
     for name in found:
         for above in PurePosixPath(name).parents:

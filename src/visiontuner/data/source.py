@@ -85,11 +85,11 @@ def _fetch_s3(
     name = key.rstrip("/").rpartition("/")[2]
     place = cache / "s3" / hashlib.sha256(f"{bucket}/{key.rstrip('/')}".encode()).hexdigest()[:16]
     with locked(place):
+        memory = place / ".memory.json"
         if is_archive_name(name):
-            archive = download_file(uri, place, progress=progress, note=note)
+            archive = download_file(uri, place, memory=memory, progress=progress, note=note)
             return _open_path(archive, cache, sha256)
         folder = place / (name or bucket)
-        memory = place / ".memory.json"
         moved = download_folder(
             uri, folder, memory=memory, mirror=True, progress=progress, note=note
         )

@@ -140,10 +140,11 @@ def download_file(
     folder: Path,
     *,
     client: Any = None,
+    memory: Path | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
 ) -> Path:
-    """Bring one object into a folder of its own, unless it is there; raises as above."""
+    """Bring one object into a folder, under its own name, unless it is there; raises as above."""
     bucket, key = split_uri(uri)
     client = client or connect()
     with explained(bucket, "read"):
@@ -153,8 +154,8 @@ def download_file(
             raise DataError(f"There is no object {uri}: correct the name (`aws s3 ls` lists them).")
         name = key.rpartition("/")[2]
         remote = RemoteFile(name, key, found["ContentLength"], found["ETag"].strip('"'))
-        memory = Memory(folder.with_name(f"{folder.name}.json"))
-        _Downloads(client, bucket, folder, memory).bring_all([remote], progress, note)
+        work = _Downloads(client, bucket, folder, Memory(memory))
+        work.bring_all([remote], progress, note)
     return folder / name
 
 

@@ -68,7 +68,7 @@ def _from_s3(uri: str, cache: Path) -> Path:
 
     folder = cache / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]
     with locked(folder):
-        return download_file(uri, folder)
+        return download_file(uri, folder, memory=folder / ".memory.json")
 
 
 def read_state_dict(path: Path) -> StateDict:

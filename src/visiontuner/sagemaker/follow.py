@@ -7,9 +7,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from visiontuner.aws import Aws, AwsRefused
+from visiontuner.data.objects import split_uri
 from visiontuner.journal import FILE_NAME, Event, read_events
 from visiontuner.sagemaker import s3
-from visiontuner.sagemaker.surroundings import split_uri
 
 LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 # The SDK's start script traces itself, and pip says what it has already.

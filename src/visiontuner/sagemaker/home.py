@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from visiontuner.aws import Aws
+from visiontuner.data.s3 import connect
+from visiontuner.data.storage import Progress, download_folder
 from visiontuner.errors import JobFailed, JournalError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.sagemaker import s3
@@ -13,7 +15,7 @@ from visiontuner.sagemaker.job import Job, advice_on
 
 
 def bring_home(
-    aws: Aws, job: Job, folder: Path, *, progress: s3.Progress | None = None
+    aws: Aws, job: Job, folder: Path, *, progress: Progress | None = None
 ) -> SearchRecord:
     """Copy the search folder of an ended job; returns what it holds.
 
@@ -37,14 +39,15 @@ def bring_home(
         shutil.rmtree(coming, ignore_errors=True)
 
 
-def _fetch(aws: Aws, job: Job, coming: Path, progress: s3.Progress | None) -> None:
+def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None) -> None:
     if job.status == "Completed" and job.archive:
-        archive = coming / "model.tar.gz"
-        if s3.fetch(aws, job.archive, archive):
+        archive = s3.fetch(aws, job.archive, coming, progress=progress)
+        if archive is not None:
             s3.unpack_search(archive, coming)
             archive.unlink()
     if not (coming / FILE_NAME).exists() and job.search_folder:
-        s3.download_folder(aws, job.search_folder, coming, progress=progress)
+        client = connect(aws.session, aws.region)
+        download_folder(job.search_folder, coming, client=client, progress=progress)
 
 
 def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> SearchRecord:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from visiontuner.aws import Aws, AwsRefused, explained
+from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError, UserMistake
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
@@ -134,14 +135,6 @@ def size_on_s3(aws: Aws, uri: str) -> int:
 def as_channel(uri: str) -> str:
     """A folder ends with a slash: without one `dogs` would hold `dogs2` as well."""
     return uri if uri.lower().endswith(_ARCHIVES) or uri.endswith("/") else f"{uri}/"
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """`s3://BUCKET/KEY` -> bucket and key."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
-    if not uri.startswith("s3://") or not bucket:
-        raise UserMistake(f"{uri!r} is no place on S3; write s3://BUCKET/FOLDER.")
-    return bucket, key
 
 
 def reachable_tracking(

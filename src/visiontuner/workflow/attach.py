@@ -178,7 +178,7 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
         aws,
         job,
         folder,
-        progress=lambda done, total: observer.progress("Bringing home", done, total, "files"),
+        progress=lambda done, total: observer.progress("Bringing home", done, total, "B"),
     )
     result = sync_search(folder, parent_run_id=os.environ.pop("MLFLOW_RUN_ID", None))
     jobs = jobs_of(aws, job)

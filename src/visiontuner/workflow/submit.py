@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.data.objects import split_uri
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment, parse_duration
 from visiontuner.locations import tracking_uri
@@ -143,12 +144,21 @@ def submit_job(
     from visiontuner.sagemaker.job import submit
 
     if plan.pictures is not None and plan.pictures.upload is not None:
-        from visiontuner.sagemaker.s3 import upload_folder
+        from visiontuner.data.s3 import connect
+        from visiontuner.data.storage import upload_folder
 
-        sent = upload_folder(
-            aws, plan.pictures.upload, plan.pictures.uri, kms_key=plan.kms_key, progress=progress
+        moved = upload_folder(
+            plan.pictures.upload,
+            plan.pictures.uri,
+            client=connect(aws.session, aws.region),
+            kms_key=plan.kms_key,
+            progress=progress,
+            note=note,
         )
-        note(f"Uploaded {sent:,} pictures to {plan.pictures.uri}; the others were there.")
+        note(
+            f"Uploaded {moved.files:,} pictures to {plan.pictures.uri}; {moved.skipped:,} were "
+            "there already."
+        )
     return submit(aws, plan, note=note)
 
 
@@ -162,7 +172,6 @@ def _search(
         return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}", experiment, options.bucket
     from visiontuner.sagemaker import s3
     from visiontuner.sagemaker.job import EXPERIMENT, describe
-    from visiontuner.sagemaker.surroundings import split_uri
 
     job = describe(aws, options.resume)
     if not job.ended:
@@ -219,7 +228,6 @@ def _pictures(aws: Aws, experiment: Experiment, options: JobOptions) -> Pictures
         as_channel,
         check_bucket_region,
         size_on_s3,
-        split_uri,
     )
 
     source = experiment.data.source
