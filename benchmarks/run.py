@@ -30,6 +30,7 @@ BENCHMARKS = (
     "resume",
     "outage",
     "two_hosts",
+    "storage",
     "rules",
     "compare",
     "serving",

@@ -22,6 +22,7 @@ NAMES = (
     "resume",
     "outage",
     "two_hosts",
+    "storage",
     "rules",
     "compare",
     "serving",

@@ -15,6 +15,7 @@ from visiontuner.errors import ServingError, UserMistake
 _IN_PROGRESS = "in-progress"
 _NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
 _KEY_ID = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b")
+_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of AWS_ENDPOINT_URL or a proxy
 _BAD_CREDENTIALS = (
     "ExpiredToken",
     "ExpiredTokenException",
@@ -184,4 +185,4 @@ def _failed(error: Exception, doing: str) -> NoReturn:
 
 
 def _one_line(text: str) -> str:
-    return _KEY_ID.sub("…", " ".join(text.split()))[:400]
+    return _KEY_ID.sub("…", _PASSWORD.sub("", " ".join(text.split())))[:400]

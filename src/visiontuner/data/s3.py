@@ -11,6 +11,8 @@ from visiontuner.errors import DataError
 
 # One request to S3 waits some 20 to 50 ms: 32 at a time are what one interpreter can prepare.
 THREADS = 32
+# A lost part of a large file is sent again by boto3 itself; `Transfers` waits for longer.
+ATTEMPTS = 3
 _MISSING = ("404", "NoSuchKey")
 _BUSY = (
     "SlowDown",
@@ -48,8 +50,7 @@ def connect(session: Any = None, region: str | None = None) -> Any:
             connect_timeout=10,
             read_timeout=60,
             max_pool_connections=THREADS + 8,
-            # A lost part of a large file is sent again here; `Transfers` waits for longer.
-            retries={"mode": "standard", "total_max_attempts": 3},
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         )
         return (session or boto3.Session()).client("s3", region_name=region, config=config)
 

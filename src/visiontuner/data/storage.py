@@ -326,16 +326,19 @@ class _Downloads:
 
     def _write(self, answer: Mapping[str, Any], part: Path, begun: int) -> bool:
         """Add what comes to a file; whether the file is what S3 holds then."""
-        from botocore.exceptions import FlexibleChecksumError
+        from botocore.exceptions import FlexibleChecksumError, IncompleteReadError
 
+        size, is_right = begun + answer["ContentLength"], True
         try:
             with answer["Body"] as body, part.open("ab" if begun else "wb") as file:
                 while block := body.read(_BLOCK):
                     file.write(block)
                     self._transfers.advance(len(block))
         except FlexibleChecksumError:
-            return False
-        return _is_whole(part, answer, begun + answer["ContentLength"])
+            is_right = False
+        if _size(part) < size:  # broken off, whatever its checksum: the rest is asked for next
+            raise IncompleteReadError(actual_bytes=_size(part), expected_bytes=size)
+        return is_right and _is_right(part, answer)
 
     def _drop(self, part: Path) -> None:
         self._transfers.advance(-_size(part))
@@ -361,10 +364,8 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _is_whole(path: Path, answer: Mapping[str, Any], size: int) -> bool:
+def _is_right(path: Path, answer: Mapping[str, Any]) -> bool:
     """Whether what came is what S3 holds; botocore has compared its own checksum by now."""
-    if path.stat().st_size != size:
-        return False
     if _SHA256 in answer.get("Metadata", {}):
         return _says_sha256_of(path, answer)
     etag = str(answer["ETag"]).strip('"')
