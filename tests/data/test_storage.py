@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import hashlib
 import http.client
@@ -14,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import requests
 from click.testing import CliRunner
@@ -25,7 +27,6 @@ from visiontuner.data import s3 as s3_module
 from visiontuner.data import storage as storage_module
 from visiontuner.data import transfer as transfer_module
 from visiontuner.data.objects import PART_BYTES, files_in, has_content_of, places, split_uri
-from visiontuner.data.s3 import connect
 from visiontuner.data.source import fetch_source
 from visiontuner.data.storage import INCOMING, Moved, download_folder, upload_folder
 from visiontuner.errors import DataError, DownloadError, ServingError, UserMistake
@@ -36,6 +37,7 @@ REFUSED = (
     "<?xml version='1.0'?><Error><Code>{}</Code><Message>no, {}</Message>"
     "<Region>eu-west-3</Region></Error>"
 )
+DIRECT: list[Any] = []  # boto3's client of the server itself, not through the proxy
 SECRET = "wJalrXUtnFEMI-secret"
 
 
@@ -43,7 +45,17 @@ SECRET = "wJalrXUtnFEMI-secret"
 def moto() -> Iterator[tuple[str, int]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    yield server.get_host_and_port()
+    host, port = server.get_host_and_port()
+    DIRECT[:] = [
+        boto3.client(
+            "s3",
+            region_name="us-east-1",
+            endpoint_url=f"http://{host}:{port}",
+            aws_access_key_id="testing",
+            aws_secret_access_key="testing",
+        )
+    ]
+    yield host, port
     server.stop()
 
 
@@ -136,13 +148,10 @@ def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
         "NO_PROXY": "127.0.0.1",
     }.items():
         monkeypatch.setenv(name, value)
-    import boto3
-
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     monkeypatch.setattr(transfer_module, "_LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(s3_module, "ATTEMPTS", 1)
-    connect().create_bucket(Bucket=BUCKET)
-    proxy.seen.clear()
+    DIRECT[0].create_bucket(Bucket=BUCKET)
     yield proxy
     server.shutdown()
     server.server_close()
@@ -179,7 +188,7 @@ def held(folder: Path) -> dict[str, bytes]:
 
 
 def put(name: str, content: bytes, **more: Any) -> None:
-    connect().put_object(Bucket=BUCKET, Key=name, Body=content, **more)
+    DIRECT[0].put_object(Bucket=BUCKET, Key=name, Body=content, **more)
 
 
 def moved(answer: Moved) -> tuple[int, int]:
@@ -200,6 +209,17 @@ def test_a_folder_comes_back_as_it_went_and_a_second_run_moves_nothing(s3, tmp_p
     assert held(back) == FILES
     assert download_folder(URI, back) == Moved(files=0, skipped=5, bytes=0)
     assert s3.count("GET") == 5
+
+
+def test_a_small_file_is_sent_in_one_round_trip_with_its_checksum(s3, tmp_path):
+    content, sent = b"content", []
+    s3.rule = lambda method, _path, headers: sent.append(headers) if method == "PUT" else None
+    upload_folder(write(tmp_path / "here", {"a": content}), URI)
+    (headers,) = sent
+    assert headers.get("Expect") is None
+    digest = hashlib.sha256(content)
+    assert headers["x-amz-checksum-sha256"] == base64.b64encode(digest.digest()).decode()
+    assert headers["x-amz-meta-sha256"] == digest.hexdigest()
 
 
 @pytest.mark.usefixtures("s3")
@@ -225,7 +245,7 @@ def test_a_large_file_goes_in_parts_and_is_known_again(s3, tmp_path):
     steps: list[tuple[int, int]] = []
     upload_folder(here, URI, progress=lambda *step: steps.append(step))
     assert steps[-1] == (len(content), len(content))
-    assert connect().head_object(Bucket=BUCKET, Key="set one/large")["ETag"].endswith('-2"')
+    assert DIRECT[0].head_object(Bucket=BUCKET, Key="set one/large")["ETag"].endswith('-2"')
     before = s3.count("PUT")
     assert moved(upload_folder(here, URI)) == (0, 1)
     steps.clear()
@@ -259,19 +279,19 @@ def test_encrypted_objects_whose_etag_says_nothing_are_known_by_their_sha256(tmp
     content = b"x" * (PART_BYTES + 5)
     (here / "large").write_bytes(content)
     upload_folder(here, URI, kms_key="my-key")
-    found = connect().head_object(Bucket=BUCKET, Key="set one/a")
+    found = DIRECT[0].head_object(Bucket=BUCKET, Key="set one/a")
     assert (found["ServerSideEncryption"], found["SSEKMSKeyId"]) == ("aws:kms", "my-key")
     upload = {"Bucket": BUCKET, "Key": "set one/large"}
-    begun = connect().create_multipart_upload(
+    begun = DIRECT[0].create_multipart_upload(
         **upload, Metadata={"sha256": hashlib.sha256(content).hexdigest()}
     )["UploadId"]
     cuts = (content[: 6 << 20], content[6 << 20 :])
     tags = [
-        connect().upload_part(**upload, UploadId=begun, PartNumber=n, Body=cut)["ETag"]
+        DIRECT[0].upload_part(**upload, UploadId=begun, PartNumber=n, Body=cut)["ETag"]
         for n, cut in enumerate(cuts, 1)
     ]
     parts = [{"ETag": tag, "PartNumber": n} for n, tag in enumerate(tags, 1)]
-    connect().complete_multipart_upload(**upload, UploadId=begun, MultipartUpload={"Parts": parts})
+    DIRECT[0].complete_multipart_upload(**upload, UploadId=begun, MultipartUpload={"Parts": parts})
     assert moved(upload_folder(here, URI)) == (0, 2)
     assert moved(download_folder(URI, tmp_path / "back")) == (2, 0)
     assert moved(download_folder(URI, tmp_path / "back")) == (0, 2)
@@ -287,7 +307,7 @@ def test_hidden_files_stay_links_are_followed_and_what_is_there_alone_is_counted
     assert set(files_in(here)) == {"a/1", "linked/1"}
     answer = upload_folder(here, URI)
     assert (answer.files, answer.others) == (2, 1)
-    assert connect().head_object(Bucket=BUCKET, Key="set one/old")
+    assert DIRECT[0].head_object(Bucket=BUCKET, Key="set one/old")
 
 
 @pytest.mark.usefixtures("s3")
@@ -546,7 +566,7 @@ def test_pictures_on_s3_are_fetched_once_and_then_what_changed(s3, tmp_path):
     assert fetch_source(f"{URI}/", cache=cache) == folder
     assert (s3.count("GET"), s3.count("HEAD")) == (before, 0)
     put("set one/train/a b/0.png", picture("navy"))
-    connect().delete_object(Bucket=BUCKET, Key="set one/empty.txt")
+    DIRECT[0].delete_object(Bucket=BUCKET, Key="set one/empty.txt")
     s3.seen.clear()
     fetch_source(URI, cache=cache)
     assert s3.count("GET") == 1
