@@ -53,13 +53,14 @@ def connect(session: Any = None, region: str | None = None) -> Any:
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         )
         client = (session or boto3.Session()).client("s3", region_name=region, config=config)
-    client.meta.events.register_last("before-call.s3.PutObject", _send_at_once)
+    client.meta.events.register_last("before-call.s3", _send_at_once)
     return client
 
 
-def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+def _send_at_once(model: Any, params: dict[str, Any], **_: Any) -> None:
     """Small files do not wait until S3 says that it wants them: a round trip less for each."""
-    params["headers"].pop("Expect", None)
+    if model.name == "PutObject":
+        params["headers"].pop("Expect", None)
 
 
 def list_files(client: Any, bucket: str, prefix: str) -> list[RemoteFile]:
