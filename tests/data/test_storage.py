@@ -459,6 +459,22 @@ def test_half_a_file_of_a_killed_run_is_used_if_it_is_still_the_same_object(s3, 
     assert held(tmp_path / "back") == {"large": content}
 
 
+def test_the_first_failure_ends_large_transfers_too(s3, tmp_path):
+    large = os.urandom(2 * PART_BYTES)
+    here = write(tmp_path / "here", {f"large {n}": large for n in range(6)} | {"a": b"1"})
+    s3.rule = lambda _method, path, _headers: (403, "AccessDenied") if "/a" in path else None
+    with pytest.raises(DataError, match="may not write to"):
+        upload_folder(here, URI)
+    (here / "a").unlink()
+    assert sum(moved(upload_folder(here, URI))) == 6
+    put("set one/a", b"1")
+    with pytest.raises(DataError, match="may not read"):
+        download_folder(URI, tmp_path / "back")
+    s3.rule = lambda *_: None
+    download_folder(URI, tmp_path / "back")
+    assert held(tmp_path / "back") == {**held(here), "a": b"1"}
+
+
 def test_damaged_bytes_are_not_kept(s3, tmp_path):
     upload_folder(write(tmp_path / "here", {"a": b"content"}), URI)
     broken = [2]

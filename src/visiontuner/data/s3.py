@@ -11,6 +11,8 @@ from visiontuner.errors import DataError
 
 # One request to S3 waits some 20 to 50 ms: 32 at a time are what one interpreter can prepare.
 THREADS = 32
+# Of large files: 4 x 4 parts of 8 MiB are 128 MiB in memory.
+LARGE_AT_ONCE, PARTS_AT_ONCE = 4, 4
 # A lost part of a large file is sent again by boto3 itself; `Transfers` waits for longer.
 ATTEMPTS = 3
 _MISSING = ("404", "NoSuchKey")
@@ -49,7 +51,7 @@ def connect(session: Any = None, region: str | None = None) -> Any:
         config = Config(
             connect_timeout=10,
             read_timeout=60,
-            max_pool_connections=THREADS + 8,
+            max_pool_connections=THREADS + LARGE_AT_ONCE * PARTS_AT_ONCE,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
         )
         client = (session or boto3.Session()).client("s3", region_name=region, config=config)

@@ -12,6 +12,7 @@ import base64
 import hashlib
 import os
 import shutil
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +33,16 @@ from visiontuner.data.objects import (
     split_folder,
     split_uri,
 )
-from visiontuner.data.s3 import THREADS, connect, explained, head, is_passing, list_files
+from visiontuner.data.s3 import (
+    LARGE_AT_ONCE,
+    PARTS_AT_ONCE,
+    THREADS,
+    connect,
+    explained,
+    head,
+    is_passing,
+    list_files,
+)
 from visiontuner.data.transfer import Damaged, Transfers
 from visiontuner.errors import DataError, DownloadError
 
@@ -176,6 +186,7 @@ class _Upload:
         self._encrypted = (
             {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
         )
+        self._large = threading.BoundedSemaphore(LARGE_AT_ONCE)
 
     def bring(self, path: Path, key: str, there: RemoteFile | None) -> int | None:
         """Bytes sent, or None where nothing had to be."""
@@ -190,7 +201,8 @@ class _Upload:
                 self._transfers.advance(size)
             else:
                 digest = file_digest(path)
-                self._transfers.patiently(lambda: self._put_parts(path, key, digest))
+                with self._large:
+                    self._transfers.patiently(lambda: self._put_parts(path, key, digest))
             return size
         except OSError as error:
             raise DataError(f"Cannot read {path}: {error.strerror}.") from None
@@ -219,7 +231,7 @@ class _Upload:
         config = TransferConfig(
             multipart_threshold=PART_BYTES,
             multipart_chunksize=PART_BYTES,
-            max_request_concurrency=4,
+            max_request_concurrency=PARTS_AT_ONCE,
         )
         extra = {"Metadata": {_SHA256: digest}, "ChecksumAlgorithm": "SHA256", **self._encrypted}
         with TransferManager(self.client, config) as manager:
@@ -233,6 +245,8 @@ def _watch(transfers: Transfers) -> Any:
     class Watch(BaseSubscriber):  # type: ignore[misc, unused-ignore]
         def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
             transfers.advance(bytes_transferred)
+            if transfers.is_stopped:
+                future.cancel()
 
     return Watch()
 
@@ -334,6 +348,7 @@ class _Downloads:
                 while block := body.read(_BLOCK):
                     file.write(block)
                     self._transfers.advance(len(block))
+                    self._transfers.go_on()
         except FlexibleChecksumError:
             is_right = False
         if _size(part) < size:  # broken off, whatever its checksum: the rest is asked for next

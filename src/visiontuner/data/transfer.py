@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -63,6 +63,20 @@ class Transfers:
                 raise
         return [future.result() for future in futures]
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether another transfer has failed, or the user has had enough."""
+        return self._stopped.is_set()
+
+    def go_on(self) -> None:
+        """For a long transfer to ask now and then.
+
+        Raises:
+            CancelledError: all of it has been ended.
+        """
+        if self.is_stopped:
+            raise CancelledError
+
     def advance(self, count: int) -> None:
         """So many bytes more; fewer if something has to be moved again."""
         with self._lock:
@@ -75,6 +89,7 @@ class Transfers:
         failures = damages = 0
         failing_since: float | None = None
         while True:
+            self.go_on()
             try:
                 result = action()
             except Damaged:
