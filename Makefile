@@ -36,7 +36,7 @@ tune: $(STAMP)  ## search on the quickstart's pictures; ARGS= for your own
 	@$(BIN)/python -m visiontuner tune $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Without a Docker engine root on Debian gets one for the length of the tests.
 test-container: $(STAMP)  ## test the model in SageMaker's container

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-TRIALS = 16
+TRIALS = 8
 
 
 class Command:

@@ -82,8 +82,8 @@ def uninterrupted(store, tmp_path_factory) -> dict[bool, dict[int, dict]]:
 
 @pytest.mark.parametrize(
     ("on_pictures", "workers"),
-    [(False, 0), (True, 0), (True, 2)],
-    ids=["features", "pictures", "pictures-workers"],
+    [(False, 0), (True, 0)],  # with workers: tests/test_train.py
+    ids=["features", "pictures"],
 )
 def test_a_training_killed_five_times_equals_an_uninterrupted_one(
     tmp_path, store, uninterrupted, on_pictures, workers
