@@ -3,6 +3,8 @@
 prepare(experiment)            look at the pictures
 run_search(experiment)         search, track, package and register
 resume_search(folder)          the same, from where a search was stopped
+train(experiment)              one training; `find_origin`, `one_training`: with a search's best
+resume_training(folder)        the same, from where a training was stopped
 sync_search(folder)            write a search's journal into MLflow, late or elsewhere
 evaluate_search(folder)        choose, calibrate, look at the test pictures once
 compare(targets)               runs and searches as a pandas table
@@ -35,6 +37,8 @@ from visiontuner.workflow.promote import promote
 from visiontuner.workflow.search import resume_search, run_search
 from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.train import resume_training, train
+from visiontuner.workflow.train_from import find_origin, one_training
 
 __all__ = [
     "Attached",
@@ -51,16 +55,20 @@ __all__ = [
     "diagnose",
     "endpoints",
     "evaluate_search",
+    "find_origin",
     "jobs",
+    "one_training",
     "plan_deployment",
     "plan_job",
     "prepare",
     "promote",
     "resume_search",
+    "resume_training",
     "run_search",
     "stop",
     "submit_job",
     "sync_search",
     "trace",
+    "train",
     "undeploy",
 ]
