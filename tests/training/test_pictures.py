@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -124,6 +125,15 @@ def worker_pids() -> list[int]:
     return found
 
 
+def awaited(look: Callable[[], Any]) -> Any:
+    """What `look` finds once it finds something: processes begin and end in their own time."""
+    for _ in range(200):
+        if found := look():
+            return found
+        time.sleep(0.05)
+    return look()
+
+
 def test_unaugmented_epoch_is_what_evaluation_would_read(
     plain: PictureBatches, dataset: ImageDataset
 ) -> None:
@@ -223,8 +233,8 @@ def test_killed_worker_is_one_line_and_the_next_epoch_has_new_ones(
     with pytest.raises(TrialFailed) as failure:  # noqa: PT012
         for number, _ in enumerate(batches.shuffled(generator)):
             if number == 1:
-                os.kill(worker_pids()[0], signal.SIGKILL)
-    assert worker_pids() == []
+                os.kill(awaited(worker_pids)[0], signal.SIGKILL)
+    assert awaited(lambda: worker_pids() == [])
     assert "A process that prepares pictures died" in str(failure.value)
     assert "training.workers=0" in str(failure.value)
     assert "\n" not in str(failure.value)
