@@ -54,7 +54,15 @@ class ExportError(VisiontunerError):
 
 
 class TrialFailed(VisiontunerError):
-    """One trial cannot go on (its loss is not finite, say); the search can."""
+    """One trial cannot go on (its loss is not finite, say); the search can.
+
+    Args:
+        comes_back: the same happens again to whoever goes on from the last epoch.
+    """
+
+    def __init__(self, message: str, *, comes_back: bool = False) -> None:
+        super().__init__(message)
+        self.comes_back = comes_back
 
 
 class SearchFailed(VisiontunerError):

@@ -289,5 +289,6 @@ def _require_finite(loss: float, what: str, epoch: int, learning_rate: float) ->
     if not math.isfinite(loss):
         raise TrialFailed(
             f"The {what} is {loss} in epoch {epoch} at learning rate {learning_rate:.3g}; "
-            "try a smaller learning rate."
+            "try a smaller learning rate.",
+            comes_back=True,
         )

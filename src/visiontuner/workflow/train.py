@@ -225,7 +225,7 @@ class _Training:
         try:
             self._run_epochs(self._task(stores, recorder.record), recorder, rules)
         except TrialFailed as error:
-            if _can_go_on(recorder.record.trials[TRIAL_ID], error):
+            if recorder.record.trials[TRIAL_ID].epochs and not error.comes_back:
                 raise
             rules.end(TRIAL_ID, error=str(error))
             end_trial(recorder, TRIAL_ID, "failed", error=str(error))
@@ -394,11 +394,6 @@ class _Training:
                     }
                 },
             )
-
-
-def _can_go_on(trial: TrialRecord, error: TrialFailed) -> bool:
-    """A dead process or a full memory can be got over; a loss that exploded comes back."""
-    return bool(trial.epochs) and "learning rate" not in str(error)
 
 
 def _epochs(
