@@ -20,28 +20,33 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
     Args:
         said: what the user was told already.
     """
-    best, folder, uri = result.best, result.folder, result.tracking_uri
+    best, folder = result.best, result.folder
     if best is not None:
         values = ", ".join(f"{k} {_short(v)}" for k, v in best.configuration.items())
         objective = result.record.objective
         click.echo(f"\nBest trial: {best.trial_id} with {values}")
         click.echo(f"  {objective} {best.best_value:.4f} in epoch {best.best_epoch}")
-    if result.classifier:
-        click.echo(f"  classifier: {result.classifier}")
-    if result.model:
-        click.echo(f"  MLflow model: {result.model} (in {uri})")
-    if result.tracking_problem:
-        known = result.tracking_problem in said
-        reason = "." if known else f": {result.tracking_problem}"
-        click.echo(f"\nNot everything is in MLflow{reason}")
-        click.echo(f"Nothing is lost. Write it later: visiontuner sync {folder}")
-    elif result.state == "completed":
-        click.echo("\nNext, compare the trials: " + _ui_command(uri))
+    print_artifacts(result, said=said)
+    if result.state == "completed" and not result.tracking_problem:
+        click.echo("\nNext, compare the trials: " + _ui_command(result.tracking_uri))
     if result.state != "completed":
         word = "Stopped" if result.state == "interrupted" else "The time budget is spent"
         click.echo(f"\n{word}. Go on with: visiontuner tune --resume {folder}")
     if result.state == "interrupted":
         raise click.exceptions.Exit(130)
+
+
+def print_artifacts(result: SearchResult, *, said: set[str]) -> None:
+    """The classifier, the MLflow model, and what MLflow does not hold yet."""
+    if result.classifier:
+        click.echo(f"  classifier: {result.classifier}")
+    if result.model:
+        click.echo(f"  MLflow model: {result.model} (in {result.tracking_uri})")
+    if result.tracking_problem:
+        known = result.tracking_problem in said
+        reason = "." if known else f": {result.tracking_problem}"
+        click.echo(f"\nNot everything is in MLflow{reason}")
+        click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")
 
 
 def _ui_command(uri: str) -> str:

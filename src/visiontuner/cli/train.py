@@ -9,6 +9,7 @@ import click
 
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, read_raw
+from visiontuner.cli.results import print_artifacts
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -134,13 +135,6 @@ def _print_result(result: SearchResult, *, said: set[str]) -> None:
         )
     else:
         click.echo(f"\n{record.objective} {best.best_value:.4f} in epoch {best.best_epoch}")
-    click.echo(f"  classifier: {result.classifier}")
-    if result.model:
-        click.echo(f"  MLflow model: {result.model} (in {result.tracking_uri})")
-    if result.tracking_problem:
-        known = result.tracking_problem in said
-        reason = "." if known else f": {result.tracking_problem}"
-        click.echo(f"\nNot everything is in MLflow{reason}")
-        click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")
-    else:
+    print_artifacts(result, said=said)
+    if not result.tracking_problem:
         click.echo(f"\nNext, look at the test pictures: visiontuner evaluate {result.folder}")
