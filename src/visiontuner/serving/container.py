@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.environments import wanted_by
-from visiontuner.serving.server import answers_ping
+from visiontuner.serving.server import Served, answers_ping
 
 REPOSITORY = "visiontuner-serving"
 # What MLflow's deployment tells the container; `serve` is SageMaker's own argument.
@@ -100,7 +99,7 @@ def _build(model: Path, image: str) -> None:
         raise ServingError(f"The image {image} cannot be built: {_reason(done.stdout)}")
 
 
-class Container:
+class Container(Served):
     """Serves an MLflow model folder in a container while the `with` block runs.
 
     What runs is what `mlflow deployments run-local -t sagemaker` runs; the port is a free one of
@@ -145,14 +144,6 @@ class Container:
             self.stop()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def memory_mb(self) -> float:
         """What the whole container holds, in 10^6 bytes.

@@ -41,16 +41,18 @@ class Served(Protocol):
     def installed(self) -> str: ...
     def memory_mb(self) -> float: ...
     def last_lines(self) -> str: ...
+    def stop(self) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.stop()
 
 
-class ScoringServer:
+class ScoringServer(Served):
     """Serves an MLflow model folder while the `with` block runs.
 
     The command is the one that SageMaker's container runs: uvicorn with MLflow's application, one
@@ -95,14 +97,6 @@ class ScoringServer:
             self.stop()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.stop()
 
     def memory_mb(self) -> float:
         """Resident memory of the server and its children, in 10^6 bytes.
