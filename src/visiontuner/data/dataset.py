@@ -216,6 +216,14 @@ def unreadable_picture(sample: Sample, reason: str) -> Finding:
     )
 
 
+def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
+    """What is said of a split whose pictures are all in `findings`."""
+    return DataError(
+        f"None of the {split} pictures can be read: {findings[-1].evidence.rstrip('.')}. "
+        "`visiontuner prepare` lists what is wrong with each."
+    )
+
+
 def _class_findings(dataset: ImageDataset) -> list[Finding]:
     findings = [
         listed(

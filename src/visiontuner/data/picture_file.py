@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from visiontuner.data.dataset import Sample, unreadable_picture
+from visiontuner.data.dataset import Sample, none_readable, unreadable_picture
 from visiontuner.data.files import cannot_write, write_atomically, write_json
 from visiontuner.data.stored_pictures import Form, array_path, data_path, samples_path
-from visiontuner.errors import BadImageError, DataError
+from visiontuner.errors import BadImageError
 from visiontuner.journal import Finding
 
 
@@ -75,9 +75,7 @@ class SplitFile:
         findings = [unreadable_picture(self.samples[i], why) for i, why in self._bad.items()]
         good = [s for number, s in enumerate(self.samples) if number not in self._bad]
         if not good:
-            raise DataError(
-                f"None of the {self.split} pictures can be read: {findings[-1].evidence}"
-            )
+            raise none_readable(self.split, findings)
         arrays = {"labels": np.array([sample.label for sample in good], dtype=np.int64)}
         if self.form == "views":
             lengths = np.array([n for i, n in enumerate(self._lengths) if i not in self._bad])

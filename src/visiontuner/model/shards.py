@@ -14,9 +14,8 @@ import numpy as np
 from numpy.lib.format import write_array_header_2_0
 from numpy.typing import NDArray
 
-from visiontuner.data.dataset import Sample, unreadable_picture
+from visiontuner.data.dataset import Sample, none_readable, unreadable_picture
 from visiontuner.data.files import write_atomically, write_json
-from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 from visiontuner.model.store import (
     FeatureSet,
@@ -104,7 +103,7 @@ def assemble(shards: Sequence[Shard], store: FeatureSet) -> None:
             if position not in bad[shard.path]
         ]
         if not good:
-            raise DataError(f"None of the {split} pictures can be read: {findings[-1].evidence}")
+            raise none_readable(split, findings)
         _write_split(own, good, store, split)
     write_meta(replace(store, findings=tuple(findings)))
     shutil.rmtree(store.folder / FOLDER, ignore_errors=True)
