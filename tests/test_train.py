@@ -516,6 +516,17 @@ def test_a_loss_that_explodes_is_one_line_and_stays_a_failure(raw):
     assert "not_a_number" in rules
 
 
+def test_a_loss_that_explodes_after_whole_epochs_is_nothing_to_go_on_with(raw):
+    # Epoch 1 ends with weights of about 1e20; its decay makes the next ones infinite.
+    raw["training"] |= {"learning_rate": 1e20, "optimizer": "sgd", "momentum": 0.0}
+    raw["training"] |= {"weight_decay": 1.0, "batch_size": 64, "schedule": "constant"}
+    with pytest.raises(SearchFailed, match=r"in epoch \d+ at .* try a smaller learning rate"):
+        train(one(raw), output=Path("a"))
+    trial = SearchRecord.load(Path("a")).trials["t0001"]
+    assert trial.state == "failed"
+    assert trial.epochs
+
+
 class KillsAWorker(SilentTraining):
     """In the second epoch, when one is done that can be gone on from."""
 
