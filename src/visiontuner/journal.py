@@ -105,7 +105,7 @@ class JournalWriter:
             os.ftruncate(self._descriptor, whole)
             raise SearchFailed(
                 f"Cannot write {self.path}: {error.strerror}. What it holds is whole: "
-                f"make room, then go on with `visiontuner tune --resume {self.path.parent}`."
+                f"make room, then repeat the command with --resume {self.path.parent}."
             ) from None
         return _with_nonfinite(json.loads(content))
 
