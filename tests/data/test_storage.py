@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import errno
-import gc
 import hashlib
 import http.client
 import io
 import os
 import threading
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,13 +41,6 @@ DIRECT: list[Any] = []  # boto3's client of the server itself, not through the p
 SECRET = "wJalrXUtnFEMI-secret"
 
 
-# boto3 leaves the sockets of a connection that was cut to the collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
-
-
 @pytest.fixture(scope="module")
 def moto() -> Iterator[tuple[str, int]]:
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -67,9 +58,6 @@ def moto() -> Iterator[tuple[str, int]]:
     yield host, port
     DIRECT.clear()
     server.stop()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        gc.collect()  # here, not in another module's test
 
 
 class Proxy:
