@@ -1,0 +1,1 @@
+"""What a training records of itself beside its metrics: tensors, step times, use of the machine."""
