@@ -26,6 +26,7 @@ STOPPING_RULES = (
     "overfit",
     "overtraining",
     "label_noise",
+    "exploding_tensor",
 )
 """Diagnostic rules that can stop a trial: those that see something while it runs."""
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")

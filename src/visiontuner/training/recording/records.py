@@ -19,6 +19,8 @@ Floats = NDArray[np.float32]
 
 RECORDING_FILE = "recording.npz"
 
+# Weights are those before the step; a layer without a gradient (frozen, or unused) has NaN in the
+# statistics of gradients and updates.
 TENSOR_STATISTICS: Mapping[str, str] = {
     "weight_norm": "L2 norm of the layer's weight",
     "weight_std": "standard deviation of the layer's weight",
@@ -128,7 +130,11 @@ class Recording:
     steps: StepRecord | None = None
     system: SystemRecord | None = None
     about: Mapping[str, Any] = field(default_factory=dict)
-    """What a reader may want to know besides: small plain values."""
+    """What a reader may want to know besides, small plain values, where they are known:
+
+    `mean` and `std`, lists by channel: pixels in [0, 1] become network input by (x - mean) / std.
+    `steps_per_epoch`: optimizer steps; findings name the epoch that a recorded step was in.
+    """
 
     def save(self, path: Path) -> None:
         """Write one compressed file; a reader meets the old one or the new one, whole."""

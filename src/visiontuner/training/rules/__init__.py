@@ -2,6 +2,7 @@
 
 diagnose_history(history)          every rule on one training
 diagnose_curves(history, rules)    only rules on curves: cheap enough after every epoch
+diagnose_recording(history, rules) only rules on what was recorded of tensors, steps and machine
 SimilarRuns, similar_across_runs   on the trainings of a search together
 
 What each rule looks for and where its thresholds come from: `docs/rules.md`.
@@ -35,9 +36,12 @@ from visiontuner.training.rules.predictions import (
     label_noise,
 )
 from visiontuner.training.rules.searches import SimilarRuns, similar_across_runs
+from visiontuner.training.rules.tensors import exploding_tensor
 
 __all__ = [
+    "LASTING_RECORDED",
     "LASTING_RULES",
+    "RECORDED_RULES",
     "RULES",
     "STOPPING_RULES",
     "Curve",
@@ -46,12 +50,16 @@ __all__ = [
     "TrainingHistory",
     "diagnose_curves",
     "diagnose_history",
+    "diagnose_recording",
     "history_of_trial",
     "most_severe_first",
     "similar_across_runs",
 ]
 
 Rule = Callable[[TrainingHistory], Finding | None]
+
+RECORDED_RULES: Mapping[str, Rule] = {rule.__name__: rule for rule in (exploding_tensor,)}
+"""Rules on what was recorded of tensors, steps and the machine, by their name."""
 
 RULES: Mapping[str, Rule] = {
     rule.__name__: rule
@@ -67,12 +75,16 @@ RULES: Mapping[str, Rule] = {
         class_not_predicted,
         class_imbalance,
         stalled,
+        *RECORDED_RULES.values(),
     )
 }
 """Every rule on one training, by its name."""
 
 # What the last epoch said is final: a later epoch cannot take these back.
 LASTING_RULES = ("not_a_number", "exploding_gradient", "learning_rate_too_high")
+
+# Of the recorded ones: a later step cannot take these back either.
+LASTING_RECORDED = ("exploding_tensor",)
 
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 
@@ -87,6 +99,16 @@ def diagnose_curves(
 ) -> list[Finding]:
     """Some rules on one training that may still run; the names are keys of `RULES`."""
     return most_severe_first(_apply(history, rules))
+
+
+def diagnose_recording(
+    history: TrainingHistory, rules: Collection[str] = LASTING_RECORDED
+) -> list[Finding]:
+    """Some rules on `history.recording` of a training that may still run; keys of `RULES`.
+
+    Names of other rules are passed over, so that `rules.stop_on` can be given as it is.
+    """
+    return most_severe_first(_apply(history, [name for name in rules if name in RECORDED_RULES]))
 
 
 def most_severe_first(findings: Collection[Finding]) -> list[Finding]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.training.recording.records import Recording
 
 
 class Curve(NamedTuple):
@@ -88,6 +89,7 @@ class TrainingHistory:
         times: seconds since the epoch at which the epochs were reported.
         now: the present time if the training still runs, else None.
         error: what ended a failed training.
+        recording: tensors, step times and the machine's use, if they were recorded.
     """
 
     metrics: Mapping[str, Curve] = field(default_factory=dict)
@@ -100,6 +102,7 @@ class TrainingHistory:
     times: tuple[float, ...] = ()
     now: float | None = None
     error: str | None = None
+    recording: Recording | None = None
 
     def curve(self, name: str) -> Curve:
         """The finite points of a metric; empty if it was not recorded."""
@@ -130,6 +133,7 @@ def history_of_trial(
     trial: TrialRecord,
     *,
     predictions: Predictions | None = None,
+    recording: Recording | None = None,
     now: float | None = None,
 ) -> TrainingHistory:
     """One trial of a search as its journal has it.
@@ -150,6 +154,7 @@ def history_of_trial(
         class_names=names,
         class_counts=tuple(counts),
         predictions=predictions,
+        recording=recording,
         times=tuple(epoch.time for epoch in trial.epochs),
         now=now,
         error=trial.error,
