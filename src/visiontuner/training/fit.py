@@ -22,7 +22,7 @@ from visiontuner.training.batches import (
     join_last_single,
     needs_joining,
 )
-from visiontuner.training.ema import averaged_copy
+from visiontuner.training.ema import WeightAverage
 from visiontuner.training.evaluate import evaluate
 from visiontuner.training.metrics import balanced_class_weights
 from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
@@ -145,7 +145,7 @@ class Fit:
             math.ceil(len(train.labels) / settings.batch_size) - self._joins_last_single
         )
         decay = settings.ema_decay
-        self._average = None if decay is None else averaged_copy(network, decay)
+        self._average = None if decay is None else WeightAverage(network, decay)
         self._step = self._make_step(parameter_groups)
         self._evaluation = MicroBatches(None, where="evaluation")
 

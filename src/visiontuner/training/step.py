@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.swa_utils import AveragedModel
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
+from visiontuner.training.ema import WeightAverage
 from visiontuner.training.micro_batches import MicroBatches
 
 
@@ -48,7 +48,7 @@ class TrainingStep:
         settings: Training,
         *,
         class_weights: Tensor | None = None,
-        average: AveragedModel | None = None,
+        average: WeightAverage | None = None,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -79,7 +79,7 @@ class TrainingStep:
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
-            self.average.update_parameters(self.network)
+            self.average.update(self.network)
         return StepOutcome(loss, correct, norm)
 
     def _backward(self, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
