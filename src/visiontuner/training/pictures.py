@@ -85,15 +85,17 @@ class PictureBatches:
         """
         order = torch.randperm(len(self.labels), generator=generator)
         batches = torch.split(order, self.batch_size)
+        # At once for the epoch: rows that go to a GPU in every step would make each step wait.
+        labels_of = torch.split(self.labels[order.to(self.device)], self.batch_size)
         if self._augmentation.is_off:
-            for rows in batches:
-                yield self._normalised(self._gather(rows)), self._labels_of(rows)
+            for rows, labels in zip(batches, labels_of, strict=True):
+                yield self._normalised(self._gather(rows)), labels
             return
         epoch = int(torch.randint(2**62, (), generator=generator))
         keys = [[(int(row), _seed(epoch, int(row))) for row in rows] for rows in batches]
-        for number, (rows, pixels) in enumerate(zip(batches, self._prepared(keys), strict=True)):
-            inputs, labels = self._normalised(pixels), self._labels_of(rows)
-            yield self._mixed(inputs, labels, _seed(epoch, len(self.labels) + number))
+        prepared = zip(self._prepared(keys), labels_of, strict=True)
+        for number, (pixels, labels) in enumerate(prepared, start=len(self.labels)):
+            yield self._mixed(self._normalised(pixels), labels, _seed(epoch, number))
 
     def in_order(self) -> Iterator[Tensor]:
         """One pass over the inputs, float32 (B, 3, S, S), as evaluation reads them.
@@ -115,17 +117,16 @@ class PictureBatches:
         self._loader = None
 
     def _gather(self, rows: Tensor) -> Tensor:
-        """uint8, shape (B, 3, S, S), channels last in memory."""
+        """uint8, shape (B, 3, S, S), channels last in memory; pinned where it goes to a GPU."""
         pixels = torch.from_numpy(self.pictures.all_pixels)
-        return pixels.index_select(0, rows).permute(0, 3, 1, 2)
+        size = (len(rows), *pixels.shape[1:])
+        gathered = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return torch.index_select(pixels, 0, rows, out=gathered).permute(0, 3, 1, 2)
 
     def _normalised(self, pixels: Tensor) -> Tensor:
         """As `data.images.normalise`, on the device; the memory format stays."""
         images = pixels.to(self.device, non_blocking=True).float()
         return images.div_(255).sub_(self._mean).div_(self._std)
-
-    def _labels_of(self, rows: Tensor) -> Tensor:
-        return self.labels.index_select(0, rows.to(self.device))
 
     def _mixed(self, inputs: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         if self._augmentation.mixup == 0 and self._augmentation.cutmix == 0:
