@@ -363,6 +363,17 @@ def test_bf16_is_for_training_and_evaluation_stays_in_float32():
     assert result.metrics.train_loss != plain.metrics.train_loss
 
 
+def test_evaluation_keeps_all_bits_of_float32_where_a_gpu_would_round():
+    net, seen = network(), []
+    before = torch.backends.cudnn.allow_tf32
+    net[0].register_forward_hook(
+        lambda *_: seen.append((net.training, torch.backends.cudnn.allow_tf32))
+    )
+    train(net, pictures(), options())
+    assert seen == [(True, before), (False, False)]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_bf16_leaves_a_head_on_features_alone():
     data = FeatureBatches(torch.randn(64, 5), torch.arange(64) % CLASSES, batch_size=16)
     heads = []

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from visiontuner.data.cores import available_cpus
 from visiontuner.errors import ExportError
+from visiontuner.float32 import full_float32
 from visiontuner.model.backbone import Backbone
 from visiontuner.model.export import export_backbone
 from visiontuner.model.store import Precision
@@ -114,6 +115,7 @@ class TorchEngine:
         )
         with (
             torch.inference_mode(),
+            full_float32(),
             torch.autocast(self._device.type, dtype=torch.bfloat16, enabled=self._bf16),
         ):
             features: torch.Tensor = self._module(batch)  # (B, D)

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from visiontuner.float32 import full_float32
 from visiontuner.training.batches import Batches
 from visiontuner.training.metrics import Scores, score
 from visiontuner.training.micro_batches import MicroBatches
@@ -24,7 +25,7 @@ def evaluate(
     """
     network.eval()
     pieces = micro_batches or MicroBatches(None, where="evaluation")
-    with torch.inference_mode():
+    with torch.inference_mode(), full_float32():
         logits = torch.cat(
             [
                 pieces.run(len(inputs), functools.partial(_answer, network, inputs))
