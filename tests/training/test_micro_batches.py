@@ -96,5 +96,8 @@ def test_only_memory_counts_as_out_of_memory():
     assert is_out_of_memory(raised.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
     assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED"))
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory"))
+    assert is_out_of_memory(RuntimeError("GET was unable to find an engine to execute this"))
+    assert not is_out_of_memory(RuntimeError("CUDA error: an illegal memory access was found"))
     assert not is_out_of_memory(RuntimeError("element 0 of tensors does not require grad"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))

@@ -14,7 +14,13 @@ from visiontuner.errors import TrialFailed
 Answer = TypeVar("Answer")
 
 # How torch and the libraries below it say that memory ran out, where they have no class for it.
-_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # the driver's, where other processes hold the memory
+    "unable to find an engine",  # cuDNN's, when no algorithm's workspace fits
+)
 
 
 class MicroBatches:
