@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,16 +32,16 @@ _ENVIRONMENT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one trial takes, and how many trials run at once."""
+    """What one trial takes, and how many trials run at once.
+
+    Args:
+        threads: of one trial's arithmetic, or beside a GPU of what prepares its pictures.
+    """
 
     cpus_per_trial: float
     gpus_per_trial: float
     concurrent_trials: int
-
-    @property
-    def threads(self) -> int:
-        """Threads of one trial's arithmetic."""
-        return max(1, int(self.cpus_per_trial))
+    threads: int
 
     def to_ray(self) -> dict[str, float]:
         return {"cpu": self.cpus_per_trial, "gpu": self.gpus_per_trial}
@@ -149,7 +150,17 @@ def resources_for(search: Search) -> Resources:
     """
     import ray
 
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return share_out([node["Resources"] for node in ray.nodes() if node["Alive"]], search)  # type: ignore[no-untyped-call]
+
+
+def share_out(machines: Sequence[Mapping[str, float]], search: Search) -> Resources:
+    """What a trial gets of machines with so many "CPU" and "GPU".
+
+    A GPU's trials share all cores of its machine, since each needs many to prepare its pictures.
+
+    Raises:
+        ExperimentError: one trial wants more than the largest machine has.
+    """
     most_cpus = max(machine.get("CPU", 0) for machine in machines)
     if search.cpus_per_trial > most_cpus:
         raise ExperimentError(
@@ -163,12 +174,19 @@ def resources_for(search: Search) -> Resources:
             f"search.gpus_per_trial is {gpus:g}, but the machine has {most_gpus:g}; "
             "choose at most that."
         )
-    slots = sum(_slots(machine, search.cpus_per_trial, gpus) for machine in machines)
+    slots = [_slots(machine, search.cpus_per_trial, gpus) for machine in machines]
+    threads = max(1, int(search.cpus_per_trial))
+    if gpus:
+        used = [(m["CPU"], count) for m, count in zip(machines, slots, strict=True) if count]
+        threads = max(threads, min(int(cpus / count) for cpus, count in used))
     return Resources(
-        cpus_per_trial=search.cpus_per_trial, gpus_per_trial=gpus, concurrent_trials=slots
+        cpus_per_trial=search.cpus_per_trial,
+        gpus_per_trial=gpus,
+        concurrent_trials=sum(slots),
+        threads=threads,
     )
 
 
-def _slots(machine: dict[str, float], cpus: float, gpus: float) -> int:
+def _slots(machine: Mapping[str, float], cpus: float, gpus: float) -> int:
     by_cpu = int(machine.get("CPU", 0) / cpus)
     return min(by_cpu, int(machine.get("GPU", 0) / gpus)) if gpus else by_cpu
