@@ -35,6 +35,7 @@ BENCHMARKS = (
     "compare",
     "serving",
     "loader",
+    "gpu",
     "fine_tune",
     "peer",
 )

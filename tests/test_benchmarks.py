@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
@@ -27,6 +28,7 @@ NAMES = (
     "compare",
     "serving",
     "loader",
+    "gpu",
     "fine_tune",
     "peer",
 )
@@ -98,6 +100,16 @@ def test_without_photographs_a_benchmark_says_what_it_needs(
     skipped = sys.modules["measuring"].Skipped
     with pytest.raises(skipped, match="set VISIONTUNER_PHOTOS"):
         runner.load(name).measure()
+
+
+def test_the_gpus_benchmark_needs_one_and_can_be_tried_without(runner: ModuleType) -> None:
+    gpu = runner.load("gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(sys.modules["measuring"].Skipped, match="no GPU"):
+            gpu.measure()
+    in_memory, from_files = gpu.measure(**{**gpu.SMALL, "files": 8})["rows"]
+    assert "images/s" in in_memory["result"]
+    assert "images/s" in from_files["result"]
 
 
 def test_table_shows_targets_results_and_failures(runner: ModuleType) -> None:
