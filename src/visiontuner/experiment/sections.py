@@ -27,6 +27,19 @@ STOPPING_RULES = (
     "overtraining",
     "label_noise",
     "exploding_tensor",
+    "vanishing_gradient",
+    "all_zero",
+    "unchanged_tensor",
+    "weight_update_ratio",
+    "poor_weight_initialisation",
+    "tensor_variance",
+    "saturated_activation",
+    "dead_relu",
+    "check_input_images",
+    "low_gpu_use",
+    "cpu_bottleneck",
+    "io_bottleneck",
+    "memory_increase",
 )
 """Diagnostic rules that can stop a trial: those that see something while it runs."""
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")

@@ -14,6 +14,12 @@ from collections.abc import Callable, Collection, Mapping
 
 from visiontuner.experiment import STOPPING_RULES
 from visiontuner.journal import Finding
+from visiontuner.training.rules.activations import (
+    check_input_images,
+    dead_relu,
+    saturated_activation,
+    tensor_variance,
+)
 from visiontuner.training.rules.curves import (
     learning_rate_too_high,
     learning_rate_too_low,
@@ -35,8 +41,25 @@ from visiontuner.training.rules.predictions import (
     class_not_predicted,
     label_noise,
 )
+from visiontuner.training.rules.profiler import (
+    batch_size_too_small,
+    cpu_bottleneck,
+    initialisation_too_long,
+    io_bottleneck,
+    low_gpu_use,
+    memory_increase,
+    step_outliers,
+    workload_imbalance,
+)
 from visiontuner.training.rules.searches import SimilarRuns, similar_across_runs
-from visiontuner.training.rules.tensors import exploding_tensor
+from visiontuner.training.rules.tensors import (
+    all_zero,
+    exploding_tensor,
+    poor_weight_initialisation,
+    unchanged_tensor,
+    vanishing_gradient,
+    weight_update_ratio,
+)
 
 __all__ = [
     "LASTING_RECORDED",
@@ -58,7 +81,29 @@ __all__ = [
 
 Rule = Callable[[TrainingHistory], Finding | None]
 
-RECORDED_RULES: Mapping[str, Rule] = {rule.__name__: rule for rule in (exploding_tensor,)}
+RECORDED_RULES: Mapping[str, Rule] = {
+    rule.__name__: rule
+    for rule in (
+        exploding_tensor,
+        vanishing_gradient,
+        all_zero,
+        unchanged_tensor,
+        weight_update_ratio,
+        poor_weight_initialisation,
+        tensor_variance,
+        saturated_activation,
+        dead_relu,
+        check_input_images,
+        low_gpu_use,
+        cpu_bottleneck,
+        io_bottleneck,
+        batch_size_too_small,
+        memory_increase,
+        initialisation_too_long,
+        step_outliers,
+        workload_imbalance,
+    )
+}
 """Rules on what was recorded of tensors, steps and the machine, by their name."""
 
 RULES: Mapping[str, Rule] = {
@@ -84,7 +129,7 @@ RULES: Mapping[str, Rule] = {
 LASTING_RULES = ("not_a_number", "exploding_gradient", "learning_rate_too_high")
 
 # Of the recorded ones: a later step cannot take these back either.
-LASTING_RECORDED = ("exploding_tensor",)
+LASTING_RECORDED = ("exploding_tensor", "poor_weight_initialisation", "check_input_images")
 
 _ORDER = {"error": 0, "warning": 1, "info": 2}
 

@@ -73,3 +73,59 @@ MEMORISED_LOSS = 0.9
 # similar_across_runs: how many epochs have to agree, to how many digits.
 SIMILAR_EPOCHS = 3
 SIMILAR_DIGITS = 6
+
+# Rules on recordings. What does not last is noise: Debugger's UnchangedTensor looks at num_steps 3,
+# and so do all of ours that ask whether something lasts.
+LAST_STEPS = 3
+# vanishing_gradient. Debugger: threshold 1e-7. Near the end all gradients are small: it has to be
+# that share of the largest layer's too.
+VANISHED_GRADIENT = 1e-7
+VANISHED_SHARE = 1e-3
+# all_zero. Debugger: threshold 100 %.
+ALL_ZERO = 1.0
+# unchanged_tensor. Debugger: rtol 1e-5, atol 1e-8, in `weight_unchanged` itself. A cosine ends with
+# steps of nothing: it has to hold of that share of all recorded steps too.
+STILL_SHARE = 0.5
+# weight_update_ratio. Debugger: large_threshold 10, small_threshold 1e-8.
+UPDATE_LARGE = 10.0
+UPDATE_SMALL = 1e-8
+# poor_weight_initialisation. Debugger: steps 10, threshold 10 for the ratio of variances.
+FIRST_STEPS = 10
+INITIAL_RATIO = 1e6
+# tensor_variance: Debugger has no limits.
+LARGEST_STD = 1e4
+SMALLEST_STD = 1e-6
+# saturated_activation and dead_relu. Debugger: threshold_layer 50 %.
+SATURATED_SHARE = 0.5
+DEAD_SHARE_WARNING = 0.5
+DEAD_SHARE_ERROR = 0.9
+# check_input_images: how far from where it is expected black or white may lie, by their distance.
+INPUT_ROOM = 0.02
+
+# Rules on steps and on the machine. Debugger waits for 1,000 samples, two a second; ours for these.
+FEWEST_STEPS = 10
+FEWEST_SAMPLES = 10
+# low_gpu_use. Debugger: threshold_p95 70, threshold_p5 10; below gpu_threshold 10 a GPU is idle.
+GPU_P95 = 70.0
+GPU_P5 = 10.0
+GPU_IDLE = 10.0
+# cpu_bottleneck and io_bottleneck. Debugger: threshold 50 (of the time), cpu_threshold 90.
+CPU_BUSY = 90.0
+BOTTLENECK_ERROR = 0.5
+BOTTLENECK_WARNING = 0.25
+WAITING_WARNING = 0.25
+# batch_size_too_small. Debugger: 95th percentiles of CPU, GPU and GPU memory, all below 70.
+BATCH_P95 = 70.0
+OPTIMIZER_WARNING = 0.3
+# memory_increase. Debugger: increase 5 (points of a hundred), window 10 samples.
+MEMORY_GROWTH = 5.0
+MEMORY_WINDOW = 10
+MEMORY_WINDOWS = 4
+# initialisation_too_long. Debugger: threshold 20 minutes.
+STARTUP_MINUTES = 20.0
+# step_outliers. Debugger: stddev 3, n_outliers 10.
+OUTLIER_DEVIATIONS = 3.0
+OUTLIERS = 10
+OUTLIER_SHARE = 0.1
+# workload_imbalance. Debugger: threshold 0.5.
+IMBALANCE = 0.5

@@ -1,0 +1,297 @@
+"""Rules on where the time of training steps went, and on the machine's use meanwhile.
+
+A finding here costs time or money and spoils no model: an error is more than half of it.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontuner.journal import Finding, Severity
+from visiontuner.training.recording.records import STEP_PARTS, Floats, StepRecord, SystemRecord
+from visiontuner.training.rules import thresholds as limits
+from visiontuner.training.rules.history import TrainingHistory
+
+_GPU = re.compile(r"gpu_(\d+)_utilization_percentage")
+
+
+def low_gpu_use(history: TrainingHistory) -> Finding | None:
+    """A GPU has little to do nearly all the time, or again and again nothing.
+
+    Source: Debugger's LowGPUUtilization, threshold_p95 70, threshold_p5 10.
+    """
+    system = _system_of(history)
+    use = _gpus(system) if system else {}
+    if not use or not _steps_on_gpu(history):
+        return None
+    gpu = max(use, key=lambda number: float(np.nanmean(use[number])))  # the one that trains
+    low, high = (float(np.nanpercentile(use[gpu], share)) for share in (5, 95))
+    if high >= limits.GPU_P95 and low >= limits.GPU_P5:
+        return None
+    severity: Severity = "info"  # it pauses, but is used
+    if high < limits.GPU_P95:
+        severity = "error" if high < limits.GPU_IDLE else "warning"
+    return Finding(
+        rule="low_gpu_use",
+        severity=severity,
+        evidence=f"GPU {gpu} was used at {low:.0f} % to {high:.0f} % (5th and 95th percentile of "
+        f"{len(use[gpu])} samples)",
+        advice="Use a larger training.batch_size or more training.workers, training.precision: "
+        "bf16, or let trials share a GPU (search.gpus_per_trial).",
+    )
+
+
+def cpu_bottleneck(history: TrainingHistory) -> Finding | None:
+    """The processors are busy while the GPU has nothing to do.
+
+    Source: Debugger's CPUBottleneck, threshold 50, cpu_threshold 90, gpu_threshold 10.
+    """
+    system = _system_of(history)
+    use = _gpus(system) if system else {}
+    if system is None or not use or not _steps_on_gpu(history):
+        return None
+    cpu, gpu = system.of("cpu_utilization_percentage"), np.nanmax(list(use.values()), axis=0)
+    share = float(((cpu > limits.CPU_BUSY) & (gpu < limits.GPU_IDLE)).mean())
+    if share <= limits.BOTTLENECK_WARNING:
+        return None
+    return Finding(
+        rule="cpu_bottleneck",
+        severity="error" if share > limits.BOTTLENECK_ERROR else "warning",
+        evidence=f"for {share:.0%} of the time the CPU was used above {limits.CPU_BUSY:.0f} % and "
+        f"the GPU below {limits.GPU_IDLE:.0f} %",
+        advice="Prepare less: a smaller model.image_size or training.augmentation: light; or use "
+        "a machine with more cores.",
+    )
+
+
+def io_bottleneck(history: TrainingHistory) -> Finding | None:
+    """Steps wait for pictures.
+
+    Source: after Debugger's IOBottleneck, threshold 50: half of the time. It has the kernel's
+    waiting for disks, while the steps say themselves how long they waited.
+    """
+    steps = _steps_of(history)
+    share = _part(steps, "data") if steps else 0.0
+    if steps is None or share <= limits.WAITING_WARNING:
+        return None
+    seconds = steps.seconds[:, STEP_PARTS.index("data")]
+    return Finding(
+        rule="io_bottleneck",
+        severity="error" if share > limits.BOTTLENECK_ERROR else "warning",
+        evidence=f"{share:.0%} of the time of {len(steps.steps)} steps went into waiting for "
+        f"pictures, {1000 * float(np.median(seconds)):.0f} ms a step; processes that prepare them: "
+        f"{steps.workers}",
+        advice="Use more training.workers (as many as cores), a simpler training.augmentation or a "
+        "smaller model.image_size; see that the cache is on a fast local disk.",
+    )
+
+
+def batch_size_too_small(history: TrainingHistory) -> Finding | None:
+    """Steps cost what a larger batch would share: the optimizer, or the launch of work on a GPU.
+
+    Source: Debugger's BatchSize for GPUs, 95th percentiles of CPU, GPU and GPU memory all below
+    70 %. The optimizer's share holds for any device: its time does not depend on the batch.
+    """
+    steps = _steps_of(history)
+    if steps is None:
+        return None
+    share, pictures = _part(steps, "optimizer"), float(np.median(steps.pictures))
+    evidence = ""
+    severity: Severity = "warning"
+    if share > limits.OPTIMIZER_WARNING:
+        severity = "error" if share > limits.BOTTLENECK_ERROR else "warning"
+        evidence = f"{share:.0%} of a step's time went into the optimizer"
+    elif (use := _percentiles(history)) and max(use.values()) < limits.BATCH_P95:
+        said = ", ".join(f"{name} {value:.0f} %" for name, value in use.items())
+        evidence = f"95th percentiles of use: {said}"
+    if not evidence:
+        return None
+    return Finding(
+        rule="batch_size_too_small",
+        severity=severity,
+        evidence=f"{evidence}, with {pictures:.0f} pictures a step",
+        advice="Use a training.batch_size (or training.micro_batch_size) two to four times as "
+        "large, with a learning rate larger in proportion.",
+    )
+
+
+def memory_increase(history: TrainingHistory) -> Finding | None:
+    """Memory grows and grows: the GPU's, else that of the training and its workers.
+
+    Source: Debugger's GPUMemoryIncrease, increase 5 points of a hundred, window 10 samples.
+    """
+    system = _system_of(history)
+    if system is None:
+        return None
+    for what, used in _memory(system):
+        used = used[np.isfinite(used)]
+        windows = _windows(used)
+        # What is loaded once grows once: only growth that goes on is a leak.
+        grown = windows[-1] - windows[0] if len(windows) else 0.0
+        if grown < limits.MEMORY_GROWTH or min(b - a for a, b in pairwise(windows)) <= 0:
+            continue
+        return Finding(
+            rule="memory_increase",
+            severity="error",
+            evidence=f"{what} in use rose without a pause from {windows[0]:.0f} % to "
+            f"{windows[-1]:.0f} %",
+            advice="Something keeps tensors of every step; without a callback of your own, report "
+            "it. Until then use fewer training.epochs and go on with --resume.",
+        )
+    return None
+
+
+def initialisation_too_long(history: TrainingHistory) -> Finding | None:
+    """The first step came late.
+
+    Source: Debugger's MaxInitializationTime, threshold 20 minutes.
+    """
+    steps = history.recording.steps if history.recording else None
+    if steps is None or steps.startup_seconds <= 60 * limits.STARTUP_MINUTES:
+        return None
+    trained_for = history.times[-1] - history.times[0] if len(history.times) > 1 else 0.0
+    return Finding(
+        rule="initialisation_too_long",
+        severity="error" if trained_for and steps.startup_seconds > trained_for else "warning",
+        evidence=f"the first step came after {steps.startup_seconds / 60:.0f} minutes"
+        + (f", the epochs took {trained_for / 60:.0f}" if trained_for else ""),
+        advice="Bring the pictures to a local disk (visiontuner prepare), keep the cache "
+        "(VISIONTUNER_CACHE) between trainings, or use a smaller model.image_size.",
+    )
+
+
+def step_outliers(history: TrainingHistory) -> Finding | None:
+    """Some steps take far longer than the others, and together a good part of the time.
+
+    Source: Debugger's StepOutlier, stddev 3, n_outliers 10; that they have to matter is our own.
+    """
+    steps = _steps_of(history)
+    if steps is None:
+        return None
+    seconds = steps.seconds.sum(axis=1)
+    usual = float(np.median(seconds))
+    late = seconds > seconds.mean() + limits.OUTLIER_DEVIATIONS * seconds.std()
+    lost = float((seconds[late] - usual).sum() / seconds.sum())
+    if late.sum() <= limits.OUTLIERS or lost < limits.OUTLIER_SHARE:
+        return None
+    part = STEP_PARTS[int(np.argmax((steps.seconds[late] - np.median(steps.seconds, 0)).sum(0)))]
+    return Finding(
+        rule="step_outliers",
+        severity="error" if lost > limits.BOTTLENECK_ERROR else "warning",
+        evidence=f"{late.sum()} of {len(seconds)} steps took over "
+        f"{seconds[late].min() / max(usual, 1e-9):.1f} times the usual {usual:.3g} s, together "
+        f"{lost:.0%} of the time, most of it in {part}",
+        advice="See what else runs on this machine; with data, use more training.workers or a "
+        "faster disk.",
+    )
+
+
+def workload_imbalance(history: TrainingHistory) -> Finding | None:
+    """The GPUs of a machine are used differently: one waits while another works.
+
+    Source: Debugger's LoadBalancing, threshold 0.5 between histograms of use.
+    """
+    system = _system_of(history)
+    use = _gpus(system) if system else {}
+    if len(use) < 2 or not _steps_on_gpu(history):
+        return None
+    mean = {number: float(np.nanmean(values)) for number, values in use.items()}
+    idle, busy = min(mean, key=lambda n: mean[n]), max(mean, key=lambda n: mean[n])
+    distance = _distance(use[idle], use[busy])
+    if distance <= limits.IMBALANCE:
+        return None
+    return Finding(
+        rule="workload_imbalance",
+        severity="warning",
+        evidence=f"GPU {busy} was used at {mean[busy]:.0f} % and GPU {idle} at {mean[idle]:.0f} % "
+        f"on average (distance of their histograms {distance:.2f} of 1)",
+        advice="Let as many trials run at once as there are GPUs (search.gpus_per_trial, "
+        "search.trials); a single training uses one GPU.",
+    )
+
+
+def _steps_of(history: TrainingHistory) -> StepRecord | None:
+    """Without the first step, which starts processes and compiles; None of too few steps."""
+    steps = history.recording.steps if history.recording else None
+    if steps is None or len(steps.steps) <= limits.FEWEST_STEPS or steps.seconds.sum() <= 0:
+        return None
+    return StepRecord(
+        steps=steps.steps[1:],
+        seconds=np.nan_to_num(steps.seconds[1:]),
+        pictures=steps.pictures[1:],
+        startup_seconds=steps.startup_seconds,
+        device=steps.device,
+        workers=steps.workers,
+    )
+
+
+def _part(steps: StepRecord, name: str) -> float:
+    """The share of all steps' time that one part took."""
+    total = float(steps.seconds.sum())
+    return float(steps.seconds[:, STEP_PARTS.index(name)].sum()) / total if total > 0 else 0.0
+
+
+def _steps_on_gpu(history: TrainingHistory) -> bool:
+    steps = history.recording.steps if history.recording else None
+    return steps is not None and steps.device != "cpu"
+
+
+def _system_of(history: TrainingHistory) -> SystemRecord | None:
+    system = history.recording.system if history.recording else None
+    return system if system is not None and len(system.times) >= limits.FEWEST_SAMPLES else None
+
+
+def _gpus(system: SystemRecord) -> dict[int, Floats]:
+    """Use in percent by the GPU's number."""
+    found = ((name, _GPU.fullmatch(name)) for name in system.values)
+    use = {int(match[1]): system.of(name) for name, match in found if match}
+    return {number: values for number, values in use.items() if np.isfinite(values).any()}
+
+
+def _percentiles(history: TrainingHistory) -> dict[str, float]:
+    """95th percentiles of CPU, GPU and GPU memory in percent, where a GPU trains."""
+    system = _system_of(history)
+    use = _gpus(system) if system else {}
+    if system is None or not use or not _steps_on_gpu(history):
+        return {}
+    gpu = max(use, key=lambda number: float(np.nanmean(use[number])))
+    names = {
+        "CPU": "cpu_utilization_percentage",
+        "GPU": f"gpu_{gpu}_utilization_percentage",
+        "GPU memory": f"gpu_{gpu}_memory_usage_percentage",
+    }
+    return {what: float(np.nanpercentile(system.of(name), 95)) for what, name in names.items()}
+
+
+def _memory(system: SystemRecord) -> list[tuple[str, NDArray[Any]]]:
+    """What may leak, in percent of what there is: every GPU's, then the training's own."""
+    found: list[tuple[str, NDArray[Any]]] = [
+        (f"memory of GPU {gpu}", system.of(f"gpu_{gpu}_memory_usage_percentage"))
+        for gpu in sorted(_gpus(system))
+    ]
+    share = system.of("system_memory_usage_percentage")
+    there = 100 * system.of("system_memory_usage_megabytes") / np.where(share > 0, share, np.nan)
+    return [*found, ("memory of the training", 100 * system.of("process_memory_megabytes") / there)]
+
+
+def _windows(used: NDArray[Any]) -> list[float]:
+    """Means of ten (or more) samples after another, the first left out: things are loaded then."""
+    count = len(used) // limits.MEMORY_WINDOW
+    if count < limits.MEMORY_WINDOWS:
+        return []
+    return [float(part.mean()) for part in np.array_split(used, min(count, 10))][1:]
+
+
+def _distance(one: Floats, other: Floats) -> float:
+    """Half the sum of differences between histograms of ten bins: 0 for the same, 1 for apart."""
+    bins = [
+        np.histogram(values[np.isfinite(values)], bins=10, range=(0, 100))[0]
+        for values in (one, other)
+    ]
+    shares = [counts / max(counts.sum(), 1) for counts in bins]
+    return float(np.abs(shares[0] - shares[1]).sum() / 2)
