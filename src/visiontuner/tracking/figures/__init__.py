@@ -12,6 +12,7 @@ from visiontuner.tracking.figures.compare import (
 from visiontuner.tracking.figures.contact_sheet import contact_sheet
 from visiontuner.tracking.figures.evaluation import evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.recording import recording_figures
 from visiontuner.tracking.figures.search import (
     all_curves,
     best_so_far,
@@ -33,6 +34,7 @@ __all__ = [
     "learning_curves",
     "learning_rate_batch_size_map",
     "parallel_coordinates",
+    "recording_figures",
     "search_figures",
     "searches_side_by_side",
     "to_png",

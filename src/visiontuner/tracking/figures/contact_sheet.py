@@ -16,13 +16,12 @@ _DPI = 90  # as `to_png` draws: one pixel of a picture is one pixel of the sheet
 _TILE, _GAP, _CAPTION = 168, 12, 40
 _COLUMNS = 6
 
+Picture = Image.Image | NDArray[np.uint8]
 Caption = tuple[str, str, float]
 """True class, predicted class, probability of the predicted one."""
 
 
-def contact_sheet(
-    pictures: Sequence[Image.Image | NDArray[np.uint8]], captions: Sequence[Caption]
-) -> Figure:
+def contact_sheet(pictures: Sequence[Picture], captions: Sequence[Caption]) -> Figure:
     """The most confidently wrong pictures, six in a row, with their true and predicted classes.
 
     Args:
@@ -34,23 +33,44 @@ def contact_sheet(
     """
     if not pictures or len(pictures) != len(captions):
         raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions")
-    columns = min(_COLUMNS, len(pictures))
+    said = [
+        (drawable(true, 26) or "?", f"→ {drawable(predicted, 19) or '?'} {probability:.0%}")
+        for true, predicted, probability in captions
+    ]
+    return picture_sheet(pictures, said)
+
+
+def picture_sheet(
+    pictures: Sequence[Picture],
+    captions: Sequence[tuple[str, str]],
+    *,
+    tile: int = _TILE,
+    columns: int = _COLUMNS,
+    title_lines: int = 0,
+) -> Figure:
+    """Pictures in rows, each with two lines below it.
+
+    Args:
+        tile: sides of a picture's place, in pixels.
+        title_lines: for how many lines there is room above.
+    """
+    columns = min(columns, len(pictures))
     rows = -(-len(pictures) // columns)
-    width = columns * (_TILE + _GAP) + _GAP
-    height = rows * (_TILE + _CAPTION + _GAP) + _GAP
+    caption = _CAPTION if any(second for _, second in captions) else _CAPTION - 15
+    width = columns * (tile + _GAP) + _GAP
+    above = 18 * title_lines
+    height = rows * (tile + caption + _GAP) + _GAP + above
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     sheet = Image.new("RGB", (width, height), "white")
-    for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-        true, predicted = drawable(caption[0], 26) or "?", drawable(caption[1], 19) or "?"
-        left = _GAP + index % columns * (_TILE + _GAP)
-        top = _GAP + index // columns * (_TILE + _CAPTION + _GAP)
-        small = _fitted(picture)
-        sheet.paste(small, (left + (_TILE - small.width) // 2, top + _TILE - small.height))
-        line = height - top - _TILE - 14
+    for index, (picture, (first, second)) in enumerate(zip(pictures, captions, strict=True)):
+        left = _GAP + index % columns * (tile + _GAP)
+        top = above + _GAP + index // columns * (tile + caption + _GAP)
+        small = _fitted(picture, tile)
+        sheet.paste(small, (left + (tile - small.width) // 2, top + tile - small.height))
+        line = height - top - tile - 14
         literally([
-            figure.text(left / width, line / height, true, fontsize=8, color=INK),
-            figure.text(left / width, (line - 15) / height, fontsize=8, color=ORANGE,
-                        s=f"→ {predicted} {caption[2]:.0%}"),
+            figure.text(left / width, line / height, first, fontsize=8, color=INK),
+            figure.text(left / width, (line - 15) / height, second, fontsize=8, color=ORANGE),
         ])  # fmt: skip
     axes = figure.add_axes((0, 0, 1, 1), zorder=-1)
     axes.imshow(sheet, aspect="auto", interpolation="nearest")
@@ -58,9 +78,9 @@ def contact_sheet(
     return figure
 
 
-def _fitted(picture: Image.Image | NDArray[np.uint8]) -> Image.Image:
+def _fitted(picture: Picture, tile: int) -> Image.Image:
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image = image.convert("RGB")
-    scale = _TILE / max(image.size)
+    scale = tile / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.LANCZOS)

@@ -95,13 +95,15 @@ def label_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_ylabel(y, fontsize=9, color=INK)
 
 
-def add_legend(axes: Axes, place: Place = "best", *, outside: bool = False) -> None:
+def add_legend(
+    axes: Axes, place: Place = "best", *, outside: bool = False, columns: int = 1
+) -> None:
     if not axes.get_legend_handles_labels()[1]:
         return
     where: dict[str, Any] = {"loc": place}
     if outside:  # above the axes, in the title's line
         where = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderpad": 0.2}
-    axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", **where)
+    axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", ncols=columns, **where)
 
 
 def as_percent(axes: Axes, axis: str = "y") -> None:

@@ -1,0 +1,234 @@
+"""Figures of what was recorded of one training: tensors by layer and step, time, machine, input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from visiontuner.tracking.figures.inputs import network_inputs
+from visiontuner.tracking.figures.parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    add_legend,
+    as_percent,
+    count,
+    label_axes,
+    panels,
+    plot_line,
+)
+from visiontuner.training.recording.records import (
+    STEP_PARTS,
+    Recording,
+    StepRecord,
+    SystemRecord,
+    TensorRecord,
+)
+
+Values = NDArray[np.floating[Any]]
+
+_NOTHING, _ZERO, _NOT_FINITE = "#DDE0E4", "#000000", "#D0021B"
+_ROWS_LABELLED = 60
+_DECADES = 10
+_BARS = 60
+_PARTS = {
+    "data": ("#D55E00", "Waiting for data"),
+    "to_device": ("#E69F00", "To the device"),
+    "forward": ("#56B4E9", "Forward"),
+    "backward": ("#0072B2", "Backward"),
+    "optimizer": ("#009E73", "Optimizer"),
+    "reporting": ("#CC79A7", "Reporting"),
+}
+
+
+def recording_figures(recording: Recording) -> dict[str, Figure]:
+    """Every figure of a training that its recording allows, by file name."""
+    drawn: dict[str, Figure | None] = {}
+    if recording.tensors is not None and len(recording.tensors.steps):
+        tensors = recording.tensors
+        drawn["gradient_norms"] = layer_map(
+            tensors, "gradient_norm", "Gradient norm of each layer's weight"
+        )
+        drawn["update_ratios"] = layer_map(
+            tensors, "update_ratio", "Change of each layer's weight in a step, by its norm"
+        )
+        drawn["output_spread"] = layer_map(
+            tensors, "activation_std", "Standard deviation of each layer's output"
+        )
+        drawn["dead_units"] = layer_map(
+            tensors, "activation_dead", "Share of units that are 0 for a whole batch", share=True
+        )
+        drawn["network_inputs"] = network_inputs(tensors, recording.about)
+    if recording.steps is not None and len(recording.steps.steps):
+        drawn["step_times"] = step_times(recording.steps)
+    if recording.system is not None and len(recording.system.times) > 1:
+        drawn["system_use"] = system_use(recording.system)
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def layer_map(
+    record: TensorRecord, statistic: str, title: str, *, share: bool = False
+) -> Figure | None:
+    """A statistic over layers, from input to output, and steps; None if no layer has it.
+
+    Args:
+        share: it is in [0, 1], and coloured in proportion; else its logarithm is.
+    """
+    values = record.of(statistic).T  # (L, S)
+    rows = np.flatnonzero((~np.isnan(values)).any(axis=1))
+    if not len(rows):
+        return None
+    values = values[rows]
+    names = _short_names([record.layers[row] for row in rows])
+    # Rows are 6 to 14 pixels high at 90 an inch, so that every layer can be told.
+    height = 1.3 + len(rows) * float(np.clip(6 / len(rows), 0.07, 0.16))
+    figure, (axes,) = panels(1, title, left=0.3, right=0.9, height=height)
+    norm: Normalize = Normalize(0, 1) if share else _log_norm(values)
+    colours = mpl.colormaps["viridis"].with_extremes(bad=_NOTHING, under=_ZERO, over=_NOT_FINITE)
+    # A logarithm knows no 0: it gets the colour below the scale.
+    drawn = values if share else np.where(values == 0, 1e-38, values)
+    image = axes.imshow(
+        np.ma.masked_invalid(np.where(np.isinf(values), 1e38, drawn)),
+        norm=norm,
+        cmap=colours,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    axes.grid(visible=False)
+    every = -(-len(rows) // _ROWS_LABELLED)
+    axes.set_yticks(range(0, len(rows), every), names[::every], fontsize=6.5)
+    _step_ticks(axes, record)
+    label_axes(axes, "Optimizer step", "")
+    bar = figure.colorbar(image, cax=figure.add_axes(_beside(axes)))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7.5, length=2, colors=INK)
+    if share:
+        as_percent(bar.ax)
+    _explain(figure, values, height, share=share)
+    return figure
+
+
+def step_times(record: StepRecord) -> Figure:
+    """What steps spend their time on: through the training, and all together."""
+    seconds = np.nan_to_num(record.seconds) * 1000
+    total = max(float(seconds.sum()), 1e-9)
+    figure, (left, right) = panels(
+        2, f"Time of a step   {_whole(seconds.sum(axis=1))} on {record.device}"
+    )
+    groups = np.array_split(np.arange(len(seconds)), min(_BARS, len(seconds)))
+    edges = [record.steps[group[0]] for group in groups] + [record.steps[-1] + 1]
+    base = np.zeros(len(groups))
+    for place, part in enumerate(STEP_PARTS):
+        height = np.array([seconds[group, place].mean() for group in groups])
+        left.stairs(base + height, edges, baseline=base, fill=True, color=_PARTS[part][0])
+        base = base + height
+    left.set_ylim(0, 1.15 * float(np.percentile(base, 98)) or 1)
+    left.set_xlim(edges[0], edges[-1])
+    left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    label_axes(left, "Optimizer step", "Milliseconds a step")
+    shares = [float(seconds[:, place].sum()) / total for place in range(len(STEP_PARTS))]
+    places = range(len(STEP_PARTS))[::-1]
+    right.barh(places, shares, color=[_PARTS[part][0] for part in STEP_PARTS], height=0.7)
+    right.set_yticks(places, ["" for _ in STEP_PARTS])
+    for place, part, part_share in zip(places, STEP_PARTS, shares, strict=True):
+        inside = part_share > 0.6 * max(shares)
+        right.text(
+            part_share - 0.01 if inside else part_share + 0.01,
+            place,
+            f"{_PARTS[part][1]} {part_share:.1%}",
+            ha="right" if inside else "left",
+            va="center",
+            fontsize=8.5,
+            color="white" if inside else INK,
+        )
+    as_percent(right, "x")
+    label_axes(right, "Share of the time of all steps", "")
+    return figure
+
+
+def system_use(record: SystemRecord) -> Figure:
+    """Use of processors and GPUs, and of memory, while the training ran."""
+    minutes = (record.times - record.times[0]) / 60
+    unit, times = ("Minutes", minutes) if minutes[-1] > 3 else ("Seconds", minutes * 60)
+    figure, (left, right) = panels(2, "Use of the machine")
+    colours = [ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442"]
+    gpus = sorted(
+        name.split("_")[1]
+        for name in record.values
+        if name.startswith("gpu_") and name.endswith("_utilization_percentage")
+    )
+    lines = [(left, "cpu_utilization_percentage", 1, BLUE, "CPU")]
+    for gpu, colour in zip(gpus, colours, strict=False):
+        name = f"GPU {gpu}"
+        lines.append((left, f"gpu_{gpu}_utilization_percentage", 1, colour, name))
+        lines.append((right, f"gpu_{gpu}_memory_usage_megabytes", 1000, colour, name))
+    lines.append((right, "system_memory_usage_megabytes", 1000, GREY, "Machine"))
+    lines.append((right, "process_memory_megabytes", 1000, BLUE, "Training"))
+    for axes, name, unit_size, colour, label in lines:
+        x, y = _means(times, record.of(name) / unit_size)
+        plot_line(axes, x, y, colour=colour, label=label)
+    left.set_ylim(0, 103)
+    right.set_ylim(bottom=0)
+    label_axes(left, unit, "Use in percent")
+    label_axes(right, unit, "Memory in GB")
+    for axes in (left, right):
+        add_legend(axes, outside=True, columns=3)
+    return figure
+
+
+def _means(times: Values, values: Values) -> tuple[list[float], list[float]]:
+    """Of samples after another, so that a long training is a line and no cloud."""
+    groups = np.array_split(np.arange(len(times)), min(2 * _BARS, len(times)))
+    return [float(times[g].mean()) for g in groups], [float(values[g].mean()) for g in groups]
+
+
+def _log_norm(values: Values) -> LogNorm:
+    """From the smallest to the largest value above zero, ten decades at most."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    high = float(positive.max()) if len(positive) else 1.0
+    low = max(float(positive.min()), high * 10.0**-_DECADES) if len(positive) else 0.1
+    return LogNorm(low, high if high > low else low * 10)
+
+
+def _short_names(names: list[str]) -> list[str]:
+    """Without what all but the head begin with, and cut in front: the end tells layers apart."""
+    short = [name.removeprefix("backbone.").removeprefix("module.") for name in names]
+    return [name if len(name) <= 34 else f"…{name[-33:]}" for name in short]
+
+
+def _step_ticks(axes: Axes, record: TensorRecord) -> None:
+    """Columns are recorded steps, however far apart."""
+    steps = record.steps
+    every = -(-len(steps) // 12)
+    axes.set_xticks(range(0, len(steps), every), [f"{step:,}" for step in steps[::every]])
+
+
+def _beside(axes: Axes) -> tuple[float, float, float, float]:
+    box = axes.get_position()
+    return box.x1 + 0.015, box.y0, 0.015, box.height
+
+
+def _explain(figure: Figure, values: Values, height: float, *, share: bool) -> None:
+    """What the colours beside the scale mean, where they occur."""
+    said = []
+    if np.isnan(values).any():
+        said.append(("grey: not recorded", "#7A808A"))
+    if not share and (values == 0).any():
+        said.append(("black: 0", _ZERO))
+    if np.isinf(values).any():
+        said.append(("red: not finite", _NOT_FINITE))
+    for place, (text, colour) in enumerate(said):
+        figure.text(0.02 + 0.16 * place, 0.08 / height, text, fontsize=7.5, color=colour)
+
+
+def _whole(seconds: Values) -> str:
+    return f"median {float(np.median(seconds)):,.0f} ms, {count(len(seconds), 'step')}"
