@@ -107,6 +107,17 @@ class Experiment(Section):
         """Whether trials run the network in every step, instead of a head on features."""
         return self.model.train != "head" or not self.augmentation.is_off
 
+    @property
+    def record_every_steps(self) -> int:
+        """Steps between two recordings of tensors, 0 for none of anything.
+
+        Where that is null a network is recorded every 50th step, and a head on features never:
+        its trials take seconds.
+        """
+        if self.training.record_every_steps is not None:
+            return self.training.record_every_steps
+        return 50 if self.trains_on_pictures else 0
+
     def head_stage(self) -> Experiment:
         """The first of two stages: heads on features, over the whole space."""
         return self._changed(

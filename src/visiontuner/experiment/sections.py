@@ -144,6 +144,7 @@ class Training(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     early_stop: PositiveInt | None = None
     log_every_steps: PositiveInt | None = None
+    record_every_steps: Annotated[int, Field(ge=0)] | None = None
     gradient_clip: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     augmentation: Augmentation | None = None

@@ -7,7 +7,9 @@ journal or MLflow.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,16 @@ from safetensors.numpy import save_file
 from visiontuner.experiment import Training
 from visiontuner.model.store import FeatureSet
 from visiontuner.search.trial import HEAD_FILE, TrainedOn, TrialTask, settings_of
-from visiontuner.search.worker import prepare_worker, report, run_epochs, save_logits
+from visiontuner.search.worker import prepare_worker, recorded, report, run_epochs, save_logits
 from visiontuner.training.fit import EpochResult, FeatureBatches, Fit, StepDone, linear_head
 
 
 def train_head(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration and report every epoch; the best one is on disk before its report."""
-    for result in train_epochs(config, task):
-        report(result, task, config["trial_id"])
+    # A scheduler ends the trial inside a report: what is recorded of it has to be written then.
+    with closing(train_epochs(config, task)) as results:
+        for result in results:
+            report(result, task, config["trial_id"])
 
 
 def train_epochs(
@@ -36,6 +40,7 @@ def train_epochs(
     With `task.checkpoints` a training that finds a checkpoint goes on from there.
     """
     assert task.features_folder is not None
+    began = time.perf_counter()
     prepare_worker(task.threads)
     settings = settings_of(task.experiment.training, config["configuration"])
     start = start_head(
@@ -43,22 +48,26 @@ def train_epochs(
     )
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
-    training = Fit(
-        start.head,
-        start.train,
-        start.validation,
-        settings,
-        num_classes=len(start.class_names),
-        seed=task.experiment.seed,
-        objective=task.experiment.objective,
-        mode=task.experiment.mode,
-        on_step=on_step,
-    )
-    for result in run_epochs(training, folder, task, start.class_names):
-        if task.keeps(is_best=result.is_best):
-            # Before the report: a scheduler may end the trial inside it.
-            save_best(folder, result, task)
-        yield result
+    with recorded(task, folder, start.head, began=began) as recorder:
+        training = Fit(
+            start.head,
+            start.train,
+            start.validation,
+            settings,
+            num_classes=len(start.class_names),
+            seed=task.experiment.seed,
+            objective=task.experiment.objective,
+            mode=task.experiment.mode,
+            on_step=on_step,
+            watch=recorder,
+        )
+        for result in run_epochs(training, folder, task, start.class_names):
+            if task.keeps(is_best=result.is_best):
+                # Before the report: a scheduler may end the trial inside it.
+                save_best(folder, result, task)
+            if recorder is not None:
+                recorder.save(now=training.finished)
+            yield result
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and while it runs a checkpoint. It never touches the journal or MLflow.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -27,9 +28,10 @@ from visiontuner.search.trial import (
     TrialTask,
     settings_of,
 )
-from visiontuner.search.worker import prepare_worker, report, run_epochs, save_logits
+from visiontuner.search.worker import prepare_worker, recorded, report, run_epochs, save_logits
 from visiontuner.training.fit import EpochResult, Fit, StepDone, linear_head
 from visiontuner.training.pictures import PictureBatches
+from visiontuner.training.watch import Watch
 
 # Pictures evaluated at a time: the numbers do not depend on it, memory does.
 _EVALUATION_BATCH = 64
@@ -57,6 +59,7 @@ def train_epochs(
         CheckpointError: the checkpoint is of another network or other classes.
     """
     assert task.pictures_folder is not None
+    began = time.perf_counter()
     prepare_worker(task.threads)
     experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
     settings = settings_of(experiment.training, config["configuration"])
@@ -74,7 +77,11 @@ def train_epochs(
     with (
         closing(train_batches(pictures, experiment, settings, device)) as train,
         closing(_validation_batches(pictures, settings, device)) as validation,
+        recorded(
+            task, folder, network, began=began, workers=train.workers, about=_about(pictures)
+        ) as recorder,
     ):
+        train.watch = watch = recorder or Watch()
         training = Fit(
             network,
             train,
@@ -86,11 +93,14 @@ def train_epochs(
             mode=experiment.mode,
             parameter_groups=parameter_groups(network, settings),
             on_step=on_step,
+            watch=watch,
         )
         for result in run_epochs(training, folder, task, pictures.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best(folder, result, task, class_names=pictures.class_names)
+            if recorder is not None:
+                recorder.save(now=training.finished)
             yield replace(result, notes=(*result.notes, *train.take_notes()))
 
 
@@ -109,6 +119,12 @@ def save_best(
         save_file(tensors, folder / "head.part")
         (folder / "head.part").replace(folder / HEAD_FILE)
     save_logits(folder, result, task)
+
+
+def _about(pictures: PictureStore) -> dict[str, Any]:
+    """What a recording says of what enters the network."""
+    preprocessing = pictures.preprocessing
+    return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
 
 def _network(result: EpochResult) -> Network:

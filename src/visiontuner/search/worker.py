@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.fit import EpochResult, Fit
+
+if TYPE_CHECKING:
+    from visiontuner.training.recording.recorder import Recorder
 
 
 def prepare_worker(threads: int) -> None:
@@ -46,6 +51,28 @@ def run_epochs(
         yield result
         if task.checkpoints and not training.finished:  # else there would be nothing to go on with
             save_checkpoint(checkpoint, training.state_dict(), made_for=made_for)
+
+
+@contextmanager
+def recorded(
+    task: TrialTask, folder: Path, network: nn.Module, *, began: float, **facts: Any
+) -> Iterator[Recorder | None]:
+    """Records a training into its trial's folder while it lasts; None where nothing is to be.
+
+    Args:
+        facts: of `Recorder`.
+    """
+    every_steps = task.experiment.record_every_steps
+    if not every_steps:
+        yield None
+        return
+    from visiontuner.training.recording.recorder import Recorder
+
+    recorder = Recorder(folder, network, every_steps=every_steps, began=began, **facts)
+    try:
+        yield recorder
+    finally:
+        recorder.close()
 
 
 def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:

@@ -42,6 +42,7 @@ from visiontuner.training.state import (
 )
 from visiontuner.training.step import TrainingStep
 from visiontuner.training.train_epoch import Trained, train_epoch
+from visiontuner.training.watch import Watch
 
 __all__ = [
     "Batches",
@@ -105,6 +106,7 @@ class Fit:
             are laid out channels last.
         parameter_groups: learning rates and decays of parts of the network; default: one group.
         on_step: called after every optimizer step.
+        watch: told what is done within a step.
 
     Raises:
         ExperimentError: nothing of the network is trained.
@@ -123,6 +125,7 @@ class Fit:
         mode: Literal["min", "max"] = "max",
         parameter_groups: Sequence[ParameterGroup] | None = None,
         on_step: Callable[[StepDone], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.network = network.to(memory_format=torch.channels_last)
         self.settings = settings
@@ -134,7 +137,7 @@ class Fit:
             "objective": objective
         }
         self._objective, self._sign = objective, 1 if mode == "max" else -1
-        self._on_step = on_step
+        self._on_step, self._watch = on_step, watch or Watch()
         self._best, self._epochs_without_better = -math.inf, 0
         self._order = torch.Generator().manual_seed(seed)
         self._random: dict[str, Tensor] | None = None
@@ -165,6 +168,7 @@ class Fit:
             settings,
             class_weights=weights,
             average=self._average,
+            watch=self._watch,
         )
 
     @property
@@ -240,11 +244,13 @@ class Fit:
         else:  # whatever was drawn between two epochs
             set_random_state(self._random, self._device)
         epoch, started = self.epoch + 1, time.perf_counter()
+        self._watch.epoch_begins(epoch, self.steps_per_epoch)
         trained = self._train_epoch()
         _require_finite(trained.loss, "training loss", epoch, trained.learning_rate)
         seconds = time.perf_counter() - started
         network = self.network if self._average is None else self._average.module
         logits, scores = evaluate(network, self._validation, self._evaluation)
+        self._watch.epoch_ends()
         _require_finite(scores.loss, "validation loss", epoch, trained.learning_rate)
         metrics = trained.joined_with(scores, seconds=seconds)
         is_best = self._count(self._sign * metrics.to_dict()[self._objective])

@@ -30,6 +30,7 @@ from visiontuner.training.picture_workers import (
     start_worker,
     worker_died,
 )
+from visiontuner.training.watch import Watch
 
 
 class PictureBatches:
@@ -60,6 +61,8 @@ class PictureBatches:
         self.batch_size = batch_size
         self.device = device
         self.labels = torch.from_numpy(pictures.labels).to(device)
+        self.watch = Watch()
+        """Told when the pixels of a training batch are there, and when they are on the device."""
         self._notes: dict[str, bool] = {}  # what is other than asked for -> it was told
         self._augmentation = augmentation
         self._num_classes = num_classes
@@ -89,13 +92,13 @@ class PictureBatches:
         labels_of = torch.split(self.labels[order.to(self.device)], self.batch_size)
         if self._augmentation.is_off:
             for rows, labels in zip(batches, labels_of, strict=True):
-                yield self._normalised(self._gather(rows)), labels
+                yield self._handed_over(self._gather(rows)), labels
             return
         epoch = int(torch.randint(2**62, (), generator=generator))
         keys = [[(int(row), _seed(epoch, int(row))) for row in rows] for rows in batches]
         prepared = zip(self._prepared(keys), labels_of, strict=True)
         for number, (pixels, labels) in enumerate(prepared, start=len(self.labels)):
-            yield self._mixed(self._normalised(pixels), labels, _seed(epoch, number))
+            yield self._mixed(self._handed_over(pixels), labels, _seed(epoch, number))
 
     def in_order(self) -> Iterator[Tensor]:
         """One pass over the inputs, float32 (B, 3, S, S), as evaluation reads them.
@@ -115,6 +118,17 @@ class PictureBatches:
     def close(self) -> None:
         """End the worker processes; another epoch would start new ones."""
         self._loader = None
+
+    @property
+    def workers(self) -> int:
+        """Processes that prepare training pictures; 0 where this one does."""
+        return 0 if self._augmentation.is_off else self._workers
+
+    def _handed_over(self, pixels: Tensor) -> Tensor:
+        self.watch.spent_on("data")
+        inputs = self._normalised(pixels)
+        self.watch.spent_on("to_device")
+        return inputs
 
     def _gather(self, rows: Tensor) -> Tensor:
         """uint8, shape (B, 3, S, S), channels last in memory; pinned where it goes to a GPU."""

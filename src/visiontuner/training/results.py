@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from visiontuner.journal import Finding
 from visiontuner.training.epoch import EpochMetrics
 
 
@@ -45,6 +46,7 @@ class EpochResult:
             It trains on in the next epoch, so whatever is kept of it is copied before.
         step_losses: every `log_every_steps`-th step's loss; empty if not asked for.
         notes: what happened in this epoch and a user should know, a line each.
+        findings: what rules on the recording see that no later step can take back.
     """
 
     epoch: int
@@ -54,3 +56,4 @@ class EpochResult:
     network: nn.Module
     step_losses: tuple[StepLoss, ...] = ()
     notes: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()

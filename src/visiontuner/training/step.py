@@ -13,6 +13,7 @@ from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
 from visiontuner.training.ema import WeightAverage
 from visiontuner.training.micro_batches import MicroBatches
+from visiontuner.training.watch import Watch
 
 
 class StepOutcome(NamedTuple):
@@ -38,6 +39,7 @@ class TrainingStep:
     Args:
         class_weights: float32, (num_classes,), on the network's device, or None.
         average: follows the weights, or None.
+        watch: told what is done.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class TrainingStep:
         *,
         class_weights: Tensor | None = None,
         average: WeightAverage | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -56,6 +59,7 @@ class TrainingStep:
         self.settings = settings
         self.class_weights = class_weights
         self.average = average
+        self.watch = watch or Watch()
         self.micro_batches = MicroBatches(settings.micro_batch_size, where="training")
         self.device = next(network.parameters()).device
         self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
@@ -68,6 +72,7 @@ class TrainingStep:
         """
         backward = functools.partial(self._backward, inputs, labels)
         loss, correct = self.micro_batches.run(len(labels), backward)
+        self.watch.gradients_ready()
         with torch.no_grad():
             norm = torch.nn.utils.get_total_norm(
                 [p.grad for p in self._parameters if p.grad is not None]
@@ -80,14 +85,17 @@ class TrainingStep:
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.network)
+        self.watch.spent_on("optimizer")
+        self.watch.weights_moved()
         return StepOutcome(loss, correct, norm)
 
     def _backward(self, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """The batch's loss and number of correct answers; its gradients are in the parameters."""
         self.optimizer.zero_grad()
+        self.watch.passes_begin()
         if len(sizes) == 1:
             loss, correct = self._forward(inputs, labels)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._backpropagate(loss)
             return loss.detach(), correct
         weight = total_weight(labels, self.class_weights)
         parts = zip(torch.split(inputs, sizes), torch.split(labels, sizes), strict=True)
@@ -96,10 +104,15 @@ class TrainingStep:
             loss, correct = self._forward(part, part_labels)
             # The mean over the batch is the sum of the pieces' means, each with its share.
             loss = loss * (total_weight(part_labels, self.class_weights) / weight)
-            loss.backward()  # type: ignore[no-untyped-call]
+            self._backpropagate(loss)
             losses.append(loss.detach())
             corrects.append(correct)
         return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+    def _backpropagate(self, loss: Tensor) -> None:
+        self.watch.spent_on("forward")
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.watch.spent_on("backward")
 
     def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         try:

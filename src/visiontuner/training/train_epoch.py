@@ -59,9 +59,12 @@ def train_epoch(
     loss_sum, correct, norm_sum = zero.clone(), zero.clone(), zero.clone()
     learning_rate = learning_rate_of(take_step.optimizer)
     samples, steps, before, step_losses = 0, 0, (epoch - 1) * steps_per_epoch, []
+    watch = take_step.watch
     for inputs, labels in batches:
-        outcome = take_step(inputs, labels)
         steps += 1
+        watch.spent_on("data")
+        watch.step_begins(before + steps, inputs)
+        outcome = take_step(inputs, labels)
         samples += len(labels)
         loss_sum += outcome.loss * len(labels)
         correct += outcome.correct
@@ -70,6 +73,8 @@ def train_epoch(
             step_losses.append((before + steps, outcome.loss))
         if on_step is not None:
             on_step(StepDone(epoch, before + steps, steps_per_epoch, outcome.loss))
+        watch.spent_on("reporting")
+        watch.step_ends()
     return Trained(
         loss=float(loss_sum) / samples,
         accuracy=float(correct) / samples,

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 TRIAL_ID = "t0001"
 START_HEAD_FILE = "start_head.safetensors"
-CHANGEABLE = ("training.workers", "training.micro_batch_size")
+CHANGEABLE = ("training.workers", "training.micro_batch_size", "training.record_every_steps")
 
 
 class TrainingObserver(Observer, Protocol):
@@ -123,8 +123,8 @@ def resume_training(
     for override in overrides:
         if override.partition("=")[0].strip() not in CHANGEABLE:
             raise UserMistake(
-                f"{override!r} would make another training of it; only {' and '.join(CHANGEABLE)} "
-                "can be set with --resume."
+                f"{override!r} would make another training of it; only {', '.join(CHANGEABLE)} can "
+                "be set with --resume."
             )
     experiment = Experiment.load(folder / EXPERIMENT_FILE, overrides)
     return _Training(experiment, folder, observer or SilentTraining()).go_on()

@@ -1,0 +1,107 @@
+"""Tensors -> the few numbers that are recorded of them, on the device and cheap.
+
+Reading a large map once is cheap, comparing it with anything is not (it makes another one). So
+extremes are of all values, and means and shares of an even sample of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+SAMPLE = 2**18
+"""Values: a share is then right within a tenth of a percent."""
+
+UNCHANGED_RELATIVE, UNCHANGED_ABSOLUTE = 1e-5, 1e-8
+
+ACTIVATION = ("mean", "std", "min", "max", "zeros", "nonfinite", "saturated")
+WEIGHT = ("std", "absmax", "zeros")
+GRADIENT = ("mean", "absmax", "zeros", "nonfinite")
+
+# Flat: where the slope is under a hundredth of the largest.
+_FLAT: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "Sigmoid": lambda out: out * (1 - out) < 0.0025,
+    "Tanh": lambda out: 1 - out * out < 0.01,
+    "Hardsigmoid": lambda out: (out <= 0) | (out >= 1),
+    "Hardtanh": lambda out: out.abs() >= 1,
+    "ReLU6": lambda out: out >= 6,  # its zeros are counted as such
+}
+_SPELLINGS = {"HardSigmoid": "Hardsigmoid", "HardTanh": "Hardtanh"}
+RECTIFIERS = ("ReLU", "ReLU6")
+"""Activations whose units can die: no gradient passes where the output is 0."""
+
+
+def activation(output: Tensor, kind: str) -> Tensor:
+    """`ACTIVATION` of a layer's output, of any shape: float32, (7,); NaN where there is none."""
+    values = evenly(output, keep=1 if output.dim() == 4 else -1)
+    low, high = torch.aminmax(in_memory_order(output))
+    std, mean = torch.std_mean(values, correction=0)
+    flat = _FLAT.get(_SPELLINGS.get(kind, kind))
+    saturated = torch.full_like(mean, math.nan) if flat is None else _share(flat(values))
+    numbers = (mean, std, low, high, _share(values == 0), _share(~values.isfinite()), saturated)
+    return torch.stack([number.float() for number in numbers])
+
+
+def highest_by_unit(output: Tensor, unit_dimension: int) -> Tensor:
+    """The largest value of each unit, over the batch and all places: (units,)."""
+    others = [d for d in range(output.dim()) if d != unit_dimension]
+    return output.amax(others) if others else output
+
+
+def weight(tensor: Tensor) -> Tensor:
+    """`WEIGHT` of a weight: float32, (3,)."""
+    values = evenly(tensor)
+    std = values.std(correction=0)
+    return torch.stack([std, _absmax(tensor), _share(values == 0)])
+
+
+def gradient(tensor: Tensor) -> Tensor:
+    """`GRADIENT` of a gradient: float32, (4,)."""
+    values = evenly(tensor)
+    return torch.stack(
+        [values.abs().mean(), _absmax(tensor), _share(values == 0), _share(~values.isfinite())]
+    )
+
+
+def change(before: Tensor, after: Tensor) -> Tensor:
+    """What a step did to a weight's sample: the unchanged share; the change by its norm. (2,)"""
+    same = torch.isclose(after, before, rtol=UNCHANGED_RELATIVE, atol=UNCHANGED_ABSOLUTE)
+    norm = torch.linalg.vector_norm
+    return torch.stack([_share(same), norm(after - before) / norm(before)])
+
+
+def evenly(tensor: Tensor, *, keep: int | None = None) -> Tensor:
+    """At most about `SAMPLE` of a tensor's values, from all over it: float32, flat; a copy.
+
+    Args:
+        keep: a dimension of which everything is taken.
+    """
+    steps, counts = [1] * tensor.dim(), list(tensor.shape)
+    kept = keep % tensor.dim() if keep is not None and tensor.dim() else None
+    while math.prod(counts) > SAMPLE:
+        others = [d for d in range(len(counts)) if d != kept and counts[d] > 1]
+        widest = max(others or range(len(counts)), key=lambda d: counts[d])
+        steps[widest] += 1
+        counts[widest] = math.ceil(tensor.shape[widest] / steps[widest])
+    # From the middle of the first step: the edge of a picture is no place like others.
+    places = tuple(slice((step - 1) // 2, None, step) for step in steps)
+    return tensor[places].reshape(-1).to(torch.float32, copy=True)
+
+
+def in_memory_order(tensor: Tensor) -> Tensor:
+    """The same values in dimensions that follow the memory: reductions are then fast."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1)
+    return tensor
+
+
+def _absmax(tensor: Tensor) -> Tensor:
+    low, high = torch.aminmax(in_memory_order(tensor))
+    return torch.maximum(low.abs(), high.abs()).float()
+
+
+def _share(which: Tensor) -> Tensor:
+    return which.float().mean()
