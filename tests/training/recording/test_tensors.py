@@ -46,7 +46,11 @@ class Recording(Watch):
 
 
 def train(
-    network: nn.Module, *, watch: Watch | None = None, data: FeatureBatches | None = None, **settings
+    network: nn.Module,
+    *,
+    watch: Watch | None = None,
+    data: FeatureBatches | None = None,
+    **settings,
 ) -> list[float]:
     """The losses of every step, and the weights at the end in one number."""
     settings = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, **settings}
@@ -54,7 +58,7 @@ def train(
     groups = [{"params": [p for p in network.parameters() if p.requires_grad]}]
     training = Fit(
         network,
-        data or pictures(),
+        pictures(),
         pictures(12),
         Training(**settings),
         num_classes=CLASSES,
@@ -375,12 +379,16 @@ def test_a_layer_whose_output_cannot_be_recorded_is_named_and_the_others_are_rec
 
 
 def test_micro_batches_record_the_whole_batch():
-    whole, parts = (recorded(network_of_kinds_without_norm(), **size) for size in ({}, {"micro_batch_size": 5}))
+    whole, parts = (
+        recorded(network_without_norm(), **size) for size in ({}, {"micro_batch_size": 5})
+    )
     for name in TENSOR_STATISTICS:
-        np.testing.assert_allclose(parts.of(name), whole.of(name), rtol=2e-3, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            parts.of(name), whole.of(name), rtol=2e-3, atol=1e-6, err_msg=name
+        )
 
 
-def network_of_kinds_without_norm() -> nn.Sequential:
+def network_without_norm() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
         nn.Conv2d(3, 6, 3, stride=2, padding=1),
@@ -396,7 +404,7 @@ class OutOfMemoryOnce(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inside = network_of_kinds_without_norm()
+        self.inside = network_without_norm()
         self.told = False
 
     def forward(self, images: Tensor) -> Tensor:
@@ -408,7 +416,10 @@ class OutOfMemoryOnce(nn.Module):
 
 
 def test_a_step_that_is_repeated_in_pieces_is_recorded_once():
-    once, plain = recorded(OutOfMemoryOnce()), recorded(OutOfMemoryOnce().inside, micro_batch_size=8)
+    once, plain = (
+        recorded(OutOfMemoryOnce()),
+        recorded(OutOfMemoryOnce().inside, micro_batch_size=8),
+    )
     for name in ("activation_mean", "activation_std", "gradient_norm", "activation_dead"):
         np.testing.assert_allclose(once.of(name), plain.of(name), rtol=1e-4, err_msg=name)
 
@@ -420,7 +431,9 @@ def test_steps_between_are_not_recorded_and_leave_no_hook():
     network = network_of_kinds()
     hooks: list[int] = []
     network.register_forward_pre_hook(
-        lambda module, _args: hooks.append(len(module[0]._forward_hooks)) if module.training else None
+        lambda module, _args: (
+            hooks.append(len(module[0]._forward_hooks)) if module.training else None
+        )
     )
     record = recorded(network, every=3, epochs=3)
     assert record.steps.tolist() == [1, 3, 6, 9]
