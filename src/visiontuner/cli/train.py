@@ -42,6 +42,14 @@ if TYPE_CHECKING:
     default="auto",
     help="The training's folder. Default: searches/NAME-train-TIME.",
 )
+@click.option(
+    "--trace",
+    metavar="FIRST-LAST",
+    is_flag=False,
+    flag_value="3-5",
+    default="none",
+    help="Write a profiler's trace of these steps, for Perfetto. Without a value: 3-5.",
+)
 @click.option("--resume", metavar="FOLDER", default="none", help="Go on with an earlier training.")
 def train(resume: str, output: str, **asked: Any) -> None:
     """Train once, without a search; the model registers like any other.
@@ -55,6 +63,7 @@ def train(resume: str, output: str, **asked: Any) -> None:
       visiontuner train --from searches/photos-20261122-154100 --epochs 60
       visiontuner train --from champion --set model.train=last_stage
       visiontuner train --from searches/photos-20261122-154100 --on train+validation
+      visiontuner train --data photos/ --set model.train=all --trace 100-104
       visiontuner train --resume searches/photos-train-20261122-161500
     """
     if resume not in NOT_GIVEN:
@@ -87,7 +96,9 @@ def _begin(
     epochs: str,
     origin: str,
     trained_on: str,
+    trace: str,
 ) -> SearchResult:
+    traced = None if trace in NOT_GIVEN else _steps(trace)
     flags = {"model.backbone": backbone, "training.epochs": epochs}
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     raw, where = read_raw(experiment, data)
@@ -110,8 +121,20 @@ def _begin(
         origin=found,
         trained_on=trained_on,  # type: ignore[arg-type]  # click checked it
         output=None if output in NOT_GIVEN else Path(output),
+        trace_steps=traced,
         observer=console,
     )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """`3-5` -> (3, 5); one step may stand alone."""
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and (last or first).isdigit()):
+        raise UserMistake(f"--trace {text!r}: write the steps as 3-5, the first step is 1.")
+    steps = int(first), int(last or first)
+    if not 1 <= steps[0] <= steps[1]:
+        raise UserMistake(f"--trace {text!r}: the first step is 1, and none comes before it.")
+    return steps
 
 
 def _refuse_changes(*, trained_on: str, **texts: str) -> None:

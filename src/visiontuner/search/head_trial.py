@@ -20,7 +20,15 @@ from safetensors.numpy import save_file
 from visiontuner.experiment import Training
 from visiontuner.model.store import FeatureSet
 from visiontuner.search.trial import HEAD_FILE, TrainedOn, TrialTask, settings_of
-from visiontuner.search.worker import prepare_worker, recorded, report, run_epochs, save_logits
+from visiontuner.search.worker import (
+    after_epoch,
+    prepare_worker,
+    recorded,
+    report,
+    run_epochs,
+    save_logits,
+    watched,
+)
 from visiontuner.training.fit import EpochResult, FeatureBatches, Fit, StepDone, linear_head
 
 
@@ -48,7 +56,10 @@ def train_epochs(
     )
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
-    with recorded(task, folder, start.head, began=began) as recorder:
+    with (
+        recorded(task, folder, start.head, began=began) as recorder,
+        watched(task, folder, recorder) as watch,
+    ):
         training = Fit(
             start.head,
             start.train,
@@ -59,15 +70,13 @@ def train_epochs(
             objective=task.experiment.objective,
             mode=task.experiment.mode,
             on_step=on_step,
-            watch=recorder,
+            watch=watch,
         )
         for result in run_epochs(training, folder, task, start.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best(folder, result, task)
-            if recorder is not None:
-                recorder.save(now=training.finished)
-            yield result
+            yield after_epoch(result, recorder, task, is_last=training.finished)
 
 
 @dataclass(frozen=True)

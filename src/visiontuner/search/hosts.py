@@ -86,12 +86,17 @@ def at_this_machine(task: TrialTask, trial_id: str) -> Iterator[TrialTask]:
         )
 
 
-def send_home(task: TrialTask, trial_id: str) -> None:
-    """Write what a trial has on disk into the search folder too, if that is elsewhere."""
+def send_home(task: TrialTask, trial_id: str, *, only: str | None = None) -> None:
+    """Write what a trial has on disk into the search folder too, if that is elsewhere.
+
+    Args:
+        only: name of the one file that is sent, if it is there; default: all.
+    """
     if task.home is None or task.home.is_here:
         return
     folder = task.trial_folder(trial_id)
     whole = [path for path in folder.iterdir() if path.is_file() and path.suffix != ".part"]
+    whole = [path for path in whole if only in (None, path.name)]
     ray.get(
         [
             task.home.files.write.remote(f"trials/{trial_id}/{path.name}", path.read_bytes())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from visiontuner.journal import EpochRecord, Finding, TrialRecord
 from visiontuner.search.labels import ValidationLabels
 from visiontuner.search.recorder import Recorder
 from visiontuner.search.trial import LOGITS_FILE
+from visiontuner.training.recording.records import find_recording
 from visiontuner.training.rules import (
     LASTING_RULES,
     Predictions,
@@ -55,19 +56,28 @@ class LiveRules:
             if trial.finished:  # of a search that is resumed
                 self._similar.add(trial.trial_id, history_of_trial(recorder.record, trial))
 
-    def stops(self, trial_id: str, step: int, metrics: Mapping[str, float]) -> bool:
+    def stops(
+        self,
+        trial_id: str,
+        step: int,
+        metrics: Mapping[str, float],
+        found: Sequence[Finding] = (),
+    ) -> bool:
         """Whether a rule ends this trial with the epoch that was just reported.
 
         Ray asks before it tells the callbacks, so what is found waits for `write_waiting`.
+
+        Args:
+            found: what the trial's own process saw in what it records.
         """
         trial = self._recorder.record.trials[trial_id]
         newest = EpochRecord(step=step, time=0.0, attempt=trial.attempt, metrics=dict(metrics))
         seen = replace(trial, epochs=[*trial.epochs, newest])
         history = replace(history_of_trial(self._recorder.record, seen), times=())
         errors = [f for f in diagnose_curves(history, self._asked) if f.severity == "error"]
-        self._waiting[trial_id] = errors
-        for finding in errors:
-            if finding.rule in self._stop_on:
+        self._waiting[trial_id] = [*errors, *found]
+        for finding in self._waiting[trial_id]:
+            if finding.severity == "error" and finding.rule in self._stop_on:
                 self.reasons[trial_id] = f"rules.stop_on: {finding.rule} in epoch {step}"
                 return True
         return False
@@ -81,7 +91,12 @@ class LiveRules:
         record = self._recorder.record
         trial = replace(record.trials[trial_id], error=error)
         predictions = None if error else self._predictions(trial)
-        history = history_of_trial(record, trial, predictions=predictions)
+        history = history_of_trial(
+            record,
+            trial,
+            predictions=predictions,
+            recording=find_recording(self._folder / "trials" / trial_id),
+        )
         findings = diagnose_history(history)
         similar = self._similar.add(trial_id, history)
         self._write(trial_id, [*findings, *([similar] if similar else [])])

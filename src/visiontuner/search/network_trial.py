@@ -28,10 +28,17 @@ from visiontuner.search.trial import (
     TrialTask,
     settings_of,
 )
-from visiontuner.search.worker import prepare_worker, recorded, report, run_epochs, save_logits
+from visiontuner.search.worker import (
+    after_epoch,
+    prepare_worker,
+    recorded,
+    report,
+    run_epochs,
+    save_logits,
+    watched,
+)
 from visiontuner.training.fit import EpochResult, Fit, StepDone, linear_head
 from visiontuner.training.pictures import PictureBatches
-from visiontuner.training.watch import Watch
 
 # Pictures evaluated at a time: the numbers do not depend on it, memory does.
 _EVALUATION_BATCH = 64
@@ -80,8 +87,9 @@ def train_epochs(
         recorded(
             task, folder, network, began=began, workers=train.workers, about=_about(pictures)
         ) as recorder,
+        watched(task, folder, recorder) as watch,
     ):
-        train.watch = watch = recorder or Watch()
+        train.watch = watch
         training = Fit(
             network,
             train,
@@ -99,9 +107,8 @@ def train_epochs(
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best(folder, result, task, class_names=pictures.class_names)
-            if recorder is not None:
-                recorder.save(now=training.finished)
-            yield replace(result, notes=(*result.notes, *train.take_notes()))
+            noted = replace(result, notes=(*result.notes, *train.take_notes()))
+            yield after_epoch(noted, recorder, task, is_last=training.finished)
 
 
 def save_best(

@@ -6,6 +6,7 @@ from typing import Any
 
 from ray.tune import Stopper
 
+from visiontuner.journal import Finding
 from visiontuner.search.live_rules import LiveRules
 
 
@@ -23,7 +24,9 @@ class RuleStopper(Stopper):
         if self._rules is None or "epoch" not in result:
             return False
         metrics = {name: float(result[name]) for name in self._metrics}
-        return self._rules.stops(result["config"]["trial_id"], int(result["epoch"]), metrics)
+        found = [Finding(**finding) for finding in result.get("findings", ())]
+        trial_id = result["config"]["trial_id"]
+        return self._rules.stops(trial_id, int(result["epoch"]), metrics, found)
 
     def stop_all(self) -> bool:
         return False  # never the whole search

@@ -35,6 +35,7 @@ class TrialTask:
             every epoch, and go on from there. Whoever runs the trial removes it at the end.
         trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
             weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
+        trace_steps: the first and the last step of which a profiler's trace is written.
         home: where these paths are, in a cluster of several machines.
     """
 
@@ -47,6 +48,7 @@ class TrialTask:
     start_heads: Mapping[str, Path] = field(default_factory=dict)
     checkpoints: bool = False
     trained_on: TrainedOn = "train"
+    trace_steps: tuple[int, int] | None = None
     home: Home | None = None
 
     def keeps(self, *, is_best: bool) -> bool:

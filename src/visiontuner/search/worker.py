@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from visiontuner.journal import Finding
 from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.fit import EpochResult, Fit
+from visiontuner.training.recording.records import RECORDING_FILE
+from visiontuner.training.watch import Watch, Watches
 
 if TYPE_CHECKING:
     from visiontuner.training.recording.recorder import Recorder
+    from visiontuner.training.recording.records import Recording
 
 
 def prepare_worker(threads: int) -> None:
@@ -69,10 +74,58 @@ def recorded(
     from visiontuner.training.recording.recorder import Recorder
 
     recorder = Recorder(folder, network, every_steps=every_steps, began=began, **facts)
-    try:
+    with closing(recorder):
         yield recorder
-    finally:
-        recorder.close()
+
+
+@contextmanager
+def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterator[Watch]:
+    """Who watches the training: the recorder, and whoever traces some of its steps."""
+    watches: list[Watch] = [recorder] if recorder is not None else []
+    if task.trace_steps is None:
+        yield Watches(watches)
+        return
+    from visiontuner.training.recording.trace import Trace
+
+    with closing(Trace(folder, *task.trace_steps)) as trace:
+        # Around the recorder: what it does in a step is in the trace.
+        yield Watches([trace, *watches])
+
+
+def after_epoch(
+    result: EpochResult, recorder: Recorder | None, task: TrialTask, *, is_last: bool
+) -> EpochResult:
+    """The same result, once what was recorded is on the disk and asked by the rules.
+
+    Before the report: what reads the file when the trial has ended then finds all of it.
+    """
+    if recorder is None:
+        return result
+    from visiontuner.training.rules import LASTING_RECORDED, TrainingHistory, diagnose_recording
+
+    recorder.save(now=is_last)
+    recording = recorder.recording()
+    rules = tuple(dict.fromkeys([*LASTING_RECORDED, *task.experiment.rules.stop_on]))
+    found = diagnose_recording(TrainingHistory(recording=recording), rules)
+    errors = [finding for finding in found if finding.severity == "error"]
+    return replace(result, findings=(*errors, *_incomplete(recording, result.epoch)))
+
+
+def _incomplete(recording: Recording, epoch: int) -> list[Finding]:
+    """What was not recorded, as one finding."""
+    notes = [*(recording.tensors.notes if recording.tensors else ())]
+    notes += [recording.about["problem"]] if "problem" in recording.about else []
+    if not notes:
+        return []
+    return [
+        Finding(
+            rule="recording_incomplete",
+            severity="info",
+            evidence="not recorded: " + "; ".join(notes)[:1000],
+            advice="The training is the same without it; the rules pass over what is missing.",
+            step=epoch,
+        )
+    ]
 
 
 def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
@@ -88,10 +141,11 @@ def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
     """Tell Ray of an epoch, once the files of the best one are where the search is."""
     from ray import tune
 
-    if task.home is not None and task.keeps(is_best=result.is_best):
+    if task.home is not None:
         from visiontuner.search.hosts import send_home
 
-        send_home(task, trial_id)
+        everything = task.keeps(is_best=result.is_best)
+        send_home(task, trial_id, only=None if everything else RECORDING_FILE)
     tune.report(to_report(result))
 
 
@@ -102,7 +156,8 @@ def to_report(result: EpochResult) -> dict[str, Any]:
         **result.metrics.to_dict(),
         "epoch": result.epoch,
         "step_losses": steps,
-        "notes": list(getattr(result, "notes", ())),
+        "notes": list(result.notes),
+        "findings": [asdict(finding) for finding in result.findings],
     }
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.entities import Metric, RunTag
@@ -17,6 +19,7 @@ from visiontuner.journal import Finding
 from visiontuner.tracking.client import Store
 from visiontuner.tracking.reading import PARENT, Reader
 from visiontuner.tracking.runs import findings_text
+from visiontuner.training.recording.records import RECORDING_FILE, Recording, find_recording
 from visiontuner.training.rules import Curve, TrainingHistory
 
 _ADVICE = "Try again later, or name a search folder: that needs no MLflow."
@@ -149,6 +152,7 @@ def _read(store: Store, summary: RunSummary, classes: _Classes) -> RunHistory:
         times=tuple(point.timestamp / 1000 for point in timed),
         now=time.time() if summary.state == "running" else None,
         error=summary.reason or None,
+        recording=_recording(store, summary) if summary.search_id else None,
     )
     return RunHistory(
         name=summary.run,
@@ -160,6 +164,17 @@ def _read(store: Store, summary: RunSummary, classes: _Classes) -> RunHistory:
         findings=summary.findings,
         own=bool(summary.search_id),
     )
+
+
+def _recording(store: Store, summary: RunSummary) -> Recording | None:
+    """What a trial's run holds of it as an artifact."""
+    if not any(
+        file.path == RECORDING_FILE for file in store.call("list_artifacts", summary.run_id)
+    ):
+        return None
+    with TemporaryDirectory() as folder:
+        store.download(f"runs:/{summary.run_id}/{RECORDING_FILE}", Path(folder))
+        return find_recording(Path(folder))
 
 
 def _match(wanted: Mapping[str, tuple[str, ...]], given: Iterable[str]) -> dict[str, str]:

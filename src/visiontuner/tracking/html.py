@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -27,6 +27,8 @@ from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.tracking import figures as drawing
 from visiontuner.tracking.client import without_password
 from visiontuner.tracking.page import PageData, describe_search, label
+from visiontuner.tracking.recordings import Explained
+from visiontuner.training.recording.records import find_recording
 from visiontuner.training.rules import diagnose_history, history_of_trial
 
 PAGE_FILE = "report.html"
@@ -70,7 +72,7 @@ def write_page(
     """
     events = read_events(folder).events
     record = SearchRecord.of(events)
-    _apply_rules(record)
+    _apply_rules(record, folder)
     if figures is None:
         figures = {n: drawing.to_png(f) for n, f in drawing.search_figures(record).items()}
     if state is None and record.ended is None:
@@ -83,6 +85,7 @@ def write_page(
     text = search_page(
         record,
         figures=figures,
+        explain=Explained(folder),
         evaluation=evaluation,
         evaluation_figures=_read_figures(folder / EVALUATION_FOLDER) if evaluation else {},
         findings=data_findings(events),
@@ -97,6 +100,7 @@ def search_page(
     record: SearchRecord,
     *,
     figures: Mapping[str, bytes],
+    explain: Callable[[str | None, str], bytes | None] = lambda _trial, _rule: None,
     evaluation: Mapping[str, Any] | None = None,
     evaluation_figures: Mapping[str, bytes] | None = None,
     findings: Sequence[Finding] = (),
@@ -108,6 +112,7 @@ def search_page(
 
     Args:
         figures: of the search, PNG by name, in the order in which they are shown.
+        explain: the figure for a trial's finding, PNG, by the trial's id and the rule.
         evaluation: what `evaluation/report.json` holds; None: not evaluated yet.
         evaluation_figures: PNG by name.
         findings: about the data or the search as a whole; those of trials are in the record.
@@ -127,7 +132,7 @@ def search_page(
         state=state,
         notes=notes,
     )
-    text = _render(page, figures, evaluation_figures or {})
+    text = _render(page, figures, explain, evaluation_figures or {})
     # A file name that is not UTF-8 holds halves of surrogate pairs.
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
@@ -142,15 +147,21 @@ def data_findings(events: Sequence[Event]) -> list[Finding]:
     ]
 
 
-def _apply_rules(record: SearchRecord) -> None:
-    """Add what the rules say of each trial's curves, where the journal does not hold it."""
+def _apply_rules(record: SearchRecord, folder: Path) -> None:
+    """Add what the rules say of each trial's curves and recording, if the journal has not."""
     for trial in record.trials.values():
         known = {finding.rule for finding in trial.findings}
-        found = diagnose_history(history_of_trial(record, trial))
+        recording = find_recording(folder / "trials" / trial.trial_id)
+        found = diagnose_history(history_of_trial(record, trial, recording=recording))
         trial.findings += [finding for finding in found if finding.rule not in known]
 
 
-def _render(page: PageData, figures: Mapping[str, bytes], test: Mapping[str, bytes]) -> str:
+def _render(
+    page: PageData,
+    figures: Mapping[str, bytes],
+    explain: Callable[[str | None, str], bytes | None],
+    test: Mapping[str, bytes],
+) -> str:
     environment = Environment(
         autoescape=True,
         undefined=StrictUndefined,
@@ -169,6 +180,7 @@ def _render(page: PageData, figures: Mapping[str, bytes], test: Mapping[str, byt
         trials=page.trials,
         findings=page.findings,
         search_figures=figures,
+        explain=explain,
         test_figures=test,
         captions=_CAPTIONS,
         wide=_WIDE,

@@ -41,6 +41,8 @@ from visiontuner.tracking.plan import (
     Status,
     TrialPlan,
 )
+from visiontuner.tracking.recordings import files_of, points_of
+from visiontuner.training.recording.records import Recording, find_recording
 
 MEMORY_FILE = "mlflow.json"
 LOCK_FILE = "mlflow.lock"
@@ -289,7 +291,12 @@ class MlflowWriter:
             held.points, held.params = len(trial.points), True
             held.tags.update(tags)
         if held.status != trial.status:
-            self._log_files(held.run_id, lambda: self._trial_files(trial.trial_id))
+            folder = self.folder / "trials" / trial.trial_id
+            recording = find_recording(folder)
+            if recording is not None:
+                epoch, time = max(trial.steps, default=0), trial.ended or trial.last_seen
+                self._log_batch(held.run_id, points_of(recording, time=time, epoch=epoch))
+            self._log_files(held.run_id, lambda: self._trial_files(trial.trial_id, recording))
             self._set_status(held, trial.status, trial.ended)
 
     def _write_parent(self, parent: _Held) -> None:
@@ -330,12 +337,14 @@ class MlflowWriter:
 
     # Figures and the page
 
-    def _trial_files(self, trial_id: str) -> dict[str, bytes]:
-        trial = self.plan.record.trials[trial_id]
-        if not trial.epochs:
-            return {}
-        curves = figures.trial_curves(trial, self.plan.record.objective)
-        return {"figures/curves.png": figures.to_png(curves)}
+    def _trial_files(self, trial_id: str, recording: Recording | None) -> dict[str, bytes]:
+        trial, files = self.plan.record.trials[trial_id], dict[str, bytes]()
+        if trial.epochs:
+            curves = figures.trial_curves(trial, self.plan.record.objective)
+            files["figures/curves.png"] = figures.to_png(curves)
+        if recording is not None:
+            files |= files_of(self.folder / "trials" / trial_id, recording)
+        return files
 
     def _search_files(self) -> dict[str, bytes]:
         """The search's figures, the numbers behind them, and the page that shows it all."""

@@ -33,7 +33,7 @@ class Tile:
 
 @dataclass(frozen=True, kw_only=True)
 class FindingRow:
-    """One rule, and where it fired; `weight` sorts errors first."""
+    """One rule, and where it fired; `weight` sorts errors first, the words are of `trial`."""
 
     severity: str
     weight: int
@@ -41,6 +41,7 @@ class FindingRow:
     where: str
     evidence: str
     advice: str
+    trial: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +312,7 @@ def _finding_rows(record: SearchRecord, findings: Sequence[Finding]) -> Iterable
             where=_some(list(dict.fromkeys(places))),
             evidence=finding.evidence,
             advice=finding.advice,
+            trial=places[0] if places[0] in record.trials else None,
         )
 
 

@@ -21,6 +21,7 @@ from visiontuner.locations import newest_search, tracking_uri
 
 if TYPE_CHECKING:
     from visiontuner.tracking.history import RunHistory
+    from visiontuner.training.recording.records import Recording
     from visiontuner.training.rules import Predictions, SimilarRuns, TrainingHistory
 
 
@@ -96,10 +97,10 @@ def diagnose_search(folder: Path) -> Diagnosis:
 
     events = read_events(folder).events
     record = SearchRecord.of(events)
-    running, reader = is_running(folder), _PredictionReader(folder, events)
+    running, files = is_running(folder), _TrialFiles(folder, events)
     similar = SimilarRuns()
     runs = tuple(
-        _diagnose_trial(record, trial, reader, similar, running=running)
+        _diagnose_trial(record, trial, files, similar, running=running)
         for trial in record.trials.values()
     )
     data = tuple(
@@ -110,13 +111,13 @@ def diagnose_search(folder: Path) -> Diagnosis:
     notes = [f"This search still runs; {FILE_NAME} so far."] if running else []
     if not runs:
         notes.append("It has no trials yet.")
-    return Diagnosis(target=str(folder), runs=runs, notes=(*notes, *reader.notes), data=data)
+    return Diagnosis(target=str(folder), runs=runs, notes=(*notes, *files.notes), data=data)
 
 
 def _diagnose_trial(
     record: SearchRecord,
     trial: TrialRecord,
-    reader: _PredictionReader,
+    files: _TrialFiles,
     similar: SimilarRuns,
     *,
     running: bool,
@@ -125,7 +126,11 @@ def _diagnose_trial(
 
     alive = running and trial.state == "running"
     history = history_of_trial(
-        record, trial, predictions=reader.of(trial), now=time.time() if alive else None
+        record,
+        trial,
+        predictions=files.predictions_of(trial),
+        recording=files.recording_of(trial),
+        now=time.time() if alive else None,
     )
     found = diagnose_history(history)
     repeated = similar.add(trial.trial_id, history) if trial.finished else None
@@ -150,8 +155,11 @@ def _note(history: TrainingHistory, state: str) -> str:
     return f"still running, {epochs} epochs so far" if state == "running" else ""
 
 
-class _PredictionReader:
-    """The validation predictions that a search kept, with labels from what it was trained on."""
+class _TrialFiles:
+    """What a search kept of its trials: recordings, and validation predictions with their labels.
+
+    The labels come from what it was trained on.
+    """
 
     def __init__(self, folder: Path, events: Sequence[dict[str, Any]]) -> None:
         self._folder = folder
@@ -160,7 +168,7 @@ class _PredictionReader:
         self.notes: list[str] = []
         self._open(events)
 
-    def of(self, trial: TrialRecord) -> Predictions | None:
+    def predictions_of(self, trial: TrialRecord) -> Predictions | None:
         import numpy as np
 
         from visiontuner.training.rules import Predictions
@@ -173,6 +181,18 @@ class _PredictionReader:
             return Predictions.from_logits(logits, self._labels, self._names)
         except (OSError, ValueError, EOFError):
             self.notes.append(f"{path} cannot be read; the rules on predictions pass over it.")
+            return None
+
+    def recording_of(self, trial: TrialRecord) -> Recording | None:
+        from visiontuner.training.recording.records import RECORDING_FILE, Recording
+
+        path = self._folder / "trials" / trial.trial_id / RECORDING_FILE
+        if not path.is_file():
+            return None
+        try:
+            return Recording.load(path)
+        except (OSError, ValueError):
+            self.notes.append(f"{path} cannot be read; the rules on recordings pass over it.")
             return None
 
     def _open(self, events: Sequence[dict[str, Any]]) -> None:

@@ -68,6 +68,7 @@ def train(
     origin: Origin | None = None,
     trained_on: TrainedOn = "train",
     output: Path | None = None,
+    trace_steps: tuple[int, int] | None = None,
     observer: TrainingObserver | None = None,
 ) -> SearchResult:
     """Train once, write it to MLflow, package and register it.
@@ -79,6 +80,7 @@ def train(
         trained_on: with `train+validation` the last epoch counts, no validation metric is kept, and
             the temperature is the origin's.
         output: a new folder; default: `searches/NAME-train-TIME` here.
+        trace_steps: the first and the last step of which a profiler's trace is written.
 
     Raises:
         UserMistake: the folder is taken, or data or backbone do not fit the experiment.
@@ -95,7 +97,7 @@ def train(
         observer.note("No early stop: no picture is left to see from when to stop.")
         training = experiment.training.model_copy(update={"early_stop": None})
         experiment = experiment.model_copy(update={"training": training})
-    run = _Training(with_absolute_paths(experiment), folder, observer)
+    run = _Training(with_absolute_paths(experiment), folder, observer, trace_steps)
     return run.begin(origin, trained_on)
 
 
@@ -133,10 +135,17 @@ def resume_training(
 class _Training:
     """One run of a training, from the pictures to the registered model."""
 
-    def __init__(self, experiment: Experiment, folder: Path, observer: TrainingObserver) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        observer: TrainingObserver,
+        trace_steps: tuple[int, int] | None = None,
+    ) -> None:
         self.experiment = experiment
         self.folder = folder
         self.observer = observer
+        self.trace_steps = trace_steps
         self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
         # `mlflow run` opened a run for us to adopt.
@@ -233,6 +242,7 @@ class _Training:
         finally:
             self.observer.trials_end()
         rules.end(TRIAL_ID)
+        self._tell_of_trace()
         whole = record.trials[TRIAL_ID].epochs[-1].step >= self.experiment.training.epochs
         end_trial(
             recorder,
@@ -240,6 +250,18 @@ class _Training:
             "completed" if whole else "stopped_early",
             reason=rules.reasons.get(TRIAL_ID),
         )
+
+    def _tell_of_trace(self) -> None:
+        from visiontuner.training.recording.records import TRACE_FILE
+
+        path = self.folder / "trials" / TRIAL_ID / TRACE_FILE
+        if self.trace_steps is not None and path.is_file():
+            self.observer.note(f"Trace: {path} (open it in https://ui.perfetto.dev)")
+        elif self.trace_steps is not None:
+            self.observer.note(
+                f"warning: no trace; the training has no step {self.trace_steps[0]}, or the "
+                "profiler failed."
+            )
 
     def _stores(self, recorder: Recorder) -> Stores:
         """What is trained on, ready and in the journal."""
@@ -277,6 +299,7 @@ class _Training:
             start_heads={TRIAL_ID: head} if head.is_file() else {},
             checkpoints=True,
             trained_on=record.started["trained_on"],
+            trace_steps=self.trace_steps,
         )
 
     def _run_epochs(self, task: TrialTask, recorder: Recorder, rules: LiveRules) -> None:
@@ -288,7 +311,7 @@ class _Training:
         with closing(_epochs(config, task, self._on_step)) as results:
             for result in results:
                 metrics = _metrics(result, unvalidated=recorder.record.is_unvalidated)
-                stop = rules.stops(TRIAL_ID, result.epoch, metrics)
+                stop = rules.stops(TRIAL_ID, result.epoch, metrics, result.findings)
                 steps = {"step_losses": result.step_losses} if result.step_losses else {}
                 recorder.append("epoch", **who, step=result.epoch, metrics=metrics, **steps)
                 for finding in findings_of(result.notes, result.epoch):

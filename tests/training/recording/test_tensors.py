@@ -49,7 +49,6 @@ def train(
     network: nn.Module,
     *,
     watch: Watch | None = None,
-    data: FeatureBatches | None = None,
     **settings,
 ) -> list[float]:
     """The losses of every step, and the weights at the end in one number."""

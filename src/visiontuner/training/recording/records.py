@@ -1,11 +1,13 @@
 """What was recorded of one training, as arrays; without torch, since rules and figures read it.
 
 trials/ID/recording.npz        the three records of a trial in one file, no pickle
+trials/ID/trace.json.gz        a profiler's trace of some steps, where one was asked for
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 RECORDING_FILE = "recording.npz"
+TRACE_FILE = "trace.json.gz"
 
 # Weights are those before the step; a layer without a gradient (frozen, or unused) has NaN in the
 # statistics of gradients and updates.
@@ -179,6 +182,17 @@ class Recording:
             )
         except (KeyError, TypeError, zipfile.BadZipFile) as problem:
             raise ValueError(f"{path} is no recording of a training: {problem}") from None
+
+
+def find_recording(folder: Path) -> Recording | None:
+    """What was recorded of the trial whose folder this is; None where nothing can be read."""
+    try:
+        return Recording.load(folder / RECORDING_FILE)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as problem:
+        logging.getLogger(__name__).info("%s", problem)
+        return None
 
 
 def _fields(name: str, arrays: Mapping[str, Any], words: Mapping[str, Any]) -> dict[str, Any]:

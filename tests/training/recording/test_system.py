@@ -1,0 +1,102 @@
+"""Samples of this very machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from visiontuner.training.recording.system import SystemSampler
+
+CPU = torch.device("cpu")
+
+
+def sampled(folder: Path, count: int, **options) -> SystemSampler:
+    """A sampler that has taken so many, and has ended."""
+    sampler = SystemSampler(folder, CPU, **{"interval_seconds": 0.01, **options})
+    deadline = time.monotonic() + 30
+    while len(sampler.record().times) < count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sampler.close()
+    return sampler
+
+
+def test_it_samples_what_mlflow_samples(tmp_path):
+    record = sampled(tmp_path, 3).record()
+    assert set(record.values) == {
+        "cpu_utilization_percentage",
+        "system_memory_usage_megabytes",
+        "system_memory_usage_percentage",
+        "disk_usage_percentage",
+        "disk_usage_megabytes",
+        "disk_available_megabytes",
+        "process_memory_megabytes",
+    }
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+
+    for monitor in (CPUMonitor(), DiskMonitor()):
+        monitor.collect_metrics()
+        for name, (theirs,) in monitor.metrics.items():
+            assert name in record.values
+            if "cpu" not in name and "available" not in name:
+                assert np.nanmedian(record.of(name)) == pytest.approx(theirs, rel=0.2)
+    assert (np.diff(record.times) > 0).all()
+    assert record.times[-1] == pytest.approx(time.time(), abs=60)
+
+
+def test_memory_is_that_of_the_training_and_of_the_processes_it_started(tmp_path):
+    alone = sampled(tmp_path, 2).record().of("process_memory_megabytes")[-1]
+    child = subprocess.Popen(
+        [sys.executable, "-c", "held = bytearray(200_000_000); print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        child.stdout.readline()
+        together = sampled(tmp_path, 2).record().of("process_memory_megabytes")[-1]
+    finally:
+        child.communicate(b"\n")
+    assert together > alone + 150
+    assert alone == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.3)
+
+
+def test_a_long_training_is_sampled_less_often(tmp_path):
+    sampler = sampled(tmp_path, 7, most_samples=8)
+    deadline = time.monotonic() + 30
+    again = SystemSampler(tmp_path, CPU, interval_seconds=0.001, most_samples=8)
+    while again._interval < 0.008 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    again.close()
+    record = again.record()
+    assert len(record.times) <= 8
+    assert (np.diff(record.times) > 0).all()
+    assert len(sampler.record().times) <= 8
+
+
+def test_going_on_keeps_what_was_sampled_before(tmp_path):
+    first = sampled(tmp_path, 3).record()
+    again = SystemSampler(tmp_path, CPU, interval_seconds=0.01)
+    again.go_on(first)
+    again.close()
+    record = again.record()
+    assert record.times[: len(first.times)].tolist() == first.times.tolist()
+    assert len(record.times) > len(first.times)
+
+
+def test_the_thread_ends_with_the_training(tmp_path):
+    before = threading.active_count()
+    sampled(tmp_path, 1)
+    assert threading.active_count() == before
+
+
+def test_a_folder_that_is_gone_costs_no_more_than_its_numbers(tmp_path):
+    sampler = sampled(tmp_path / "gone", 2)
+    assert len(sampler.record().times) >= 2
