@@ -3,7 +3,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from visiontuner.experiment import SEARCHABLE
 from visiontuner.journal import read_events
@@ -16,13 +18,17 @@ from visiontuner.tracking.evaluation import (
     version_tags,
 )
 from visiontuner.tracking.plan import SearchPlan, TrialPlan
+from visiontuner.tracking.recordings import EXPLAINS, points_of
+from visiontuner.training.recording.records import Recording, StepRecord, SystemRecord
+from visiontuner.training.recording.system import SystemSampler
+from visiontuner.training.rules import RECORDED_RULES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tracking.md"
 
 
 @pytest.fixture
 def described() -> set[str]:
-    return set(re.findall(r"`([A-Za-z0-9_.]+)`", DOCUMENT.read_text(encoding="utf-8")))
+    return set(re.findall(r"`([A-Za-z0-9_./]+)`", DOCUMENT.read_text(encoding="utf-8")))
 
 
 @pytest.fixture
@@ -50,6 +56,33 @@ def plan(new_search: Callable[..., Any]) -> SearchPlan:
 def test_every_metric_is_described(plan: SearchPlan, described: set[str]) -> None:
     points = [*plan.points, *(p for trial in plan.trials.values() for p in trial.points)]
     assert {point.key for point in points} <= described
+
+
+def test_every_metric_of_a_recording_is_described(tmp_path: Path, described: set[str]) -> None:
+    sampler = SystemSampler(tmp_path, torch.device("cpu"))
+    sampler.close()
+    sampled = sampler.record()
+    gpu = ("utilization_percentage", "memory_usage_percentage", "memory_usage_megabytes")
+    values = {f"gpu_0_{name}": sampled.times.astype(np.float32) for name in gpu}
+    steps = StepRecord(
+        steps=np.array([1]),
+        seconds=np.ones((1, 6), np.float32),
+        pictures=np.array([8]),
+        startup_seconds=1.0,
+        device="cpu",
+        workers=0,
+    )
+    system = SystemRecord(times=sampled.times, values={**sampled.values, **values})
+    points = points_of(Recording(steps=steps, system=system), time=1000, epoch=2)
+    names = {point.key for point in points}
+    assert names <= described
+    powers = {"system/gpu_0_power_usage_watts", "system/gpu_0_power_usage_percentage"}
+    assert {name for name in described if name.startswith("system/")} <= names | powers
+    assert {p.step for p in points if not p.key.startswith("system/")} == {2}
+
+
+def test_every_rule_on_a_recording_has_a_figure_that_explains_it() -> None:
+    assert set(RECORDED_RULES) <= set(EXPLAINS)
 
 
 def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
