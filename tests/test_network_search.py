@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from visiontuner.experiment import Experiment
 from visiontuner.journal import Event, SearchRecord, read_events
 from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE
+from visiontuner.training.recording.records import Recording
 from visiontuner.workflow import Silent, evaluate_search, resume_search, run_search
 from visiontuner.workflow.diagnose import diagnose_search
 
@@ -199,3 +200,32 @@ def test_a_search_over_the_network_alone_goes_on_after_ctrl_c_and_keeps_the_best
     assert "features_ready" not in [e["event"] for e in read_events(search).events]
     # Of the trials that cannot be told apart only those whose networks are there are taken.
     assert evaluate_search(search, prefer="cheapest").choice.chosen in kept
+
+
+def test_what_is_recorded_of_a_trial_stops_it_and_is_in_mlflow(tmp_path, staged, uri):
+    del staged["search"]["stages"]
+    staged["training"] |= {"epochs": 3, "record_every_steps": 1, "weight_decay": 0}
+    staged["search"] |= {
+        "trials": 2,
+        "algorithm": "grid",
+        "space": {"learning_rate": {"values": [1e-12, 0.01]}},
+    }
+    staged["rules"] = {"stop_on": ["unchanged_tensor"]}
+    search = tmp_path / "search"
+    run_search(Experiment.parse(staged), output=search)
+    record = SearchRecord.load(search)
+    by_rate = {t.configuration["learning_rate"]: t for t in record.trials.values()}
+    frozen, healthy = by_rate[1e-12], by_rate[0.01]
+    assert frozen.state == "stopped_early"
+    assert frozen.reason == "rules.stop_on: unchanged_tensor in epoch 1"
+    assert [f.rule for f in frozen.findings].count("unchanged_tensor") == 1
+    assert healthy.state == "completed"
+    assert "unchanged_tensor" not in {finding.rule for finding in healthy.findings}
+    _, runs = runs_by_trial(uri)
+    client = MlflowClient(uri)
+    for trial in (frozen, healthy):
+        recording = Recording.load(search / "trials" / trial.trial_id / "recording.npz")
+        assert len(recording.tensors.steps) == len(trial.epochs) * 4  # 30 pictures by 8
+        run_id = runs[trial.trial_id].info.run_id
+        assert "recording.npz" in {file.path for file in client.list_artifacts(run_id)}
+        assert client.get_metric_history(run_id, "system/process_memory_megabytes")

@@ -181,6 +181,7 @@ def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
     best = max(number for number, is_best in enumerate(results, start=1) if is_best)
     folder = given.trial_folder("t0001")
     network, logits = load_file(folder / NETWORK_FILE), (folder / LOGITS_FILE).read_bytes()
+    recording = (folder / RECORDING_FILE).read_bytes()
     (folder / NETWORK_FILE).unlink()
     (folder / LOGITS_FILE).unlink()
     train_again(CONFIG, given, best_epoch=best)
@@ -188,6 +189,7 @@ def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
     assert sorted(again) == sorted(network)
     assert all(torch.equal(again[name], network[name]) for name in network)
     assert (folder / LOGITS_FILE).read_bytes() == logits
+    assert (folder / RECORDING_FILE).read_bytes() == recording
 
 
 def test_a_loss_that_is_no_number_is_one_line(task):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -85,8 +85,12 @@ def _train(config: dict[str, Any], task: TrialTask) -> None:
 def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
     """Write the files of a finished trial's best epoch anew; the seed makes the same numbers.
 
-    For a head that takes seconds, for a network as long as the trial did.
+    For a head that takes seconds, for a network as long as the trial did. What was recorded of the
+    trial itself stays.
     """
+    training = task.experiment.training.model_copy(update={"record_every_steps": 0})
+    unrecorded = task.experiment.model_copy(update={"training": training})
+    task = replace(task, experiment=unrecorded)
     if task.pictures_folder is not None:
         from visiontuner.search import network_trial
 

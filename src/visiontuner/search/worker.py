@@ -81,15 +81,14 @@ def recorded(
 @contextmanager
 def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterator[Watch]:
     """Who watches the training: the recorder, and whoever traces some of its steps."""
-    watches: list[Watch] = [recorder] if recorder is not None else []
     if task.trace_steps is None:
-        yield Watches(watches)
+        yield recorder or Watch()
         return
     from visiontuner.training.recording.trace import Trace
 
     with closing(Trace(folder, *task.trace_steps)) as trace:
         # Around the recorder: what it does in a step is in the trace.
-        yield Watches([trace, *watches])
+        yield Watches([trace, recorder]) if recorder is not None else trace
 
 
 def after_epoch(
