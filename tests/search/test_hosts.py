@@ -17,6 +17,7 @@ from visiontuner.search import hosts
 from visiontuner.search.feature_workers import FeatureWorkers, _FeatureWorker
 from visiontuner.search.hosts import Home, at_this_machine, home_of, send_home
 from visiontuner.search.trial import HEAD_FILE, TrialTask
+from visiontuner.training.recording.records import RECORDING_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
@@ -65,8 +66,12 @@ def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
         (folder / HEAD_FILE).write_text("new weights")
         (folder / "logits.part").write_text("half")
         send_home(here, "t0002")
+        # An epoch that is not the best one leaves the best one's files alone.
+        (folder / HEAD_FILE).write_text("worse weights")
+        (folder / RECORDING_FILE).write_text("recorded")
+        send_home(here, "t0002", only=RECORDING_FILE)
     home = task.trial_folder("t0002")
-    assert [path.name for path in home.iterdir()] == [HEAD_FILE]
+    assert {path.name for path in home.iterdir()} == {HEAD_FILE, RECORDING_FILE}
     assert (home / HEAD_FILE).read_text() == "new weights"
     assert not folder.exists()
 
