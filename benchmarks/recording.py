@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 from measuring import Row, report
-from torch import nn
 
 from visiontuner.experiment import Training
 from visiontuner.model.backbone import load_backbone
 from visiontuner.model.network import Network, build_network, parameter_groups
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.fit import Fit, linear_head
+from visiontuner.training.fit import Fit, linear_head, make_optimizer, make_schedule
 from visiontuner.training.recording.recorder import Recorder
 from visiontuner.training.recording.records import Recording
 from visiontuner.training.recording.steps import MOST_STEPS as MOST_TIMES
 from visiontuner.training.recording.steps import StepTimes
-from visiontuner.training.recording.system import MOST_SAMPLES
+from visiontuner.training.recording.system import MOST_SAMPLES, SystemSampler
 from visiontuner.training.recording.tensors import MOST_STEPS
+from visiontuner.training.step import TrainingStep
 from visiontuner.training.watch import Part, Watch
 
 NETWORKS = ("resnet18", "efficientnet_lite0")
@@ -34,42 +31,35 @@ CLASSES, BATCH = 10, 8
 EVERY = 50
 MOST_TIME, MOST_STEP_TIME, MOST_BYTES = 0.03, 0.01, 20_000_000
 
+SECONDS_BETWEEN_SAMPLES = 2.0
+
 TARGETS = ("at most 3 % of training time", "at most 1 % of training time", "at most 20 MB")
 SMALL = {"networks": ("resnet18",), "size": 32, "rounds": 1, "full": False}
 
 
-class _EverySecond(Watch):
-    """Where the time goes, of every second step: its neighbours are not watched."""
+class _StepTimes(Watch):
+    """Only where the time goes."""
 
-    def __init__(self, network: nn.Module, _folder: Path) -> None:
+    def __init__(self) -> None:
         self.times = StepTimes(torch.device("cpu"), began=time.perf_counter())
-        self._on = False
 
     def epoch_begins(self, epoch: int, steps_per_epoch: int) -> None:
         self.times.epoch_begins()
 
     def spent_on(self, part: Part) -> None:
-        if self._on:
-            self.times.spent_on(part)
+        self.times.spent_on(part)
 
     def step_begins(self, step: int, inputs: torch.Tensor) -> None:
-        if self._on:
-            self.times.step_begins(step, len(inputs))
+        self.times.step_begins(step, len(inputs))
 
     def step_ends(self) -> None:
-        if self._on:
-            self.times.step_ends()
-        self._on = not self._on
-
-
-def _recorder(network: nn.Module, folder: Path) -> Recorder:
-    return Recorder(folder, network, every_steps=EVERY, began=time.perf_counter())
+        self.times.step_ends()
 
 
 def measure(
     *, networks: tuple[str, ...] = NETWORKS, size: int = 224, rounds: int = 3, full: bool = True
 ) -> dict[str, Any]:
-    """Trainings of 50 steps, with recording off and on in turn; and the file at its largest."""
+    """Steps with recording off and on in turn, and the file at its largest."""
     rows: list[Row] = []
     details: dict[str, Any] = {}
     for name in networks:
@@ -92,85 +82,107 @@ def measure(
 def _rows(name: str, size: int, found: dict[str, float]) -> list[Row]:
     return [
         Row(
-            what=f"{name}, {size} px, batch {BATCH}: recording on against off",
+            what=f"{name}, {size} px, batch {BATCH}: recording on against off, a step each in turn",
             target=TARGETS[0],
-            result=f"{found['recording']:+.2%} (a step {found['step_seconds']:.3f} s; one that is "
-            f"recorded {found['recorded_step_seconds']:.3f} s more, which is "
-            f"{found['recorded_steps_alone']:.2%} of {EVERY})",
+            result=f"{found['recording']:+.2%}: {found['recorded_steps']:.2%} for every {EVERY}th "
+            f"step, which takes {found['recorded_step_seconds']:.3f} s more than the usual "
+            f"{found['step_seconds']:.3f} s; {found['other_steps']:+.2%} in the others; "
+            f"{found['samples']:.2%} for sampling the machine",
             met=found["recording"] <= MOST_TIME,
         ),
         Row(
-            what=f"{name}: steps that are timed against those between them",
+            what=f"{name}: step times on against off, a step each in turn",
             target=TARGETS[1],
-            result=f"{found['step_times_in_turn']:+.2%} (the clock's calls alone "
-            f"{found['clock_calls']:.4%})",
-            met=found["step_times_in_turn"] <= MOST_STEP_TIME,
+            result=f"{found['step_times']:+.2%}; the clock's calls alone {found['calls']:.4%}",
+            met=found["step_times"] <= MOST_STEP_TIME,
         ),
     ]
 
 
 def _costs(name: str, *, size: int, rounds: int) -> dict[str, float]:
     """Shares of the training's time."""
-    off, recorded, timed, between = [], [], [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for _ in range(rounds):
-            off.append(_steps(_network(name, size), lambda *_: Watch(), Path(folder), size))
-            recorded.append(_steps(_network(name, size), _recorder, Path(folder), size))
-            seconds = _steps(_network(name, size), _EverySecond, Path(folder), size)
-            timed += seconds[2::2]  # the first step stands in no list: it is slow anyway
-            between += seconds[1::2]
-    usual = median(s for run in off for s in run)
-    with_it = median(s for run in recorded for s in run[:-1])
-    extra = median(run[-1] for run in recorded) - with_it
+    seconds: dict[str, list[float]] = {"off": [], "times": [], "all": []}
+    for number in range(rounds):
+        for kind, spent in _in_turn(name, size, backwards=number % 2 == 1).items():
+            seconds[kind] += spent
+    off, times, everything = (np.array(seconds[kind]) for kind in ("off", "times", "all"))
+    usual = float(np.median(off))
+    recorded = np.arange(len(off)) % (EVERY - 1) == EVERY - 2  # the last of each round
+    extra = float(np.median((everything - off)[recorded]))
+    found = {
+        "recorded_steps": extra / EVERY / usual,
+        "other_steps": float(np.median((everything - off)[~recorded])) / usual,
+        "samples": _seconds_of_a_sample() / SECONDS_BETWEEN_SAMPLES,
+    }
     return {
+        **found,
+        "recording": sum(found.values()),
         "step_seconds": usual,
         "recorded_step_seconds": extra,
-        "recording": (with_it + extra / EVERY) / usual - 1,
-        "recorded_steps_alone": extra / EVERY / usual,
-        "step_times_in_turn": median(timed) / median(between) - 1,
-        "clock_calls": _stamps_alone() / usual,
+        "step_times": float(np.median(times - off)) / usual,
+        "calls": _stamps_alone() / usual,
     }
 
 
-def _steps(
-    network: Network, make: Callable[[nn.Module, Path], Watch], folder: Path, size: int
-) -> list[float]:
-    """Seconds of every step but the first, up to the 50th, which is recorded."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(BATCH * 4, 3, size, size, generator=generator)
-    data = _Repeated(images, torch.arange(BATCH * 4) % CLASSES, steps=EVERY)
-    settings = Training(epochs=1, batch_size=BATCH, schedule="constant")
-    stamps = [time.perf_counter()]
-    watch = make(network, folder)
-    training = Fit(
-        network,
-        data,
-        FeatureBatches(images[:2], torch.arange(2), batch_size=2),
-        settings,
-        num_classes=CLASSES,
-        seed=0,
-        parameter_groups=parameter_groups(network, settings),
-        on_step=lambda _done: stamps.append(time.perf_counter()),
-        watch=watch,
-    )
-    next(training.epochs())
-    if isinstance(watch, Recorder):
-        watch.close()
-    return np.diff(stamps).tolist()
+def _in_turn(name: str, size: int, *, backwards: bool) -> dict[str, list[float]]:
+    """Seconds of steps 2 to 50 of three equal trainings, one step of each after the other.
+
+    The machine's mood then meets all three alike; the 50th step is recorded.
+    """
+    images = torch.randn(BATCH, 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(BATCH) % CLASSES
+    seconds: dict[str, list[float]] = {"off": [], "times": [], "all": []}
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {kind: _Training(kind, name, size, Path(folder)) for kind in seconds}
+        for number in range(1, EVERY + 1):
+            for kind in reversed(steps) if (number % 2 == 1) != backwards else steps:
+                began = time.perf_counter()
+                steps[kind](number, images, labels)
+                seconds[kind].append(time.perf_counter() - began)
+        for take in steps.values():
+            take.close()
+    return {kind: spent[1:] for kind, spent in seconds.items()}
 
 
-class _Repeated(FeatureBatches):
-    """The same few pictures for as many steps as are asked for."""
+class _Training:
+    """Takes one step as `train_epoch` does."""
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, *, steps: int) -> None:
-        every = labels.repeat(math.ceil(steps / 4))[: steps * BATCH]
-        super().__init__(images, every, batch_size=BATCH)
-        self._steps = steps
+    def __init__(self, kind: str, name: str, size: int, folder: Path) -> None:
+        network = _network(name, size).train().to(memory_format=torch.channels_last)
+        settings = Training(epochs=1, batch_size=BATCH, schedule="constant")
+        self.recorder = None
+        self.watch = Watch()
+        if kind == "times":
+            self.watch = _StepTimes()
+        elif kind == "all":
+            began = time.perf_counter()
+            self.watch = self.recorder = Recorder(folder, network, every_steps=EVERY, began=began)
+        optimizer = make_optimizer(network, settings, parameter_groups(network, settings))
+        schedule = make_schedule(optimizer, settings, total_steps=EVERY)
+        self.step = TrainingStep(network, optimizer, schedule, settings, watch=self.watch)
+        self.watch.epoch_begins(1, EVERY)
 
-    def shuffled(self, generator: torch.Generator) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step in range(self._steps):
-            rows = slice(step % 4 * BATCH, (step % 4 + 1) * BATCH)
-            yield self.features[rows], self.labels[rows]
+    def __call__(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> None:
+        for part in ("data", "to_device", "data"):  # as often as for pictures
+            self.watch.spent_on(part)  # type: ignore[arg-type]
+        self.watch.step_begins(number, images)
+        self.step(images, labels)
+        self.watch.spent_on("reporting")
+        self.watch.step_ends()
+
+    def close(self) -> None:
+        if self.recorder is not None:
+            self.recorder.close()
+
+
+def _seconds_of_a_sample() -> float:
+    """Of this process's time, for one look at the machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.process_time()
+        sampler = SystemSampler(Path(folder), torch.device("cpu"), interval_seconds=0.05)
+        time.sleep(2)
+        sampler.close()
+        return (time.process_time() - began) / len(sampler.record().times)
 
 
 def _network(name: str, size: int) -> Network:

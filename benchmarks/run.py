@@ -32,6 +32,7 @@ BENCHMARKS = (
     "two_hosts",
     "storage",
     "rules",
+    "recording",
     "compare",
     "serving",
     "loader",

@@ -25,6 +25,7 @@ NAMES = (
     "two_hosts",
     "storage",
     "rules",
+    "recording",
     "compare",
     "serving",
     "loader",

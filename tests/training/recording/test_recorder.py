@@ -104,6 +104,13 @@ def test_what_was_recorded_after_the_checkpoint_is_dropped(tmp_path):
     assert recording.steps.steps.tolist() == [1, 2, 3]
 
 
+def test_a_resumed_training_may_be_recorded_more_often(tmp_path):
+    state, _ = train(tmp_path, epochs=2, every_steps=6)
+    train(tmp_path, state=state, every_steps=2)
+    recording = Recording.load(tmp_path / "recording.npz")
+    assert recording.tensors.steps.tolist() == [1, 6, 8, 10, 12]
+
+
 def test_a_training_that_begins_anew_begins_a_new_file(tmp_path):
     train(tmp_path)
     train(tmp_path, epochs=1)

@@ -158,10 +158,12 @@ class Recorder(Watch):
             return  # none, or damaged: what follows is recorded anew
         about = earlier.about
         if earlier.tensors is not None:
-            every = max(self._tensors.kept.every, int(about.get("tensors_every_steps", 1)))
+            # As many times less often than asked for as before, whatever is asked for now.
+            thinned = int(about["tensors_every_steps"]) // int(about["every_steps"])
+            every = self._tensors.kept.every * thinned
             self._tensors.go_on(earlier.tensors, until=steps, every=every)
         if earlier.steps is not None:
-            every = int(about.get("times_every_steps", 1))
+            every = int(about["times_every_steps"])
             self._steps.go_on(earlier.steps, until=steps, every=every)
         if earlier.system is not None:
             self._system.go_on(earlier.system)

@@ -26,6 +26,7 @@ MOST_STEPS = 200
 MOST_INPUTS = 8
 _INPUT_BYTES = 2_000_000
 _NAMED = 3
+_MOST_PROBLEMS = 5
 
 _WEIGHT = tuple(f"weight_{name}" for name in statistics.WEIGHT)
 _GRADIENT = tuple(f"gradient_{name}" for name in statistics.GRADIENT)
@@ -156,9 +157,13 @@ class TensorRecorder:
 
     def _attach(self, seen: Seen) -> None:
         for number, layer in enumerate(self._known):
-            if number not in self._failed:
+            if number in self._failed:
+                continue
+            try:
                 hook = self._hook(seen, number, layer.kind)
                 seen.handles.append(layer.module.register_forward_hook(hook))
+            except Exception as problem:  # a compiled module takes no hooks
+                self._failed[number] = _one_line(problem)
         if not self._inputs.size and seen.inputs.dim() == 4:
             self._inputs = _some(seen.inputs)
 
@@ -212,7 +217,8 @@ class TensorRecorder:
         except Exception as problem:
             if step is not None:
                 step.detach()
-                self._problems.append(f"step {step.step}: {otherwise}, {_one_line(problem)}")
+                if len(self._problems) < _MOST_PROBLEMS:
+                    self._problems.append(f"step {step.step}: {otherwise}, {_one_line(problem)}")
             self._seen = None
 
     def _not_seen(self, layers: list[Layer], values: Floats) -> list[str]:

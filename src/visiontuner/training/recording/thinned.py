@@ -34,11 +34,9 @@ class Thinned(Generic[Row]):
             self._rows[number] = row
 
     def refill(self, rows: Iterable[tuple[int, Row]], every: int) -> None:
-        """Go on with the rows of an earlier recording, thinned to every so many."""
+        """Go on with the rows of an earlier recording, and every so many from now on."""
         self.every = every
-        self._rows = {}
-        for number, row in rows:
-            self.add(number, row)
+        self._rows = dict(rows)
 
     @property
     def numbers(self) -> list[int]:
