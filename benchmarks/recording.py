@@ -14,7 +14,7 @@ from measuring import Row, report
 
 from visiontuner.experiment import Training
 from visiontuner.model.backbone import load_backbone
-from visiontuner.model.network import Network, build_network, parameter_groups
+from visiontuner.model.network import Network, Train, build_network, parameter_groups
 from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.fit import Fit, linear_head, make_optimizer, make_schedule
 from visiontuner.training.recording.recorder import Recorder
@@ -26,7 +26,11 @@ from visiontuner.training.recording.tensors import MOST_STEPS
 from visiontuner.training.step import TrainingStep
 from visiontuner.training.watch import Part, Watch
 
-NETWORKS = ("resnet18", "efficientnet_lite0")
+NETWORKS: tuple[tuple[str, Train], ...] = (
+    ("resnet18", "all"),
+    ("efficientnet_lite0", "all"),
+    ("efficientnet_lite0", "last_stage"),
+)
 CLASSES, BATCH = 10, 8
 EVERY = 50
 MOST_TIME, MOST_STEP_TIME, MOST_BYTES = 0.03, 0.01, 20_000_000
@@ -34,7 +38,7 @@ MOST_TIME, MOST_STEP_TIME, MOST_BYTES = 0.03, 0.01, 20_000_000
 SECONDS_BETWEEN_SAMPLES = 2.0
 
 TARGETS = ("at most 3 % of training time", "at most 1 % of training time", "at most 20 MB")
-SMALL = {"networks": ("resnet18",), "size": 32, "rounds": 1, "full": False}
+SMALL = {"networks": (("resnet18", "all"),), "size": 32, "rounds": 1, "full": False}
 
 
 class _StepTimes(Watch):
@@ -57,14 +61,19 @@ class _StepTimes(Watch):
 
 
 def measure(
-    *, networks: tuple[str, ...] = NETWORKS, size: int = 224, rounds: int = 3, full: bool = True
+    *,
+    networks: tuple[tuple[str, Train], ...] = NETWORKS,
+    size: int = 224,
+    rounds: int = 3,
+    full: bool = True,
 ) -> dict[str, Any]:
     """Steps with recording off and on in turn, and the file at its largest."""
     rows: list[Row] = []
     details: dict[str, Any] = {}
-    for name in networks:
-        details[name] = found = _costs(name, size=size, rounds=rounds)
-        rows += _rows(name, size, found)
+    for name, train in networks:
+        found = _costs(name, train, size=size, rounds=rounds)
+        details[f"{name}, {train}"] = found
+        rows += _rows(f"{name}, {train.replace('_', ' ')} trained", size, found)
     if full:
         size_bytes, described = _size_of_resnet50()
         details["size"] = {"bytes": size_bytes, "of": described}
@@ -99,11 +108,11 @@ def _rows(name: str, size: int, found: dict[str, float]) -> list[Row]:
     ]
 
 
-def _costs(name: str, *, size: int, rounds: int) -> dict[str, float]:
+def _costs(name: str, train: Train, *, size: int, rounds: int) -> dict[str, float]:
     """Shares of the training's time."""
     seconds: dict[str, list[float]] = {"off": [], "times": [], "all": []}
     for number in range(rounds):
-        for kind, spent in _in_turn(name, size, backwards=number % 2 == 1).items():
+        for kind, spent in _in_turn(name, train, size, backwards=number % 2 == 1).items():
             seconds[kind] += spent
     off, times, everything = (np.array(seconds[kind]) for kind in ("off", "times", "all"))
     usual = float(np.median(off))
@@ -124,7 +133,7 @@ def _costs(name: str, *, size: int, rounds: int) -> dict[str, float]:
     }
 
 
-def _in_turn(name: str, size: int, *, backwards: bool) -> dict[str, list[float]]:
+def _in_turn(name: str, train: Train, size: int, *, backwards: bool) -> dict[str, list[float]]:
     """Seconds of steps 2 to 50 of three equal trainings, one step of each after the other.
 
     The machine's mood then meets all three alike; the 50th step is recorded.
@@ -133,7 +142,9 @@ def _in_turn(name: str, size: int, *, backwards: bool) -> dict[str, list[float]]
     labels = torch.arange(BATCH) % CLASSES
     seconds: dict[str, list[float]] = {"off": [], "times": [], "all": []}
     with tempfile.TemporaryDirectory() as folder:
-        steps = {kind: _Training(kind, name, size, Path(folder)) for kind in seconds}
+        steps = {
+            kind: _Training(kind, _network(name, size, train), Path(folder)) for kind in seconds
+        }
         for number in range(1, EVERY + 1):
             for kind in reversed(steps) if (number % 2 == 1) != backwards else steps:
                 began = time.perf_counter()
@@ -147,8 +158,8 @@ def _in_turn(name: str, size: int, *, backwards: bool) -> dict[str, list[float]]
 class _Training:
     """Takes one step as `train_epoch` does."""
 
-    def __init__(self, kind: str, name: str, size: int, folder: Path) -> None:
-        network = _network(name, size).train().to(memory_format=torch.channels_last)
+    def __init__(self, kind: str, network: Network, folder: Path) -> None:
+        network = network.train().to(memory_format=torch.channels_last)
         settings = Training(epochs=1, batch_size=BATCH, schedule="constant")
         self.recorder = None
         self.watch = Watch()
@@ -185,7 +196,7 @@ def _seconds_of_a_sample() -> float:
         return (time.process_time() - began) / len(sampler.record().times)
 
 
-def _network(name: str, size: int) -> Network:
+def _network(name: str, size: int, train: Train = "all") -> Network:
     bundled = name == "efficientnet_lite0"
     backbone = load_backbone(
         name,
@@ -194,7 +205,7 @@ def _network(name: str, size: int) -> Network:
         cache=Path(tempfile.gettempdir()),
     )
     head = linear_head(backbone.feature_dim, CLASSES, dropout=0.0, seed=0)
-    return build_network(backbone, head, train="all")
+    return build_network(backbone, head, train=train)
 
 
 def _stamps_alone(steps: int = 20_000) -> float:

@@ -63,12 +63,13 @@ class Seen:
         tensor = _tensor_of(output)
         if not tensor.is_floating_point() or not tensor.numel():
             return
-        self._outputs.append((layer, tensor.numel(), statistics.activation(tensor, kind)))
+        highest = None
         if kind in statistics.RECTIFIERS:
             highest = statistics.highest_by_unit(tensor, unit_dimension(tensor))
             key = layer, self._calls[layer]
             earlier = self._units.get(key)
             self._units[key] = highest if earlier is None else torch.maximum(earlier, highest)
+        self._outputs.append((layer, tensor.numel(), statistics.activation(tensor, kind, highest)))
         self._calls[layer] += 1
 
     def piece_has_passed(self) -> None:

@@ -34,10 +34,17 @@ RECTIFIERS = ("ReLU", "ReLU6")
 """Activations whose units can die: no gradient passes where the output is 0."""
 
 
-def activation(output: Tensor, kind: str) -> Tensor:
-    """`ACTIVATION` of a layer's output, of any shape: float32, (7,); NaN where there is none."""
+def activation(output: Tensor, kind: str, highest: Tensor | None = None) -> Tensor:
+    """`ACTIVATION` of a layer's output, of any shape: float32, (7,); NaN where there is none.
+
+    Args:
+        highest: of a rectifier's output by unit; its lowest value is then the sample's, 0 as a rule.
+    """
     values = evenly(output, keep=1 if output.dim() == 4 else -1)
-    low, high = torch.aminmax(in_memory_order(output))
+    if highest is None:
+        low, high = torch.aminmax(in_memory_order(output))
+    else:
+        low, high = values.amin(), highest.amax()
     std, mean = torch.std_mean(values, correction=0)
     flat = _FLAT.get(_SPELLINGS.get(kind, kind))
     saturated = torch.full_like(mean, math.nan) if flat is None else _share(flat(values))
