@@ -1,7 +1,16 @@
-"""What a worker leaves out: seconds of imports that no trial needs."""
+"""What every trial does in its worker, and the seconds of imports that it leaves out."""
 
 import subprocess
 import sys
+import time
+
+import torch
+from torch import nn
+
+from visiontuner.experiment import Experiment
+from visiontuner.search.trial import TrialTask
+from visiontuner.search.worker import after_epoch, recorded, to_report
+from visiontuner.training.fit import FeatureBatches, Fit
 
 _TRIAL = """
 import sys
@@ -35,3 +44,20 @@ def test_a_head_trains_without_torchs_compiler_and_gives_the_same_numbers():
     assert plain.stderr.strip() == "True", "torch no longer needs this: take it out"
     assert prepared.stdout == plain.stdout
     assert len(plain.stdout.splitlines()) == 9
+
+
+def test_what_was_not_recorded_is_one_finding(tmp_path):
+    network = nn.Sequential(nn.Linear(8, 3))
+    network.add_module("idle", nn.Identity())
+    network[1].unused = nn.Linear(4, 4)
+    experiment = Experiment.parse({"name": "x", "training": {"record_every_steps": 1}})
+    task = TrialTask(experiment=experiment, search_folder=tmp_path, threads=1)
+    samples = FeatureBatches(torch.randn(9, 8), torch.arange(9) % 3, batch_size=3)
+    settings = experiment.training.model_copy(update={"epochs": 1})
+    with recorded(task, tmp_path, network, began=time.perf_counter()) as recorder:
+        training = Fit(network, samples, samples, settings, num_classes=3, seed=1, watch=recorder)
+        (result,) = training.epochs()
+        (finding,) = after_epoch(result, recorder, task, is_last=True).findings
+    assert (finding.rule, finding.severity, finding.step) == ("recording_incomplete", "info", 1)
+    assert finding.evidence == "not recorded: never ran: idle.unused"
+    assert to_report(result)["findings"] == []

@@ -38,7 +38,7 @@ def activation(output: Tensor, kind: str, highest: Tensor | None = None) -> Tens
     """`ACTIVATION` of a layer's output, of any shape: float32, (7,); NaN where there is none.
 
     Args:
-        highest: of a rectifier's output by unit; its lowest value is then the sample's, 0 as a rule.
+        highest: of a rectifier's output by unit; its lowest value is then the sample's.
     """
     values = evenly(output, keep=1 if output.dim() == 4 else -1)
     if highest is None:
