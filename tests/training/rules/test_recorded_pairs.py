@@ -95,10 +95,10 @@ def pictures(low: float, high: float, centre: float = 0.0, **about: Any) -> Trai
 
 
 def steps(
-    parts: dict[str, Any] | None = None, *, number: int = 40, device: str = "cpu",
+    parts: dict[str, Any] | None = None, *, number: int = 50, device: str = "cpu",
     startup: float = 9.0, system: SystemRecord | None = None, **rest: Any,
 ) -> TrainingHistory:  # fmt: skip
-    """40 steps of 0.28 s but for `parts`, by name seconds, or one value a step."""
+    """50 steps of 0.28 s but for `parts`, by name seconds, or one value a step."""
     seconds = np.tile(np.float32([0.01, 0.01, 0.08, 0.16, 0.01, 0.01]), (number, 1))
     for part, value in (parts or {}).items():
         seconds[:, STEP_PARTS.index(part)] = value
@@ -111,6 +111,15 @@ def steps(
         workers=2,
     )
     return TrainingHistory(recording=Recording(steps=record, system=system), **rest)
+
+
+def in_batches_of(pictures: int, history: TrainingHistory) -> TrainingHistory:
+    of_steps = steps().recording
+    assert history.recording is not None
+    assert of_steps is not None
+    assert of_steps.steps is not None
+    sized = replace(of_steps.steps, pictures=np.full(50, pictures))
+    return replace(history, recording=replace(history.recording, steps=sized))
 
 
 def late(count: int, seconds: float) -> list[float]:
@@ -222,8 +231,13 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
     ),
     "poor_weight_initialisation: outputs shrink": (
         "error",
-        tensors({("head", "activation_std"): [9e-7, 1, 1, 1]}),
-        tensors({("head", "activation_std"): [1e-5, 1, 1, 1]}),
+        tensors({("head", "activation_std"): [9e-5, 1, 1, 1]}),
+        tensors({("head", "activation_std"): [2e-4, 1, 1, 1]}),
+    ),
+    "poor_weight_initialisation: gradients shrink": (
+        "error",
+        tensors({("first", "gradient_mean"): [9e-15, 1e-4, 1e-4, 1e-4]}),
+        tensors({("first", "gradient_mean"): [2e-14, 1e-4, 1e-4, 1e-4]}),
     ),
     "tensor_variance: large": (
         "error",
@@ -254,6 +268,11 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         "warning",
         tensors({("relu", "activation_dead"): 0.51}),
         tensors({("relu", "activation_dead"): 0.49}),
+    ),
+    "dead_relu: by chance in a small batch": (
+        "warning",
+        in_batches_of(16, tensors({("relu", "activation_dead"): 0.6})),
+        in_batches_of(15, tensors({("relu", "activation_dead"): 0.6})),
     ),
     "check_input_images: 0 to 255": ("error", pictures(0, 255, 110), pictures(-2.12, 2.64)),
     "check_input_images: 0 to 1": ("error", pictures(0, 1, 0.4), pictures(-2.12, 1, -1.4)),

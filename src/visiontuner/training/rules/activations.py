@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from visiontuner.journal import Finding, Severity
@@ -85,7 +87,7 @@ def dead_relu(history: TrainingHistory) -> Finding | None:
         return None
     shares = np.where(of_kind(record, "ReLU"), record.of("activation_dead"), np.nan)
     layers = lasting(shares > limits.DEAD_SHARE_WARNING)
-    if not layers.any():
+    if not layers.any() or _pictures_a_step(history) < limits.DEAD_FEWEST_PICTURES:
         return None
     worse = lasting(shares > limits.DEAD_SHARE_ERROR)
     return _share_finding(
@@ -128,6 +130,12 @@ def check_input_images(history: TrainingHistory) -> Finding | None:
         f"{_listed(mean)} and std {_listed(std)}.",
         step=epoch_of(history, int(record.steps[0])),
     )
+
+
+def _pictures_a_step(history: TrainingHistory) -> float:
+    """The usual size of a batch; infinite if it is unknown."""
+    steps = history.recording.steps if history.recording else None
+    return float(np.median(steps.pictures)) if steps and len(steps.pictures) else math.inf
 
 
 def _kind_of_pixels(low: float, high: float, black: float, white: float) -> str | None:

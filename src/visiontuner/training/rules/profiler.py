@@ -218,7 +218,10 @@ def workload_imbalance(history: TrainingHistory) -> Finding | None:
 def _steps_of(history: TrainingHistory) -> StepRecord | None:
     """Without the first step, which starts processes and compiles; None of too few steps."""
     steps = history.recording.steps if history.recording else None
-    if steps is None or len(steps.steps) <= limits.FEWEST_STEPS or steps.seconds.sum() <= 0:
+    if steps is None or len(steps.steps) <= limits.FEWEST_STEPS:
+        return None
+    every = steps.steps[-1] / len(steps.steps)  # of a long training not all steps are kept
+    if every * float(steps.seconds.sum()) < limits.FEWEST_SECONDS:
         return None
     return StepRecord(
         steps=steps.steps[1:],

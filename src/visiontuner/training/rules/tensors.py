@@ -184,33 +184,19 @@ def _too_large(
 
 
 def poor_weight_initialisation(history: TrainingHistory) -> Finding | None:
-    """The first steps show weights that cannot be trained from.
+    """The first recorded step shows weights that cannot be trained from.
 
-    All weights of a layer are equal, so that its units stay equal; or outputs of the layers differ
-    by orders of magnitude before anything was learned.
+    All weights of a layer are equal, so that its units stay equal; or outputs, or gradients, of the
+    layers differ by orders of magnitude before anything was learned.
 
-    Source: after Debugger's PoorWeightInitialization, whose limits hold for no pretrained network.
+    Source: after Debugger's PoorWeightInitialization, whose limits hold for no usual network.
     """
     record = tensors_of(history)
     if record is None or record.steps[0] > limits.FIRST_STEPS:
         return None
-    weights = of_kind(record, "Conv", "Linear")
-    equal = trained(record) & weights & (record.of("weight_std")[0] == 0)
-    equal &= record.of("weight_zeros")[0] < 1  # a layer may begin with zeros: `all_zero`
-    std = np.where(weights, record.of("activation_std")[0], np.nan)
-    std = np.where(std > 0, std, np.nan)
-    if equal.any():
-        evidence = f"all weights are equal in {named(record, equal)}"
-    elif np.isfinite(std).sum() < 2 or (
-        (ratio := float(np.nanmax(std) / np.nanmin(std))) < limits.INITIAL_RATIO
-    ):
+    evidence = _equal_weights(record) or _spread(record)
+    if evidence is None:
         return None
-    else:
-        low, high = int(np.nanargmin(std)), int(np.nanargmax(std))
-        evidence = (
-            f"the standard deviation of outputs is {std[low]:.2g} in {layer_name(record, low)} "
-            f"and {std[high]:.2g} in {layer_name(record, high)}, {ratio:.1g} times as much"
-        )
     return _finding(
         history,
         record,
@@ -221,6 +207,32 @@ def poor_weight_initialisation(history: TrainingHistory) -> Finding | None:
         "normalisation.",
         step=int(record.steps[0]),
     )
+
+
+def _equal_weights(record: TensorRecord) -> str | None:
+    equal = trained(record) & of_kind(record, "Conv", "Linear") & (record.of("weight_std")[0] == 0)
+    equal &= record.of("weight_zeros")[0] < 1  # a layer may begin with zeros: `all_zero`
+    return f"all weights are equal in {named(record, equal)}" if equal.any() else None
+
+
+def _spread(record: TensorRecord) -> str | None:
+    """Which layers differ too much in their outputs or gradients at the first step, if any do."""
+    for statistic, what, most in (
+        ("activation_std", "the standard deviation of outputs", limits.INITIAL_OUTPUTS),
+        ("gradient_mean", "the mean absolute gradient", limits.INITIAL_GRADIENTS),
+    ):
+        values = record.of(statistic)[0].astype(np.float64)
+        # A layer of zeros, a new head for one, is `all_zero` if it stays so.
+        values[~of_kind(record, "Conv", "Linear") | ~(values > 0)] = np.nan
+        if np.isfinite(values).sum() < 2:
+            continue
+        low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
+        if values[high] > most * values[low]:
+            return (
+                f"{what} is {values[low]:.2g} in {layer_name(record, low)} and {values[high]:.2g} "
+                f"in {layer_name(record, high)}, {values[high] / values[low]:.0e} times as much"
+            )
+    return None
 
 
 def _finding(
