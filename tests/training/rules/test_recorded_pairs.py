@@ -313,6 +313,21 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         steps({"optimizer": 0.28}),
         steps({"optimizer": 0.05}),
     ),
+    "batch_size_too_small: for batch normalisation": (
+        "error",
+        in_batches_of(2, tensors()),
+        in_batches_of(2, tensors(layers={"first": "Conv2d", "norm": "LayerNorm", "relu": "ReLU"})),
+    ),
+    "batch_size_too_small: rather, unless it is frozen": (
+        "warning",
+        in_batches_of(4, tensors()),
+        replace(in_batches_of(4, tensors()), configuration={"freeze_batch_norm": True}),
+    ),
+    "batch_size_too_small: in pieces": (
+        "error",
+        replace(in_batches_of(32, tensors()), configuration={"micro_batch_size": 2}),
+        replace(in_batches_of(32, tensors()), configuration={"micro_batch_size": 8}),
+    ),
     "batch_size_too_small: a GPU with room": (
         "warning",
         machine(gpu_0_utilization_percentage=65, gpu_0_memory_usage_percentage=65),
@@ -412,3 +427,7 @@ def test_only_rules_on_recordings_are_asked_of_one() -> None:
     assert [f.rule for f in diagnose_recording(broken)] == ["exploding_tensor"]
     assert diagnose_recording(broken, ["overfit"]) == []
     assert set(LASTING_RECORDED) <= set(STOPPING_RULES) & set(RECORDED_RULES)
+    no_reason_to_stop = {
+        "batch_size_too_small", "initialisation_too_long", "step_outliers", "workload_imbalance",
+    }  # fmt: skip
+    assert set(RECORDED_RULES) - set(STOPPING_RULES) == no_reason_to_stop

@@ -1,6 +1,7 @@
 """Rules on where the time of training steps went, and on the machine's use meanwhile.
 
-A finding here costs time or money and spoils no model: an error is more than half of it.
+What is found here costs time or money, an error more than half of it; batches that are too small
+cost accuracy as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from visiontuner.journal import Finding, Severity
 from visiontuner.training.recording.records import STEP_PARTS, Floats, StepRecord, SystemRecord
 from visiontuner.training.rules import thresholds as limits
 from visiontuner.training.rules.history import TrainingHistory
+from visiontuner.training.rules.recorded import of_kind, tensors_of, trained
 
 _GPU = re.compile(r"gpu_(\d+)_utilization_percentage")
 
@@ -92,32 +94,54 @@ def io_bottleneck(history: TrainingHistory) -> Finding | None:
 
 
 def batch_size_too_small(history: TrainingHistory) -> Finding | None:
-    """Steps cost what a larger batch would share: the optimizer, or the launch of work on a GPU.
+    """Batch normalisation learns from a handful of pictures, or a larger batch would be faster.
 
     Source: Debugger's BatchSize for GPUs, 95th percentiles of CPU, GPU and GPU memory all below
-    70 %. The optimizer's share holds for any device: its time does not depend on the batch.
+    70 %. The optimizer's share holds for any device: its time does not depend on the batch. What
+    small batches do to batch normalisation: Wu and He 2018, https://arxiv.org/abs/1803.08494.
     """
-    steps = _steps_of(history)
-    if steps is None:
+    steps = history.recording.steps if history.recording else None
+    if steps is None or not len(steps.steps):
         return None
-    share, pictures = _part(steps, "optimizer"), float(np.median(steps.pictures))
-    evidence = ""
-    severity: Severity = "warning"
-    if share > limits.OPTIMIZER_WARNING:
-        severity = "error" if share > limits.BOTTLENECK_ERROR else "warning"
-        evidence = f"{share:.0%} of a step's time went into the optimizer"
-    elif (use := _percentiles(history)) and max(use.values()) < limits.BATCH_P95:
-        said = ", ".join(f"{name} {value:.0f} %" for name, value in use.items())
-        evidence = f"95th percentiles of use: {said}"
-    if not evidence:
+    pictures = float(np.median(steps.pictures))
+    at_once = min(pictures, history.configuration.get("micro_batch_size") or pictures)
+    severity, evidence = _starved_norms(history, at_once) or _unshared_cost(history) or ("", "")
+    if severity not in ("error", "warning"):
         return None
     return Finding(
         rule="batch_size_too_small",
-        severity=severity,
+        severity="error" if severity == "error" else "warning",
         evidence=f"{evidence}, with {pictures:.0f} pictures a step",
-        advice="Use a training.batch_size (or training.micro_batch_size) two to four times as "
-        "large, with a learning rate larger in proportion.",
+        advice="Use a training.batch_size (and training.micro_batch_size) two to four times as "
+        "large, with a learning rate larger in proportion; else training.freeze_batch_norm: true.",
     )
+
+
+def _starved_norms(history: TrainingHistory, at_once: float) -> tuple[str, str] | None:
+    record = tensors_of(history)
+    if record is None or history.configuration.get("freeze_batch_norm"):
+        return None
+    norms = int((of_kind(record, "BatchNorm") & trained(record)).sum())
+    if not norms or at_once > limits.NORM_PICTURES_WARNING:
+        return None
+    severity = "error" if at_once <= limits.NORM_PICTURES_ERROR else "warning"
+    return severity, f"{norms} layers of batch normalisation learn from {at_once:.0f} at a time"
+
+
+def _unshared_cost(history: TrainingHistory) -> tuple[str, str] | None:
+    """What a larger batch would share between more pictures."""
+    steps = _steps_of(history)
+    if steps is None:
+        return None
+    share = _part(steps, "optimizer")
+    if share > limits.OPTIMIZER_WARNING:
+        severity = "error" if share > limits.BOTTLENECK_ERROR else "warning"
+        return severity, f"{share:.0%} of a step's time went into the optimizer"
+    use = _percentiles(history)
+    if not use or max(use.values()) >= limits.BATCH_P95:
+        return None
+    said = ", ".join(f"{name} {value:.0f} %" for name, value in use.items())
+    return "warning", f"95th percentiles of use: {said}"
 
 
 def memory_increase(history: TrainingHistory) -> Finding | None:
