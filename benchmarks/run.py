@@ -32,6 +32,7 @@ BENCHMARKS = (
     "two_hosts",
     "storage",
     "rules",
+    "tensor_rules",
     "recording",
     "compare",
     "serving",

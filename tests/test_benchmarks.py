@@ -25,6 +25,7 @@ NAMES = (
     "two_hosts",
     "storage",
     "rules",
+    "tensor_rules",
     "recording",
     "compare",
     "serving",
@@ -38,6 +39,7 @@ PARTS = (
     "run",
     "measuring",
     "network_pass",
+    "failing_trainings",
     "plain_trainings",
     "writer_on_or_off",
     "trials_on_features",
@@ -93,7 +95,7 @@ def test_list_names_all_without_measuring() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(NAMES)
 
 
-@pytest.mark.parametrize("name", ["search_time", "peer"])
+@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "peer"])
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
