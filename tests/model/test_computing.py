@@ -23,6 +23,7 @@ class Means:
     """512 features of a picture: its mean, times the feature's index."""
 
     description = "means"
+    batch_size = 16
 
     def features(self, images: np.ndarray) -> np.ndarray:
         means = images.mean(axis=(1, 2, 3), dtype=np.float64)

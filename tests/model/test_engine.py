@@ -102,3 +102,25 @@ def test_bf16_runs_in_torch_and_stays_close(resnet: Backbone, cache: Path) -> No
         (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
     )
     assert cosine.min() > 0.999
+
+
+def test_export_writes_bounded_activations_as_torch_computes_them(
+    resnet: Backbone, cache: Path
+) -> None:
+    class Bounded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.Sequential(
+                torch.nn.ReLU6(), torch.nn.Sequential(torch.nn.Hardtanh(-0.5, 0.25))
+            )
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.layers(images * 9).mean(dim=(2, 3))
+
+    module = Bounded().eval()
+    bounded = replace(resnet, module=module, weights_digest="bounded")
+    path = export_backbone(bounded, cache=cache)
+    images = _images(3)
+    got = OnnxEngine(path, threads=1).features(images)
+    np.testing.assert_allclose(got, _expected(bounded, images), atol=1e-6)
+    assert type(module.layers[0]) is torch.nn.ReLU6  # it is trained as it was

@@ -30,6 +30,7 @@ class MeanEngine:
     """512 features that are easy to foresee: the mean of the input, times the feature's index."""
 
     description = "means"
+    batch_size = 16
 
     def __init__(self, fail_after: int | None = None) -> None:
         self.pictures = 0

@@ -14,7 +14,7 @@ from visiontuner.data.dataset import Sample
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.decoding import decode_batches
 
-_BATCH_SIZE = 32
+_BATCH_SIZE = 4  # see engine.py
 
 
 @dataclass(frozen=True, kw_only=True)

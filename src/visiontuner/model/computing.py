@@ -19,7 +19,6 @@ from visiontuner.model.shards import Shard
 if TYPE_CHECKING:
     from visiontuner.model.engine import Engine
 
-BATCH_SIZE = 16
 # Starting worker processes takes about as long as decoding so many photographs.
 _DECODE_IN_PROCESS_BELOW = 64
 
@@ -49,7 +48,7 @@ def compute_shards(
     backbone: BackboneDescription,
     engine: Engine,
     workers: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     on_batch: Callable[[DecodedBatch], None] = lambda _: None,
 ) -> Generator[ShardRows]:
     """Decode the pictures of some shards and run the network over them, in order.
@@ -57,7 +56,9 @@ def compute_shards(
     Args:
         root: the data set's folder.
         workers: processes that decode, see `decoding_workers`.
+        batch_size: pictures that go through the network at a time; the engine's own if None.
     """
+    batch_size = batch_size or engine.batch_size
     batches = [
         [sample.path for sample in shard.samples[start:end]]
         for shard in shards

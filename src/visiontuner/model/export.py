@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 import json
@@ -15,11 +16,12 @@ from pathlib import Path
 
 import onnx
 import torch
+from torch import Tensor, nn
 
 from visiontuner.errors import ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 
 
@@ -97,7 +99,7 @@ def _export(backbone: Backbone, path: Path) -> None:
     try:
         with _quiet(), torch.inference_mode(False):
             torch.onnx.export(
-                backbone.module,
+                _easily_traced(backbone.module),
                 (example,),
                 str(path),
                 dynamo=True,
@@ -112,6 +114,30 @@ def _export(backbone: Backbone, path: Path) -> None:
             f"Backbone {backbone.name!r} cannot be written as ONNX: {_one_line(error)}. "
             "Choose another: `visiontuner backbones`."
         ) from None
+
+
+class _Clamp(nn.Module):
+    """The same as ReLU6 and Hardtanh."""
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.clamp(x, self.low, self.high)
+
+
+def _easily_traced(network: nn.Module) -> nn.Module:
+    """A copy that torch writes faster, with the same answers.
+
+    It spends a third of an export of EfficientNet-Lite0 on taking each ReLU6 apart in symbols.
+    """
+    clamped = copy.deepcopy(network)
+    for module in list(clamped.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Hardtanh):  # and ReLU6
+                setattr(module, name, _Clamp(child.min_val, child.max_val))
+    return clamped
 
 
 def _load_onnx(path: Path, backbone: Backbone) -> onnx.ModelProto:

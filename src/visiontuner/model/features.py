@@ -20,7 +20,6 @@ from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
 from visiontuner.errors import BadImageError, DataError
 from visiontuner.model.computing import (
-    BATCH_SIZE,
     Machines,
     ShardRows,
     compute_shards,
@@ -53,7 +52,7 @@ def compute_features(
     splits: Sequence[str] = ("train", "validation"),
     on_bad_image: Literal["skip", "fail"] = "skip",
     workers: int | None = None,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int | None = None,
     progress: Progress | None = None,
     machines: Callable[[], AbstractContextManager[Machines | None]] = nullcontext,
 ) -> FeatureSet:
@@ -64,7 +63,7 @@ def compute_features(
         splits: which pictures are looked at. Test stays out until a model has been chosen.
         on_bad_image: leave unreadable pictures out and list them as findings, or fail.
         workers: processes that decode; default by the cores, 0 decodes in a thread.
-        batch_size: pictures that go through the network at a time.
+        batch_size: pictures that go through the network at a time; the engine's own if None.
         progress: called with (pictures done, pictures in all).
         machines: opens others that compute the shards of a large set instead; gives None where
             there are none.
@@ -145,7 +144,7 @@ class _Job:
     folder: Path
     splits: tuple[str, ...]
     on_bad_image: Literal["skip", "fail"]
-    batch_size: int
+    batch_size: int | None
     progress: Progress
     machines: Callable[[], AbstractContextManager[Machines | None]]
 
