@@ -192,6 +192,7 @@ class TrialRecord:
     stage: StageName | None = None
     starts_from: str | None = None
     earlier_epochs: list[EpochRecord] = field(default_factory=list)
+    host: str | None = None
 
     @property
     def finished(self) -> bool:
@@ -338,6 +339,7 @@ def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
         trial.best_value = event.get("best_value")
         trial.error = event.get("error")
         trial.reason = event.get("reason")
+        trial.host = event.get("host")
 
 
 def _up_to(step: int, epochs: Iterable[EpochRecord]) -> list[EpochRecord]:

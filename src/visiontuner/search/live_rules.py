@@ -20,6 +20,7 @@ from visiontuner.training.rules import (
     LASTING_RULES,
     Predictions,
     SimilarRuns,
+    UnequalHosts,
     diagnose_curves,
     diagnose_history,
     history_of_trial,
@@ -49,12 +50,15 @@ class LiveRules:
         self._read_labels = labels
         self._recorder = recorder
         self._similar = SimilarRuns()
+        self._hosts = UnequalHosts()
         self._labels: ValidationLabels | None = None
         self._waiting: dict[str, list[Finding]] = {}
         self.reasons: dict[str, str] = {}
         for trial in recorder.record.trials.values():
             if trial.finished:  # of a search that is resumed
-                self._similar.add(trial.trial_id, history_of_trial(recorder.record, trial))
+                history = history_of_trial(recorder.record, trial)
+                self._similar.add(trial.trial_id, history)
+                self._hosts.add(history)
 
     def stops(
         self,
@@ -86,10 +90,15 @@ class LiveRules:
         """The findings of the last epoch, once that epoch is in the journal."""
         self._write(trial_id, self._waiting.pop(trial_id, []))
 
-    def end(self, trial_id: str, *, error: str | None = None) -> None:
-        """Every rule on a trial that has just ended; `error` is what ended it, if it failed."""
+    def end(self, trial_id: str, *, error: str | None = None, host: str | None = None) -> None:
+        """Every rule on a trial that has just ended.
+
+        Args:
+            error: what ended it, if it failed.
+            host: the machine it ran on.
+        """
         record = self._recorder.record
-        trial = replace(record.trials[trial_id], error=error)
+        trial = replace(record.trials[trial_id], error=error, host=host)
         predictions = None if error else self._predictions(trial)
         history = history_of_trial(
             record,
@@ -98,8 +107,8 @@ class LiveRules:
             recording=find_recording(self._folder / "trials" / trial_id),
         )
         findings = diagnose_history(history)
-        similar = self._similar.add(trial_id, history)
-        self._write(trial_id, [*findings, *([similar] if similar else [])])
+        together = self._similar.add(trial_id, history), self._hosts.add(history)
+        self._write(trial_id, [*findings, *(finding for finding in together if finding)])
 
     def _write(self, trial_id: str, findings: list[Finding]) -> None:
         trial = self._recorder.record.trials[trial_id]

@@ -171,13 +171,14 @@ class JournalCallback(Callback):
         record = self._recorder.record.trials[trial_id]
         epochs = self._recorder.record.epochs_of(record)
         whole = bool(record.epochs) and record.epochs[-1].step >= epochs
-        self._rules.end(trial_id)
+        host = (trial.last_result or {}).get("hostname")
+        self._rules.end(trial_id, host=host)
         end_trial(
             self._recorder,
             trial_id,
             "completed" if whole else "stopped_early",
             reason=None if whole else self._rules.reasons.get(trial_id),
-            host=(trial.last_result or {}).get("hostname"),
+            host=host,
         )
         self._weights.prune()
 

@@ -19,7 +19,9 @@ from visiontuner.training.rules import (
     RECORDED_RULES,
     RULES,
     STOPPING_RULES,
+    Curve,
     TrainingHistory,
+    UnequalHosts,
     diagnose_recording,
 )
 
@@ -420,6 +422,39 @@ def test_a_healthy_recording_has_no_finding() -> None:
 )
 def test_no_rule_fails_on_an_odd_recording(rule: str, odd: TrainingHistory) -> None:
     assert RULES[rule](odd) is None
+
+
+def on(host: str, speed: float, **settings: Any) -> TrainingHistory:
+    return TrainingHistory(
+        metrics={"images_per_second": Curve((1, 2, 3), (speed / 3, speed, speed))},
+        configuration={"batch_size": 32, **settings},
+        host=host,
+    )
+
+
+def of_search(*trials: TrainingHistory) -> list[Finding]:
+    hosts = UnequalHosts()
+    return [finding for trial in trials if (finding := hosts.add(trial))]
+
+
+def test_a_machine_at_less_than_half_the_speed_of_another_is_told_once() -> None:
+    found = of_search(*[on("algo-1", 100)] * 3, *[on("algo-2", 49)] * 4)
+    assert [(f.rule, f.severity) for f in found] == [("workload_imbalance", "warning")]
+    assert "algo-2 trains 49 images/s and algo-1 100" in found[0].evidence
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [on("algo-2", 51)] * 3,
+        [on("algo-2", 49)] * 2,
+        [on("algo-1", 49)] * 3,
+        [on("algo-2", 49, batch_size=8)] * 3,
+    ],
+    ids=["faster", "too few", "the same machine", "other batches"],
+)
+def test_machines_that_cannot_be_told_apart(others: list[TrainingHistory]) -> None:
+    assert of_search(*[on("algo-1", 100)] * 3, *others) == []
 
 
 def test_only_rules_on_recordings_are_asked_of_one() -> None:

@@ -3,7 +3,7 @@
 diagnose_history(history)          every rule on one training
 diagnose_curves(history, rules)    only rules on curves: cheap enough after every epoch
 diagnose_recording(history, rules) only rules on what was recorded of tensors, steps and machine
-SimilarRuns, similar_across_runs   on the trainings of a search together
+SimilarRuns, UnequalHosts          on the trainings of a search together
 
 What each rule looks for and where its thresholds come from: `docs/rules.md`.
 """
@@ -51,7 +51,7 @@ from visiontuner.training.rules.profiler import (
     step_outliers,
     workload_imbalance,
 )
-from visiontuner.training.rules.searches import SimilarRuns, similar_across_runs
+from visiontuner.training.rules.searches import SimilarRuns, UnequalHosts, similar_across_runs
 from visiontuner.training.rules.tensors import (
     all_zero,
     exploding_tensor,
@@ -71,6 +71,7 @@ __all__ = [
     "Predictions",
     "SimilarRuns",
     "TrainingHistory",
+    "UnequalHosts",
     "diagnose_curves",
     "diagnose_history",
     "diagnose_recording",

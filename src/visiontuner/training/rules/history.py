@@ -89,6 +89,7 @@ class TrainingHistory:
         times: seconds since the epoch at which the epochs were reported.
         now: the present time if the training still runs, else None.
         error: what ended a failed training.
+        host: the machine it ran on, in a search on several.
         recording: tensors, step times and the machine's use, if they were recorded.
     """
 
@@ -103,6 +104,7 @@ class TrainingHistory:
     now: float | None = None
     error: str | None = None
     recording: Recording | None = None
+    host: str | None = None
 
     def curve(self, name: str) -> Curve:
         """The finite points of a metric; empty if it was not recorded."""
@@ -158,6 +160,7 @@ def history_of_trial(
         times=tuple(epoch.time for epoch in trial.epochs),
         now=now,
         error=trial.error,
+        host=trial.host,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
+from statistics import median
 from typing import Any
 
 from visiontuner.journal import Finding
@@ -45,6 +47,47 @@ class SimilarRuns:
             evidence=f"the same curves as {earlier}, with other settings: {values}",
             advice=f"{', '.join(different)} has no effect here: leave such values out of the space "
             "(batches larger than the training set are all the same).",
+            step=history.last_step,
+        )
+
+
+class UnequalHosts:
+    """Finds machines of a search that train at less than half the speed of another one.
+
+    Like Debugger's LoadBalancing, threshold 0.5, it says that workers have unequal work; it
+    compares images a second of trials with the same batch size instead of GPUs' use.
+    """
+
+    def __init__(self) -> None:
+        self._speeds: dict[Any, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        self._told = False
+
+    def add(self, history: TrainingHistory) -> Finding | None:
+        """Take in one training that has ended; a finding once a search."""
+        speeds = history.curve("images_per_second").values
+        if not speeds or history.host is None:
+            return None
+        batch = history.configuration.get("batch_size")
+        by_host = self._speeds[batch]
+        by_host[history.host].append(median(speeds))
+        usual = {
+            host: median(values)
+            for host, values in by_host.items()
+            if len(values) >= limits.HOST_TRIALS
+        }
+        if self._told or len(usual) < 2:
+            return None
+        slow, fast = min(usual, key=lambda h: usual[h]), max(usual, key=lambda h: usual[h])
+        if usual[slow] >= limits.IMBALANCE * usual[fast]:
+            return None
+        self._told = True
+        return Finding(
+            rule="workload_imbalance",
+            severity="warning",
+            evidence=f"{slow} trains {usual[slow]:.0f} images/s and {fast} {usual[fast]:.0f}, with "
+            f"batches of {batch} (medians of {limits.HOST_TRIALS} trials or more)",
+            advice=f"See what else runs on {slow}, or leave it out: a search waits for its slowest "
+            "machine; alike machines share the work evenly.",
             step=history.last_step,
         )
 
