@@ -142,8 +142,8 @@ def _of_inputs(inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and deviation by channel, (C,), and both extremes, (2,); features are one channel."""
     with torch.no_grad():
         channels = [inputs[:, c] for c in range(inputs.shape[1])] if inputs.dim() == 4 else [inputs]
-        std, mean = zip(
-            *(torch.std_mean(statistics.evenly(one), correction=0) for one in channels), strict=True
+        mean, std = zip(
+            *(statistics.mean_and_std(statistics.evenly(one)) for one in channels), strict=True
         )
         extremes = torch.stack(torch.aminmax(statistics.in_memory_order(inputs))).float()
         return torch.stack(mean), torch.stack(std), extremes
