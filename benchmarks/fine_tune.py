@@ -37,7 +37,12 @@ def measure(
         common += settings(data__limit_per_class=limit_per_class)
     in_stages = settings(search__stages=_yaml(stages)) if stages else []
     # On features, as the first stage has them.
-    alone = settings(search__stages="null", model__train="head", training__augmentation="null")
+    alone = settings(
+        search__stages="null",
+        model__train="head",
+        training__augmentation="null",
+        training__freeze_batch_norm="false",
+    )
     measured: list[dict[str, Any]] = []
     with scratch() as folder:
         for seed in seeds:
