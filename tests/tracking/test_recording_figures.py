@@ -110,6 +110,17 @@ def test_every_layer_of_a_large_network_has_rows_of_its_own() -> None:
     assert len(axes.get_yticklabels()) >= 42
 
 
+@pytest.mark.parametrize("high", [12.641422, 0.1, 3.3e7, 1e-9])
+def test_the_largest_and_the_smallest_value_are_within_the_scale(high: float) -> None:
+    record = tensors(layers=2, steps=2)
+    record.values["gradient_norm"][:] = [[high, high / 3], [high / 2, high / 7]]
+    figure = layer_map(record, "gradient_norm", "Gradients")
+    assert figure is not None
+    assert (208, 2, 27) not in {tuple(colour) for colour in pixels(figure).reshape(-1, 3)}
+    image = figure.axes[0].images[0]
+    assert image.norm.vmin < image.get_array().min()
+
+
 def test_zeros_infinities_and_gaps_look_different_and_are_explained() -> None:
     values = np.array([[1.0, 0.0, 1.0, np.inf]] * 2 + [[1.0, 0.0, np.nan, np.inf]] * 2)
     figure = layer_map(tensors(layers=4, gradient_norm=values), "gradient_norm", "Gradients")

@@ -192,11 +192,14 @@ def _means(times: Values, values: Values) -> tuple[list[float], list[float]]:
 
 
 def _log_norm(values: Values) -> LogNorm:
-    """From the smallest to the largest value above zero, ten decades at most."""
+    """From the smallest to the largest value above zero, ten decades at most.
+
+    A little more at both ends: rounded to float32, or drawn larger, an end could lie outside.
+    """
     positive = values[np.isfinite(values) & (values > 0)]
     high = float(positive.max()) if len(positive) else 1.0
     low = max(float(positive.min()), high * 10.0**-_DECADES) if len(positive) else 0.1
-    return LogNorm(low, high if high > low else low * 10)
+    return LogNorm(0.99 * low, 1.01 * high if high > low else low * 10)
 
 
 def _short_names(names: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from visiontuner.training.recording.records import TRACE_FILE
 from visiontuner.training.watch import Watch
+
+_log = logging.getLogger(__name__)
 
 
 class Trace(Watch):
@@ -22,13 +26,13 @@ class Trace(Watch):
 
     def __init__(self, folder: Path, first: int, last: int) -> None:
         self.path = folder / TRACE_FILE
-        self.note: str | None = None
         self._first, self._last = first, last
         self._profiler: profile | None = None
         self._step = ExitStack()
+        self._last_seen = 0
 
     def step_begins(self, step: int, inputs: Tensor) -> None:
-        if step == self._first and self.note is None:
+        if step == self._first:
             self._begin(inputs.device)
         if self._profiler is not None:
             self._step.enter_context(record_function(f"step {step}"))
@@ -51,17 +55,18 @@ class Trace(Watch):
             part = self.path.with_name(f"{self.path.name}.part.gz")
             profiler.export_chrome_trace(str(part))
             part.replace(self.path)
-            self.note = f"steps {self._first} to {self._last_seen} are traced in {self.path}"
         except Exception as problem:  # of the profiler or the disk: the training goes on
-            self.note = f"the trace could not be written, {type(problem).__name__}: {problem}"
+            _log.warning("The trace could not be written: %s", problem)
 
     def _begin(self, device: torch.device) -> None:
         activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
+        # Else the library below reports its own state on the terminal, as if it were a failure.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         try:
             self._profiler = profile(activities=activities)
             self._profiler.start()
         except Exception as problem:
             self._profiler = None
-            self.note = f"no trace, {type(problem).__name__}: {problem}"
+            _log.warning("No trace: %s", problem)
