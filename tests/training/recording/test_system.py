@@ -65,7 +65,8 @@ def test_memory_is_that_of_the_training_and_of_the_processes_it_started(tmp_path
     finally:
         child.communicate(b"\n")
     assert together > alone + 150
-    assert alone == pytest.approx(psutil.Process().memory_info().rss / 1e6, rel=0.3)
+    # Or more: other tests may have left processes of their own.
+    assert alone > 0.7 * psutil.Process().memory_info().rss / 1e6
 
 
 def test_a_long_training_is_sampled_less_often(tmp_path):
@@ -92,9 +93,8 @@ def test_going_on_keeps_what_was_sampled_before(tmp_path):
 
 
 def test_the_thread_ends_with_the_training(tmp_path):
-    before = threading.active_count()
     sampled(tmp_path, 1)
-    assert threading.active_count() == before
+    assert "system-sampler" not in {thread.name for thread in threading.enumerate()}
 
 
 def test_a_folder_that_is_gone_costs_no_more_than_its_numbers(tmp_path):
