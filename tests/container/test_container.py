@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import numpy as np
@@ -30,7 +29,7 @@ from visiontuner.serving.answers import Answer, Options
 from visiontuner.serving.client import HttpTransport, decode_answers, encode_request
 from visiontuner.serving.container import Container, build_image, docker, memory_of, require_engine
 from visiontuner.serving.preflight import run_preflight
-from visiontuner.serving.server import answers_ping
+from visiontuner.serving.server import Served, wait_until_ready
 
 WANTED = "VISIONTUNER_CONTAINER_TESTS"
 READY_SECONDS = 180.0
@@ -84,11 +83,12 @@ def difference(classifier: Path, pictures: list[bytes], answers: Sequence[Answer
     return float(np.abs(got - own.probabilities(pictures)).max())
 
 
-class RunLocal:
+class RunLocal(Served):
     """`mlflow deployments run-local -t sagemaker`, as a shell command."""
 
     installed = ""
     description = "run-local"
+    ready_seconds = READY_SECONDS
 
     def __init__(self, model: Path, image: str, log: Path) -> None:
         self.name = f"colours-{uuid.uuid4().hex[:8]}"
@@ -114,28 +114,24 @@ class RunLocal:
     def __enter__(self) -> Self:
         began = time.monotonic()
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
+            process = subprocess.Popen(
                 self.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
-        while not answers_ping(self.url):
-            if self.process.poll() is not None or time.monotonic() - began > READY_SECONDS:
-                self.__exit__(None, None, None)
-                raise ServingError(self.last_lines())
-            time.sleep(0.2)
-        self.started_seconds = time.monotonic() - began
+        self.process = process
+        try:
+            wait_until_ready(self, "run-local", began, runs=lambda: process.poll() is None)
+        except BaseException:
+            self.stop()
+            raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
+            self.process.wait()
         for container in self.containers():
             docker("rm", "--force", container)
 

@@ -15,7 +15,7 @@ from typing import Self
 
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.environments import wanted_by
-from visiontuner.serving.server import Served, answers_ping
+from visiontuner.serving.server import Served, wait_until_ready
 
 REPOSITORY = "visiontuner-serving"
 # What MLflow's deployment tells the container; `serve` is SageMaker's own argument.
@@ -25,7 +25,6 @@ VARIABLES = {
 }
 
 _PORT = 8080
-_POLL_SECONDS = 0.2
 _CALL_SECONDS = 120.0
 _BUILD_SECONDS = 3600.0
 _OF_NGINX = re.compile(r"GET /ping|\[(notice|error)\] \d+#")
@@ -139,7 +138,7 @@ class Container(Served):
             "--publish", f"127.0.0.1::{_PORT}", self.image, "serve",
         )  # fmt: skip
         try:
-            self._wait(began)
+            wait_until_ready(self, "The container", began, runs=self._runs)
         except BaseException:
             self.stop()
             raise
@@ -177,19 +176,15 @@ class Container(Served):
             with suppress(ServingError):
                 docker("rm", "--force", "--volumes", container)
 
-    def _wait(self, began: float) -> None:
-        while time.monotonic() - began < self.ready_seconds:
-            if docker("inspect", "--format", "{{.State.Running}}", self._id) != "true":
-                raise ServingError(f"The container ended while starting: {self.last_lines()}")
-            port = docker("port", self._id, str(_PORT)).splitlines()[0].rpartition(":")[2]
-            self.url = f"http://127.0.0.1:{port}"
-            if answers_ping(self.url):
-                self.started_seconds = time.monotonic() - began
-                return
-            time.sleep(_POLL_SECONDS)
-        raise ServingError(
-            f"The container was not ready after {self.ready_seconds:g} s: {self.last_lines()}"
-        )
+    def _runs(self) -> bool:
+        """Whether it has not ended; its port is known from then on."""
+        if docker("inspect", "--format", "{{.State.Running}}", self._id) != "true":
+            return False
+        published = docker("port", self._id, str(_PORT)).splitlines()
+        if not published:  # it ended just now
+            return False
+        self.url = f"http://127.0.0.1:{published[0].rpartition(':')[2]}"
+        return True
 
 
 def memory_of(container: str) -> float:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +23,7 @@ from visiontuner.serving.environments import Environment
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 _PORT_TRIES = 3
+_PORT_TAKEN = "address already in use"
 # They would bring packages or settings of this process into the model's.
 _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MLFLOW_RUN_ID")
 
@@ -29,10 +31,12 @@ _NOT_PASSED_ON = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "MLFLOW_RUN_ID")
 class Served(Protocol):
     """A model that answers over HTTP while a `with` block runs.
 
-    `description` says where, `installed` how large that is ("" if it is this machine's own).
+    `description` says where, `installed` how large that is ("" if it is this machine's own);
+    `ready_seconds` is how long it may take to start, `started_seconds` how long it took.
     """
 
     url: str
+    ready_seconds: float
     started_seconds: float
 
     @property
@@ -89,14 +93,15 @@ class ScoringServer(Served):
         return f"clean environment of {size:,.0f} MB, installed in {seconds:.0f} s"
 
     def __enter__(self) -> Self:
-        try:
-            for last in range(_PORT_TRIES - 1, -1, -1):
-                if self._start(give_up=last == 0):
-                    break
-        except BaseException:
-            self.stop()
-            raise
-        return self
+        for tries_left in range(_PORT_TRIES - 1, -1, -1):
+            try:
+                self._start()
+                return self
+            except BaseException as error:
+                self.stop()
+                if not tries_left or _PORT_TAKEN not in str(error):
+                    raise
+        raise AssertionError("the last try returns or raises")
 
     def memory_mb(self) -> float:
         """Resident memory of the server and its children, in 10^6 bytes.
@@ -136,8 +141,7 @@ class ScoringServer(Served):
             self._log.close()
             self._log = None
 
-    def _start(self, *, give_up: bool) -> bool:
-        """Whether it runs; False if another program took the port meanwhile."""
+    def _start(self) -> None:
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `stop`
@@ -153,20 +157,31 @@ class ScoringServer(Served):
             cwd=tempfile.gettempdir(),
             start_new_session=True,  # a Ctrl-C is ours; `stop` ends the whole group
         )  # fmt: skip
-        while time.monotonic() - began < self.ready_seconds:
-            if self._process.poll() is not None:
-                said = self.last_lines()
-                self.stop()
-                if "address already in use" in said and not give_up:
-                    return False
-                raise ServingError(f"The scoring server ended while starting: {said}")
-            if answers_ping(self.url):
-                self.started_seconds = time.monotonic() - began
-                return True
-            time.sleep(_POLL_SECONDS)
-        raise ServingError(
-            f"The scoring server was not ready after {self.ready_seconds:g} s: {self.last_lines()}"
-        )
+        process = self._process
+        wait_until_ready(self, "The scoring server", began, runs=lambda: process.poll() is None)
+
+
+def wait_until_ready(server: Served, what: str, began: float, *, runs: Callable[[], bool]) -> None:
+    """Until a server that was just started answers `/ping`; notes how long that took.
+
+    Args:
+        what: the start of a sentence about it.
+        began: when it was started, by the monotonic clock.
+        runs: whether it has not ended; asked before each ping.
+
+    Raises:
+        ServingError: it ended, or is not ready in time; with what it printed.
+    """
+    while time.monotonic() - began < server.ready_seconds:
+        if not runs():
+            raise ServingError(f"{what} ended while starting: {server.last_lines()}")
+        if answers_ping(server.url):
+            server.started_seconds = time.monotonic() - began
+            return
+        time.sleep(_POLL_SECONDS)
+    raise ServingError(
+        f"{what} was not ready after {server.ready_seconds:g} s: {server.last_lines()}"
+    )
 
 
 def answers_ping(url: str) -> bool:
