@@ -1,11 +1,14 @@
 """A Docker engine for the length of one command: the one that runs, or one started for it.
 
-    python tests/container/engine.py COMMAND…
+    python tests/container/engine.py [--or-skip] COMMAND…
 
 Where no engine runs, root on Debian gets one of its own: in its own namespaces (network, processes,
 mounts), with its data in a folder that is removed, and without any image registry. The image that
 MLflow builds on, `python:VERSION-slim`, is then made by debootstrap and has Debian's Python. The
 command runs in those namespaces too: ports that containers publish are on its 127.0.0.1.
+
+Where there is none and none can be started, it says why in one line: exit status 2, or 0 with
+`--or-skip`. Else the status is the command's.
 """
 
 from __future__ import annotations
@@ -24,14 +27,18 @@ from pathlib import Path
 
 # Debian's name of a package -> a program that it brings.
 PACKAGES = {"docker.io": "dockerd", "debootstrap": "debootstrap", "slirp4netns": "slirp4netns"}
+# Another installation may be under way.
+APT = ("apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", "-o", "Acquire::Retries=3")
 MIRROR = "http://deb.debian.org/debian"
 RELEASE = "bookworm"  # with Python 3.11
 # Certificates of this machine's own (a proxy's, say): pip needs them inside as outside.
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 PASSED_ON = ("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_TRUSTED_HOST")
 
-_INSIDE = "--inside"
+_INSIDE, _OR_SKIP = "--inside", "--or-skip"
 _READY_SECONDS = 60.0
+_STEP_SECONDS = 900  # a mirror that hangs must not take a CI's time
+_REASON = "no-engine"  # a file: why there is none, said by who tried inside the namespaces
 
 
 class NoEngine(Exception):
@@ -39,20 +46,23 @@ class NoEngine(Exception):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run a command with an engine; its exit status, or 2 with one line of reason."""
+    """Run a command with an engine; its exit status, or that of having none."""
     if arguments[:1] == [_INSIDE]:
         return run_inside(Path(arguments[1]), arguments[2:])
-    if not arguments:
-        print("Usage: engine.py COMMAND…", file=sys.stderr)
+    skip = arguments[:1] == [_OR_SKIP]
+    command = arguments[1:] if skip else arguments
+    if not command:
+        print("Usage: engine.py [--or-skip] COMMAND…", file=sys.stderr)
         return 2
     if engine_runs():
-        return subprocess.call(arguments)
+        return subprocess.call(command)
     try:
         require_programs()
-        return run_outside(arguments)
+        return run_outside(command)
     except NoEngine as reason:
-        print(f"No Docker engine: {reason}", file=sys.stderr)
-        return 2
+        skipped = f"Skipped `{' '.join(command[1:])}`: " if skip else ""
+        print(f"{skipped}No Docker engine: {reason}", file=sys.stderr)
+        return 0 if skip else 2
 
 
 def engine_runs() -> bool:
@@ -79,8 +89,8 @@ def require_programs() -> None:
         raise NoEngine(f"`docker info` fails, and {', '.join(missing)} cannot be installed.")
     print(f"Installing {', '.join(missing)}", file=sys.stderr)
     with no_services():
-        run(["apt-get", "update", "-q"])
-        run(["apt-get", "install", "-q", "-y", "--no-install-recommends", *missing])
+        run([*APT, "update"])
+        run([*APT, "install", "-y", "--no-install-recommends", *missing])
 
 
 @contextmanager
@@ -115,7 +125,10 @@ def run_outside(arguments: Sequence[str]) -> int:
             ["slirp4netns", "--configure", "--mtu=65520", str(host.pid), "tap0"],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         )  # fmt: skip
-        return host.wait()
+        status = host.wait()
+        if (folder / _REASON).is_file():
+            raise NoEngine((folder / _REASON).read_text())
+        return status
     finally:
         for process in (host, network):
             if process is not None and process.poll() is None:
@@ -127,20 +140,22 @@ def run_outside(arguments: Sequence[str]) -> int:
 
 def wait_for_namespace(host: subprocess.Popen[bytes]) -> None:
     ours = Path("/proc/self/ns/net").readlink()
-    for _ in range(100):
+    for _ in range(600):
         with suppress(OSError):
             if Path(f"/proc/{host.pid}/ns/net").readlink() != ours:
                 return
+        if host.poll() is not None:
+            break
         time.sleep(0.05)
     raise NoEngine("no namespaces can be made here (`unshare --net --mount --pid` fails).")
 
 
 def run_inside(folder: Path, arguments: Sequence[str]) -> int:
     """Start the engine, give it a base image, run the command, end the engine."""
-    run(["ip", "link", "set", "lo", "up"])
     environment = {**os.environ, "DOCKER_HOST": f"unix://{folder}/docker.sock"}
     os.environ["DOCKER_HOST"] = environment["DOCKER_HOST"]
     try:
+        run(["ip", "link", "set", "lo", "up"])
         with (folder / "dockerd.log").open("wb") as log:
             engine = subprocess.Popen(
                 ["dockerd", "--data-root", str(folder / "data"), "--exec-root",
@@ -158,7 +173,7 @@ def run_inside(folder: Path, arguments: Sequence[str]) -> int:
         end(engine)
         return status
     except NoEngine as reason:
-        print(f"No Docker engine: {reason}", file=sys.stderr)
+        (folder / _REASON).write_text(str(reason))
         return 2
 
 
@@ -238,10 +253,18 @@ def run(command: Sequence[str]) -> None:
     Raises:
         NoEngine: it did not; with the end of what it said.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
+    what = f"`{' '.join(command[:3])} …`"
+    environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment,
+            timeout=_STEP_SECONDS,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NoEngine(f"{what} fails: {error}.") from None
     if done.returncode:
         said = " ".join((done.stderr.strip() or done.stdout).split())[-300:]
-        raise NoEngine(f"`{' '.join(command[:3])} …` fails: {said}")
+        raise NoEngine(f"{what} fails: {said}")
 
 
 if __name__ == "__main__":
