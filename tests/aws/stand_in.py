@@ -14,6 +14,8 @@ What a test can ask for:
     a role whose name holds `unpassable`            the caller may not pass it
     instance type ml.p3.16xlarge                    the account's quota is 0
     the container's variable STAND_IN_HANG=SECONDS  never answers, and is given up after so long
+    the container's variable STAND_IN_VANISH=1      someone deletes the endpoint meanwhile
+    an access key that begins with AKIAEXPIRED      credentials that have expired
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ from visiontuner.serving.environments import local_environment
 from visiontuner.serving.server import ScoringServer
 
 NO_QUOTA = "ml.p3.16xlarge"
-HANG = "STAND_IN_HANG"
+HANG, VANISH = "STAND_IN_HANG", "STAND_IN_VANISH"
 LAYERS = "ecr-layers"  # a bucket: image configurations by digest
+EXPIRED = "AKIAEXPIRED"
 _UNHEALTHY = (
     "The primary container for production variant {} did not pass the ping health check. "
     "Please check CloudWatch logs for this endpoint."
@@ -123,6 +126,9 @@ def _start(response: Any, name: str, config_name: str, failed: Callable[[str], N
     container = backend._models[variant["ModelName"]].primary_container
 
     def work() -> None:
+        if VANISH in container["Environment"]:
+            del backend.endpoints[name]
+            return
         try:
             hang = float(container["Environment"].get(HANG, 0))
             if hang:
@@ -265,9 +271,28 @@ training_jobs.install()
 stand_in_jobs.install()
 
 
+def refusing_expired(application: Any) -> Any:
+    """AWS looks at the credentials first."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        signed = environ.get("HTTP_AUTHORIZATION", "")
+        if EXPIRED not in signed:
+            return application(environ, start_response)
+        told = f"The security token {EXPIRED}000000000 included in the request is expired"
+        if "/sts/" in signed:
+            body = f"<E><Error><Code>ExpiredToken</Code><Message>{told}</Message></Error></E>"
+        else:
+            body = json.dumps({"message": told})
+        headers = [("x-amzn-ErrorType", "ExpiredTokenException")]
+        start_response("403 Forbidden", headers)
+        return [body.encode()]
+
+    return answer
+
+
 def main() -> None:
     global _PORT
-    application = DomainDispatcherApplication(create_backend_app)
+    application = refusing_expired(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, True, request_handler=MotoRequestHandler)
     _PORT = server.server_address[1]
     ended = threading.Event()

@@ -20,12 +20,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.aws import Aws
 from visiontuner.cli import main
-from visiontuner.errors import ServingError
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.endpoint import Endpoint
-from visiontuner.serving.endpoint_states import wait_until_in_service
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
 
@@ -244,6 +241,9 @@ def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
     assert _variant(account)["ServerlessConfig"]["MemorySizeInMB"] == 2048
     listed = run("endpoints", *acting)
     assert "colours" in listed.stdout
+    Path("red.png").write_bytes(make_picture("red"))
+    asked = run("query", "colours", "red.png", "--format", "json", *acting)
+    assert json.loads(asked.stdout)["label"] == "red"
     gone = run("undeploy", "colours", "--artifacts", *acting)
     assert gone.exit_code == 0, gone.output
     assert account.holds() == NOTHING
@@ -319,11 +319,11 @@ def test_an_endpoint_that_never_becomes_healthy_is_taken_away(account: Any, mode
 
 
 @contextmanager
-def pressing_ctrl_c(account: Any, *, times: int) -> Iterator[None]:
-    """As soon as there is an endpoint, and again half a second later."""
+def pressing_ctrl_c(account: Any, *, times: int = 1, state: str = "Creating") -> Iterator[None]:
+    """As soon as there is an endpoint in this state, and again half a second later."""
 
     def press() -> None:
-        while not account.holds()["endpoints"] and not ended.is_set():
+        while state not in _states(account) and not ended.is_set():
             time.sleep(0.05)
         for _ in range(times):
             if not ended.is_set():
@@ -343,8 +343,13 @@ def pressing_ctrl_c(account: Any, *, times: int) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
+def _states(account: Any) -> list[str]:
+    listed = account.client("sagemaker").list_endpoints()["Endpoints"]
+    return [endpoint["EndpointStatus"] for endpoint in listed]
+
+
 def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
-    with pressing_ctrl_c(account, times=1):
+    with pressing_ctrl_c(account):
         done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=1.5")
     assert done.exit_code == 130
     assert said(done) == "Error: Stopped."
@@ -361,14 +366,33 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_left(account: Any, model:
     assert account.holds()["endpoints"] == ["colours"]
 
 
+def test_what_happens_to_an_endpoint_during_its_update_leaves_the_old_one_or_nothing(
+    account: Any, model: str
+) -> None:
+    made = run("deploy", model, "--no-preflight")
+    assert made.exit_code == 0, made.output
+    first = account.holds()
+    with pressing_ctrl_c(account, state="Updating"):
+        stopped = run("update", "colours", model, "--no-preflight", "--env", "STAND_IN_HANG=1.5")
+    assert stopped.exit_code == 130
+    assert said(stopped) == "Error: Stopped."
+    assert account.holds() == first
+    deleted = run("update", "colours", model, "--no-preflight", "--env", "STAND_IN_VANISH=1")
+    assert deleted.exit_code == 1
+    assert "'colours' was deleted by someone meanwhile" in said(deleted)
+    assert "`visiontuner deploy` makes it again" in said(deleted)
+    assert account.holds() == NOTHING
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--instance-type", "ml.p3.16xlarge"], 1, "ResourceLimitExceeded.*Service Quotas"),
         (["--role", "unpassable"], 1, "iam:PassRole.*docs/aws.md"),
+        (["--env", "STAND_IN_VANISH=1"], 1, "deleted by someone meanwhile.*`visiontuner deploy`"),
     ],
 )
-def test_what_sagemaker_refuses_on_the_way_leaves_nothing(
+def test_what_goes_wrong_on_the_way_leaves_nothing(
     account: Any, model: str, arguments: list[str], code: int, message: str
 ) -> None:
     account.put_role("unpassable")
@@ -438,13 +462,41 @@ def test_several_roles_have_to_be_chosen_from(account: Any, model: str) -> None:
     assert "may take on 2 roles: " in said(run("deploy", model, "--dry-run"))
 
 
-@pytest.mark.usefixtures("account")
-def test_without_credentials_nothing_is_tried(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
-    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    done = run("deploy", model)
+@pytest.mark.usefixtures("account", "model")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["deploy", "colours"],
+        ["update", "colours", "colours"],
+        ["undeploy", "colours"],
+        ["endpoints"],
+        ["query", "colours", "red.png"],
+        ["lineage", "endpoint:colours"],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+@pytest.mark.parametrize("missing", [True, False], ids=["none", "expired"])
+def test_without_credentials_nothing_is_tried(
+    make_picture: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    missing: bool,
+) -> None:
+    Path("red.png").write_bytes(make_picture("red"))
+    if missing:
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    else:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXPIRED000000000")
+    done = run(*arguments)
     assert done.exit_code == 2
-    assert "No usable AWS credentials" in said(done)
+    if missing:
+        assert "No usable AWS credentials" in said(done)
+        assert "`aws configure`" in said(done)
+    else:
+        assert "AWS does not take these credentials" in said(done)
+        assert "`aws sso login`" in said(done)
+        assert "AKIA" not in done.output
 
 
 @pytest.mark.usefixtures("account")
@@ -494,12 +546,6 @@ def test_an_endpoint_that_is_not_there_is_a_mistake(
     assert done.exit_code == 2
     assert "There is no endpoint 'missing' in eu-west-1" in said(done)
     assert account.holds() == NOTHING
-
-
-@pytest.mark.usefixtures("account")
-def test_an_endpoint_that_is_deleted_meanwhile_is_said() -> None:
-    with pytest.raises(ServingError, match="was deleted by someone meanwhile"):
-        wait_until_in_service(Aws(), "gone", 5, note=lambda _: None)
 
 
 @pytest.mark.usefixtures("account")

@@ -35,6 +35,7 @@ _FEW = 32  # pictures that are answered before anyone wants to see progress
     help="Ask a folder or registered model itself, without a server.",
 )
 @click.option("--region", metavar="REGION", default="auto", help="Of the SageMaker endpoint.")
+@click.option("--assume-role", metavar="ARN", default="none", help="Ask the endpoint as this role.")
 @click.option("--top-k", type=int, default=5, show_default=True, help="How many classes to list.")
 @click.option("--threshold", metavar="P", default="auto", help="Abstain below this probability.")
 @click.option(
@@ -59,6 +60,7 @@ def query(
     url: str,
     model: str,
     region: str,
+    assume_role: str,
     top_k: int,
     threshold: str,
     form: str,
@@ -92,6 +94,7 @@ def query(
         sources,
         **where,
         region=None if region in NOT_GIVEN else region,
+        assume_role=None if assume_role in NOT_GIVEN else assume_role,
         top_k=top_k,
         threshold=_probability(threshold),
         workers=workers,

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 import requests
 
+from visiontuner.aws import explained
 from visiontuner.errors import ServingError
 from visiontuner.serving.answers import Answer, Options
 
@@ -27,6 +28,12 @@ _TIMEOUT_SECONDS = (10, 70)
 _BUSY = (429, 502, 503)
 # The batch may be too large, too slow, or hold a row that the model refuses.
 _REFUSED = (400, 413, 422, 504)
+_ENDPOINT_CODES = (
+    "ValidationError",
+    "ModelError",
+    "InternalFailure",
+    "InternalDependencyException",
+)
 _BUSY_CODES = ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyException")
 
 
@@ -115,53 +122,50 @@ class SageMakerTransport:
     ) -> None:
         import boto3
         from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
 
         # Retries are ours: the same for every transport.
         config = Config(retries={"total_max_attempts": 1}, read_timeout=_TIMEOUT_SECONDS[1])
         self.endpoint = endpoint
         self.body_limit = body_limit
-        try:
+        with explained(f"ask endpoint {endpoint!r}"):
             maker = session or boto3
             self._client = maker.client("sagemaker-runtime", region_name=region, config=config)
-        except BotoCoreError as error:
-            raise ServingError(
-                f"Cannot ask endpoint {endpoint!r}: {error} Set AWS_REGION and credentials, "
-                "or ask a server with --url."
-            ) from None
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
 
     def _send(self, body: bytes) -> bytes:
-        from botocore.exceptions import BotoCoreError, ClientError, ReadTimeoutError
+        from botocore.exceptions import ClientError, ReadTimeoutError
 
-        try:
-            answer = self._client.invoke_endpoint(
-                EndpointName=self.endpoint, ContentType="application/json", Body=body
-            )
-            content: bytes = answer["Body"].read()
-            return content
-        except ClientError as error:
-            raise self._explain(error.response) from None
-        except ReadTimeoutError:
-            raise Refused("no answer in time") from None
-        except BotoCoreError as error:
-            raise ServingError(
-                f"Cannot ask endpoint {self.endpoint!r}: {error} Check AWS_REGION and credentials."
-            ) from None
+        with explained(f"ask endpoint {self.endpoint!r}"):
+            try:
+                answer = self._client.invoke_endpoint(
+                    EndpointName=self.endpoint, ContentType="application/json", Body=body
+                )
+                content: bytes = answer["Body"].read()
+                return content
+            except ReadTimeoutError:
+                raise Refused("no answer in time") from None
+            except ClientError as error:
+                reason = self._of_the_endpoint(error.response)
+                if reason is None:
+                    raise
+                raise reason from None
 
-    def _explain(self, response: Any) -> Exception:
+    def _of_the_endpoint(self, response: Any) -> Exception | None:
+        """None for what any service of AWS may answer: credentials, permissions."""
         code, message = response["Error"]["Code"], response["Error"]["Message"]
         status = int(response.get("OriginalStatusCode") or 0)
         if code in _BUSY_CODES or status in _BUSY:
             return Busy(message)
         if status in _REFUSED:
             return Refused(_reason(str(response.get("OriginalMessage") or message).encode()))
-        return ServingError(
-            f"Endpoint {self.endpoint!r} does not answer ({code}): {message} "
-            "`visiontuner endpoints` lists those that run."
-        )
+        if status or code in _ENDPOINT_CODES:  # the model's own answer, or SageMaker's about it
+            return ServingError(
+                f"Endpoint {self.endpoint!r} does not answer ({code}): {message} "
+                "`visiontuner endpoints` lists those that run."
+            )
+        return None
 
 
 def encode_request(contents: Sequence[bytes], options: Options) -> bytes:

@@ -116,6 +116,7 @@ def update(
         "EndpointConfigName"
     ]
     before = Parts.find(aws, plan)
+    old = before.of_config(aws, old_config)
     try:
         note(
             f"Uploading {plan.model_uri} and updating {plan.name}; the old model serves meanwhile."
@@ -129,13 +130,14 @@ def update(
         with _telling_what_is_left(plan, error):
             note("Going back to the old model.")
             roll_back(aws, plan.name, old_config, plan.timeout_seconds, note)
+            # The old parts are still used, unless someone deleted the endpoint meanwhile.
             Parts.find(aws, plan).without(before).delete(aws, plan)
+            old.delete(aws, plan)
         raise
     arn = now["EndpointArn"]
     tags = [{"Key": key, "Value": value} for key, value in plan.tags.items()]
     aws.call("sagemaker", "add_tags", ResourceArn=arn, Tags=tags)
-    replaced = Parts.find(aws, plan).of_config(aws, old_config)
-    replaced.delete(aws, plan)
+    old.delete(aws, plan)
 
 
 def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> list[str]:

@@ -80,7 +80,10 @@ def wait_until_in_service(
             described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
         except AwsRefused as error:
             if error.is_missing:
-                raise ServingError(f"Endpoint {name!r} was deleted by someone meanwhile.") from None
+                raise ServingError(
+                    f"Endpoint {name!r} was deleted by someone meanwhile. If it is still wanted, "
+                    "`visiontuner deploy` makes it again."
+                ) from None
             raise
         state = described["EndpointStatus"]
         begun = begun or state != "InService" or described["EndpointConfigName"] != leaving
@@ -127,9 +130,14 @@ def delete_endpoint(
 
 
 def roll_back(aws: Aws, name: str, old_config: str, timeout_seconds: float, note: Note) -> None:
-    """Let an endpoint serve its old configuration again, if it does not."""
+    """Let an endpoint serve its old configuration again, if it is there and does not."""
     for _ in poll(name, note, "Waiting for"):  # what is being updated cannot be updated
-        described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+        try:
+            described = aws.call("sagemaker", "describe_endpoint", EndpointName=name)
+        except AwsRefused as error:
+            if error.is_missing:  # someone deleted it
+                return
+            raise
         if described["EndpointStatus"] not in IN_PROGRESS:
             break
     new_config = described["EndpointConfigName"]

@@ -27,6 +27,7 @@ def query(
     url: str | None = None,
     model: str | None = None,
     region: str | None = None,
+    assume_role: str | None = None,
     top_k: int = 5,
     threshold: float | None = None,
     workers: int = 4,
@@ -41,6 +42,7 @@ def query(
         url: of a scoring server.
         model: a classifier, model or search folder, or a registered model; asked in this process.
         region: of the endpoint; the one that AWS's own settings name if None.
+        assume_role: ARN of a role to ask the endpoint as.
         threshold: answers below it are not confident; the classifier's own if None.
         workers: requests under way at a time.
         request_bytes: the largest request; SageMaker's limit if None.
@@ -61,7 +63,8 @@ def query(
     except BadRequest as error:
         raise UserMistake(str(error)) from None
     pictures = find_pictures(sources)
-    with _way(endpoint, url, model, region, request_bytes or REQUEST_BYTES) as transport:
+    limit = request_bytes or REQUEST_BYTES
+    with _way(endpoint, url, model, region, assume_role, limit) as transport:
         answers = ask_all(transport, pictures, options, workers=1 if model else workers)
         for done, answer in enumerate(answers, 1):
             progress("Asking", done, len(pictures), "pictures")
@@ -70,8 +73,14 @@ def query(
 
 @contextmanager
 def _way(
-    endpoint: str | None, url: str | None, model: str | None, region: str | None, limit: int
+    endpoint: str | None,
+    url: str | None,
+    model: str | None,
+    region: str | None,
+    assume_role: str | None,
+    limit: int,
 ) -> Iterator[Transport]:
+    from visiontuner.aws import Aws
     from visiontuner.serving.client import HttpTransport, SageMakerTransport
     from visiontuner.serving.local import open_model
 
@@ -80,6 +89,11 @@ def _way(
             yield open_model(folder)
     elif url is not None:
         yield HttpTransport(url, body_limit=limit)
+    elif assume_role is not None:
+        aws = Aws(region, assume_role)
+        yield SageMakerTransport(
+            endpoint or "", region=aws.region, body_limit=limit, session=aws.session
+        )
     else:
         yield SageMakerTransport(endpoint or "", region=region, body_limit=limit)
 
