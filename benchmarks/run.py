@@ -36,6 +36,7 @@ BENCHMARKS = (
     "recording",
     "compare",
     "serving",
+    "serving_load",
     "loader",
     "gpu",
     "fine_tune",

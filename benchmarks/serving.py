@@ -144,6 +144,13 @@ class Client:
     def __init__(self, url: str) -> None:
         self._connection = http.client.HTTPConnection(str(urlsplit(url).netloc), timeout=60)
 
+    def send(self, body: bytes, content_type: str) -> tuple[int, bytes]:
+        """Status and content of the answer; an empty content type is not sent."""
+        headers = {"Content-Type": content_type} if content_type else {}
+        self._connection.request("POST", "/invocations", body, headers)
+        response = self._connection.getresponse()
+        return response.status, response.read()
+
     def ask(self, bodies: Sequence[bytes], seconds: float) -> list[float]:
         """Seconds of each request."""
         self._connection.close()  # the server ends those that were idle; the next request opens it
@@ -152,12 +159,9 @@ class Client:
         while time.perf_counter() < end:
             began = time.perf_counter()
             body = bodies[len(took) % len(bodies)]
-            headers = {"Content-Type": "application/json"}
-            self._connection.request("POST", "/invocations", body, headers)
-            response = self._connection.getresponse()
-            text = response.read()
-            if response.status != 200:
-                raise RuntimeError(f"{response.status}: {text[:300]!r}")
+            status, text = self.send(body, "application/json")
+            if status != 200:
+                raise RuntimeError(f"{status}: {text[:300]!r}")
             took.append(time.perf_counter() - began)
         return took
 

@@ -29,6 +29,7 @@ NAMES = (
     "recording",
     "compare",
     "serving",
+    "serving_load",
     "loader",
     "gpu",
     "fine_tune",
