@@ -252,8 +252,8 @@ def _made_of(name: str, search: Any, png: bytes) -> str:
     )
 
 
-def test_passwords_in_urls_stay_out(new_search: NewSearch) -> None:
-    search = new_search(data={"source": "https://me:hunter2@example.org/p.zip"})
+def test_secrets_in_urls_stay_out(new_search: NewSearch) -> None:
+    search = new_search(data={"source": "https://me:hunter2@example.org/p.zip?sig=hunter2"})
     search.begin()
     where = {"tracking_uri": "https://user:hunter2@mlflow.example.org"}
     source = search_page(record_of(search), figures={}, where=where)

@@ -145,6 +145,25 @@ def test_the_parent_holds_the_experiment_the_data_and_the_searchs_own_curve(
     assert len(children) == 3
 
 
+def test_an_address_is_logged_without_password_and_signature(
+    new_search: NewSearch, store: Any, tmp_path: Path
+) -> None:
+    signed = "https://me:hunter2@example.org/{}?X-Amz-Signature=hunter2"
+    search = new_search(
+        data={"source": signed.format("p.zip")}, model={"weights": signed.format("w.pth")}
+    )
+    uri = store()
+    search.begin()
+    search.trial(1)
+    search.finish()
+    write(search.folder, uri)
+    parent = by_name(uri)["pictures-20261122"]
+    assert parent.data.params["data.source"] == "https://example.org/p.zip"
+    assert parent.data.params["model.weights"] == "https://example.org/w.pth"
+    outside = [path for path in tmp_path.rglob("*") if search.folder not in path.parents]
+    assert not [p for p in outside if p.is_file() and b"hunter2" in p.read_bytes()]
+
+
 def test_replaying_changes_nothing(new_search: NewSearch, store: Any) -> None:
     search, uri = new_search(), store()
     search.begin()

@@ -197,9 +197,9 @@ def sqlite_file(tracking_uri: str) -> Path | None:
 
 def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> TrackingError:
     """MLflow's error as one line with a next step; `advice` is for an MLflow that is away."""
-    where = without_password(tracking_uri)
+    where = without_secrets(tracking_uri)
     text = " ".join(str(error).split())
-    short = without_password(text[:300])
+    short = without_secrets(text[:300])
     if "out-of-date database schema" in text or "Can't locate revision" in text:
         return TrackingRefused(
             f"The MLflow database at {where} has another version's schema; back it up and run "
@@ -228,9 +228,10 @@ def _network_reason(text: str) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
-def without_password(text: str) -> str:
-    """Hide `user:password@` in any URL of a text."""
-    return re.sub(r"(?<=://)[^/@\s]+@", "", text)
+def without_secrets(text: str) -> str:
+    """Hide `user:password@` and the query, a signature perhaps, in any URL of a text."""
+    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
+    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1", text)
 
 
 _patience = threading.Lock()

@@ -28,7 +28,7 @@ from mlflow.entities import Run
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.tracking import figures, runs
-from visiontuner.tracking.client import Store, without_password
+from visiontuner.tracking.client import Store, without_secrets
 from visiontuner.tracking.html import write_page
 from visiontuner.tracking.numbers import search_numbers
 from visiontuner.tracking.plan import (
@@ -404,7 +404,7 @@ class MlflowWriter:
 
     def _known_places(self) -> dict[str, Any]:
         return {
-            "tracking_uri": without_password(self.store.tracking_uri),
+            "tracking_uri": without_secrets(self.store.tracking_uri),
             "experiment_id": self.experiment_id,
             "parent_run_id": self.parent_run_id,
             "runs": self.run_ids,

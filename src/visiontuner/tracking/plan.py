@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, TrialState
+from visiontuner.tracking.client import without_secrets
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -154,7 +155,9 @@ class SearchPlan:
 
     @property
     def started(self) -> Event:
-        return self.record.started
+        """The search's first event, as others may read it."""
+        shown: Event = _shown(self.record.started)
+        return shown
 
     @property
     def name(self) -> str:
@@ -292,6 +295,15 @@ def _milliseconds(event: Event) -> int:
 def _storable(value: float) -> float:
     """MLflow stores an infinity as 1.8e308, which flattens every chart: NaN says it better."""
     return float(value) if math.isfinite(value) else math.nan
+
+
+def _shown(value: Any) -> Any:
+    """JSON values with no secret in any address."""
+    if isinstance(value, Mapping):
+        return {key: _shown(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shown(inner) for inner in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _cut(value: object, length: int) -> str:

@@ -15,7 +15,7 @@ from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.compare import RunSummary
-from visiontuner.tracking.client import Store, TrackingRefused, without_password
+from visiontuner.tracking.client import Store, TrackingRefused, without_secrets
 from visiontuner.tracking.plan import KIND, SEARCH_ID, STATE, TRIAL_ID
 from visiontuner.tracking.runs import deleted_experiment
 
@@ -36,7 +36,7 @@ class Reader:
 
     def __init__(self, tracking_uri: str, *, advice: str = _ADVICE) -> None:
         self._store = Store(tracking_uri, advice=advice, must_exist=True)
-        self._where = without_password(tracking_uri)
+        self._where = without_secrets(tracking_uri)
         self._page = _PAGE_OF_A_SERVER if tracking_uri.startswith("http") else _PAGE
         self._experiments: dict[str, str] = {}
         self._parents: dict[str, Run | None] = {}

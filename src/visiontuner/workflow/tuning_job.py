@@ -19,7 +19,7 @@ def write_tuning_job(tuning: TuningJob) -> tuple[str, ...]:
     Raises:
         TrackingError: it has trained nothing yet, or MLflow is away or refuses.
     """
-    from visiontuner.tracking.client import Store, without_password
+    from visiontuner.tracking.client import Store, without_secrets
     from visiontuner.tracking.tuning_job import write_foreign_search
 
     uri = tracking_uri()
@@ -31,7 +31,7 @@ def write_tuning_job(tuning: TuningJob) -> tuple[str, ...]:
         key=lambda job: (job.objective or 0.0) * (-1 if tuning.mode == "min" else 1),
         default=None,
     )
-    lines = [f"{tuning.name}: {len(tuning.jobs)} training jobs are in {without_password(uri)}."]
+    lines = [f"{tuning.name}: {len(tuning.jobs)} training jobs are in {without_secrets(uri)}."]
     if best is not None:
         lines.append(f"Best: {best.name} with {tuning.objective} {best.objective:.4f}.")
     if tuning.status in ("InProgress", "Stopping"):
