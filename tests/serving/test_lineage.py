@@ -160,7 +160,9 @@ def test_a_trial_run_without_a_search_says_so(traced: Traced) -> None:
     found = trace(alone)
     assert found.trial is not None
     assert found.trial["trial_id"] == "t0007"
-    assert f"Run {alone} has no parent run: nothing tells of its search." in found.notes
+    (note,) = [note for note in found.notes if "parent" in note]
+    assert note.startswith(f"Run {alone} has no parent run, so nothing in MLflow tells of its")
+    assert "`visiontuner lineage FOLDER`" in note
     assert not [note for note in found.notes if "None" in note]
 
 

@@ -219,7 +219,10 @@ def _trial_run(mlflow: Mlflow, run: Run, classifier_digest: str | None) -> Linea
     parent_id = tags.get("mlflow.parentRunId")
     parent, gone = _run(mlflow, parent_id)
     if not parent_id:
-        gone.append(f"Run {run.info.run_id} has no parent run: nothing tells of its search.")
+        gone.append(
+            f"Run {run.info.run_id} has no parent run, so nothing in MLflow tells of its search; "
+            "`visiontuner lineage FOLDER` asks the search's own folder."
+        )
     own = Lineage(trial=trial, evaluation=evaluation, notes=(*notes, *gone))
     return own.over(_search_run(mlflow, parent)) if parent else own
 
