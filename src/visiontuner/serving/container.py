@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ VARIABLES = {
 }
 
 _PORT = 8080
+_LOOK_SECONDS = 1.0
+_SAID_BY_ALL = 2 * (os.cpu_count() or 1)  # MLflow starts a worker a core, and all of them again
 _CALL_SECONDS = 120.0
 _BUILD_SECONDS = 3600.0
 _OF_NGINX = re.compile(r"GET /ping|\[(notice|error)\] \d+#")
@@ -120,6 +123,7 @@ class Container(Served):
         self.url = ""
         self.started_seconds = 0.0
         self._id = ""
+        self._next_look = 0.0
 
     @property
     def description(self) -> str:
@@ -157,17 +161,9 @@ class Container(Served):
 
     def last_lines(self) -> str:
         """Why it does not serve, or the end of what it printed, in one line."""
-        with suppress(OSError, subprocess.TimeoutExpired):
-            done = subprocess.run(
-                ["docker", "logs", "--tail", "500", self._id],
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
-            )  # fmt: skip
-            lines = done.stdout.decode(errors="replace").splitlines()
-            lines = [line for line in lines if line.strip() and not _OF_NGINX.search(line)]
-            # A server that cannot load its model is started again and again, and says so.
-            telling = [line for line in lines if _TELLING.match(line)]
-            return " ".join(" ".join(telling[-1:] or lines).split())[-400:]
-        return "it printed nothing"
+        lines = self._log()
+        telling = [line for line in lines if _TELLING.match(line)]
+        return " ".join(" ".join(telling[-1:] or lines).split())[-400:] or "it printed nothing"
 
     def stop(self) -> None:
         """End the container and remove it."""
@@ -177,14 +173,37 @@ class Container(Served):
                 docker("rm", "--force", "--volumes", container)
 
     def _runs(self) -> bool:
-        """Whether it has not ended; its port is known from then on."""
+        """Whether it has not ended; its port is known from then on.
+
+        Raises:
+            ServingError: the server in it cannot start. The container does not end then: MLflow
+                starts the server again and again.
+        """
+        if time.monotonic() < self._next_look:
+            return True
+        self._next_look = time.monotonic() + _LOOK_SECONDS
         if docker("inspect", "--format", "{{.State.Running}}", self._id) != "true":
             return False
         published = docker("port", self._id, str(_PORT)).splitlines()
         if not published:  # it ended just now
             return False
         self.url = f"http://127.0.0.1:{published[0].rpartition(':')[2]}"
+        said = Counter(line for line in self._log() if _TELLING.match(line))
+        if said and max(said.values()) >= _SAID_BY_ALL:
+            raise ServingError(f"The server in the container cannot start: {self.last_lines()}")
         return True
+
+    def _log(self) -> list[str]:
+        """The last lines that it printed, without nginx's."""
+        try:
+            done = subprocess.run(
+                ["docker", "logs", "--tail", "500", self._id],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return []
+        lines = done.stdout.decode(errors="replace").splitlines()
+        return [line for line in lines if line.strip() and not _OF_NGINX.search(line)]
 
 
 def memory_of(container: str) -> float:
