@@ -32,6 +32,7 @@ _specification.loader.exec_module(colours)
 colour_classifier = colours.colour_classifier
 colour_model = colours.colour_model
 make_picture = colours.make_picture
+photographs = colours.photographs
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     model: str,
     colour_classifier: Path,
     make_picture: Callable[..., bytes],
+    photographs: list[bytes],
     tmp_path: Path,
 ) -> None:
     planned = run("deploy", model, "--dry-run", "--name", "first", "--ttl", "8h")
@@ -73,20 +75,20 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
         planned.stdout, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
     )
     assert done.returncode == 0, done.stderr
-    pictures = {name: make_picture(name) for name in ("red", "green", "blue")}
+    pictures = {f"{name}.png": make_picture(name) for name in ("red", "green", "blue")}
+    pictures |= {f"photo{number}.jpg": content for number, content in enumerate(photographs)}
     for name, content in pictures.items():
-        (tmp_path / f"{name}.png").write_bytes(content)
-    expected = Classifier.load(colour_classifier, threads=1).probabilities(list(pictures.values()))
-    asked = run("query", "first", "--format", "json", *(f"{name}.png" for name in pictures))
+        (tmp_path / name).write_bytes(content)
+    own = Classifier.load(colour_classifier, threads=1)
+    expected = own.probabilities(list(pictures.values()))
+    asked = run("query", "first", "--format", "json", *pictures)
     assert asked.exit_code == 0, asked.output
     rows = [json.loads(line) for line in asked.stdout.splitlines()]
-    rows_of_boto3 = _ask_with_boto3(account, "first", list(pictures.values()))
-    names = list(pictures)
-    for answered in (rows, rows_of_boto3):
-        assert [row["label"] for row in answered] == names
-        for row, probabilities in zip(answered, expected, strict=True):
-            got = {choice["label"]: choice["probability"] for choice in row["top_k"]}
-            assert [got[name] for name in names] == pytest.approx(list(probabilities), abs=1e-5)
+    assert [row["label"] for row in rows[:3]] == ["red", "green", "blue"]
+    for answered in (rows, _ask_with_boto3(account, "first", list(pictures.values()))):
+        got = [{c["label"]: c["probability"] for c in row["top_k"]} for row in answered]
+        for found, probabilities in zip(got, expected, strict=True):
+            assert [found[n] for n in own.class_names] == pytest.approx(probabilities, abs=1e-5)
     listed = json.loads(run("endpoints", "--format", "json").stdout)
     assert [(e["name"], e["model"], e["ttl_hours"]) for e in listed] == [("first", model, 8.0)]
     lineage = run("lineage", "endpoint:first", "--json")
@@ -101,12 +103,16 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
 
 
 def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict[str, Any]]:
-    data = [[base64.b64encode(content).decode()] for content in pictures]
-    body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}})
-    answer = account.client("sagemaker-runtime").invoke_endpoint(
-        EndpointName=name, ContentType="application/json", Body=body
-    )
-    rows: list[dict[str, Any]] = json.loads(answer["Body"].read())["predictions"]
+    runtime = account.client("sagemaker-runtime")
+    rows: list[dict[str, Any]] = []
+    for start in range(0, len(pictures), 16):
+        some = pictures[start : start + 16]
+        data = [[base64.b64encode(content).decode()] for content in some]
+        body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}})
+        answer = runtime.invoke_endpoint(
+            EndpointName=name, ContentType="application/json", Body=body
+        )
+        rows += json.loads(answer["Body"].read())["predictions"]
     return rows
 
 
@@ -497,6 +503,54 @@ def test_without_credentials_nothing_is_tried(
         assert "AWS does not take these credentials" in said(done)
         assert "`aws sso login`" in said(done)
         assert "AKIA" not in done.output
+
+
+def test_secrets_appear_neither_in_what_is_made_nor_in_mlflow_nor_in_what_is_said(
+    account: Any, registered: Any, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = {
+        "AWS_ACCESS_KEY_ID": "AKIATESTING000000007",
+        "AWS_SECRET_ACCESS_KEY": "aSecretAccessKey",
+        "AWS_SESSION_TOKEN": "aSessionToken",
+        "MLFLOW_TRACKING_PASSWORD": "aTrackingPassword",
+        "https_proxy": "http://someone:aProxyPassword@proxy.invalid:3128",
+    }
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    said = [
+        run("deploy", model, "--dry-run"),
+        run("deploy", model, "--no-preflight"),
+        run("deploy", model, "--no-preflight", "--name", "two", "--env", "STAND_IN_HANG=0.1"),
+        run("deploy", model, "--no-preflight", "--name", "three", "--region", "us-east-1"),
+        run("update", "colours", model, "--no-preflight", "--env", "STAND_IN_HANG=0.1"),
+        run("query", "nowhere", "nothing.png"),
+        run("endpoints", "--format", "json"),
+        run("lineage", "endpoint:colours"),
+    ]
+    assert [done.exit_code for done in said] == [0, 0, 1, 2, 1, 1, 0, 0]
+    seen = [done.output.encode() for done in said] + [_everything(account, tmp_path)]
+    store = Path(registered.tracking_uri.removeprefix("sqlite:///")).parent
+    seen += [path.read_bytes() for path in store.rglob("*") if path.is_file()]
+    for secret in (*secrets.values(), "aProxyPassword"):
+        assert not [text for text in seen if secret.encode() in text], secret
+
+
+def _everything(account: Any, folder: Path) -> bytes:
+    """All that the stand-in holds of the endpoint `colours`."""
+    sagemaker, s3, held = account.client("sagemaker"), account.client("s3"), account.holds()
+    endpoint = sagemaker.describe_endpoint(EndpointName="colours")
+    told = [
+        endpoint,
+        sagemaker.list_tags(ResourceArn=endpoint["EndpointArn"]),
+        sagemaker.describe_model(ModelName=held["models"][0]),
+        sagemaker.describe_endpoint_config(EndpointConfigName=held["configs"][0]),
+    ]
+    (key,) = held["objects"]
+    s3.download_file("mlflow-sagemaker-eu-west-1-123456789012", key, str(folder / "model.tar.gz"))
+    with tarfile.open(folder / "model.tar.gz") as archive:
+        archive.extractall(folder / "model", filter="data")
+    files = [path for path in (folder / "model").rglob("*") if path.is_file()]
+    return b"".join([repr(told).encode(), *(path.read_bytes() for path in files)])
 
 
 @pytest.mark.usefixtures("account")

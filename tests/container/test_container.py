@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import os
 import shutil
@@ -20,7 +19,6 @@ from typing import Self
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
 
 from visiontuner.cli.preflight import preflight
 from visiontuner.errors import ServingError
@@ -48,6 +46,7 @@ colours = importlib.util.module_from_spec(_specification)
 _specification.loader.exec_module(colours)
 colour_classifier = colours.colour_classifier
 colour_model = colours.colour_model
+photographs = colours.photographs
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +54,6 @@ def image(colour_model: Path) -> str:
     """Built by MLflow for the model, requirements baked in."""
     require_engine()
     return build_image(colour_model)
-
-
-@pytest.fixture(scope="module")
-def photographs() -> list[bytes]:
-    """Fifty pictures: photographs where VISIONTUNER_PHOTOS is set, else noise as JPEG."""
-    folder = os.environ.get("VISIONTUNER_PHOTOS")
-    if folder:
-        paths = sorted(Path(folder).rglob("*.jpg"))
-        return [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)][:50]]
-    rng = np.random.default_rng(0)
-    return [_noise(rng) for _ in range(50)]
-
-
-def _noise(rng: np.random.Generator) -> bytes:
-    buffer = io.BytesIO()
-    pixels = rng.integers(0, 256, (rng.integers(20, 90), rng.integers(20, 90), 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 def difference(classifier: Path, pictures: list[bytes], answers: Sequence[Answer]) -> float:

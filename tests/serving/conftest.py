@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,24 @@ def scoring_server(colour_model: Path) -> Iterator[ScoringServer]:
     """MLflow's scoring server with that model."""
     with ScoringServer(colour_model, local_environment()) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def photographs() -> list[bytes]:
+    """Fifty pictures: photographs where VISIONTUNER_PHOTOS is set, else noise as JPEG."""
+    folder = os.environ.get("VISIONTUNER_PHOTOS")
+    if folder:
+        paths = sorted(Path(folder).rglob("*.jpg"))
+        return [path.read_bytes() for path in paths[:: max(1, len(paths) // 50)][:50]]
+    rng = np.random.default_rng(0)
+    return [noise(rng) for _ in range(50)]
+
+
+def noise(rng: np.random.Generator) -> bytes:
+    buffer = io.BytesIO()
+    pixels = rng.integers(0, 256, (rng.integers(20, 90), rng.integers(20, 90), 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, "JPEG")
+    return buffer.getvalue()
 
 
 @pytest.fixture
