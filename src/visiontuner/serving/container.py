@@ -197,7 +197,7 @@ class Container(Served):
         """The last lines that it printed, without nginx's."""
         try:
             done = subprocess.run(
-                ["docker", "logs", "--tail", "500", self._id],
+                ["docker", "logs", "--tail", "5000", self._id],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30, check=False,
             )  # fmt: skip
         except (OSError, subprocess.TimeoutExpired):
