@@ -7,6 +7,7 @@ where a Docker engine runs (`python tests/container/engine.py …` brings one), 
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import statistics
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
-from measuring import PHOTOS, Row, report, run, scratch, script_result, settings, tune
+from measuring import PHOTOS, ROOT, Row, report, run, scratch, script_result, settings, tune
 from PIL import Image
 
 TARGETS = (
@@ -43,9 +44,15 @@ def measure(*, rounds: int = 5, seconds: float = 4.0, starts: int = 5) -> dict[s
         pictures = make_pictures(folder / "pictures")
         environment = install(model, folder)
         measured = measure_speed(classifier, model, environment, pictures, rounds, seconds)
+        parts = measure_parts(model, environment, pictures, seconds)
         how, start = measure_starts(model, folder, starts)
-    rows = [*environment_rows(environment), *speed_rows(measured), start_row(how, start)]
-    return report(rows, rounds=measured, starts=start, how=how)
+    rows = [
+        *environment_rows(environment),
+        *speed_rows(measured),
+        parts_row(measured, parts),
+        start_row(how, start),
+    ]
+    return report(rows, rounds=measured, parts=parts, starts=start, how=how)
 
 
 def make_model(folder: Path) -> tuple[Path, Path]:
@@ -128,6 +135,25 @@ def measure_speed(
                 }
             )
     return measured
+
+
+def measure_parts(
+    model: Path, environment: Any, pictures: Sequence[Path], seconds: float
+) -> dict[str, float]:
+    """Milliseconds of the parts of a request with one picture, without HTTP."""
+    from visiontuner.serving.answers import Options
+    from visiontuner.serving.client import encode_request
+
+    folder = model.parent / "bodies"
+    folder.mkdir()
+    for number, path in enumerate(pictures):
+        (folder / str(number)).write_bytes(encode_request([path.read_bytes()], Options()))
+    command = [str(environment.python), str(ROOT / "benchmarks/request_parts.py"), str(model),
+               str(seconds), *map(str, folder.iterdir())]  # fmt: skip
+    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=clean)
+    parts: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return parts
 
 
 def many_clients(clients: Sequence[Client], bodies: Sequence[bytes], seconds: float) -> float:
@@ -282,6 +308,30 @@ def speed_rows(rounds: Sequence[dict[str, float]]) -> list[Row]:
             met=batched >= 0.8,
         ),
     ]
+
+
+def parts_row(rounds: Sequence[dict[str, float]], parts: dict[str, float]) -> Row:
+    """Medians of runs of their own: the parts need not add up to the last digit."""
+
+    def middle(key: str) -> float:
+        return statistics.median(one[key] for one in rounds)
+
+    whole, own = middle("p50_ms"), parts["read_pixels"] + parts["logits"]
+    shown = {
+        "decoding and network in a plain loop": middle("plain_p50_ms"),
+        "the same after pauses of 2 ms": middle("plain_paused_p50_ms"),
+        "the same in MLflow's process": own,
+        "MLflow reads JSON into a table": parts["_parse_json_data"],
+        "MLflow checks table and parameters": parts["all"]
+        - parts["_parse_json_data"]
+        - parts["predict"]
+        - parts["predictions_to_json"],
+        "base64, options, names, table (ours)": parts["predict"] - own,
+        "MLflow writes JSON": parts["predictions_to_json"],
+        "HTTP, event loop, threads": whole - parts["all"],
+    }
+    result = ", ".join(f"{part} {value:.2f}" for part, value in shown.items())
+    return Row(what=f"where the {whole:.1f} ms of a request go, ms", target="", result=result)
 
 
 def start_row(how: str, starts: dict[str, list[float]]) -> Row:

@@ -46,6 +46,7 @@ PARTS = (
     "trials_on_features",
     "peer_pattern",
     "plain_answers",
+    "request_parts",
 )
 
 
