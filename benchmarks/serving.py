@@ -173,6 +173,13 @@ class Client:
     def send(self, body: bytes, content_type: str) -> tuple[int, bytes]:
         """Status and content of the answer; an empty content type is not sent."""
         headers = {"Content-Type": content_type} if content_type else {}
+        try:
+            return self._send(body, headers)
+        except (ConnectionError, http.client.HTTPException):  # closed after an error or a pause
+            self._connection.close()
+            return self._send(body, headers)
+
+    def _send(self, body: bytes, headers: dict[str, str]) -> tuple[int, bytes]:
         self._connection.request("POST", "/invocations", body, headers)
         response = self._connection.getresponse()
         return response.status, response.read()
