@@ -591,7 +591,34 @@ def test_pictures_on_s3_are_fetched_once_and_then_what_changed(s3, tmp_path):
     assert "empty.txt" not in held(folder)
 
 
-def test_an_archive_on_s3_is_fetched_once_unpacked_and_checked(s3, tmp_path):
+def test_what_came_whole_is_used_while_s3_is_away(s3, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer_module, "FIRST_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(transfer_module, "PATIENCE_SECONDS", 0.1)
+    upload_folder(write(tmp_path / "here"), URI)
+    cache, notes = tmp_path / "cache", []
+
+    def fetch():
+        return fetch_source(URI, cache=cache, note=notes.append)
+
+    s3.rule = lambda *_: "close"
+    with pytest.raises(ServingError, match="Cannot read s3://photos"):
+        fetch()
+    s3.rule = lambda *_: None
+    folder = fetch()
+    s3.rule = lambda *_: "close"
+    assert fetch() == folder
+    assert held(folder) == FILES
+    assert notes[-1].startswith(f"S3 is away: the copy in {folder} is used, which was whole on ")
+    s3.rule = lambda *_: (403, "AccessDenied")  # that is no outage
+    with pytest.raises(DataError, match="may not read"):
+        fetch()
+    s3.rule = lambda *_: "close"
+    (folder / "empty.txt").unlink()  # no whole copy any more
+    with pytest.raises(ServingError, match="Cannot read s3://photos"):
+        fetch()
+
+
+def test_an_archive_on_s3_is_fetched_once_unpacked_and_checked(s3, tmp_path, monkeypatch):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as bundle:
         for name, content in FILES.items():
@@ -602,6 +629,11 @@ def test_an_archive_on_s3_is_fetched_once_unpacked_and_checked(s3, tmp_path):
     assert held(folder) == FILES
     assert fetch_source(uri, cache=cache) == folder
     assert s3.count("GET") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(transfer_module, "FIRST_PATIENCE_SECONDS", 0.1)
+        s3.rule = lambda *_: "close"
+        assert fetch_source(uri, cache=cache) == folder
+        s3.rule = lambda *_: None
     digest = hashlib.sha256(stream.getvalue()).hexdigest()
     assert fetch_source(uri, cache=cache, sha256=digest) == folder
     with pytest.raises(DataError, match=r"not 0000 as data\.sha256 says"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,8 @@ from visiontuner.sagemaker.job import advice_on, paid_seconds
 from visiontuner.sagemaker.plan import JobPlan, Pictures, words_for
 from visiontuner.sagemaker.source import requirements
 from visiontuner.sagemaker.surroundings import as_channel, reachable_tracking
+from visiontuner.workflow.observing import Silent
+from visiontuner.workflow.pictures import load_data
 from visiontuner.workflow.submit import JobOptions, plan_job
 
 
@@ -176,6 +180,19 @@ def test_the_experiments_source_is_where_the_channel_lies(monkeypatch: pytest.Mo
     assert at_hand("s3://photos/dogs.zip") == "/opt/ml/input/data/pictures/dogs.zip"
     monkeypatch.delenv("VISIONTUNER_CHANNEL")
     assert at_hand("s3://photos/dogs.zip") == "s3://photos/dogs.zip"
+
+
+def test_a_channels_archive_is_not_unpacked_into_what_goes_to_s3(
+    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "dogs"), "zip", pictures)
+    monkeypatch.setenv("VISIONTUNER_CHANNEL", f"s3://photos/dogs.zip={archive}")
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    experiment = Experiment.parse({"data": {"source": "s3://photos/dogs.zip"}})
+    dataset = load_data(experiment, Silent())
+    assert dataset.root.is_relative_to(tmp_path / "scratch")
+    assert not list((tmp_path / "cache").rglob("*.png"))
 
 
 @pytest.mark.parametrize(

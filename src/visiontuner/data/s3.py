@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from visiontuner.data.objects import RemoteFile
-from visiontuner.errors import DataError
+from visiontuner.errors import DataError, ServingError
 
 # One request to S3 waits some 20 to 50 ms: 32 at a time are what one interpreter can prepare.
 THREADS = 32
@@ -110,6 +110,13 @@ def is_passing(error: Exception) -> bool:
     return isinstance(
         error, NotConnected | HTTPClientError | IncompleteReadError | ResponseStreamingError
     )
+
+
+def is_out_of_reach(error: BaseException) -> bool:
+    """Whether S3 could not be asked at all; what it refuses is another matter."""
+    from visiontuner.aws import AwsRefused
+
+    return isinstance(error, ServingError) and not isinstance(error, AwsRefused)
 
 
 @contextmanager

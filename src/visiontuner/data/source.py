@@ -80,6 +80,7 @@ def _fetch_s3(
 ) -> Path:
     """What lies on S3, here; of what was here already only what changed comes."""
     from visiontuner.data.storage import download_file, download_folder
+    from visiontuner.data.whole_copy import WholeCopy
 
     bucket, key = split_uri(uri)
     name = key.rstrip("/").rpartition("/")[2]
@@ -87,17 +88,19 @@ def _fetch_s3(
     with locked(place):
         memory = place / ".memory.json"
         if is_archive_name(name):
-            archive = download_file(uri, place, memory=memory, progress=progress, note=note)
-            return _open_path(archive, cache, sha256)
+            with WholeCopy(place / name, note):
+                download_file(uri, place, memory=memory, progress=progress, note=note)
+            return _open_path(place / name, cache, sha256)
         folder = place / (name or bucket)
-        moved = download_folder(
-            uri, folder, memory=memory, mirror=True, progress=progress, note=note
-        )
-    if not moved.files + moved.skipped:
-        raise DataError(
-            f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring pictures "
-            f"there: `visiontuner prepare --data FOLDER --upload {uri}`."
-        )
+        with WholeCopy(folder, note):
+            moved = download_folder(
+                uri, folder, memory=memory, mirror=True, progress=progress, note=note
+            )
+            if not moved.files + moved.skipped:
+                raise DataError(
+                    f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring "
+                    f"pictures there: `visiontuner prepare --data FOLDER --upload {uri}`."
+                )
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.data.dataset import ImageDataset, load_dataset
@@ -76,9 +77,11 @@ def _upload(root: Path, uri: str, observer: Observer) -> Moved:
 
 def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     data, cache = experiment.data, writable_cache_folder()
+    source = at_hand(data.source)
     root = fetch_source(
-        at_hand(data.source),
-        cache=cache,
+        source,
+        # In a job the cache goes to S3, file by file; an archive that lies beside it need not.
+        cache=cache if source == data.source else Path(gettempdir()) / "visiontuner",
         sha256=data.sha256,
         progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
         note=observer.note,
