@@ -1,6 +1,7 @@
 """Workers elsewhere: files travel to them and home, on a Ray that only plays several machines."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,14 @@ from visiontuner.model.computing import ShardRows
 from visiontuner.model.shards import Shard
 from visiontuner.search import hosts
 from visiontuner.search.feature_workers import FeatureWorkers, _FeatureWorker
-from visiontuner.search.hosts import Home, at_this_machine, home_of, send_home
-from visiontuner.search.trial import HEAD_FILE, TrialTask
+from visiontuner.search.hosts import (
+    CheckpointsHome,
+    Home,
+    at_this_machine,
+    home_of,
+    send_home,
+)
+from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, TrialTask
 from visiontuner.training.recording.records import RECORDING_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
@@ -79,6 +86,28 @@ def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
 def _elsewhere(task: TrialTask) -> Home:
     assert task.home is not None
     return task.home
+
+
+def test_a_checkpoint_goes_home_now_and_then_and_to_the_next_machine(task: TrialTask) -> None:
+    task = replace(task, checkpoints=True)
+    # At the start; before and after the first journey; before one that is too early; the third.
+    times = iter([0.0, 0.0, 2.0, 39.0, 41.0, 42.0])
+    with at_this_machine(task, "t0002") as here:
+        checkpoint = here.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
+        assert not checkpoint.exists()  # none has come home yet
+        checkpoint.parent.mkdir(parents=True)
+        at_home = task.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
+        sender = CheckpointsHome(here, "t0002", clock=lambda: next(times))
+        # A journey of 2 s is worth it every 40 s; one file takes three chunks.
+        for state, kept in ((b"1" * 250, b"1"), (b"2" * 20, b"1"), (b"3" * 20, b"3")):
+            checkpoint.write_bytes(state)
+            checkpoint.with_suffix(".part").write_bytes(b"half")
+            sender.send()
+            assert at_home.read_bytes()[:1] == kept
+        assert [path.name for path in at_home.parent.iterdir()] == [at_home.name]
+    with at_this_machine(task, "t0002") as there:
+        found = there.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
+        assert found.read_bytes() == b"3" * 20
 
 
 def test_a_copy_is_whole_and_is_fetched_once(

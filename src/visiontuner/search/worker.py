@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,10 +53,21 @@ def run_epochs(
     made_for |= {"trained_on": task.trained_on, "class_names": list(class_names)}
     if task.checkpoints and (checkpoint / CHECKPOINT_FILE).is_file():
         training.load_state_dict(load_checkpoint(checkpoint, made_for=made_for))
+    send = _sender(task, folder.name)
     for result in training.epochs():
         yield result
         if task.checkpoints and not training.finished:  # else there would be nothing to go on with
             save_checkpoint(checkpoint, training.state_dict(), made_for=made_for)
+            send()
+
+
+def _sender(task: TrialTask, trial_id: str) -> Callable[[], None]:
+    """Brings checkpoints to where the search is, if that is another machine."""
+    if task.home is None or not task.checkpoints:
+        return lambda: None
+    from visiontuner.search.hosts import CheckpointsHome
+
+    return CheckpointsHome(task, trial_id, clock=time.monotonic).send
 
 
 @contextmanager
