@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,7 +92,8 @@ class RayForSearch:
         if ray.is_initialized():
             return
         try:
-            self._init()
+            with _own_sigterm():
+                self._init()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise SearchFailed(
                 f"Ray does not start here ({' '.join(str(error).split())[:200]}). "
@@ -108,6 +112,20 @@ class RayForSearch:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray makes SIGTERM a `sys.exit(15)`; who runs a search wants it to end in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:  # else it was never Python's
+            signal.signal(signal.SIGTERM, before)
 
 
 def _shut_down() -> None:

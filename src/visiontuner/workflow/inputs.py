@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.data.dataset import ImageDataset
+from visiontuner.errors import SearchInterrupted
 from visiontuner.experiment import Experiment
 from visiontuner.locations import writable_cache_folder
 from visiontuner.workflow.observing import Observer
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from visiontuner.model.description import BackboneDescription
     from visiontuner.model.engine import Engine
     from visiontuner.model.features import FeatureSet
+
+# A batch of pictures, or at the beginning a network's export.
+_STOPS_WITHIN_SECONDS = 15.0
 
 
 class Inputs:
@@ -38,6 +44,7 @@ class Inputs:
         self.on_cluster = False  # whether Ray's other machines help with features
         self._loading = threading.Lock()  # asked for beside other work, and once is enough
         self._backbone: Backbone | None = None
+        self._stopped = False
 
     @cached_property
     def dataset(self) -> ImageDataset:
@@ -89,9 +96,7 @@ class Inputs:
             precision=self.experiment.training.precision,
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
-            progress=lambda done, total: self.observer.progress(
-                "Features", done, total, "pictures"
-            ),
+            progress=self._progress("Features"),
             machines=self._machines if self.on_cluster else nullcontext,
         )
         return features, round(time.monotonic() - began, 3)
@@ -107,11 +112,25 @@ class Inputs:
             cache=self.cache,
             augmented=not self.experiment.augmentation.is_off,
             on_bad_image=self.experiment.data.on_bad_image,
-            progress=lambda done, total: self.observer.progress(
-                "Decoding", done, total, "pictures"
-            ),
+            progress=self._progress("Decoding"),
         )
         return store, round(time.monotonic() - began, 3)
+
+    def stop(self, computing: Future[Any]) -> None:
+        """End what computes features or decodes in another thread; what is done is kept.
+
+        A thread that is inside the network when Python ends takes the process down with it.
+        """
+        self._stopped = True
+        wait([computing], _STOPS_WITHIN_SECONDS)
+
+    def _progress(self, what: str) -> Callable[[int, int], None]:
+        def tell(done: int, total: int) -> None:
+            if self._stopped:
+                raise SearchInterrupted(f"{what}: stopped at {done} of {total} pictures.")
+            self.observer.progress(what, done, total, "pictures")
+
+        return tell
 
     def facts(self, folder: Path, computed: int, seconds: float) -> dict[str, Any]:
         """What the journal says of features and of decoded pictures alike."""

@@ -55,13 +55,18 @@ class StageRunner:
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
         computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
-        from visiontuner.search.run import run_trials
+        try:
+            from visiontuner.search.run import run_trials
 
-        # Packaging needs the network: load it while Ray starts, which is mostly waiting. A mistake
-        # in it shows there as well.
-        beside(lambda: self.inputs.backbone)
-        self.ray.start()
-        stores = self._stores.record(*computing.result())
+            # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
+            # mistake in it shows there as well.
+            beside(lambda: self.inputs.backbone)
+            self.ray.start()
+            computed = computing.result()
+        except KeyboardInterrupt:
+            self.inputs.stop(computing)
+            raise
+        stores = self._stores.record(*computed)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
         record = self.recorder.record
