@@ -169,6 +169,24 @@ def aws(stand_in: Aws, monkeypatch: pytest.MonkeyPatch) -> Aws:
     return stand_in
 
 
+@pytest.fixture(scope="session")
+def hosts_allowed() -> None:
+    """Skips with the reason where there can be no hosts."""
+    probe = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import namespaces; print(namespaces.reason_against() or '', end='')",
+        ],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if probe.stdout or probe.returncode:
+        pytest.skip(probe.stdout or probe.stderr.strip()[-200:])
+
+
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 

@@ -12,6 +12,9 @@ to every container, SIGKILL 120 seconds later. Settings are in the environment:
 
     STAND_IN_PATH       PATH inside the hosts
     STAND_IN_GRACE      seconds between the two signals
+
+A file FOLDER/../disk-bytes makes the head's disk as large as the number in it and what is there
+when its container starts, checkpoints and channels.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +41,7 @@ from namespaces import Hosts, first_process
 
 TREE = ("input/config", "input/data", "model", "output/data", "checkpoints", "tmp")
 SYNC_SECONDS = 1.0
+TRANSFERS = 8  # side by side
 REASON_LENGTH = 1024
 
 
@@ -59,6 +66,7 @@ class Job:
         self.count: int = self.request["ResourceConfig"]["InstanceCount"]
         self.s3 = boto3.client("s3")
         self.stopping: str | None = None
+        self._asked_to_stop = threading.Event()
         self.hosts = [
             Host(f"algo-{n}", folder / f"algo-{n}" / "ml", folder / f"algo-{n}" / "log")
             for n in range(1, self.count + 1)
@@ -67,7 +75,10 @@ class Job:
     def run(self) -> dict[str, str]:
         for host in self.hosts:
             self._prepare(host)
-        with Hosts(self.count) as network:
+        with ExitStack() as disks, Hosts(self.count) as network:
+            room = self.folder.parent / "disk-bytes"
+            if room.exists():
+                disks.enter_context(_small_disk(self.hosts[0].ml, int(room.read_text())))
             for number, host in enumerate(self.hosts):
                 self._start(network, host, cpu=number % (os.cpu_count() or 1))
             try:
@@ -75,15 +86,16 @@ class Job:
             finally:
                 for host in self.hosts:
                     _kill(host)
-        self._upload_checkpoints(last=True)
-        status = self._status()
-        if status["status"] != "Failed":
-            self._upload_archive("model", "model.tar.gz")
-        self._upload_archive("output/data", "output.tar.gz")
+            self._upload_checkpoints(last=True)
+            status = self._status()
+            if status["status"] != "Failed":
+                self._upload_archive("model", "model.tar.gz")
+            self._upload_archive("output/data", "output.tar.gz")
         return status
 
     def stop(self, reason: str) -> None:
         self.stopping = reason
+        self._asked_to_stop.set()
 
     def _prepare(self, host: Host) -> None:
         for part in TREE:
@@ -162,7 +174,10 @@ class Job:
             if told and time.monotonic() > deadline:
                 return
             self._upload_checkpoints()
-            time.sleep(SYNC_SECONDS if not told else 0.2)
+            if told:
+                time.sleep(0.2)
+            else:
+                self._asked_to_stop.wait(SYNC_SECONDS)
 
     def _one_failed(self) -> bool:
         """A host that was killed from outside only falls silent."""
@@ -177,6 +192,9 @@ class Job:
         codes = {host.name: host.process.returncode for host in self.hosts if host.process}
         if not self._one_failed() and codes[self.hosts[0].name] == 0:
             return {"status": "Completed", "secondary": "Completed", "reason": ""}
+        if codes[self.hosts[0].name] == -signal.SIGKILL:  # the machine has gone: it says nothing
+            reason = "InternalServerError: We encountered an internal error. Please try again."
+            return {"status": "Failed", "secondary": "Failed", "reason": reason}
         told = [
             path.read_text(errors="replace")
             for path in (host.ml / "output/failure" for host in self.hosts)
@@ -188,28 +206,36 @@ class Job:
     def _download(self, uri: str, folder: Path) -> None:
         bucket, prefix = _split(uri)
         folder.mkdir(parents=True, exist_ok=True)
+        work = []
         for page in self.s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
             for entry in page.get("Contents", []):
                 name = entry["Key"][len(prefix) :].lstrip("/") or Path(entry["Key"]).name
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.s3.download_file(bucket, entry["Key"], str(path))
+                work.append(partial(self.s3.download_file, bucket, entry["Key"], str(path)))
+        _side_by_side(work)
 
     def _upload_checkpoints(self, *, last: bool = False) -> None:
         """What has changed on any host goes to the one place in S3; nothing is deleted there."""
         if "CheckpointConfig" not in self.request:
             return
-        bucket, prefix = _split(self.request["CheckpointConfig"]["S3Uri"])
         for host in self.hosts:
             if last and host.process and host.process.returncode == -signal.SIGKILL:
                 continue  # a machine that is gone uploads nothing
-            for name, path, stamp in _files(host.ml / "checkpoints"):
-                if host.uploaded.get(name) == stamp:
-                    continue
-                with suppress(OSError):  # it has gone meanwhile
-                    body = path.read_bytes()
-                    self.s3.put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/{name}", Body=body)
-                    host.uploaded[name] = stamp
+            _side_by_side(
+                [
+                    partial(self._upload_checkpoint, host, name, path, stamp)
+                    for name, path, stamp in _files(host.ml / "checkpoints")
+                    if host.uploaded.get(name) != stamp
+                ]
+            )
+
+    def _upload_checkpoint(self, host: Host, name: str, path: Path, stamp: tuple[int, int]) -> None:
+        bucket, prefix = _split(self.request["CheckpointConfig"]["S3Uri"])
+        with suppress(OSError):  # it has gone meanwhile
+            body = path.read_bytes()
+            self.s3.put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/{name}", Body=body)
+            host.uploaded[name] = stamp
 
     def _upload_archive(self, part: str, name: str) -> None:
         """One archive of what all hosts left there."""
@@ -221,6 +247,29 @@ class Job:
         bucket, prefix = _split(self.request["OutputDataConfig"]["S3OutputPath"])
         key = "/".join(filter(None, [prefix.strip("/"), self.name, "output", name]))
         self.s3.upload_file(str(archive), bucket, key)
+
+
+def _side_by_side(work: Sequence[Callable[[], None]]) -> None:
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        for done in [pool.submit(one) for one in work]:
+            done.result()
+
+
+@contextmanager
+def _small_disk(folder: Path, room: int) -> Iterator[None]:
+    """What lies in a folder on a file system of its own, with so many bytes left."""
+    page = 4096
+    pages = sum(-(-path.stat().st_size // page) + 1 for path in folder.rglob("*"))
+    aside = folder.with_name("aside")
+    folder.rename(aside)
+    folder.mkdir()
+    size = f"size={pages * page + room}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(folder)], check=True)
+    try:
+        shutil.copytree(aside, folder, dirs_exist_ok=True, copy_function=shutil.copy2)
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def _split(uri: str) -> tuple[str, str]:

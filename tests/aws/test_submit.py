@@ -234,6 +234,8 @@ def test_money_bounds_the_running_time() -> None:
         (("--data", "s3://photos/it's"), "has an apostrophe"),
         (("--tag", "team"), "--tag takes KEY=VALUE"),
         (("--instances", "0"), "--instances takes a number from 1"),
+        (("--instances", "1.5"), "--instances takes a whole number"),
+        (("--volume", "20000"), "--volume takes 1 to 16384 GB"),
         (("--instance-type", "g5.xlarge"), "--instance-type takes a name such as ml.g5.xlarge"),
         (("--spot", "--warm-pool", "30m"), "keeps no spot machines warm"),
         (("--subnets", "subnet-1"), "name --subnets and --security-groups"),
@@ -462,6 +464,25 @@ def test_a_job_that_fails_before_its_search_says_why(account: Any) -> None:
     told = said(run("attach", job))
     assert "failed before its search began: AlgorithmError: ray==2.60.0 could not" in told
     assert f"visiontuner attach {job} --logs all" in told
+
+
+def test_a_job_that_gets_no_machines_is_tried_again_with_the_same_or_with_others(
+    account: Any,
+) -> None:
+    job = submit("--instances", "3", "--instance-type", "ml.g6.xlarge", "--volume", "80")
+    reason = "CapacityError: Unable to provision requested ML compute capacity."
+    direct(account, job, status="Failed", reason=reason, seconds=0)
+    told = said(run("attach", job))
+    assert "choose another --instance-type or --region, or try later" in told
+    assert f"`visiontuner tune --on sagemaker --resume {job}` tries again" in told
+    same = run("tune", "--on", "sagemaker", "--price", "2", "--resume", job, "--dry-run")
+    request, before = json.loads(same.stdout), described(account, job)
+    assert request["ResourceConfig"] == before["ResourceConfig"]
+    assert request["ResourceConfig"]["VolumeSizeInGB"] == 80
+    assert request["CheckpointConfig"] == before["CheckpointConfig"]
+    assert request["AlgorithmSpecification"]["TrainingImage"] == IMAGE
+    other = run("tune", *FLAGS, "--resume", job, "--dry-run", "--instance-type", "ml.g5.xlarge")
+    assert "runs on    3 x ml.g5.xlarge" in other.stderr
 
 
 def test_what_went_on_here_is_not_overwritten(account: Any, finished: Path, tmp_path: Path) -> None:

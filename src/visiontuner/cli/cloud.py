@@ -35,12 +35,13 @@ REGION_FLAGS: tuple[Decorator, ...] = (
 )
 
 _JOB_FLAGS: tuple[Decorator, ...] = (
-    click.option("--instances", metavar="N", default="1", help="SageMaker: how many machines."),
+    click.option("--instances", metavar="N", default="auto", help="SageMaker: how many machines."),
     click.option("--instance-type", metavar="TYPE", default="auto", help="Default: ml.g5.xlarge."),
     yes_or_no("--spot", "Cheaper machines that AWS may take back; the search then goes on."),
     click.option("--max-run", metavar="TIME", default="auto", help="At most so long; default 2h."),
     click.option("--max-cost", metavar="USD", default="none", help="Ends before it costs more."),
     click.option("--price", metavar="USD", default="auto", help="Of one machine for an hour."),
+    click.option("--volume", metavar="GB", default="auto", help="Of each machine's disk."),
     click.option("--warm-pool", metavar="TIME", default="none", help="Machines stay so long."),
     click.option("--upload", metavar="S3", default="none", help="Bring the pictures there first."),
     click.option("--image", metavar="URL", default="auto", help="Default: AWS's PyTorch image."),
@@ -56,7 +57,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     click.option("--wait/--no-wait", default=True, help="Follow the job, and bring it home."),
 )
 # What each is called where it was not given.
-_DEFAULTS: dict[str, Any] = {"instances": "1", "tags": (), "dry_run": False, "wait": True}
+_DEFAULTS: dict[str, Any] = {"tags": (), "dry_run": False, "wait": True}
 
 
 def with_flags(flags: tuple[Decorator, ...]) -> Decorator:
@@ -142,11 +143,11 @@ def _read(job: dict[str, Any], resume: str | None) -> JobOptions:
     from visiontuner.workflow.submit import JobOptions
 
     text = {key: _given(value) for key, value in job.items() if isinstance(value, str)}
-    instances = number("--instances", text["instances"] or "1")
-    if instances is None or not 1 <= instances <= 100 or instances != int(instances):
-        raise UserMistake(f"--instances takes a number from 1 to 100, got {text['instances']!r}.")
+    instances = _whole("--instances", text["instances"])
+    if instances is not None and not 1 <= instances <= 100:
+        raise UserMistake(f"--instances takes a number from 1 to 100, got {instances}.")
     return JobOptions(
-        instances=int(instances),
+        instances=instances,
         instance_type=text["instance_type"],
         image=text["image"],
         role=text["role"],
@@ -157,6 +158,7 @@ def _read(job: dict[str, Any], resume: str | None) -> JobOptions:
         max_run=text["max_run"],
         max_cost=number("--max-cost", text["max_cost"]),
         price=number("--price", text["price"]),
+        volume=_whole("--volume", text["volume"]),
         warm_pool=text["warm_pool"],
         subnets=_listed(text["subnets"]),
         security_groups=_listed(text["security_groups"]),
@@ -180,6 +182,13 @@ def _pair(text: str) -> tuple[str, str]:
     if not key or not equals:
         raise UserMistake(f"--tag takes KEY=VALUE, got {text!r}.")
     return key, value
+
+
+def _whole(flag: str, text: str | None) -> int | None:
+    value = number(flag, text)
+    if value is not None and value != int(value):
+        raise UserMistake(f"{flag} takes a whole number, got {text!r}.")
+    return None if value is None else int(value)
 
 
 def number(flag: str, text: str | None) -> float | None:

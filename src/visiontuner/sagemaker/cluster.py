@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,8 +276,9 @@ def _say_outcome(outcome: Outcome, base: Path) -> None:
     _say(outcome.reason or f"The search ended with {outcome.code}.")
     if outcome.reason:
         path = base / "output" / "failure"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(outcome.reason[:_REASON_LENGTH] + "\n", encoding="utf-8")
+        with suppress(OSError):  # on a full disk: the log has it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(outcome.reason[:_REASON_LENGTH] + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:

@@ -15,6 +15,8 @@ LOG_GROUP = "/aws/sagemaker/TrainingJobs"
 # The SDK's start script traces itself, and pip says what it has already.
 _NOISE = ("+ ", "++ ", "Requirement already satisfied", "Collecting ", "Downloading ", "  ")
 
+_ERRORS = ("ERROR: ", "Error: ")
+
 
 class LogTail:
     """New lines of a job's hosts, from CloudWatch."""
@@ -55,6 +57,19 @@ class LogTail:
             self._tokens[stream] = page["nextForwardToken"]
             if not page["events"] or page["nextForwardToken"] == token:
                 return
+
+
+def last_error(aws: Aws, job: str) -> str | None:
+    """What a job's hosts said last that pip or visiontuner calls an error; None: nothing such."""
+    found = None
+    try:
+        for _, line in LogTail(aws, job).new_lines():
+            for mark in _ERRORS:
+                if line.startswith(mark):
+                    found = " ".join(line.removeprefix(mark).split())
+    except AwsRefused:  # the caller may not read logs
+        return None
+    return found
 
 
 def is_noise(line: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,12 @@ from visiontuner.data.storage import Progress, download_folder
 from visiontuner.errors import JobFailed, JournalError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.sagemaker import s3
+from visiontuner.sagemaker.follow import last_error
 from visiontuner.sagemaker.job import Job, advice_on
+
+# What the SDK's start script leaves as the reason, for requirements that do not install say; and
+# what SageMaker makes of an exit code alone, after a disk too full for a reason.
+_SAYS_NOTHING = re.compile(r"Training Execution failed|^AlgorithmError:\s*,")
 
 
 def bring_home(
@@ -34,7 +40,7 @@ def bring_home(
         record = SearchRecord.load(coming)
         return _put_in_place(coming, folder, record)
     except JournalError:
-        raise JobFailed(_no_search(job)) from None
+        raise JobFailed(_no_search(aws, job)) from None
     finally:
         shutil.rmtree(coming, ignore_errors=True)
 
@@ -66,9 +72,18 @@ def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> SearchRec
     return record
 
 
-def _no_search(job: Job) -> str:
-    reason = f": {job.reason.rstrip('.')}" if job.reason else ""
+def why_failed(aws: Aws, job: Job) -> str:
+    """SageMaker's reason; what the job's log says where that is none. Empty: nobody says."""
+    if _SAYS_NOTHING.search(job.reason):
+        return last_error(aws, job.name) or job.reason
+    return job.reason
+
+
+def _no_search(aws: Aws, job: Job) -> str:
+    why = why_failed(aws, job)
+    reason = f": {why.rstrip('.')}" if why else ""
     return (
-        f"{job.name} {job.status.lower()} before its search began{reason}.{advice_on(job.reason)} "
-        f"`visiontuner attach {job.name} --logs all` shows its log."
+        f"{job.name} {job.status.lower()} before its search began{reason}.{advice_on(why)} "
+        f"`visiontuner attach {job.name} --logs all` shows its log; `visiontuner tune --on "
+        f"sagemaker --resume {job.name}` tries again."
     )

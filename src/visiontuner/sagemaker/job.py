@@ -25,7 +25,7 @@ _ADVICE = {
     "try later.",
     "Insufficient capacity": "AWS has no such machines now: choose another --instance-type or "
     "--region, or try later.",
-    "No space left": "A disk was full: bring fewer pictures, or choose machines with a larger one.",
+    "No space left": "A disk was full: ask for a larger one with --volume.",
     "No matching distribution": "The image's Python has no such version: name another --image.",
     "could not be installed": "The image's Python has no such version: name another --image.",
 }
@@ -42,6 +42,8 @@ class Job:
         reason: why it failed, in SageMaker's words.
         seconds: how long its machines have been running, which is what is paid for.
         cost: US dollars so far; None where the price is not known.
+        image: the URL of what its machines run.
+        disk_gb: of each machine.
         checkpoints: the S3 folder that later jobs of this search go on with.
         archive: its model.tar.gz, once it is completed.
     """
@@ -55,6 +57,8 @@ class Job:
     instance_type: str
     instances: int
     spot: bool
+    image: str
+    disk_gb: int
     seconds: float
     price: Price
     checkpoints: str | None
@@ -201,6 +205,8 @@ def _job(aws: Aws, told: dict[str, Any]) -> Job:
         instance_type=str(resources.get("InstanceType") or ""),
         instances=instances,
         spot=bool(told.get("EnableManagedSpotTraining")),
+        image=str((told.get("AlgorithmSpecification") or {}).get("TrainingImage") or ""),
+        disk_gb=int(resources.get("VolumeSizeInGB") or 0),
         seconds=paid_seconds(told, now=datetime.now(UTC)),
         price=Price(per_hour=float(price) if price else None, instances=instances),
         checkpoints=(told.get("CheckpointConfig") or {}).get("S3Uri"),

@@ -24,6 +24,7 @@ _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 # SageMaker waits for spot machines within this, running time included.
 SPOT_WAIT_SECONDS = 4 * 3600
 _LONGEST_SECONDS = 28 * 24 * 3600
+_LARGEST_DISK_GB = 16384
 _TAGS = 48  # AWS allows 50, and two are ours
 _GB = 10**9
 
@@ -61,6 +62,7 @@ class JobPlan:
         experiment: with its pictures on S3, if they have to be.
         tracking_uri: an MLflow that the job can reach; None: the journal travels.
         tracking: the same in words.
+        disk_gb: of each host; by the size of the pictures if None.
         resumed: the job whose checkpoints this one goes on with.
 
     Raises:
@@ -83,6 +85,7 @@ class JobPlan:
     tracking_uri: str | None
     tracking: str
     pictures: Pictures | None = None
+    disk_gb: int | None = None
     spot: bool = False
     warm_pool_seconds: int = 0
     subnets: tuple[str, ...] = ()
@@ -118,6 +121,8 @@ class JobPlan:
     @property
     def volume_gb(self) -> int:
         """Of each host: the pictures, unpacked if they are an archive, and room for the rest."""
+        if self.disk_gb is not None:
+            return self.disk_gb
         size = self.pictures.size if self.pictures else 0
         return 50 + round((1 if self._is_folder else 3) * size / _GB)
 
@@ -178,6 +183,8 @@ class JobPlan:
             f"role       {self.role}",
             f"keeps      {self.root}{made}",
         ]
+        if self.disk_gb is not None:
+            lines.append(f"disk       {self.disk_gb:,} GB each")
         if self.warm_pool_seconds:
             lines.append(f"warm pool  {words_for(self.warm_pool_seconds)} after the job, and paid")
         if self.subnets:
@@ -221,6 +228,8 @@ def check_choices(plan: JobPlan) -> None:
         raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
     if plan.warm_pool_seconds > 3600:
         raise UserMistake("SageMaker keeps machines warm for an hour at most (--warm-pool 1h).")
+    if plan.disk_gb is not None and not 1 <= plan.disk_gb <= _LARGEST_DISK_GB:
+        raise UserMistake(f"--volume takes 1 to {_LARGEST_DISK_GB} GB, got {plan.disk_gb}.")
     if plan.max_run_seconds > _LONGEST_SECONDS:
         raise UserMistake("A training job runs for 28 days at most (--max-run 28d).")
     if len(plan.tags) > _TAGS:

@@ -170,7 +170,7 @@ def _so_far(job: Job) -> str:
 
 
 def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attached:
-    from visiontuner.sagemaker.home import bring_home
+    from visiontuner.sagemaker.home import bring_home, why_failed
     from visiontuner.sagemaker.job import jobs_of
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -184,13 +184,13 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
     jobs = jobs_of(aws, job)
     _log_costs(folder, result.record, jobs)
     return Attached(
-        lines=tuple(_told(job, jobs, result)),
+        lines=tuple(_told(job, jobs, result, why_failed(aws, job))),
         result=result,
         failed=job.status == "Failed",
     )
 
 
-def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
+def _told(job: Job, jobs: list[Job], result: SearchResult, why: str) -> Iterable[str]:
     from visiontuner.sagemaker.cost import dollars
     from visiontuner.sagemaker.job import advice_on
 
@@ -201,8 +201,8 @@ def _told(job: Job, jobs: list[Job], result: SearchResult) -> Iterable[str]:
         f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
         f"{dollars(_whole_cost(jobs))}."
     )
-    if job.reason:
-        yield f"SageMaker says: {job.reason}{advice_on(job.reason)}"
+    if why:
+        yield f"Why: {why}{advice_on(why)}"
     if result.state != "completed":
         yield f"Go on there: visiontuner tune --on sagemaker --resume {job.name}"
 

@@ -16,6 +16,7 @@ from visiontuner.locations import tracking_uri
 
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
+    from visiontuner.sagemaker.job import Job
     from visiontuner.sagemaker.plan import JobPlan, Pictures
 
 DEFAULT_INSTANCE = "ml.g5.xlarge"
@@ -27,18 +28,20 @@ class JobOptions:
     """What a user may choose; None: found, or a default.
 
     Args:
+        instances, instance_type, volume, image: with `resume` as that job had them if None.
         image: URL of a training image; AWS's newest PyTorch image if None.
         role: name or ARN of the role that the job runs as.
         bucket: for everything the job keeps; by default SageMaker's of this account and region.
         max_run: how long the job may run, as `2h`.
         max_cost: US dollars; shortens `max_run`.
         price: US dollars for an hour of one instance.
+        volume: GB of each machine's disk; by the size of the pictures if None.
         warm_pool: how long machines stay for a next job, as `30m`.
         upload: `s3://BUCKET/FOLDER`, where pictures of this machine are brought.
         resume: a job of ours; its search goes on from its checkpoints.
     """
 
-    instances: int = 1
+    instances: int | None = None
     instance_type: str | None = None
     image: str | None = None
     role: str | None = None
@@ -49,6 +52,7 @@ class JobOptions:
     max_run: str | None = None
     max_cost: float | None = None
     price: float | None = None
+    volume: int | None = None
     warm_pool: str | None = None
     subnets: tuple[str, ...] = ()
     security_groups: tuple[str, ...] = ()
@@ -76,11 +80,13 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
 
     max_run = _seconds("--max-run", options.max_run or DEFAULT_MAX_RUN)
     warm_pool = _seconds("--warm-pool", options.warm_pool) if options.warm_pool else 0.0
-    kind = options.instance_type or DEFAULT_INSTANCE
     if experiment is not None:
         _check_source(experiment, options)
     aws = Aws(options.region, options.assume_role)
-    search, experiment, bucket = _search(aws, experiment, options)
+    before = _ended(aws, options.resume) if options.resume is not None else None
+    search, experiment, bucket = _search(aws, experiment, options, before)
+    options = _as_before(options, before)
+    kind, instances = options.instance_type or DEFAULT_INSTANCE, options.instances or 1
     default = f"sagemaker-{aws.region}-{aws.account}"
     bucket, exists = find_bucket(aws, bucket, default=default)
     pictures = _pictures(aws, experiment, options)
@@ -88,7 +94,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         data = experiment.data.model_copy(update={"source": pictures.uri})
         experiment = experiment.model_copy(update={"data": data})
     hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
-    price = Price(per_hour=hourly, instances=options.instances)
+    price = Price(per_hour=hourly, instances=instances)
     tracking, words = reachable_tracking(tracking_uri())
     plan = JobPlan(
         search=search,
@@ -101,7 +107,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         bucket_exists=exists,
         image=options.image or "",
         instance_type=kind,
-        instances=options.instances,
+        instances=instances,
         max_run_seconds=limit_seconds(
             price, max_run_seconds=max_run, warm_pool_seconds=warm_pool, max_cost=options.max_cost
         ),
@@ -109,6 +115,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         tracking_uri=tracking,
         tracking=words,
         pictures=pictures,
+        disk_gb=options.volume,
         spot=options.spot,
         warm_pool_seconds=int(warm_pool),
         subnets=options.subnets,
@@ -117,7 +124,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         tags=options.tags,
         resumed=options.resume,
     )
-    check_quota(aws, kind, options.instances, spot=options.spot)
+    check_quota(aws, kind, instances, spot=options.spot)
     # Last: the SDK, which knows AWS's images, takes seconds to import.
     return aws, replace(plan, image=find_image(aws, options.image, kind))
 
@@ -162,30 +169,54 @@ def submit_job(
     return submit(aws, plan, note=note)
 
 
-def _search(
-    aws: Aws, experiment: Experiment | None, options: JobOptions
-) -> tuple[str, Experiment, str | None]:
-    """The search's name, its experiment, and the bucket that it is bound to, if it is."""
-    if options.resume is None:
-        assert experiment is not None
-        plain = re.sub(r"[^a-zA-Z0-9]+", "-", experiment.name or "search").strip("-")
-        return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}", experiment, options.bucket
-    from visiontuner.sagemaker import s3
-    from visiontuner.sagemaker.job import EXPERIMENT, describe
+def _ended(aws: Aws, name: str) -> Job:
+    """The job whose search goes on.
 
-    job = describe(aws, options.resume)
+    Raises:
+        UserMistake: there is none, or it is still running.
+    """
+    from visiontuner.sagemaker.job import describe
+
+    job = describe(aws, name)
     if not job.ended:
         raise UserMistake(
             f"{job.name} is still running; follow it with `visiontuner attach {job.name}`, or end "
             f"it with `visiontuner stop {job.name}` first."
         )
-    root = (job.checkpoints or "").removesuffix("/checkpoints")
-    content = s3.get(aws, f"{root}/{EXPERIMENT}") if job.search and root else None
+    return job
+
+
+def _as_before(options: JobOptions, before: Job | None) -> JobOptions:
+    """With the machines of the job that this one follows, where nothing else is asked for."""
+    if before is None:
+        return options
+    return replace(
+        options,
+        instances=options.instances or before.instances,
+        instance_type=options.instance_type or before.instance_type,
+        image=options.image or before.image,
+        volume=options.volume or before.disk_gb or None,
+    )
+
+
+def _search(
+    aws: Aws, experiment: Experiment | None, options: JobOptions, before: Job | None
+) -> tuple[str, Experiment, str | None]:
+    """The search's name, its experiment, and the bucket that it is bound to, if it is."""
+    if before is None:
+        assert experiment is not None
+        plain = re.sub(r"[^a-zA-Z0-9]+", "-", experiment.name or "search").strip("-")
+        return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}", experiment, options.bucket
+    from visiontuner.sagemaker import s3
+    from visiontuner.sagemaker.job import EXPERIMENT
+
+    root = (before.checkpoints or "").removesuffix("/checkpoints")
+    content = s3.get(aws, f"{root}/{EXPERIMENT}") if before.search and root else None
     if content is None:
-        raise UserMistake(f"{job.name} has no search of ours to go on with.")
+        raise UserMistake(f"{before.name} has no search of ours to go on with.")
     import yaml
 
-    return job.search, Experiment.parse(yaml.safe_load(content)), split_uri(root)[0]
+    return before.search, Experiment.parse(yaml.safe_load(content)), split_uri(root)[0]
 
 
 def _check_source(experiment: Experiment, options: JobOptions) -> None:
