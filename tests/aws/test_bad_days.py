@@ -30,7 +30,7 @@ from visiontuner.sagemaker import source
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
 ]
@@ -274,5 +274,6 @@ def test_a_search_goes_on_after_each_bad_day(
     client = MlflowClient(server)
     for trial_id, run_ in runs.items():
         points = client.get_metric_history(run_.info.run_id, "validation_loss")
-        assert [p.value for p in points] == after.trials[trial_id].curve("validation_loss")
+        steps, values = after.trials[trial_id].curve("validation_loss")
+        assert ([p.step for p in points], [p.value for p in points]) == (steps, values)
     assert len(client.search_model_versions("name = 'colours'")) == 1

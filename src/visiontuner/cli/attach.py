@@ -75,7 +75,11 @@ def follow_and_print(
         console.close()
     for line in came.lines:
         click.echo(line)
-    if came.result is not None:
-        print_result(came.result, said=console.said)
+    try:
+        if came.result is not None:
+            print_result(came.result, said=console.said)
+    except click.exceptions.Exit:  # a search that was broken off looks interrupted
+        if not came.failed:
+            raise
     if came.failed:
         raise click.exceptions.Exit(1)
