@@ -7,6 +7,7 @@ trainings are short.
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from itertools import islice
@@ -56,6 +57,7 @@ def _judged(case: Any, store: Any, folder: Path, seconds: list[float]) -> list[d
     from visiontuner.training.rules import RECORDED_RULES, diagnose_recording
 
     history = trainings.train(case, store, folder, every_steps=EVERY_STEPS)
+    gc.collect()  # what leaked is no longer of use
     began = time.perf_counter()
     findings = diagnose_recording(history, RECORDED_RULES)
     seconds.append(time.perf_counter() - began)
