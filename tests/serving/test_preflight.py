@@ -39,7 +39,10 @@ def change_json(path: Path, change: Any) -> None:
 
 
 def our_servers() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children() if "uvicorn" in child.cmdline()]
+    running = [
+        child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE
+    ]
+    return [child for child in running if "uvicorn" in child.cmdline()]
 
 
 @pytest.fixture(scope="module")
