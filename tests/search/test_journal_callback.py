@@ -3,7 +3,8 @@
 import os
 import signal
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -190,6 +191,25 @@ def test_rays_snapshot_holds_no_open_journal(recorder, tmp_path):
     weights = WeightsOnDisk(tmp_path, experiment, recorder.record)
     assert JournalCallback(recorder, rules, weights, Losses()).__getstate__() == {}
     assert RuleStopper(rules, ()).__getstate__()["_rules"] is None
+
+
+@pytest.mark.parametrize("attempts_before", [0, 1])
+def test_a_trial_whose_worker_died_before_it_began_begins_again(
+    recorder, tmp_path, attempts_before
+):
+    if attempts_before:
+        run_trial(recorder, tmp_path, 1, [0.5], "interrupted")
+    error_file = tmp_path / "error.txt"
+    error_file.write_text("The actor died unexpectedly before finishing this task.")
+    trial: Any = SimpleNamespace(
+        config={"trial_id": "t0001", "attempt": attempts_before + 1, "configuration": {}},
+        error_file=str(error_file),
+    )
+    losses, unused = Losses(), cast(Any, None)
+    JournalCallback(recorder, unused, unused, losses).on_trial_error(1, [trial], trial)
+    again = SearchRecord.load(tmp_path).trials["t0001"]
+    assert (again.state, again.attempt) == ("interrupted", attempts_before + 1)
+    assert losses.take()
 
 
 def test_settings_are_the_experiments_with_the_trials_own_values_in_place():

@@ -186,6 +186,9 @@ class JournalCallback(Callback):
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         trial_id, traceback = trial.config["trial_id"], _traceback_of(trial)
+        begun = self._recorder.record.trials.get(trial_id)
+        if begun is None or begun.attempt != trial.config["attempt"]:  # no worker ever had it
+            self.on_trial_start(iteration, trials, trial)
         if self._losses.begins_again(trial_id, traceback):
             end_trial(self._recorder, trial_id, "interrupted", reason="its worker died")
             return
