@@ -42,6 +42,7 @@ class Aws:
     url: str
     environment: dict[str, str]
     jobs: Path
+    process: subprocess.Popen[str]
 
     def client(self, service: str, region: str = REGION) -> Any:
         import boto3
@@ -57,6 +58,9 @@ class Aws:
     def reset(self) -> None:
         """Forget everything."""
         import requests
+
+        code = self.process.poll()
+        assert code is None, f"the stand-in has ended with {code}"
 
         requests.post(f"{self.url}/moto-api/reset", timeout=10).raise_for_status()
 
@@ -144,7 +148,7 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
         port = process.stdout.readline().strip()
         assert port, (nowhere / "log").read_text()
         url = f"http://127.0.0.1:{port}"
-        yield Aws(url, _settings(url, nowhere), nowhere / "jobs")
+        yield Aws(url, _settings(url, nowhere), nowhere / "jobs", process)
     finally:
         process.terminate()
         try:

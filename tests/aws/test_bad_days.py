@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 BUCKET = "searches"
-EPOCHS, TRIALS = 120, 4
+EPOCHS, TRIALS = 240, 6
 SHARD = 256  # pictures
 SPLITS = {"train": 2 * SHARD, "valid": 12}
 
@@ -192,10 +192,6 @@ def trial_runs(uri: str) -> dict[str, Any]:
     return by_trial
 
 
-@pytest.mark.skipif(
-    "VISIONTUNER_BAD_DAYS" not in os.environ,
-    reason="five jobs in a row: VISIONTUNER_BAD_DAYS=1; it failed once beside other tests",
-)
 @pytest.mark.usefixtures("hosts_allowed")
 def test_a_search_goes_on_after_each_bad_day(
     jobs: Jobs,
