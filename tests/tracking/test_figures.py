@@ -1,5 +1,8 @@
 import io
 import math
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +141,28 @@ def test_importance_finds_the_value_that_decides(new_search: NewSearch) -> None:
     shares = importances(record_of(search))
     assert shares["learning_rate"] > 0.7
     assert math.isclose(sum(shares.values()), 1.0)
+
+
+def test_importance_does_without_scikit_learn_and_leaves_it_to_others(
+    new_search: NewSearch,
+) -> None:
+    search = new_search()
+    search.begin()
+    for number in range(1, 25):
+        search.trial(number, epochs=1)
+    script = """
+        import sys
+        from pathlib import Path
+        from visiontuner.journal import SearchRecord
+        from visiontuner.tracking.importance import importances
+
+        assert importances(SearchRecord.load(Path(sys.argv[1])))
+        assert "sklearn" not in sys.modules
+        import sklearn.ensemble
+        """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(search.folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_drawing_leaves_no_global_state(new_search: NewSearch) -> None:

@@ -1,13 +1,15 @@
 """Which searched value decided the outcome: PED-ANOVA over the finished trials, by Optuna.
 
-Not fANOVA: its forest needs scikit-learn, whose import alone costs 2 to 4 s at the end of a search.
+Not fANOVA: its forest needs scikit-learn, whose import alone costs 2 s at the end of a search.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from visiontuner.journal import SearchRecord, TrialRecord
@@ -42,8 +44,10 @@ def importances(record: SearchRecord) -> dict[str, float]:
 
 def _ped_anova(trials: list[TrialRecord], names: list[str], mode: str) -> dict[str, float]:
     import optuna
-    from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
     from optuna.trial import create_trial
+
+    with _without("sklearn"):
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -73,3 +77,16 @@ def _domain(values: list[Any]) -> Any:
         return CategoricalDistribution(distinct)
     low, high = float(distinct[0]), float(distinct[-1])
     return FloatDistribution(low, high, log=low > 0 and high / low > 20)
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """As if a package were not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
