@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from visiontuner import garbage
 from visiontuner.cli.attach import attach
 from visiontuner.cli.compare import compare
 from visiontuner.cli.deploy import deploy, endpoints, undeploy, update
@@ -54,12 +55,13 @@ class GroupedCommands(click.Group):
 )
 @click.version_option(package_name="visiontuner")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:
+def main(debug: bool) -> None:  # noqa: ARG001 `errors.py` reads it
     """Fine-tune an image classifier on your own pictures.
 
     Search the learning rate and the batch size with Ray Tune, see every trial in MLflow, and
     put the best model behind a SageMaker endpoint.
     """
+    garbage.collect_rarely()
 
 
 for _commands in _GROUPS.values():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner import garbage
 from visiontuner.experiment import Experiment, Training
 
 if TYPE_CHECKING:
@@ -73,11 +74,13 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
 
 def _train(config: dict[str, Any], task: TrialTask) -> None:
     if task.pictures_folder is not None:
-        from visiontuner.search.network_trial import train_network
+        with garbage.left_alone():
+            from visiontuner.search.network_trial import train_network
 
         train_network(config, task)
     else:
-        from visiontuner.search.head_trial import train_head
+        with garbage.left_alone():
+            from visiontuner.search.head_trial import train_head
 
         train_head(config, task)
 
