@@ -11,48 +11,54 @@ from typing import Any
 
 from measuring import Row, events, points, report, scratch, script_result, store_in, trial_runs
 
-TARGETS = (
-    "writer's own time at most 5 % of the search's",
-    "on less off, without figures and model, at most 5 %",
-    "everything is in MLflow when the command ends",
-)
+TARGET = "at most 5 % more than without the writer"
 SMALL = {"repeats": 1, "trials": 4, "epochs": 3}
 
 
-def measure(*, repeats: int = 3, trials: int = 32, epochs: int = 20) -> dict[str, Any]:
+def measure(*, repeats: int = 5, trials: int = 32, epochs: int = 20) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, float]]] = {"off": [], "points": [], "all": []}
+    missing = 0
     with scratch() as folder:
-        one = one_search(folder, "off", 0, trials=2, epochs=1)  # exports and computes the features
-        on, off, missing = [], [], 0
+        # Exports and computes the features.
+        one = one_search(folder, "off", 0, trials=2, epochs=1)
         for number in range(1, repeats + 1):
-            off.append(one_search(folder, "off", number, trials=trials, epochs=epochs))
-            on.append(one_search(folder, "on", number, trials=trials, epochs=epochs))
-            missing += points_missing(folder / f"on-{number}", trials=trials, epochs=epochs)
-    wall_on, wall_off = (median(run["search"] for run in runs) for runs in (on, off))
-    writing, figures, model = (median(r[k] for r in on) for k in ("writing", "figures", "model"))
-    share = median(run["writing"] / run["search"] for run in on)
-    slower = (wall_on - figures - model - wall_off) / wall_off
+            for mode, done in runs.items():
+                done.append(one_search(folder, mode, number, trials=trials, epochs=epochs))
+                if mode != "off":
+                    place = folder / f"{mode}-{number}"
+                    missing += points_missing(place, trials=trials, epochs=epochs)
+    wall = {mode: median(run["search"] for run in done) for mode, done in runs.items()}
+    # Of each round: the machine's speed changes from one to the next.
+    slower = median(
+        on["search"] / off["search"] - 1
+        for on, off in zip(runs["points"], runs["off"], strict=True)
+    )
+    points, everything = runs["points"], runs["all"]
+    calls, cpu = (median(run[k] for run in points) for k in ("writing", "cpu"))
+    figures, model = (median(run[k] for run in everything) for k in ("figures", "model"))
     rows = [
         Row(
-            what=f"{trials} trials x {epochs} epochs, features cached, median of {repeats}",
-            target=TARGETS[0],
-            result=f"{share:.1%}: writing {writing:.2f} s of {wall_on:.1f} s; figures "
-            f"{figures:.2f} s, model {model:.2f} s",
-            met=share <= 0.05,
-        ),
-        Row(
-            what="the same searches, writer on and off",
-            target=TARGETS[1],
-            result=f"{slower:+.1%}: {wall_on:.1f} s on, {wall_off:.1f} s off",
+            what=f"{trials} trials x {epochs} epochs, features cached, median of {repeats} rounds: "
+            "every point, parameter and tag written, against none",
+            target=TARGET,
+            result=f"{slower:+.1%}: {wall['points']:.1f} s against {wall['off']:.1f} s; "
+            f"{calls:.2f} s in calls, {cpu:.2f} s of a core with MLflow's import",
             met=slower <= 0.05,
         ),
         Row(
+            what="with figures, page and the registered model too",
+            target="(reported apart)",
+            result=f"{wall['all'] / wall['off'] - 1:+.1%}: {wall['all']:.1f} s; figures "
+            f"{figures:.2f} s beside the trials, model {model:.2f} s",
+        ),
+        Row(
             what="after the command",
-            target=TARGETS[2],
+            target="everything is in MLflow when the command ends",
             result=f"{missing} points missing",
             met=missing == 0,
         ),
     ]
-    return report(rows, on=on, off=off, warm_up=one)
+    return report(rows, **runs, warm_up=one)
 
 
 def one_search(

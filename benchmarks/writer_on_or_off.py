@@ -1,37 +1,28 @@
 """One search with MLflow's writer at work or left out, timed inside.
 
-    python writer_on_or_off.py on|off FOLDER TRIALS EPOCHS
+    python writer_on_or_off.py off|points|all FOLDER TRIALS EPOCHS
 
-Prints JSON: seconds of the search (from Python's start to its last line), of writing, of figures,
-and of logging and registering the model.
+`points` writes runs, metrics, parameters and tags alone; `all` draws, and logs and registers the
+model too. Prints JSON: seconds of the search (from Python's start to its last line), of calls that
+write, of figures, of logging and registering the model, and the processor's of the writer's whole
+process.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import psutil
 
 from visiontuner.experiment import QUICKSTART, Experiment
-from visiontuner.workflow import run_search
-
-
-class _NoWriter:
-    """Stands where writer and thread stand, and writes nothing."""
-
-    problem = "off for this measurement"
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.run_ids: dict[str, str] = {}
-
-    def close(self, *_: Any) -> bool:
-        return False  # so no model is registered
+from visiontuner.locations import NO_TRACKING
+from visiontuner.workflow import run_search, search
+from visiontuner.workflow.recording import BackgroundTracking
 
 
 def main() -> None:
@@ -43,48 +34,36 @@ def main() -> None:
         "search.scheduler=none",
     ]
     experiment = Experiment.parse(dict(QUICKSTART), overrides, where="the benchmark")
-    seconds = {"writing": 0.0, "figures": 0.0, "model": 0.0}
+    seconds = dict.fromkeys(("writing", "figures", "model", "cpu"), 0.0)
     if mode == "off":
-        leave_mlflow_out()
+        os.environ["MLFLOW_TRACKING_URI"] = NO_TRACKING
     else:
-        measure_into(seconds)
+        measure_into(seconds, everything=mode == "all")
     run_search(experiment, output=folder)
     seconds["search"] = time.time() - psutil.Process().create_time()
     print(json.dumps(seconds))
 
 
-def leave_mlflow_out() -> None:
-    """Modules in the place of the writer's: MLflow is not even imported."""
-    for name, thing in (("follow", "WriterThread"), ("mlflow_writer", "MlflowWriter")):
-        module = ModuleType(f"visiontuner.tracking.{name}")
-        setattr(module, thing, _NoWriter)
-        sys.modules[module.__name__] = module
+def measure_into(seconds: dict[str, float], *, everything: bool) -> None:
+    """Note what writer and registration take."""
 
+    class Noted(BackgroundTracking):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, draw=everything)
 
-def measure_into(seconds: dict[str, float]) -> None:
-    """Note what writer and registration take; `run_search` imports both when it needs them."""
-    from visiontuner.serving import registry
-    from visiontuner.tracking import follow
+        def close(self, *, timeout_seconds: float = 60) -> str | None:
+            problem = super().close(timeout_seconds=timeout_seconds)
+            seconds.update(self.seconds)
+            return problem if everything else "no model for this measurement"
 
-    class Noted(follow.WriterThread):
-        def close(self, timeout: float = 30.0) -> bool:
-            done = super().close(timeout)
-            seconds["writing"], seconds["figures"] = self.seconds_spent, self.seconds_figures
-            return done
+        def register(self) -> str:
+            began = time.monotonic()
+            try:
+                return super().register()
+            finally:
+                seconds["model"] = time.monotonic() - began
 
-    follow.WriterThread = Noted  # type: ignore[misc]
-    registry.log_classifier = _timed(registry.log_classifier, seconds)
-
-
-def _timed(log: Callable[..., Any], seconds: dict[str, float]) -> Callable[..., Any]:
-    def timed(*arguments: Any, **options: Any) -> Any:
-        began = time.monotonic()
-        try:
-            return log(*arguments, **options)
-        finally:
-            seconds["model"] = time.monotonic() - began
-
-    return timed
+    search.BackgroundTracking = Noted  # type: ignore[misc]
 
 
 if __name__ == "__main__":

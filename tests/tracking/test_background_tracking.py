@@ -1,14 +1,155 @@
-"""A search that writes its journal alone, as in a training job that reaches no MLflow."""
+"""MLflow beside a running search: a real process, its store, and its death or its driver's."""
 
+import fcntl
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
+import pytest
+from mlflow import MlflowClient
+
+from visiontuner.errors import ClassifierError
 from visiontuner.locations import NO_TRACKING
+from visiontuner.tracking.mlflow_writer import LOCK_FILE
 from visiontuner.workflow.observing import Silent
 from visiontuner.workflow.recording import BackgroundTracking
+from visiontuner.workflow.sync import sync_search
 
 
-def test_nothing_is_written_and_it_is_said(tmp_path: Path) -> None:
-    tracking = BackgroundTracking(tmp_path, NO_TRACKING, None, Silent())
-    assert tracking.close() == "MLFLOW_TRACKING_URI is 'none'."
-    assert tracking.run_ids == {}
+class Notes(Silent):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def wait_until(condition: Callable[[], Any], *, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def writers() -> list[psutil.Process]:
+    """Writing processes of this one."""
+    return [
+        process
+        for process in psutil.Process().children()
+        if "visiontuner.workflow.tracking_process" in process.cmdline()
+    ]
+
+
+def ended(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE  # nobody may be there to take its end
+    except psutil.NoSuchProcess:
+        return True
+
+
+def is_free(lock: Path) -> bool:
+    with lock.open("r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+
+@pytest.fixture
+def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
+    return new_database(tmp_path / "mlflow.db")
+
+
+@pytest.fixture
+def finished(new_search: Callable[..., Any]) -> Iterator[Any]:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    search.finish()
+    yield search
+    assert writers() == []
+
+
+def names(uri: str) -> list[str]:
+    client = MlflowClient(uri)
+    experiments = [e.experiment_id for e in client.search_experiments()]
+    return sorted(str(run.info.run_name) for run in client.search_runs(experiments))
+
+
+def test_without_mlflow_nothing_is_written_and_it_is_said(tmp_path: Path) -> None:
+    with BackgroundTracking(tmp_path, NO_TRACKING, None, Silent()) as tracking:
+        assert tracking.close() == "MLFLOW_TRACKING_URI is 'none'."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_everything_is_written_when_it_closes(
+    finished: Any, uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A folder of the user's that has the name of a library.
+    (tmp_path / "here/mlflow").mkdir(parents=True)
+    (tmp_path / "here/mlflow/__init__.py").write_text("raise RuntimeError('not this one')")
+    monkeypatch.chdir(tmp_path / "here")
+    with BackgroundTracking(finished.folder, uri, None, Silent(), draw=False) as tracking:
+        wait_until((finished.folder / LOCK_FILE).exists)
+        writers()[0].send_signal(signal.SIGINT)  # a Ctrl-C is for the search
+        assert tracking.close() is None
+        assert tracking.close() is None
+        assert len(names(uri)) == 2
+        with pytest.raises(ClassifierError, match="is not from this search"):
+            tracking.register()
+    assert all(tracking.seconds[kind] > 0 for kind in ("cpu", "writing"))
+
+
+def test_a_store_that_cannot_be_opened_is_said_once_and_left_to_sync(
+    finished: Any, tmp_path: Path
+) -> None:
+    observer, nowhere = Notes(), tmp_path / "file"
+    nowhere.touch()
+    with BackgroundTracking(
+        finished.folder, f"sqlite:///{nowhere}/mlflow.db", None, observer
+    ) as tracking:
+        problem = tracking.close()
+    assert problem is not None
+    assert observer.notes == [problem]
+
+
+def test_a_writer_that_dies_is_said_and_loses_nothing(
+    finished: Any, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BackgroundTracking(finished.folder, uri, None, Silent()) as tracking:
+        (process,) = writers()
+        process.kill()
+        assert tracking.close() == "MLflow's writer has died (it said nothing)."
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    sync_search(finished.folder)
+    assert len(names(uri)) == 2
+
+
+def test_the_writer_ends_with_its_search(finished: Any, uri: str) -> None:
+    script = f"""
+        import os, sys, time
+        from pathlib import Path
+        from visiontuner.workflow.observing import Silent
+        from visiontuner.workflow.recording import BackgroundTracking
+
+        tracking = BackgroundTracking(Path({str(finished.folder)!r}), {uri!r}, None, Silent())
+        print(tracking._process.pid, flush=True)
+        time.sleep(600)
+        """
+    search = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    assert search.stdout is not None
+    writer = psutil.Process(int(search.stdout.readline()))
+    wait_until((finished.folder / LOCK_FILE).exists)
+    search.kill()
+    search.communicate()
+    wait_until(lambda: ended(writer))
+    wait_until(lambda: is_free(finished.folder / LOCK_FILE))

@@ -1,4 +1,4 @@
-"""Keep MLflow up to date with a running search, from a thread of the driver."""
+"""Keep MLflow up to date with a running search, from a thread."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class WriterThread:
         writer: MlflowWriter,
         *,
         interval_seconds: float = 2.0,
-        share: float = 0.05,
+        share: float = 0.25,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.writer = writer

@@ -27,9 +27,8 @@ from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
-from visiontuner.tracking import figures, runs
+from visiontuner.tracking import runs
 from visiontuner.tracking.client import Store, without_secrets
-from visiontuner.tracking.html import write_page
 from visiontuner.tracking.numbers import search_numbers
 from visiontuner.tracking.plan import (
     KIND,
@@ -335,9 +334,11 @@ class MlflowWriter:
             self.store.call("set_terminated", held.run_id, status=status, end_time=ended)
         held.status = status
 
-    # Figures and the page
+    # Figures and the page; matplotlib is imported with the first
 
     def _trial_files(self, trial_id: str, recording: Recording | None) -> dict[str, bytes]:
+        from visiontuner.tracking import figures
+
         trial, files = self.plan.record.trials[trial_id], dict[str, bytes]()
         if trial.epochs:
             curves = figures.trial_curves(trial, self.plan.record.objective)
@@ -348,6 +349,9 @@ class MlflowWriter:
 
     def _search_files(self) -> dict[str, bytes]:
         """The search's figures, the numbers behind them, and the page that shows it all."""
+        from visiontuner.tracking import figures
+        from visiontuner.tracking.html import write_page
+
         record = self.plan.record
         drawn = {n: figures.to_png(f) for n, f in figures.search_figures(record).items()}
         page = write_page(

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 
-from visiontuner.tracking import figures
 from visiontuner.tracking.plan import Point
 from visiontuner.training.recording.records import (
     RECORDING_FILE,
@@ -64,6 +63,8 @@ def files_of(trial_folder: Path, recording: Recording) -> dict[str, bytes]:
 
 def draw(recording: Recording) -> dict[str, bytes]:
     """Every figure of a recording, PNG by name."""
+    from visiontuner.tracking import figures
+
     return {n: figures.to_png(f) for n, f in figures.recording_figures(recording).items()}
 
 

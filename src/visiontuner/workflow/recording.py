@@ -1,106 +1,174 @@
-"""From a search folder to MLflow: beside a running search, and afterwards."""
+"""MLflow beside a running search: in a process of its own, so that it never holds the search up."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping
+from collections import deque
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from queue import Empty, SimpleQueue
+from typing import Any
 
-from visiontuner.errors import ClassifierError, TrackingError
-from visiontuner.journal import SearchRecord
-from visiontuner.layout import CLASSIFIER_FOLDER
-from visiontuner.locations import NO_TRACKING, writable_cache_folder
+import visiontuner
+from visiontuner import errors
+from visiontuner.errors import TrackingError, VisiontunerError
+from visiontuner.locations import NO_TRACKING
 from visiontuner.workflow.observing import Observer
-from visiontuner.workflow.packaging import packaged_trial
 
-if TYPE_CHECKING:
-    from visiontuner.tracking.follow import WriterThread
-    from visiontuner.tracking.mlflow_writer import MlflowWriter
+_LINES_KEPT = 20
+_GRACE_SECONDS = 60.0  # to import MLflow on a busy machine, and to answer
 
 
 class BackgroundTracking:
-    """The MLflow writer beside a running search; opened in the background: it takes seconds."""
+    """MLflow's writer beside a running search (`tracking_process.py`), for the length of a context.
 
-    def __init__(self, folder: Path, uri: str, adopted_run: str | None, observer: Observer) -> None:
+    What it has to say of MLflow's outages goes to the observer as it happens.
+
+    Args:
+        adopted_run: the run that `mlflow run` opened, to be the search's own.
+        draw: False leaves the figures and the search's page out.
+
+    `seconds` holds, after `close`, what was spent on `writing` and on `figures`, and the `cpu` time
+    of the whole process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        adopted_run: str | None,
+        observer: Observer,
+        *,
+        draw: bool = True,
+    ) -> None:
+        self.seconds: dict[str, float] = {}
         self._folder = folder
-        self._uri = uri
-        self._adopted_run = adopted_run
         self._observer = observer
-        self._writer: MlflowWriter | None = None
-        self._thread: WriterThread | None = None
         self._problem: str | None = None
-        self._closed = False
-        self._opening = threading.Thread(target=self._open, name="mlflow-open", daemon=True)
-        self._opening.start()
+        self._asked_to_close = self._closed = False
+        self._answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
+        self._last_words: deque[str] = deque(maxlen=_LINES_KEPT)
+        self._process: subprocess.Popen[str] | None = None
+        if uri == NO_TRACKING:
+            self._problem = f"MLFLOW_TRACKING_URI is {NO_TRACKING!r}."
+            self._asked_to_close = self._closed = True
+            return
+        self._process = _start()
+        self._threads = [
+            threading.Thread(target=read, args=(self._process,), name="mlflow", daemon=True)
+            for read in (self._read_answers, self._read_last_words)
+        ]
+        for thread in self._threads:
+            thread.start()
+        settings = {"folder": str(folder.absolute()), "uri": uri, "parent_run_id": adopted_run}
+        self._send({**settings, "draw": draw})
 
-    @property
-    def run_ids(self) -> dict[str, str]:
-        """MLflow run ids by trial id."""
-        return self._writer.run_ids if self._writer else {}
+    def begin_to_close(self, *, timeout_seconds: float = 60) -> None:
+        """Have the rest written, while the search has other things to do."""
+        if not self._asked_to_close:
+            self._asked_to_close = True
+            self._send({"do": "close", "timeout": timeout_seconds})
 
     def close(self, *, timeout_seconds: float = 60) -> str | None:
         """Write the rest, once; returns why not everything is in MLflow, or None."""
+        self.begin_to_close(timeout_seconds=timeout_seconds)
         if not self._closed:
-            self._opening.join()
-            if self._thread is not None and not self._thread.close(timeout_seconds):
-                self._problem = self._thread.problem or "MLflow does not hold everything yet."
+            answer = self._answer(timeout_seconds)
             self._closed = True
+            self._problem, self.seconds = answer["problem"], answer.get("seconds", {})
         return self._problem
 
-    def _open(self) -> None:
-        if self._uri == NO_TRACKING:
-            self._problem = f"MLFLOW_TRACKING_URI is {NO_TRACKING!r}."
-            return
-        from visiontuner.tracking.follow import WriterThread
-        from visiontuner.tracking.mlflow_writer import MlflowWriter
+    def register(self) -> str:
+        """Log and register the classifier, once `close` found everything written; its model URI.
 
+        Raises:
+            TrackingError: MLflow is away or refuses.
+            ClassifierError: there is no classifier of this search.
+        """
+        self._send({"do": "register"})
+        answer = self._answer(None)
+        if "model" in answer:
+            return str(answer["model"])
+        kind = getattr(errors, answer.get("error", ""), TrackingError)
+        assert issubclass(kind, VisiontunerError)
+        raise kind(answer["problem"])
+
+    def __enter__(self) -> BackgroundTracking:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write the rest, if nobody did, and end the process."""
         try:
-            self._writer = MlflowWriter(
-                self._folder,
-                tracking_uri=self._uri,
-                parent_run_id=self._adopted_run,
-                templates=writable_cache_folder() / "databases",
-            )
-        except TrackingError as error:  # the search goes on, `sync` writes it elsewhere
-            self._problem = str(error)
-            self._observer.note(self._problem)
+            self.close()
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        if self._process is None:
             return
-        self._thread = WriterThread(self._writer, notice=self._observer.note)
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def _send(self, order: dict[str, Any]) -> None:
+        assert self._process is not None
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it has died; `_answer` says so
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+
+    def _answer(self, timeout: float | None) -> dict[str, Any]:
+        """The next answer, or what stands for that of a process that died or does not answer."""
+        try:
+            answer = self._answers.get(timeout=timeout and timeout + _GRACE_SECONDS)
+        except Empty:
+            return {"problem": "MLflow's writer does not answer."}
+        if answer is None:
+            self._answers.put(None)  # nor will it answer the next question
+            last = next((line for line in reversed(self._last_words) if line), "it said nothing")
+            return {"problem": f"MLflow's writer has died ({last[:300]})."}
+        return answer
+
+    def _read_answers(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        with process.stdout as lines:
+            for line in lines:
+                answer = json.loads(line)
+                if "notice" in answer:
+                    self._observer.note(answer["notice"])
+                else:
+                    self._answers.put(answer)
+        self._answers.put(None)
+
+    def _read_last_words(self, process: subprocess.Popen[str]) -> None:
+        assert process.stderr is not None
+        with process.stderr as lines:
+            for line in lines:
+                self._last_words.append(line.strip())
 
 
-def register_classifier(
-    folder: Path,
-    record: SearchRecord,
-    run_ids: Mapping[str, str],
-    uri: str,
-    *,
-    tags: Mapping[str, str] | None = None,
-) -> str:
-    """Log and register the classifier once, on the run of the trial that made it.
-
-    Raises:
-        TrackingError: MLflow is away or refuses.
-        ClassifierError: there is no classifier of this search.
-    """
-    from visiontuner.serving.registry import log_classifier
-
-    trial_id = packaged_trial(folder)
-    if trial_id is None or trial_id not in run_ids:
-        raise ClassifierError(
-            f"{folder / CLASSIFIER_FOLDER} is not from this search; "
-            f"`visiontuner tune --resume {folder}` packages it again."
-        )
-    version = log_classifier(
-        folder / CLASSIFIER_FOLDER,
-        run_id=run_ids[trial_id],
-        tracking_uri=uri,
-        name=record.started["experiment"]["name"],
-        tags={
-            "visiontuner.search_id": record.search_id,
-            "visiontuner.trial_id": trial_id,
-            "visiontuner.data_digest": record.started["data"]["digest"],
-            **(tags or {}),
-        },
+def _start() -> subprocess.Popen[str]:
+    package = str(Path(visiontuner.__file__).resolve().parent.parent)
+    paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        # -P: a folder of pictures may hold an `mlflow` too.
+        [sys.executable, "-P", "-m", "visiontuner.workflow.tracking_process"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        process_group=0,  # a Ctrl-C is for the search
     )
-    return f"models:/{version.name}/{version.version}"

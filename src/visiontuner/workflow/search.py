@@ -24,7 +24,7 @@ from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
-from visiontuner.workflow.recording import BackgroundTracking, register_classifier
+from visiontuner.workflow.recording import BackgroundTracking
 from visiontuner.workflow.stages import StageRunner
 
 # Heavy parts are imported where they are used: a mistake in the data is told before torch is
@@ -97,8 +97,8 @@ class _Run:
         record = read_record(self.folder, self.inputs.dataset)
         remaining = remaining_trials(self.experiment, record)
         self._had_ended = record.best is not None and not remaining
-        with ExitStack() as journal:
-            state, recorder, tracking = self._run_trials(record, remaining, journal)
+        with ExitStack() as until_the_end:
+            state, recorder, tracking = self._run_trials(record, remaining, until_the_end)
             try:
                 return self._conclude(state, recorder, tracking)
             except KeyboardInterrupt:
@@ -106,21 +106,19 @@ class _Run:
                     "Stopped after the last trial. "
                     f"Go on with: visiontuner tune --resume {self.folder}"
                 ) from None
-            finally:
-                tracking.close()
 
     def _run_trials(
-        self, record: SearchRecord, remaining: int, journal: ExitStack
+        self, record: SearchRecord, remaining: int, until_the_end: ExitStack
     ) -> tuple[SearchState, Recorder, BackgroundTracking]:
-        """The part of a search that needs Ray; `journal` closes the recorder."""
+        """The part of a search that needs Ray; journal and MLflow stay open until the end."""
         from visiontuner.search.cluster import RayForSearch
 
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             _ = self.inputs.description
-            recorder = journal.enter_context(closing(self._open_journal(record)))
-            tracking = BackgroundTracking(
-                self.folder, self.tracking_uri, self.adopted_run, self.observer
+            recorder = until_the_end.enter_context(closing(self._open_journal(record)))
+            tracking = until_the_end.enter_context(
+                BackgroundTracking(self.folder, self.tracking_uri, self.adopted_run, self.observer)
             )
             state: SearchState = "completed"
             try:
@@ -130,7 +128,6 @@ class _Run:
                 state = "interrupted"
             except Exception as error:
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
-                tracking.close()
                 raise
             return state, recorder, tracking
 
@@ -148,14 +145,13 @@ class _Run:
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
         if best is None:
             raise SearchFailed(_first_error(recorder.record))
+        tracking.begin_to_close()
         classifier = self._package(best, recorder.record)
         problem = tracking.close()
         model = None
         if problem is None:
             try:
-                model = register_classifier(
-                    self.folder, recorder.record, tracking.run_ids, self.tracking_uri
-                )
+                model = tracking.register()
             except TrackingError as error:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)

@@ -10,7 +10,7 @@ from visiontuner.journal import SearchRecord, is_running
 from visiontuner.layout import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.locations import tracking_uri
 from visiontuner.workflow.layout import SearchResult
-from visiontuner.workflow.recording import register_classifier
+from visiontuner.workflow.registration import register_classifier
 
 if TYPE_CHECKING:
     from visiontuner.search.run import SearchState

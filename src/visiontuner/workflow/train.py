@@ -32,7 +32,7 @@ from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent, note_findings
 from visiontuner.workflow.packaging import is_packaged, package_trial
-from visiontuner.workflow.recording import BackgroundTracking, register_classifier
+from visiontuner.workflow.recording import BackgroundTracking
 from visiontuner.workflow.stores import StoreRecorder
 from visiontuner.workflow.threads import training_threads
 from visiontuner.workflow.train_from import Origin
@@ -172,17 +172,16 @@ class _Training:
         recorder = open_journal(
             self.folder, self.experiment, self.inputs.dataset, record, self.observer, **facts
         )
-        with closing(recorder):
-            tracking = BackgroundTracking(
+        with (
+            closing(recorder),
+            BackgroundTracking(
                 self.folder, self.tracking_uri, self.adopted_run, self.observer
-            )
-            try:
-                with self._ending_in_order(recorder, tracking):
-                    if not had_ended:
-                        self._train(recorder)
-                return self._conclude(recorder, tracking, had_ended=had_ended)
-            finally:
-                tracking.close()
+            ) as tracking,
+        ):
+            with self._ending_in_order(recorder, tracking):
+                if not had_ended:
+                    self._train(recorder)
+            return self._conclude(recorder, tracking, had_ended=had_ended)
 
     # before the first step
 
@@ -376,9 +375,7 @@ class _Training:
         problem, model = tracking.close(), None
         if problem is None:
             try:
-                model = register_classifier(
-                    self.folder, record, tracking.run_ids, self.tracking_uri
-                )
+                model = tracking.register()
             except TrackingError as error:
                 problem = str(error)
         # Not before: until here the training could be gone on with.
