@@ -1,6 +1,10 @@
 """What a trial gets of the machines."""
 
+from pathlib import Path
+
+import psutil
 import pytest
+from ray._private.node import Node
 
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment import Search
@@ -44,3 +48,14 @@ def test_trials_share_cores_and_gpus(machines, settings, trials, threads):
 def test_more_than_the_largest_machine_has_is_refused(settings, told):
     with pytest.raises(ExperimentError, match=told):
         share_out([GPU_MACHINE, LAPTOP], Search(**settings))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_on_one_machine_ray_starts_no_autoscaler_and_nothing_that_reads_logs():
+    commands = [process.cmdline() for process in psutil.Process().children(recursive=True)]
+    assert any("raylet" in command[0] for command in commands if command)
+    started = {Path(word).name for command in commands for word in command}
+    assert not {"monitor.py", "log_monitor.py"} & started
+    assert "start_monitor" in vars(Node), "Ray's own name has changed: it is started again"
+    assert "start_log_monitor" in vars(Node)

@@ -92,7 +92,7 @@ class RayForSearch:
         if ray.is_initialized():
             return
         try:
-            with _own_sigterm():
+            with _own_sigterm(), _without_monitors():
                 self._init()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise SearchFailed(
@@ -126,6 +126,25 @@ def _own_sigterm() -> Iterator[None]:
     finally:
         if before is not None:  # else it was never Python's
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _without_monitors() -> Iterator[None]:
+    """Start neither Ray's autoscaler, which has no machines here, nor what reads its workers' logs.
+
+    Each takes half a second of a core, and the first does not end before it is killed, a second
+    later. Where a later Ray has other names for them, they run.
+    """
+    from ray._private.node import Node
+
+    kept = {n: vars(Node)[n] for n in ("start_monitor", "start_log_monitor") if n in vars(Node)}
+    for name in kept:
+        setattr(Node, name, lambda _: None)
+    try:
+        yield
+    finally:
+        for name, start in kept.items():
+            setattr(Node, name, start)
 
 
 def _shut_down() -> None:
