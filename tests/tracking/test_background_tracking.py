@@ -84,9 +84,20 @@ def names(uri: str) -> list[str]:
 
 
 def test_without_mlflow_nothing_is_written_and_it_is_said(tmp_path: Path) -> None:
-    with BackgroundTracking(tmp_path, NO_TRACKING, None, Silent()) as tracking:
+    with BackgroundTracking(NO_TRACKING, None, Silent()) as tracking:
+        tracking.begin(tmp_path)
         assert tracking.close() == "MLFLOW_TRACKING_URI is 'none'."
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_never_began_is_not_written(uri: str, finished: Any) -> None:
+    with (
+        pytest.raises(KeyError),
+        BackgroundTracking(uri, None, Silent()),
+    ):
+        raise KeyError("a mistake in the data")
+    assert names(uri) == []
+    assert not (finished.folder / LOCK_FILE).exists()
 
 
 def test_everything_is_written_when_it_closes(
@@ -96,7 +107,8 @@ def test_everything_is_written_when_it_closes(
     (tmp_path / "here/mlflow").mkdir(parents=True)
     (tmp_path / "here/mlflow/__init__.py").write_text("raise RuntimeError('not this one')")
     monkeypatch.chdir(tmp_path / "here")
-    with BackgroundTracking(finished.folder, uri, None, Silent(), draw=False) as tracking:
+    with BackgroundTracking(uri, None, Silent(), draw=False) as tracking:
+        tracking.begin(finished.folder)
         wait_until((finished.folder / LOCK_FILE).exists)
         writers()[0].send_signal(signal.SIGINT)  # a Ctrl-C is for the search
         assert tracking.close() is None
@@ -112,9 +124,8 @@ def test_a_store_that_cannot_be_opened_is_said_once_and_left_to_sync(
 ) -> None:
     observer, nowhere = Notes(), tmp_path / "file"
     nowhere.touch()
-    with BackgroundTracking(
-        finished.folder, f"sqlite:///{nowhere}/mlflow.db", None, observer
-    ) as tracking:
+    with BackgroundTracking(f"sqlite:///{nowhere}/mlflow.db", None, observer) as tracking:
+        tracking.begin(finished.folder)
         problem = tracking.close()
     assert problem is not None
     assert observer.notes == [problem]
@@ -123,7 +134,8 @@ def test_a_store_that_cannot_be_opened_is_said_once_and_left_to_sync(
 def test_a_writer_that_dies_is_said_and_loses_nothing(
     finished: Any, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with BackgroundTracking(finished.folder, uri, None, Silent()) as tracking:
+    with BackgroundTracking(uri, None, Silent()) as tracking:
+        tracking.begin(finished.folder)
         (process,) = writers()
         process.kill()
         assert tracking.close() == "MLflow's writer has died (it said nothing)."
@@ -139,7 +151,8 @@ def test_the_writer_ends_with_its_search(finished: Any, uri: str) -> None:
         from visiontuner.workflow.observing import Silent
         from visiontuner.workflow.recording import BackgroundTracking
 
-        tracking = BackgroundTracking(Path({str(finished.folder)!r}), {uri!r}, None, Silent())
+        tracking = BackgroundTracking({uri!r}, None, Silent())
+        tracking.begin(Path({str(finished.folder)!r}))
         print(tracking._process.pid, flush=True)
         time.sleep(600)
         """

@@ -26,7 +26,8 @@ _GRACE_SECONDS = 60.0  # to import MLflow on a busy machine, and to answer
 class BackgroundTracking:
     """MLflow's writer beside a running search (`tracking_process.py`), for the length of a context.
 
-    What it has to say of MLflow's outages goes to the observer as it happens.
+    Its process imports MLflow as soon as it is made, and writes from `begin` on. What it has to say
+    of MLflow's outages goes to the observer as it happens.
 
     Args:
         adopted_run: the run that `mlflow run` opened, to be the search's own.
@@ -38,7 +39,6 @@ class BackgroundTracking:
 
     def __init__(
         self,
-        folder: Path,
         uri: str,
         adopted_run: str | None,
         observer: Observer,
@@ -46,16 +46,16 @@ class BackgroundTracking:
         draw: bool = True,
     ) -> None:
         self.seconds: dict[str, float] = {}
-        self._folder = folder
+        self._settings = {"uri": uri, "parent_run_id": adopted_run, "draw": draw}
         self._observer = observer
         self._problem: str | None = None
-        self._asked_to_close = self._closed = False
+        # Before `begin` there is nothing to close.
+        self._asked_to_close = self._closed = True
         self._answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
         self._last_words: deque[str] = deque(maxlen=_LINES_KEPT)
         self._process: subprocess.Popen[str] | None = None
         if uri == NO_TRACKING:
             self._problem = f"MLFLOW_TRACKING_URI is {NO_TRACKING!r}."
-            self._asked_to_close = self._closed = True
             return
         self._process = _start()
         self._threads = [
@@ -64,8 +64,12 @@ class BackgroundTracking:
         ]
         for thread in self._threads:
             thread.start()
-        settings = {"folder": str(folder.absolute()), "uri": uri, "parent_run_id": adopted_run}
-        self._send({**settings, "draw": draw})
+
+    def begin(self, folder: Path) -> None:
+        """Write the search in a folder, from now on."""
+        if self._process is not None:
+            self._asked_to_close = self._closed = False
+            self._send({"folder": str(folder.absolute()), **self._settings})
 
     def begin_to_close(self, *, timeout_seconds: float = 60) -> None:
         """Have the rest written, while the search has other things to do."""

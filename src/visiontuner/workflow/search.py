@@ -94,11 +94,14 @@ class _Run:
     def run(self) -> SearchResult:
         from visiontuner.search.stages import remaining_trials
 
-        record = read_record(self.folder, self.inputs.dataset)
-        remaining = remaining_trials(self.experiment, record)
-        self._had_ended = record.best is not None and not remaining
-        with ExitStack() as until_the_end:
-            state, recorder, tracking = self._run_trials(record, remaining, until_the_end)
+        with (
+            BackgroundTracking(self.tracking_uri, self.adopted_run, self.observer) as tracking,
+            ExitStack() as journal,
+        ):
+            record = read_record(self.folder, self.inputs.dataset)
+            remaining = remaining_trials(self.experiment, record)
+            self._had_ended = record.best is not None and not remaining
+            state, recorder = self._run_trials(record, remaining, tracking, journal)
             try:
                 return self._conclude(state, recorder, tracking)
             except KeyboardInterrupt:
@@ -108,18 +111,20 @@ class _Run:
                 ) from None
 
     def _run_trials(
-        self, record: SearchRecord, remaining: int, until_the_end: ExitStack
-    ) -> tuple[SearchState, Recorder, BackgroundTracking]:
-        """The part of a search that needs Ray; journal and MLflow stay open until the end."""
+        self,
+        record: SearchRecord,
+        remaining: int,
+        tracking: BackgroundTracking,
+        journal: ExitStack,
+    ) -> tuple[SearchState, Recorder]:
+        """The part of a search that needs Ray; `journal` closes the recorder."""
         from visiontuner.search.cluster import RayForSearch
 
         with RayForSearch(self.on) as ray:
             # An unknown backbone ends here, before there is a folder or a run to clean up.
             _ = self.inputs.description
-            recorder = until_the_end.enter_context(closing(self._open_journal(record)))
-            tracking = until_the_end.enter_context(
-                BackgroundTracking(self.folder, self.tracking_uri, self.adopted_run, self.observer)
-            )
+            recorder = journal.enter_context(closing(self._open_journal(record)))
+            tracking.begin(self.folder)
             state: SearchState = "completed"
             try:
                 if remaining:
@@ -129,7 +134,7 @@ class _Run:
             except Exception as error:
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
-            return state, recorder, tracking
+            return state, recorder
 
     def _open_journal(self, record: SearchRecord) -> Recorder:
         return open_journal(

@@ -14,6 +14,7 @@ It ends with its input: when whoever started it has ended, in whatever way.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -122,6 +123,8 @@ def main() -> None:
     tell = _only_answers_on_stdout()
     orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
     threading.Thread(target=_read_into, args=(orders,), daemon=True).start()
+    # Seconds, in which nobody has to know yet what is to be written.
+    importlib.import_module("visiontuner.tracking.mlflow_writer")
     process = TrackingProcess(orders.get(), tell)
     while True:
         process.do(orders.get())

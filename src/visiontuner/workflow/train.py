@@ -174,10 +174,9 @@ class _Training:
         )
         with (
             closing(recorder),
-            BackgroundTracking(
-                self.folder, self.tracking_uri, self.adopted_run, self.observer
-            ) as tracking,
+            BackgroundTracking(self.tracking_uri, self.adopted_run, self.observer) as tracking,
         ):
+            tracking.begin(self.folder)
             with self._ending_in_order(recorder, tracking):
                 if not had_ended:
                     self._train(recorder)
