@@ -11,7 +11,10 @@ from typing import Any
 
 from measuring import Row, events, points, report, scratch, script_result, store_in, trial_runs
 
-TARGET = "at most 5 % more than without the writer"
+TARGETS = (
+    "at most 5 % more than without the writer",
+    "everything is in MLflow when the command ends",
+)
 SMALL = {"repeats": 1, "trials": 4, "epochs": 3}
 
 
@@ -40,7 +43,7 @@ def measure(*, repeats: int = 5, trials: int = 32, epochs: int = 20) -> dict[str
         Row(
             what=f"{trials} trials x {epochs} epochs, features cached, median of {repeats} rounds: "
             "every point, parameter and tag written, against none",
-            target=TARGET,
+            target=TARGETS[0],
             result=f"{slower:+.1%}: {wall['points']:.1f} s against {wall['off']:.1f} s; "
             f"{calls:.2f} s in calls, {cpu:.2f} s of a core with MLflow's import",
             met=slower <= 0.05,
@@ -53,7 +56,7 @@ def measure(*, repeats: int = 5, trials: int = 32, epochs: int = 20) -> dict[str
         ),
         Row(
             what="after the command",
-            target="everything is in MLflow when the command ends",
+            target=TARGETS[1],
             result=f"{missing} points missing",
             met=missing == 0,
         ),

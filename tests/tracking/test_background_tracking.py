@@ -42,7 +42,7 @@ def writers() -> list[psutil.Process]:
     return [
         process
         for process in psutil.Process().children()
-        if "visiontuner.workflow.tracking_process" in process.cmdline()
+        if not ended(process) and "visiontuner.workflow.tracking_process" in process.cmdline()
     ]
 
 
