@@ -36,8 +36,8 @@ def measure(*, repeats: int = 5, trials: int = 32, epochs: int = 20) -> dict[str
         on["search"] / off["search"] - 1
         for on, off in zip(runs["points"], runs["off"], strict=True)
     )
-    points, everything = runs["points"], runs["all"]
-    calls, cpu = (median(run[k] for run in points) for k in ("writing", "cpu"))
+    written, everything = runs["points"], runs["all"]
+    calls, cpu = (median(run[k] for run in written) for k in ("writing", "cpu"))
     figures, model = (median(run[k] for run in everything) for k in ("figures", "model"))
     rows = [
         Row(

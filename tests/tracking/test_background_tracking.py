@@ -131,6 +131,16 @@ def test_a_store_that_cannot_be_opened_is_said_once_and_left_to_sync(
     assert observer.notes == [problem]
 
 
+def test_a_writer_that_does_not_start_is_said_and_ends_nothing(
+    finished: Any, uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with BackgroundTracking(uri, None, Silent()) as tracking:
+        tracking.begin(finished.folder)
+        problem = tracking.close()
+    assert problem == "MLflow's writer does not start (No such file or directory)."
+
+
 def test_a_writer_that_dies_is_said_and_loses_nothing(
     finished: Any, uri: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

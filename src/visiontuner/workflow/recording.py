@@ -49,6 +49,7 @@ class BackgroundTracking:
         self._settings = {"uri": uri, "parent_run_id": adopted_run, "draw": draw}
         self._observer = observer
         self._problem: str | None = None
+        self._begun = False
         # Before `begin` there is nothing to close.
         self._asked_to_close = self._closed = True
         self._answers: SimpleQueue[dict[str, Any] | None] = SimpleQueue()
@@ -57,7 +58,11 @@ class BackgroundTracking:
         if uri == NO_TRACKING:
             self._problem = f"MLFLOW_TRACKING_URI is {NO_TRACKING!r}."
             return
-        self._process = _start()
+        try:
+            self._process = _start()
+        except OSError as error:  # the search goes on, `sync` writes it later
+            self._problem = f"MLflow's writer does not start ({error.strerror})."
+            return
         self._threads = [
             threading.Thread(target=read, args=(self._process,), name="mlflow", daemon=True)
             for read in (self._read_answers, self._read_last_words)
@@ -68,7 +73,7 @@ class BackgroundTracking:
     def begin(self, folder: Path) -> None:
         """Write the search in a folder, from now on."""
         if self._process is not None:
-            self._asked_to_close = self._closed = False
+            self._begun, self._asked_to_close, self._closed = True, False, False
             self._send({"folder": str(folder.absolute()), **self._settings})
 
     def begin_to_close(self, *, timeout_seconds: float = 60) -> None:
@@ -114,6 +119,8 @@ class BackgroundTracking:
     def _end(self) -> None:
         if self._process is None:
             return
+        if not self._begun:  # nothing is lost, and a mistake in the data is told at once
+            self._process.kill()
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
