@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ from visiontuner.experiment import Experiment
 from visiontuner.search.trial import TrialTask
 from visiontuner.search.worker import after_epoch, recorded, to_report
 from visiontuner.training.fit import FeatureBatches, Fit
+from visiontuner.training.recording.records import Recording
 
 _TRIAL = """
 import sys
@@ -61,3 +63,32 @@ def test_what_was_not_recorded_is_one_finding(tmp_path):
     assert (finding.rule, finding.severity, finding.step) == ("recording_incomplete", "info", 1)
     assert finding.evidence == "not recorded: never ran: idle.unused"
     assert to_report(result)["findings"] == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "written"),
+    [
+        ({"search": {"scheduler": "none"}}, [1, 18]),
+        ({"search": {"scheduler": "asha"}}, [1, 2, 6, 18]),
+        ({"search": {"scheduler": "none"}, "rules": {"stop_on": ["unchanged_tensor"]}}, range(1, 19)),
+    ],
+)
+def test_what_is_recorded_is_on_the_disk_before_a_trial_may_be_stopped(tmp_path, settings, written):
+    training = {"epochs": 18, "batch_size": 3, "record_every_steps": 1}
+    experiment = Experiment.parse({"name": "x", "training": training, **settings})
+    task = TrialTask(experiment=experiment, search_folder=tmp_path, threads=1)
+    network = nn.Linear(8, 3)
+    samples = FeatureBatches(torch.randn(9, 8), torch.arange(9) % 3, batch_size=3)
+    file = tmp_path / "recording.npz"
+    seen = []
+    with recorded(task, tmp_path, network, began=time.perf_counter()) as recorder:
+        training = Fit(
+            network, samples, samples, experiment.training, num_classes=3, seed=1, watch=recorder
+        )
+        for result in training.epochs():
+            after_epoch(result, recorder, task, is_last=training.finished)
+            if file.exists():
+                seen.append(result.epoch)
+                assert Recording.load(file).steps.steps[-1] == 3 * result.epoch
+                file.unlink()
+    assert seen == list(written)

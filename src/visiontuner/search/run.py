@@ -27,6 +27,7 @@ from visiontuner.search.live_rules import LiveRules
 from visiontuner.search.losses import Losses
 from visiontuner.search.recorder import Recorder, end_trial, findings_of
 from visiontuner.search.rule_stopper import RuleStopper
+from visiontuner.search.rungs import Rungs
 from visiontuner.search.searcher import PlanSearcher
 from visiontuner.search.stages import Stage, make_task, plan_stage
 from visiontuner.search.trial import run_trial
@@ -226,14 +227,14 @@ def _ray_trial_id(trial: Trial) -> str:
 
 
 def _scheduler(experiment: Experiment) -> TrialScheduler | None:
-    """ASHA halves to the third: with 20 epochs, trials are compared after 2, 6 and 18."""
-    if experiment.search.scheduler == "none":
+    rungs = Rungs.of(experiment)
+    if rungs is None:
         return None
-    domain = experiment.search.space.get("epochs")
-    values = getattr(domain, "values", None) or (getattr(domain, "high", None),)
-    epochs = int(max(values)) if domain is not None else experiment.training.epochs
     return ASHAScheduler(
-        time_attr="epoch", max_t=epochs, grace_period=max(1, epochs // 9), reduction_factor=3
+        time_attr="epoch",
+        max_t=rungs.last,
+        grace_period=rungs.first,
+        reduction_factor=rungs.factor,
     )
 
 

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from visiontuner.experiment import Experiment
 from visiontuner.journal import Finding
+from visiontuner.search.rungs import Rungs
 from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.fit import EpochResult, Fit
@@ -114,12 +116,18 @@ def after_epoch(
         return result
     from visiontuner.training.rules import LASTING_RECORDED, TrainingHistory, diagnose_recording
 
-    recorder.save(now=is_last)
     recording = recorder.recording()
     rules = tuple(dict.fromkeys([*LASTING_RECORDED, *task.experiment.rules.stop_on]))
     found = diagnose_recording(TrainingHistory(recording=recording), rules)
     errors = [finding for finding in found if finding.severity == "error"]
+    recorder.save(now=is_last or _may_be_stopped(task.experiment, result.epoch))
     return replace(result, findings=(*errors, *_incomplete(recording, result.epoch)))
+
+
+def _may_be_stopped(experiment: Experiment, epoch: int) -> bool:
+    """Whether the driver may end a trial with this epoch: nothing is then written afterwards."""
+    rungs = Rungs.of(experiment)
+    return bool(experiment.rules.stop_on) or (rungs is not None and epoch in rungs)
 
 
 def _incomplete(recording: Recording, epoch: int) -> list[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -70,7 +71,7 @@ class Recorder(Watch):
         self._tensors = TensorRecorder(network, every=every_steps, aside=self._steps.aside)
         self._system = SystemSampler(folder, device)
         self._begun = False
-        self._written, self._writing_took = time.monotonic(), 0.0
+        self._written, self._writing_took = -math.inf, 0.0
 
     # What a training tells
 
