@@ -70,7 +70,10 @@ def test_what_was_not_recorded_is_one_finding(tmp_path):
     [
         ({"search": {"scheduler": "none"}}, [1, 18]),
         ({"search": {"scheduler": "asha"}}, [1, 2, 6, 18]),
-        ({"search": {"scheduler": "none"}, "rules": {"stop_on": ["unchanged_tensor"]}}, range(1, 19)),
+        (
+            {"search": {"scheduler": "none"}, "rules": {"stop_on": ["unchanged_tensor"]}},
+            range(1, 19),
+        ),
     ],
 )
 def test_what_is_recorded_is_on_the_disk_before_a_trial_may_be_stopped(tmp_path, settings, written):

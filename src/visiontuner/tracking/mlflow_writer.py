@@ -295,7 +295,7 @@ class MlflowWriter:
             if recording is not None:
                 epoch, time = max(trial.steps, default=0), trial.ended or trial.last_seen
                 self._log_batch(held.run_id, points_of(recording, time=time, epoch=epoch))
-            self._log_files(held.run_id, lambda: self._trial_files(trial.trial_id, recording))
+            self._log_files(held.run_id, lambda: self._trial_files(trial, recording))
             self._set_status(held, trial.status, trial.ended)
 
     def _write_parent(self, parent: _Held) -> None:
@@ -336,15 +336,15 @@ class MlflowWriter:
 
     # Figures and the page; matplotlib is imported with the first
 
-    def _trial_files(self, trial_id: str, recording: Recording | None) -> dict[str, bytes]:
+    def _trial_files(self, plan: TrialPlan, recording: Recording | None) -> dict[str, bytes]:
         from visiontuner.tracking import figures
 
-        trial, files = self.plan.record.trials[trial_id], dict[str, bytes]()
-        if trial.epochs:
+        trial, files = self.plan.record.trials[plan.trial_id], dict[str, bytes]()
+        if trial.epochs and plan.has_curves:
             curves = figures.trial_curves(trial, self.plan.record.objective)
             files["figures/curves.png"] = figures.to_png(curves)
         if recording is not None:
-            files |= files_of(self.folder / "trials" / trial_id, recording)
+            files |= files_of(self.folder / "trials" / trial.trial_id, recording)
         return files
 
     def _search_files(self) -> dict[str, bytes]:

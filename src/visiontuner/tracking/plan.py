@@ -39,6 +39,9 @@ STATUS_OF: dict[str, Status] = {
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 2000
 
+MOST_CURVE_FIGURES = 100
+"""One takes as long as hundreds of a trial's points; MLflow draws its own of every trial anyway."""
+
 
 class Point(NamedTuple):
     """One metric value: `time` in whole milliseconds since the epoch."""
@@ -51,7 +54,10 @@ class Point(NamedTuple):
 
 @dataclass(kw_only=True)
 class TrialPlan:
-    """What the run of one trial should hold."""
+    """What the run of one trial should hold.
+
+    `has_curves`: its loss and accuracy curves as a figure too.
+    """
 
     search_id: str
     trial_id: str
@@ -67,6 +73,7 @@ class TrialPlan:
     details: dict[str, str] = field(default_factory=dict)
     stage: str | None = None
     starts_from: str | None = None
+    has_curves: bool = True
 
     @property
     def status(self) -> Status:
@@ -264,6 +271,7 @@ class SearchPlan:
             last_seen=_milliseconds(event),
             stage=event.get("stage"),
             starts_from=event.get("starts_from"),
+            has_curves=len(self.trials) < MOST_CURVE_FIGURES,
         )
 
     def _apply_to_trial(self, trial: TrialPlan, event: Event) -> None:
@@ -284,6 +292,7 @@ class SearchPlan:
         self.points.append(Point("trials_finished", float(step), time, step))
         best = self.record.best
         if best is not None and best.best_value is not None:
+            trial.has_curves = trial.has_curves or best.trial_id == trial.trial_id
             key = f"best_{self.record.objective}"
             self.points.append(Point(key, _storable(best.best_value), time, step))
 
