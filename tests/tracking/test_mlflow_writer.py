@@ -371,6 +371,30 @@ def test_of_many_trials_the_first_and_the_best_get_a_figure(
     assert drawn == {"t0001", "t0002", "t0004", "pictures-20261122"}
 
 
+def test_figures_wait_while_the_search_runs_and_points_do_not(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    search.begin()
+    search.trial(1)
+    search.trial(2)
+    with MlflowWriter(search.folder, tracking_uri=uri) as writer:
+        assert not writer.catch_up(figure_seconds=0.0).complete
+        held = contents(uri)
+        assert [held[name]["figures"] for name in ("t0001", "t0002")] == [[], []]
+        assert held["t0002"]["status"] == "RUNNING"
+        assert held["t0002"]["tags"]["visiontuner.state"] == "completed"
+        assert len(held["t0002"]["history"]["train_loss"]) == 3
+        writer.catch_up(figure_seconds=1e-6)
+        ended = {name: held["status"] for name, held in contents(uri).items()}
+        assert (ended["t0001"], ended["t0002"]) == ("FINISHED", "RUNNING")
+        search.finish()
+        assert writer.catch_up(figure_seconds=0.0).complete
+    held = contents(uri)
+    assert held["t0002"]["figures"] == ["figures/curves.png"]
+    assert held["t0002"]["status"] == "FINISHED"
+
+
 def test_many_trials_take_three_calls_each_at_most(new_search: NewSearch, store: Any) -> None:
     search, uri = new_search(), store()
     search.begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from visiontuner.tracking.client import OutOfTime, TrackingRefused
 from visiontuner.tracking.mlflow_writer import MlflowWriter
 
 _LONGEST_PAUSE = 30.0
+_FIGURES_SHARE = 0.1
 _SILENT_SECONDS = 10.0  # at the end, for a server that never answered
 _LAST_PAUSE = 2.0  # between tries at the end
 
@@ -18,12 +20,13 @@ _LAST_PAUSE = 2.0  # between tries at the end
 class WriterThread:
     """Calls `writer.catch_up` every few seconds until it is closed; survives MLflow's outages.
 
-    After a call that took long it waits longer, so that writing stays below `share` of the time;
-    while MLflow is away it asks less and less often, at last every 30 seconds.
+    After a call that took long it waits longer, so that writing stays below `share` of the time,
+    and figures that take more than a tenth of the time wait for the search's end. While MLflow is
+    away it asks less and less often, at last every 30 seconds.
 
     Args:
         interval_seconds: shortest time between two calls.
-        share: of the time that may be spent on writing; drawing figures is not counted.
+        share: of the time that may be spent on writing; figures have a share of their own.
         notice: called once with the message when MLflow goes away, once when it is back, and
             once when `close` waits for it.
 
@@ -84,7 +87,7 @@ class WriterThread:
         pause, opened = self._interval, False
         while not self._closing.wait(pause):
             spent = self.writer.seconds_spent
-            if self._catch_up():
+            if self._catch_up(figure_seconds=_FIGURES_SHARE * pause):
                 # The first call loads MLflow's store, seconds that say nothing about the next.
                 busy = self.writer.seconds_spent - spent if opened else 0.0
                 opened = True
@@ -106,9 +109,9 @@ class WriterThread:
             time.sleep(_LAST_PAUSE)
         return True
 
-    def _catch_up(self, deadline: float | None = None) -> bool:
+    def _catch_up(self, *, deadline: float | None = None, figure_seconds: float = math.inf) -> bool:
         try:
-            self.writer.catch_up(deadline=deadline)
+            self.writer.catch_up(deadline=deadline, figure_seconds=figure_seconds)
         except JournalError:
             return deadline is None  # the search has not begun to write yet
         except Exception as error:  # a thread that dies in silence would be worse

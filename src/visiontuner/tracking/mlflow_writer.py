@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -108,6 +109,7 @@ class MlflowWriter:
         self._experiment_name = experiment_name
         self._adopted = parent_run_id
         self._draw = draw
+        self._figures_until = math.inf  # of `seconds_figures`
         self._offset = 0
         self._parent: _Held | None = None
         self._trials: dict[str, _Held] = {}
@@ -125,13 +127,21 @@ class MlflowWriter:
         """The known runs by trial id."""
         return {trial_id: held.run_id for trial_id, held in self._trials.items()}
 
-    def catch_up(self, *, search_is_over: bool = False, deadline: float | None = None) -> Progress:
+    def catch_up(
+        self,
+        *,
+        search_is_over: bool = False,
+        deadline: float | None = None,
+        figure_seconds: float = math.inf,
+    ) -> Progress:
         """Write everything the journal has and MLflow has not. Repeating it changes nothing.
 
         Args:
             search_is_over: nobody runs this search any more: trials that the journal shows as
                 running were interrupted.
             deadline: of `time.monotonic`; no call to MLflow starts after it.
+            figure_seconds: while the search runs, once figures took that long, those that are
+                left wait for a later call, and the final status of their runs with them.
 
         Raises:
             JournalError: the folder has no readable journal.
@@ -141,6 +151,7 @@ class MlflowWriter:
         """
         began, drawn = time.monotonic(), self.seconds_figures
         self.store.deadline = deadline
+        self._figures_until = drawn + figure_seconds
         try:
             self._take_lock()
             events = self._read()
@@ -289,7 +300,8 @@ class MlflowWriter:
             self._log_batch(held.run_id, trial.points[held.points :], params, changed)
             held.points, held.params = len(trial.points), True
             held.tags.update(tags)
-        if held.status != trial.status:
+        may_end = self.plan.over or self.seconds_figures < self._figures_until
+        if held.status != trial.status and may_end:
             folder = self.folder / "trials" / trial.trial_id
             recording = find_recording(folder)
             if recording is not None:
