@@ -210,6 +210,7 @@ def test_findings_are_those_of_the_features(
     class Zeros:
         description = "zeros"
         batch_size = 16
+        lanes = 1
 
         def features(self, images: np.ndarray) -> np.ndarray:
             return np.zeros((len(images), 4), np.float32)

@@ -24,6 +24,7 @@ class Means:
 
     description = "means"
     batch_size = 16
+    lanes = 2
 
     def features(self, images: np.ndarray) -> np.ndarray:
         means = images.mean(axis=(1, 2, 3), dtype=np.float64)

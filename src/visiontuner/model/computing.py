@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -64,16 +66,38 @@ def compute_shards(
         for shard in shards
         for start, end in shard.batches(batch_size)
     ]
-    with closing(decode_batches(root, batches, backbone.preprocessing, workers=workers)) as decoded:
+    with (
+        closing(decode_batches(root, batches, backbone.preprocessing, workers=workers)) as decoded,
+        closing(_in_lanes(decoded, backbone, engine)) as computed,
+    ):
         for shard in shards:
             parts: list[NDArray[np.float32]] = []
             bad: dict[int, str] = {}
             for start, _ in shard.batches(batch_size):
-                batch = next(decoded)
+                batch, rows = next(computed)
                 bad |= {start + position: reason for position, reason in batch.bad.items()}
-                parts.append(_features(batch, backbone, engine))
+                parts.append(rows)
                 on_batch(batch)
             yield ShardRows(shard, np.concatenate(parts), bad)
+
+
+def _in_lanes(
+    batches: Iterator[DecodedBatch], backbone: BackboneDescription, engine: Engine
+) -> Generator[tuple[DecodedBatch, NDArray[np.float32]]]:
+    """Each batch and its features, in order, as many at a time as the engine takes."""
+    executor = ThreadPoolExecutor(engine.lanes, thread_name_prefix="network")
+    waiting: deque[tuple[DecodedBatch, Future[NDArray[np.float32]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, executor.submit(_features, batch, backbone, engine)))
+            if len(waiting) > engine.lanes + 1:  # one waits, so that no lane does
+                done, features = waiting.popleft()
+                yield done, features.result()
+        while waiting:
+            done, features = waiting.popleft()
+            yield done, features.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _features(

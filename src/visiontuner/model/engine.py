@@ -36,6 +36,9 @@ class Engine(Protocol):
     batch_size: int
     """Pictures at a time at which it is fast."""
 
+    lanes: int
+    """Threads that may call `features` at the same time, and have to for it to be fast."""
+
     def features(self, images: Images) -> Features:
         """Feature vectors of a batch.
 
@@ -80,13 +83,16 @@ def make_engine(
 class OnnxEngine:
     """An exported backbone in ONNX Runtime on the CPU, in fp32."""
 
-    # What a layer hands on stays in a core's cache: on 2 cores 173 pictures/s where 16 at a time
-    # give 137 (EfficientNet-Lite0), 310 instead of 229 (MobileNetV3), 24 as 25 (ResNet-50).
-    batch_size = 4
+    # A core with pictures of its own waits for no other, and what a layer hands on stays in its
+    # cache: with 2 cores, 2 pictures for each, 250 pictures/s where both cores with 4 pictures
+    # give 225 and with 16 180 (EfficientNet-Lite0); 360, 300 and 240 (MobileNetV3); 46, 45 and 45
+    # (ResNet-50).
+    batch_size = 2
 
     def __init__(self, path: Path, *, threads: int) -> None:
         self.description = f"ONNX Runtime fp32 on {threads} CPU thread{'s' * (threads > 1)}"
-        self._session = _open_session(path, threads)
+        self.lanes = threads
+        self._session = _open_session(path)
 
     def features(self, images: Images) -> Features:
         (features,) = self._session.run(["features"], {"image": images})
@@ -95,6 +101,8 @@ class OnnxEngine:
 
 class TorchEngine:
     """A backbone in torch, channels last; bf16 by autocast."""
+
+    lanes = 1
 
     def __init__(
         self,
@@ -130,12 +138,10 @@ class TorchEngine:
         return features.float().cpu().numpy()
 
 
-def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+def _open_session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # whoever calls it
     options.log_severity_level = 3
-    # Waiting threads would spin and take the cores from the workers that decode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no base
