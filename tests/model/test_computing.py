@@ -1,5 +1,7 @@
 """Shards computed by other machines, and stores of which only a part came back."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -141,3 +143,46 @@ def test_a_store_that_came_back_in_part_is_computed_again(
     again = compute(dataset)
     assert again.computed == 12
     np.testing.assert_array_equal(again.split("train").features, whole)
+
+
+class Lanes:
+    """Features of a picture: its mean; the first batches take longest. Counts who is inside."""
+
+    description = "lanes"
+    batch_size = 2
+    lanes = 3
+
+    def __init__(self) -> None:
+        self.inside, self.most, self.calls = 0, 0, 0
+        self.lock = threading.Lock()
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        with self.lock:
+            self.inside += 1
+            self.calls += 1
+            self.most = max(self.most, self.inside)
+            pause = 0.2 / self.calls
+        time.sleep(pause)
+        with self.lock:
+            self.inside -= 1
+        return Means().features(images)
+
+
+def test_an_engine_is_called_from_as_many_threads_as_it_takes_and_rows_stay_in_order(
+    make_dataset: Any, compute: Compute
+) -> None:
+    dataset, engine = make_dataset(train=14, validation=6), Lanes()
+    assert_equal(compute(dataset, engine=lambda: engine), compute(dataset, cache="other"))
+    assert engine.most == 3
+    assert engine.inside == 0
+
+
+def test_an_engine_that_fails_in_a_thread_fails_as_here(
+    make_dataset: Any, compute: Compute
+) -> None:
+    class Fails(Lanes):
+        def features(self, images: np.ndarray) -> np.ndarray:
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        compute(make_dataset(train=14, validation=6), engine=Fails)

@@ -63,7 +63,7 @@ class StageRunner:
             beside(lambda: self.inputs.backbone)
             self.ray.start()
             computed = computing.result()
-        except KeyboardInterrupt:
+        except BaseException:  # a Ctrl-C, or a Ray that does not start
             self.inputs.stop(computing)
             raise
         stores = self._stores.record(*computed)
