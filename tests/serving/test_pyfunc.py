@@ -179,6 +179,25 @@ except Exception as error:
     assert done.stdout.strip() == "MlflowException 500 internal error None"
 
 
+def test_a_broken_picture_loads_nothing_that_was_not_there_before(colour_classifier: Path) -> None:
+    program = f"""
+import sys, types, warnings
+warnings.simplefilter("ignore")
+import pandas as pd
+from visiontuner.serving.pyfunc import ClassifierModel
+model = ClassifierModel()
+model.load_context(types.SimpleNamespace(artifacts={{"classifier": {str(colour_classifier)!r}}}))
+before = set(sys.modules)
+print(model.predict(None, pd.DataFrame({{"image": [b"x"]}}), {{"on_error": "report"}}).error[0])
+print({{name for name in set(sys.modules) - before if name.startswith("PIL.")}})
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "Cannot read a picture of 1 bytes: it is not a picture that Pillow knows.",
+        "set()",
+    ], done.stderr
+
+
 _values = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20),
     st.binary(max_size=60).map(lambda b: base64.b64encode(b).decode()),

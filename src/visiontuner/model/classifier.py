@@ -167,6 +167,12 @@ class Classifier:
         (logits,) = self.session.run(["logits"], {"image": image})
         return np.asarray(logits, dtype=np.float64)
 
+    def warm_up(self) -> None:
+        """Load what the first picture, and the first that cannot be read, would wait for."""
+        size = self.preprocessing.size
+        self.logits(np.zeros((1, size, size, 3), np.uint8))
+        self.probabilities_or_errors([b"no picture"])
+
     def verify_reference(self) -> float:
         """Answer the reference pictures again.
 

@@ -27,6 +27,7 @@ class ClassifierModel(PythonModel):
 
     def load_context(self, context: PythonModelContext) -> None:
         self.classifier = Classifier.load(Path(context.artifacts["classifier"]))
+        self.classifier.warm_up()
 
     def predict(
         self,
