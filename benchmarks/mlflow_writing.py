@@ -18,7 +18,7 @@ TARGETS = (
 SMALL = {"repeats": 1, "trials": 4, "epochs": 3}
 
 
-def measure(*, repeats: int = 5, trials: int = 32, epochs: int = 20) -> dict[str, Any]:
+def measure(*, repeats: int = 9, trials: int = 32, epochs: int = 20) -> dict[str, Any]:
     runs: dict[str, list[dict[str, float]]] = {"off": [], "points": [], "all": []}
     missing = 0
     with scratch() as folder:
