@@ -86,6 +86,19 @@ def test_a_trials_best_epoch_is_marked(new_search: NewSearch) -> None:
     ]
 
 
+def test_a_trial_drawn_into_anothers_figure_is_the_same_picture(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1, epochs=3)
+    search.trial(2, epochs=40, best_epoch=31)
+    search.trial(3, epochs=1, state="failed")
+    trials = list(record_of(search).trials.values())
+    figure = None
+    for trial in [*trials, *reversed(trials)]:
+        figure = figures.trial_curves(trial, into=figure)
+        assert figures.to_png(figure) == figures.to_png(figures.trial_curves(trial))
+
+
 def test_the_map_needs_both_values(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()

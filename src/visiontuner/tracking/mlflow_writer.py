@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlflow.entities import Run
 
@@ -43,6 +43,9 @@ from visiontuner.tracking.plan import (
 )
 from visiontuner.tracking.recordings import files_of, points_of
 from visiontuner.training.recording.records import Recording, find_recording
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MEMORY_FILE = "mlflow.json"
 LOCK_FILE = "mlflow.lock"
@@ -110,6 +113,7 @@ class MlflowWriter:
         self._adopted = parent_run_id
         self._draw = draw
         self._figures_until = math.inf  # of `seconds_figures`
+        self._curves: Figure | None = None
         self._offset = 0
         self._parent: _Held | None = None
         self._trials: dict[str, _Held] = {}
@@ -353,8 +357,10 @@ class MlflowWriter:
 
         trial, files = self.plan.record.trials[plan.trial_id], dict[str, bytes]()
         if trial.epochs and plan.has_curves:
-            curves = figures.trial_curves(trial, self.plan.record.objective)
+            into, self._curves = self._curves, None
+            curves = figures.trial_curves(trial, self.plan.record.objective, into=into)
             files["figures/curves.png"] = figures.to_png(curves)
+            self._curves = curves
         if recording is not None:
             files |= files_of(self.folder / "trials" / trial.trial_id, recording)
         return files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -21,9 +22,16 @@ from visiontuner.tracking.figures.parts import (
 )
 
 
-def trial_curves(trial: TrialRecord, objective: str = "validation_accuracy") -> Figure:
-    """Loss and accuracy of one trial by epoch, training and validation, its best epoch marked."""
-    figure, (left, right) = panels(2, cut(f"{trial.trial_id}   {describe(trial.configuration)}"))
+def trial_curves(
+    trial: TrialRecord, objective: str = "validation_accuracy", *, into: Figure | None = None
+) -> Figure:
+    """Loss and accuracy of one trial by epoch, training and validation, its best epoch marked.
+
+    Args:
+        into: a figure that this function made, to show this trial instead: two thirds of the time.
+    """
+    title = cut(f"{trial.trial_id}   {describe(trial.configuration)}")
+    figure, (left, right) = panels(2, title) if into is None else _emptied(into, title)
     best = trial.best_epoch
     if best is None and trial.epochs:
         found = best_epoch(trial.epochs, objective, "min" if objective.endswith("loss") else "max")
@@ -40,3 +48,18 @@ def trial_curves(trial: TrialRecord, objective: str = "validation_accuracy") -> 
     as_percent(right)
     add_legend(left, "upper right")
     return figure
+
+
+def _emptied(figure: Figure, title: str) -> tuple[Figure, list[Axes]]:
+    """The same axes, ticks and labels with nothing drawn in them; these take the time."""
+    figure.texts[0].set_text(title)
+    for axes in figure.axes:
+        for line in [*axes.lines]:
+            line.remove()
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.remove()
+        axes.relim()
+        axes.autoscale(enable=True)
+        axes.set_prop_cycle(None)
+    return figure, figure.axes
