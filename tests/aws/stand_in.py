@@ -54,6 +54,7 @@ from moto.sagemaker.responses import SageMakerResponse
 from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 from werkzeug.serving import make_server
 
+from visiontuner.data.archive import extract
 from visiontuner.errors import VisiontunerError
 from visiontuner.serving.environments import local_environment
 from visiontuner.serving.server import ScoringServer
@@ -90,9 +91,11 @@ class Servers:
         with self._lock:
             with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
                 digest = _content(tar)
-                folder = Path(self._folder.name) / digest
-                if not folder.exists():
-                    tar.extractall(folder, filter="data")
+            folder = Path(self._folder.name) / digest
+            packed = folder.with_suffix(".tar.gz")
+            packed.write_bytes(archive)
+            extract(packed, folder)
+            packed.unlink()
             if digest not in self._servers:
                 server = ScoringServer(folder, local_environment())
                 server.__enter__()

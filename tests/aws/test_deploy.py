@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from visiontuner.cli import main
+from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.endpoint import Endpoint
 
@@ -547,8 +547,7 @@ def _everything(account: Any, folder: Path) -> bytes:
     ]
     (key,) = held["objects"]
     s3.download_file("mlflow-sagemaker-eu-west-1-123456789012", key, str(folder / "model.tar.gz"))
-    with tarfile.open(folder / "model.tar.gz") as archive:
-        archive.extractall(folder / "model", filter="data")
+    extract(folder / "model.tar.gz", folder / "model")
     files = [path for path in (folder / "model").rglob("*") if path.is_file()]
     return b"".join([repr(told).encode(), *(path.read_bytes() for path in files)])
 

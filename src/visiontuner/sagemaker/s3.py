@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import tarfile
-from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+import shutil
+from pathlib import Path
 
 from visiontuner.aws import Aws, AwsRefused, explained
+from visiontuner.data.archive import extract
 from visiontuner.data.objects import split_uri
 from visiontuner.data.s3 import connect
 from visiontuner.data.storage import Progress, download_file
-from visiontuner.errors import JobFailed
+from visiontuner.errors import DataError, JobFailed
 
 
 def put(aws: Aws, uri: str, content: bytes, *, kms_key: str | None = None) -> None:
@@ -53,23 +53,18 @@ def fetch(aws: Aws, uri: str, folder: Path, *, progress: Progress | None = None)
     return download_file(uri, folder, client=client, progress=progress)
 
 
-def unpack_search(archive: Path, folder: Path, *, inside: str = "search") -> int:
-    """Take one folder out of a model.tar.gz; returns how many files.
+def unpack_search(archive: Path, folder: Path, *, inside: str = "search") -> None:
+    """Take one folder's content out of a model.tar.gz.
 
     Raises:
-        JobFailed: the archive is damaged.
+        JobFailed: the archive is damaged, or has links in it.
     """
+    unpacked = folder / f".{archive.name}.unpacked"
     try:
-        with tarfile.open(archive) as tar:
-            members = list(_members(tar, inside))
-            tar.extractall(folder, members=members, filter="data")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise JobFailed(f"The job's model.tar.gz cannot be unpacked: {error}.") from None
-    return sum(member.isfile() for member in members)
-
-
-def _members(tar: tarfile.TarFile, inside: str) -> Iterator[tarfile.TarInfo]:
-    for member in tar.getmembers():
-        parts = PurePosixPath(member.name).parts
-        if len(parts) > 1 and parts[0] == inside:
-            yield member.replace(name="/".join(parts[1:]))
+        extract(archive, unpacked)
+    except DataError as error:
+        raise JobFailed(f"The job's model.tar.gz cannot be unpacked: {error}") from None
+    if (unpacked / inside).is_dir():
+        for path in (unpacked / inside).iterdir():
+            path.rename(folder / path.name)
+    shutil.rmtree(unpacked)
