@@ -47,6 +47,8 @@ class NoEngine(Exception):
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command with an engine; its exit status, or that of having none."""
+    # Where Debian has its engine, and a user's PATH does not look.
+    os.environ["PATH"] += f"{os.pathsep}/usr/sbin{os.pathsep}/sbin"
     if arguments[:1] == [_INSIDE]:
         return run_inside(Path(arguments[1]), arguments[2:])
     skip = arguments[:1] == [_OR_SKIP]
