@@ -124,3 +124,12 @@ def test_export_writes_bounded_activations_as_torch_computes_them(
     got = OnnxEngine(path, threads=1).features(images)
     np.testing.assert_allclose(got, _expected(bounded, images), atol=1e-6)
     assert type(module.layers[0]) is torch.nn.ReLU6  # it is trained as it was
+
+
+@pytest.mark.parametrize(("threads", "lanes"), [(1, 1), (2, 2), (16, 16), (24, 16), (64, 16)])
+def test_an_engine_takes_a_call_a_core_up_to_sixteen(
+    resnet: Backbone, tmp_path: Path, threads: int, lanes: int
+) -> None:
+    engine = OnnxEngine(export_backbone(resnet, cache=tmp_path), threads=threads)
+    assert engine.lanes == lanes
+    assert f"on {threads} CPU thread" in engine.description

@@ -26,6 +26,9 @@ Features = NDArray[np.float32]
 # Largest difference between ONNX Runtime and torch, as a share of the largest feature.
 RELATIVE_TOLERANCE = 1e-4
 
+# Each holds what the layers of a call hand on: 100 MB for a large network.
+_MOST_LANES = 16
+
 
 class Engine(Protocol):
     """Maps network input to features."""
@@ -91,8 +94,8 @@ class OnnxEngine:
 
     def __init__(self, path: Path, *, threads: int) -> None:
         self.description = f"ONNX Runtime fp32 on {threads} CPU thread{'s' * (threads > 1)}"
-        self.lanes = threads
-        self._session = _open_session(path)
+        self.lanes = min(threads, _MOST_LANES)
+        self._session = _open_session(path, threads // self.lanes)
 
     def features(self, images: Images) -> Features:
         (features,) = self._session.run(["features"], {"image": images})
@@ -138,10 +141,13 @@ class TorchEngine:
         return features.float().cpu().numpy()
 
 
-def _open_session(path: Path) -> onnxruntime.InferenceSession:
+def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """One in which so many threads work on a call, who calls it among them."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1  # whoever calls it
+    options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    # Waiting threads would spin and take the cores from those that decode.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no base
