@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlflow.entities import Run
 
@@ -30,7 +30,6 @@ from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.tracking import runs
 from visiontuner.tracking.client import Store, without_secrets
-from visiontuner.tracking.numbers import search_numbers
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,
@@ -41,11 +40,9 @@ from visiontuner.tracking.plan import (
     Status,
     TrialPlan,
 )
-from visiontuner.tracking.recordings import files_of, points_of
-from visiontuner.training.recording.records import Recording, find_recording
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from visiontuner.tracking.recordings import points_of
+from visiontuner.tracking.run_files import RunFiles
+from visiontuner.training.recording.records import find_recording
 
 MEMORY_FILE = "mlflow.json"
 LOCK_FILE = "mlflow.lock"
@@ -113,7 +110,7 @@ class MlflowWriter:
         self._adopted = parent_run_id
         self._draw = draw
         self._figures_until = math.inf  # of `seconds_figures`
-        self._curves: Figure | None = None
+        self._files = RunFiles(folder)
         self._offset = 0
         self._parent: _Held | None = None
         self._trials: dict[str, _Held] = {}
@@ -311,7 +308,7 @@ class MlflowWriter:
             if recording is not None:
                 epoch, time = max(trial.steps, default=0), trial.ended or trial.last_seen
                 self._log_batch(held.run_id, points_of(recording, time=time, epoch=epoch))
-            self._log_files(held.run_id, lambda: self._trial_files(trial, recording))
+            self._log_files(held.run_id, lambda: self._files.of_trial(self.plan, trial, recording))
             self._set_status(held, trial.status, trial.ended)
 
     def _write_parent(self, parent: _Held) -> None:
@@ -328,7 +325,9 @@ class MlflowWriter:
             parent.tags.update(changed)
         if parent.tags.get(STATE) != state:
             if self.plan.over:
-                self._log_files(parent.run_id, self._search_files)
+                self._log_files(
+                    parent.run_id, lambda: self._files.of_search(self.plan, self._known_places())
+                )
             self._log_batch(parent.run_id, tags={STATE: state})
             parent.tags[STATE] = state
         if parent.status != self.plan.status and parent.run_id != self._adopted:
@@ -350,36 +349,7 @@ class MlflowWriter:
             self.store.call("set_terminated", held.run_id, status=status, end_time=ended)
         held.status = status
 
-    # Figures and the page; matplotlib is imported with the first
-
-    def _trial_files(self, plan: TrialPlan, recording: Recording | None) -> dict[str, bytes]:
-        from visiontuner.tracking import figures
-
-        trial, files = self.plan.record.trials[plan.trial_id], dict[str, bytes]()
-        if trial.epochs and plan.has_curves:
-            into, self._curves = self._curves, None
-            curves = figures.trial_curves(trial, self.plan.record.objective, into=into)
-            files["figures/curves.png"] = figures.to_png(curves)
-            self._curves = curves
-        if recording is not None:
-            files |= files_of(self.folder / "trials" / trial.trial_id, recording)
-        return files
-
-    def _search_files(self) -> dict[str, bytes]:
-        """The search's figures, the numbers behind them, and the page that shows it all."""
-        from visiontuner.tracking import figures
-        from visiontuner.tracking.html import write_page
-
-        record = self.plan.record
-        drawn = {n: figures.to_png(f) for n, f in figures.search_figures(record).items()}
-        page = write_page(
-            self.folder, figures=drawn, state=self.plan.state, where=self._known_places()
-        )
-        return {
-            **{f"figures/{name}.png": png for name, png in drawn.items()},
-            **{f"figures/{name}": text.encode() for name, text in search_numbers(record).items()},
-            page.name: page.read_bytes(),
-        }
+    # Figures and the page
 
     def _log_files(self, run_id: str, make: Callable[[], dict[str, bytes]]) -> None:
         if not self._draw:
