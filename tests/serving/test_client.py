@@ -46,8 +46,8 @@ class Stub(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         table = json.loads(body)["dataframe_split"]["data"]
-        type(self).asked.append([base64.b64decode(row[0]) for row in table])
-        status, headers, answer = 200, {}, {"predictions": [row(r[0]) for r in table]}
+        type(self).asked.append([base64.b64decode(cells[0]) for cells in table])
+        status, headers, answer = 200, {}, {"predictions": [row(cells[0]) for cells in table]}
         if type(self).script:
             status, headers, answer = type(self).script.pop(0)
         elif type(self).largest is not None and len(table) > type(self).largest:
