@@ -87,8 +87,8 @@ class OnnxEngine:
     """An exported backbone in ONNX Runtime on the CPU, in fp32."""
 
     # A core with pictures of its own waits for no other, and what a layer hands on stays in its
-    # cache: with 2 cores, 2 pictures for each, 250 pictures/s where both cores with 4 pictures
-    # give 225 and with 16 180 (EfficientNet-Lite0); 360, 300 and 240 (MobileNetV3); 46, 45 and 45
+    # cache: on 2 cores, 2 pictures for each, 250 pictures/s where both cores with 4 pictures give
+    # 225 and with 8 220 (EfficientNet-Lite0); 360, 300 and 305 (MobileNetV3); 46, 45 and 45
     # (ResNet-50).
     batch_size = 2
 

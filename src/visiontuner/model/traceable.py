@@ -24,8 +24,7 @@ def easily_traced(network: nn.Module, example: Tensor) -> nn.Module:
         network: in eval mode.
         example: a picture that it takes, of noise at best, float32 (1, 3, H, W).
     """
-    network = copy.deepcopy(network)
-    return _clamped(_fused(network, example))
+    return _clamped(_fused(network, example) or copy.deepcopy(network))
 
 
 class _Clamp(nn.Module):
@@ -47,9 +46,10 @@ def _clamped(network: nn.Module) -> nn.Module:
     return network
 
 
-def _fused(network: nn.Module, example: Tensor) -> nn.Module:
+def _fused(network: nn.Module, example: Tensor) -> nn.Module | None:
+    """A copy without the normalisations that can go; None if there are none, or they cannot."""
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
-        return network
+        return None
     fused = copy.deepcopy(network)
     with torch.no_grad():
         pairs, before = _convolutions_and_norms(fused, example)
@@ -61,7 +61,7 @@ def _fused(network: nn.Module, example: Tensor) -> nn.Module:
         same = torch.allclose(
             fused(example), before, rtol=0, atol=_SAME_WITHIN * float(before.abs().max())
         )
-    return fused if same else network
+    return fused if same else None
 
 
 def _convolutions_and_norms(
