@@ -357,18 +357,19 @@ def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store
     assert writer.seconds_figures > 0
 
 
-def test_of_many_trials_the_first_and_the_best_get_a_figure(
+def test_of_many_trials_the_first_the_best_and_the_long_ones_get_a_figure(
     new_search: NewSearch, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visiontuner.tracking.plan.MOST_CURVE_FIGURES", 2)
+    monkeypatch.setattr("visiontuner.tracking.plan.MOST_CURVES_OF_SHORT", 2)
     search, uri = new_search(), store()
     search.begin()
     for number, best in enumerate((0.5, 0.6, 0.4, 0.8, 0.7), start=1):
         search.trial(number, best_value=best)
+    search.trial(6, epochs=12, best_value=0.1)  # a second each
     search.finish()
     write(search.folder, uri, draw=True)
     drawn = {name for name, held in contents(uri).items() if held["figures"]}
-    assert drawn == {"t0001", "t0002", "t0004", "pictures-20261122"}
+    assert drawn == {"t0001", "t0002", "t0004", "t0006", "pictures-20261122"}
 
 
 def test_figures_wait_while_the_search_runs_and_points_do_not(

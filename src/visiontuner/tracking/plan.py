@@ -39,8 +39,9 @@ STATUS_OF: dict[str, Status] = {
 _PARAM_LENGTH = 6000
 _TAG_LENGTH = 2000
 
-MOST_CURVE_FIGURES = 100
-"""One takes as long as hundreds of a trial's points; MLflow draws its own of every trial anyway."""
+MOST_CURVES_OF_SHORT = 100
+"""A figure takes as long as hundreds of points; MLflow draws its own of every trial anyway."""
+_SHORT_MILLISECONDS = 10_000
 
 
 class Point(NamedTuple):
@@ -56,7 +57,7 @@ class Point(NamedTuple):
 class TrialPlan:
     """What the run of one trial should hold.
 
-    `has_curves`: its loss and accuracy curves as a figure too.
+    `stands_out`: it is one of the first, or was the best when it ended.
     """
 
     search_id: str
@@ -73,11 +74,17 @@ class TrialPlan:
     details: dict[str, str] = field(default_factory=dict)
     stage: str | None = None
     starts_from: str | None = None
-    has_curves: bool = True
+    stands_out: bool = True
 
     @property
     def status(self) -> Status:
         return STATUS_OF[self.state]
+
+    @property
+    def has_curves(self) -> bool:
+        """Whether its loss and accuracy curves are to be a figure too."""
+        lasted = (self.ended or self.last_seen) - self.started
+        return self.stands_out or lasted >= _SHORT_MILLISECONDS
 
     def params(self) -> dict[str, str]:
         """Every searched value, as text."""
@@ -271,7 +278,7 @@ class SearchPlan:
             last_seen=_milliseconds(event),
             stage=event.get("stage"),
             starts_from=event.get("starts_from"),
-            has_curves=len(self.trials) < MOST_CURVE_FIGURES,
+            stands_out=len(self.trials) < MOST_CURVES_OF_SHORT,
         )
 
     def _apply_to_trial(self, trial: TrialPlan, event: Event) -> None:
@@ -292,7 +299,7 @@ class SearchPlan:
         self.points.append(Point("trials_finished", float(step), time, step))
         best = self.record.best
         if best is not None and best.best_value is not None:
-            trial.has_curves = trial.has_curves or best.trial_id == trial.trial_id
+            trial.stands_out = trial.stands_out or best.trial_id == trial.trial_id
             key = f"best_{self.record.objective}"
             self.points.append(Point(key, _storable(best.best_value), time, step))
 

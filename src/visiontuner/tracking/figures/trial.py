@@ -61,5 +61,4 @@ def _emptied(figure: Figure, title: str) -> tuple[Figure, list[Axes]]:
             legend.remove()
         axes.relim()
         axes.autoscale(enable=True)
-        axes.set_prop_cycle(None)
     return figure, figure.axes
