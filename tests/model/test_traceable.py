@@ -84,6 +84,14 @@ def test_one_norm_that_does_not_fit_does_not_hold_up_the_others():
     assert len(norms_of(simplified(network))) == 1
 
 
+def test_a_network_that_gives_nan_stays_as_it_is():
+    network = Net().eval()
+    nn.init.constant_(network.first.weight, float("nan"))
+    easy = easily_traced(network, torch.randn(1, 3, 32, 32))
+    assert len(norms_of(easy)) == 2
+    assert easy(torch.randn(1, 3, 32, 32)).isnan().all()
+
+
 def test_a_network_without_norms_is_not_run():
     class Fails(nn.Module):
         def forward(self, x):
