@@ -48,6 +48,7 @@ INTERRUPTED = 130
 # SageMaker shows so much of the failure file as the job's FailureReason.
 _REASON_LENGTH = 1024
 _RAY_IS_UP = "Ray runtime started"
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,12 +213,13 @@ def _search(job: Job, ray_address: str, terminated: threading.Event) -> Outcome:
     }
     command = [sys.executable, "-m", "visiontuner", *tune_arguments(job)]
     with Child(command, environment, echo=True) as search:
-        told = False
+        while not (search.ended or terminated.wait(_POLL_SECONDS)):
+            pass
+        if not search.ended:
+            _say("SIGTERM: the search ends in order.")
+            search.terminate()
         while not search.ended:
-            if terminated.wait(0.5) and not told:
-                told = True
-                _say("SIGTERM: the search ends in order.")
-                search.terminate()
+            time.sleep(_POLL_SECONDS)
     if search.code == 0:
         _keep(job)
     return Outcome(search.code, last_line(search.tail) if search.code else "")
