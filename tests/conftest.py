@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,3 +129,100 @@ def small_search() -> dict[str, object]:
             "space": {"learning_rate": {"low": 0.01, "high": 0.1, "scale": "log"}},
         },
     }
+
+
+class Proxy:
+    """What lies before an AWS: it answers in its place, cuts answers off, or passes them on."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.seen: list[str] = []
+        # Called with method, path and headers: a status and a code to answer, "close" or None.
+        self.rule: Callable[[str, str, Any], tuple[int, str] | str | None] = lambda *_: None
+        self.change: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
+        self.message = "no"
+        self.url = ""
+
+    def count(self, method: str) -> int:
+        """Requests of objects, not of lists."""
+        return sum(line.startswith(method) and "list-type" not in line for line in self.seen)
+
+    def refusal(self, code: str, headers: Any) -> tuple[dict[str, str], bytes]:
+        """As S3 and STS say it, in XML, or as the others do, in JSON."""
+        if "X-Amz-Target" in headers:
+            told = {"__type": code, "message": self.message}
+            return {"x-amzn-ErrorType": code}, json.dumps(told).encode()
+        body = (
+            f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{self.message}</Message>"
+            "<Region>eu-west-3</Region></Error>"
+        )
+        return {}, body.encode()
+
+
+def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _serve(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            proxy.seen.append(f"{self.command} {self.path}")
+            answer = proxy.rule(self.command, self.path, self.headers)
+            if answer == "close":
+                self.close_connection = True
+            elif isinstance(answer, tuple):
+                self._send(answer[0], *proxy.refusal(answer[1], self.headers))
+            else:
+                self._pass_on(body)
+
+        def _pass_on(self, body: bytes) -> None:
+            connection = http.client.HTTPConnection(*proxy.target, timeout=30)
+            connection.request(self.command, self.path, body, dict(self.headers))
+            answer = connection.getresponse()
+            headers = {
+                name: value
+                for name, value in answer.getheaders()
+                if name.lower() not in ("connection", "transfer-encoding")
+            }
+            content = proxy.change(self.command, self.path, answer.read())
+            self._send(answer.status, headers, content)
+            connection.close()
+
+        def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
+            self.send_response_only(status)
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+            # Cut off: the length that was promised does not come.
+            self.close_connection = int(headers.get("Content-Length", 0)) > len(content)
+
+        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _serve  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    return Handler
+
+
+class _ProxyServer(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64
+
+
+@pytest.fixture
+def proxy_before() -> Iterator[Callable[[tuple[str, int]], Proxy]]:
+    """Puts a proxy before a server that plays AWS; the proxy's `rule` makes its bad days."""
+    servers: list[_ProxyServer] = []
+
+    def make(target: tuple[str, int]) -> Proxy:
+        proxy = Proxy(target)
+        server = _ProxyServer(("127.0.0.1", 0), _handler(proxy))
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        proxy.url = f"http://127.0.0.1:{server.server_port}"
+        return proxy
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()

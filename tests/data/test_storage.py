@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import errno
 import hashlib
-import http.client
 import io
 import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +31,6 @@ from visiontuner.errors import DataError, DownloadError, ServingError, UserMista
 
 BUCKET = "photos"
 URI = f"s3://{BUCKET}/set one"
-REFUSED = (
-    "<?xml version='1.0'?><Error><Code>{}</Code><Message>no, {}</Message>"
-    "<Region>eu-west-3</Region></Error>"
-)
 DIRECT: list[Any] = []  # boto3's client of the server itself, not through the proxy
 SECRET = "wJalrXUtnFEMI-secret"
 
@@ -60,80 +54,17 @@ def moto() -> Iterator[tuple[str, int]]:
     server.stop()
 
 
-class Proxy:
-    """What lies between: it answers in S3's place, cuts answers off, or passes them on."""
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        self.target = target
-        self.seen: list[str] = []
-        # Called with method, path and headers: a status and a code to answer, "close" or None.
-        self.rule: Callable[[str, str, Any], tuple[int, str] | str | None] = lambda *_: None
-        self.change: Callable[[str, str, bytes], bytes] = lambda _method, _path, body: body
-        self.url = ""
-
-    def count(self, method: str) -> int:
-        """Requests of objects, not of lists."""
-        return sum(line.startswith(method) and "list-type" not in line for line in self.seen)
-
-
-def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def _serve(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            proxy.seen.append(f"{self.command} {self.path}")
-            answer = proxy.rule(self.command, self.path, self.headers)
-            if answer == "close":
-                self.close_connection = True
-            elif isinstance(answer, tuple):
-                self._send(answer[0], {}, REFUSED.format(answer[1], SECRET).encode())
-            else:
-                self._pass_on(body)
-
-        def _pass_on(self, body: bytes) -> None:
-            connection = http.client.HTTPConnection(*proxy.target, timeout=30)
-            connection.request(self.command, self.path, body, dict(self.headers))
-            answer = connection.getresponse()
-            headers = {
-                name: value
-                for name, value in answer.getheaders()
-                if name.lower() not in ("connection", "transfer-encoding")
-            }
-            content = proxy.change(self.command, self.path, answer.read())
-            self._send(answer.status, headers, content)
-            connection.close()
-
-        def _send(self, status: int, headers: dict[str, str], content: bytes) -> None:
-            self.send_response_only(status)
-            for name, value in ({"Content-Length": str(len(content))} | headers).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
-            # Cut off: the length that was promised does not come.
-            self.close_connection = int(headers.get("Content-Length", 0)) > len(content)
-
-        do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _serve  # noqa: N815
-
-        def log_message(self, *_: object) -> None: ...
-
-    return Handler
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
-
 @pytest.fixture
-def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
+def s3(
+    moto: tuple[str, int],
+    proxy_before: Callable[[tuple[str, int]], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Any:
     """An empty bucket behind a proxy; this process can reach no other S3."""
     requests.post(f"http://{moto[0]}:{moto[1]}/moto-api/reset", timeout=10).raise_for_status()
-    proxy = Proxy(moto)
-    server = Server(("127.0.0.1", 0), _handler(proxy))
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    proxy.url = f"http://127.0.0.1:{server.server_port}"
+    proxy = proxy_before(moto)
+    proxy.message = f"no, {SECRET}"
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
@@ -153,9 +84,7 @@ def s3(moto: tuple[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(transfer_module, "_LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(s3_module, "ATTEMPTS", 1)
     DIRECT[0].create_bucket(Bucket=BUCKET)
-    yield proxy
-    server.shutdown()
-    server.server_close()
+    return proxy
 
 
 def picture(colour: str) -> bytes:
