@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,18 +23,25 @@ ACCOUNT = "123456789012"  # moto's
 REPOSITORY = "mlflow-pyfunc"
 DOCKER_MANIFEST = "application/vnd.docker.distribution.manifest.v2+json"
 
-# The classifier that names colours; conftest files of two folders do not see each other.
-_specification = importlib.util.spec_from_file_location(
-    "colours", HERE.parent / "serving/conftest.py"
-)
-assert _specification is not None
-assert _specification.loader is not None
-colours = importlib.util.module_from_spec(_specification)
-_specification.loader.exec_module(colours)
+
+def _conftest_of(folder: str) -> ModuleType:
+    """Conftest files of two folders do not see each other."""
+    path = HERE.parent / folder / "conftest.py"
+    specification = importlib.util.spec_from_file_location(f"{folder}_conftest", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+# The classifier that names colours, and searches whose journals are written by hand.
+colours, journals = _conftest_of("serving"), _conftest_of("tracking")
 colour_classifier = colours.colour_classifier
 colour_model = colours.colour_model
 make_picture = colours.make_picture
 photographs = colours.photographs
+new_search = journals.new_search
 
 
 @dataclass(frozen=True)
@@ -171,6 +180,80 @@ def aws(stand_in: Aws, monkeypatch: pytest.MonkeyPatch) -> Aws:
 
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     return stand_in
+
+
+@dataclass(frozen=True)
+class DirectedJobs:
+    """Jobs of one search that run nothing: a test says what becomes of them."""
+
+    aws: Aws
+    root = "jobs/visiontuner/colours-1"
+
+    def place(self, name: str = "visiontuner-colours-20261122224611", **request: Any) -> str:
+        """A job as `tune --on sagemaker` leaves it; returns its name."""
+        tags = {"visiontuner.search": "colours-1", "visiontuner.price_per_hour": "2"}
+        asked = {
+            "AlgorithmSpecification": {
+                "TrainingImage": "example/directed:1",
+                "TrainingInputMode": "File",
+            },
+            "RoleArn": f"arn:aws:iam::{ACCOUNT}:role/jobs",
+            "OutputDataConfig": {"S3OutputPath": f"s3://{self.root}/output"},
+            "CheckpointConfig": {
+                "S3Uri": f"s3://{self.root}/checkpoints",
+                "LocalPath": "/opt/ml/checkpoints",
+            },
+            "ResourceConfig": {
+                "InstanceType": "ml.g5.xlarge",
+                "InstanceCount": 1,
+                "VolumeSizeInGB": 50,
+            },
+            "StoppingCondition": {"MaxRuntimeInSeconds": 7200},
+            "Tags": [{"Key": key, "Value": value} for key, value in tags.items()],
+        }
+        self.aws.client("sagemaker").create_training_job(TrainingJobName=name, **asked | request)
+        return name
+
+    def direct(self, job: str, **told: Any) -> None:
+        """See `stand_in_jobs`."""
+        body = json.dumps(told).encode()
+        self.aws.client("s3").put_object(Bucket="directed-jobs", Key=f"{job}.json", Body=body)
+
+    def describe(self, job: str) -> dict[str, Any]:
+        told: dict[str, Any] = self.aws.client("sagemaker").describe_training_job(
+            TrainingJobName=job
+        )
+        return told
+
+    def keep_checkpoints(self, search: Path) -> None:
+        """What SageMaker would have synchronised of a search folder."""
+        bucket, _, prefix = self.root.partition("/")
+        for path in search.rglob("*"):
+            if path.is_file() and "mlflow." not in path.name:
+                key = f"{prefix}/checkpoints/search/{path.relative_to(search)}"
+                self.aws.client("s3").put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
+
+    def log(self, job: str, *lines: str) -> None:
+        """Lines of its first host in CloudWatch."""
+        logs = self.aws.client("logs")
+        stream = {
+            "logGroupName": "/aws/sagemaker/TrainingJobs",
+            "logStreamName": f"{job}/algo-1-1700000000",
+        }
+        if not logs.describe_log_groups()["logGroups"]:
+            logs.create_log_group(logGroupName=stream["logGroupName"])
+            logs.create_log_stream(**stream)
+        now = int(time.time() * 1000)
+        logs.put_log_events(**stream, logEvents=[{"timestamp": now, "message": m} for m in lines])
+
+
+@pytest.fixture
+def directed(aws: Aws) -> DirectedJobs:
+    """An account with the buckets of jobs that a test directs."""
+    place = {"LocationConstraint": REGION}
+    for bucket in ("jobs", "directed-jobs"):
+        aws.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
+    return DirectedJobs(aws)
 
 
 @pytest.fixture(scope="session")

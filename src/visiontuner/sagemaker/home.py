@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from visiontuner.aws import Aws
 from visiontuner.data.s3 import connect
@@ -20,10 +22,22 @@ from visiontuner.sagemaker.job import Job, advice_on
 _SAYS_NOTHING = re.compile(r"Training Execution failed|^AlgorithmError:\s*,")
 
 
-def bring_home(
-    aws: Aws, job: Job, folder: Path, *, progress: Progress | None = None
-) -> SearchRecord:
-    """Copy the search folder of an ended job; returns what it holds.
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """What an ended job did of its search.
+
+    Attributes:
+        record: the job's, whatever the folder here holds.
+        kept: `here` if the folder went on after the job, `apart` if both went on since they were
+            one: the folder is as it was then. None: it holds what the job did.
+    """
+
+    record: SearchRecord
+    kept: Literal["here", "apart"] | None = None
+
+
+def bring_home(aws: Aws, job: Job, folder: Path, *, progress: Progress | None = None) -> Home:
+    """Copy the search folder of an ended job.
 
     A completed job's comes from its model.tar.gz, any other's from its checkpoints. What lies in
     the folder of the same search is brought up to date, unless it went on here.
@@ -56,20 +70,26 @@ def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None) -> None:
         download_folder(job.search_folder, coming, client=client, progress=progress)
 
 
-def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> SearchRecord:
+def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> Home:
     if not folder.exists():
         coming.rename(folder)
-        return record
+        return Home(record=record)
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / FILE_NAME).exists()):
         raise UserMistake(f"{folder} is taken. Choose another --output.")
     if (folder / FILE_NAME).exists():
-        here = SearchRecord.load(folder)
-        if here.search_id != record.search_id:
+        if SearchRecord.load(folder).search_id != record.search_id:
             raise UserMistake(f"{folder} holds another search. Choose another --output.")
-        if (folder / FILE_NAME).stat().st_size > (coming / FILE_NAME).stat().st_size:
-            return here  # it went on here
+        here, there = _whole_lines(folder / FILE_NAME), _whole_lines(coming / FILE_NAME)
+        if not there.startswith(here):
+            return Home(record=record, kept="here" if here.startswith(there) else "apart")
     shutil.copytree(coming, folder, dirs_exist_ok=True)
-    return record
+    return Home(record=record)
+
+
+def _whole_lines(journal: Path) -> bytes:
+    """What nobody takes back: a torn last line is cut off by who goes on."""
+    content = journal.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def why_failed(aws: Aws, job: Job) -> str:

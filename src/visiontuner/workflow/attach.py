@@ -20,6 +20,7 @@ from visiontuner.workflow.tuning_job import write_tuning_job
 
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
+    from visiontuner.sagemaker.home import Home
     from visiontuner.sagemaker.job import Job
 
 Logs = Literal["start", "all", "none"]
@@ -174,7 +175,7 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
     from visiontuner.sagemaker.job import jobs_of
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    bring_home(
+    home = bring_home(
         aws,
         job,
         folder,
@@ -182,38 +183,49 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
     )
     result = sync_search(folder, parent_run_id=os.environ.pop("MLFLOW_RUN_ID", None))
     jobs = jobs_of(aws, job)
-    _log_costs(folder, result.record, jobs)
+    _log_costs(folder, home, jobs)
     return Attached(
-        lines=tuple(_told(job, jobs, result, why_failed(aws, job))),
+        lines=tuple(_told(job, jobs, home, result, why_failed(aws, job))),
         result=result,
         failed=job.status == "Failed",
     )
 
 
-def _told(job: Job, jobs: list[Job], result: SearchResult, why: str) -> Iterable[str]:
+def _told(job: Job, jobs: list[Job], home: Home, result: SearchResult, why: str) -> Iterable[str]:
     from visiontuner.sagemaker.cost import dollars
     from visiontuner.sagemaker.job import advice_on
 
     seconds = sum(one.seconds for one in jobs)
     several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
+    where = f"are in {result.folder}" if home.kept is None else "were there"
     yield (
-        f"{job.name}: {job.status}. {len(result.record.trials)} trials are in {result.folder}; "
+        f"{job.name}: {job.status}. {len(home.record.trials)} trials {where}; "
         f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
         f"{dollars(_whole_cost(jobs))}."
     )
     if why:
         yield f"Why: {why}{advice_on(why)}"
-    if result.state != "completed":
+    if home.kept == "here":
+        yield f"{result.folder} went on here after that, and is kept as it is."
+    elif home.kept == "apart":
+        yield (
+            f"{result.folder} went on here, and the job went on without that: the folder is kept "
+            f"as it is. What the job did is in {job.search_folder}; MLFLOW_TRACKING_URI=sqlite:///"
+            f"other.db visiontuner attach {job.name} --output OTHER brings it home, apart."
+        )
+    if home.kept != "here" and result.state != "completed":
         yield f"Go on there: visiontuner tune --on sagemaker --resume {job.name}"
 
 
-def _log_costs(folder: Path, record: SearchRecord, jobs: list[Job]) -> None:
+def _log_costs(folder: Path, home: Home, jobs: list[Job]) -> None:
     from visiontuner.sagemaker.cost import shares
     from visiontuner.tracking.client import Store
     from visiontuner.tracking.costs import Costs, log_costs
 
     whole = _whole_cost(jobs)
-    seconds = {trial.trial_id: training_seconds(trial) for trial in record.trials.values()}
+    # Runs of a folder that went on apart are of other trials, whatever they are called.
+    trials = () if home.kept == "apart" else home.record.trials.values()
+    seconds = {trial.trial_id: training_seconds(trial) for trial in trials}
     last = jobs[-1]
     log_costs(
         Store(tracking_uri()),
