@@ -112,3 +112,14 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     jobs.keep_checkpoints(search.folder)
     assert run("attach", job).exit_code == 0
     assert journal("searches/colours-1") == journal(search.folder)
+
+
+# Stopping
+
+
+def test_a_job_of_others_is_not_stopped(jobs: Any) -> None:
+    jobs.place("their-language-model", Tags=[{"Key": "team", "Value": "language"}])
+    refused = run("stop", "their-language-model")
+    assert refused.exit_code == 2
+    assert "their-language-model was not submitted by visiontuner, and runs on" in said(refused)
+    assert jobs.describe("their-language-model")["TrainingJobStatus"] == "InProgress"

@@ -142,8 +142,13 @@ def stop(aws: Aws, job: Job) -> None:
     """Ask SageMaker to end a job; its hosts get two minutes to end their search in order.
 
     Raises:
-        UserMistake: it has ended already.
+        UserMistake: it is not ours, or has ended already.
     """
+    if not job.search:
+        raise UserMistake(
+            f"{job.name} was not submitted by visiontuner, and runs on: `aws sagemaker "
+            f"stop-training-job --region {aws.region} --training-job-name {job.name}` ends it."
+        )
     if job.ended:
         raise UserMistake(
             f"{job.name} is {job.status.lower()} already; `visiontuner attach {job.name}` brings "

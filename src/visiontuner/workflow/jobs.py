@@ -20,7 +20,7 @@ def stop(name: str, region: str | None = None, assume_role: str | None = None) -
     """End a job in order; its checkpoints stay.
 
     Raises:
-        UserMistake: there is no such job, or it has ended.
+        UserMistake: there is no such job, it is not ours, or it has ended.
     """
     from visiontuner.aws import Aws
     from visiontuner.sagemaker.job import describe
