@@ -7,9 +7,9 @@ import psutil
 import pytest
 from ray._private.node import Node
 
-from visiontuner.errors import ExperimentError
+from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
-from visiontuner.search.cluster import share_out
+from visiontuner.search.cluster import RayForSearch, share_out
 
 LAPTOP = {"CPU": 4.0}
 GPU_MACHINE = {"CPU": 16.0, "GPU": 1.0}
@@ -49,6 +49,25 @@ def test_trials_share_cores_and_gpus(machines, settings, trials, threads):
 def test_more_than_the_largest_machine_has_is_refused(settings, told):
     with pytest.raises(ExperimentError, match=told):
         share_out([GPU_MACHINE, LAPTOP], Search(**settings))
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("127.0.0.1:9", "no Ray cluster at RAY_ADDRESS=127.0.0.1:9 (.*refused"),
+        ("no-such-host.invalid:6379", "no Ray cluster at RAY_ADDRESS=no-such-host.invalid:6379"),
+        ("head", "it is not HOST:PORT"),
+        ("ray://head:10001", "a way in from outside.*ray job submit"),
+        ("http://head:8265", "a way in from outside.*ray job submit"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_said_at_once(address, told, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with (
+        RayForSearch("auto") as cluster,
+        pytest.raises(SearchFailed, match=told.replace("(", r"\(")),
+    ):
+        cluster.start()
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ import gc
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+from urllib.parse import urlsplit
 
 from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
@@ -31,6 +33,13 @@ _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
     "MALLOC_ARENA_MAX": "2",
 }
+
+
+_ANSWERS_WITHIN_SECONDS = 10.0
+_HOW_TO_JOIN = (
+    "Start one with `ray start --head`, set RAY_ADDRESS to it, or leave out `--on auto` to search "
+    "on this machine alone."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +100,17 @@ class RayForSearch:
         _let_trials_use_waiting_workers()
         if ray.is_initialized():
             return
+        if self.joins:
+            _require_cluster(os.environ.get("RAY_ADDRESS", ""))
         try:
             with _own_sigterm(), _without_monitors():
                 self._init()
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            why = " ".join(str(error).split())[:200]
             raise SearchFailed(
-                f"Ray does not start here ({' '.join(str(error).split())[:200]}). "
-                "`visiontuner doctor` looks for the reason."
+                f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
+                if self.joins
+                else f"Ray does not start here ({why}). `visiontuner doctor` looks for the reason."
             ) from error
         self._ours = True
 
@@ -112,6 +125,33 @@ class RayForSearch:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+
+
+def _require_cluster(address: str) -> None:
+    """Ray itself asks a wrong address for minutes.
+
+    Args:
+        address: of RAY_ADDRESS; empty where Ray shall look for a cluster on this machine.
+
+    Raises:
+        SearchFailed: nobody answers there, or it is not an address to join from within.
+    """
+    if address in ("", "auto", "local"):
+        return
+    if "://" in address:
+        raise SearchFailed(
+            f"RAY_ADDRESS is {address}, a way in from outside. `--on auto` runs on one of the "
+            "cluster's machines: use `ray job submit` (docs/sagemaker.md), or unset RAY_ADDRESS."
+        )
+    try:
+        parts = urlsplit(f"//{address}")
+        if not parts.hostname or not parts.port:
+            raise ValueError("it is not HOST:PORT")
+        socket.create_connection((parts.hostname, parts.port), _ANSWERS_WITHIN_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise SearchFailed(
+            f"There is no Ray cluster at RAY_ADDRESS={address} ({error}). {_HOW_TO_JOIN}"
+        ) from None
 
 
 @contextmanager
