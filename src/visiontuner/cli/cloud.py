@@ -15,9 +15,13 @@ from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
     from visiontuner.experiment import Experiment
-    from visiontuner.workflow.submit import JobOptions
+    from visiontuner.workflow.job_options import JobOptions
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+OFF = "off"
+"""Leaves out what a job that is resumed had."""
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, OFF: False}
 
 
 def yes_or_no(name: str, text: str) -> Decorator:
@@ -107,7 +111,7 @@ def run_on_sagemaker(
     if job["dry_run"]:
         click.echo(json.dumps(dry_run(aws, plan), indent=2, default=str))
         return
-    _ask(job["yes"])
+    _ask(is_on("--yes", job["yes"]))
     from visiontuner.console import SearchConsole
 
     console = SearchConsole()
@@ -130,8 +134,8 @@ def run_on_sagemaker(
     follow_and_print(name, region=plan.region, assume_role=options.assume_role, output=output)
 
 
-def _ask(yes: str) -> None:
-    if yes not in NOT_GIVEN:
+def _ask(yes: bool | None) -> None:
+    if yes:
         return
     if not sys.stdin.isatty():
         raise UserMistake("Nobody is here to say yes: add --yes, or --dry-run to look only.")
@@ -140,7 +144,7 @@ def _ask(yes: str) -> None:
 
 
 def _read(job: dict[str, Any], resume: str | None) -> JobOptions:
-    from visiontuner.workflow.submit import JobOptions
+    from visiontuner.workflow.job_options import JobOptions
 
     text = {key: _given(value) for key, value in job.items() if isinstance(value, str)}
     instances = _whole("--instances", text["instances"])
@@ -154,15 +158,15 @@ def _read(job: dict[str, Any], resume: str | None) -> JobOptions:
         bucket=text["bucket"],
         region=text["region"],
         assume_role=text["assume_role"],
-        spot=text["spot"] is not None,
+        spot=is_on("--spot", job["spot"]),
         max_run=text["max_run"],
         max_cost=number("--max-cost", text["max_cost"]),
         price=number("--price", text["price"]),
         volume=_whole("--volume", text["volume"]),
-        warm_pool=text["warm_pool"],
+        warm_pool=_or_empty(text["warm_pool"]),
         subnets=_listed(text["subnets"]),
         security_groups=_listed(text["security_groups"]),
-        kms_key=text["kms_key"],
+        kms_key=_or_empty(text["kms_key"]),
         tags=dict(_pair(tag) for tag in job["tags"]),
         upload=text["upload"],
         resume=resume,
@@ -173,8 +177,28 @@ def _given(text: str) -> str | None:
     return None if text in NOT_GIVEN else text
 
 
-def _listed(text: str | None) -> tuple[str, ...]:
-    return tuple(part.strip() for part in (text or "").split(",") if part.strip())
+def _or_empty(text: str | None) -> str | None:
+    return "" if text == OFF else text
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(part for part in parts if part not in ("", OFF))
+
+
+def is_on(flag: str, text: str) -> bool | None:
+    """What `yes_or_no` was told; None if it was not given.
+
+    Raises:
+        UserMistake: it is neither yes nor no.
+    """
+    if text in NOT_GIVEN:
+        return None
+    if text.lower() not in _SWITCH:
+        raise UserMistake(f"{flag} takes true or off, got {text!r}.")
+    return _SWITCH[text.lower()]
 
 
 def _pair(text: str) -> tuple[str, str]:

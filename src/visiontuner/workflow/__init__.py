@@ -28,6 +28,7 @@ from visiontuner.workflow.deploy import (
 )
 from visiontuner.workflow.diagnose import diagnose
 from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
+from visiontuner.workflow.job_options import JobOptions
 from visiontuner.workflow.jobs import jobs, stop
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.lineage import trace
@@ -35,7 +36,7 @@ from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.pictures import Prepared, prepare
 from visiontuner.workflow.promote import promote
 from visiontuner.workflow.search import resume_search, run_search
-from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
+from visiontuner.workflow.submit import plan_job, submit_job
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.train import resume_training, train
 from visiontuner.workflow.train_from import find_origin, one_training

@@ -1,0 +1,133 @@
+"""Another job for the search of an earlier one: on the same checkpoints, with the same options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from visiontuner.data.objects import split_uri
+from visiontuner.errors import UserMistake
+from visiontuner.experiment import Experiment
+from visiontuner.workflow.job_options import JobOptions
+
+if TYPE_CHECKING:
+    from visiontuner.aws import Aws
+    from visiontuner.sagemaker.earlier import Submitted
+    from visiontuner.sagemaker.job import Job
+
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A search that goes on: its name, its experiment, and what the next job has to be."""
+
+    search: str
+    experiment: Experiment
+    options: JobOptions
+
+
+def resume_job(aws: Aws, name: str, options: JobOptions) -> Resumed:
+    """What a job needs that goes on with the search of an earlier one.
+
+    Raises:
+        UserMistake: there is no such job, it ran no search of ours, a job is running that search
+            now, or nothing of it is left to do.
+    """
+    from visiontuner.sagemaker.earlier import submitted_with
+    from visiontuner.sagemaker.job import describe
+
+    if options.upload:
+        raise UserMistake("--resume goes on with the pictures it began with: leave --upload out.")
+    before = describe(aws, name)
+    if not before.ended:
+        raise UserMistake(_is_running(before.name))
+    experiment = _experiment(aws, before)
+    require_idle(aws, before.search)
+    _require_unfinished(aws, before, experiment)
+    bucket = split_uri(before.checkpoints or "")[0]
+    if options.bucket not in (None, bucket):
+        raise UserMistake(
+            f"The checkpoints of {before.name} are in the bucket {bucket!r}: leave --bucket out."
+        )
+    chosen = _as_before(replace(options, bucket=bucket), before, submitted_with(aws, before))
+    return Resumed(search=before.search, experiment=experiment, options=chosen)
+
+
+def require_idle(aws: Aws, search: str) -> None:
+    """Two jobs on the same checkpoints would write over each other.
+
+    Raises:
+        UserMistake: a job is running the search.
+    """
+    from visiontuner.sagemaker.earlier import running_job
+
+    running = running_job(aws, search)
+    if running is not None:
+        raise UserMistake(_is_running(running.name))
+
+
+def _is_running(name: str) -> str:
+    return (
+        f"{name} is still running this search; follow it with `visiontuner attach {name}`, or end "
+        f"it with `visiontuner stop {name}` first."
+    )
+
+
+def _experiment(aws: Aws, before: Job) -> Experiment:
+    import yaml
+
+    from visiontuner.sagemaker import s3
+    from visiontuner.sagemaker.job import EXPERIMENT
+
+    root = (before.checkpoints or "").removesuffix("/checkpoints")
+    content = s3.get(aws, f"{root}/{EXPERIMENT}") if before.search and root else None
+    if content is None:
+        raise UserMistake(f"{before.name} has no search of ours to go on with.")
+    return Experiment.parse(yaml.safe_load(content))
+
+
+def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
+    """A local `tune --resume` of a search that is done trains nothing either."""
+    from visiontuner.sagemaker.earlier import record_of
+    from visiontuner.sagemaker.job import jobs_of
+    from visiontuner.search.stages import remaining_trials
+
+    record = record_of(aws, before)
+    if record.best is None or remaining_trials(experiment, record):
+        return
+    # Only a job that completed has packaged the best trial.
+    for job in [before, *jobs_of(aws, before)]:
+        if job.status == "Completed":
+            raise UserMistake(
+                f"All {len(record.trials)} trials of {before.search} are done, and {job.name} has "
+                f"packaged the best: `visiontuner attach {job.name}` brings it home."
+            )
+
+
+def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOptions:
+    """With what the earlier job had, where nothing else is asked for."""
+    # The one excludes the other: what is asked for now wins.
+    spot = bool(before.spot and not options.warm_pool)
+    warm_pool = f"{submitted.warm_pool_seconds}s" if submitted.warm_pool_seconds else None
+    same_type = options.instance_type in (None, before.instance_type)
+    return replace(
+        options,
+        instances=options.instances or before.instances,
+        instance_type=options.instance_type or before.instance_type,
+        image=options.image or before.image,
+        role=options.role or submitted.role,
+        spot=spot if options.spot is None else options.spot,
+        max_run=options.max_run or f"{submitted.max_run_seconds}s",
+        price=before.price.per_hour if options.price is None and same_type else options.price,
+        volume=options.volume or before.disk_gb or None,
+        warm_pool=_chosen(options.warm_pool, None if options.spot else warm_pool),
+        subnets=_chosen(options.subnets, submitted.subnets),
+        security_groups=_chosen(options.security_groups, submitted.security_groups),
+        kms_key=_chosen(options.kms_key, submitted.kms_key),
+        tags={**submitted.tags, **options.tags},
+    )
+
+
+def _chosen(now: Option | None, before: Option | None) -> Option | None:
+    return before if now is None else now

@@ -1,0 +1,251 @@
+"""A job that goes on with another one's search: the same options, and never two at a time."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from visiontuner.cli import main
+from visiontuner.errors import UserMistake
+from visiontuner.journal import FILE_NAME, JournalWriter
+from visiontuner.workflow import JobOptions, plan_job, submit_job
+
+# The SageMaker SDK's own, from its own imports.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
+]
+REGION = "eu-west-1"
+EXPERIMENT = {
+    "name": "colours",
+    "data": {"source": "s3://photos/colours/"},
+    "search": {"trials": 2, "space": {"learning_rate": {"values": [0.1, 0.2]}}},
+}
+ROOT = "visiontuner/colours-1"
+
+
+@pytest.fixture
+def account(aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An account with two roles, of which a command has to name one, and a search's folder."""
+    aws.put_role("jobs")
+    aws.put_role("others")
+    s3 = aws.client("s3")
+    for bucket in ("photos", "directed-jobs"):
+        s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket="photos", Key="colours/train/red/1.png", Body=b"x" * 100)
+    s3.put_object(Bucket="photos", Key=f"{ROOT}/experiment.yaml", Body=json.dumps(EXPERIMENT))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.chdir(tmp_path)
+    return aws
+
+
+@pytest.fixture
+def image(account: Any) -> str:
+    """Jobs that run it are directed by the test."""
+    url: str = account.put_image(tag="1", repository="directed")
+    return url
+
+
+def place(account: Any, image: str, number: int, status: str, **changes: Any) -> str:
+    """A job of the search `colours-1` as it was submitted; returns its name."""
+    name = f"visiontuner-colours-2026112222461{number}"
+    request = {
+        "TrainingJobName": name,
+        "AlgorithmSpecification": {"TrainingImage": image, "TrainingInputMode": "File"},
+        "RoleArn": "arn:aws:iam::123456789012:role/jobs",
+        "OutputDataConfig": {"S3OutputPath": f"s3://photos/{ROOT}/output", "KmsKeyId": "key-1"},
+        "CheckpointConfig": {
+            "S3Uri": f"s3://photos/{ROOT}/checkpoints",
+            "LocalPath": "/opt/ml/checkpoints",
+        },
+        "ResourceConfig": {
+            "InstanceType": "ml.m5.xlarge",
+            "InstanceCount": 3,
+            "VolumeSizeInGB": 80,
+            "VolumeKmsKeyId": "key-1",
+        },
+        "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 10800, "MaxWaitTimeInSeconds": 25200},
+        "EnableManagedSpotTraining": True,
+        **changes,
+    }
+    tags = {
+        "visiontuner.search": "colours-1",
+        "visiontuner.price_per_hour": "2.5",
+        "team": "vision",
+        "cost center": "42",
+    }
+    request["Tags"] = [{"Key": key, "Value": value} for key, value in tags.items()]
+    account.client("sagemaker").create_training_job(**request)
+    direct(account, name, status)
+    return name
+
+
+def direct(account: Any, job: str, status: str) -> None:
+    body = json.dumps({"status": status, "seconds": 60}).encode()
+    account.client("s3").put_object(Bucket="directed-jobs", Key=f"{job}.json", Body=body)
+    account.client("sagemaker").describe_training_job(TrainingJobName=job)
+
+
+def keep_journal(account: Any, folder: Path, *, finished: int) -> None:
+    """What SageMaker synchronised of a search with so many finished trials."""
+    journal = JournalWriter(folder, "s1")
+    journal.append("search_started", experiment=EXPERIMENT)
+    for number in range(1, finished + 1):
+        trial = {"trial_id": f"t000{number}", "attempt": 1}
+        journal.append("trial_started", **trial, configuration={"learning_rate": number / 10})
+        journal.append("epoch", **trial, step=1, metrics={"validation_accuracy": 0.5})
+        journal.append("trial_ended", **trial, state="completed", best_epoch=1, best_value=0.5)
+    journal.close()
+    key, content = f"{ROOT}/checkpoints/search/{FILE_NAME}", (folder / FILE_NAME).read_bytes()
+    account.client("s3").put_object(Bucket="photos", Key=key, Body=content)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, list(arguments))
+
+
+def resume(job: str, *flags: str) -> dict[str, Any]:
+    """The request that would be sent."""
+    done = run("tune", "--on", "sagemaker", "--resume", job, "--dry-run", *flags)
+    assert done.exit_code == 0, done.output
+    request: dict[str, Any] = json.loads(done.stdout)
+    return request
+
+
+def said(result: Result) -> str:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1, result.output
+    return lines[0]
+
+
+def tags_of(request: dict[str, Any]) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in request["Tags"]}
+
+
+def test_a_resumed_job_is_what_the_earlier_one_was(account: Any, image: str) -> None:
+    job = place(account, image, 1, "Stopped")
+    before = account.client("sagemaker").describe_training_job(TrainingJobName=job)
+    request = resume(job)
+    for same in (
+        "ResourceConfig",
+        "VpcConfig",
+        "CheckpointConfig",
+        "RoleArn",
+        "StoppingCondition",
+        "EnableManagedSpotTraining",
+    ):
+        assert request[same] == before[same], same
+    assert request["OutputDataConfig"]["KmsKeyId"] == "key-1"
+    assert request["AlgorithmSpecification"]["TrainingImage"] == image
+    assert tags_of(request) == {
+        "visiontuner.search": "colours-1",
+        "visiontuner.price_per_hour": "2.5",
+        "team": "vision",
+        "cost center": "42",
+    }
+
+
+def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str) -> None:
+    job = place(account, image, 1, "Failed")
+    flags = {
+        "--instances": "1",
+        "--instance-type": "ml.m5.2xlarge",
+        "--volume": "100",
+        "--max-run": "1h",
+        "--role": "others",
+        "--price": "3",
+        "--spot": "off",
+        "--warm-pool": "30m",
+        "--subnets": "off",
+        "--security-groups": "off",
+        "--kms-key": "off",
+        "--tag": "team=sound",
+    }
+    request = resume(job, *(word for flag in flags.items() for word in flag))
+    assert request["ResourceConfig"] == {
+        "InstanceCount": 1,
+        "InstanceType": "ml.m5.2xlarge",
+        "VolumeSizeInGB": 100,
+        "KeepAlivePeriodInSeconds": 1800,
+    }
+    assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
+    assert request["RoleArn"].endswith(":role/others")
+    assert not request["EnableManagedSpotTraining"]
+    assert not {"VpcConfig"} & request.keys()
+    assert "KmsKeyId" not in request["OutputDataConfig"]
+    assert tags_of(request) == {
+        "visiontuner.search": "colours-1",
+        "visiontuner.price_per_hour": "3",
+        "team": "sound",
+        "cost center": "42",
+    }
+
+
+def test_spot_or_a_warm_pool_asked_for_now_takes_the_place_of_the_other(
+    account: Any, image: str
+) -> None:
+    job = place(account, image, 1, "Stopped")
+    warm = resume(job, "--warm-pool", "10m")
+    assert not warm["EnableManagedSpotTraining"]
+    assert warm["ResourceConfig"]["KeepAlivePeriodInSeconds"] == 600
+
+
+@pytest.mark.parametrize("status", ["InProgress", "Stopping"])
+def test_two_jobs_never_run_one_search(account: Any, image: str, status: str) -> None:
+    first = place(account, image, 1, "Stopped")
+    second = place(account, image, 2, status)
+    flags = ("tune", "--on", "sagemaker", "--resume", first, "--yes", "--no-wait")
+    assert f"{second} is still running this search" in said(run(*flags))
+    direct(account, second, "Stopped")
+    done = run(*flags)
+    assert done.exit_code == 0, done.output
+
+
+def test_a_job_that_another_one_submitted_meanwhile_is_met_before_anything_is_sent(
+    account: Any, image: str
+) -> None:
+    first = place(account, image, 1, "Stopped")
+    aws, plan = plan_job(None, JobOptions(resume=first))
+    second = place(account, image, 2, "InProgress")
+    with pytest.raises(UserMistake, match=f"{second} is still running"):
+        submit_job(aws, plan, note=lambda _: None)
+
+
+def test_a_search_that_is_done_is_brought_home_and_not_run_again(
+    account: Any, image: str, tmp_path: Path
+) -> None:
+    first = place(account, image, 1, "Stopped")
+    second = place(account, image, 2, "Completed")
+    keep_journal(account, tmp_path / "one", finished=1)
+    assert resume(first)["ResourceConfig"]["InstanceCount"] == 3
+    keep_journal(account, tmp_path / "two", finished=2)
+    for job in (first, second):
+        told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
+        assert "All 2 trials of colours-1 are done" in told
+        assert f"`visiontuner attach {second}` brings it home" in told
+
+
+def test_a_search_that_only_lacks_its_classifier_goes_on(
+    account: Any, image: str, tmp_path: Path
+) -> None:
+    job = place(account, image, 1, "Failed")
+    keep_journal(account, tmp_path / "two", finished=2)
+    assert resume(job)["CheckpointConfig"]["S3Uri"] == f"s3://photos/{ROOT}/checkpoints"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--bucket", "directed-jobs"), "are in the bucket 'photos': leave --bucket out"),
+        (("--upload", "s3://photos/x"), "leave --upload out"),
+        (("--spot", "perhaps"), "--spot takes true or off, got 'perhaps'"),
+    ],
+)
+def test_what_a_resumed_job_cannot_have_is_refused(
+    account: Any, image: str, flags: tuple[str, ...], message: str
+) -> None:
+    job = place(account, image, 1, "Stopped")
+    assert message in said(run("tune", "--on", "sagemaker", "--resume", job, "--yes", *flags))
