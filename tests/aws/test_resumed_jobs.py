@@ -184,6 +184,20 @@ def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str
     }
 
 
+def test_a_disk_of_another_kind_of_machine_is_not_taken_over(account: Any, image: str) -> None:
+    attached, own = place(account, image, 1, "Stopped"), {"InstanceType": "ml.g5.xlarge"}
+    assert (
+        "VolumeKmsKeyId"
+        not in resume(attached, "--instance-type", "ml.g6.xlarge")["ResourceConfig"]
+    )
+    machines = {"ResourceConfig": {**own, "InstanceCount": 1, "VolumeSizeInGB": 30}}
+    on_g5 = place(account, image, 2, "Stopped", **machines)
+    assert resume(on_g5)["ResourceConfig"] == machines["ResourceConfig"]
+    on_m5 = resume(on_g5, "--instance-type", "ml.m5.xlarge")["ResourceConfig"]
+    assert on_m5["VolumeSizeInGB"] == 50
+    assert on_m5["VolumeKmsKeyId"] == "key-1"
+
+
 def test_spot_or_a_warm_pool_asked_for_now_takes_the_place_of_the_other(
     account: Any, image: str
 ) -> None:

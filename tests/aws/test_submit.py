@@ -235,7 +235,8 @@ def test_money_bounds_the_running_time() -> None:
         (("--tag", "team"), "--tag takes KEY=VALUE"),
         (("--instances", "0"), "--instances takes a number from 1"),
         (("--instances", "1.5"), "--instances takes a whole number"),
-        (("--volume", "20000"), "--volume takes 1 to 16384 GB"),
+        (("--instance-type", "ml.m5.large", "--volume", "20000"), "--volume takes 1 to 16384 GB"),
+        (("--volume", "80"), "ml.g5.xlarge has a disk of its own, of a fixed size"),
         (("--instance-type", "g5.xlarge"), "--instance-type takes a name such as ml.g5.xlarge"),
         (("--spot", "--warm-pool", "30m"), "keeps no spot machines warm"),
         (("--subnets", "subnet-1"), "name --subnets and --security-groups"),
@@ -469,7 +470,7 @@ def test_a_job_that_fails_before_its_search_says_why(account: Any) -> None:
 def test_a_job_that_gets_no_machines_is_tried_again_with_the_same_or_with_others(
     account: Any,
 ) -> None:
-    job = submit("--instances", "3", "--instance-type", "ml.g6.xlarge", "--volume", "80")
+    job = submit("--instances", "3", "--instance-type", "ml.m5.xlarge", "--volume", "80")
     reason = "CapacityError: Unable to provision requested ML compute capacity."
     direct(account, job, status="Failed", reason=reason, seconds=0)
     told = said(run("attach", job))

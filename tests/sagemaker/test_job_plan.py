@@ -15,6 +15,7 @@ from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.locations import at_hand
 from visiontuner.sagemaker.cost import Price, limit_seconds, shares
+from visiontuner.sagemaker.instances import has_own_disk
 from visiontuner.sagemaker.job import advice_on, paid_seconds
 from visiontuner.sagemaker.plan import JobPlan, Pictures, words_for
 from visiontuner.sagemaker.source import requirements
@@ -127,8 +128,45 @@ def test_a_plan_says_everything_that_will_happen() -> None:
         "s3://bucket/visiontuner/dogs-1",
     ):
         assert words in text
-    assert plan.volume_gb == 52
+    assert replace(plan, instance_type="ml.m5.xlarge").volume_gb == 52
     assert plan.max_wait_seconds == 5 * 3600
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "own"),
+    [
+        ("ml.g5.xlarge", True),
+        ("ml.g4dn.xlarge", True),
+        ("ml.g6e.2xlarge", True),
+        ("ml.p4de.24xlarge", True),
+        ("ml.p5.48xlarge", True),
+        ("ml.p6-b200.48xlarge", True),
+        ("ml.r5d.large", True),
+        ("ml.m6id.large", True),
+        ("ml.m5.xlarge", False),
+        ("ml.c7i-flex.large", False),
+        ("ml.p3.2xlarge", False),
+    ],
+)
+def test_a_machines_own_disk_is_not_made_to_measure(instance_type: str, own: bool) -> None:
+    plan = make_plan(instance_type=instance_type, kms_key="key-1")
+    text = "\n".join(plan.lines())
+    assert plan.volume_gb == (None if own else 50)
+    assert ("of a fixed size" in text) == own
+    assert ("the disks with key-1" in text) == (not own)
+    assert ("disks with keys of their own" in text) == own
+    assert "the checkpoints by the bucket's own setting" in text
+
+
+def test_the_sdk_knows_no_own_disk_that_is_not_known_here() -> None:
+    from botocore.session import get_session
+    from sagemaker.core.common_utils import volume_size_supported
+
+    model = get_session().get_service_model("sagemaker")
+    kinds = model.shape_for("TrainingInstanceType").enum
+    assert len(kinds) > 100
+    unknown = [kind for kind in kinds if not volume_size_supported(kind) and not has_own_disk(kind)]
+    assert not unknown
 
 
 def test_a_resumed_search_keeps_its_checkpoints() -> None:
@@ -139,6 +177,7 @@ def test_a_resumed_search_keeps_its_checkpoints() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"disk_gb": 80}, "leave --volume out, or choose a larger --instance-type"),
         ({"instance_type": "p3"}, "--instance-type takes a name such as"),
         ({"subnets": ("subnet-1",)}, "--subnets and --security-groups"),
         ({"warm_pool_seconds": 7200}, "an hour at most"),

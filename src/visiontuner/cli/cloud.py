@@ -53,7 +53,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     click.option("--bucket", metavar="NAME", default="auto", help="For all that the job keeps."),
     click.option("--subnets", metavar="IDS", default="none", help="Of a VPC, with commas."),
     click.option("--security-groups", metavar="IDS", default="none", help="Of a VPC."),
-    click.option("--kms-key", metavar="ID", default="none", help="Encrypts what is kept."),
+    click.option("--kms-key", metavar="ID", default="none", help="Encrypts uploads and results."),
     click.option("--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Repeatable."),
     *REGION_FLAGS,
     click.option("--dry-run", is_flag=True, help="Print the plan and the request; do nothing."),

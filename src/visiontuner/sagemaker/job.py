@@ -25,7 +25,8 @@ _ADVICE = {
     "try later.",
     "Insufficient capacity": "AWS has no such machines now: choose another --instance-type or "
     "--region, or try later.",
-    "No space left": "A disk was full: ask for a larger one with --volume.",
+    "No space left": "A disk was full: ask for a larger one with --volume or, where a machine has "
+    "its own (ml.g5 say), for a larger --instance-type.",
     "No matching distribution": "The image's Python has no such version: name another --image.",
     "could not be installed": "The image's Python has no such version: name another --image.",
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.sagemaker.cost import Price, dollars
+from visiontuner.sagemaker.instances import has_own_disk
 from visiontuner.sagemaker.source import CHANNEL_FOLDER, CHECKPOINTS
 
 PREFIX = "visiontuner"
@@ -119,8 +120,18 @@ class JobPlan:
         return plain[: _JOB_NAME_LENGTH - _TIMESTAMP_LENGTH].strip("-")
 
     @property
-    def volume_gb(self) -> int:
-        """Of each host: the pictures, unpacked if they are an archive, and room for the rest."""
+    def has_own_disk(self) -> bool:
+        """Whether the machines have disks, so that SageMaker attaches none."""
+        return has_own_disk(self.instance_type)
+
+    @property
+    def volume_gb(self) -> int | None:
+        """Of each host: the pictures, unpacked if they are an archive, and room for the rest.
+
+        None: the machine's own disk, whatever its size.
+        """
+        if self.has_own_disk:
+            return None
         if self.disk_gb is not None:
             return self.disk_gb
         size = self.pictures.size if self.pictures else 0
@@ -183,8 +194,9 @@ class JobPlan:
             f"role       {self.role}",
             f"keeps      {self.root}{made}",
         ]
-        if self.disk_gb is not None:
-            lines.append(f"disk       {self.disk_gb:,} GB each")
+        lines.append(f"disk       {self._describe_disk()}")
+        if self.kms_key is not None:
+            lines.append(f"encrypted  {self._describe_encryption()}")
         if self.warm_pool_seconds:
             lines.append(f"warm pool  {words_for(self.warm_pool_seconds)} after the job, and paid")
         if self.subnets:
@@ -203,6 +215,19 @@ class JobPlan:
         size = f" ({self.pictures.size / 1e6:,.0f} MB)" if self.pictures.size else ""
         origin = f", uploaded from {self.pictures.upload}" if self.pictures.upload else ""
         return f"{self.pictures.uri}{size}{origin}"
+
+    def _describe_disk(self) -> str:
+        if self.has_own_disk:
+            return f"the own one of each {self.instance_type}, of a fixed size"
+        return f"{self.volume_gb:,} GB each"
+
+    def _describe_encryption(self) -> str:
+        disks = "" if self.has_own_disk else ", the disks"
+        own = "; the machines' disks with keys of their own" if self.has_own_disk else ""
+        return (
+            f"what is uploaded, model.tar.gz{disks} with {self.kms_key}{own}; the checkpoints by "
+            "the bucket's own setting"
+        )
 
     def _describe_cost(self) -> str:
         if self.price.per_hour is None:
@@ -228,6 +253,11 @@ def check_choices(plan: JobPlan) -> None:
         raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
     if plan.warm_pool_seconds > 3600:
         raise UserMistake("SageMaker keeps machines warm for an hour at most (--warm-pool 1h).")
+    if plan.disk_gb is not None and plan.has_own_disk:
+        raise UserMistake(
+            f"{plan.instance_type} has a disk of its own, of a fixed size: leave --volume out, or "
+            "choose a larger --instance-type."
+        )
     if plan.disk_gb is not None and not 1 <= plan.disk_gb <= _LARGEST_DISK_GB:
         raise UserMistake(f"--volume takes 1 to {_LARGEST_DISK_GB} GB, got {plan.disk_gb}.")
     if plan.max_run_seconds > _LONGEST_SECONDS:

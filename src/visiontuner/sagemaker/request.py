@@ -116,11 +116,14 @@ def _compute(plan: JobPlan) -> dict[str, Any]:
     compute: dict[str, Any] = {
         "instance_type": plan.instance_type,
         "instance_count": plan.instances,
-        "volume_size_in_gb": plan.volume_gb,
         "enable_managed_spot_training": plan.spot,
     }
-    if plan.kms_key:
-        compute["volume_kms_key_id"] = plan.kms_key
+    # Of a machine with a disk of its own SageMaker takes no key, and no size above the disk's; the
+    # SDK sends its default then, which is smaller than any.
+    if plan.volume_gb is not None:
+        compute["volume_size_in_gb"] = plan.volume_gb
+        if plan.kms_key:
+            compute["volume_kms_key_id"] = plan.kms_key
     if plan.warm_pool_seconds:
         compute["keep_alive_period_in_seconds"] = plan.warm_pool_seconds
     return compute

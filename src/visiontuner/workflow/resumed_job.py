@@ -107,20 +107,24 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
 
 def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOptions:
     """With what the earlier job had, where nothing else is asked for."""
+    from visiontuner.sagemaker.instances import has_own_disk
+
     # The one excludes the other: what is asked for now wins.
     spot = bool(before.spot and not options.warm_pool)
     warm_pool = f"{submitted.warm_pool_seconds}s" if submitted.warm_pool_seconds else None
-    same_type = options.instance_type in (None, before.instance_type)
+    kind = options.instance_type or before.instance_type
+    same_type = kind == before.instance_type
+    own_disk = has_own_disk(before.instance_type) or has_own_disk(kind)
     return replace(
         options,
         instances=options.instances or before.instances,
-        instance_type=options.instance_type or before.instance_type,
+        instance_type=kind,
         image=options.image or before.image,
         role=options.role or submitted.role,
         spot=spot if options.spot is None else options.spot,
         max_run=options.max_run or f"{submitted.max_run_seconds}s",
         price=before.price.per_hour if options.price is None and same_type else options.price,
-        volume=options.volume or before.disk_gb or None,
+        volume=options.volume or (None if own_disk else before.disk_gb or None),
         warm_pool=_chosen(options.warm_pool, None if options.spot else warm_pool),
         subnets=_chosen(options.subnets, submitted.subnets),
         security_groups=_chosen(options.security_groups, submitted.security_groups),
