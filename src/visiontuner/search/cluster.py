@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
@@ -37,8 +38,8 @@ _ENVIRONMENT = {
 
 _ANSWERS_WITHIN_SECONDS = 10.0
 _HOW_TO_JOIN = (
-    "Start one with `ray start --head`, set RAY_ADDRESS to it, or leave out `--on auto` to search "
-    "on this machine alone."
+    "Start one with `ray start --head` and set RAY_ADDRESS to it (and RAY_AUTH_MODE=token if it "
+    "wants its token), or leave out `--on auto` to search on this machine alone."
 )
 
 
@@ -93,19 +94,21 @@ class RayForSearch:
         """
         if self._ours:
             return
-        self._added = [key for key in _ENVIRONMENT if key not in os.environ]
-        os.environ.update({key: _ENVIRONMENT[key] for key in self._added})
+        wanted = dict(_ENVIRONMENT)
+        if self.joins and _is_ours(_require_cluster(os.environ.get("RAY_ADDRESS", ""))):
+            wanted["RAY_AUTH_MODE"] = "token"
+        self._added = [key for key in wanted if key not in os.environ]
+        os.environ.update({key: wanted[key] for key in self._added})
         import ray
+        from ray.exceptions import RayError
 
         _let_trials_use_waiting_workers()
         if ray.is_initialized():
             return
-        if self.joins:
-            _require_cluster(os.environ.get("RAY_ADDRESS", ""))
         try:
             with _own_sigterm(), _without_monitors():
                 self._init()
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
             why = " ".join(str(error).split())[:200]
             raise SearchFailed(
                 f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
@@ -127,17 +130,17 @@ class RayForSearch:
         )
 
 
-def _require_cluster(address: str) -> None:
-    """Ray itself asks a wrong address for minutes.
+def _require_cluster(address: str) -> str | None:
+    """The machine that answers there; Ray itself asks a wrong address for minutes.
 
     Args:
-        address: of RAY_ADDRESS; empty where Ray shall look for a cluster on this machine.
+        address: of RAY_ADDRESS; empty where Ray shall look for a cluster on this machine: None.
 
     Raises:
         SearchFailed: nobody answers there, or it is not an address to join from within.
     """
     if address in ("", "auto", "local"):
-        return
+        return None
     if "://" in address:
         raise SearchFailed(
             f"RAY_ADDRESS is {address}, a way in from outside. `--on auto` runs on one of the "
@@ -152,6 +155,23 @@ def _require_cluster(address: str) -> None:
         raise SearchFailed(
             f"There is no Ray cluster at RAY_ADDRESS={address} ({error}). {_HOW_TO_JOIN}"
         ) from None
+    return parts.hostname
+
+
+def _is_ours(host: str | None) -> bool:
+    """Whether the cluster runs on this machine, and this user has a token for clusters here.
+
+    `ray start` asks for the token as soon as the user has one, a driver with RAY_ADDRESS does not
+    send it unless told to (Ray 2.60). To other machines it goes only if RAY_AUTH_MODE says so.
+    """
+    if host is None or not (Path.home() / ".ray" / "auth_token").is_file():
+        return False
+    try:
+        with socket.socket() as own:
+            own.bind((host, 0))
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
