@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from visiontuner.data.archive import ARCHIVE_SUFFIXES
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
@@ -18,8 +19,9 @@ from visiontuner.sagemaker.cost import Price, limit_seconds, shares
 from visiontuner.sagemaker.instances import has_own_disk
 from visiontuner.sagemaker.job import advice_on, paid_seconds
 from visiontuner.sagemaker.plan import JobPlan, Pictures, words_for
+from visiontuner.sagemaker.reach import reachable_tracking
 from visiontuner.sagemaker.source import requirements
-from visiontuner.sagemaker.surroundings import as_channel, reachable_tracking
+from visiontuner.sagemaker.surroundings import as_channel
 from visiontuner.workflow.observing import Silent
 from visiontuner.workflow.pictures import load_data
 from visiontuner.workflow.submit import JobOptions, plan_job
@@ -236,7 +238,12 @@ def test_a_channels_archive_is_not_unpacked_into_what_goes_to_s3(
 
 @pytest.mark.parametrize(
     ("uri", "channel"),
-    [("s3://b/dogs", "s3://b/dogs/"), ("s3://b/dogs/", "s3://b/dogs/"), ("s3://b/d.zip",) * 2],
+    [
+        ("s3://b/dogs", "s3://b/dogs/"),
+        ("s3://b/dogs/", "s3://b/dogs/"),
+        *((f"s3://b/d{suffix}",) * 2 for suffix in ARCHIVE_SUFFIXES),
+        ("s3://b/D.TAR.XZ",) * 2,
+    ],
 )
 def test_a_folder_does_not_bring_its_namesakes(uri: str, channel: str) -> None:
     assert as_channel(uri) == channel
@@ -256,7 +263,21 @@ def test_what_is_no_place_on_s3_is_refused(uri: str) -> None:
         ("http://localhost:5000", {}, False),
         ("http://127.0.0.1:5000", {}, False),
         ("http://[::1]:5000", {}, False),
+        ("http://0.0.0.0:5000", {}, False),
+        ("http://mlflow:5000", {}, False),
+        ("http://10.0.3.7:5000", {}, False),
+        ("http://172.16.0.1", {}, False),
+        ("http://192.168.1.2:5000", {}, False),
+        ("http://169.254.1.1", {}, False),
+        ("http://[fd00::1]:5000", {}, False),
+        ("http://studio.local:5000", {}, False),
+        ("http://ip-10-0-3-7.eu-west-1.compute.internal:5000", {}, False),
+        ("none", {}, False),
+        ("databricks", {}, False),
+        ("databricks://mine", {}, False),
         ("https://me:secret@mlflow.example.org", {}, False),
+        ("https://me@mlflow.example.org", {}, False),
+        ("http://8.8.8.8:5000", {}, True),
         ("https://mlflow.example.org", {"MLFLOW_TRACKING_TOKEN": "secret"}, False),
         ("https://mlflow.example.org", {}, True),
         ("arn:aws:sagemaker:eu-west-1:1:mlflow-tracking-server/x", {}, True),
@@ -269,6 +290,43 @@ def test_only_an_mlflow_in_reach_is_written_live(
     assert found == (uri if reaches else None)
     assert words.startswith("live, into") == reaches
     assert "secret" not in words
+
+
+@pytest.mark.parametrize(
+    ("uri", "reaches"),
+    [
+        ("http://10.0.3.7:5000", True),
+        ("http://mlflow.internal:5000", True),
+        ("http://127.0.0.1:5000", False),
+        ("http://0.0.0.0:5000", False),
+    ],
+)
+def test_in_a_vpc_private_addresses_are_in_reach(uri: str, reaches: bool) -> None:
+    assert (reachable_tracking(uri, {}, in_vpc=True)[0] == uri) == reaches
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("sqlite:///mlflow.db", "is a database"),
+        ("file:///data/mlruns", "is a folder"),
+        ("mlruns", "is a folder"),
+        ("none", "none is wanted"),
+        ("databricks", "wants credentials"),
+        ("http://10.0.3.7:5000", "out of reach of a job without a VPC"),
+        ("http://0.0.0.0:5000", "is this machine's own"),
+    ],
+)
+def test_why_the_journal_travels_is_said(uri: str, words: str) -> None:
+    told = reachable_tracking(uri, {})[1]
+    assert words in told
+    assert told.endswith("the journal travels instead, and `visiontuner attach` writes it")
+
+
+def test_an_address_that_is_none_is_refused_without_its_password() -> None:
+    with pytest.raises(UserMistake, match="no address") as refused:
+        reachable_tracking("http://me:secret@[::1", {})
+    assert "secret" not in str(refused.value)
 
 
 def test_the_jobs_packages_are_all_that_visiontuner_needs_but_torch() -> None:

@@ -1,22 +1,16 @@
-"""What a job needs beside an account's role and bucket: image, quota, pictures on S3, MLflow."""
+"""What a job needs beside an account's role and bucket: image, quota, pictures on S3."""
 
 from __future__ import annotations
 
-import ipaddress
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from visiontuner.aws import Aws, AwsRefused, explained
+from visiontuner.data.archive import is_archive_name
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError, UserMistake
 
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")
 _QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
-# MLflow's own; what they hold must not be readable in a job's description.
-_SECRETS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
@@ -134,35 +128,4 @@ def size_on_s3(aws: Aws, uri: str) -> int:
 
 def as_channel(uri: str) -> str:
     """A folder ends with a slash: without one `dogs` would hold `dogs2` as well."""
-    return uri if uri.lower().endswith(_ARCHIVES) or uri.endswith("/") else f"{uri}/"
-
-
-def reachable_tracking(
-    uri: str, environment: Mapping[str, str] | None = None
-) -> tuple[str | None, str]:
-    """Whether a job can write to an MLflow, and the same in words.
-
-    A database or a server on this machine is out of a job's reach, and credentials do not travel
-    in a job's request, where everybody who may describe the job would read them.
-    """
-    variables = os.environ if environment is None else environment
-    later = "the journal travels instead, and `visiontuner attach` writes it"
-    if uri.startswith("arn:"):
-        return uri, f"live, into {uri}"
-    parts = urlsplit(uri)
-    if parts.scheme not in ("http", "https"):
-        plain = re.sub(r"(?<=://)[^/@]+@", "", uri)
-        return None, f"{plain} is a database, out of a job's reach: {later}"
-    if _is_local(parts.hostname or ""):
-        return None, f"{uri} is this machine's own: {later}"
-    if parts.password or any(variables.get(name) for name in _SECRETS):
-        host = parts.hostname
-        return None, f"{host} wants credentials, which do not travel in a job's request: {later}"
-    return uri, f"live, into {uri}"
-
-
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host in ("", "localhost") or host.endswith(".localhost")
+    return uri if is_archive_name(uri) or uri.endswith("/") else f"{uri}/"

@@ -35,7 +35,8 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     from visiontuner.aws_account import find_bucket, find_role, hourly_price
     from visiontuner.sagemaker.cost import Price, limit_seconds
     from visiontuner.sagemaker.plan import JobPlan
-    from visiontuner.sagemaker.surroundings import check_quota, find_image, reachable_tracking
+    from visiontuner.sagemaker.reach import reachable_tracking
+    from visiontuner.sagemaker.surroundings import check_quota, find_image
 
     _ = options.max_run_seconds, options.warm_pool_seconds  # a mistake is told before AWS is asked
     if experiment is not None:
@@ -51,7 +52,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         experiment = experiment.model_copy(update={"data": data})
     hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
     price = Price(per_hour=hourly, instances=instances)
-    tracking, words = reachable_tracking(tracking_uri())
+    tracking, words = reachable_tracking(tracking_uri(), in_vpc=bool(options.subnets))
     plan = JobPlan(
         search=search,
         experiment=experiment,
@@ -195,7 +196,7 @@ def _pictures(aws: Aws, experiment: Experiment, options: JobOptions) -> Pictures
     if _is_elsewhere(source):
         return None
     folder = Path(source).expanduser().resolve()
-    uri = as_channel(options.upload or "")
+    uri = f"{(options.upload or '').rstrip('/')}/"  # a folder, whatever its name ends with
     check_bucket_region(aws, split_uri(uri)[0])
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Pictures(uri=uri, size=size, upload=folder)
