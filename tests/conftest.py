@@ -194,8 +194,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(content)
-            # Cut off: the length that was promised does not come.
-            self.close_connection = int(headers.get("Content-Length", 0)) > len(content)
+                # Cut off: the length that was promised does not come.
+                self.close_connection = int(headers.get("Content-Length", 0)) > len(content)
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _serve  # noqa: N815
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from visiontuner.errors import ServingError, UserMistake
 
+# Of one request: botocore waits between them, seconds in all.
+ATTEMPTS = 3
 # What is in the middle of something else.
 _IN_PROGRESS = "in-progress"
 _NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
@@ -29,14 +31,29 @@ _ADVICE = {
     "another --instance-type.",
     "ThrottlingException": "Try again in a minute.",
 }
+# Beside what comes with 429 or 5xx.
+_BUSY = (
+    "InternalError",
+    "RequestLimitExceeded",
+    "RequestTimeout",
+    "ServiceUnavailable",
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequestsException",
+)
 
 
 class AwsRefused(ServingError):
-    """AWS answered no; `code` is its own word for why."""
+    """AWS answered no; `code` is its own word for why.
 
-    def __init__(self, message: str, code: str) -> None:
+    `is_passing`: it is busy or ill, and may say yes in a while.
+    """
+
+    def __init__(self, message: str, code: str, *, is_passing: bool = False) -> None:
         super().__init__(message)
         self.code = code
+        self.is_passing = is_passing
 
     @property
     def is_missing(self) -> bool:
@@ -68,7 +85,7 @@ class Aws:
         self._clients: dict[tuple[str, str], Any] = {}
         with explained("read AWS's settings"):
             self.session = boto3.Session()
-        self.region = region or os.environ.get("AWS_REGION") or self.session.region_name or ""
+        self.region = region or _default_region(self.session)
         self._check_region()
         identity = self.call("sts", "get_caller_identity")
         if assume_role:
@@ -83,6 +100,11 @@ class Aws:
             identity = self.call("sts", "get_caller_identity")
         self.account: str = identity["Account"]
         self.caller: str = identity["Arn"]
+
+    @property
+    def flags(self) -> str:
+        """What a command needs that goes on with this account's things, wherever it is run."""
+        return _flags(self.region, self.assume_role)
 
     def session_in_region(self) -> Any:
         """A boto3 session for libraries that ask it for its region; as the same caller."""
@@ -117,7 +139,7 @@ class Aws:
 
         where = (service, region or self.region)
         if where not in self._clients:
-            attempts, seconds = (3, 10) if patient else (1, 3)
+            attempts, seconds = (ATTEMPTS, 10) if patient else (1, 3)
             retries = {"mode": "standard", "total_max_attempts": attempts}
             config = Config(connect_timeout=seconds, retries=retries)
             self._clients[where] = self.session.client(service, region_name=where[1], config=config)
@@ -138,6 +160,27 @@ class Aws:
             )
 
 
+def account_flags(region: str | None, assume_role: str | None) -> str:
+    """As `Aws.flags`, of what a user has named; asks nobody.
+
+    Raises:
+        UserMistake: AWS's settings cannot be read.
+    """
+    import boto3
+
+    with explained("read AWS's settings"):
+        return _flags(region or _default_region(boto3.Session()), assume_role)
+
+
+def _default_region(session: Any) -> str:
+    return os.environ.get("AWS_REGION") or session.region_name or ""
+
+
+def _flags(region: str, assume_role: str | None) -> str:
+    role = f" --assume-role {assume_role}" if assume_role else ""
+    return f" --region {region}{role}" if region else role
+
+
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
     """boto3's errors in the block become ours, in one line without credentials."""
@@ -146,12 +189,19 @@ def explained(doing: str) -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        _refused(error.response["Error"], doing)
+        _refused(error.response, doing)
     except BotoCoreError as error:
         _failed(error, doing)
 
 
-def _refused(error: dict[str, str], doing: str) -> NoReturn:
+def is_busy(response: Mapping[str, Any]) -> bool:
+    """Whether an answer that refuses does so only now."""
+    status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or status == 429 or response["Error"].get("Code") in _BUSY
+
+
+def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
+    error = response["Error"]
     code, text = error.get("Code", ""), _one_line(error.get("Message", ""))
     if code in _BAD_CREDENTIALS:
         raise UserMistake(
@@ -169,7 +219,7 @@ def _refused(error: dict[str, str], doing: str) -> NoReturn:
     else:
         advice = _ADVICE.get(code, "")
     sentence = f"AWS refuses to {doing} ({code}): {text.rstrip('.')}. {advice}".strip()
-    raise AwsRefused(sentence, code) from None
+    raise AwsRefused(sentence, code, is_passing=is_busy(response)) from None
 
 
 def _failed(error: Exception, doing: str) -> NoReturn:

@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from visiontuner import aws as aws_module
 from visiontuner.cli import main
+from visiontuner.data import transfer
+from visiontuner.errors import ServingError
 from visiontuner.journal import FILE_NAME
+from visiontuner.workflow import following
+from visiontuner.workflow.attach import attach
+from visiontuner.workflow.observing import Silent
 
 
 @pytest.fixture
@@ -114,6 +120,139 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     assert journal("searches/colours-1") == journal(search.folder)
 
 
+# Following
+
+
+def operation(headers: Any) -> str:
+    """`SageMaker.DescribeTrainingJob`, `Logs_20140328.GetLogEvents`, or the service alone."""
+    return str(headers.get("X-Amz-Target") or headers["Authorization"].split("/")[3])
+
+
+@pytest.fixture
+def bad_days(
+    jobs: Any,
+    proxy_before: Callable[[tuple[str, int]], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """A proxy between this process and AWS; the jobs' own client does not go through it."""
+    monkeypatch.setattr(transfer, "_LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(aws_module, "ATTEMPTS", 1)  # or botocore waits for seconds
+    host, port = jobs.aws.url.removeprefix("http://").split(":")
+    proxy = proxy_before((host, int(port)))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    return proxy
+
+
+def refuse(*operations: str, with_: Any, times: int = 10_000) -> Any:
+    """A rule: so many requests of these operations are refused, or lost with "close"."""
+    left = [times]
+
+    def rule(_method: str, _path: str, headers: Any) -> Any:
+        if not operation(headers).endswith(operations) or left[0] <= 0:
+            return None
+        left[0] -= 1
+        return with_
+
+    return rule
+
+
+class Watching(Silent):
+    """Remembers what it was shown, and ends the job once it has seen enough."""
+
+    def __init__(self, enough: Callable[[list[str]], bool], end: Callable[[], None]) -> None:
+        self.notes: list[str] = []
+        self._enough, self._end = enough, end
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if self._enough(self.notes):
+            self._end()
+
+
+@pytest.fixture
+def followed(
+    jobs: Any, new_search: Callable[..., Any]
+) -> Callable[[Callable[[list[str]], bool]], list[str]]:
+    """Follows a job that ends when its notes are enough; returns them all."""
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    search.finish()
+    jobs.keep_checkpoints(search.folder)
+    job = jobs.place()
+    jobs.log(job, "All 1 hosts are there.")
+
+    def follow(enough: Callable[[list[str]], bool]) -> list[str]:
+        watching = Watching(enough, lambda: jobs.direct(job, status="Completed", seconds=60))
+        came = attach(job, logs="all", observer=watching, poll_seconds=0.05)
+        assert came.result is not None
+        assert came.result.state == "completed"
+        return watching.notes
+
+    return follow
+
+
+LINE = "algo-1  All 1 hosts are there."
+
+
+@pytest.mark.parametrize("answer", ["close", (503, "ServiceUnavailable"), (500, "InternalFailure")])
+@pytest.mark.parametrize("where", ["DescribeTrainingJob", "GetLogEvents", "DescribeLogStreams"])
+def test_an_aws_that_is_away_or_ill_is_waited_for(
+    bad_days: Any, followed: Any, where: str, answer: Any
+) -> None:
+    bad_days.rule = refuse(where, with_=answer, times=4)
+    assert LINE in followed(lambda notes: LINE in notes)
+
+
+@pytest.mark.parametrize("where", ["ListTags", "GetLogEvents", "s3"])
+def test_an_aws_that_is_busy_is_waited_for_and_that_is_said_once(
+    bad_days: Any, followed: Any, where: str
+) -> None:
+    code = "SlowDown" if where == "s3" else "ThrottlingException"
+    bad_days.rule = refuse(where, with_=(503 if where == "s3" else 400, code), times=4)
+    notes = followed(lambda notes: LINE in notes)
+    assert LINE in notes
+    said_so = [note for note in notes if note.endswith("Asking again for 10 minutes.")]
+    assert len(said_so) == (0 if where == "GetLogEvents" else 1)
+
+
+@pytest.mark.parametrize("where", ["DescribeLogStreams", "GetLogEvents"])
+def test_who_may_not_read_logs_follows_without_them(
+    bad_days: Any, followed: Any, where: str
+) -> None:
+    bad_days.rule = refuse(where, with_=(400, "AccessDeniedException"))
+    notes = followed(lambda notes: "without log lines" in notes[-1])
+    (told,) = [note for note in notes if "log" in note]
+    assert "(AccessDeniedException)" in told
+    assert told.endswith("Following goes on without log lines.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        ((400, "AccessDeniedException"), "AWS refuses to describe training job"),
+        ("close", "Cannot describe training job"),
+    ],
+)
+def test_a_following_that_ends_says_that_the_job_runs_on(
+    jobs: Any, bad_days: Any, monkeypatch: pytest.MonkeyPatch, answer: Any, says: str
+) -> None:
+    monkeypatch.setattr(following, "PATIENCE_SECONDS", 0.5)
+    job, looks = jobs.place(), []
+
+    def rule(_method: str, _path: str, headers: Any) -> Any:
+        looks.append(operation(headers))
+        return answer if looks.count("SageMaker.DescribeTrainingJob") > 2 else None
+
+    bad_days.rule = rule
+    with pytest.raises(ServingError, match=says) as caught:
+        attach(job, logs="none", poll_seconds=0.05)
+    assert str(caught.value).endswith(
+        f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region eu-west-1` goes "
+        "on here."
+    )
+
+
 # Stopping
 
 
@@ -121,5 +260,7 @@ def test_a_job_of_others_is_not_stopped(jobs: Any) -> None:
     jobs.place("their-language-model", Tags=[{"Key": "team", "Value": "language"}])
     refused = run("stop", "their-language-model")
     assert refused.exit_code == 2
-    assert "their-language-model was not submitted by visiontuner, and runs on" in said(refused)
+    assert "their-language-model was not submitted by visiontuner, and is left alone" in said(
+        refused
+    )
     assert jobs.describe("their-language-model")["TrainingJobStatus"] == "InProgress"

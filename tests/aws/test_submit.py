@@ -36,8 +36,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
 ]
-# The module; in its package the function has the same name.
-FOLLOWING = sys.modules["visiontuner.workflow.attach"]
+FOLLOWING = sys.modules["visiontuner.workflow.following"]
 REGION = "eu-west-1"
 IMAGE = "example/directed:1"
 FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")

@@ -16,14 +16,7 @@ LARGE_AT_ONCE, PARTS_AT_ONCE = 4, 4
 # A lost part of a large file is sent again by boto3 itself; `Transfers` waits for longer.
 ATTEMPTS = 3
 _MISSING = ("404", "NoSuchKey")
-_BUSY = (
-    "SlowDown",
-    "Throttling",
-    "ThrottlingException",
-    "RequestTimeout",
-    "InternalError",
-    "BadDigest",
-)
+_DAMAGED = "BadDigest"  # on its way
 _ELSEWHERE = (
     "301",
     "PermanentRedirect",
@@ -102,9 +95,10 @@ def is_passing(error: Exception) -> bool:
     )
     from botocore.exceptions import ConnectionError as NotConnected
 
+    from visiontuner.aws import is_busy
+
     if isinstance(error, ClientError):
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return status >= 500 or status == 429 or error.response["Error"]["Code"] in _BUSY
+        return is_busy(error.response) or error.response["Error"]["Code"] == _DAMAGED
     if isinstance(error, SSLError):
         return False
     return isinstance(

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 
 from visiontuner.aws import Aws, AwsRefused
 from visiontuner.data.objects import split_uri
+from visiontuner.errors import ServingError
 from visiontuner.journal import FILE_NAME, Event, read_events
 from visiontuner.sagemaker import s3
 
@@ -27,9 +28,19 @@ class LogTail:
         self._tokens: dict[str, str] = {}
 
     def new_lines(self) -> Iterator[tuple[str, str]]:
-        """Host and line, of each host in order; nothing while there are no logs yet."""
+        """Host and line, of each host in order; nothing while there are no logs yet.
+
+        Raises:
+            ServingError: CloudWatch refuses or is away; the next call goes on from there.
+        """
+        for stream in self._streams():
+            host = stream.removeprefix(f"{self._job}/").rsplit("-", 1)[0]
+            for line in self._lines(stream):
+                yield host, line
+
+    def _streams(self) -> list[str]:
         try:
-            streams = list(
+            found = list(
                 self._aws.pages(
                     "logs",
                     "describe_log_streams",
@@ -38,12 +49,11 @@ class LogTail:
                     logStreamNamePrefix=f"{self._job}/",
                 )
             )
-        except AwsRefused:  # not there yet, or the caller may not read logs: not worth an end
-            return
-        for stream in sorted(entry["logStreamName"] for entry in streams):
-            host = stream.removeprefix(f"{self._job}/").rsplit("-", 1)[0]
-            for line in self._lines(stream):
-                yield host, line
+        except AwsRefused as error:
+            if error.is_missing:  # the first job of this account has not written yet
+                return []
+            raise
+        return sorted(entry["logStreamName"] for entry in found)
 
     def _lines(self, stream: str) -> Iterator[str]:
         while True:
@@ -60,14 +70,17 @@ class LogTail:
 
 
 def last_error(aws: Aws, job: str) -> str | None:
-    """What a job's hosts said last that pip or visiontuner calls an error; None: nothing such."""
+    """What a job's hosts said last that pip or visiontuner calls an error.
+
+    None: nothing such, or their log cannot be read.
+    """
     found = None
     try:
         for _, line in LogTail(aws, job).new_lines():
             for mark in _ERRORS:
                 if line.startswith(mark):
                     found = " ".join(line.removeprefix(mark).split())
-    except AwsRefused:  # the caller may not read logs
+    except ServingError:
         return None
     return found
 

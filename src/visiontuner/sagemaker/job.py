@@ -147,7 +147,7 @@ def stop(aws: Aws, job: Job) -> None:
     """
     if not job.search:
         raise UserMistake(
-            f"{job.name} was not submitted by visiontuner, and runs on: `aws sagemaker "
+            f"{job.name} was not submitted by visiontuner, and is left alone: `aws sagemaker "
             f"stop-training-job --region {aws.region} --training-job-name {job.name}` ends it."
         )
     if job.ended:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from visiontuner.errors import ServingError, UserMistake
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.errors import UserMistake
+from visiontuner.journal import TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.workflow.following import POLL_SECONDS, Logs, find_job, follow_job
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.sync import sync_search
@@ -22,12 +22,6 @@ if TYPE_CHECKING:
     from visiontuner.aws import Aws
     from visiontuner.sagemaker.home import Home
     from visiontuner.sagemaker.job import Job
-
-Logs = Literal["start", "all", "none"]
-POLL_SECONDS = 5.0
-PATIENCE_SECONDS = 600.0
-"""How long AWS may be out of reach while a job is followed."""
-_COST_EVERY_SECONDS = 300.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +53,14 @@ def attach(
     Raises:
         UserMistake: there is no such job, or the folder is taken.
         JobFailed: the job ended before its search began.
-        ServingError: AWS refuses or cannot be reached.
+        ServingError: AWS refuses, or stays out of reach.
     """
     from visiontuner.aws import Aws
     from visiontuner.sagemaker.classic import find_tuning_job
-    from visiontuner.sagemaker.job import describe
 
     watching, aws = observer or Silent(), Aws(region, assume_role)
     try:
-        job = describe(aws, name)
+        job = find_job(aws, name, observer=watching, poll_seconds=poll_seconds)
     except UserMistake:
         tuning = find_tuning_job(aws, name)
         if tuning is None:
@@ -78,93 +71,8 @@ def attach(
             f"{name} was not submitted by visiontuner, and is no tuning job: there is no search to "
             "bring home."
         )
-    job = _follow(aws, job, logs, watching, poll_seconds)
+    job = follow_job(aws, job, logs=logs, observer=watching, poll_seconds=poll_seconds)
     return _bring_home(aws, job, output or SEARCHES / job.search, watching)
-
-
-# Following
-
-
-def _follow(aws: Aws, job: Job, logs: Logs, observer: Observer, poll_seconds: float) -> Job:
-    """Show what a job does until it has ended, and the whole log if that is wanted."""
-    from visiontuner.aws import AwsRefused
-    from visiontuner.sagemaker.job import describe
-
-    if job.ended and logs != "all":
-        return job
-    watch, heard = _Watch(aws, job, logs, observer), time.monotonic()
-    try:
-        while True:
-            try:
-                job = describe(aws, job.name)
-                watch.look(job)
-                heard = time.monotonic()
-                if job.ended:
-                    return job
-            except ServingError as error:
-                # The job does not care whether anybody looks: a network that is away comes back.
-                if isinstance(error, AwsRefused) or time.monotonic() - heard > PATIENCE_SECONDS:
-                    raise
-            time.sleep(poll_seconds)
-    finally:
-        watch.close()
-
-
-class _Watch:
-    """What has been shown of a job so far."""
-
-    def __init__(self, aws: Aws, job: Job, logs: Logs, observer: Observer) -> None:
-        from visiontuner.sagemaker.follow import JournalTail, LogTail
-
-        self._observer = observer
-        self._logs = logs
-        self._lines = LogTail(aws, job.name)
-        self._journal = JournalTail(aws, job.search_folder) if job.search_folder else None
-        self._record = SearchRecord()
-        self._showing = False
-        self._stage = ""
-        self._said_cost = time.monotonic()
-
-    def look(self, job: Job) -> None:
-        if job.stage != self._stage:
-            self._stage = job.stage
-            self._observer.note(f"{job.name}: {job.stage}{_so_far(job)}")
-        elif time.monotonic() - self._said_cost > _COST_EVERY_SECONDS:
-            self._said_cost = time.monotonic()
-            self._observer.note(f"{job.name}: {job.stage}{_so_far(job)}")
-        self._show_lines()
-        self._show_trials()
-
-    def close(self) -> None:
-        if self._showing:
-            self._observer.trials_end()
-
-    def _show_lines(self) -> None:
-        from visiontuner.sagemaker.follow import is_noise
-
-        if self._logs == "none" or (self._logs == "start" and self._showing):
-            return
-        for host, line in self._lines.new_lines():
-            if self._logs == "all" or not is_noise(line):
-                self._observer.note(f"{host}  {line}")
-
-    def _show_trials(self) -> None:
-        for event in self._journal.new_events() if self._journal else ():
-            self._record.apply(event)
-            if not self._showing and event["event"] == "trial_started":
-                self._showing = True
-                search = self._record.started.get("experiment", {}).get("search", {})
-                self._observer.trials_begin(self._record, int(search.get("trials", 0)))
-            self._observer.event(event)
-
-
-def _so_far(job: Job) -> str:
-    from visiontuner.sagemaker.cost import dollars
-
-    if not job.seconds:
-        return ""
-    cost = f", {dollars(job.cost)} so far" if job.cost is not None else ""
-    return f" ({job.seconds / 60:.0f} min{cost})"
 
 
 # Bringing home
