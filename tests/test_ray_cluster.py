@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -90,5 +91,7 @@ def test_a_search_joins_the_cluster_and_leaves_it_running(
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    port = cluster.partition(":")[2]
+    assert re.search(rf"Joined the Ray cluster at \S+:{port}: 2 machines, 2 cores\.", done.stdout)
     trials = SearchRecord.load(tmp_path / "search").trials
     assert [trial.state for trial in trials.values()] == ["completed"] * 4

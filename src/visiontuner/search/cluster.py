@@ -239,6 +239,20 @@ def _let_trials_use_waiting_workers() -> None:
     getattr(class_cache, "DEFAULT_ENV_VARS", {}).clear()
 
 
+def describe_cluster() -> str:
+    """Where the running Ray is and how large, in one line."""
+    import ray
+
+    machines = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    cores, gpus = (sum(m["Resources"].get(kind, 0) for m in machines) for kind in ("CPU", "GPU"))
+    parts = [
+        f"{count:g} {name}{'' if count == 1 else 's'}"
+        for count, name in ((len(machines), "machine"), (cores, "core"), (gpus, "GPU"))
+        if count
+    ]
+    return f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}: {', '.join(parts)}."
+
+
 def resources_for(search: Search) -> Resources:
     """What a trial gets on the running Ray.
 

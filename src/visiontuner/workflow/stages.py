@@ -49,9 +49,12 @@ class StageRunner:
         return state
 
     def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
-        if self.ray.joins:
+        from visiontuner.search.cluster import describe_cluster
+
+        if self.ray.joins and not self.inputs.on_cluster:
             self.ray.start()
             self.inputs.on_cluster = True
+            self.observer.note(describe_cluster())
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
         computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
