@@ -120,6 +120,36 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     assert journal("searches/colours-1") == journal(search.folder)
 
 
+# Why a job ended
+
+
+def test_a_job_that_ran_out_of_time_says_so_and_how_to_allow_more(
+    jobs: Any, new_search: Callable[..., Any]
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    jobs.keep_checkpoints(search.folder)
+    job = jobs.place(StoppingCondition={"MaxRuntimeInSeconds": 5400})
+    jobs.direct(job, status="Stopped", secondary="MaxRuntimeExceeded", seconds=5400)
+    came = run("attach", job)
+    assert came.exit_code == 130
+    why = "Why: MaxRuntimeExceeded: its 1.5 h were over. Allow more with --max-run."
+    again = f"visiontuner tune --on sagemaker --resume {job} --max-run 180m --region eu-west-1"
+    assert why in came.stdout.splitlines()
+    assert f"Go on there: {again}" in came.stdout.splitlines()
+
+
+def test_a_spot_job_that_never_got_machines_says_so_and_how_to_get_some(jobs: Any) -> None:
+    limits = {"MaxRuntimeInSeconds": 7200, "MaxWaitTimeInSeconds": 21600}
+    job = jobs.place(EnableManagedSpotTraining=True, StoppingCondition=limits)
+    jobs.direct(job, status="Stopped", secondary="MaxWaitTimeExceeded")
+    told = said(run("attach", job))
+    assert "before its search began: MaxWaitTimeExceeded: AWS did not have enough spot " in told
+    assert "machines for it within 6 h. Leave spot machines out (--spot off), choose " in told
+    assert f"--resume {job} --spot off --region eu-west-1` tries again." in told
+
+
 # Following
 
 

@@ -38,7 +38,7 @@ pytestmark = [
 ]
 FOLLOWING = sys.modules["visiontuner.workflow.following"]
 REGION = "eu-west-1"
-IMAGE = "example/directed:1"
+IMAGE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/directed:1"
 FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")
 
 
@@ -71,6 +71,7 @@ def account(
 ) -> Any:
     """An account with a role and pictures on S3; MLflow is a database of this test's own."""
     aws.put_role("jobs")
+    aws.put_image(tag="1", repository="directed")
     s3 = aws.client("s3")
     for bucket in ("photos", "directed-jobs"):
         s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
@@ -241,6 +242,11 @@ def test_money_bounds_the_running_time() -> None:
         (("--subnets", "subnet-1"), "name --subnets and --security-groups"),
         (("--max-run", "soon"), "--max-run takes a time such as 30m"),
         (("--bucket", "nowhere"), "There is no bucket 'nowhere'"),
+        (("--bucket", "far-away"), "is in us-west-2, and SageMaker in eu-west-1 takes buckets of"),
+        (("--data", "s3://far-away/x"), "'far-away' is in us-west-2, and SageMaker in"),
+        (("--image", "python:3.11"), "is no image in ECR"),
+        (("--image", IMAGE.replace("eu-west-1", "us-west-2")), "The image is in us-west-2 and the"),
+        (("--image", IMAGE.replace("directed", "other")), "Push it there, or leave --image out"),
         (("--role", "nobody"), "The account has no role 'nobody'"),
         (("--set", "model.weights=w.pt"), "a file of this machine"),
         (("--resume", "other", "--data", "auto"), "There is no training job 'other'"),
@@ -251,12 +257,20 @@ def test_money_bounds_the_running_time() -> None:
 def test_what_cannot_work_is_refused_in_one_line(
     account: Any, flags: tuple[str, ...], message: str
 ) -> None:
+    far = {"CreateBucketConfiguration": {"LocationConstraint": "us-west-2"}}
+    account.client("s3", "us-west-2").create_bucket(Bucket="far-away", **far)
     quotas = json.dumps({"ml.g5.2xlarge for training job usage": 0}).encode()
     account.client("s3").put_object(Bucket="directed-jobs", Key="quotas.json", Body=quotas)
     data = () if "--data" in flags else ("--data", "s3://photos/colours")
     done = run("tune", *FLAGS, *data, *flags)
     assert message in said(done)
     assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+
+
+def test_an_image_for_another_processor_is_refused(account: Any) -> None:
+    image = account.put_image(tag="mac", repository="directed", architecture="arm64")
+    done = run("tune", "--on", "sagemaker", "--data", "s3://photos/colours", "--image", image)
+    assert "The image is for linux/arm64, and ml.g5.xlarge is linux/amd64" in said(done)
 
 
 @pytest.mark.usefixtures("account")
@@ -474,7 +488,7 @@ def test_a_job_that_gets_no_machines_is_tried_again_with_the_same_or_with_others
     direct(account, job, status="Failed", reason=reason, seconds=0)
     told = said(run("attach", job))
     assert "choose another --instance-type or --region, or try later" in told
-    assert f"`visiontuner tune --on sagemaker --resume {job}` tries again" in told
+    assert f"--resume {job} --region eu-west-1` tries again" in told
     same = run("tune", "--on", "sagemaker", "--price", "2", "--resume", job, "--dry-run")
     request, before = json.loads(same.stdout), described(account, job)
     assert request["ResourceConfig"] == before["ResourceConfig"]

@@ -92,18 +92,41 @@ def _whole_lines(journal: Path) -> bytes:
     return content[: content.rfind(b"\n") + 1]
 
 
-def why_failed(aws: Aws, job: Job) -> str:
-    """SageMaker's reason; what the job's log says where that is none. Empty: nobody says."""
+def why_ended(aws: Aws, job: Job) -> str:
+    """Why a job ended before its search was done; empty if nobody says.
+
+    SageMaker's reason, or what the job's log says where that is none.
+    """
+    if job.stage == "MaxRuntimeExceeded":
+        return f"MaxRuntimeExceeded: its {_hours(job.max_run_seconds)} were over."
+    if job.stage == "MaxWaitTimeExceeded":
+        return (
+            "MaxWaitTimeExceeded: AWS did not have enough spot machines for it within "
+            f"{_hours(job.max_wait_seconds)}."
+        )
     if _SAYS_NOTHING.search(job.reason):
         return last_error(aws, job.name) or job.reason
     return job.reason
 
 
+def going_on(aws: Aws, job: Job) -> str:
+    """The command that goes on with a job's search, without what ended the job."""
+    changed = {
+        "MaxRuntimeExceeded": f" --max-run {2 * job.max_run_seconds // 60}m",
+        "MaxWaitTimeExceeded": " --spot off",
+    }.get(job.stage, "")
+    return f"visiontuner tune --on sagemaker --resume {job.name}{changed}{aws.flags}"
+
+
+def _hours(seconds: int) -> str:
+    return f"{seconds / 3600:.3g} h"
+
+
 def _no_search(aws: Aws, job: Job) -> str:
-    why = why_failed(aws, job)
+    why = why_ended(aws, job)
     reason = f": {why.rstrip('.')}" if why else ""
     return (
         f"{job.name} {job.status.lower()} before its search began{reason}.{advice_on(why)} "
-        f"`visiontuner attach {job.name} --logs all` shows its log; `visiontuner tune --on "
-        f"sagemaker --resume {job.name}` tries again."
+        f"`visiontuner attach {job.name} --logs all{aws.flags}` shows its log; "
+        f"`{going_on(aws, job)}` tries again."
     )

@@ -25,6 +25,9 @@ _ADVICE = {
     "try later.",
     "Insufficient capacity": "AWS has no such machines now: choose another --instance-type or "
     "--region, or try later.",
+    "MaxRuntimeExceeded": "Allow more with --max-run.",
+    "MaxWaitTimeExceeded": "Leave spot machines out (--spot off), choose another --instance-type, "
+    "or try later.",
     "No space left": "A disk was full: ask for a larger one with --volume or, where a machine has "
     "its own (ml.g5 say), for a larger --instance-type.",
     "No matching distribution": "The image's Python has no such version: name another --image.",
@@ -45,6 +48,8 @@ class Job:
         cost: US dollars so far; None where the price is not known.
         image: the URL of what its machines run.
         disk_gb: of each machine.
+        max_run_seconds: when SageMaker ends it; `max_wait_seconds` the same of a spot job with all
+            its waiting for machines.
         checkpoints: the S3 folder that later jobs of this search go on with.
         archive: its model.tar.gz, once it is completed.
     """
@@ -62,6 +67,8 @@ class Job:
     disk_gb: int
     seconds: float
     price: Price
+    max_run_seconds: int
+    max_wait_seconds: int
     checkpoints: str | None
     archive: str | None
 
@@ -199,6 +206,7 @@ def _job(aws: Aws, told: dict[str, Any]) -> Job:
         for tag in aws.pages("sagemaker", "list_tags", "Tags", ResourceArn=told["TrainingJobArn"])
     }
     resources = told.get("ResourceConfig") or {}
+    limits = told.get("StoppingCondition") or {}
     instances = int(resources.get("InstanceCount") or 1)
     price = tags.get(PRICE_TAG)
     return Job(
@@ -215,6 +223,8 @@ def _job(aws: Aws, told: dict[str, Any]) -> Job:
         disk_gb=int(resources.get("VolumeSizeInGB") or 0),
         seconds=paid_seconds(told, now=datetime.now(UTC)),
         price=Price(per_hour=float(price) if price else None, instances=instances),
+        max_run_seconds=int(limits.get("MaxRuntimeInSeconds") or 0),
+        max_wait_seconds=int(limits.get("MaxWaitTimeInSeconds") or 0),
         checkpoints=(told.get("CheckpointConfig") or {}).get("S3Uri"),
         archive=(told.get("ModelArtifacts") or {}).get("S3ModelArtifacts"),
     )

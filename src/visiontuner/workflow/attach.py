@@ -79,7 +79,7 @@ def attach(
 
 
 def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attached:
-    from visiontuner.sagemaker.home import bring_home, why_failed
+    from visiontuner.sagemaker.home import bring_home
     from visiontuner.sagemaker.job import jobs_of
 
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -93,36 +93,45 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
     jobs = jobs_of(aws, job)
     _log_costs(folder, home, jobs)
     return Attached(
-        lines=tuple(_told(job, jobs, home, result, why_failed(aws, job))),
+        lines=tuple(_told(aws, job, jobs, home, result)),
         result=result,
         failed=job.status == "Failed",
     )
 
 
-def _told(job: Job, jobs: list[Job], home: Home, result: SearchResult, why: str) -> Iterable[str]:
-    from visiontuner.sagemaker.cost import dollars
+def _told(aws: Aws, job: Job, jobs: list[Job], home: Home, result: SearchResult) -> Iterable[str]:
+    from visiontuner.sagemaker.home import going_on, why_ended
     from visiontuner.sagemaker.job import advice_on
 
-    seconds = sum(one.seconds for one in jobs)
-    several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
-    where = f"are in {result.folder}" if home.kept is None else "were there"
-    yield (
-        f"{job.name}: {job.status}. {len(home.record.trials)} trials {where}; "
-        f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
-        f"{dollars(_whole_cost(jobs))}."
-    )
+    yield _summary(job, jobs, home, result.folder)
+    why = why_ended(aws, job)
     if why:
         yield f"Why: {why}{advice_on(why)}"
     if home.kept == "here":
         yield f"{result.folder} went on here after that, and is kept as it is."
-    elif home.kept == "apart":
+        return
+    if home.kept == "apart":
         yield (
             f"{result.folder} went on here, and the job went on without that: the folder is kept "
             f"as it is. What the job did is in {job.search_folder}; MLFLOW_TRACKING_URI=sqlite:///"
-            f"other.db visiontuner attach {job.name} --output OTHER brings it home, apart."
+            f"other.db visiontuner attach {job.name} --output OTHER{aws.flags} brings it home, "
+            "apart."
         )
-    if home.kept != "here" and result.state != "completed":
-        yield f"Go on there: visiontuner tune --on sagemaker --resume {job.name}"
+    if result.state != "completed":
+        yield f"Go on there: {going_on(aws, job)}"
+
+
+def _summary(job: Job, jobs: list[Job], home: Home, folder: Path) -> str:
+    from visiontuner.sagemaker.cost import dollars
+
+    seconds = sum(one.seconds for one in jobs)
+    several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
+    where = f"are in {folder}" if home.kept is None else "were there"
+    return (
+        f"{job.name}: {job.status}. {len(home.record.trials)} trials {where}; "
+        f"{job.instances} x {job.instance_type} ran {seconds / 60:.0f} min{several}, cost "
+        f"{dollars(_whole_cost(jobs))}."
+    )
 
 
 def _log_costs(folder: Path, home: Home, jobs: list[Job]) -> None:
