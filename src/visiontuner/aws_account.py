@@ -91,11 +91,11 @@ def find_bucket(aws: Aws, wanted: str | None, *, default: str) -> tuple[str, boo
         wanted: its name; None: the default, which is made where it is used.
 
     Raises:
-        UserMistake: the wanted one is not there, or another account's.
+        UserMistake: the wanted one is not there, another account's, or in another region.
     """
     name = wanted or default
     try:
-        aws.call("s3", "head_bucket", Bucket=name)
+        check_bucket_region(aws, name)
     except AwsRefused as error:
         if error.code not in ("404", "NoSuchBucket") and not error.is_missing:
             raise UserMistake(
@@ -108,6 +108,23 @@ def find_bucket(aws: Aws, wanted: str | None, *, default: str) -> tuple[str, boo
             ) from None
         return name, False
     return name, True
+
+
+def check_bucket_region(aws: Aws, bucket: str) -> None:
+    """SageMaker reads and writes in its own region only.
+
+    Raises:
+        UserMistake: the bucket is elsewhere.
+        AwsRefused: it is not there, or not for this caller.
+    """
+    answer = aws.call("s3", "head_bucket", Bucket=bucket)
+    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")
+    if region and region != aws.region:
+        raise UserMistake(
+            f"The bucket {bucket!r} is in {region}, and SageMaker in {aws.region} takes buckets of "
+            f"its own region only: choose --region {region}, or another bucket."
+        )
 
 
 def hourly_price(

@@ -83,8 +83,10 @@ class Aws:
     ) -> str:
         """An image in ECR that nobody could start; returns its URL."""
         ecr, s3 = self.client("ecr"), self.client("s3")
-        if not ecr.describe_repositories()["repositories"]:
+        there = [each["repositoryName"] for each in ecr.describe_repositories()["repositories"]]
+        if repository not in there:
             ecr.create_repository(repositoryName=repository)
+        if not there:
             s3.create_bucket(
                 Bucket="ecr-layers", CreateBucketConfiguration={"LocationConstraint": REGION}
             )

@@ -121,7 +121,8 @@ class Jobs:
 
     def submit(self, *arguments: str) -> None:
         """The first job, or with `--resume` the next."""
-        flags = ("--on", "sagemaker", "--image", "image", "--price", "2", "--yes", "--no-wait")
+        image = ("--image", self.aws.put_image(tag="1", repository="training"))
+        flags = ("--on", "sagemaker", *image, "--price", "2", "--yes", "--no-wait")
         done = run("tune", *flags, *arguments)
         assert done.exit_code == 0, done.output
         lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted ")]

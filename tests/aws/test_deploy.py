@@ -423,6 +423,7 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
         (["--role", "nobody"], "no role 'nobody'"),
         (["--role", "trusts-others"], "SageMaker may not take on the role"),
         (["--bucket", "not-there"], "There is no bucket 'not-there'"),
+        (["--bucket", "far-away"], "The bucket 'far-away' is in us-west-2, and SageMaker in eu-"),
         (["--name", "under_score"], "cannot be an endpoint's name"),
         (["--name", "a" * 36], "cannot be an endpoint's name"),
         (["--serverless", "1000"], "--serverless takes one of 1024"),
@@ -437,6 +438,8 @@ def test_what_cannot_work_is_said_before_anything_is_made(
     account: Any, model: str, arguments: list[str], message: str
 ) -> None:
     account.put_role("trusts-others", service="lambda.amazonaws.com")
+    far = {"CreateBucketConfiguration": {"LocationConstraint": "us-west-2"}}
+    account.client("s3", "us-west-2").create_bucket(Bucket="far-away", **far)
     done = run("deploy", model, *arguments)
     assert done.exit_code == 2
     assert message in said(done)

@@ -73,8 +73,8 @@ def hosts_of(folder: Path) -> set[str]:
     return {e["host"] for e in read_events(folder).events if e["event"] == "trial_ended"}
 
 
-@pytest.mark.usefixtures("account")
 def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
+    account: Any,
     pictures: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
@@ -104,7 +104,7 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout + done.stderr
 
-    image = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/pytorch-training:2.14-gpu"
+    image = account.put_image(tag="2.14-gpu", repository="pytorch-training")
     job = ("--on", "sagemaker", "--instances", "2", "--image", image, "--price", "1.4", "--yes")
     said = tune(*job, "--output", "far")
     far = SearchRecord.load(tmp_path / "far")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import re
 
 from visiontuner.aws import Aws, AwsRefused, explained
+from visiontuner.aws_account import check_bucket_region
+from visiontuner.aws_images import PLATFORM, look_up_image
 from visiontuner.data.archive import is_archive_name
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError, UserMistake
 
+_ARM = re.compile(r"-gb\d")  # NVIDIA's Grace processors
 _QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
 
 
@@ -17,12 +19,14 @@ def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
     """AWS's newest PyTorch training image that the SDK knows, for a region and a kind of machine.
 
     Args:
-        wanted: a URL, which is taken as it is.
+        wanted: the URL of another one in ECR.
 
     Raises:
-        UserMistake: AWS has none there.
+        UserMistake: AWS has none there; the wanted one is not there, in another region, or for
+            another processor.
     """
     if wanted:
+        _check_image(aws, wanted, instance_type)
         return wanted
     from packaging.version import Version
     from sagemaker.core import image_uris
@@ -47,6 +51,19 @@ def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
             f"AWS has no PyTorch image for {instance_type} in {aws.region} "
             f"({' '.join(str(error).split())[:160]}). Name one with --image."
         ) from None
+
+
+def _check_image(aws: Aws, url: str, instance_type: str) -> None:
+    try:
+        advice = "Push it there, or leave --image out for AWS's PyTorch image."
+        image = look_up_image(aws, url, runs="the job", advice=advice)
+    except AwsRefused:  # not every caller may look; SageMaker itself refuses then
+        return
+    if image.platform not in (None, PLATFORM) and not _ARM.search(instance_type):
+        raise UserMistake(
+            f"The image is for {image.platform}, and {instance_type} is {PLATFORM}. Build it with "
+            "`docker buildx build --platform linux/amd64 …`."
+        )
 
 
 def check_quota(aws: Aws, instance_type: str, instances: int, *, spot: bool) -> None:
@@ -76,28 +93,6 @@ def _quota(aws: Aws, name: str) -> float | None:
     except ServingError:  # not every caller may ask; SageMaker itself refuses then
         pass
     return None
-
-
-def check_bucket_region(aws: Aws, bucket: str) -> None:
-    """SageMaker reads and writes in its own region only.
-
-    Raises:
-        UserMistake: the bucket is elsewhere.
-        AwsRefused: it is not there, or not for this caller.
-    """
-    answer = aws.call("s3", "head_bucket", Bucket=bucket)
-    region = answer.get("BucketRegion") or _header(answer)
-    if region and region != aws.region:
-        raise UserMistake(
-            f"The bucket {bucket!r} is in {region} and the job would run in {aws.region}: choose "
-            f"--region {region}, or another bucket."
-        )
-
-
-def _header(answer: Mapping[str, Any]) -> str | None:
-    headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-    region: str | None = headers.get("x-amz-bucket-region")
-    return region
 
 
 def size_on_s3(aws: Aws, uri: str) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from visiontuner.aws_images import Image
 from visiontuner.errors import UserMistake
-from visiontuner.serving.surroundings import Image
 
 # Tags of an endpoint; the first is what makes it ours.
 MODEL_TAG = "visiontuner.model"

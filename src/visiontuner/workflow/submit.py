@@ -182,12 +182,9 @@ def _is_elsewhere(source: str) -> bool:
 
 
 def _pictures(aws: Aws, experiment: Experiment, options: JobOptions) -> Pictures | None:
+    from visiontuner.aws_account import check_bucket_region
     from visiontuner.sagemaker.plan import Pictures
-    from visiontuner.sagemaker.surroundings import (
-        as_channel,
-        check_bucket_region,
-        size_on_s3,
-    )
+    from visiontuner.sagemaker.surroundings import as_channel, size_on_s3
 
     source = experiment.data.source
     if source.lower().startswith("s3://"):
