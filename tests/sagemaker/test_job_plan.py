@@ -185,6 +185,13 @@ def test_a_resumed_search_keeps_its_checkpoints() -> None:
         ({"warm_pool_seconds": 7200}, "an hour at most"),
         ({"max_run_seconds": 29 * 86400}, "28 days at most"),
         ({"tags": {str(n): "x" for n in range(49)}}, "48 tags"),
+        ({"tags": {"k" * 129: "x"}}, "a key has 1 to 128 characters, got 129"),
+        ({"tags": {"": "x"}}, "a key has 1 to 128 characters, got 0"),
+        ({"tags": {"k": "x" * 257}}, "a value has 256 characters at most, got 257"),
+        ({"tags": {"AWS:team": "x"}}, "keys that begin with aws: or visiontuner. are taken"),
+        ({"tags": {"visiontuner.search": "x"}}, "are taken"),
+        ({"tags": {"team": "vision;sound"}}, "in a tag, not ';'"),
+        ({"tags": {"team\n": "vision"}}, "in a tag, not '.n'"),
         ({"pictures": Pictures(uri="s3://photos/it's/")}, "has an apostrophe"),
     ],
 )
@@ -193,6 +200,12 @@ def test_a_plan_that_sagemaker_refuses_is_refused_first(
 ) -> None:
     with pytest.raises(UserMistake, match=message):
         make_plan(**changes)
+
+
+def test_the_tags_that_aws_takes_are_taken() -> None:
+    tags = {"Kosten stelle/ü": "a b_c.d:e/f=g+h-i@j", "k" * 128: "v" * 256, "empty": ""}
+    assert make_plan(tags=tags).all_tags.items() >= tags.items()
+    assert "Kosten stelle/ü=a b_c.d:e/f=g+h-i@j" in "\n".join(make_plan(tags=tags).lines())
 
 
 def test_a_long_name_is_cut_and_plain() -> None:

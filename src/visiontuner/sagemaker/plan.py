@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.sagemaker.cost import Price, dollars
 from visiontuner.sagemaker.instances import has_own_disk
+from visiontuner.sagemaker.limits import LONGEST_SECONDS, check_choices, check_no_apostrophe
 from visiontuner.sagemaker.source import CHANNEL_FOLDER, CHECKPOINTS
 
 PREFIX = "visiontuner"
@@ -21,12 +21,8 @@ PRICE_TAG = "visiontuner.price_per_hour"
 
 _JOB_NAME_LENGTH = 63
 _TIMESTAMP_LENGTH = 15  # what the SDK appends, with its hyphen
-_INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 # SageMaker waits for spot machines within this, running time included.
 SPOT_WAIT_SECONDS = 4 * 3600
-_LONGEST_SECONDS = 28 * 24 * 3600
-_LARGEST_DISK_GB = 16384
-_TAGS = 48  # AWS allows 50, and two are ours
 _GB = 10**9
 
 
@@ -146,7 +142,7 @@ class JobPlan:
         """With spot: how long SageMaker may take, waiting for machines included."""
         if not self.spot:
             return None
-        return min(self.max_run_seconds + SPOT_WAIT_SECONDS, _LONGEST_SECONDS)
+        return min(self.max_run_seconds + SPOT_WAIT_SECONDS, LONGEST_SECONDS)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -199,6 +195,9 @@ class JobPlan:
             lines.append(f"encrypted  {self._describe_encryption()}")
         if self.warm_pool_seconds:
             lines.append(f"warm pool  {words_for(self.warm_pool_seconds)} after the job, and paid")
+        if self.tags:
+            tags = ", ".join(f"{key}={value}" for key, value in self.tags.items())
+            lines.append(f"tags       {tags}")
         if self.subnets:
             subnets, groups = ", ".join(self.subnets), ", ".join(self.security_groups)
             lines.append(f"network    {subnets} ({groups})")
@@ -235,48 +234,6 @@ class JobPlan:
         most = f"at most {dollars(self.most_it_can_cost)}"
         saved = "; spot is mostly cheaper" if self.spot else ""
         return f"${self.price.per_hour:g} an hour each; {most}{saved}"
-
-
-def check_choices(plan: JobPlan) -> None:
-    """Refuse what SageMaker refuses, before anything is made.
-
-    Raises:
-        UserMistake: with the flag to change.
-    """
-    if not _INSTANCE.fullmatch(plan.instance_type):
-        raise UserMistake(
-            f"--instance-type takes a name such as ml.g5.xlarge, got {plan.instance_type!r}."
-        )
-    if plan.spot and plan.warm_pool_seconds:
-        raise UserMistake("SageMaker keeps no spot machines warm: leave --spot or --warm-pool out.")
-    if bool(plan.subnets) != bool(plan.security_groups):
-        raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
-    if plan.warm_pool_seconds > 3600:
-        raise UserMistake("SageMaker keeps machines warm for an hour at most (--warm-pool 1h).")
-    if plan.disk_gb is not None and plan.has_own_disk:
-        raise UserMistake(
-            f"{plan.instance_type} has a disk of its own, of a fixed size: leave --volume out, or "
-            "choose a larger --instance-type."
-        )
-    if plan.disk_gb is not None and not 1 <= plan.disk_gb <= _LARGEST_DISK_GB:
-        raise UserMistake(f"--volume takes 1 to {_LARGEST_DISK_GB} GB, got {plan.disk_gb}.")
-    if plan.max_run_seconds > _LONGEST_SECONDS:
-        raise UserMistake("A training job runs for 28 days at most (--max-run 28d).")
-    if len(plan.tags) > _TAGS:
-        raise UserMistake(f"AWS allows {_TAGS} tags beside ours, got {len(plan.tags)}.")
-
-
-def check_no_apostrophe(what: str, value: str) -> None:
-    """An apostrophe ends the quotation in the SDK's start script on the hosts.
-
-    Raises:
-        UserMistake: there is one.
-    """
-    if "'" in value:
-        raise UserMistake(
-            f"{what} has an apostrophe ({value}), which SageMaker's start script does not survive; "
-            "choose another."
-        )
 
 
 def words_for(seconds: float) -> str:

@@ -153,7 +153,7 @@ def _check_source(experiment: Experiment, options: JobOptions) -> None:
     Raises:
         UserMistake: pictures or weights of this machine.
     """
-    from visiontuner.sagemaker.plan import check_no_apostrophe
+    from visiontuner.sagemaker.limits import check_no_apostrophe
 
     source, weights = experiment.data.source, experiment.model.weights
     check_no_apostrophe("The data source", source)
