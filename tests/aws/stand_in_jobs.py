@@ -3,7 +3,9 @@
 A job whose image has `directed` in its name runs nothing: it is in progress until the object
 JOB.json in the bucket `directed-jobs` says otherwise, `{"status": …, "secondary": …, "reason": …,
 "seconds": …}`, and stopped when it is asked to stop. Tuning jobs have the training jobs whose names
-begin with theirs. The account's quotas are the object `quotas.json` there, by name.
+begin with theirs; TUNING-JOB.json says the same of each by its name, with `tuned` (parameters),
+`metrics`, `objective` (its value), `aim` (its name and type) and `definition`. The account's quotas
+are the object `quotas.json` there, by name.
 """
 
 from __future__ import annotations
@@ -66,11 +68,12 @@ def list_training_jobs_for_hyper_parameter_tuning_job(self: Any) -> Any:
             "TrainingJobStatus": job.training_job_status,
             "TunedHyperParameters": told.get("tuned", {}),
         }
+        if "definition" in told:
+            summary["TrainingJobDefinitionName"] = told["definition"]
         if "objective" in told:
-            summary["FinalHyperParameterTuningJobObjectiveMetric"] = {
-                "MetricName": "accuracy",
-                "Value": told["objective"],
-            }
+            aim = told.get("aim", {"MetricName": "accuracy"})
+            seen = {**aim, "Value": told["objective"]}
+            summary["FinalHyperParameterTuningJobObjectiveMetric"] = seen
         summaries.append(summary)
     return ActionResult({"TrainingJobSummaries": summaries})
 

@@ -1,5 +1,6 @@
 """Coming home: jobs that a test directs, searches whose journals are written by hand."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from mlflow import MlflowClient
 
 from visiontuner import aws as aws_module
 from visiontuner.cli import main
 from visiontuner.data import transfer
 from visiontuner.errors import ServingError
 from visiontuner.journal import FILE_NAME
+from visiontuner.tracking import runs as tracked_runs
 from visiontuner.workflow import following
 from visiontuner.workflow.attach import attach
 from visiontuner.workflow.observing import Silent
@@ -294,3 +297,143 @@ def test_a_job_of_others_is_not_stopped(jobs: Any) -> None:
         refused
     )
     assert jobs.describe("their-language-model")["TrainingJobStatus"] == "InProgress"
+
+
+# Classic tuning jobs
+
+
+@pytest.fixture
+def tune(jobs: Any) -> Callable[..., None]:
+    """A tuning job `birds` with what its training jobs are told; by default one objective."""
+
+    def make(
+        trained: dict[str, Any], aim: dict[str, str] | None = None, **definitions: Any
+    ) -> None:
+        config = {"Strategy": "Bayesian", "ResourceLimits": {"MaxParallelTrainingJobs": 1}}
+        jobs.aws.client("sagemaker").create_hyper_parameter_tuning_job(
+            HyperParameterTuningJobName="birds",
+            HyperParameterTuningJobConfig=config
+            | ({"HyperParameterTuningJobObjective": aim} if aim else {}),
+            **definitions,
+        )
+        for name in trained:
+            jobs.place(name, Tags=[])
+        told = {n: {"status": "Completed", "seconds": 300, **one} for n, one in trained.items()}
+        jobs.direct("birds", **told)
+
+    return make
+
+
+def runs_of(tmp_path: Path) -> dict[str, Any]:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name("birds")
+    assert experiment is not None
+    return {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_metrics_and_parameters_that_mlflow_does_not_take_get_names_that_it_takes(
+    tune: Any, tmp_path: Path
+) -> None:
+    metrics = {"mAP@0.5": 0.4, "mAP#0.5": 0.3, "acc (%)": 81.0, "a//b": 1.0, "seconds": 7.0}
+    parameters = {"lr*weird(x)": "0.1", "lr_weird_x": "0.2", "../etc": "x", "plain": "y"}
+    aim = {"MetricName": "mAP@0.5", "Type": "Maximize"}
+    one = {"metrics": metrics, "tuned": parameters, "objective": 0.4, "aim": aim}
+    tune({"birds-001": one, "birds-002": one | {"objective": 0.2}}, aim)
+    done = run("attach", "birds")
+    assert done.exit_code == 0, done.output
+    assert "Best: birds-001 with mAP@0.5 0.4000." in done.stdout
+    held = runs_of(tmp_path)
+    assert {each.info.status for each in held.values()} == {"FINISHED"}
+    data = held["birds-001"].data
+    told = {
+        kind: {
+            data.tags.get(f"visiontuner.{kind}_name.{name}", name): value
+            for name, value in values.items()
+            if not name.startswith("best_")
+        }
+        for kind, values in (("metric", data.metrics), ("parameter", data.params))
+    }
+    # Of the job itself: 300 seconds.
+    assert data.metrics["seconds"] == 300
+    assert told["metric"] == metrics | {"seconds": told["metric"]["seconds"]}
+    assert 7.0 in data.metrics.values()
+    assert told["parameter"] == parameters
+    assert data.metrics["acc"] == 81.0
+    assert data.params["lr_weird_x"] == "0.2"
+    objective = held["birds"].data.tags["visiontuner.objective"]
+    assert objective.startswith("mAP_0.5-")
+    assert held["birds"].data.metrics[f"best_{objective}"] == 0.4
+    table = json.loads(run("compare", "birds", "--format", "json").stdout)
+    assert table[0]["run"] == "birds-001"
+
+
+def test_an_import_that_broke_off_leaves_no_run_running_and_is_completed_by_the_next(
+    tune: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tune({f"birds-00{n}": {"tuned": {"lr": str(n)}, "objective": n / 10} for n in (1, 2, 3)})
+    with monkeypatch.context() as patch:
+        write, calls = tracked_runs.log_batch, iter(range(100))
+
+        def interrupted(*arguments: Any) -> None:
+            if next(calls) == 1:
+                raise KeyboardInterrupt
+            write(*arguments)
+
+        patch.setattr(tracked_runs, "log_batch", interrupted)
+        assert run("attach", "birds").exit_code == 130
+    assert {name: each.info.status for name, each in runs_of(tmp_path).items()} == {
+        "birds": "KILLED",
+        "birds-001": "FINISHED",
+        "birds-002": "KILLED",
+    }
+    assert run("attach", "birds").exit_code == 0
+    held = runs_of(tmp_path)
+    assert {each.info.status for each in held.values()} == {"FINISHED"}
+    assert {name: each.data.params.get("lr") for name, each in held.items()} == {
+        "birds": None,
+        "birds-001": "1",
+        "birds-002": "2",
+        "birds-003": "3",
+    }
+
+
+def test_each_definition_of_a_tuning_job_keeps_its_objective(tune: Any, tmp_path: Path) -> None:
+    loss = {"MetricName": "loss", "Type": "Minimize"}
+    definition = {
+        "DefinitionName": "small",
+        "TuningObjective": loss,
+        "AlgorithmSpecification": {"TrainingInputMode": "File"},
+        "RoleArn": "arn:aws:iam::123456789012:role/jobs",
+        "OutputDataConfig": {"S3OutputPath": "s3://jobs/out"},
+        "StoppingCondition": {"MaxRuntimeInSeconds": 600},
+    }
+    values = {"birds-001": 0.9, "birds-002": 0.2, "birds-003": 0.5}
+    trained: dict[str, Any] = {
+        name: {"definition": "small", "objective": value, "aim": {"MetricName": "loss"}}
+        for name, value in values.items()
+    }
+    trained["birds-004"] = {"definition": "small", "status": "Failed", "reason": "AlgorithmError"}
+    tune(trained, TrainingJobDefinitions=[definition])
+    done = run("attach", "birds")
+    assert "Best: birds-002 with loss 0.2000." in done.stdout
+    held = runs_of(tmp_path)
+    assert held["birds"].data.metrics["best_loss"] == 0.2
+    assert held["birds"].data.tags["visiontuner.best_trial"] == "birds-002"
+
+
+def test_what_a_job_itself_was_tuned_for_comes_before_what_was_planned(tune: Any) -> None:
+    def one(value: float, name: str, kind: str) -> dict[str, Any]:
+        return {"objective": value, "aim": {"MetricName": name, "Type": kind}}
+
+    tune(
+        {
+            "birds-001": one(0.9, "error", "Minimize"),
+            "birds-002": one(0.1, "error", "Minimize"),
+            "birds-003": one(0.1, "accuracy", "Maximize"),
+            "birds-004": one(0.7, "accuracy", "Maximize"),
+        }
+    )
+    lines = run("attach", "birds").stdout.splitlines()
+    assert "Best: birds-002 with error 0.1000." in lines
+    assert "Best: birds-004 with accuracy 0.7000." in lines

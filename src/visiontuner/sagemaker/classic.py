@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 from visiontuner.aws import Aws, AwsRefused
 from visiontuner.sagemaker.job import paid_seconds
@@ -20,6 +21,14 @@ _STATES = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Objective:
+    """What a training was tuned for: a metric's name, and whether less or more of it is better."""
+
+    name: str = "objective"
+    mode: Literal["min", "max"] = "max"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TunedJob:
     """One training job of a tuning job.
 
@@ -27,7 +36,7 @@ class TunedJob:
         state: as a trial's: completed, interrupted, failed or running.
         parameters: those that were tuned and those that were fixed, as text.
         metrics: the last value of each.
-        objective: the value that the tuning job looked at.
+        value: of the objective, as the tuning job saw it; None: there is none.
         seconds: what one of its machines is paid for.
     """
 
@@ -35,7 +44,8 @@ class TunedJob:
     state: str
     parameters: dict[str, str]
     metrics: dict[str, float]
-    objective: float | None
+    objective: Objective
+    value: float | None
     started: datetime
     ended: datetime | None
     seconds: float
@@ -47,17 +57,25 @@ class TunedJob:
 
 @dataclass(frozen=True, kw_only=True)
 class TuningJob:
-    """A whole tuning job; `objective` is its metric's name."""
+    """A whole tuning job; each of its training job definitions may have its own objective."""
 
     name: str
     status: str
     strategy: str
-    objective: str
-    mode: str
     started: datetime
     ended: datetime | None
-    best: str | None
     jobs: tuple[TunedJob, ...]
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """All that are there, each once."""
+        return list(dict.fromkeys(job.objective for job in self.jobs))
+
+    def best(self, objective: Objective) -> TunedJob | None:
+        """Of the jobs that were tuned for it; None: none has a value."""
+        tried = [j for j in self.jobs if j.objective == objective and j.value is not None]
+        choose = min if objective.mode == "min" else max
+        return choose(tried, key=lambda job: job.value or 0.0, default=None)
 
 
 def find_tuning_job(aws: Aws, name: str) -> TuningJob | None:
@@ -78,22 +96,43 @@ def find_tuning_job(aws: Aws, name: str) -> TuningJob | None:
         SortBy="CreationTime",
         SortOrder="Ascending",
     )
-    config = told["HyperParameterTuningJobConfig"]
-    aim = config.get("HyperParameterTuningJobObjective") or {}
+    aims = _objectives(told)
     return TuningJob(
         name=name,
         status=told["HyperParameterTuningJobStatus"],
-        strategy=config.get("Strategy", ""),
-        objective=aim.get("MetricName", "objective"),
-        mode="min" if aim.get("Type") == "Minimize" else "max",
+        strategy=told["HyperParameterTuningJobConfig"].get("Strategy", ""),
         started=told["CreationTime"],
         ended=told.get("HyperParameterTuningEndTime"),
-        best=(told.get("BestTrainingJob") or {}).get("TrainingJobName"),
-        jobs=tuple(_tuned(aws, summary) for summary in summaries),
+        jobs=tuple(_tuned(aws, summary, aims) for summary in summaries),
     )
 
 
-def _tuned(aws: Aws, summary: dict[str, Any]) -> TunedJob:
+def _objectives(told: dict[str, Any]) -> dict[str, Objective]:
+    """By the name of a training job definition; "" is of the whole tuning job."""
+    whole = told["HyperParameterTuningJobConfig"].get("HyperParameterTuningJobObjective")
+    definitions = told.get("TrainingJobDefinitions") or [told.get("TrainingJobDefinition") or {}]
+    aims = [("", whole)]
+    aims += [(one.get("DefinitionName") or "", one.get("TuningObjective")) for one in definitions]
+    return {name: _objective(aim) for name, aim in aims if aim}
+
+
+def _objective(aim: Mapping[str, Any]) -> Objective:
+    return Objective(
+        name=aim.get("MetricName") or Objective.name,
+        mode="min" if aim.get("Type") == "Minimize" else "max",
+    )
+
+
+def _objective_of(summary: dict[str, Any], aims: Mapping[str, Objective]) -> Objective:
+    """What the tuning job says of this very job comes first."""
+    planned = aims.get(summary.get("TrainingJobDefinitionName") or "") or aims.get("")
+    seen = summary.get("FinalHyperParameterTuningJobObjectiveMetric") or {}
+    if seen.get("Type") or planned is None:
+        return _objective(seen)
+    return planned
+
+
+def _tuned(aws: Aws, summary: dict[str, Any], aims: Mapping[str, Objective]) -> TunedJob:
     name = summary["TrainingJobName"]
     told = aws.call("sagemaker", "describe_training_job", TrainingJobName=name)
     final = summary.get("FinalHyperParameterTuningJobObjectiveMetric") or {}
@@ -107,7 +146,8 @@ def _tuned(aws: Aws, summary: dict[str, Any]) -> TunedJob:
         # The SDK's own, such as sagemaker_submit_directory, say nothing about the training.
         parameters={k: v for k, v in (fixed | tuned).items() if not k.startswith("sagemaker_")},
         metrics=metrics,
-        objective=final.get("Value"),
+        objective=_objective_of(summary, aims),
+        value=final.get("Value"),
         started=told.get("TrainingStartTime") or told["CreationTime"],
         ended=told.get("TrainingEndTime"),
         seconds=paid_seconds(told, now=datetime.now(UTC)),

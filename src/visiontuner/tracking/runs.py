@@ -16,6 +16,7 @@ from visiontuner.tracking.plan import SEARCH_ID, Point
 # MLflow takes 1,000 metrics, 100 parameters and 100 tags a call, 1,000 of all together.
 _METRICS_A_CALL = 800
 _PARAMS_A_CALL = 90
+_TAGS_A_CALL = 90
 
 
 def search_runs(store: Store, search_id: str) -> Iterator[Run]:
@@ -48,7 +49,7 @@ def log_batch(
     params: Mapping[str, str],
     tags: Mapping[str, str],
 ) -> None:
-    """As few calls as MLflow's limits allow; the tags travel in the last one."""
+    """As few calls as MLflow's limits allow; the last tags travel in the last one."""
     metrics = [Metric(p.key, p.value, p.time, p.step) for p in points]
     rows = [Param(key, value) for key, value in params.items()]
     while len(metrics) > _METRICS_A_CALL or len(rows) > _PARAMS_A_CALL:
@@ -57,6 +58,9 @@ def log_batch(
         )
         metrics, rows = metrics[_METRICS_A_CALL:], rows[_PARAMS_A_CALL:]
     labels = [RunTag(key, value) for key, value in tags.items()]
+    while len(labels) > _TAGS_A_CALL:
+        store.call("log_batch", run_id, tags=labels[:_TAGS_A_CALL])
+        labels = labels[_TAGS_A_CALL:]
     if metrics or rows or labels:
         store.call("log_batch", run_id, metrics=metrics, params=rows, tags=labels)
 

@@ -65,7 +65,7 @@ def attach(
         tuning = find_tuning_job(aws, name)
         if tuning is None:
             raise
-        return Attached(lines=write_tuning_job(tuning))
+        return Attached(lines=write_tuning_job(tuning, flags=aws.flags))
     if not job.search:
         raise UserMistake(
             f"{name} was not submitted by visiontuner, and is no tuning job: there is no search to "
