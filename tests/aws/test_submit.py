@@ -251,6 +251,14 @@ def test_money_bounds_the_running_time() -> None:
         (("--set", "model.weights=w.pt"), "a file of this machine"),
         (("--resume", "other", "--data", "auto"), "There is no training job 'other'"),
         (("--instance-type", "ml.g5.2xlarge"), "may use 0 of ml.g5.2xlarge for training job"),
+        (
+            ("--instance-type", "ml.g6.xlarge", "--warm-pool", "30m"),
+            "may use 0 of ml.g6.xlarge for training warm pool usage in eu-west-1, and 1 is asked",
+        ),
+        (
+            ("--instance-type", "ml.g6.xlarge", "--spot", "--instances", "2"),
+            "may use 1 of ml.g6.xlarge for spot training job usage",
+        ),
         (("--instance-type", "ml.p3.16xlarge"), "service limit 'ml.p3.16xlarge for training"),
     ],
 )
@@ -259,7 +267,13 @@ def test_what_cannot_work_is_refused_in_one_line(
 ) -> None:
     far = {"CreateBucketConfiguration": {"LocationConstraint": "us-west-2"}}
     account.client("s3", "us-west-2").create_bucket(Bucket="far-away", **far)
-    quotas = json.dumps({"ml.g5.2xlarge for training job usage": 0}).encode()
+    named = {
+        "ml.g5.2xlarge for training job usage": 0,
+        "ml.g6.xlarge for training job usage": 2,
+        "ml.g6.xlarge for training warm pool usage": 0,
+        "ml.g6.xlarge for spot training job usage": 1,
+    }
+    quotas = json.dumps(named).encode()
     account.client("s3").put_object(Bucket="directed-jobs", Key="quotas.json", Body=quotas)
     data = () if "--data" in flags else ("--data", "s3://photos/colours")
     done = run("tune", *FLAGS, *data, *flags)

@@ -66,33 +66,38 @@ def _check_image(aws: Aws, url: str, instance_type: str) -> None:
         )
 
 
-def check_quota(aws: Aws, instance_type: str, instances: int, *, spot: bool) -> None:
+def check_quota(
+    aws: Aws, instance_type: str, instances: int, *, spot: bool, warm_pool: bool
+) -> None:
     """Refuse what the account may not start; silent where AWS does not say.
 
     Raises:
-        UserMistake: the quota is smaller than the number of instances.
+        UserMistake: a quota is smaller than the number of instances.
     """
-    usage = "spot training job usage" if spot else "training job usage"
-    name = f"{instance_type} for {usage}"
-    quota = _quota(aws, name)
-    if quota is not None and quota < instances:
-        raise UserMistake(
-            f"The account may use {quota:g} of {name} in {aws.region}, and {instances} "
-            f"{'is' if instances == 1 else 'are'} asked for. Ask for a higher quota "
-            f"({_QUOTAS_SHOWN}), or choose another --instance-type or --region."
-        )
+    usages = ["spot training job usage" if spot else "training job usage"]
+    if warm_pool:
+        usages.append("training warm pool usage")
+    quotas = _quotas(aws)
+    for usage in usages:
+        name = f"{instance_type} for {usage}"
+        if quotas.get(name, instances) < instances:
+            without = ", leave --warm-pool out" if "warm pool" in usage else ""
+            raise UserMistake(
+                f"The account may use {quotas[name]:g} of {name} in {aws.region}, and {instances} "
+                f"{'is' if instances == 1 else 'are'} asked for. Ask for a higher quota "
+                f"({_QUOTAS_SHOWN}){without}, or choose another --instance-type or --region."
+            )
 
 
-def _quota(aws: Aws, name: str) -> float | None:
+def _quotas(aws: Aws) -> dict[str, float]:
+    """The account's for SageMaker, by name."""
     try:
-        for quota in aws.pages(
+        found = aws.pages(
             "service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker"
-        ):
-            if quota["QuotaName"] == name:
-                return float(quota["Value"])
+        )
+        return {quota["QuotaName"]: float(quota["Value"]) for quota in found}
     except ServingError:  # not every caller may ask; SageMaker itself refuses then
-        pass
-    return None
+        return {}
 
 
 def size_on_s3(aws: Aws, uri: str) -> int:

@@ -84,7 +84,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         tags=options.tags,
         resumed=options.resume,
     )
-    check_quota(aws, kind, instances, spot=plan.spot)
+    check_quota(aws, kind, instances, spot=plan.spot, warm_pool=plan.warm_pool_seconds > 0)
     # Last: the SDK, which knows AWS's images, takes seconds to import.
     return aws, replace(plan, image=find_image(aws, options.image, kind))
 
