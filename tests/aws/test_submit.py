@@ -327,6 +327,32 @@ def test_pictures_are_uploaded_once_if_that_is_asked_for(account: Any, pictures:
     assert upload_folder(pictures, "s3://photos/mine/").files == 0
 
 
+def test_what_lies_where_pictures_are_brought_is_said(account: Any, pictures: Path) -> None:
+    account.client("s3").put_object(Bucket="photos", Key="mine/train/red/old.png", Body=b"x")
+    flags = ("--data", str(pictures), "--upload", "s3://photos/mine")
+    done = run("tune", *FLAGS, *flags, "--dry-run")
+    assert "; 1 other file lies there already, for the job as well" in done.stderr
+    upload_folder(pictures, "s3://photos/mine")
+    again = run("tune", *FLAGS, *flags, "--dry-run")
+    assert "; 1 other file lies there already" in again.stderr
+
+
+@pytest.mark.usefixtures("account")
+@pytest.mark.parametrize(
+    ("data", "upload", "message"),
+    [
+        ("digits", "s3://photos/mine", "and the data source is digits: leave --upload out"),
+        ("s3://photos/colours", "s3://photos/mine", "leave --upload out, or name a folder"),
+        (None, "s3://nowhere/mine", "There is no bucket 'nowhere', where s3://nowhere/mine/ would"),
+        (None, "photos/mine", "'photos/mine' is no place on S3"),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused(
+    pictures: Path, data: str | None, upload: str, message: str
+) -> None:
+    assert message in said(run("tune", *FLAGS, "--data", data or str(pictures), "--upload", upload))
+
+
 # Coming back
 
 

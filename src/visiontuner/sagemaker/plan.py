@@ -34,11 +34,13 @@ class Pictures:
         uri: a folder, with a slash at its end, or an archive.
         size: bytes in all.
         upload: the folder here that has to be uploaded first.
+        others: files that lie there already and not in that folder; a job gets them as well.
     """
 
     uri: str
     size: int = 0
     upload: Path | None = None
+    others: int = 0
 
     @property
     def folder(self) -> str:
@@ -213,7 +215,10 @@ class JobPlan:
             return self.experiment.data.source
         size = f" ({self.pictures.size / 1e6:,.0f} MB)" if self.pictures.size else ""
         origin = f", uploaded from {self.pictures.upload}" if self.pictures.upload else ""
-        return f"{self.pictures.uri}{size}{origin}"
+        count = self.pictures.others
+        lie = "1 other file lies" if count == 1 else f"{count:,} other files lie"
+        others = f"; {lie} there already, for the job as well" if count else ""
+        return f"{self.pictures.uri}{size}{origin}{others}"
 
     def _describe_disk(self) -> str:
         if self.has_own_disk:

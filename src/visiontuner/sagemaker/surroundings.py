@@ -106,24 +106,33 @@ def size_on_s3(aws: Aws, uri: str) -> int:
     Raises:
         UserMistake: there is nothing, the bucket is not there, or in another region.
     """
+    require_bucket(aws, uri)
     bucket, key = split_uri(uri)
-    try:
-        check_bucket_region(aws, bucket)
-        pages = aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=key)
-        size = sum(int(entry["Size"]) for entry in pages)
-    except AwsRefused as error:
-        if error.is_missing or error.code in ("404", "403"):
-            why = (
-                "There is no bucket" if error.is_missing or error.code == "404" else "No access to"
-            )
-            raise UserMistake(f"{why} {bucket!r}, where {uri} would be.") from None
-        raise
+    pages = aws.pages("s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=key)
+    size = sum(int(entry["Size"]) for entry in pages)
     if not size:
         raise UserMistake(
             f"There are no pictures at {uri}. Name the folder that holds them as --data and add "
             f"--upload {uri}."
         )
     return size
+
+
+def require_bucket(aws: Aws, uri: str) -> None:
+    """Make sure that there is a bucket for pictures.
+
+    Raises:
+        UserMistake: there is none, not for this caller, or in another region.
+    """
+    bucket = split_uri(uri)[0]
+    try:
+        check_bucket_region(aws, bucket)
+    except AwsRefused as error:
+        missing = error.is_missing or error.code == "404"
+        if not missing and error.code != "403":
+            raise
+        why = "There is no bucket" if missing else "No access to"
+        raise UserMistake(f"{why} {bucket!r}, where {uri} would be.") from None
 
 
 def as_channel(uri: str) -> str:

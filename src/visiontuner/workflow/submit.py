@@ -6,19 +6,17 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.data.objects import split_uri
-from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.locations import tracking_uri
 from visiontuner.workflow.job_options import DEFAULT_INSTANCE, JobOptions
+from visiontuner.workflow.job_pictures import check_source, find_pictures, upload_pictures
 from visiontuner.workflow.resumed_job import require_idle, resume_job
 
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
-    from visiontuner.sagemaker.plan import JobPlan, Pictures
+    from visiontuner.sagemaker.plan import JobPlan
 
 
 def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, JobPlan]:
@@ -40,13 +38,13 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
 
     _ = options.max_run_seconds, options.warm_pool_seconds  # a mistake is told before AWS is asked
     if experiment is not None:
-        _check_source(experiment, options)
+        check_source(experiment, options.upload)
     aws = Aws(options.region, options.assume_role)
     search, experiment, options = _what_to_run(aws, experiment, options)
     kind, instances = options.instance_type or DEFAULT_INSTANCE, options.instances or 1
     default = f"sagemaker-{aws.region}-{aws.account}"
     bucket, exists = find_bucket(aws, options.bucket, default=default)
-    pictures = _pictures(aws, experiment, options)
+    pictures = find_pictures(aws, experiment, options.upload)
     if pictures is not None:
         data = experiment.data.model_copy(update={"source": pictures.uri})
         experiment = experiment.model_copy(update={"data": data})
@@ -112,22 +110,7 @@ def submit_job(
 
     if plan.resumed is not None:  # once more: a question may have been open for hours
         require_idle(aws, plan.search)
-    if plan.pictures is not None and plan.pictures.upload is not None:
-        from visiontuner.data.s3 import connect
-        from visiontuner.data.storage import upload_folder
-
-        moved = upload_folder(
-            plan.pictures.upload,
-            plan.pictures.uri,
-            client=connect(aws.session, aws.region),
-            kms_key=plan.kms_key,
-            progress=progress,
-            note=note,
-        )
-        note(
-            f"Uploaded {moved.files:,} pictures to {plan.pictures.uri}; {moved.skipped:,} were "
-            "there already."
-        )
+    upload_pictures(aws, plan, note=note, progress=progress)
     return submit(aws, plan, note=note)
 
 
@@ -145,55 +128,3 @@ def _what_to_run(
 def _search_name(experiment: Experiment) -> str:
     plain = re.sub(r"[^a-zA-Z0-9]+", "-", experiment.name or "search").strip("-")
     return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def _check_source(experiment: Experiment, options: JobOptions) -> None:
-    """Refuse what a job could not read, before AWS is asked for anything.
-
-    Raises:
-        UserMistake: pictures or weights of this machine.
-    """
-    from visiontuner.sagemaker.limits import check_no_apostrophe
-
-    source, weights = experiment.data.source, experiment.model.weights
-    check_no_apostrophe("The data source", source)
-    check_no_apostrophe("--upload", options.upload or "")
-    if weights not in ("default", "none") and "://" not in weights:
-        raise UserMistake(
-            f"model.weights is {weights}, a file of this machine; bring it to S3 or to an https "
-            "server and name that."
-        )
-    if _is_elsewhere(source):
-        return
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise UserMistake(f"There is no data at {source}; name a folder, or s3://BUCKET/FOLDER.")
-    if options.upload is None:
-        raise UserMistake(
-            f"{source} is on this machine, where a job cannot read it. Add --upload "
-            f"s3://BUCKET/{path.resolve().name}, or name pictures that are on S3 already."
-        )
-    if not path.is_dir():
-        raise UserMistake(f"--upload takes a folder, and {source} is a file: unpack it first.")
-
-
-def _is_elsewhere(source: str) -> bool:
-    return source == "digits" or source.split("://")[0].lower() in ("s3", "http", "https")
-
-
-def _pictures(aws: Aws, experiment: Experiment, options: JobOptions) -> Pictures | None:
-    from visiontuner.aws_account import check_bucket_region
-    from visiontuner.sagemaker.plan import Pictures
-    from visiontuner.sagemaker.surroundings import as_channel, size_on_s3
-
-    source = experiment.data.source
-    if source.lower().startswith("s3://"):
-        uri = as_channel(source)
-        return Pictures(uri=uri, size=size_on_s3(aws, uri))
-    if _is_elsewhere(source):
-        return None
-    folder = Path(source).expanduser().resolve()
-    uri = f"{(options.upload or '').rstrip('/')}/"  # a folder, whatever its name ends with
-    check_bucket_region(aws, split_uri(uri)[0])
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Pictures(uri=uri, size=size, upload=folder)
