@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from visiontuner.errors import ServingError, UserMistake
@@ -26,6 +27,7 @@ _BAD_CREDENTIALS = (
     "SignatureDoesNotMatch",
     "UnrecognizedClientException",
 )
+_FILES = ("shared-credentials-file", "config-file")  # botocore's words for where keys are from
 _ADVICE = {
     "ResourceLimitExceeded": "Ask for a higher quota (Service Quotas, Amazon SageMaker), or choose "
     "another --instance-type.",
@@ -84,18 +86,13 @@ class Aws:
         self.assume_role = assume_role
         self._clients: dict[tuple[str, str], Any] = {}
         with explained("read AWS's settings"):
-            self.session = boto3.Session()
+            self.session = self._own = boto3.Session()
         self.region = region or _default_region(self.session)
         self._check_region()
         identity = self.call("sts", "get_caller_identity")
         if assume_role:
-            taken = self.call(
-                "sts", "assume_role", RoleArn=assume_role, RoleSessionName="visiontuner"
-            )
-            held = taken["Credentials"]
-            self.session = boto3.Session(
-                held["AccessKeyId"], held["SecretAccessKey"], held["SessionToken"]
-            )
+            with explained("assume role", self._own):
+                self.session = _as_role(assume_role, self._own, self.region)
             self._clients.clear()
             identity = self.call("sts", "get_caller_identity")
         self.account: str = identity["Account"]
@@ -112,8 +109,7 @@ class Aws:
 
         if self.assume_role is None:
             return boto3.Session(region_name=self.region)
-        held = self.session.get_credentials().get_frozen_credentials()
-        return boto3.Session(held.access_key, held.secret_key, held.token, self.region)
+        return _session(self.session.get_credentials(), self.region)
 
     def call(self, service: str, method: str, /, **kwargs: Any) -> dict[str, Any]:
         """One request.
@@ -123,13 +119,13 @@ class Aws:
             UserMistake: the credentials are missing or not taken.
             ServingError: AWS cannot be reached.
         """
-        with explained(method.replace("_", " ")):
+        with explained(method.replace("_", " "), self._own):
             answer: dict[str, Any] = getattr(self.client(service), method)(**kwargs)
             return answer
 
     def pages(self, service: str, method: str, key: str, /, **kwargs: Any) -> Iterator[Any]:
         """The entries of a list, whatever number of requests it takes; raises as `call`."""
-        with explained(method.replace("_", " ")):
+        with explained(method.replace("_", " "), self._own):
             for page in self.client(service).get_paginator(method).paginate(**kwargs):
                 yield from page.get(key, ())
 
@@ -160,6 +156,30 @@ class Aws:
             )
 
 
+def _as_role(role: str, own: Any, region: str) -> Any:
+    """A boto3 session as a role; its keys last an hour, and are renewed with the caller's own."""
+    from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
+
+    fetcher = AssumeRoleCredentialFetcher(
+        partial(own.client, region_name=region),
+        own.get_credentials(),
+        role,
+        extra_args={"RoleSessionName": "visiontuner"},
+    )
+    credentials = DeferredRefreshableCredentials(fetcher.fetch_credentials, "assume-role")
+    credentials.get_frozen_credentials()  # now, so that a role that may not be taken is said
+    return _session(credentials)
+
+
+def _session(credentials: Any, region: str | None = None) -> Any:
+    import boto3
+    import botocore.session
+
+    session = botocore.session.get_session()
+    session._credentials = credentials  # as boto3 takes only those that never change
+    return boto3.Session(region_name=region, botocore_session=session)
+
+
 def account_flags(region: str | None, assume_role: str | None) -> str:
     """As `Aws.flags`, of what a user has named; asks nobody.
 
@@ -182,14 +202,18 @@ def _flags(region: str, assume_role: str | None) -> str:
 
 
 @contextmanager
-def explained(doing: str) -> Iterator[None]:
-    """boto3's errors in the block become ours, in one line without credentials."""
+def explained(doing: str, own: Any = None) -> Iterator[None]:
+    """boto3's errors in the block become ours, in one line without credentials.
+
+    Args:
+        own: the caller's own boto3 session, to say how its credentials are renewed.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as error:
-        _refused(error.response, doing)
+        _refused(error.response, doing, own)
     except BotoCoreError as error:
         _failed(error, doing)
 
@@ -200,13 +224,12 @@ def is_busy(response: Mapping[str, Any]) -> bool:
     return status >= 500 or status == 429 or response["Error"].get("Code") in _BUSY
 
 
-def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
+def _refused(response: Mapping[str, Any], doing: str, own: Any) -> NoReturn:
     error = response["Error"]
     code, text = error.get("Code", ""), _one_line(error.get("Message", ""))
     if code in _BAD_CREDENTIALS:
         raise UserMistake(
-            f"AWS does not take these credentials ({code}). Renew them: `aws sso login` or "
-            "`aws configure`."
+            f"AWS does not take these credentials ({code}). {_renewal(own)}."
         ) from None
     if "iam:PassRole" in text:
         raise AwsRefused(
@@ -220,6 +243,22 @@ def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
         advice = _ADVICE.get(code, "")
     sentence = f"AWS refuses to {doing} ({code}): {text.rstrip('.')}. {advice}".strip()
     raise AwsRefused(sentence, code, is_passing=is_busy(response)) from None
+
+
+def _renewal(own: Any) -> str:
+    """What to do about credentials that have expired, by where they are from."""
+    credentials = own.get_credentials() if own is not None else None
+    method = credentials.method if credentials is not None else ""
+    if method == "env":
+        return (
+            "They are from the environment: set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and "
+            "AWS_SESSION_TOKEN"
+        )
+    command = {"sso": "aws sso login", "login": "aws login"}.get(method)
+    if command is None and method not in _FILES:
+        return "Renew them: `aws sso login`, `aws configure` or a new AWS_SESSION_TOKEN"
+    profile = "" if own.profile_name == "default" else f" --profile {own.profile_name}"
+    return f"Renew them: `{command or 'aws configure'}{profile}`"
 
 
 def _failed(error: Exception, doing: str) -> NoReturn:

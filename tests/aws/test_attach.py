@@ -1,7 +1,12 @@
 """Coming home: jobs that a test directs, searches whose journals are written by hand."""
 
+import itertools
 import json
+import math
+import re
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +18,7 @@ from mlflow import MlflowClient
 from visiontuner import aws as aws_module
 from visiontuner.cli import main
 from visiontuner.data import transfer
-from visiontuner.errors import ServingError
+from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import FILE_NAME
 from visiontuner.tracking import runs as tracked_runs
 from visiontuner.workflow import following
@@ -283,6 +288,90 @@ def test_a_following_that_ends_says_that_the_job_runs_on(
     assert str(caught.value).endswith(
         f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region eu-west-1` goes "
         "on here."
+    )
+
+
+# Credentials
+
+
+class ShortRoles:
+    """Whoever takes on a role is known for so many seconds only."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.taken: dict[str, float] = {}  # when, by access key
+        self.refused = 0
+
+    def change(self, _method: str, _path: str, body: bytes) -> bytes:
+        """The role's keys on their way to who takes it on."""
+        if b"<AssumeRoleResponse" not in body:
+            return body
+        key = re.search(rb"<AccessKeyId>(\w+)</AccessKeyId>", body)
+        assert key is not None
+        self.taken[key[1].decode()] = time.monotonic()
+        ends = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(time.time() + self.seconds))
+        return re.sub(rb"(?<=<Expiration>).{19}", ends.encode(), body)
+
+    def rule(self, _method: str, _path: str, headers: Any) -> Any:
+        key = headers["Authorization"].partition("Credential=")[2].split("/")[0]
+        if time.monotonic() - self.taken.get(key, math.inf) < self.seconds:
+            return None
+        self.refused += key in self.taken
+        return (403, "ExpiredTokenException") if key in self.taken else None
+
+
+def test_a_following_as_a_role_outlives_the_roles_keys(
+    jobs: Any, bad_days: Any, new_search: Callable[..., Any]
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    search.finish()
+    jobs.keep_checkpoints(search.folder)
+    job, role = jobs.place(), jobs.aws.put_role("abroad")
+    short = ShortRoles(3)
+    bad_days.rule, bad_days.change = short.rule, short.change
+    threading.Timer(7, lambda: jobs.direct(job, status="Completed", seconds=60)).start()
+    came = attach(job, assume_role=role, logs="none", poll_seconds=0.2)
+    assert came.result is not None
+    assert len(short.taken) > 2
+    assert short.refused == 0
+
+
+@pytest.mark.parametrize(
+    ("from_", "advice"),
+    [
+        ("environment", "set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN."),
+        ("profile", "Renew them: `aws configure --profile lab`."),
+    ],
+)
+def test_credentials_that_expire_meanwhile_are_said_with_how_to_renew_them(
+    jobs: Any,
+    bad_days: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    from_: str,
+    advice: str,
+) -> None:
+    job, looks = jobs.place(), itertools.count()
+    if from_ == "profile":
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.delenv(name)
+        keys = "aws_access_key_id = testing\naws_secret_access_key = testing\n"
+        (tmp_path / "credentials").write_text(f"[lab]\n{keys}")
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+        monkeypatch.setenv("AWS_PROFILE", "lab")
+
+    def rule(_method: str, _path: str, headers: Any) -> Any:
+        is_look = operation(headers).endswith("DescribeTrainingJob")
+        return (400, "ExpiredTokenException") if is_look and next(looks) > 2 else None
+
+    bad_days.rule = rule
+    with pytest.raises(UserMistake, match="AWS does not take these credentials") as caught:
+        attach(job, logs="none", poll_seconds=0.05)
+    assert advice in str(caught.value)
+    assert f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region" in str(
+        caught.value
     )
 
 
