@@ -86,13 +86,13 @@ class Aws:
         self.assume_role = assume_role
         self._clients: dict[tuple[str, str], Any] = {}
         with explained("read AWS's settings"):
-            self.session = self._own = boto3.Session()
+            self.session = boto3.Session()
         self.region = region or _default_region(self.session)
         self._check_region()
         identity = self.call("sts", "get_caller_identity")
         if assume_role:
-            with explained("assume role", self._own):
-                self.session = _as_role(assume_role, self._own, self.region)
+            with explained("assume role"):
+                self.session = _as_role(assume_role, self.session, self.region)
             self._clients.clear()
             identity = self.call("sts", "get_caller_identity")
         self.account: str = identity["Account"]
@@ -119,13 +119,13 @@ class Aws:
             UserMistake: the credentials are missing or not taken.
             ServingError: AWS cannot be reached.
         """
-        with explained(method.replace("_", " "), self._own):
+        with explained(method.replace("_", " ")):
             answer: dict[str, Any] = getattr(self.client(service), method)(**kwargs)
             return answer
 
     def pages(self, service: str, method: str, key: str, /, **kwargs: Any) -> Iterator[Any]:
         """The entries of a list, whatever number of requests it takes; raises as `call`."""
-        with explained(method.replace("_", " "), self._own):
+        with explained(method.replace("_", " ")):
             for page in self.client(service).get_paginator(method).paginate(**kwargs):
                 yield from page.get(key, ())
 
@@ -202,18 +202,14 @@ def _flags(region: str, assume_role: str | None) -> str:
 
 
 @contextmanager
-def explained(doing: str, own: Any = None) -> Iterator[None]:
-    """boto3's errors in the block become ours, in one line without credentials.
-
-    Args:
-        own: the caller's own boto3 session, to say how its credentials are renewed.
-    """
+def explained(doing: str) -> Iterator[None]:
+    """boto3's errors in the block become ours, in one line without credentials."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except ClientError as error:
-        _refused(error.response, doing, own)
+        _refused(error.response, doing)
     except BotoCoreError as error:
         _failed(error, doing)
 
@@ -224,13 +220,11 @@ def is_busy(response: Mapping[str, Any]) -> bool:
     return status >= 500 or status == 429 or response["Error"].get("Code") in _BUSY
 
 
-def _refused(response: Mapping[str, Any], doing: str, own: Any) -> NoReturn:
+def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
     error = response["Error"]
     code, text = error.get("Code", ""), _one_line(error.get("Message", ""))
     if code in _BAD_CREDENTIALS:
-        raise UserMistake(
-            f"AWS does not take these credentials ({code}). {_renewal(own)}."
-        ) from None
+        raise UserMistake(f"AWS does not take these credentials ({code}). {_renewal()}.") from None
     if "iam:PassRole" in text:
         raise AwsRefused(
             f"{text}. Allow the caller iam:PassRole on that role (docs/aws.md), or name another "
@@ -245,9 +239,12 @@ def _refused(response: Mapping[str, Any], doing: str, own: Any) -> NoReturn:
     raise AwsRefused(sentence, code, is_passing=is_busy(response)) from None
 
 
-def _renewal(own: Any) -> str:
-    """What to do about credentials that have expired, by where they are from."""
-    credentials = own.get_credentials() if own is not None else None
+def _renewal() -> str:
+    """What to do about the caller's credentials that have expired, by where they are from."""
+    import boto3
+
+    own = boto3.Session()
+    credentials = own.get_credentials()
     method = credentials.method if credentials is not None else ""
     if method == "env":
         return (

@@ -504,7 +504,7 @@ def test_without_credentials_nothing_is_tried(
         assert "`aws configure`" in said(done)
     else:
         assert "AWS does not take these credentials" in said(done)
-        assert "`aws sso login`" in said(done)
+        assert "set new AWS_ACCESS_KEY_ID" in said(done)
         assert "AKIA" not in done.output
 
 
