@@ -1,6 +1,7 @@
 """A job that goes on with another one's search: the same options, and never two at a time."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,16 @@ def test_a_disk_of_another_kind_of_machine_is_not_taken_over(account: Any, image
     assert on_m5["VolumeKmsKeyId"] == "key-1"
 
 
+@pytest.mark.usefixtures("image")
+def test_awss_own_image_follows_the_kind_of_machine(account: Any) -> None:
+    registry = f"763104351884.dkr.ecr.{REGION}.amazonaws.com/pytorch-training"
+    job = place(account, f"{registry}:2.8.0-cpu-directed", 1, "Stopped")
+    options = JobOptions(resume=job, instance_type="ml.g5.xlarge", price=1, spot=False)
+    assert plan_job(None, options)[1].image == f"{registry}:2.8.0-gpu-py312"
+    newer = replace(options, image_version="2.9")
+    assert plan_job(None, newer)[1].image.startswith(f"{registry}:2.9.0-gpu-")
+
+
 def test_spot_or_a_warm_pool_asked_for_now_takes_the_place_of_the_other(
     account: Any, image: str
 ) -> None:
@@ -255,6 +266,7 @@ def test_a_search_that_only_lacks_its_classifier_goes_on(
     [
         (("--bucket", "directed-jobs"), "are in the bucket 'photos': leave --bucket out"),
         (("--upload", "s3://photos/x"), "leave --upload out"),
+        (("--image", "x", "--image-version", "2.8"), "leave it or --image out"),
         (("--spot", "perhaps"), "--spot takes true or off, got 'perhaps'"),
     ],
 )

@@ -11,15 +11,20 @@ from visiontuner.data.archive import is_archive_name
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError, UserMistake
 
+_OLDEST_PYTHON = 11  # 3.11
+_AWSS_IMAGE = re.compile(r"/pytorch-training:([\d.]+)-(?:cpu|gpu)-")
 _ARM = re.compile(r"-gb\d")  # NVIDIA's Grace processors
 _QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
 
 
-def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
-    """AWS's newest PyTorch training image that the SDK knows, for a region and a kind of machine.
+def find_image(
+    aws: Aws, wanted: str | None, instance_type: str, *, version: str | None = None
+) -> str:
+    """AWS's PyTorch training image for a region and a kind of machine, as the SDK knows it.
 
     Args:
         wanted: the URL of another one in ECR.
+        version: of PyTorch, as `2.8`; the newest if None.
 
     Raises:
         UserMistake: AWS has none there; the wanted one is not there, in another region, or for
@@ -28,20 +33,16 @@ def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
     if wanted:
         _check_image(aws, wanted, instance_type)
         return wanted
-    from packaging.version import Version
     from sagemaker.core import image_uris
 
     try:
         with explained("look for an image"):
-            known = image_uris.list_versions("pytorch", "training")
-            # 2.10 and 2.10.0 are the same: the longer name is the exact one.
-            version = max(known, key=lambda text: (Version(text), len(text)))
-            pythons = image_uris.list_py_versions("pytorch", version, "training")
+            exact = _exact_version(image_uris.list_versions("pytorch", "training"), version)
             image: str = image_uris.retrieve(
                 "pytorch",
                 aws.region,
-                version=version,
-                py_version=pythons[-1],
+                version=exact,
+                py_version=_newest_python(exact),
                 instance_type=instance_type,
                 image_scope="training",
             )
@@ -51,6 +52,37 @@ def find_image(aws: Aws, wanted: str | None, instance_type: str) -> str:
             f"AWS has no PyTorch image for {instance_type} in {aws.region} "
             f"({' '.join(str(error).split())[:160]}). Name one with --image."
         ) from None
+
+
+def _exact_version(known: list[str], version: str | None) -> str:
+    """The newest of the known ones, or of those that a version stands for, as 2.8.0 of 2.8."""
+    from packaging.version import Version
+
+    # 2.10 and 2.10.0 are the same: the longer name is the exact one.
+    ordered = sorted(known, key=lambda text: (Version(text), len(text)))
+    fitting = [text for text in ordered if version is None or f"{text}.".startswith(f"{version}.")]
+    if not fitting:
+        newest = ", ".join([text for text in ordered if text.count(".") == 1][-4:])
+        raise UserMistake(f"AWS has no image with PyTorch {version}. The newest: {newest}.")
+    return fitting[-1]
+
+
+def _newest_python(version: str) -> str:
+    from sagemaker.core import image_uris
+
+    newest: str = image_uris.list_py_versions("pytorch", version, "training")[-1]
+    if int(newest.removeprefix("py3")) < _OLDEST_PYTHON:
+        raise UserMistake(
+            f"AWS's image with PyTorch {version} has Python 3.{newest.removeprefix('py3')}, and "
+            f"visiontuner needs 3.{_OLDEST_PYTHON}. Choose a newer --image-version."
+        )
+    return newest
+
+
+def awss_version(image: str) -> str | None:
+    """The PyTorch version of one of AWS's own images; None if it is another one."""
+    match = _AWSS_IMAGE.search(image)
+    return match[1] if match else None
 
 
 def _check_image(aws: Aws, url: str, instance_type: str) -> None:

@@ -19,7 +19,8 @@ class JobOptions:
     What is empty and not None is left out, even if the job that is resumed had it.
 
     Args:
-        image: URL of a training image; AWS's newest PyTorch image if None.
+        image: URL of a training image in ECR; AWS's PyTorch image if None.
+        image_version: of PyTorch in AWS's image, as `2.8`; the newest if None.
         role: name or ARN of the role that the job runs as.
         bucket: for everything the job keeps; by default SageMaker's of this account and region.
         max_run: how long the job may run, as `2h`.
@@ -35,6 +36,7 @@ class JobOptions:
     instances: int | None = None
     instance_type: str | None = None
     image: str | None = None
+    image_version: str | None = None
     role: str | None = None
     bucket: str | None = None
     region: str | None = None
@@ -51,6 +53,10 @@ class JobOptions:
     tags: Mapping[str, str] = field(default_factory=dict)
     upload: str | None = None
     resume: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image and self.image_version:
+            raise UserMistake("--image-version is of AWS's image: leave it or --image out.")
 
     @property
     def max_run_seconds(self) -> float:

@@ -116,10 +116,9 @@ def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOpt
     same_type = kind == before.instance_type
     own_disk = has_own_disk(before.instance_type) or has_own_disk(kind)
     return replace(
-        options,
+        _with_image(options, before, same_type=same_type),
         instances=options.instances or before.instances,
         instance_type=kind,
-        image=options.image or before.image,
         role=options.role or submitted.role,
         spot=spot if options.spot is None else options.spot,
         max_run=options.max_run or f"{submitted.max_run_seconds}s",
@@ -131,6 +130,18 @@ def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOpt
         kms_key=_chosen(options.kms_key, submitted.kms_key),
         tags={**submitted.tags, **options.tags},
     )
+
+
+def _with_image(options: JobOptions, before: Job, *, same_type: bool) -> JobOptions:
+    """With the same image; of AWS's own with the one that fits machines with or without GPUs."""
+    from visiontuner.sagemaker.surroundings import awss_version
+
+    if options.image or options.image_version:
+        return options
+    version = awss_version(before.image)
+    if same_type or version is None:
+        return replace(options, image=before.image)
+    return replace(options, image_version=version)
 
 
 def _chosen(now: Option | None, before: Option | None) -> Option | None:

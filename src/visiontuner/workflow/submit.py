@@ -84,7 +84,8 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     )
     check_quota(aws, kind, instances, spot=plan.spot, warm_pool=plan.warm_pool_seconds > 0)
     # Last: the SDK, which knows AWS's images, takes seconds to import.
-    return aws, replace(plan, image=find_image(aws, options.image, kind))
+    image = find_image(aws, options.image, kind, version=options.image_version)
+    return aws, replace(plan, image=image)
 
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:

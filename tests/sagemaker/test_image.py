@@ -1,0 +1,62 @@
+"""AWS's own image for a job, from what the SageMaker SDK knows; nothing is asked."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from visiontuner.errors import UserMistake
+from visiontuner.sagemaker.surroundings import awss_version, find_image
+
+# The SageMaker SDK's own, from its own imports.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
+]
+IMAGE = re.compile(
+    r"763104351884\.dkr\.ecr\.eu-west-1\.amazonaws\.com/pytorch-training:"
+    r"(?P<version>[\d.]+)-(?P<kind>cpu|gpu)-py3(?P<python>\d+)"
+)
+
+
+def find(instance_type: str = "ml.g5.xlarge", version: str | None = None) -> re.Match[str]:
+    aws: Any = SimpleNamespace(region="eu-west-1")
+    found = IMAGE.fullmatch(find_image(aws, None, instance_type, version=version))
+    assert found is not None
+    return found
+
+
+def test_the_newest_image_fits_the_machine_and_has_a_python_that_is_new_enough() -> None:
+    on_gpu, on_cpu = find("ml.g5.xlarge"), find("ml.m5.xlarge")
+    assert (on_gpu["kind"], on_cpu["kind"]) == ("gpu", "cpu")
+    assert on_gpu["version"] == on_cpu["version"]
+    assert tuple(map(int, on_gpu["version"].split("."))) >= (2, 10, 0)
+    assert int(on_gpu["python"]) >= 11
+
+
+@pytest.mark.parametrize(("version", "exact"), [("2.8", "2.8.0"), ("2.8.0", "2.8.0")])
+def test_a_version_stands_for_its_exact_one(version: str, exact: str) -> None:
+    assert find(version=version)["version"] == exact
+    assert awss_version(find(version=version)[0]) == exact
+
+
+@pytest.mark.parametrize(
+    ("instance_type", "version", "message"),
+    [
+        ("ml.g5.xlarge", "9.9", r"no image with PyTorch 9\.9\. The newest: .*2\.10\.$"),
+        ("ml.g5.xlarge", "1.13", "has Python 3.9, and visiontuner needs 3.11"),
+        ("ml.trn1.2xlarge", None, "no PyTorch image for ml.trn1.2xlarge in eu-west-1 .* --image"),
+    ],
+)
+def test_an_image_that_aws_does_not_have_is_refused(
+    instance_type: str, version: str | None, message: str
+) -> None:
+    with pytest.raises(UserMistake, match=message):
+        find(instance_type, version)
+
+
+def test_another_image_has_no_version_of_awss() -> None:
+    assert awss_version("123456789012.dkr.ecr.eu-west-1.amazonaws.com/mine:2.8") is None
