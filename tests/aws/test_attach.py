@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -386,6 +387,43 @@ def test_a_job_of_others_is_not_stopped(jobs: Any) -> None:
         refused
     )
     assert jobs.describe("their-language-model")["TrainingJobStatus"] == "InProgress"
+
+
+# Next steps
+
+
+def test_next_steps_can_be_pasted_where_another_region_is_the_default(
+    jobs: Any, new_search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    job, role = jobs.place(), jobs.aws.put_role("abroad")
+    here = f"--region eu-west-1 --assume-role {role}"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    flags = ("--region", "eu-west-1", "--assume-role", role)
+
+    def steps(*command: str) -> list[str]:
+        """What a command says next, in words that can be pasted."""
+        text = run(*command, *flags).output.replace("`", "\n")
+        found = re.findall(r"visiontuner (?:attach|tune|stop|jobs).*", text)
+        return [step for step in found if "tune --resume" not in step]
+
+    def press(_: float) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(following, "time", SimpleNamespace(monotonic=time.monotonic, sleep=press))
+        left = steps("attach", job)
+    assert left == [f"visiontuner attach {job} {here}", f"visiontuner stop {job} {here}"]
+    stopped = steps("stop", job)
+    resume = f"visiontuner tune --on sagemaker --resume {job} {here}"
+    assert stopped == [f"visiontuner attach {job} {here}", resume]
+    assert steps("stop", job) == [f"visiontuner attach {job} {here}"]
+    assert steps("stop", "nothing") == [f"visiontuner jobs {here}"]
+    assert steps("attach", job) == [f"visiontuner attach {job} --logs all {here}", resume]
+    jobs.keep_checkpoints(search.folder)
+    assert steps("attach", job) == [resume]
 
 
 # Classic tuning jobs

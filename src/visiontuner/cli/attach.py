@@ -53,10 +53,11 @@ def follow_and_print(
     logs: str = "start",
 ) -> None:
     """Follow, bring home, print; Ctrl-C leaves the job running and says so."""
+    from visiontuner.aws import account_flags
     from visiontuner.console import SearchConsole
     from visiontuner.workflow.attach import attach as follow
 
-    console = SearchConsole()
+    console, flags = SearchConsole(), account_flags(region, assume_role)
     try:
         came = follow(
             name,
@@ -68,8 +69,9 @@ def follow_and_print(
         )
     except KeyboardInterrupt:
         console.close()
-        click.echo(f"\n{name} runs on. Follow it again: visiontuner attach {name}", err=True)
-        click.echo(f"End it: visiontuner stop {name}", err=True)
+        again = f"visiontuner attach {name}{flags}"
+        click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
+        click.echo(f"End it: visiontuner stop {name}{flags}", err=True)
         raise click.exceptions.Exit(130) from None
     finally:
         console.close()

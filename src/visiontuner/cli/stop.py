@@ -21,11 +21,11 @@ def stop(job: str, region: str, assume_role: str) -> None:
     """
     from visiontuner.workflow.jobs import stop as end
 
-    end(
+    flags = end(
         job,
         None if region in NOT_GIVEN else region,
         None if assume_role in NOT_GIVEN else assume_role,
     )
     click.echo(f"{job} is being stopped; its search ends in order within two minutes.")
-    click.echo(f"Bring home what it did:  visiontuner attach {job}")
-    click.echo(f"Go on with it later:     visiontuner tune --on sagemaker --resume {job}")
+    click.echo(f"Bring home what it did:  visiontuner attach {job}{flags}")
+    click.echo(f"Go on with it later:     visiontuner tune --on sagemaker --resume {job}{flags}")

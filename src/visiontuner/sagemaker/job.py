@@ -159,8 +159,8 @@ def stop(aws: Aws, job: Job) -> None:
         )
     if job.ended:
         raise UserMistake(
-            f"{job.name} is {job.status.lower()} already; `visiontuner attach {job.name}` brings "
-            "home what it did."
+            f"{job.name} is {job.status.lower()} already; `visiontuner attach {job.name}"
+            f"{aws.flags}` brings home what it did."
         )
     aws.call("sagemaker", "stop_training_job", TrainingJobName=job.name)
 
@@ -195,7 +195,8 @@ def _described(aws: Aws, name: str) -> dict[str, Any]:
     except AwsRefused as error:
         if error.is_missing or "not found" in str(error) or error.code == "ValidationException":
             raise UserMistake(
-                f"There is no training job {name!r} in {aws.region}. `visiontuner jobs` lists ours."
+                f"There is no training job {name!r} in {aws.region}. `visiontuner jobs{aws.flags}` "
+                "lists ours."
             ) from None
         raise
 

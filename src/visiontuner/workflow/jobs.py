@@ -16,8 +16,11 @@ def jobs(region: str | None = None, assume_role: str | None = None) -> list[Job]
     return find_jobs(Aws(region, assume_role))
 
 
-def stop(name: str, region: str | None = None, assume_role: str | None = None) -> None:
+def stop(name: str, region: str | None = None, assume_role: str | None = None) -> str:
     """End a job in order; its checkpoints stay.
+
+    Returns:
+        What the next commands need beside its name, to find it from anywhere.
 
     Raises:
         UserMistake: there is no such job, it is not ours, or it has ended.
@@ -28,3 +31,4 @@ def stop(name: str, region: str | None = None, assume_role: str | None = None) -
 
     aws = Aws(region, assume_role)
     end(aws, describe(aws, name))
+    return aws.flags
