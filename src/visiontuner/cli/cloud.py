@@ -127,8 +127,8 @@ def run_on_sagemaker(
         console.close()
     click.echo(f"Submitted {name}.")
     if not job["wait"]:
-        click.echo(f"Follow it:     visiontuner attach {name} --region {plan.region}")
-        click.echo(f"End it early:  visiontuner stop {name} --region {plan.region}")
+        click.echo(f"Follow it:     visiontuner attach {name}{aws.flags}")
+        click.echo(f"End it early:  visiontuner stop {name}{aws.flags}")
         return
     from visiontuner.cli.attach import follow_and_print
 
