@@ -56,8 +56,8 @@ def make_plan(**changes: Any) -> JobPlan:
     [
         (None, 0, 7200),
         (100.0, 0, 7200),  # more than two hours cost
-        (6.0, 0, 5400),  # $4 an hour: an hour and a half
-        (6.0, 1800, 3600),  # of which half an hour is the warm pool's
+        (6.0, 0, 5100),  # $4 an hour: an hour and a half, of which 5 minutes are the job's end
+        (6.0, 1800, 3300),  # and half an hour is the warm pool's
     ],
 )
 def test_a_job_runs_no_longer_than_its_money_lasts(
@@ -69,7 +69,7 @@ def test_a_job_runs_no_longer_than_its_money_lasts(
     )
     assert found == seconds
     if max_cost is not None:
-        most = price.of(found + warm_pool)
+        most = price.of(found + 300 + warm_pool)
         assert most is not None
         assert most <= max_cost
 
@@ -86,7 +86,7 @@ def test_a_limit_in_money_needs_a_price() -> None:
 
 def test_a_plan_costs_at_most_all_machines_for_all_the_time() -> None:
     # 2 machines, an hour and half an hour of warm pool, $1.50 an hour each.
-    assert make_plan(warm_pool_seconds=1800).most_it_can_cost == pytest.approx(4.5)
+    assert make_plan(warm_pool_seconds=1800).most_it_can_cost == pytest.approx(4.75)
     assert make_plan(price=Price(per_hour=None, instances=2)).most_it_can_cost is None
 
 
@@ -123,7 +123,7 @@ def test_a_plan_says_everything_that_will_happen() -> None:
     text = "\n".join(plan.lines())
     for words in (
         "2 x ml.g5.xlarge, spot; at most 1 h",
-        "$1.5 an hour each; at most $3.00",
+        "$1.5 an hour each; at most about $3.25",
         "s3://photos/dogs/ (2,000 MB)",
         "tracking   later",
         "subnet-1 (sg-1)",

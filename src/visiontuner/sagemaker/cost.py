@@ -10,6 +10,10 @@ from visiontuner.errors import UserMistake
 SHORTEST_RUN_SECONDS = 600
 """Less is spent on starting machines and installing packages."""
 
+# At its limit a job has 120 s to end in order (botocore, StoppingCondition); then SageMaker uploads
+# what it keeps. Both are billed; three minutes for the upload are a guess.
+ENDING_SECONDS = 300
+
 
 @dataclass(frozen=True, kw_only=True)
 class Price:
@@ -23,10 +27,17 @@ class Price:
         return None if self.per_hour is None else self.per_hour * self.instances * seconds / 3600
 
 
+def billed_seconds(*, max_run_seconds: float, warm_pool_seconds: float) -> float:
+    """Of each machine at most, as far as is known beforehand."""
+    return max_run_seconds + ENDING_SECONDS + warm_pool_seconds
+
+
 def limit_seconds(
     price: Price, *, max_run_seconds: float, warm_pool_seconds: float, max_cost: float | None
 ) -> int:
     """How long a job may run: as long as was said, and no longer than the money lasts.
+
+    The money also pays for the end of the job and for the warm pool.
 
     Raises:
         UserMistake: there is a limit in money and no price, or it is too low for any search.
@@ -39,12 +50,14 @@ def limit_seconds(
             "tell it with --price."
         )
     hourly = price.per_hour * price.instances
-    affordable = max_cost * 3600 / hourly - warm_pool_seconds if hourly else max_run_seconds
+    beside = billed_seconds(max_run_seconds=0, warm_pool_seconds=warm_pool_seconds)
+    affordable = max_cost * 3600 / hourly - beside if hourly else max_run_seconds
     if affordable < SHORTEST_RUN_SECONDS:
-        beside = " beside the warm pool" if warm_pool_seconds else ""
+        also = " and the warm pool" if warm_pool_seconds else ""
+        least = SHORTEST_RUN_SECONDS // 60
         raise UserMistake(
-            f"--max-cost {max_cost:g} lasts {max(0, affordable) / 60:.0f} minutes at "
-            f"${hourly:.2f} an hour{beside}; a search needs at least {SHORTEST_RUN_SECONDS // 60}. "
+            f"--max-cost {max_cost:g} lasts {max(0, affordable) / 60:.0f} min at ${hourly:.2f} an "
+            f"hour, beside the job's end{also}; a search needs {least} at least. "
             "Allow more, or choose a cheaper --instance-type."
         )
     return int(min(max_run_seconds, affordable))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from visiontuner.experiment import Experiment
-from visiontuner.sagemaker.cost import Price, dollars
+from visiontuner.sagemaker.cost import Price, billed_seconds, dollars
 from visiontuner.sagemaker.instances import has_own_disk
 from visiontuner.sagemaker.limits import LONGEST_SECONDS, check_choices, check_no_apostrophe
 from visiontuner.sagemaker.source import CHANNEL_FOLDER, CHECKPOINTS
@@ -173,8 +173,11 @@ class JobPlan:
 
     @property
     def most_it_can_cost(self) -> float | None:
-        """US dollars, on demand, the warm pool included."""
-        return self.price.of(self.max_run_seconds + self.warm_pool_seconds)
+        """US dollars, on demand, as far as is known: with the job's end and the warm pool."""
+        seconds = billed_seconds(
+            max_run_seconds=self.max_run_seconds, warm_pool_seconds=self.warm_pool_seconds
+        )
+        return self.price.of(seconds)
 
     def lines(self) -> list[str]:
         """What is going to happen, for a person."""
@@ -236,7 +239,7 @@ class JobPlan:
     def _describe_cost(self) -> str:
         if self.price.per_hour is None:
             return "not known: AWS's price list does not say; tell it with --price"
-        most = f"at most {dollars(self.most_it_can_cost)}"
+        most = f"at most about {dollars(self.most_it_can_cost)}"
         saved = "; spot is mostly cheaper" if self.spot else ""
         return f"${self.price.per_hour:g} an hour each; {most}{saved}"
 
