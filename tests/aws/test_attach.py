@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from visiontuner import aws as aws_module
 from visiontuner.cli import main
+from visiontuner.data import s3 as s3_module
 from visiontuner.data import transfer
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import FILE_NAME
@@ -168,18 +169,25 @@ def operation(headers: Any) -> str:
 
 
 @pytest.fixture
-def bad_days(
+def proxied(
     jobs: Any,
     proxy_before: Callable[[tuple[str, int]], Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Any:
     """A proxy between this process and AWS; the jobs' own client does not go through it."""
-    monkeypatch.setattr(transfer, "_LONGEST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(aws_module, "ATTEMPTS", 1)  # or botocore waits for seconds
     host, port = jobs.aws.url.removeprefix("http://").split(":")
     proxy = proxy_before((host, int(port)))
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
     return proxy
+
+
+@pytest.fixture
+def bad_days(proxied: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The same, without the seconds that are waited between two tries."""
+    monkeypatch.setattr(transfer, "_LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(aws_module, "ATTEMPTS", 1)
+    monkeypatch.setattr(s3_module, "ATTEMPTS", 1)
+    return proxied
 
 
 def refuse(*operations: str, with_: Any, times: int = 10_000) -> Any:
@@ -243,6 +251,7 @@ def test_an_aws_that_is_away_or_ill_is_waited_for(
     assert LINE in followed(lambda notes: LINE in notes)
 
 
+# S3 has a patience of its own below, and logs are not worth a word.
 @pytest.mark.parametrize("where", ["ListTags", "GetLogEvents", "s3"])
 def test_an_aws_that_is_busy_is_waited_for_and_that_is_said_once(
     bad_days: Any, followed: Any, where: str
@@ -252,7 +261,7 @@ def test_an_aws_that_is_busy_is_waited_for_and_that_is_said_once(
     notes = followed(lambda notes: LINE in notes)
     assert LINE in notes
     said_so = [note for note in notes if note.endswith("Asking again for 10 minutes.")]
-    assert len(said_so) == (0 if where == "GetLogEvents" else 1)
+    assert len(said_so) == (1 if where == "ListTags" else 0)
 
 
 @pytest.mark.parametrize("where", ["DescribeLogStreams", "GetLogEvents"])
@@ -290,6 +299,63 @@ def test_a_following_that_ends_says_that_the_job_runs_on(
         f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region eu-west-1` goes "
         "on here."
     )
+
+
+# S3 that is away
+
+
+def away_for(seconds: float, service: str) -> Any:
+    """A rule: from its first request on a service is not there for so long."""
+    ends: list[float] = []
+
+    def rule(_method: str, _path: str, headers: Any) -> Any:
+        if operation(headers) != service:
+            return None
+        ends.append(time.monotonic() + seconds)
+        return "close" if time.monotonic() < ends[0] else None
+
+    return rule
+
+
+@pytest.fixture
+def at_home(jobs: Any, new_search: Callable[..., Any]) -> Callable[[str], None]:
+    """Brings a job home that has ended so, and looks at what came."""
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    search.finish()
+
+    def bring(status: str) -> None:
+        job = jobs.place()
+        jobs.keep_checkpoints(search.folder)
+        jobs.direct(job, status=status, seconds=60)
+        came = run("attach", job)
+        assert came.exit_code == 0, came.output
+        assert journal("searches/colours-1") == journal(search.folder)
+        assert "S3 does not answer; asking again for" in came.output
+
+    return bring
+
+
+@pytest.mark.parametrize("status", ["Completed", "Stopped"])
+def test_a_search_comes_home_though_s3_is_away_for_a_while(
+    bad_days: Any, at_home: Any, status: str
+) -> None:
+    bad_days.rule = away_for(1, "s3")
+    at_home(status)
+
+
+@pytest.mark.slow
+def test_a_search_comes_home_though_s3_is_away_for_thirty_seconds(
+    proxied: Any, at_home: Any
+) -> None:
+    proxied.rule = away_for(30, "s3")
+    at_home("Completed")
+
+
+def test_a_job_is_followed_though_s3_is_away_for_a_while(bad_days: Any, followed: Any) -> None:
+    bad_days.rule = away_for(1, "s3")
+    assert LINE in followed(lambda notes: LINE in notes)
 
 
 # Credentials

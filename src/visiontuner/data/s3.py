@@ -84,6 +84,20 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any]:
         raise
 
 
+def read(client: Any, bucket: str, key: str) -> bytes | None:
+    """A small object's content; None if it is not there."""
+    from botocore.exceptions import ClientError
+
+    try:
+        with client.get_object(Bucket=bucket, Key=key)["Body"] as body:
+            content: bytes = body.read()
+            return content
+    except ClientError as error:
+        if error.response["Error"]["Code"] in _MISSING:
+            return None
+        raise
+
+
 def is_passing(error: Exception) -> bool:
     """Whether an error is one of the connection or of a busy S3: asking again may help."""
     from botocore.exceptions import (

@@ -7,7 +7,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from visiontuner.aws import Aws, AwsRefused
-from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError
 from visiontuner.journal import FILE_NAME, Event, read_events
 from visiontuner.sagemaker import s3
@@ -101,14 +100,8 @@ class JournalTail:
 
     def new_events(self) -> list[Event]:
         """What has come since the last call, whole lines only."""
-        bucket, key = split_uri(self._uri)
-        try:
-            now = self._aws.call("s3", "head_object", Bucket=bucket, Key=key)["ETag"]
-        except AwsRefused as error:
-            if error.code in ("404", "NoSuchKey"):
-                return []
-            raise
-        if now == self._seen:
+        now = s3.etag(self._aws, self._uri)
+        if now is None or now == self._seen:
             return []
         content = s3.get(self._aws, self._uri) or b""
         self._seen = now

@@ -10,7 +10,7 @@ from typing import Literal
 
 from visiontuner.aws import Aws
 from visiontuner.data.s3 import connect
-from visiontuner.data.storage import Progress, download_folder
+from visiontuner.data.storage import Note, Progress, download_folder
 from visiontuner.errors import JobFailed, JournalError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.sagemaker import s3
@@ -36,7 +36,14 @@ class Home:
     kept: Literal["here", "apart"] | None = None
 
 
-def bring_home(aws: Aws, job: Job, folder: Path, *, progress: Progress | None = None) -> Home:
+def bring_home(
+    aws: Aws,
+    job: Job,
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    note: Note | None = None,
+) -> Home:
     """Copy the search folder of an ended job.
 
     A completed job's comes from its model.tar.gz, any other's from its checkpoints. What lies in
@@ -50,24 +57,28 @@ def bring_home(aws: Aws, job: Job, folder: Path, *, progress: Progress | None = 
     shutil.rmtree(coming, ignore_errors=True)
     coming.mkdir(parents=True)
     try:
-        _fetch(aws, job, coming, progress)
-        record = SearchRecord.load(coming)
-        return _put_in_place(coming, folder, record)
-    except JournalError:
-        raise JobFailed(_no_search(aws, job)) from None
+        _fetch(aws, job, coming, progress, note)
+        return _put_in_place(coming, folder, _record_of(aws, job, coming))
     finally:
         shutil.rmtree(coming, ignore_errors=True)
 
 
-def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None) -> None:
+def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None, note: Note | None) -> None:
     if job.status == "Completed" and job.archive:
-        archive = s3.fetch(aws, job.archive, coming, progress=progress)
+        archive = s3.fetch(aws, job.archive, coming, progress=progress, note=note)
         if archive is not None:
             s3.unpack_search(archive, coming)
             archive.unlink()
     if not (coming / FILE_NAME).exists() and job.search_folder:
         client = connect(aws.session, aws.region)
-        download_folder(job.search_folder, coming, client=client, progress=progress)
+        download_folder(job.search_folder, coming, client=client, progress=progress, note=note)
+
+
+def _record_of(aws: Aws, job: Job, coming: Path) -> SearchRecord:
+    try:
+        return SearchRecord.load(coming)
+    except JournalError:
+        raise JobFailed(_no_search(aws, job)) from None
 
 
 def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> Home:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from visiontuner.errors import UserMistake
 from visiontuner.journal import TrialRecord
 from visiontuner.locations import SEARCHES, tracking_uri
-from visiontuner.workflow.following import POLL_SECONDS, Logs, find_job, follow_job
+from visiontuner.workflow.following import POLL_SECONDS, Logs, find_job, follow_job, patiently
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.sync import sync_search
@@ -88,9 +88,10 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
         job,
         folder,
         progress=lambda done, total: observer.progress("Bringing home", done, total, "B"),
+        note=observer.note,
     )
     result = sync_search(folder, parent_run_id=os.environ.pop("MLFLOW_RUN_ID", None))
-    jobs = jobs_of(aws, job)
+    jobs = patiently(lambda: jobs_of(aws, job), observer)
     _log_costs(folder, home, jobs)
     return Attached(
         lines=tuple(_told(aws, job, jobs, home, result)),

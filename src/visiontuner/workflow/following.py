@@ -31,7 +31,7 @@ def find_job(aws: Aws, name: str, *, observer: Observer, poll_seconds: float) ->
     """
     from visiontuner.sagemaker.job import describe
 
-    return _patiently(lambda: describe(aws, name), observer, poll_seconds)
+    return patiently(lambda: describe(aws, name), observer, poll_seconds)
 
 
 def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_seconds: float) -> Job:
@@ -53,7 +53,7 @@ def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_secon
         return now
 
     try:
-        while not (job := _patiently(look, observer, poll_seconds)).ended:
+        while not (job := patiently(look, observer, poll_seconds)).ended:
             time.sleep(poll_seconds)
     except (ServingError, UserMistake) as error:
         _end(error, aws, job)
@@ -87,8 +87,14 @@ class _Patience:
         return is_final or now - self.since > PATIENCE_SECONDS
 
 
-def _patiently(ask: Callable[[], Answer], observer: Observer, poll_seconds: float) -> Answer:
-    """The job does not care whether anybody looks: an AWS that is away comes back."""
+def patiently(
+    ask: Callable[[], Answer], observer: Observer, poll_seconds: float = POLL_SECONDS
+) -> Answer:
+    """Ask an AWS that is away or busy again: a job does not care whether anybody looks.
+
+    Raises:
+        ServingError: AWS refuses, or stays away for `PATIENCE_SECONDS`.
+    """
     patience = _Patience()
     while True:
         is_first = patience.since is None
