@@ -8,8 +8,10 @@ import hashlib
 import io
 import os
 import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,11 @@ from visiontuner.errors import DataError, DownloadError, ServingError, UserMista
 BUCKET = "photos"
 URI = f"s3://{BUCKET}/set one"
 DIRECT: list[Any] = []  # boto3's client of the server itself, not through the proxy
+# What the fixture shortens.
+REAL = {
+    "_LONGEST_PAUSE_SECONDS": transfer_module._LONGEST_PAUSE_SECONDS,
+    "ATTEMPTS": s3_module.ATTEMPTS,
+}
 SECRET = "wJalrXUtnFEMI-secret"
 
 
@@ -324,6 +331,22 @@ def test_s3_that_is_away_for_a_while_is_asked_again(s3, tmp_path, answer):
     assert held(tmp_path / "back") == FILES
     assert notes
     assert all(note.startswith("S3 does not answer; asking again for") for note in notes)
+
+
+@pytest.mark.slow
+def test_s3_that_is_away_for_thirty_seconds_delays_transfers_and_no_more(s3, tmp_path, monkeypatch):
+    for module, name in ((transfer_module, "_LONGEST_PAUSE_SECONDS"), (s3_module, "ATTEMPTS")):
+        monkeypatch.setattr(module, name, REAL[name])
+    put("other/one.png", b"1")
+    here, began = write(tmp_path / "here"), time.monotonic()
+    s3.rule = lambda *_: "close" if time.monotonic() - began < 30 else None
+    with ThreadPoolExecutor() as pool:
+        up = pool.submit(upload_folder, here, URI)
+        down = pool.submit(download_folder, f"s3://{BUCKET}/other", tmp_path / "other")
+    assert moved(up.result()) == (5, 0)
+    assert moved(down.result()) == (1, 0)
+    assert held(tmp_path / "other") == {"one.png": b"1"}
+    assert 30 <= time.monotonic() - began < 60
 
 
 def test_s3_that_stays_away_ends_in_one_line_and_the_next_run_goes_on(s3, tmp_path, monkeypatch):
