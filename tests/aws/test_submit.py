@@ -378,6 +378,7 @@ def test_an_attached_search_is_in_mlflow_what_a_local_one_is(
         assert here[name]["params"] == held["params"]
         assert here[name]["points"].items() >= held["points"].items()
         assert held["tags"].items() <= here[name]["tags"].items()
+        assert here[name]["status"] == held["status"]
     # $2 an hour for each of 2 machines and half an hour; the trials share it by their seconds.
     costs = {name: held["points"] for name, held in here.items()}
     parent = folder.name if folder.name in costs else "search"
@@ -682,13 +683,15 @@ def _train(account: Any, name: str, parameters: dict[str, str]) -> None:
 
 
 def _runs(uri: str) -> dict[str, dict[str, Any]]:
-    """What MLflow holds, by run name: parameters, points and our tags, without its own ids."""
+    """What MLflow holds, by run name: parameters, points and tags, names for ids of runs."""
     from mlflow import MlflowClient
 
     client = MlflowClient(uri, uri)
     experiments = [each.experiment_id for each in client.search_experiments()]
+    all_runs = client.search_runs(experiments, max_results=100)
+    names = {found.info.run_id: found.info.run_name for found in all_runs}
     held = {}
-    for found in client.search_runs(experiments, max_results=100):
+    for found in all_runs:
         points = {
             key: [
                 (p.step, p.timestamp, p.value)
@@ -696,11 +699,7 @@ def _runs(uri: str) -> dict[str, dict[str, Any]]:
             ]
             for key in found.data.metrics
         }
-        tags = {
-            key: value
-            for key, value in found.data.tags.items()
-            if key.startswith("visiontuner.") and "run_id" not in key
-        }
+        tags = {key: names.get(value, value) for key, value in found.data.tags.items()}
         held[found.info.run_name] = {
             "params": found.data.params,
             "points": points,
