@@ -69,6 +69,32 @@ def curves(record: SearchRecord) -> dict[str, Any]:
     }
 
 
+def written(uri: str, search: SearchRecord) -> dict[str, Any]:
+    """What MLflow holds of a search's trials, but for ids, times and speeds."""
+    client, found = MlflowClient(uri), {}
+    experiment = client.get_experiment_by_name("colours")
+    assert experiment is not None
+    of_this = f"tags.`visiontuner.search_id` = '{search.search_id}'"
+    for run in client.search_runs([experiment.experiment_id], of_this):
+        trial_id = run.data.tags.get("visiontuner.trial_id")
+        if trial_id is not None:
+            points = {
+                name: [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)]
+                for name in (*METRICS, f"best_{search.objective}", "learning_rate")
+            }
+            ids = ("visiontuner.search_id", "mlflow.parentRunId")
+            tags = {key: value for key, value in run.data.tags.items() if key not in ids}
+            found[trial_id] = {
+                "status": run.info.status,
+                "params": run.data.params,
+                "points": points,
+                # What a job costs is known of jobs alone.
+                "metrics": run.data.metrics.keys() - {"seconds", "cost_usd"},
+                "tags": tags,
+            }
+    return found
+
+
 def hosts_of(folder: Path) -> set[str]:
     return {e["host"] for e in read_events(folder).events if e["event"] == "trial_ended"}
 
@@ -122,7 +148,9 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
     paths = [str(tmp_path / "poison"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     tune("--data", str(pictures), "--output", "near")
-    assert curves(far) == curves(SearchRecord.load(tmp_path / "near"))
+    near = SearchRecord.load(tmp_path / "near")
+    assert curves(far) == curves(near)
+    assert written(uri, far) == written(uri, near)
 
 
 class Job:
