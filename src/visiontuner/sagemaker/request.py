@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -68,8 +69,9 @@ def _run(aws: Aws, plan: JobPlan, source: str, *, dry: bool) -> dict[str, Any]:
     boto.events.register(_CREATE, look)
     with _sdk_settings(), explained("create the training job"):
         try:
-            trainer = _trainer(_session(boto, plan, dry=dry), plan, source)
-            trainer.train(wait=False, logs=False)
+            with _letting_go():
+                trainer = _trainer(_session(boto, plan, dry=dry), plan, source)
+                trainer.train(wait=False, logs=False)
         except _OnlyLooked:
             pass
         except ValueError as error:  # pydantic's and the SDK's own checks
@@ -77,6 +79,16 @@ def _run(aws: Aws, plan: JobPlan, source: str, *, dry: bool) -> dict[str, Any]:
                 f"The SageMaker SDK refuses the job: {' '.join(str(error).split())[:300]}"
             ) from error
     return seen
+
+
+@contextmanager
+def _letting_go() -> Iterator[None]:
+    """The SDK keeps an exception in a frame of its own, and with it the temporary folder."""
+    try:
+        yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
 
 
 def _trainer(session: Any, plan: JobPlan, source: str) -> Any:

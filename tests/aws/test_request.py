@@ -1,0 +1,203 @@
+"""What is sent to SageMaker for a plan: every field, checked by botocore, and nothing else."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import boto3
+import pytest
+from botocore.stub import Stubber
+
+from visiontuner import aws_account
+from visiontuner.aws import Aws
+from visiontuner.errors import JobFailed
+from visiontuner.experiment import Experiment
+from visiontuner.sagemaker import request
+from visiontuner.sagemaker.cost import Price
+from visiontuner.sagemaker.plan import JobPlan, Pictures
+
+# The SageMaker SDK's own, from its own imports.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
+]
+SOURCE = "s3://bucket/visiontuner/dogs-1/source-1.tar.gz"
+
+
+@pytest.fixture
+def account(aws: Any) -> Aws:
+    aws.client("s3").create_bucket(
+        Bucket="bucket", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"}
+    )
+    return Aws()
+
+
+@pytest.fixture
+def plan(account: Aws) -> JobPlan:
+    return JobPlan(
+        search="dogs-1",
+        experiment=Experiment.parse({"name": "dogs"}),
+        region=account.region,
+        account=account.account,
+        caller=account.caller,
+        role="arn:aws:iam::123456789012:role/jobs",
+        bucket="bucket",
+        bucket_exists=True,
+        image="123456789012.dkr.ecr.eu-west-1.amazonaws.com/directed:1",
+        instance_type="ml.m5.xlarge",
+        instances=2,
+        max_run_seconds=3600,
+        price=Price(per_hour=1.5, instances=2),
+        tracking_uri=None,
+        tracking="later",
+        pictures=Pictures(uri="s3://photos/dogs/"),
+    )
+
+
+def test_everything_that_was_asked_for_arrives(account: Aws, plan: JobPlan) -> None:
+    job = request.send_request(
+        account,
+        replace(
+            plan,
+            warm_pool_seconds=1800,
+            subnets=("subnet-1", "subnet-2"),
+            security_groups=("sg-1",),
+            kms_key="key-1",
+            disk_gb=80,
+            tags={"team": "vision"},
+        ),
+        SOURCE,
+    )
+    told = account.call("sagemaker", "describe_training_job", TrainingJobName=job)
+    assert told["ResourceConfig"] == {
+        "InstanceType": "ml.m5.xlarge",
+        "InstanceCount": 2,
+        "VolumeSizeInGB": 80,
+        "VolumeKmsKeyId": "key-1",
+        "KeepAlivePeriodInSeconds": 1800,
+    }
+    assert told["VpcConfig"] == {
+        "Subnets": ["subnet-1", "subnet-2"],
+        "SecurityGroupIds": ["sg-1"],
+    }
+    assert told["OutputDataConfig"]["KmsKeyId"] == "key-1"
+    assert told["CheckpointConfig"] == {
+        "S3Uri": "s3://bucket/visiontuner/dogs-1/checkpoints",
+        "LocalPath": "/opt/ml/checkpoints",
+    }
+    assert told["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
+    assert not told["EnableManagedSpotTraining"]
+    tags = account.call("sagemaker", "list_tags", ResourceArn=told["TrainingJobArn"])["Tags"]
+    assert {tag["Key"]: tag["Value"] for tag in tags} == {
+        "team": "vision",
+        "visiontuner.search": "dogs-1",
+        "visiontuner.price_per_hour": "1.5",
+    }
+
+
+def test_a_machine_with_a_disk_of_its_own_gets_no_key_and_a_small_volume(
+    account: Aws, plan: JobPlan
+) -> None:
+    large = replace(plan.pictures or Pictures(uri=""), size=400 * 10**9)
+    on_gpu = replace(plan, instance_type="ml.g5.xlarge", kms_key="key-1", pictures=large)
+    asked = request.dry_request(account, on_gpu, SOURCE)
+    assert asked["ResourceConfig"] == {
+        "InstanceType": "ml.g5.xlarge",
+        "InstanceCount": 2,
+        "VolumeSizeInGB": 30,
+    }
+    assert asked["OutputDataConfig"]["KmsKeyId"] == "key-1"
+
+
+def test_spot_machines_are_waited_for(account: Aws, plan: JobPlan) -> None:
+    asked = request.dry_request(account, replace(plan, spot=True), SOURCE)
+    assert asked["EnableManagedSpotTraining"]
+    assert asked["StoppingCondition"] == {
+        "MaxRuntimeInSeconds": 3600,
+        "MaxWaitTimeInSeconds": 5 * 3600,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instances": -1}, "InstanceCount"),
+        ({"warm_pool_seconds": -5}, "KeepAlivePeriodInSeconds"),
+    ],
+)
+def test_a_request_that_breaks_sagemakers_rules_is_never_sent(
+    account: Aws, plan: JobPlan, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(JobFailed, match=f"SageMaker would not take this request: .*{message}"):
+        request.send_request(account, replace(plan, **changes), SOURCE)
+    assert not account.call("sagemaker", "list_training_jobs")["TrainingJobSummaries"]
+
+
+@pytest.mark.parametrize("opted_out", [True, False])
+def test_the_sdks_telemetry_is_off(
+    account: Aws, plan: JobPlan, monkeypatch: pytest.MonkeyPatch, opted_out: bool
+) -> None:
+    from sagemaker.core.telemetry import telemetry_logging
+
+    sent: list[Any] = []
+    monkeypatch.setattr(
+        telemetry_logging, "_send_telemetry_request", lambda *told, **_: sent.append(told)
+    )
+    if not opted_out:  # what a test of nothing would not see
+        monkeypatch.setattr(request, "_NO_TELEMETRY", {})
+    request.dry_request(account, plan, SOURCE)
+    request.send_request(account, plan, SOURCE)
+    assert bool(sent) == (not opted_out)
+
+
+# The price
+
+
+class _Pricing(Aws):
+    """An account whose price list a test writes; it asks nothing else."""
+
+    def __init__(self, pricing: Any) -> None:
+        self.region = "eu-west-1"
+        self._pricing = pricing
+
+    def client(self, service: str, region: str | None = None, *, patient: bool = True) -> Any:
+        assert (service, region, patient) == ("pricing", "us-east-1", False)
+        return self._pricing
+
+
+@pytest.mark.parametrize(
+    ("listed", "price"),
+    [
+        (
+            {"OnDemand": {"A.B": {"priceDimensions": {"A.B.C": {"pricePerUnit": {"USD": "1.4"}}}}}},
+            1.4,
+        ),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_a_price_comes_from_awss_list(listed: dict[str, Any] | None, price: float | None) -> None:
+    pricing = boto3.client(
+        "pricing", "us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
+    )
+    asked = {"regionCode": "eu-west-1", "instanceName": "ml.g5.xlarge", "component": "Training"}
+    expected = {
+        "ServiceCode": "AmazonSageMaker",
+        "Filters": [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in asked.items()],
+        "MaxResults": 1,
+    }
+    products = [] if listed is None else [json.dumps({"terms": listed})]
+    with Stubber(pricing) as stub:
+        stub.add_response("get_products", {"PriceList": products}, expected)
+        found = aws_account.hourly_price(_Pricing(pricing), "ml.g5.xlarge", "Training")
+        stub.assert_no_pending_responses()
+    assert found == price
+
+
+def test_a_price_list_that_may_not_be_read_is_no_error() -> None:
+    pricing = boto3.client(
+        "pricing", "us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
+    )
+    with Stubber(pricing) as stub:
+        stub.add_client_error("get_products", "AccessDeniedException")
+        assert aws_account.hourly_price(_Pricing(pricing), "ml.g5.xlarge", "Training") is None
