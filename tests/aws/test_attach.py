@@ -492,6 +492,24 @@ def test_next_steps_can_be_pasted_where_another_region_is_the_default(
     assert steps("attach", job) == [resume]
 
 
+@pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker")
+def test_a_job_that_a_role_submits_is_followed_as_that_role(jobs: Any) -> None:
+    role = jobs.aws.put_role("abroad")
+    jobs.aws.put_role("training")
+    image = jobs.aws.put_image(tag="1", repository="directed")
+    done = run(
+        *("tune", "--on", "sagemaker", "--data", "digits", "--image", image, "--price", "2"),
+        *("--bucket", "jobs", "--role", "training", "--assume-role", role, "--yes", "--no-wait"),
+    )
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    (job,) = [line.split()[-1].rstrip(".") for line in lines if line.startswith("Submitted ")]
+    follow = f"visiontuner attach {job} --region eu-west-1 --assume-role {role}"
+    assert f"Follow it:     {follow}" in lines
+    assert "assumed-role/abroad/visiontuner" in done.stderr
+
+
 # Classic tuning jobs
 
 

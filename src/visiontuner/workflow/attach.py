@@ -62,7 +62,7 @@ def attach(
     try:
         job = find_job(aws, name, observer=watching, poll_seconds=poll_seconds)
     except UserMistake:
-        tuning = find_tuning_job(aws, name)
+        tuning = patiently(lambda: find_tuning_job(aws, name), watching, poll_seconds)
         if tuning is None:
             raise
         return Attached(lines=write_tuning_job(tuning, flags=aws.flags))
