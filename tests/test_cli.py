@@ -64,6 +64,19 @@ def test_each_commands_help_shows_an_example(command):
     assert f"visiontuner {command}" in result.stdout
 
 
+def test_tunes_help_lists_a_jobs_flags_apart_from_a_searchs():
+    search, *jobs = call("tune", "--help").stdout.split("\nWith --on sagemaker: ")
+    assert len(jobs) == 3
+    options = search.partition("Options:")[2]
+    for flag in ("--data", "--set", "--trials", "--resume FOLDER|JOB", "--on"):
+        assert flag in options
+    for flag in ("--instances", "--spot", "--kms-key", "--region", "--dry-run", "--yes"):
+        assert flag not in options
+        assert sum(f"  {flag} " in job for job in jobs) == 1
+    assert "PAID" in jobs[0]
+    assert "checkpoints are encrypted by the" in jobs[1]
+
+
 HEAVY = (
     "torch",
     "ray",

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from visiontuner.cli.cloud import job_flags, only_for_sagemaker, run_on_sagemaker
-from visiontuner.cli.errors import OneLineErrors
+from visiontuner.cli.cloud import JobCommand, job_flags, only_for_sagemaker, run_on_sagemaker
 from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
 from visiontuner.cli.results import print_result
 from visiontuner.errors import UserMistake
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from visiontuner.experiment import Experiment
 
 
-@click.command(cls=OneLineErrors)
+@click.command(cls=JobCommand)
 @experiment_options
 @click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
 @click.option("--trials", metavar="N", default="auto", help="How many configurations to try.")
@@ -30,9 +29,10 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--resume",
-    metavar="FOLDER",
+    metavar="FOLDER|JOB",
     default="none",
-    help="Go on with an earlier search; with --on sagemaker: of that job.",
+    help="Go on with the search in a folder; with --on sagemaker with that of a training job, by "
+    "its name. The new job has that one's options: name those that change; `off` leaves one out.",
 )
 @click.option(
     "--on",
