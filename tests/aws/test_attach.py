@@ -22,6 +22,7 @@ from visiontuner.data import s3 as s3_module
 from visiontuner.data import transfer
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import FILE_NAME
+from visiontuner.sagemaker import home
 from visiontuner.tracking import runs as tracked_runs
 from visiontuner.workflow import following
 from visiontuner.workflow.attach import attach
@@ -128,6 +129,29 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     jobs.keep_checkpoints(search.folder)
     assert run("attach", job).exit_code == 0
     assert journal("searches/colours-1") == journal(search.folder)
+
+
+def test_ctrl_c_while_an_ended_search_comes_home_says_how_to_go_on(
+    jobs: Any, new_search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    jobs.keep_checkpoints(search.folder)
+    job = jobs.place()
+    jobs.direct(job, status="Stopped", seconds=60)
+
+    def press(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(home, "download_folder", press)
+        left = run("attach", job)
+    assert left.exit_code == 130
+    assert f"go on with: visiontuner attach {job} --region eu-west-1" in left.stderr
+    assert "runs on" not in left.stderr
+    assert not list(Path("searches").iterdir())
+    assert "1 trials are in searches/colours-1" in run("attach", job).stdout
 
 
 # Why a job ended

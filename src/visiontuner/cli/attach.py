@@ -56,6 +56,7 @@ def follow_and_print(
     from visiontuner.aws import account_flags
     from visiontuner.console import SearchConsole
     from visiontuner.workflow.attach import attach as follow
+    from visiontuner.workflow.following import LeftRunning
 
     console, flags = SearchConsole(), account_flags(region, assume_role)
     try:
@@ -67,11 +68,14 @@ def follow_and_print(
             logs=logs,  # type: ignore[arg-type]
             observer=console,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as left:
         console.close()
         again = f"visiontuner attach {name}{flags}"
-        click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
-        click.echo(f"End it: visiontuner stop {name}{flags}", err=True)
+        if isinstance(left, LeftRunning):
+            click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
+            click.echo(f"End it: visiontuner stop {name}{flags}", err=True)
+        else:
+            click.echo(f"\nStopped. Nothing is lost, go on with: {again}", err=True)
         raise click.exceptions.Exit(130) from None
     finally:
         console.close()

@@ -22,6 +22,10 @@ PATIENCE_SECONDS = 600.0
 _COST_EVERY_SECONDS = 300.0
 
 
+class LeftRunning(KeyboardInterrupt):
+    """Ctrl-C while a job was followed: it runs on."""
+
+
 def find_job(aws: Aws, name: str, *, observer: Observer, poll_seconds: float) -> Job:
     """Describe a job; who asks has reached AWS before.
 
@@ -40,6 +44,7 @@ def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_secon
     Raises:
         ServingError, UserMistake: AWS refuses, or stays out of reach; the job runs on, and that is
             said.
+        LeftRunning: the user has seen enough.
     """
     from visiontuner.sagemaker.job import describe
 
@@ -57,6 +62,10 @@ def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_secon
             time.sleep(poll_seconds)
     except (ServingError, UserMistake) as error:
         _end(error, aws, job)
+    except KeyboardInterrupt:
+        if job.ended:
+            raise
+        raise LeftRunning from None
     finally:
         watch.close()
     return job
