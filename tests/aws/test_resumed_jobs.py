@@ -161,7 +161,6 @@ def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str
         "--spot": "off",
         "--warm-pool": "30m",
         "--subnets": "off",
-        "--security-groups": "off",
         "--kms-key": "off",
         "--tag": "team=sound",
     }
@@ -175,7 +174,7 @@ def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str
     assert request["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
     assert request["RoleArn"].endswith(":role/others")
     assert not request["EnableManagedSpotTraining"]
-    assert not {"VpcConfig"} & request.keys()
+    assert "VpcConfig" not in request
     assert "KmsKeyId" not in request["OutputDataConfig"]
     assert tags_of(request) == {
         "visiontuner.search": "colours-1",
@@ -251,6 +250,15 @@ def test_a_search_that_is_done_is_brought_home_and_not_run_again(
         told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
         assert "All 2 trials of colours-1 are done" in told
         assert f"`visiontuner attach {second}` brings it home" in told
+
+
+def test_a_completed_job_without_its_checkpoints_is_not_run_from_the_beginning(
+    account: Any, image: str
+) -> None:
+    job = place(account, image, 1, "Completed")
+    told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
+    assert "its checkpoints are no longer on S3" in told
+    assert f"`visiontuner attach {job}` brings home what it did" in told
 
 
 def test_a_search_that_only_lacks_its_classifier_goes_on(

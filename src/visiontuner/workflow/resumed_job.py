@@ -94,6 +94,11 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
     from visiontuner.search.stages import remaining_trials
 
     record = record_of(aws, before)
+    if before.status == "Completed" and not record.started:
+        raise UserMistake(
+            f"{before.name} is completed, and its checkpoints are no longer on S3: `visiontuner "
+            f"attach {before.name}` brings home what it did. There is nothing to go on from."
+        )
     if record.best is None or remaining_trials(experiment, record):
         return
     # Only a job that completed has packaged the best trial.
@@ -114,6 +119,7 @@ def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOpt
     warm_pool = f"{submitted.warm_pool_seconds}s" if submitted.warm_pool_seconds else None
     kind = options.instance_type or before.instance_type
     same_type = kind == before.instance_type
+    subnets, security_groups = _network(options, submitted)
     own_disk = has_own_disk(before.instance_type) or has_own_disk(kind)
     return replace(
         _with_image(options, before, same_type=same_type),
@@ -125,10 +131,22 @@ def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOpt
         price=before.price.per_hour if options.price is None and same_type else options.price,
         volume=options.volume or (None if own_disk else before.disk_gb or None),
         warm_pool=_chosen(options.warm_pool, None if options.spot else warm_pool),
-        subnets=_chosen(options.subnets, submitted.subnets),
-        security_groups=_chosen(options.security_groups, submitted.security_groups),
+        subnets=subnets,
+        security_groups=security_groups,
         kms_key=_chosen(options.kms_key, submitted.kms_key),
         tags={**submitted.tags, **options.tags},
+    )
+
+
+def _network(
+    options: JobOptions, submitted: Submitted
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Subnets and security groups; without the ones the others mean nothing."""
+    if () in (options.subnets, options.security_groups):
+        return options.subnets or (), options.security_groups or ()
+    return (
+        _chosen(options.subnets, submitted.subnets),
+        _chosen(options.security_groups, submitted.security_groups),
     )
 
 
