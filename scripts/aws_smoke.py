@@ -97,7 +97,8 @@ def ask(name: str, model_uri: str, region: str) -> None:
         ServingError: it does not answer them all.
     """
     from visiontuner.serving.reference import Reference
-    from visiontuner.workflow.query import model_folder, query
+    from visiontuner.workflow.models import model_folder
+    from visiontuner.workflow.query import query
 
     with model_folder(model_uri) as folder:
         pictures = Reference.read(folder).pictures

@@ -300,6 +300,14 @@ def _settings(url: str, nowhere: Path) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def newest_search(tmp_path: Path) -> Path:
+    """A search of `colours` among the searches of this folder."""
+    search = journals.Search(tmp_path / "searches/colours-1", name="colours")
+    search.begin()
+    return Path(search.folder)
+
+
 @pytest.fixture(scope="session")
 def registered(
     tmp_path_factory: pytest.TempPathFactory,

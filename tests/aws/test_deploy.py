@@ -24,6 +24,7 @@ from visiontuner.cli import main
 from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.endpoint import Endpoint
+from visiontuner.workflow.models import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
 
@@ -602,6 +603,23 @@ def test_an_endpoint_that_is_not_there_is_a_mistake(
     assert done.exit_code == 2
     assert "There is no endpoint 'missing' in eu-west-1" in said(done)
     assert account.holds() == NOTHING
+
+
+@pytest.mark.usefixtures("account", "newest_search")
+def test_the_folder_of_the_pictures_does_not_hide_the_model_that_is_named_after_it(
+    model: str,
+) -> None:
+    Path("colours/red").mkdir(parents=True)
+    for named in ([], ["colours"]):
+        planned = run("deploy", *named, "--dry-run")
+        assert planned.exit_code == 0, planned.output
+        assert f"-m models:/{model}" in planned.stdout
+    with model_folder("colours") as folder:  # as preflight and query find it
+        assert (folder / "MLmodel").is_file()
+    Path("others").mkdir()
+    assert "The folder others holds no model. MLflow has no model 'others'" in said(
+        run("deploy", "others", "--dry-run")
+    )
 
 
 @pytest.mark.usefixtures("account")

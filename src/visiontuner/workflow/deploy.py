@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.errors import ServingError, UserMistake
-from visiontuner.journal import SearchRecord
-from visiontuner.locations import newest_search, tracking_uri
+from visiontuner.locations import tracking_uri
+from visiontuner.workflow.models import locate_model, model_folder
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import open_store
-from visiontuner.workflow.query import model_folder, model_uri
 
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
@@ -226,16 +225,15 @@ def endpoints(region: str | None = None, assume_role: str | None = None) -> list
 
 def _model_facts(model: str | None) -> tuple[str, dict[str, Any]]:
     """The URI to deploy, and the tags that lead from the endpoint back to it."""
-    name = model or str(SearchRecord.load(newest_search()).started["experiment"]["name"])
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "MLmodel").is_file():
+    located = locate_model(model)
+    if isinstance(located, Path):
+        if not (located / "MLmodel").is_file():
             raise UserMistake(
-                f"{name} is no MLflow model. Deploy the registered one: `visiontuner deploy NAME`."
+                f"{located} is no MLflow model. Deploy the registered one: "
+                "`visiontuner deploy NAME`."
             )
-        return str(folder.resolve()), {"visiontuner.model": folder.resolve().name}
-    uri = model_uri(name)
-    registered, version = uri.removeprefix("models:/").rsplit("/", 1)
+        return str(located.resolve()), {"visiontuner.model": located.resolve().name}
+    registered, version = located.removeprefix("models:/").rsplit("/", 1)
     found = open_store().call("get_model_version", registered, version)
     lineage = {key: found.tags[key] for key in _LINEAGE if key in found.tags}
-    return uri, {"visiontuner.model": f"{registered}/{version}", **lineage}
+    return located, {"visiontuner.model": f"{registered}/{version}", **lineage}

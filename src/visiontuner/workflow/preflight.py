@@ -7,9 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from visiontuner.journal import SearchRecord
-from visiontuner.locations import newest_search, writable_cache_folder
-from visiontuner.workflow.query import model_folder, model_uri
+from visiontuner.locations import writable_cache_folder
+from visiontuner.workflow.models import locate_model, model_folder
 
 if TYPE_CHECKING:
     from visiontuner.serving.preflight import PreflightReport
@@ -48,9 +47,7 @@ def preflight(
 
     if container:
         require_engine()
-    name = model or str(SearchRecord.load(newest_search()).started["experiment"]["name"])
-    if not Path(name).is_dir():
-        name = model_uri(name)
+    name = str(locate_model(model))
     with model_folder(name) as found, TemporaryDirectory(prefix="visiontuner-") as temporary:
         folder = _as_mlflow_model(found, Path(temporary) / "model")
         if container:

@@ -29,7 +29,7 @@ def promote(model: str | None = None, *, force: bool = False, dry_run: bool = Fa
     from visiontuner.serving import promotion
     from visiontuner.serving.versions import ModelReference
 
-    reference = ModelReference.parse(model or _newest_model())
+    reference = ModelReference.parse(model or newest_model())
     return promotion.promote(open_store(), reference, force=force, dry_run=dry_run)
 
 
@@ -44,5 +44,10 @@ def open_store() -> Store:
     return Store(tracking_uri(), advice=_ADVICE, must_exist=True)
 
 
-def _newest_model() -> str:
+def newest_model() -> str:
+    """The name of the newest search's registered model.
+
+    Raises:
+        JournalError: there is no search here.
+    """
     return str(SearchRecord.load(newest_search()).started["experiment"]["name"])

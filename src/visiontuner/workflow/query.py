@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
-from visiontuner.layout import CLASSIFIER_FOLDER
-from visiontuner.locations import tracking_uri
+from visiontuner.workflow.models import model_folder
 
 if TYPE_CHECKING:
     from visiontuner.serving.batching import PictureAnswer
     from visiontuner.serving.client import Transport
 
 LOCAL_SERVER = "http://127.0.0.1:5000"
-_ADVICE = "Check MLFLOW_TRACKING_URI, then try again."
 
 
 def query(
@@ -96,42 +92,3 @@ def _way(
         )
     else:
         yield SageMakerTransport(endpoint or "", region=region, body_limit=limit)
-
-
-@contextmanager
-def model_folder(model: str) -> Iterator[Path]:
-    """The folder that a text means: one that is there, or a registered model's, fetched for now.
-
-    A name alone means the champion, or the newest version while there is none.
-
-    Raises:
-        UserMistake: there is no such model.
-        TrackingError: MLflow is away or refuses.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        inside = folder / CLASSIFIER_FOLDER
-        yield inside if inside.is_dir() else folder
-        return
-    uri = model_uri(model)
-    from visiontuner.tracking.client import Store
-
-    with TemporaryDirectory(prefix="visiontuner-") as temporary:
-        yield Store(tracking_uri(), advice=_ADVICE).download(uri, Path(temporary))
-
-
-def model_uri(model: str) -> str:
-    """`models:/NAME/VERSION` of a registered model.
-
-    Raises:
-        UserMistake: there is no such model, version or alias.
-        TrackingError: MLflow is away or refuses.
-    """
-    from visiontuner.serving.versions import CHAMPION, ModelReference, aliases, find_version
-    from visiontuner.tracking.client import Store
-
-    store, reference = Store(tracking_uri(), advice=_ADVICE), ModelReference.parse(model)
-    if not (reference.version or reference.alias) and CHAMPION in aliases(store, reference.name):
-        reference = ModelReference(name=reference.name, alias=CHAMPION)
-    version = find_version(store, reference)
-    return f"models:/{version.name}/{version.version}"

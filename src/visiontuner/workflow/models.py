@@ -1,0 +1,79 @@
+"""Which model a text means: the one in a folder that is there, or a registered one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from visiontuner.errors import UserMistake
+from visiontuner.layout import CLASSIFIER_FOLDER
+from visiontuner.workflow.promote import newest_model, open_store
+
+_MODEL_FILES = ("MLmodel", "classifier.json")
+
+
+def locate_model(model: str | None) -> Path | str:
+    """The folder that a text names, or `models:/NAME/VERSION` of the registered model.
+
+    A folder without a model in it hides none: models are named after the folder of their pictures.
+
+    Args:
+        model: an MLflow model's, a classifier's or a search's folder, or NAME (its champion, or the
+            newest version while there is none), NAME/VERSION, NAME@ALIAS, models:/…;
+            None: the name of the newest search's model.
+
+    Returns:
+        A folder that holds MLmodel or classifier.json, or the URI.
+
+    Raises:
+        UserMistake: there is neither such a folder nor such a model, version or alias.
+        JournalError: None was given, and there is no search here.
+        TrackingError: MLflow is away or refuses.
+    """
+    if model is None:
+        return model_uri(newest_model())
+    folder = Path(model)
+    for one in (folder, folder / CLASSIFIER_FOLDER):
+        if any((one / name).is_file() for name in _MODEL_FILES):
+            return one
+    try:
+        return model_uri(model)
+    except UserMistake as error:
+        if folder.is_dir():
+            raise UserMistake(f"The folder {model} holds no model. {error}") from None
+        raise
+
+
+@contextmanager
+def model_folder(model: str) -> Iterator[Path]:
+    """The folder of what `locate_model` finds; a registered model's is fetched for now.
+
+    Raises:
+        UserMistake: there is no such model.
+        TrackingError: MLflow is away or refuses.
+    """
+    located = locate_model(model)
+    if isinstance(located, Path):
+        yield located
+        return
+    with TemporaryDirectory(prefix="visiontuner-") as temporary:
+        yield open_store().download(located, Path(temporary))
+
+
+def model_uri(model: str) -> str:
+    """`models:/NAME/VERSION` of a registered model.
+
+    Raises:
+        UserMistake: there is no such model, version or alias.
+        TrackingError: MLflow is away or refuses.
+    """
+    from visiontuner.serving.versions import CHAMPION, ModelReference, aliases, find_version
+
+    reference = ModelReference.parse(model)
+    store = open_store()
+    if not (reference.version or reference.alias) and CHAMPION in aliases(store, reference.name):
+        reference = ModelReference(name=reference.name, alias=CHAMPION)
+    version = find_version(store, reference)
+    return f"models:/{version.name}/{version.version}"
