@@ -1,12 +1,14 @@
 import base64
 import io
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 from click.testing import CliRunner
 from PIL import Image
@@ -15,12 +17,18 @@ from visiontuner.cli.query import query
 from visiontuner.errors import ClassifierError, ServingError, UserMistake
 from visiontuner.serving.answers import Options
 from visiontuner.serving.batching import PictureAnswer, ask_all
-from visiontuner.serving.client import HttpTransport, decode_answers
+from visiontuner.serving.client import (
+    HttpTransport,
+    SageMakerTransport,
+    Transport,
+    decode_answers,
+)
 from visiontuner.serving.local import open_model
 from visiontuner.serving.pictures import Picture, find_pictures
 from visiontuner.serving.server import ScoringServer
 
 OPTIONS = Options(top_k=2)
+DROPPED, TORN = 0, 1
 
 
 @pytest.fixture
@@ -36,7 +44,10 @@ def folder(tmp_path: Path, make_picture: Callable[..., bytes]) -> Path:
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Answers each request with the next of `script`, then with one row a picture."""
+    """Answers each request with the next of `script`, then with one row a picture.
+
+    A status of `DROPPED` is a connection that ends without an answer, one of `TORN` within it.
+    """
 
     protocol_version = "HTTP/1.1"
     script: list[tuple[int, dict[str, str], Any]]
@@ -53,6 +64,11 @@ class Stub(BaseHTTPRequestHandler):
         elif type(self).largest is not None and len(table) > type(self).largest:
             status, answer = 413, "too large"
         content = json.dumps(answer).encode()
+        if status in (DROPPED, TORN):
+            if status == TORN:
+                self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+            self.close_connection = True
+            return
         self.send_response(status)
         for key, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
@@ -78,6 +94,26 @@ def stub() -> Iterator[tuple[str, type[Stub]]]:
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+@pytest.fixture(params=["a server", "an endpoint"])
+def way(
+    request: pytest.FixtureRequest, stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch
+) -> Transport:
+    """To the stub: by its URL, or as if it were SageMaker."""
+    if request.param == "a server":
+        return HttpTransport(stub[0])
+    return endpoint(stub[0], monkeypatch)
+
+
+def endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> SageMakerTransport:
+    """An endpoint `dogs` in an AWS that is at this URL."""
+    for name in (*(n for n in os.environ if n.startswith("AWS_")), "HTTP_PROXY", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+    return SageMakerTransport("dogs", region="eu-west-1", session=boto3.Session(**keys))
 
 
 def words(count: int) -> list[Picture]:
@@ -155,11 +191,48 @@ def test_a_busy_server_is_asked_again_as_it_wishes(stub: tuple[str, type[Stub]])
     assert 0.5 <= waits[1] <= 1
 
 
+@pytest.mark.parametrize("fault", [DROPPED, TORN], ids=["dropped", "torn"])
+def test_a_connection_that_breaks_is_tried_again(
+    way: Transport, stub: tuple[str, type[Stub]], fault: int
+) -> None:
+    _, handler = stub
+    handler.script = [(fault, {}, None)]
+    waits: list[float] = []
+    assert labels(ask_all(way, words(3), OPTIONS, sleep=waits.append)) == [
+        "word0", "word1", "word2",
+    ]  # fmt: skip
+    assert len(waits) == 1
+
+
+def test_connections_that_keep_breaking_are_given_up(
+    way: Transport, stub: tuple[str, type[Stub]]
+) -> None:
+    _, handler = stub
+    handler.script = [(DROPPED, {}, None)] * 6
+    with pytest.raises(ServingError, match=r"Given up after 6 tries: .*[Cc]onnection"):
+        list(ask_all(way, words(1), OPTIONS, sleep=lambda _: None))
+
+
+def test_a_server_that_is_gone_for_a_while_is_waited_for(stub: tuple[str, type[Stub]]) -> None:
+    url, _ = stub
+    transport = HttpTransport(url)
+    waits: list[float] = []
+
+    def come_back(seconds: float) -> None:
+        waits.append(seconds)
+        transport.url = url
+
+    assert labels(ask_all(transport, words(1), OPTIONS)) == ["word0"]
+    transport.url = "http://127.0.0.1:9"
+    assert labels(ask_all(transport, words(1), OPTIONS, sleep=come_back)) == ["word0"]
+    assert len(waits) == 1
+
+
 def test_a_server_that_stays_busy_is_given_up(stub: tuple[str, type[Stub]]) -> None:
     url, handler = stub
     handler.script = [(503, {}, {"message": "no capacity"})] * 6
     waits: list[float] = []
-    with pytest.raises(ServingError, match=r"Still busy after 6 tries: no capacity\."):
+    with pytest.raises(ServingError, match=r"Given up after 6 tries: no capacity\."):
         list(ask_all(HttpTransport(url), words(1), OPTIONS, sleep=waits.append))
     assert len(waits) == 5
 

@@ -169,4 +169,4 @@ def _patiently(ask: Callable[[], list[Answer]], sleep: Callable[[float], None]) 
         return ask()
     except Busy as error:
         tries = len(_BACKOFF_SECONDS) + 1
-        raise ServingError(f"Still busy after {tries} tries: {error}. Try again later.") from None
+        raise ServingError(f"Given up after {tries} tries: {error}. Try again later.") from None

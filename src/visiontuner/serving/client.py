@@ -11,7 +11,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from urllib.parse import urlsplit
 
 import requests
@@ -26,6 +26,7 @@ REQUEST_BYTES = 6_000_000
 # An endpoint gives a model 60 s.
 _TIMEOUT_SECONDS = (10, 70)
 _BUSY = (429, 502, 503)
+_BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
 # The batch may be too large, too slow, or hold a row that the model refuses.
 _REFUSED = (400, 413, 422, 504)
 _ENDPOINT_CODES = (
@@ -68,6 +69,7 @@ class HttpTransport:
         # A proxy cannot reach this machine's own loopback.
         self._direct = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
         self._local = threading.local()
+        self._has_answered = False
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
@@ -82,15 +84,11 @@ class HttpTransport:
             )
         except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
             raise ServingError(f"{self.url!r} is no URL; try http://127.0.0.1:5000.") from None
-        except requests.Timeout:
+        except requests.ReadTimeout:
             raise Refused("no answer in time") from None
-        except requests.ConnectionError as error:
-            if "NewConnectionError" in str(error) or "NameResolutionError" in str(error):
-                raise ServingError(
-                    f"Nothing answers at {self.url}. Start it: mlflow models serve -m "
-                    "models:/NAME@champion --env-manager local --port 5000"
-                ) from None
-            raise Busy("the connection broke") from None
+        except requests.RequestException as error:
+            self._broken(error)
+        self._has_answered = True
         if response.status_code == 200:
             return response.content
         reason = _reason(response.content)
@@ -99,6 +97,18 @@ class HttpTransport:
         if response.status_code in _REFUSED:
             raise Refused(reason)
         raise ServingError(f"{self.url} answers {response.status_code}: {reason}")
+
+    def _broken(self, error: requests.RequestException) -> NoReturn:
+        """What breaks is worth another try, but not an address where nothing ever answered."""
+        if _is_untrusted(error) or not isinstance(error, _BROKEN):
+            raise ServingError(f"Cannot ask {self.url}: {type(error).__name__}.") from None
+        nobody = "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
+        if nobody and not self._has_answered:
+            raise ServingError(
+                f"Nothing answers at {self.url}. Start it: mlflow models serve -m "
+                "models:/NAME@champion --env-manager local --port 5000"
+            ) from None
+        raise Busy("the connection broke") from None
 
     def _session(self) -> requests.Session:
         # A session is one thread's; each keeps its connection.
@@ -135,8 +145,14 @@ class SageMakerTransport:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
 
     def _send(self, body: bytes) -> bytes:
-        from botocore.exceptions import ClientError, ReadTimeoutError
+        from botocore import exceptions
 
+        broken = (
+            exceptions.ConnectionError,
+            exceptions.ConnectionClosedError,
+            exceptions.ResponseStreamingError,
+            exceptions.IncompleteReadError,
+        )
         with explained(f"ask endpoint {self.endpoint!r}"):
             try:
                 answer = self._client.invoke_endpoint(
@@ -144,9 +160,14 @@ class SageMakerTransport:
                 )
                 content: bytes = answer["Body"].read()
                 return content
-            except ReadTimeoutError:
+            except exceptions.ReadTimeoutError:
                 raise Refused("no answer in time") from None
-            except ClientError as error:
+            except broken as error:
+                if _is_untrusted(error):
+                    raise
+                text = f"{error}".rstrip(".")
+                raise Busy(f"{text}. Check the region and the connection") from None
+            except exceptions.ClientError as error:
                 reason = self._of_the_endpoint(error.response)
                 if reason is None:
                     raise
@@ -208,6 +229,11 @@ def read_answer(row: Any) -> Answer:
             {"label": str(c["label"]), "probability": float(c["probability"])} for c in row["top_k"]
         ],
     )
+
+
+def _is_untrusted(error: Exception) -> bool:
+    """A certificate that is not trusted stays so."""
+    return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
 def _reason(content: bytes) -> str:
