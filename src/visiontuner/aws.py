@@ -16,6 +16,7 @@ from visiontuner.errors import ServingError, UserMistake
 ATTEMPTS = 3
 # What is in the middle of something else.
 _IN_PROGRESS = "in-progress"
+_NO_REGION = "No AWS region: name one with --region, or set AWS_REGION."
 _NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
 _KEY_ID = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b")
 _PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of AWS_ENDPOINT_URL or a proxy
@@ -87,7 +88,7 @@ class Aws:
         self._clients: dict[tuple[str, str], Any] = {}
         with explained("read AWS's settings"):
             self.session = boto3.Session()
-        self.region = region or _default_region(self.session)
+        self.region = region or default_region(self.session)
         self._check_region()
         identity = self.call("sts", "get_caller_identity")
         if assume_role:
@@ -143,7 +144,7 @@ class Aws:
 
     def _check_region(self) -> None:
         if not self.region:
-            raise UserMistake("No AWS region: name one with --region, or set AWS_REGION.")
+            raise UserMistake(_NO_REGION)
         known = [
             region
             for partition in self.session.get_available_partitions()
@@ -189,10 +190,11 @@ def account_flags(region: str | None, assume_role: str | None) -> str:
     import boto3
 
     with explained("read AWS's settings"):
-        return _flags(region or _default_region(boto3.Session()), assume_role)
+        return _flags(region or default_region(boto3.Session()), assume_role)
 
 
-def _default_region(session: Any) -> str:
+def default_region(session: Any) -> str:
+    """The region that AWS's own settings name, `AWS_REGION` first; empty if none does."""
     return os.environ.get("AWS_REGION") or session.region_name or ""
 
 
@@ -260,6 +262,8 @@ def _renewal() -> str:
 
 def _failed(error: Exception, doing: str) -> NoReturn:
     name, text = type(error).__name__, _one_line(str(error))
+    if name == "NoRegionError":
+        raise UserMistake(_NO_REGION) from None
     if "Credential" in name or "Token" in name or "Profile" in name or "SSO" in name:
         raise UserMistake(
             f"No usable AWS credentials: {text.rstrip('.')}. Set AWS_PROFILE, or run "

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from visiontuner.aws import explained
+from visiontuner.aws import default_region, explained
 from visiontuner.errors import ServingError
 from visiontuner.serving.answers import Answer, Options
 
@@ -138,8 +138,9 @@ class SageMakerTransport:
         self.endpoint = endpoint
         self.body_limit = body_limit
         with explained(f"ask endpoint {endpoint!r}"):
-            maker = session or boto3
-            self._client = maker.client("sagemaker-runtime", region_name=region, config=config)
+            session = session or boto3.Session()
+            region = region or default_region(session) or None
+            self._client = session.client("sagemaker-runtime", region_name=region, config=config)
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
