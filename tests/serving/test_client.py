@@ -52,11 +52,15 @@ class Stub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     script: list[tuple[int, dict[str, str], Any]]
     asked: list[list[bytes]]
+    paths: list[str]
+    signatures: list[str]
     largest: int | None
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
         table = json.loads(body)["dataframe_split"]["data"]
+        type(self).paths.append(self.path)
+        type(self).signatures.append(self.headers.get("Authorization", ""))
         type(self).asked.append([base64.b64decode(cells[0]) for cells in table])
         status, headers, answer = 200, {}, {"predictions": [row(cells[0]) for cells in table]}
         if type(self).script:
@@ -86,7 +90,8 @@ def row(text: str) -> dict[str, Any]:
 
 @pytest.fixture
 def stub() -> Iterator[tuple[str, type[Stub]]]:
-    handler = type("Handler", (Stub,), {"script": [], "asked": [], "largest": None})
+    empty: dict[str, Any] = {name: [] for name in ("script", "asked", "paths", "signatures")}
+    handler = type("Handler", (Stub,), empty | {"largest": None})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -108,12 +113,24 @@ def way(
 
 def endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> SageMakerTransport:
     """An endpoint `dogs` in an AWS that is at this URL."""
+    amazon(url, monkeypatch)
+    return SageMakerTransport("dogs", region="eu-west-1")
+
+
+def amazon(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes this URL all of AWS."""
     for name in (*(n for n in os.environ if n.startswith("AWS_")), "HTTP_PROXY", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
-    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
-    return SageMakerTransport("dogs", region="eu-west-1", session=boto3.Session(**keys))
+    settings = {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_REGION": "eu-west-1",
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
 def words(count: int) -> list[Picture]:
@@ -341,6 +358,8 @@ def test_the_command_reads_standard_input_and_writes_csv(
     ("arguments", "message"),
     [
         (["photo.png"], "Name an endpoint or a URL"),
+        (["photo.png", "photo.png"], "Name an endpoint or a URL"),
+        (["photos/", "photo.png"], "Name an endpoint or a URL"),
         (["--local", "--top-k", "0", "a.png"], "top_k must be a whole number >= 1"),
         (["--local", "--threshold", "much", "a.png"], "--threshold must be a number"),
         (["--model", "models:/", "a.png"], "is no model"),
@@ -351,3 +370,29 @@ def test_a_wrong_command_is_told_in_one_line(arguments: list[str], message: str)
     assert done.exit_code == 2
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_folder_of_pictures_does_not_hide_the_endpoint_that_is_named_after_it(
+    stub: tuple[str, type[Stub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amazon(stub[0], monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    Path("photos/a.png").write_bytes(b"word")
+    done = CliRunner().invoke(query, ["photos", "photos/a.png", "--format", "json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["label"] == "word"
+    assert stub[1].paths == ["/endpoints/photos/invocations"]
+
+
+def test_an_endpoint_is_asked_in_the_region_that_every_command_takes(
+    stub: tuple[str, type[Stub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amazon(stub[0], monkeypatch)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    (tmp_path / "a.png").write_bytes(b"word")
+    for region, chosen in (("eu-north-1", []), ("ap-south-1", ["--region", "ap-south-1"])):
+        monkeypatch.setenv("AWS_REGION", "eu-north-1")
+        asked = CliRunner().invoke(query, ["dogs", str(tmp_path / "a.png"), *chosen])
+        assert asked.exit_code == 0, asked.output
+        assert f"/{region}/sagemaker/" in stub[1].signatures.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _FIELDS = ("picture", "label", "probability", "confident", "top_k", "error", "reduced")
 _SHOWN_CHOICES = 3
+_ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _FEW = 32  # pictures that are answered before anyone wants to see progress
 
 
@@ -123,13 +125,15 @@ def _where(
 
         return {"url": LOCAL_SERVER}, names
     first, *pictures = names
-    if not pictures or Path(first).exists():
+    if pictures and first.startswith(("http://", "https://")):
+        return {"url": first}, pictures
+    # A folder of this name is no picture: endpoints are named after the folder of their pictures.
+    if not pictures or not _ENDPOINT_NAME.fullmatch(first) or Path(first).is_file():
         raise UserMistake(
             "Name an endpoint or a URL, then pictures; or --local or --model, then pictures. "
             "`visiontuner query --help` has examples."
         )
-    is_url = first.startswith(("http://", "https://"))
-    return {"url" if is_url else "endpoint": first}, pictures
+    return {"endpoint": first}, pictures
 
 
 def _probability(text: str) -> float | None:
