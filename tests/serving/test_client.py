@@ -284,6 +284,26 @@ def test_nothing_at_the_address_is_said_with_the_command_that_starts_it() -> Non
         list(ask_all(HttpTransport("http://127.0.0.1:9"), words(1), OPTIONS))
 
 
+def test_a_password_in_a_url_is_never_shown(stub: tuple[str, type[Stub]], tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"word")
+    stub[1].script = [(404, {}, "Not Found")]
+    there = stub[0].replace("http://", "http://me:secret@")
+    for url in (
+        "http://me:secret@127.0.0.1:9",
+        "http://me:secret@[::1",
+        "ftp://me:secret@a",
+        there,
+    ):
+        done = CliRunner().invoke(query, ["--url", url, str(tmp_path / "a.png")])
+        assert done.exit_code == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "secret" not in done.output
+    (picture,) = find_pictures(["http://me:secret@127.0.0.1:9/a.png"])
+    (one,) = ask_all(HttpTransport(stub[0]), [picture], OPTIONS)
+    assert one.picture == "http://127.0.0.1:9/a.png"
+    assert "secret" not in str(one.answer.error)
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b'{"predictions": 3}', b'{"predictions": [[1, 2]]}', b'{"predictions": []}'],

@@ -18,6 +18,7 @@ import requests
 
 from visiontuner.aws import default_region, explained
 from visiontuner.errors import ServingError
+from visiontuner.redaction import without_secrets
 from visiontuner.serving.answers import Answer, Options
 
 # InvokeEndpoint takes 6,291,456 bytes; a serverless endpoint 4 MiB.
@@ -26,6 +27,11 @@ REQUEST_BYTES = 6_000_000
 # An endpoint gives a model 60 s.
 _TIMEOUT_SECONDS = (10, 70)
 _BUSY = (429, 502, 503)
+_NO_URL = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+)
 _BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
 # The batch may be too large, too slow, or hold a row that the model refuses.
 _REFUSED = (400, 413, 422, 504)
@@ -66,8 +72,13 @@ class HttpTransport:
     def __init__(self, url: str, *, body_limit: int = REQUEST_BYTES) -> None:
         self.url = url.rstrip("/").removesuffix("/invocations")
         self.body_limit = body_limit
+        self._shown = without_secrets(self.url)
+        try:
+            host = urlsplit(url).hostname
+        except ValueError:
+            raise self._no_url() from None
         # A proxy cannot reach this machine's own loopback.
-        self._direct = urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._direct = host in ("127.0.0.1", "localhost", "::1")
         self._local = threading.local()
         self._has_answered = False
 
@@ -82,8 +93,8 @@ class HttpTransport:
                 headers={"Content-Type": "application/json"},
                 timeout=_TIMEOUT_SECONDS,
             )
-        except (requests.exceptions.InvalidURL, requests.exceptions.MissingSchema):
-            raise ServingError(f"{self.url!r} is no URL; try http://127.0.0.1:5000.") from None
+        except _NO_URL:
+            raise self._no_url() from None
         except requests.ReadTimeout:
             raise Refused("no answer in time") from None
         except requests.RequestException as error:
@@ -96,16 +107,19 @@ class HttpTransport:
             raise Busy(reason, _seconds(response.headers.get("Retry-After")))
         if response.status_code in _REFUSED:
             raise Refused(reason)
-        raise ServingError(f"{self.url} answers {response.status_code}: {reason}")
+        raise ServingError(f"{self._shown} answers {response.status_code}: {reason}")
+
+    def _no_url(self) -> ServingError:
+        return ServingError(f"{self._shown!r} is no URL; try http://127.0.0.1:5000.")
 
     def _broken(self, error: requests.RequestException) -> NoReturn:
         """What breaks is worth another try, but not an address where nothing ever answered."""
         if _is_untrusted(error) or not isinstance(error, _BROKEN):
-            raise ServingError(f"Cannot ask {self.url}: {type(error).__name__}.") from None
+            raise ServingError(f"Cannot ask {self._shown}: {type(error).__name__}.") from None
         nobody = "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
         if nobody and not self._has_answered:
             raise ServingError(
-                f"Nothing answers at {self.url}. Start it: mlflow models serve -m "
+                f"Nothing answers at {self._shown}. Start it: mlflow models serve -m "
                 "models:/NAME@champion --env-manager local --port 5000"
             ) from None
         raise Busy("the connection broke") from None
@@ -166,7 +180,7 @@ class SageMakerTransport:
             except broken as error:
                 if _is_untrusted(error):
                     raise
-                text = f"{error}".rstrip(".")
+                text = without_secrets(str(error)).rstrip(".")
                 raise Busy(f"{text}. Check the region and the connection") from None
             except exceptions.ClientError as error:
                 reason = self._of_the_endpoint(error.response)

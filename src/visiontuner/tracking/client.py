@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from visiontuner.errors import TrackingError
+from visiontuner.redaction import without_secrets
 
 # Read by MLflow at each call. Without them one call to a server that is away blocks a minute.
 _ENVIRONMENT = {
@@ -226,12 +227,6 @@ def _network_reason(text: str) -> str | None:
     known = r"\[Errno -?\d+\] ([A-Z][\w ]+)|(too many \d+ error responses|\w+ timed out)"
     found = re.search(known, text) if "failed with" in text else None
     return (found[1] or found[2]) if found else None
-
-
-def without_secrets(text: str) -> str:
-    """Hide `user:password@` and the query, a signature perhaps, in any URL of a text."""
-    text = re.sub(r"(?<=://)[^/@\s]+@", "", text)
-    return re.sub(r"(://[^\s?'\"]*)\?[^\s'\"]+", r"\1", text)
 
 
 _patience = threading.Lock()

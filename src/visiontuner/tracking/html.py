@@ -24,8 +24,8 @@ from markupsafe import Markup, escape
 
 from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_events
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
+from visiontuner.redaction import without_secrets
 from visiontuner.tracking import figures as drawing
-from visiontuner.tracking.client import without_secrets
 from visiontuner.tracking.page import PageData, describe_search, label
 from visiontuner.tracking.recordings import Explained
 from visiontuner.training.recording.records import find_recording

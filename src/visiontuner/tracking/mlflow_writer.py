@@ -28,8 +28,9 @@ from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
+from visiontuner.redaction import without_secrets
 from visiontuner.tracking import runs
-from visiontuner.tracking.client import Store, without_secrets
+from visiontuner.tracking.client import Store
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,

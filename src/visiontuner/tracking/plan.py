@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, TrialState
-from visiontuner.tracking.client import without_secrets
+from visiontuner.redaction import without_secrets
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from visiontuner.errors import TrackingError
 from visiontuner.locations import tracking_uri
+from visiontuner.redaction import without_secrets
 
 if TYPE_CHECKING:
     from visiontuner.sagemaker.classic import TunedJob, TuningJob
@@ -26,7 +27,7 @@ def write_tuning_job(tuning: TuningJob, *, flags: str) -> tuple[str, ...]:
     Raises:
         TrackingError: it has trained nothing yet, or MLflow is away or refuses.
     """
-    from visiontuner.tracking.client import Store, without_secrets
+    from visiontuner.tracking.client import Store
     from visiontuner.tracking.tuning_job import write_foreign_search
 
     uri, again = tracking_uri(), f"`visiontuner attach {tuning.name}{flags}`"
