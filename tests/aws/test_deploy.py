@@ -23,7 +23,8 @@ from click.testing import CliRunner, Result
 from visiontuner.cli import main
 from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving.endpoint import Endpoint
+from visiontuner.serving.endpoint_listing import Endpoint
+from visiontuner.serving.endpoint_parts import Parts
 from visiontuner.workflow.models import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
@@ -230,6 +231,74 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
         f"Kept s3://mlflow-sagemaker-eu-west-1-123456789012/{second['objects'][0]}" in kept.stdout
     )
     assert account.holds() == NOTHING | {"objects": second["objects"]}
+
+
+def _deploy(model: str, *arguments: str) -> None:
+    made = run("deploy", model, "--no-preflight", *arguments)
+    assert made.exit_code == 0, made.output
+
+
+def test_an_archive_that_was_kept_is_deleted_as_the_command_says(account: Any, model: str) -> None:
+    _deploy(model, "--name", "kept")
+    kept = run("undeploy", "kept")
+    assert kept.exit_code == 0, kept.output
+    assert account.holds() == NOTHING | {"objects": account.holds()["objects"]}
+    (line,) = [line for line in kept.stdout.splitlines() if line.startswith("Kept s3://")]
+    command = line.partition("this deletes it too: ")[2]
+    deleted = run(*shlex.split(command)[1:])
+    assert deleted.exit_code == 0, deleted.output
+    assert account.holds() == NOTHING
+    again = run(*shlex.split(command)[1:])
+    assert again.exit_code == 2
+    assert "There is no endpoint 'kept' in eu-west-1" in said(again)
+
+
+def test_an_endpoint_whose_configuration_was_deleted_is_taken_away_but_not_updated(
+    account: Any, model: str
+) -> None:
+    _deploy(model)
+    (config,) = account.holds()["configs"]
+    account.client("sagemaker").delete_endpoint_config(EndpointConfigName=config)
+    updated = run("update", "colours", model, "--no-preflight")
+    assert updated.exit_code == 2
+    assert f"{config} was deleted, which says what it runs on" in said(updated)
+    gone = run("undeploy", "colours", "--artifacts")
+    assert gone.exit_code == 0, gone.output
+    assert account.holds() == NOTHING
+
+
+def test_what_a_deleted_endpoint_left_is_taken_away(account: Any, model: str) -> None:
+    # Made by MLflow for another program's endpoint of this name: it has none of our tags.
+    other = f"colours-model-{'0' * 20}"
+    container = {"Image": "x", "ModelDataUrl": f"s3://x/{other}/model.tar.gz"}
+    account.client("sagemaker").create_model(
+        ModelName=other, PrimaryContainer=container, ExecutionRoleArn="arn:aws:iam::1:role/x"
+    )
+    _deploy(model)
+    account.client("sagemaker").delete_endpoint(EndpointName="colours")
+    gone = run("undeploy", "colours", "--artifacts")
+    assert gone.exit_code == 0, gone.output
+    assert "The endpoint colours is gone already" in gone.stderr
+    assert account.holds() == NOTHING | {"models": [other]}
+
+
+def test_ctrl_c_after_the_endpoint_is_gone_can_be_made_good(
+    account: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    _deploy(model)
+    with monkeypatch.context() as pressing:
+        pressing.setattr(Parts, "delete", press)
+        stopped = run("undeploy", "colours", "--artifacts")
+    assert stopped.exit_code == 130
+    assert account.holds()["endpoints"] == []
+    command = stopped.stderr.partition("this goes on: ")[2].splitlines()[0]
+    assert command == "visiontuner undeploy colours --artifacts --region eu-west-1"
+    gone = run(*command.split()[1:])
+    assert gone.exit_code == 0, gone.output
+    assert account.holds() == NOTHING
 
 
 def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(

@@ -14,7 +14,7 @@ from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
-    from visiontuner.serving.endpoint import Endpoint
+    from visiontuner.serving.endpoint_listing import Endpoint
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -115,6 +115,8 @@ def update(name: str, model: str, **given: Any) -> None:
 def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
     """Delete an endpoint, its configuration and its model.
 
+    Where the endpoint is gone already, what is left of it is deleted.
+
     \b
     Example:
       visiontuner undeploy dogs --artifacts
@@ -129,8 +131,8 @@ def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
         note=_note,
     )
     click.echo(f"{name} is gone.")
-    for archive in kept:
-        click.echo(f"Kept {archive}; --artifacts deletes it too.")
+    for archive, command in kept.items():
+        click.echo(f"Kept {archive}; this deletes it too: {command}")
 
 
 @click.command(cls=OneLineErrors)

@@ -14,6 +14,11 @@ DEFAULT_REPOSITORY = "mlflow-pyfunc"
 _REBUILD = "docker buildx build --platform linux/amd64 --provenance=false --output type=docker …"
 
 
+def mlflows_bucket(aws: Aws) -> str:
+    """The bucket that MLflow makes and uploads to if none is named."""
+    return f"mlflow-sagemaker-{aws.region}-{aws.account}"
+
+
 def find_image(aws: Aws, wanted: str | None) -> Image:
     """The serving image, known to be in ECR and fit for SageMaker.
 

@@ -17,7 +17,8 @@ from visiontuner.workflow.promote import open_store
 if TYPE_CHECKING:
     from visiontuner.aws import Aws
     from visiontuner.serving.deployment import DeploymentPlan
-    from visiontuner.serving.endpoint import Endpoint, Running
+    from visiontuner.serving.endpoint_listing import Endpoint
+    from visiontuner.serving.endpoint_running import Running
 
 Note = Callable[[str], None]
 
@@ -86,9 +87,9 @@ def plan_deployment(
         endpoint_name,
         ttl_hours,
     )
-    from visiontuner.serving.endpoint import find_running
+    from visiontuner.serving.endpoint_running import find_running
     from visiontuner.serving.endpoint_states import check_free
-    from visiontuner.serving.surroundings import find_image
+    from visiontuner.serving.surroundings import find_image, mlflows_bucket
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
@@ -99,8 +100,7 @@ def plan_deployment(
     running = find_running(aws, name) if updated else None
     if running is None:
         check_free(aws, name)
-    mlflows = f"mlflow-sagemaker-{aws.region}-{aws.account}"
-    bucket, exists = find_bucket(aws, options.bucket, default=mlflows)
+    bucket, exists = find_bucket(aws, options.bucket, default=mlflows_bucket(aws))
     serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
         name=name,
@@ -202,23 +202,26 @@ def undeploy(
     assume_role: str | None = None,
     artifacts: bool = False,
     note: Note,
-) -> list[str]:
-    """Delete an endpoint, its configuration and its model; returns the archives that were kept.
+) -> dict[str, str]:
+    """Delete an endpoint, its configuration and its model, or what is left of them.
+
+    Returns:
+        The archives that were kept, and for each the command that deletes it.
 
     Raises:
-        UserMistake: there is no such endpoint.
+        UserMistake: there is no such endpoint, and nothing is left of one.
         ServingError: AWS refuses or cannot be reached.
     """
     from visiontuner.aws import Aws
-    from visiontuner.serving import endpoint
+    from visiontuner.serving import endpoint_removal
 
-    return endpoint.undeploy(Aws(region, assume_role), name, artifacts=artifacts, note=note)
+    return endpoint_removal.undeploy(Aws(region, assume_role), name, artifacts=artifacts, note=note)
 
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in a region, oldest first."""
     from visiontuner.aws import Aws
-    from visiontuner.serving.endpoint import list_endpoints
+    from visiontuner.serving.endpoint_listing import list_endpoints
 
     return list_endpoints(Aws(region, assume_role))
 

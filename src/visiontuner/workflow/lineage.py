@@ -97,7 +97,7 @@ def _from_endpoint(subject: str) -> Lineage | None:
     if not subject.startswith(_ENDPOINT):
         return None
     from visiontuner.aws import Aws
-    from visiontuner.serving.endpoint import deployed_model
+    from visiontuner.serving.endpoint_listing import deployed_model
 
     name, aws = subject.removeprefix(_ENDPOINT).strip("/"), Aws()
     model = deployed_model(aws, name)

@@ -1,0 +1,70 @@
+"""Which endpoints are ours, and what they serve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from visiontuner.aws import Aws
+from visiontuner.errors import UserMistake
+from visiontuner.serving.deployment import MODEL_TAG, PRICE_TAG, TTL_TAG, ttl_hours
+from visiontuner.serving.endpoint_parts import endpoint_tags
+from visiontuner.serving.endpoint_states import describe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """One endpoint of ours, as `visiontuner endpoints` lists it.
+
+    Args:
+        age_hours: since it was created.
+        ttl_hours: how long it was meant to live; None: not said.
+        cost: US dollars since then; None: the price was not known, or it is paid by use.
+    """
+
+    name: str
+    state: str
+    model: str
+    age_hours: float
+    ttl_hours: float | None = None
+    cost: float | None = None
+
+    @property
+    def overdue(self) -> bool:
+        """Whether it has lived longer than it was meant to."""
+        return self.ttl_hours is not None and self.age_hours > self.ttl_hours
+
+
+def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
+    """Those that visiontuner deployed in this region, oldest first."""
+    found = []
+    for entry in aws.pages("sagemaker", "list_endpoints", "Endpoints", SortBy="CreationTime"):
+        tags = endpoint_tags(aws, entry["EndpointName"])
+        if MODEL_TAG not in tags:
+            continue
+        hours = ((now or datetime.now(UTC)) - entry["CreationTime"]).total_seconds() / 3600
+        price = tags.get(PRICE_TAG)
+        found.append(
+            Endpoint(
+                name=entry["EndpointName"],
+                state=entry["EndpointStatus"],
+                model=tags[MODEL_TAG],
+                age_hours=hours,
+                ttl_hours=ttl_hours(tags[TTL_TAG]) if TTL_TAG in tags else None,
+                cost=float(price) * hours if price else None,
+            )
+        )
+    return sorted(found, key=lambda endpoint: -endpoint.age_hours)
+
+
+def deployed_model(aws: Aws, name: str) -> str:
+    """`NAME/VERSION` of the model that an endpoint serves.
+
+    Raises:
+        UserMistake: there is no such endpoint, or its tags do not say.
+    """
+    describe(aws, name)
+    model = endpoint_tags(aws, name).get(MODEL_TAG, "")
+    if "/" not in model:
+        raise UserMistake(f"Endpoint {name!r} does not say which registered model it serves.")
+    return model

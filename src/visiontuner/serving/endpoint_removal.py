@@ -1,0 +1,74 @@
+"""Take an endpoint away, and what an earlier attempt left of one."""
+
+from __future__ import annotations
+
+from visiontuner.aws import Aws
+from visiontuner.errors import ServingError, UserMistake
+from visiontuner.serving.endpoint_parts import Parts, find_endpoint
+from visiontuner.serving.endpoint_states import Note, delete_endpoint
+from visiontuner.serving.surroundings import mlflows_bucket
+
+
+def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, str]:
+    """Delete an endpoint with its configurations and models.
+
+    Where the endpoint is gone, what is left of it: someone deleted it, or undeploying was stopped.
+
+    Args:
+        artifacts: the uploaded archives too.
+
+    Returns:
+        What was kept, `s3://…`, and the command that deletes it.
+
+    Raises:
+        UserMistake: there is no such endpoint, and nothing is left of one.
+        ServingError: AWS refuses or cannot be reached.
+    """
+    is_there = find_endpoint(aws, name) is not None
+    served = Parts.in_use(aws, name)
+    parts = served.named_after(name).with_(Parts.ours(aws, name))
+    if artifacts and not parts.archives:
+        parts = parts.with_(_kept_before(aws, name))
+    if not is_there:
+        if not parts:
+            raise UserMistake(
+                f"There is no endpoint {name!r} in {aws.region}, and no configuration or model of "
+                f"one is left; `visiontuner endpoints{aws.flags}` lists ours."
+            )
+        note(f"The endpoint {name} is gone already: taking away what is left of it.")
+    kept = frozenset[str]() if artifacts else parts.archives
+    try:
+        if is_there:
+            delete_endpoint(aws, name, note)
+        Parts(parts.configs, parts.models, parts.archives - kept).delete(aws)
+    except (KeyboardInterrupt, ServingError):
+        flags = (" --artifacts" if artifacts else "") + aws.flags
+        note(f"Not all of {name} is gone; this goes on: visiontuner undeploy {name}{flags}")
+        raise
+    _tell_of_others(served.without(parts), note)
+    return {archive: _how_to_delete(aws, name, archive) for archive in sorted(kept)}
+
+
+def _kept_before(aws: Aws, name: str) -> Parts:
+    """Archives whose models an earlier undeploy deleted.
+
+    Only in the bucket that MLflow makes for one account and region: in another one they may be of
+    another account's endpoint.
+    """
+    found = Parts.find(aws, name, mlflows_bucket(aws))
+    models = found.models
+    return Parts(
+        archives=frozenset(url for url in found.archives if url.split("/")[-2] not in models)
+    )
+
+
+def _how_to_delete(aws: Aws, name: str, archive: str) -> str:
+    if archive.startswith(f"s3://{mlflows_bucket(aws)}/"):
+        return f"visiontuner undeploy {name} --artifacts{aws.flags}"
+    return f"aws s3 rm {archive}"
+
+
+def _tell_of_others(others: Parts, note: Note) -> None:
+    left = sorted((*others.configs, *others.models, *others.archives))
+    if left:
+        note(f"Left alone, as it was not made for this endpoint: {', '.join(left)}")
