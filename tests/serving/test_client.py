@@ -50,7 +50,7 @@ class Stub(BaseHTTPRequestHandler):
     """
 
     protocol_version = "HTTP/1.1"
-    script: list[tuple[int, dict[str, str], Any]]
+    script: list[tuple[int, dict[str, str], Any] | tuple[()]]  # an empty one: answers
     asked: list[list[bytes]]
     paths: list[str]
     signatures: list[str]
@@ -63,8 +63,8 @@ class Stub(BaseHTTPRequestHandler):
         type(self).signatures.append(self.headers.get("Authorization", ""))
         type(self).asked.append([base64.b64decode(cells[0]) for cells in table])
         status, headers, answer = 200, {}, {"predictions": [row(cells[0]) for cells in table]}
-        if type(self).script:
-            status, headers, answer = type(self).script.pop(0)
+        if type(self).script and (told := type(self).script.pop(0)):
+            status, headers, answer = told
         elif type(self).largest is not None and len(table) > type(self).largest:
             status, answer = 413, "too large"
         content = json.dumps(answer).encode()
@@ -372,6 +372,20 @@ def test_the_command_reads_standard_input_and_writes_csv(
     heading, line = done.stdout.splitlines()
     assert heading == "picture,label,probability,confident,top_k,error,reduced"
     assert line.startswith("-,blue,0.99")
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_what_was_answered_before_an_error_is_shown(
+    stub: tuple[str, type[Stub]], tmp_path: Path, form: str
+) -> None:
+    for number in range(40):
+        (tmp_path / f"{number:02}.png").write_bytes(f"word{number}".encode())
+    stub[1].script = [(), (), (500, {}, "broken")]
+    arguments = ["--url", stub[0], "--workers", "1", "--format", form, str(tmp_path)]
+    done = CliRunner().invoke(query, arguments)
+    assert done.exit_code == 1
+    assert "answers 500: " in done.stderr
+    assert [f"word{number}" in done.stdout for number in range(40)] == [True] * 32 + [False] * 8
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from visiontuner.serving.batching import PictureAnswer
 
 _FIELDS = ("picture", "label", "probability", "confident", "top_k", "error", "reduced")
@@ -150,45 +152,54 @@ def _stderr_console() -> Any:
 
 
 def _print_table(answers: Iterable[PictureAnswer]) -> int:
-    """Returns how many pictures failed."""
+    """Returns how many pictures failed; what was answered before an error is shown first."""
+    shown: list[PictureAnswer] = []
+    try:
+        shown.extend(answers)
+    finally:
+        _show_table(shown)
+    return sum(one.answer.error is not None for one in shown)
+
+
+def _show_table(shown: Sequence[PictureAnswer]) -> None:
     from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
+    if not shown:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("picture", "label"):
         table.add_column(heading, overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("or", style="dim")
-    failed = unsure = reduced = 0
-    shown = list(answers)
     folder = _common_folder([one.picture for one in shown])
     for one in shown:
-        answer, picture = one.answer, Text(one.picture.removeprefix(folder))
-        reduced += one.reduced
-        if answer.error is not None:
-            failed += 1
-            table.add_row(picture, Text(answer.error, style="red"), "", "")
-            continue
-        unsure += not answer.confident
-        others = ", ".join(
-            f"{choice['label']} {choice['probability']:.1%}"
-            for choice in answer.top_k[1:_SHOWN_CHOICES]
-        )
-        style = "bold" if answer.confident else "yellow"
-        label = f"{answer.label}" + ("" if answer.confident else " (not sure)")
-        table.add_row(picture, Text(label, style=style), f"{answer.probability:.1%}", Text(others))
+        table.add_row(*_table_row(one, folder))
     console = Console(highlight=False)
     if folder:
         console.print(f"In {folder}", markup=False)
     console.print(table)
-    if unsure:
+    if unsure := sum(one.answer.confident is False for one in shown):
         console.print(f"{unsure} below the threshold: not sure.")
-    if reduced:
+    if reduced := sum(one.reduced for one in shown):
         console.print(f"{reduced} sent smaller than they are, to fit into a request.")
-    if failed:
+    if failed := sum(one.answer.error is not None for one in shown):
         console.print(f"{failed} not answered.", style="red")
-    return failed
+
+
+def _table_row(one: PictureAnswer, folder: str) -> tuple[Text | str, ...]:
+    from rich.text import Text
+
+    answer, picture = one.answer, Text(one.picture.removeprefix(folder))
+    if answer.error is not None:
+        return picture, Text(answer.error, style="red"), "", ""
+    others = ", ".join(
+        f"{choice['label']} {choice['probability']:.1%}"
+        for choice in answer.top_k[1:_SHOWN_CHOICES]
+    )
+    label = f"{answer.label}" + ("" if answer.confident else " (not sure)")
+    style = "bold" if answer.confident else "yellow"
+    return picture, Text(label, style=style), f"{answer.probability:.1%}", Text(others)
 
 
 def _common_folder(pictures: Sequence[str]) -> str:
