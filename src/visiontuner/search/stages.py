@@ -56,8 +56,13 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
 
 def stage_of(experiment: Experiment, trial: TrialRecord) -> Stage:
     """The stage that a trial belongs to."""
+    return stage_named(experiment, trial.stage)
+
+
+def stage_named(experiment: Experiment, name: str | None) -> Stage:
+    """The stage of a search that a trial says it is of; the first if it says nothing."""
     stages = stages_of(experiment)
-    return next((stage for stage in stages if stage.name == trial.stage), stages[0])
+    return next((stage for stage in stages if stage.name == name), stages[0])
 
 
 def plan_stage(stage: Stage, record: SearchRecord) -> Plan:

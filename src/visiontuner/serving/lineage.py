@@ -40,7 +40,7 @@ class Lineage:
         model: name, version, uri, aliases, registered, model_id, classifier_digest, class_names,
             temperature, threshold, promotion, promotion_reason.
         evaluation: accuracy, low, high, pictures, looks, data_digest, same_classifier.
-        trial: trial_id, run_id, state, configuration, best_epoch, best (by metric).
+        trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
         search: name, search_id, run_id, folder, state, objective, started, experiment_file.
         experiment: the resolved experiment file.
         network: backbone, weights_digest, engine.
@@ -205,6 +205,7 @@ def _trial_run(mlflow: Mlflow, run: Run, classifier_digest: str | None) -> Linea
     trial = {
         "trial_id": tags.get(f"{_OURS}trial_id"),
         "run_id": run.info.run_id,
+        "stage": tags.get(f"{_OURS}stage"),
         "state": tags.get(f"{_OURS}state"),
         "configuration": dict(run.data.params),
         "best_epoch": _whole(tags.get(f"{_OURS}best_epoch")),

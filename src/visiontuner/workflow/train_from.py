@@ -171,13 +171,16 @@ def _facts(record: SearchRecord, trial: TrialRecord) -> dict[str, Any]:
 
 
 def _from_lineage(text: str, lineage: Lineage) -> Origin:
+    from visiontuner.search.stages import stage_named
+
     trial, model = lineage.trial or {}, lineage.model or {}
     if lineage.experiment is None or not trial.get("trial_id"):
         raise UserMistake(
             f"{text} says nothing about its hyperparameters: its runs are gone from MLflow, or "
             "nothing was trained there. Name a search folder, or a trial's run."
         )
-    experiment = Experiment.parse(lineage.experiment, where=text)
+    searched = Experiment.parse(lineage.experiment, where=text)
+    experiment = stage_named(searched, trial.get("stage")).experiment
     facts = {
         "search_id": (lineage.search or {}).get("search_id"),
         "trial_id": trial["trial_id"],
