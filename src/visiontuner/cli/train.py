@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, read_raw
+from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values
+from visiontuner.cli.origin import choose_training
 from visiontuner.cli.results import print_artifacts
 from visiontuner.errors import UserMistake
 
@@ -101,21 +102,10 @@ def _begin(
     traced = None if trace in NOT_GIVEN else _steps(trace)
     flags = {"model.backbone": backbone, "training.epochs": epochs}
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
-    raw, where = read_raw(experiment, data)
+    chosen, found = choose_training(experiment, data, [*given, *overrides], origin)
 
-    from visiontuner.experiment import Experiment
     from visiontuner.workflow.train import train as run
-    from visiontuner.workflow.train_from import find_origin, one_training
 
-    found = None
-    if origin not in NOT_GIVEN:
-        own = experiment not in NOT_GIVEN
-        named = own or data not in NOT_GIVEN
-        found = find_origin(origin, name=Experiment.parse(raw, where=where).name if named else None)
-        if not own:  # all of the origin's, but for the pictures if others are named
-            pictures = {} if data in NOT_GIVEN else {"data": raw["data"]}
-            raw, where = {**found.experiment, **pictures}, origin
-    chosen = one_training(raw, [*given, *given_values(overrides)], found, where=where)
     return run(
         chosen,
         origin=found,
