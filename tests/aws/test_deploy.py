@@ -638,12 +638,32 @@ def test_a_name_that_is_taken_is_left_alone(account: Any, model: str) -> None:
     before = account.holds()
     done = run("deploy", model, "--no-preflight", "--name", "taken")
     assert done.exit_code == 2
-    assert "visiontuner update taken" in said(done)
+    assert "'taken' already (Creating), which visiontuner did not deploy" in said(done)
+    assert account.holds() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["undeploy", "theirs", "--artifacts"], "delete-endpoint"),
+        (["update", "theirs", "MODEL"], "update-endpoint --endpoint-config-name CONFIG"),
+    ],
+    ids=["undeploy", "update"],
+)
+def test_other_programs_endpoints_are_left_alone(
+    account: Any, model: str, arguments: list[str], instead: str
+) -> None:
+    _make_endpoint(account, "theirs")
+    before = account.holds()
+    done = run(*(model if word == "MODEL" else word for word in arguments))
+    assert done.exit_code == 2
+    assert "Endpoint 'theirs' was not deployed by visiontuner: it is left alone" in said(done)
+    assert f"`aws sagemaker {instead} --endpoint-name theirs --region eu-west-1`" in said(done)
     assert account.holds() == before
 
 
 def _make_endpoint(account: Any, name: str) -> None:
-    """Another program's endpoint; it stays in creation."""
+    """Another program's endpoint; it stays in creation, so that undeploying it would wait."""
     sagemaker = account.client("sagemaker")
     container = {"Image": "x", "ModelDataUrl": "s3://x/y", "Environment": {"STAND_IN_HANG": "900"}}
     sagemaker.create_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from visiontuner.aws import Aws
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.endpoint_parts import Parts, find_endpoint
-from visiontuner.serving.endpoint_states import Note, delete_endpoint
+from visiontuner.serving.endpoint_states import Note, check_ours, delete_endpoint
 from visiontuner.serving.surroundings import mlflows_bucket
 
 
@@ -21,15 +21,18 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
         What was kept, `s3://…`, and the command that deletes it.
 
     Raises:
-        UserMistake: there is no such endpoint, and nothing is left of one.
+        UserMistake: there is no such endpoint, and nothing is left of one; or it is another
+            program's.
         ServingError: AWS refuses or cannot be reached.
     """
-    is_there = find_endpoint(aws, name) is not None
+    described = find_endpoint(aws, name)
+    if described is not None:
+        check_ours(aws, described, "delete-endpoint")
     served = Parts.in_use(aws, name)
     parts = served.named_after(name).with_(Parts.ours(aws, name))
     if artifacts and not parts.archives:
         parts = parts.with_(_kept_before(aws, name))
-    if not is_there:
+    if described is None:
         if not parts:
             raise UserMistake(
                 f"There is no endpoint {name!r} in {aws.region}, and no configuration or model of "
@@ -38,7 +41,7 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
         note(f"The endpoint {name} is gone already: taking away what is left of it.")
     kept = frozenset[str]() if artifacts else parts.archives
     try:
-        if is_there:
+        if described is not None:
             delete_endpoint(aws, name, note)
         Parts(parts.configs, parts.models, parts.archives - kept).delete(aws)
     except (KeyboardInterrupt, ServingError):

@@ -10,7 +10,7 @@ from visiontuner.aws import Aws
 from visiontuner.errors import UserMistake
 from visiontuner.serving.deployment import CAPTURE
 from visiontuner.serving.endpoint_parts import if_there
-from visiontuner.serving.endpoint_states import IN_PROGRESS, describe
+from visiontuner.serving.endpoint_states import IN_PROGRESS, check_ours, describe
 
 # What MLflow puts into a container's environment by itself.
 _MLFLOWS_OWN = (
@@ -40,10 +40,11 @@ def find_running(aws: Aws, name: str) -> Running:
     """Look up what an update has to keep.
 
     Raises:
-        UserMistake: there is no such endpoint, it is being changed, serves several models, or what
-            says what it runs on was deleted.
+        UserMistake: there is no such endpoint, it is another program's, is being changed, serves
+            several models, or what says what it runs on was deleted.
     """
     described = describe(aws, name)
+    check_ours(aws, described, "update-endpoint --endpoint-config-name CONFIG")
     if described["EndpointStatus"] in IN_PROGRESS:
         raise UserMistake(
             f"Endpoint {name!r} is {described['EndpointStatus']}; try again when it is done."

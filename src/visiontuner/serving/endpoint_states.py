@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import Busy, Refused, SageMakerTransport
+from visiontuner.serving.deployment import MODEL_TAG
+from visiontuner.serving.endpoint_parts import find_endpoint, tags_of
 from visiontuner.serving.failures import explain_failure
 from visiontuner.serving.reference import TOLERANCE, Reference
 
@@ -30,15 +32,13 @@ def describe(aws: Aws, name: str) -> dict[str, Any]:
     Raises:
         UserMistake: there is none of this name.
     """
-    try:
-        return aws.call("sagemaker", "describe_endpoint", EndpointName=name)
-    except AwsRefused as error:
-        if error.is_missing:
-            raise UserMistake(
-                f"There is no endpoint {name!r} in {aws.region}; `visiontuner endpoints` lists "
-                "ours."
-            ) from None
-        raise
+    described = find_endpoint(aws, name)
+    if described is None:
+        raise UserMistake(
+            f"There is no endpoint {name!r} in {aws.region}; `visiontuner endpoints{aws.flags}` "
+            "lists ours."
+        )
+    return described
 
 
 def check_free(aws: Aws, name: str) -> None:
@@ -47,16 +47,39 @@ def check_free(aws: Aws, name: str) -> None:
     Raises:
         UserMistake: one has.
     """
-    try:
-        state = aws.call("sagemaker", "describe_endpoint", EndpointName=name)["EndpointStatus"]
-    except AwsRefused as error:
-        if error.is_missing:
-            return
-        raise
+    described = find_endpoint(aws, name)
+    if described is None:
+        return
+    taken = f"There is an endpoint {name!r} already ({described['EndpointStatus']})"
+    if not is_ours(aws, described):
+        raise UserMistake(f"{taken}, which visiontuner did not deploy. Choose another --name.")
     raise UserMistake(
-        f"There is an endpoint {name!r} already ({state}). `visiontuner update {name}` swaps its "
-        f"model, `visiontuner undeploy {name}` removes it, or choose another --name."
+        f"{taken}. `visiontuner update {name}{aws.flags}` swaps its model, `visiontuner undeploy "
+        f"{name}{aws.flags}` removes it, or choose another --name."
     )
+
+
+def check_ours(aws: Aws, described: Mapping[str, Any], command: str) -> None:
+    """Make sure that visiontuner deployed an endpoint.
+
+    Args:
+        described: what SageMaker says of it.
+        command: AWS's own for what is not going to be done, as `delete-endpoint`.
+
+    Raises:
+        UserMistake: another program did.
+    """
+    if not is_ours(aws, described):
+        name = described["EndpointName"]
+        raise UserMistake(
+            f"Endpoint {name!r} was not deployed by visiontuner: it is left alone. AWS's own "
+            f"command: `aws sagemaker {command} --endpoint-name {name} --region {aws.region}`."
+        )
+
+
+def is_ours(aws: Aws, described: Mapping[str, Any]) -> bool:
+    """Whether an endpoint's tags say that visiontuner deployed it."""
+    return MODEL_TAG in tags_of(aws, described["EndpointArn"])
 
 
 def wait_until_in_service(
