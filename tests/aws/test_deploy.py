@@ -238,6 +238,22 @@ def _deploy(model: str, *arguments: str) -> None:
     assert made.exit_code == 0, made.output
 
 
+def test_an_update_stays_in_the_bucket_and_leaves_nothing_in_one_that_it_is_moved_from(
+    account: Any, model: str
+) -> None:
+    for bucket in ("mine", "other"):
+        place = {"LocationConstraint": "eu-west-1"}
+        account.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
+    _deploy(model, "--bucket", "mine")
+    for arguments, bucket in ([], "mine"), (["--bucket", "other"], "other"):
+        done = run("update", "colours", model, "--no-preflight", *arguments)
+        assert done.exit_code == 0, done.output
+        listed = account.client("s3").list_objects_v2(Bucket=bucket)["Contents"]
+        assert [entry["Key"] for entry in listed] == account.holds()["objects"]
+    assert run("undeploy", "colours", "--artifacts").exit_code == 0
+    assert account.holds() == NOTHING
+
+
 def test_an_archive_that_was_kept_is_deleted_as_the_command_says(account: Any, model: str) -> None:
     _deploy(model, "--name", "kept")
     kept = run("undeploy", "kept")

@@ -28,6 +28,7 @@ class Running:
 
     role: str
     image: str
+    bucket: str | None
     instance_type: str | None
     instances: int
     serverless_mb: int | None
@@ -67,6 +68,7 @@ def find_running(aws: Aws, name: str) -> Running:
     return Running(
         role=model["ExecutionRoleArn"],
         image=container["Image"],
+        bucket=_bucket(container.get("ModelDataUrl") or ""),
         instance_type=variant.get("InstanceType"),
         instances=variant.get("InitialInstanceCount", 1),
         serverless_mb=serverless.get("MemorySizeInMB"),
@@ -78,6 +80,11 @@ def find_running(aws: Aws, name: str) -> Running:
         },
         more={key: value for key, value in more.items() if value},
     )
+
+
+def _bucket(archive: str) -> str | None:
+    """MLflow uploads to `s3://BUCKET/MODEL/model.tar.gz`."""
+    return archive.removeprefix("s3://").partition("/")[0] or None
 
 
 def _still_there(aws: Aws, name: str, method: str, **kwargs: str) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def plan_deployment(
     running = find_running(aws, name) if updated else None
     if running is None:
         check_free(aws, name)
-    bucket, exists = find_bucket(aws, options.bucket, default=mlflows_bucket(aws))
+    wanted = options.bucket or (running.bucket if running else None)
+    bucket, exists = find_bucket(aws, wanted, default=mlflows_bucket(aws))
     serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
         name=name,
