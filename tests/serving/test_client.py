@@ -54,10 +54,17 @@ class Stub(BaseHTTPRequestHandler):
     asked: list[list[bytes]]
     paths: list[str]
     signatures: list[str]
-    largest: int | None
+    refused: list[int]
+    largest: int | None = None
+    most_bytes: int | None = None
+    too_large: tuple[int, dict[str, str], Any] = (413, {}, "too large")
+    described: tuple[int, dict[str, str], Any] = (403, {}, {"__type": "AccessDeniedException"})
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "X-Amz-Target" in self.headers:
+            self._send(*type(self).described)
+            return
         table = json.loads(body)["dataframe_split"]["data"]
         type(self).paths.append(self.path)
         type(self).signatures.append(self.headers.get("Authorization", ""))
@@ -67,6 +74,12 @@ class Stub(BaseHTTPRequestHandler):
             status, headers, answer = told
         elif type(self).largest is not None and len(table) > type(self).largest:
             status, answer = 413, "too large"
+        elif type(self).most_bytes is not None and len(body) > type(self).most_bytes:
+            type(self).refused.append(len(body))
+            status, headers, answer = type(self).too_large
+        self._send(status, headers, answer)
+
+    def _send(self, status: int, headers: dict[str, str], answer: Any) -> None:
         content = json.dumps(answer).encode()
         if status in (DROPPED, TORN):
             if status == TORN:
@@ -84,14 +97,14 @@ class Stub(BaseHTTPRequestHandler):
 
 def row(text: str) -> dict[str, Any]:
     """Names a picture by its content, which these tests make a word."""
-    name = base64.b64decode(text).decode()
+    name = base64.b64decode(text)[:10].decode(errors="replace")
     return {"label": name, "probability": 0.5, "confident": True, "top_k": [], "error": None}
 
 
 @pytest.fixture
 def stub() -> Iterator[tuple[str, type[Stub]]]:
-    empty: dict[str, Any] = {name: [] for name in ("script", "asked", "paths", "signatures")}
-    handler = type("Handler", (Stub,), empty | {"largest": None})
+    lists = ("script", "asked", "paths", "signatures", "refused")
+    handler = type("Handler", (Stub,), {name: [] for name in lists})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -135,6 +148,13 @@ def amazon(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def words(count: int) -> list[Picture]:
     return [Picture(name=f"{i}", read=f"word{i}".encode) for i in range(count)]
+
+
+def noise(side: int) -> bytes:
+    """A picture that compresses badly: some 2.5 bytes a pixel."""
+    buffer = io.BytesIO()
+    Image.effect_noise((side, side), 60).convert("RGB").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def labels(answers: Iterator[PictureAnswer]) -> list[str | None]:
@@ -189,11 +209,10 @@ def test_batches_respect_the_payload_limit(stub: tuple[str, type[Stub]]) -> None
 def test_a_picture_that_exceeds_a_request_is_sent_smaller(
     scoring_server: ScoringServer,
 ) -> None:
-    buffer = io.BytesIO()
-    Image.effect_noise((900, 900), 60).convert("RGB").save(buffer, "PNG")
+    content = noise(900)
     transport = HttpTransport(scoring_server.url, body_limit=200_000)
-    assert len(buffer.getvalue()) > transport.body_limit
-    (one,) = ask_all(transport, [Picture(name="noise", read=buffer.getvalue)], OPTIONS)
+    assert len(content) > transport.body_limit
+    (one,) = ask_all(transport, [Picture(name="noise", read=lambda: content)], OPTIONS)
     assert one.reduced
     assert one.answer.error is None
 
@@ -259,6 +278,70 @@ def test_a_request_that_is_refused_as_too_large_is_split(stub: tuple[str, type[S
     handler.largest = 2
     assert labels(ask_all(HttpTransport(url), words(5), OPTIONS)) == [f"word{i}" for i in range(5)]
     assert [len(batch) for batch in handler.asked] == [5, 2, 3, 1, 2]
+
+
+OVERSIZE = (
+    400,
+    {"x-amzn-ErrorType": "ValidationError"},
+    {"Message": "Request 7f0c2c5e has oversize body."},
+)
+
+
+def serverless(url: str, handler: type[Stub], monkeypatch: pytest.MonkeyPatch) -> Transport:
+    """An endpoint as AWS has it: it takes no more than 4 MiB, and says so in its own way."""
+    handler.most_bytes, handler.too_large = 4 * 2**20, OVERSIZE
+    return endpoint(url, monkeypatch)
+
+
+def test_a_serverless_endpoint_is_sent_no_more_than_it_takes(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = stub
+    variant = {"VariantName": "a", "CurrentServerlessConfig": {"MaxConcurrency": 5}}
+    handler.described = (200, {}, {"EndpointStatus": "InService", "ProductionVariants": [variant]})
+    transport = serverless(url, handler, monkeypatch)
+    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(5)]
+    assert labels(ask_all(transport, pictures, OPTIONS, workers=1)) == ["x" * 10] * 5
+    assert handler.refused == []
+
+
+def test_what_an_endpoint_finds_too_large_is_halved_and_later_requests_are_smaller(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks may not look up whether it is serverless."""
+    url, handler = stub
+    transport = serverless(url, handler, monkeypatch)
+    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(20)]
+    assert labels(ask_all(transport, pictures, OPTIONS, workers=1)) == ["x" * 10] * 20
+    # One at work and three that were made up before it was refused.
+    assert 1 <= len(handler.refused) <= 5
+
+
+@pytest.mark.parametrize("kind", ["a server", "an endpoint"])
+def test_a_picture_that_is_refused_as_too_large_is_sent_smaller(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    url, handler = stub
+    content = noise(900)
+    handler.most_bytes = 600_000
+    transport: Transport = HttpTransport(url)
+    if kind == "an endpoint":
+        handler.too_large = OVERSIZE
+        transport = endpoint(url, monkeypatch)
+    (one,) = ask_all(transport, [Picture(name="noise", read=lambda: content)], OPTIONS)
+    assert one.answer.error is None
+    assert one.reduced
+    assert Image.open(io.BytesIO(handler.asked[-1][0])).format == "JPEG"
+
+
+def test_a_server_that_finds_everything_too_large_is_not_asked_forever(
+    stub: tuple[str, type[Stub]],
+) -> None:
+    url, handler = stub
+    handler.most_bytes = 10
+    first, second = ask_all(HttpTransport(url), words(2), OPTIONS)
+    assert (first.answer.error, second.answer.error) == ('"too large"', '"too large"')
+    assert len(handler.refused) == 3
 
 
 def test_a_row_that_an_older_model_refuses_does_not_take_others_with_it(

@@ -56,7 +56,7 @@ _FEW = 32  # pictures that are answered before anyone wants to see progress
     type=click.FloatRange(0.01, 25),
     default=6.0,
     show_default=True,
-    help="Largest request; 4 for a serverless endpoint.",
+    help="Largest request; an endpoint that takes less is sent less.",
 )
 def query(
     names: tuple[str, ...],

@@ -7,12 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from visiontuner.errors import BadImageError, ServingError
 from visiontuner.serving.answers import Answer, Options
-from visiontuner.serving.client import Busy, Refused, Transport
+from visiontuner.serving.client import Busy, Refused, TooLarge, Transport
 from visiontuner.serving.pictures import Picture, shrink
 
 PICTURES_PER_REQUEST = 16
@@ -63,7 +63,7 @@ def ask_all(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="query")
     pending: deque[Future[list[PictureAnswer]]] = deque()
     try:
-        for batch in _batches(pictures, transport.body_limit, batch_size):
+        for batch in _batches(pictures, transport, batch_size):
             pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
             if len(pending) > 2 * workers:
                 yield from pending.popleft().result()
@@ -84,15 +84,14 @@ class _Read:
 
 
 def _batches(
-    pictures: Iterable[Picture], body_limit: int, batch_size: int
+    pictures: Iterable[Picture], transport: Transport, batch_size: int
 ) -> Iterator[list[_Read]]:
     batch: list[_Read] = []
     length = 0
     for picture in pictures:
-        one = _read(picture, body_limit - _REQUEST_OVERHEAD)
-        if batch and (
-            len(batch) == batch_size or length + _sent(one) > body_limit - _REQUEST_OVERHEAD
-        ):
+        limit = _room(transport)  # may be less than it was
+        one = _fitting(_read(picture), limit)
+        if batch and (len(batch) == batch_size or length + _sent(one) > limit):
             yield batch
             batch, length = [], 0
         batch.append(one)
@@ -101,18 +100,28 @@ def _batches(
         yield batch
 
 
-def _read(picture: Picture, limit: int) -> _Read:
+def _room(transport: Transport) -> int:
+    return transport.body_limit - _REQUEST_OVERHEAD
+
+
+def _read(picture: Picture) -> _Read:
     try:
         content = picture.read()
         if not content:
             raise BadImageError("It is empty.")
-        one = _Read(picture.name, content)
-        if _sent(one) > limit:
-            smaller = shrink(content, (limit - 8) // 4 * 3 - 3)
-            one = _Read(picture.name, smaller, reduced=True)
-        return one
+        return _Read(picture.name, content)
     except BadImageError as error:
         return _Read(picture.name, error=str(error))
+
+
+def _fitting(one: _Read, limit: int) -> _Read:
+    """The picture itself, or a smaller one that needs at most `limit` bytes of a request."""
+    if one.error is not None or _sent(one) <= limit:
+        return one
+    try:
+        return replace(one, content=shrink(one.content, (limit - 8) // 4 * 3 - 3), reduced=True)
+    except BadImageError as error:
+        return _Read(one.name, error=str(error))
 
 
 def _sent(one: _Read) -> int:
@@ -124,37 +133,39 @@ def _ask_batch(
     transport: Transport, batch: Sequence[_Read], options: Options, sleep: Callable[[float], None]
 ) -> list[PictureAnswer]:
     asked = [one for one in batch if one.error is None]
-    answers = iter(_ask_in_parts(transport, [one.content for one in asked], options, sleep))
-    return [
-        PictureAnswer(
-            picture=one.name,
-            answer=next(answers) if one.error is None else Answer(error=one.error),
-            reduced=one.reduced,
-        )
-        for one in batch
-    ]
+    answers = iter(_ask_in_parts(transport, asked, options, sleep))
+    return [next(answers) if one.error is None else _failed(one, one.error) for one in batch]
 
 
 def _ask_in_parts(
-    transport: Transport,
-    contents: Sequence[bytes],
-    options: Options,
-    sleep: Callable[[float], None],
-) -> list[Answer]:
+    transport: Transport, asked: Sequence[_Read], options: Options, sleep: Callable[[float], None]
+) -> list[PictureAnswer]:
     """A batch that is refused is asked in halves: one bad picture must not take others with it."""
-    if not contents:
+    if not asked:
         return []
     try:
-        return _patiently(lambda: transport.ask(contents, options), sleep)
+        contents = [one.content for one in asked]
+        answers = _patiently(lambda: transport.ask(contents, options), sleep)
+        return [
+            PictureAnswer(picture=one.name, answer=answer, reduced=one.reduced)
+            for one, answer in zip(asked, answers, strict=True)
+        ]
     except Refused as error:
-        if len(contents) == 1:
-            return [Answer(error=str(error))]
-    half = len(contents) // 2
+        if len(asked) == 1:
+            smaller = _fitting(asked[0], _room(transport))
+            if not isinstance(error, TooLarge) or smaller is asked[0]:
+                return [_failed(asked[0], str(error))]
+            return _ask_batch(transport, [smaller], options, sleep)
+    half = len(asked) // 2
     return [
         answer
-        for part in (contents[:half], contents[half:])
+        for part in (asked[:half], asked[half:])
         for answer in _ask_in_parts(transport, part, options, sleep)
     ]
+
+
+def _failed(one: _Read, reason: str) -> PictureAnswer:
+    return PictureAnswer(picture=one.name, answer=Answer(error=reason), reduced=one.reduced)
 
 
 def _patiently(ask: Callable[[], list[Answer]], sleep: Callable[[float], None]) -> list[Answer]:

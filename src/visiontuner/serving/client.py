@@ -11,6 +11,7 @@ import contextlib
 import json
 import threading
 from collections.abc import Sequence
+from functools import cached_property, partial
 from typing import Any, NoReturn, Protocol
 from urllib.parse import urlsplit
 
@@ -21,8 +22,11 @@ from visiontuner.errors import ServingError
 from visiontuner.redaction import without_secrets
 from visiontuner.serving.answers import Answer, Options
 
-# InvokeEndpoint takes 6,291,456 bytes; a serverless endpoint 4 MiB.
+# InvokeEndpoint takes 6,291,456 bytes, and 4,194,304 for a serverless endpoint.
 REQUEST_BYTES = 6_000_000
+SERVERLESS_BYTES = 4_000_000
+# Whoever finds so little too large means something else.
+_LEAST_BYTES = 250_000
 
 # An endpoint gives a model 60 s.
 _TIMEOUT_SECONDS = (10, 70)
@@ -34,7 +38,8 @@ _NO_URL = (
 )
 _BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
 # The batch may be too large, too slow, or hold a row that the model refuses.
-_REFUSED = (400, 413, 422, 504)
+_REFUSED = (400, 422, 504)
+_TOO_LARGE = 413
 _ENDPOINT_CODES = (
     "ValidationError",
     "ModelError",
@@ -45,7 +50,7 @@ _BUSY_CODES = ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyExcept
 
 
 class Transport(Protocol):
-    """A way to a model."""
+    """A way to a model; `body_limit` is the largest request, which may turn out to be less."""
 
     body_limit: int
 
@@ -64,6 +69,10 @@ class Busy(Exception):
 
 class Refused(Exception):
     """The other side does not take this batch."""
+
+
+class TooLarge(Refused):
+    """The other side takes requests, but none of this size; `body_limit` is lower now."""
 
 
 class HttpTransport:
@@ -105,6 +114,9 @@ class HttpTransport:
         reason = _reason(response.content)
         if response.status_code in _BUSY:
             raise Busy(reason, _seconds(response.headers.get("Retry-After")))
+        if response.status_code == _TOO_LARGE:
+            self.body_limit = _lowered(self.body_limit, body)
+            raise TooLarge(reason)
         if response.status_code in _REFUSED:
             raise Refused(reason)
         raise ServingError(f"{self._shown} answers {response.status_code}: {reason}")
@@ -151,10 +163,12 @@ class SageMakerTransport:
         config = Config(retries={"total_max_attempts": 1}, read_timeout=_TIMEOUT_SECONDS[1])
         self.endpoint = endpoint
         self.body_limit = body_limit
+        self._asking_about_it = threading.Lock()
         with explained(f"ask endpoint {endpoint!r}"):
             session = session or boto3.Session()
             region = region or default_region(session) or None
             self._client = session.client("sagemaker-runtime", region_name=region, config=config)
+        self._control = partial(session.client, "sagemaker", region_name=region, config=config)
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
@@ -162,6 +176,9 @@ class SageMakerTransport:
     def _send(self, body: bytes) -> bytes:
         from botocore import exceptions
 
+        if len(body) > SERVERLESS_BYTES and self._is_serverless:
+            self.body_limit = min(self.body_limit, SERVERLESS_BYTES)
+            raise TooLarge(f"a serverless endpoint takes {SERVERLESS_BYTES / 1e6:.0f} MB")
         broken = (
             exceptions.ConnectionError,
             exceptions.ConnectionClosedError,
@@ -183,10 +200,30 @@ class SageMakerTransport:
                 text = without_secrets(str(error)).rstrip(".")
                 raise Busy(f"{text}. Check the region and the connection") from None
             except exceptions.ClientError as error:
+                if _is_too_large(error.response):
+                    self.body_limit = _lowered(self.body_limit, body)
+                    raise TooLarge(error.response["Error"]["Message"]) from None
                 reason = self._of_the_endpoint(error.response)
                 if reason is None:
                     raise
                 raise reason from None
+
+    @property
+    def _is_serverless(self) -> bool:
+        """Looked up before the first large request; False for who may not look it up."""
+        with self._asking_about_it:
+            return self._has_serverless_variant
+
+    @cached_property
+    def _has_serverless_variant(self) -> bool:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            described = self._control().describe_endpoint(EndpointName=self.endpoint)
+        except (BotoCoreError, ClientError):
+            return False
+        variants = described.get("ProductionVariants", ())
+        return any("CurrentServerlessConfig" in variant for variant in variants)
 
     def _of_the_endpoint(self, response: Any) -> Exception | None:
         """None for what any service of AWS may answer: credentials, permissions."""
@@ -244,6 +281,21 @@ def read_answer(row: Any) -> Answer:
             {"label": str(c["label"]), "probability": float(c["probability"])} for c in row["top_k"]
         ],
     )
+
+
+def _is_too_large(response: Any) -> bool:
+    """By SageMaker's own status, the model server's, or the words for a serverless endpoint."""
+    statuses = (
+        response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
+        response.get("OriginalStatusCode"),
+    )
+    return _TOO_LARGE in statuses or "oversize body" in response["Error"]["Message"]
+
+
+def _lowered(limit: int, refused: bytes) -> int:
+    length = len(refused)
+    likely = SERVERLESS_BYTES if length > SERVERLESS_BYTES else max(length // 2, _LEAST_BYTES)
+    return min(limit, likely)
 
 
 def _is_untrusted(error: Exception) -> bool:
