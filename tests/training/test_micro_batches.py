@@ -2,9 +2,13 @@ import weakref
 
 import pytest
 import torch
+from torch import nn
 
 from visiontuner.errors import TrialFailed
+from visiontuner.experiment import Training
 from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
+from visiontuner.training.optimisation import make_optimizer, make_schedule
+from visiontuner.training.step import TrainingStep
 
 HUGE = 1 << 50  # bytes; more than any machine's address space grants
 
@@ -23,6 +27,39 @@ HUGE = 1 << 50  # bytes; more than any machine's address space grants
 )
 def test_pieces_are_as_few_as_fit_and_even(count, size, sizes):
     assert MicroBatches(size, where="training").sizes(count) == sizes
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [
+        (3, 2, [3]),
+        (5, 2, [3, 2]),
+        (7, 2, [3, 2, 2]),
+        (6, 2, [2, 2, 2]),
+        (5, 4, [3, 2]),
+        (1, 2, [1]),
+        (3, 1, [1, 1, 1]),  # asked for, or all that memory holds
+    ],
+)
+def test_no_sample_is_left_alone_where_two_are_the_fewest(count, size, sizes):
+    assert MicroBatches(size, where="training", fewest=2).sizes(count) == sizes
+
+
+def normalised(*, learns: bool) -> nn.Module:
+    """Batch normalisation of vectors, which fails on one of them."""
+    norm = nn.BatchNorm1d(4)
+    return nn.Sequential(norm if learns else nn.Identity(), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("learns", "seen"), [(True, [3]), (False, [2, 1])])
+def test_a_step_leaves_batch_normalisation_no_single_sample(learns, seen):
+    settings, network = Training(micro_batch_size=2), normalised(learns=learns)
+    optimizer = make_optimizer(network, settings)
+    schedule = make_schedule(optimizer, settings, total_steps=1)
+    pieces = []
+    network.register_forward_pre_hook(lambda _, inputs: pieces.append(len(inputs[0])))
+    TrainingStep(network, optimizer, schedule, settings)(torch.randn(3, 4), torch.tensor([0, 1, 0]))
+    assert pieces == seen
 
 
 @pytest.mark.parametrize(

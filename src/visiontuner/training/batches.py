@@ -55,9 +55,13 @@ class FeatureBatches:
 
 def needs_joining(network: nn.Module, *, samples: int, batch_size: int) -> bool:
     """Whether the last batch has one sample, and the network a layer that cannot learn from one."""
+    return learns_from_batches(network) and samples > batch_size > 1 and samples % batch_size == 1
+
+
+def learns_from_batches(network: nn.Module) -> bool:
+    """Whether it has batch normalisation that learns: one sample has no variance."""
     network.train()
-    normalises = any(isinstance(m, _BatchNorm) and m.training for m in network.modules())
-    return normalises and samples > batch_size > 1 and samples % batch_size == 1
+    return any(isinstance(m, _BatchNorm) and m.training for m in network.modules())
 
 
 def join_last_single(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

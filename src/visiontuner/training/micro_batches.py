@@ -29,11 +29,13 @@ class MicroBatches:
     Args:
         size: at most so many; None for a whole batch.
         where: "training" or "evaluation", for messages.
+        fewest: what a piece must hold to be of use; one may be larger by as many as it takes.
     """
 
-    def __init__(self, size: int | None, *, where: str) -> None:
+    def __init__(self, size: int | None, *, where: str, fewest: int = 1) -> None:
         self.size = size
         self.where = where
+        self.fewest = fewest
         self._notes: list[str] = []
 
     def limit(self, size: int | None) -> None:
@@ -44,11 +46,14 @@ class MicroBatches:
     def sizes(self, count: int) -> list[int]:
         """`count` in as few pieces as fit, of even sizes: 65 by 32 at most is 22, 22 and 21.
 
-        Even, because batch normalisation cannot learn from the single sample that would be left.
+        Where the fewest are two, 5 by 2 at most is 3 and 2: no single sample is left. A size below
+        the fewest was asked for, or is all that memory holds; it stays.
         """
         if self.size is None or count <= self.size:
             return [count]
         pieces = math.ceil(count / self.size)
+        if self.size >= self.fewest:
+            pieces = max(1, min(pieces, count // self.fewest))
         small, larger = divmod(count, pieces)
         return [small + 1] * larger + [small] * (pieces - larger)
 

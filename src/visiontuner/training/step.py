@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
+from visiontuner.training.batches import learns_from_batches
 from visiontuner.training.ema import WeightAverage
 from visiontuner.training.micro_batches import MicroBatches
 from visiontuner.training.watch import Watch
@@ -60,7 +61,11 @@ class TrainingStep:
         self.class_weights = class_weights
         self.average = average
         self.watch = watch or Watch()
-        self.micro_batches = MicroBatches(settings.micro_batch_size, where="training")
+        self.micro_batches = MicroBatches(
+            settings.micro_batch_size,
+            where="training",
+            fewest=2 if learns_from_batches(network) else 1,
+        )
         self.device = next(network.parameters()).device
         self._parameters = [p for g in optimizer.param_groups for p in g["params"]]
 
