@@ -6,10 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional
 
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment import STOPPING_RULES, Experiment
-from visiontuner.journal import Finding
+from visiontuner.journal import Finding, SearchRecord, TrialRecord
+from visiontuner.training.metrics import balanced_class_weights
 from visiontuner.training.rules import (
     LASTING_RULES,
     RECORDED_RULES,
@@ -19,8 +22,10 @@ from visiontuner.training.rules import (
     TrainingHistory,
     diagnose_curves,
     diagnose_history,
+    history_of_trial,
     similar_across_runs,
 )
+from visiontuner.training.rules.loss_bounds import loss_bounds
 
 GUESS = math.log(10)  # 2.303
 
@@ -101,6 +106,31 @@ def of_shape(pictures: int, classes: int) -> Predictions:
     )
 
 
+SMOOTHED = {"label_smoothing": 0.4}  # a perfect model then has 1.444, a guess still 2.303
+MIXED = {"augmentation": {"mixup": 0.2, "cutmix": 0.0}}
+
+
+def mixed(train_loss: float, accuracy: float, validation_loss: float = 1.5) -> TrainingHistory:
+    """Eleven epochs with MixUp, all the same."""
+    return history(
+        train_loss=[train_loss] * 11,
+        validation_loss=[validation_loss] * 11,
+        validation_accuracy=[accuracy] * 11,
+        configuration=MIXED,
+    )
+
+
+def memorised(**configuration: Any) -> TrainingHistory:
+    """0.99 in training, 0.6 in validation, and a training loss above validation's."""
+    return history(
+        train_loss=[1.5] * 20,
+        validation_loss=[1.3] * 20,
+        train_accuracy=[0.99] * 20,
+        validation_accuracy=[0.6] * 20,
+        configuration=configuration,
+    )
+
+
 PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
     "not_a_number: a metric": (
         "error",
@@ -127,6 +157,27 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         history(train_loss=[1.2] * 11),
         history(train_loss=[1.1] * 11),  # below half of 2.303
     ),
+    "loss_not_decreasing: with smoothed labels": (
+        "error",
+        history(train_loss=[1.89] * 11, configuration=SMOOTHED),  # 0.446 of 0.858 above the least
+        history(train_loss=[1.85] * 11, configuration=SMOOTHED),
+    ),
+    "loss_not_decreasing: with smoothed labels of rare classes": (
+        "error",
+        history(train_loss=[1.84] * 11, num_classes=2),
+        history(
+            train_loss=[1.84] * 11,  # halfway between 1.308 and 2.392
+            configuration={"label_smoothing": 0.1, "class_weights": "balanced"},
+            class_counts=(100, 1),
+            num_classes=2,
+        ),
+    ),
+    "loss_not_decreasing: with mixed pictures": ("error", mixed(1.9, 0.4), mixed(1.9, 0.56)),
+    "loss_not_decreasing: with mixed pictures, by the loss": (
+        "error",
+        mixed(1.9, 0.4),
+        mixed(1.9, 0.4, validation_loss=1.1),
+    ),
     "overfit": (
         "error",
         history(
@@ -147,6 +198,7 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         history(train_loss=falling(2, 0.1), validation_loss=[*falling(2, 1, 10), *[1.2] * 10]),
         history(train_loss=falling(2, 0.1), validation_loss=[*falling(2, 1, 10), *[1.05] * 10]),
     ),
+    "overfit: with smoothed labels": ("error", memorised(**SMOOTHED), memorised()),
     "overtraining": ("error", fifty_epochs_idle(0.05), fifty_epochs_idle(0.005)),
     "learning_rate_too_high: error": (
         "error",
@@ -168,10 +220,33 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         history(train_loss=falling(GUESS, 2.2), validation_loss=falling(GUESS, 2.21)),
         history(train_loss=falling(GUESS, 1.3), validation_loss=falling(GUESS, 1.31)),
     ),
+    "learning_rate_too_low: with smoothed labels": (
+        "warning",
+        history(
+            train_loss=falling(2.25, 2.0), validation_loss=falling(2.2, 2.0), configuration=SMOOTHED
+        ),
+        history(
+            train_loss=falling(2.25, 1.9), validation_loss=falling(2.2, 2.0), configuration=SMOOTHED
+        ),
+    ),
+    "learning_rate_too_low: with mixed pictures": (
+        "error",
+        history(
+            train_loss=falling(2.3, 2.2), validation_loss=falling(2.3, 2.2), configuration=MIXED
+        ),
+        history(
+            train_loss=falling(2.3, 2.2), validation_loss=falling(2.3, 1.2), configuration=MIXED
+        ),
+    ),
     "learning_rate_too_low: validation must fall too": (
         "error",
         history(train_loss=falling(GUESS, 2.2), validation_loss=falling(GUESS, 2.21)),
         history(train_loss=falling(GUESS, 2.2), validation_loss=falling(2.21, GUESS)),
+    ),
+    "learning_rate_too_high: jumps, but not near the least of smoothed labels": (
+        "warning",
+        history(train_loss=[2.0, 1.45, 1.55, 1.45, 1.55, 1.45], configuration=SMOOTHED),
+        history(train_loss=[2.0, 1.445, 1.52, 1.445, 1.52, 1.445], configuration=SMOOTHED),
     ),
     "exploding_gradient": (
         "error",
@@ -219,6 +294,24 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         replace(never_named(10), predictions=predictions([0, 1], [0, 1])),
     ),
     "label_noise: labels say nothing": ("error", shuffled(0.1), shuffled(0.4)),
+    "label_noise: with smoothed labels": (
+        "error",
+        replace(
+            shuffled(0.1),
+            configuration={"label_smoothing": 0.9},
+            metrics={
+                **shuffled(0.1).metrics,
+                "train_loss": Curve((1, 2, 3, 4), (2.3, 2.29, 2.28, 2.275)),
+            },
+        ),
+        replace(
+            shuffled(0.1),
+            metrics={
+                **shuffled(0.1).metrics,
+                "train_loss": Curve((1, 2, 3, 4), (2.3, 2.29, 2.28, 2.275)),
+            },
+        ),
+    ),
     "label_noise: confident": ("error", doubtful(30), doubtful(7)),
     "label_noise: some": ("warning", doubtful(9), doubtful(9, sure=0.8)),
 }
@@ -363,6 +456,41 @@ def test_an_experiment_refuses_other_rules(stop_on: Any, told: str) -> None:
     with pytest.raises(ExperimentError, match=r"rules\.stop_on") as error:
         Experiment.parse({"rules": {"stop_on": stop_on}})
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("counts", [None, (30, 5, 1), (30, 5, 0)])
+def test_the_least_loss_is_what_a_perfect_model_has(counts: tuple[int, ...] | None) -> None:
+    """Against torch: the logits of each class's pictures fitted until the loss falls no more."""
+    labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts or (7, 7, 7)))
+    weights = balanced_class_weights(labels, 3) if counts else None
+    logits = torch.zeros(3, 3, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, line_search_fn="strong_wolfe")
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = functional.cross_entropy(
+            logits[labels], labels, weight=weights, label_smoothing=0.3
+        )
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    bounds = loss_bounds(3, 0.3, balanced_counts=counts)
+    assert bounds.guess == pytest.approx(loss().item(), rel=1e-5)
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    assert bounds.least == pytest.approx(loss().item(), rel=1e-4)
+
+
+def test_the_head_of_a_staged_search_sees_no_mixed_pictures() -> None:
+    started = {"experiment": {"training": MIXED}, "data": {"class_names": ["a", "b"]}}
+    head, network = (
+        TrialRecord(
+            trial_id="t", configuration={}, attempt=1, state="running", started=0.0, stage=stage
+        )
+        for stage in ("head", "network")
+    )
+    record = SearchRecord(started=started)
+    assert not history_of_trial(record, head).mixes_pictures
+    assert history_of_trial(record, network).mixes_pictures
 
 
 def test_logits_of_another_shape_are_no_predictions() -> None:

@@ -9,7 +9,8 @@ from statistics import median
 
 from visiontuner.journal import Finding, Severity
 from visiontuner.training.rules import thresholds as limits
-from visiontuner.training.rules.history import Curve, TrainingHistory
+from visiontuner.training.rules.history import TrainingHistory
+from visiontuner.training.rules.loss_bounds import LossBounds
 
 
 def not_a_number(history: TrainingHistory) -> Finding | None:
@@ -33,18 +34,22 @@ def loss_not_decreasing(history: TrainingHistory) -> Finding | None:
     loss = history.curve("train_loss")
     if len(loss.values) < limits.LOSS_FEWEST_EPOCHS:
         return None
-    before = loss.values[max(-len(loss.values), -1 - limits.LOSS_EPOCHS)]
-    last, reference = loss.values[-1], history.guess_loss or loss.values[0]
-    fell = (before - last) / before if before > 0 else 1.0
-    rose = last > loss.values[0] * (1 + limits.LOSS_INCREASE)
-    if last <= limits.LEARNED_SHARE * reference or (fell >= limits.LOSS_DECREASE and not rose):
+    left = _left(history)
+    if left is None or left <= limits.LEARNED_SHARE:
+        return None
+    above = [value - _least(history) for value in loss.values]
+    before = above[max(-len(above), -1 - limits.LOSS_EPOCHS)]
+    fell = (before - above[-1]) / before if before > 0 else 1.0
+    rose = above[-1] > above[0] * (1 + limits.LOSS_INCREASE)
+    if fell >= limits.LOSS_DECREASE and not rose:
         return None
     epochs = min(len(loss.values) - 1, limits.LOSS_EPOCHS)
     change = f"fell by {fell:.2%}" if fell >= 0 else f"rose by {-fell:.1%}"
     return _finding(
         "loss_not_decreasing",
         "error",
-        f"over the last {epochs} epochs the training loss {change}, to {last:.3g}{_guess(history)}",
+        f"over the last {epochs} epochs the training loss {change}, to {loss.values[-1]:.3g}"
+        f"{_guess(history)}",
         "Try learning rates ten times larger and smaller; if none helps, see whether labels and "
         "pictures belong together.",
         loss.steps[-1],
@@ -56,12 +61,16 @@ def overfit(history: TrainingHistory) -> Finding | None:
     losses = _together(history, "train_loss", "validation_loss")
     if len(losses) < limits.LOSS_FEWEST_EPOCHS - 1:
         return None
+    gaps = _together(history, "train_accuracy", "validation_accuracy")
     recent = losses[-1 - limits.OVERFIT_PATIENCE :]
-    if any(valid - train <= limits.OVERFIT_RATIO * train for _, train, valid in recent):
+    if not history.train_loss_is_plain:
+        # The losses cannot be compared: the accuracies decide alone.
+        if not gaps:
+            return None
+    elif any(valid - train <= limits.OVERFIT_RATIO * train for _, train, valid in recent):
         return None
     step, train, valid = losses[-1]
     said = f"validation loss {valid:.3g} against training loss {train:.3g}"
-    gaps = _together(history, "train_accuracy", "validation_accuracy")
     if gaps:
         gap = min(a - b for _, a, b in gaps[-1 - limits.OVERFIT_PATIENCE :])
         if gap < limits.OVERFIT_GAP_WARNING:
@@ -109,14 +118,14 @@ def learning_rate_too_high(history: TrainingHistory) -> Finding | None:
     loss = history.curve("train_loss")
     if not loss.values:
         return None
-    reference = history.guess_loss or loss.values[0]
+    reference = _reference(history)
     worst = max(loss.values)
     times = worst / reference if reference > 0 else 1.0
     if times >= limits.HIGH_LOSS_WARNING:
         severity: Severity = "error" if times >= limits.HIGH_LOSS_ERROR else "warning"
         evidence = f"the training loss reached {worst:.3g}, {times:.0f} times {_start(history)}"
         step = loss.steps[loss.values.index(worst)]
-    elif (share := _rising_share(loss, reference)) >= limits.HIGH_RISING_SHARE:
+    elif (share := _rising_share(history)) >= limits.HIGH_RISING_SHARE:
         severity, step = "warning", loss.steps[-1]
         evidence = f"the training loss rose by over 5 % in {share:.0%} of the epochs"
     else:
@@ -132,19 +141,18 @@ def learning_rate_too_low(history: TrainingHistory) -> Finding | None:
     loss, validation = history.curve("train_loss"), history.curve("validation_loss")
     if len(loss.values) < limits.LOW_FEWEST_EPOCHS or loss.values[0] <= 0:
         return None
-    reference = history.guess_loss or loss.values[0]
-    left = loss.values[-1] / reference
+    left = _left(history)
     falling = sum(b < a for a, b in pairwise(loss.values))
     steady = falling >= limits.LOW_FALLING_SHARE * (len(loss.values) - 1)
     if validation.values:
         steady = steady and validation.values[-1] <= min(validation.values) * 1.001
         steady = steady and validation.values[-1] < validation.values[0]
-    if not steady or not limits.LOW_LOSS_WARNING <= left <= 1.1:
+    if left is None or not steady or not limits.LOW_LOSS_WARNING <= left <= 1.1:
         return None
     sure = left >= limits.LOW_LOSS_ERROR and history.guess_loss is not None
     evidence = (
-        f"after {len(loss.values)} epochs the training loss still falls, "
-        f"and {loss.values[-1]:.3g} is {left:.0%} of {_start(history)}"
+        f"after {len(loss.values)} epochs the training loss still falls, to {loss.values[-1]:.3g}: "
+        f"{left:.0%} of {_start(history)} is left"
     )
     return _finding(
         "learning_rate_too_low",
@@ -197,22 +205,68 @@ def _last_better(values: tuple[float, ...], delta: float) -> int:
     return index
 
 
-def _rising_share(loss: Curve, reference: float) -> float:
-    """Share of epochs whose loss is 5 % above the last one's, and not near zero."""
+def _rising_share(history: TrainingHistory) -> float:
+    """Share of epochs whose loss is 5 % above the last one's, and not near the least."""
+    loss, least = history.curve("train_loss"), _least(history)
     if len(loss.values) < limits.HIGH_FEWEST_EPOCHS:
         return 0.0
+    near = least + 0.1 * (_reference(history) - least)
     pairs = list(pairwise(loss.values))
-    rising = [b > a * (1 + limits.LOSS_INCREASE) and b > 0.1 * reference for a, b in pairs]
+    rising = [b > a * (1 + limits.LOSS_INCREASE) and b > near for a, b in pairs]
     return sum(rising) / len(pairs)
 
 
+def _left(history: TrainingHistory) -> float | None:
+    """The share of a guess's loss that is left to learn: 1 for a guess, 0 for a perfect model.
+
+    Where the least training loss is unknown, validation decides; None without that.
+    """
+    if _bounds_are_known(history):
+        least, reference = _least(history), _reference(history)
+        last = history.curve("train_loss").values[-1]
+        return (last - least) / (reference - least) if reference > least else 0.0
+    loss = history.curve("validation_loss").values
+    accuracy = history.curve("validation_accuracy").values
+    shares = []
+    if loss and (reference := history.guess_loss or loss[0]) > 0:
+        shares.append(loss[-1] / reference)
+    if accuracy and history.num_classes and history.num_classes > 1:
+        shares.append((1 - max(accuracy)) / (1 - 1 / history.num_classes))
+    return min(shares, default=None)
+
+
+def _bounds_are_known(history: TrainingHistory) -> bool:
+    if history.train_loss_is_plain:
+        return True
+    return not history.mixes_pictures and history.training_bounds is not None
+
+
+def _least(history: TrainingHistory) -> float:
+    """The training loss of a perfect model."""
+    bounds = history.training_bounds
+    return bounds.least if bounds else 0.0
+
+
+def _reference(history: TrainingHistory) -> float:
+    """The training loss of a guess; where the classes are unknown the first epoch's."""
+    bounds = history.training_bounds
+    return bounds.guess if bounds else history.curve("train_loss").values[0]
+
+
 def _start(history: TrainingHistory) -> str:
-    guess = history.guess_loss
-    return f"the {guess:.3g} of guessing" if guess else "the first epoch's"
+    bounds = history.training_bounds
+    if bounds is None:
+        return "the first epoch's"
+    return f"the {bounds.guess:.3g} of guessing" + _smoothed(bounds)
 
 
 def _guess(history: TrainingHistory) -> str:
-    return f"; guessing gives {history.guess_loss:.3g}" if history.guess_loss else ""
+    bounds = history.training_bounds
+    return f"; guessing gives {bounds.guess:.3g}{_smoothed(bounds)}" if bounds else ""
+
+
+def _smoothed(bounds: LossBounds) -> str:
+    return f" (with smoothed labels nothing is below {bounds.least:.3g})" if bounds.least else ""
 
 
 def _with(history: TrainingHistory, evidence: str) -> str:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.training.recording.records import Recording
+from visiontuner.training.rules.loss_bounds import LossBounds, loss_bounds
 
 
 class Curve(NamedTuple):
@@ -116,6 +117,34 @@ class TrainingHistory:
         return math.log(self.num_classes) if self.num_classes and self.num_classes > 1 else None
 
     @property
+    def training_bounds(self) -> LossBounds | None:
+        """Where the training loss lies, label smoothing included; None if that is unknown."""
+        if self.guess_loss is None or not self.num_classes:
+            return None
+        smoothing = self._smoothing
+        if not smoothing or self.configuration.get("class_weights") != "balanced":
+            return loss_bounds(self.num_classes, smoothing)
+        counts = self.class_counts
+        fits = len(counts) == self.num_classes and any(counts)
+        return loss_bounds(self.num_classes, smoothing, balanced_counts=counts) if fits else None
+
+    @property
+    def train_loss_is_plain(self) -> bool:
+        """Whether the training loss is a cross-entropy like validation's."""
+        return not self._smoothing and not self.mixes_pictures
+
+    @property
+    def mixes_pictures(self) -> bool:
+        """MixUp or CutMix: how low the training loss can be depends on what is drawn."""
+        augmentation = self.configuration.get("augmentation") or {}
+        return any(augmentation.get(name) for name in ("mixup", "cutmix"))
+
+    @property
+    def _smoothing(self) -> float:
+        smoothing = self.configuration.get("label_smoothing") or 0.0
+        return smoothing if isinstance(smoothing, float) and 0 <= smoothing < 1 else 0.0
+
+    @property
     def last_step(self) -> int | None:
         steps = [curve.steps[-1] for curve in self.metrics.values() if curve.steps]
         return max(steps, default=None)
@@ -147,6 +176,8 @@ def history_of_trial(
     names = tuple(data.get("class_names") or ())
     counts = (data.get("class_counts") or {}).get("train") or ()
     training = record.started.get("experiment", {}).get("training", {})
+    if trial.stage == "head":
+        training = {**training, "augmentation": None}  # its features are of pictures as they are
     metrics = {name for epoch in trial.epochs for name in epoch.metrics}
     return TrainingHistory(
         metrics={name: _curve(trial, name) for name in sorted(metrics)},

@@ -87,7 +87,10 @@ def _labels_say_nothing(history: TrainingHistory) -> Finding | None:
         return None
     if len(train.values) < limits.LOSS_FEWEST_EPOCHS or not valid.values or not accuracy.values:
         return None
-    memorised = train.values[-1] <= limits.MEMORISED_LOSS * min(train.values[0], guess)
+    bounds = history.training_bounds
+    least = bounds.least if bounds else 0.0
+    start = min(train.values[0], bounds.guess if bounds else guess) - least
+    memorised = train.values[-1] - least <= limits.MEMORISED_LOSS * start
     guessing = (
         min(valid.values) >= limits.GUESS_LOSS * guess
         and accuracy.values[-1] <= limits.GUESS_ACCURACY / classes
