@@ -326,6 +326,11 @@ def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
     assert "assumed-role/deployer/visiontuner" in printed.stderr
     made = run("deploy", model, "--no-preflight", "--serverless", "2048", *acting)
     assert made.exit_code == 0, made.output
+    flags = f"--region eu-west-1 {' '.join(acting)}"
+    assert f"Ask it:    visiontuner query colours PICTURE… {flags}\n" in made.stdout
+    assert f"Remove it: visiontuner undeploy colours {flags}\n" in made.stdout
+    taken = run("deploy", model, "--no-preflight", *acting)
+    assert f"`visiontuner update colours {flags}` swaps its model" in said(taken)
     assert _variant(account)["ServerlessConfig"] == {"MemorySizeInMB": 2048, "MaxConcurrency": 5}
     assert _ask_with_boto3(account, "colours", [make_picture("blue")])[0]["label"] == "blue"
     updated = run("update", "colours", model, "--no-preflight", *acting)
@@ -450,11 +455,15 @@ def test_ctrl_c_while_waiting_leaves_nothing(account: Any, model: str) -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once_and_says_what_is_left(account: Any, model: str) -> None:
+    role = account.put_role("deployer", service="ec2.amazonaws.com")
+    arguments = ["--env", "STAND_IN_HANG=60", "--assume-role", role]
     with pressing_ctrl_c(account, times=2):
-        done = run("deploy", model, "--no-preflight", "--env", "STAND_IN_HANG=60")
+        done = run("deploy", model, "--no-preflight", *arguments)
     assert done.exit_code == 1
     assert "something may cost money" in said(done)
-    assert "visiontuner undeploy colours" in said(done)
+    acting_there = f"--region eu-west-1 --assume-role {role}"
+    assert f"`visiontuner endpoints {acting_there}`" in said(done)
+    assert f"`visiontuner undeploy colours --artifacts {acting_there}`" in said(done)
     assert account.holds()["endpoints"] == ["colours"]
 
 
@@ -472,7 +481,7 @@ def test_what_happens_to_an_endpoint_during_its_update_leaves_the_old_one_or_not
     deleted = run("update", "colours", model, "--no-preflight", "--env", "STAND_IN_VANISH=1")
     assert deleted.exit_code == 1
     assert "'colours' was deleted by someone meanwhile" in said(deleted)
-    assert "`visiontuner deploy` makes it again" in said(deleted)
+    assert "`visiontuner deploy MODEL --name colours --region eu-west-1` makes" in said(deleted)
     assert account.holds() == NOTHING
 
 
@@ -481,7 +490,7 @@ def test_what_happens_to_an_endpoint_during_its_update_leaves_the_old_one_or_not
     [
         (["--instance-type", "ml.p3.16xlarge"], 1, "ResourceLimitExceeded.*Service Quotas"),
         (["--role", "unpassable"], 1, "iam:PassRole.*docs/aws.md"),
-        (["--env", "STAND_IN_VANISH=1"], 1, "deleted by someone meanwhile.*`visiontuner deploy`"),
+        (["--env", "STAND_IN_VANISH=1"], 1, "deleted by someone meanwhile.*`visiontuner deploy "),
     ],
 )
 def test_what_goes_wrong_on_the_way_leaves_nothing(
@@ -694,7 +703,7 @@ def _make_endpoint(account: Any, name: str) -> None:
 
 def test_other_programs_endpoints_are_not_listed(account: Any) -> None:
     _make_endpoint(account, "theirs")
-    assert run("endpoints").stdout == "None. `visiontuner deploy` makes one.\n"
+    assert run("endpoints").stdout == "None. `visiontuner deploy --region eu-west-1` makes one.\n"
 
 
 @pytest.mark.parametrize(

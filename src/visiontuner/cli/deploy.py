@@ -145,15 +145,17 @@ def endpoints(region: str, assume_role: str, form: str) -> None:
     Example:
       visiontuner endpoints --region eu-west-1
     """
+    from visiontuner.aws import account_flags
     from visiontuner.workflow.deploy import endpoints as find
 
-    found = find(_given(region), _given(assume_role))
+    where = _given(region), _given(assume_role)
+    found = find(*where)
     if form == "json":
         click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
     elif found:
-        _print_endpoints(found)
+        _print_endpoints(found, account_flags(*where))
     else:
-        click.echo("None. `visiontuner deploy` makes one.")
+        click.echo(f"None. `visiontuner deploy{account_flags(*where)}` makes one.")
 
 
 def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
@@ -171,8 +173,8 @@ def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
     preflight = env_manager if check else None
     act(aws, plan, preflight=preflight, update=update, note=_note)
     click.echo(f"{plan.name} serves {plan.model_uri}.")
-    click.echo(f"Ask it:    visiontuner query {plan.name} PICTURE… --region {plan.region}")
-    click.echo(f"Remove it: visiontuner undeploy {plan.name} --region {plan.region}")
+    click.echo(f"Ask it:    visiontuner query {plan.name} PICTURE…{aws.flags}")
+    click.echo(f"Remove it: visiontuner undeploy {plan.name}{aws.flags}")
 
 
 def _read(given: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +211,7 @@ def _note(text: str) -> None:
     click.echo(text, err=True)
 
 
-def _print_endpoints(found: list[Endpoint]) -> None:
+def _print_endpoints(found: list[Endpoint], flags: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -222,7 +224,7 @@ def _print_endpoints(found: list[Endpoint]) -> None:
         cost = "not known" if endpoint.cost is None else f"${endpoint.cost:,.2f}"
         life = "" if endpoint.ttl_hours is None else f"{endpoint.ttl_hours:g} h"
         if endpoint.overdue:
-            life += ", passed: visiontuner undeploy " + endpoint.name
+            life += f", passed: visiontuner undeploy {endpoint.name}{flags}"
         table.add_row(
             Text(endpoint.name),
             Text(endpoint.state),

@@ -44,7 +44,11 @@ def create(
         wait_until_in_service(aws, plan.name, plan.timeout_seconds, note)
         check_answers(aws, plan.name, reference)
     except BaseException as error:
-        with _telling_what_is_left(plan, error):
+        left = (
+            f"something may cost money. Look with `visiontuner endpoints{aws.flags}`, and run "
+            f"`visiontuner undeploy {plan.name} --artifacts{aws.flags}`."
+        )
+        with _telling_what_is_left("Taking away what was made", left, error):
             note("Taking away what was made.")
             if endpoint_tags(aws, plan.name).get(DEPLOYMENT_TAG) == plan.deployment:
                 delete_endpoint(aws, plan.name, note)
@@ -77,7 +81,11 @@ def update(
             raise ServingError(explain_failure(aws, plan.name, now, "SageMaker rolled back"))
         check_answers(aws, plan.name, reference)
     except BaseException as error:
-        with _telling_what_is_left(plan, error):
+        left = (
+            f"look with `visiontuner endpoints{aws.flags}` what it serves, and repeat the update, "
+            f"or go without it: `visiontuner undeploy {plan.name} --artifacts{aws.flags}`."
+        )
+        with _telling_what_is_left("Going back to the old model", left, error):
             note("Going back to the old model.")
             roll_back(aws, plan.name, old_config, plan.timeout_seconds, note)
             # The old parts are still used, unless someone deleted the endpoint meanwhile.
@@ -134,15 +142,15 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def _telling_what_is_left(plan: DeploymentPlan, cause: BaseException) -> Iterator[None]:
-    """If even taking away fails, the user has to know that something may cost money."""
+def _telling_what_is_left(doing: str, next_step: str, cause: BaseException) -> Iterator[None]:
+    """If even undoing fails, the user has to know what may cost money or serve wrongly.
+
+    Args:
+        doing: what did not end then, the start of a sentence.
+    """
     try:
         yield
     except (VisiontunerError, KeyboardInterrupt) as error:
         first = str(cause) or "Stopped."
         why = str(error) or "stopped again"
-        raise ServingError(
-            f"{first} Taking away what was made did not end ({why}): something may cost money. "
-            f"Look with `visiontuner endpoints --region {plan.region}`, and run "
-            f"`visiontuner undeploy {plan.name}`."
-        ) from None
+        raise ServingError(f"{first} {doing} did not end ({why}): {next_step}") from None

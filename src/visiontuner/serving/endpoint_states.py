@@ -105,7 +105,7 @@ def wait_until_in_service(
             if error.is_missing:
                 raise ServingError(
                     f"Endpoint {name!r} was deleted by someone meanwhile. If it is still wanted, "
-                    "`visiontuner deploy` makes it again."
+                    f"`visiontuner deploy MODEL --name {name}{aws.flags}` makes it again."
                 ) from None
             raise
         state = described["EndpointStatus"]
@@ -147,8 +147,8 @@ def delete_endpoint(
             told = True
         if seconds > timeout_seconds:
             raise ServingError(
-                f"Endpoint {name!r} cannot be deleted yet; `visiontuner undeploy {name}` tries "
-                "again."
+                f"Endpoint {name!r} cannot be deleted yet; `visiontuner undeploy {name}"
+                f"{aws.flags}` tries again."
             )
 
 
