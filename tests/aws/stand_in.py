@@ -2,9 +2,9 @@
 
 An endpoint here is `Creating` until a real MLflow scoring server, started from the very
 model.tar.gz that a deployment uploaded to its S3, answers; `invoke_endpoint` passes on to that
-server. As in AWS, an endpoint whose server does not start is `Failed`, an update whose server does
-not start keeps the old one, and an endpoint that is being created or updated can be neither updated
-nor deleted.
+server, with AWS's limits and errors. As in AWS, an endpoint whose server does not start is
+`Failed`, an update whose server does not start keeps the old one, and an endpoint that is being
+created or updated can be neither updated nor deleted.
 
 Training jobs really run (`training_jobs.py`), or are directed by a test (`stand_in_jobs.py`).
 
@@ -240,6 +240,9 @@ def invoke_endpoint(self: Any) -> Any:
         message = f"Endpoint {name} of account {self.current_account} not found."
         return _error(400, "ValidationError", {"message": message})
     body = self.body if isinstance(self.body, bytes) else self.body.encode()
+    if len(body) > _largest_request(endpoints[name]):
+        message = "Request 0aa0bd2e-3bb4-4d4a-8f5f-9cc2a8b1c7f6 has oversize body."
+        return _error(400, "ValidationError", {"message": message})
     headers = {"Content-Type": self.headers.get("Content-Type")}
     with requests.Session() as session:
         session.trust_env = False
@@ -254,8 +257,16 @@ def invoke_endpoint(self: Any) -> Any:
     return 200, {"Content-Type": "application/json"}, answer.text
 
 
+def _largest_request(endpoint: Any) -> int:
+    variants = endpoint.production_variants
+    serverless = any("CurrentServerlessConfig" in variant for variant in variants)
+    return (4 if serverless else 6) * 2**20
+
+
 def _error(status: int, code: str, told: dict[str, Any]) -> Any:
-    return status, {"x-amzn-ErrorType": code, "Content-Type": "application/json"}, json.dumps(told)
+    # moto takes the status from the headers.
+    headers = {"x-amzn-ErrorType": code, "Content-Type": "application/json", "status": status}
+    return status, headers, json.dumps(told)
 
 
 def get_download_url_for_layer(self: Any) -> Any:

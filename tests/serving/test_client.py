@@ -240,6 +240,68 @@ def test_a_connection_that_breaks_is_tried_again(
     assert len(waits) == 1
 
 
+def refusal(code: str, message: str, status: int = 400, **told: Any) -> tuple[int, Any, Any]:
+    """As SageMaker sends one."""
+    return status, {"x-amzn-ErrorType": code}, {"message": message, "Message": message, **told}
+
+
+@pytest.mark.parametrize(
+    "busy",
+    [
+        refusal("ThrottlingException", "Rate exceeded"),
+        refusal("ServiceUnavailable", "The request has failed.", 503),
+        refusal("ModelNotReadyException", "Model is not ready.", 429),
+        refusal("InternalFailure", "An internal failure occurred.", 500),
+        refusal("ModelError", "Received 502", 424, OriginalStatusCode=502, OriginalMessage=""),
+    ],
+    ids=lambda busy: busy[1]["x-amzn-ErrorType"],
+)
+def test_a_busy_endpoint_is_asked_again_after_growing_pauses(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch, busy: tuple[int, Any, Any]
+) -> None:
+    url, handler = stub
+    handler.script = [busy] * 3
+    waits: list[float] = []
+    answers = ask_all(endpoint(url, monkeypatch), words(1), OPTIONS, sleep=waits.append)
+    assert labels(answers) == ["word0"]
+    assert [0.25 <= waits[0] <= 0.5, 0.5 <= waits[1] <= 1, 1 <= waits[2] <= 2] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (
+            {"OriginalStatusCode": 400, "OriginalMessage": '{"message": "Row 0: no picture"}'},
+            "Row 0: no picture",
+        ),
+        (
+            {"message": "Received server error (0): Your invocation timed out while waiting."},
+            "Received server error (0): Your invocation timed out while waiting.",
+        ),
+    ],
+    ids=["refused", "timed out"],
+)
+def test_a_row_that_the_model_behind_an_endpoint_refuses_does_not_take_others_with_it(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch, told: Any, reason: str
+) -> None:
+    url, handler = stub
+    error = refusal("ModelError", "Received client error", 424)
+    handler.script = [(424, error[1], error[2] | told)] * 2
+    first, second = ask_all(endpoint(url, monkeypatch), words(2), OPTIONS)
+    assert first.answer.error == reason
+    assert second.answer.label == "word1"
+
+
+def test_a_model_that_fails_behind_an_endpoint_ends_the_query_and_its_log_is_named(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = stub
+    told = {"OriginalStatusCode": 500, "OriginalMessage": '{"message": "internal error"}'}
+    handler.script = [refusal("ModelError", "Received server error (500)", 424, **told)]
+    with pytest.raises(ServingError, match=r"fails \(500\): internal error\. .*Endpoints/dogs"):
+        list(ask_all(endpoint(url, monkeypatch), words(1), OPTIONS))
+
+
 def test_connections_that_keep_breaking_are_given_up(
     way: Transport, stub: tuple[str, type[Stub]]
 ) -> None:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from visiontuner.aws import default_region, explained
+from visiontuner.aws import default_region, explained, is_busy
 from visiontuner.errors import ServingError
 from visiontuner.redaction import without_secrets
 from visiontuner.serving.answers import Answer, Options
@@ -40,13 +40,7 @@ _BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
 # The batch may be too large, too slow, or hold a row that the model refuses.
 _REFUSED = (400, 422, 504)
 _TOO_LARGE = 413
-_ENDPOINT_CODES = (
-    "ValidationError",
-    "ModelError",
-    "InternalFailure",
-    "InternalDependencyException",
-)
-_BUSY_CODES = ("ThrottlingException", "ServiceUnavailable", "ModelNotReadyException")
+_TIMED_OUT = "invocation timed out"  # SageMaker about a model, with status 0
 
 
 class Transport(Protocol):
@@ -228,14 +222,21 @@ class SageMakerTransport:
     def _of_the_endpoint(self, response: Any) -> Exception | None:
         """None for what any service of AWS may answer: credentials, permissions."""
         code, message = response["Error"]["Code"], response["Error"]["Message"]
-        status = int(response.get("OriginalStatusCode") or 0)
-        if code in _BUSY_CODES or status in _BUSY:
+        status = int(response.get("OriginalStatusCode") or 0)  # the model server's own
+        reason = _reason(str(response.get("OriginalMessage") or message).encode())
+        if is_busy(response) or status in _BUSY:
             return Busy(message)
-        if status in _REFUSED:
-            return Refused(_reason(str(response.get("OriginalMessage") or message).encode()))
-        if status or code in _ENDPOINT_CODES:  # the model's own answer, or SageMaker's about it
+        if status in _REFUSED or _TIMED_OUT in message:
+            return Refused(reason)
+        if code == "ModelError":
             return ServingError(
-                f"Endpoint {self.endpoint!r} does not answer ({code}): {message} "
+                f"The model behind endpoint {self.endpoint!r} fails ({status}): "
+                f"{reason.rstrip('.')}. Its log in CloudWatch says more: "
+                f"/aws/sagemaker/Endpoints/{self.endpoint}."
+            )
+        if code == "ValidationError":
+            return ServingError(
+                f"Endpoint {self.endpoint!r} does not answer: {message.rstrip('.')}. "
                 "`visiontuner endpoints` lists those that run."
             )
         return None
