@@ -90,6 +90,23 @@ def test_training_in_the_suggested_range_learns_and_above_it_does_not():
     assert good < loss_after_an_epoch(found.high * 1000)
 
 
+@pytest.mark.parametrize(("batch_size", "seen"), [(1, {1}), (299, {299, 1})])
+def test_batches_are_those_of_a_training(batch_size, seen):
+    head, sizes = linear_head(6, 3, dropout=0.0, seed=7), set()
+    head.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    train = clusters(batch_size=batch_size)
+    range_test(head, train, Training(batch_size=batch_size), num_classes=3, seed=7, steps=20)
+    assert sizes == seen
+
+
+def test_a_last_picture_alone_joins_the_batch_before_it_where_it_would_fail():
+    network, sizes = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), set()
+    network.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+    train = clusters(batch_size=299)
+    range_test(network, train, Training(batch_size=299), num_classes=3, seed=7, steps=20)
+    assert sizes == {300}
+
+
 def test_a_groups_own_rate_keeps_its_ratio():
     head = linear_head(6, 3, dropout=0.0, seed=7)
     groups = [

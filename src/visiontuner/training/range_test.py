@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
-from visiontuner.training.batches import Batches, join_last_single
+from visiontuner.training.batches import Batches, join_last_single, needs_joining
 from visiontuner.training.metrics import balanced_class_weights
 from visiontuner.training.optimisation import ParameterGroup, make_optimizer
 from visiontuner.training.step import TrainingStep
@@ -102,7 +102,8 @@ def range_test(
     smoothed: list[float] = []
     stopped = False
     network.train()
-    batches = _endless(train, torch.Generator().manual_seed(seed))
+    joins = needs_joining(network, samples=len(train.labels), batch_size=settings.batch_size)
+    batches = _endless(train, torch.Generator().manual_seed(seed), joins_last_single=joins)
     for step, (rate, (inputs, labels)) in enumerate(zip(rates, batches, strict=False), start=1):
         loss = float(take_step(inputs, labels).loss)
         stopped = not math.isfinite(loss)
@@ -191,10 +192,13 @@ def _growing(
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def _endless(train: Batches, order: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def _endless(
+    train: Batches, order: torch.Generator, *, joins_last_single: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Epoch after epoch, each in an order of its own."""
     while True:
-        yield from join_last_single(train.shuffled(order))
+        batches = train.shuffled(order)
+        yield from join_last_single(batches) if joins_last_single else batches
 
 
 def _class_weights(train: Batches, settings: Training, num_classes: int) -> Tensor | None:
