@@ -198,6 +198,13 @@ class TrialRecord:
     def finished(self) -> bool:
         return self.state in FINISHED
 
+    def epochs_before(self, step: int) -> list[EpochRecord]:
+        """Those before an epoch that is reported now.
+
+        If it is this attempt's first, it went on from a checkpoint: those of the attempts before.
+        """
+        return self.epochs or _up_to(step, self.earlier_epochs)
+
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, in order."""
         rows = [(e.step, e.metrics[metric]) for e in self.epochs if metric in e.metrics]
@@ -318,8 +325,7 @@ def best_epoch(epochs: Iterable[EpochRecord], objective: str, mode: str) -> Epoc
 
 def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
     if event["event"] == "epoch":
-        if not trial.epochs and event["step"] > 1:  # it went on from a checkpoint
-            trial.epochs = _up_to(event["step"], trial.earlier_epochs)
+        trial.epochs = trial.epochs_before(event["step"])
         trial.epochs.append(
             EpochRecord(
                 step=event["step"],

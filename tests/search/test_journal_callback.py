@@ -193,6 +193,34 @@ def test_rays_snapshot_holds_no_open_journal(recorder, tmp_path):
     assert RuleStopper(rules, ()).__getstate__()["_rules"] is None
 
 
+def test_a_rule_stops_a_training_that_went_on_where_it_stops_one_that_was_not_interrupted(
+    recorder, tmp_path
+):
+    # Training pictures are learned by heart; what is learned is of no use for the others.
+    learned = [1 - 0.9**step for step in range(20)]
+    experiment = Experiment.parse({"name": "x", "rules": {"stop_on": ["overfit"]}})
+    rules = LiveRules(tmp_path, experiment, lambda: pytest.fail("no labels"), recorder)
+
+    def stops_at(trial_id: str, interrupted_after: int | None) -> int | None:
+        who = {"trial_id": trial_id, "attempt": 1}
+        recorder.append("trial_started", **who, configuration={})
+        for step, share in enumerate(learned, start=1):
+            metrics = {"train_loss": 1 - share, "train_accuracy": share}
+            metrics |= {"validation_loss": 1 + share, "validation_accuracy": 0.1}
+            if rules.stops(trial_id, step, metrics):
+                return step
+            recorder.append("epoch", **who, step=step, metrics=metrics)
+            if step == interrupted_after:
+                end_trial(recorder, trial_id, "interrupted")
+                who["attempt"] = 2
+                recorder.append("trial_started", **who, configuration={})
+        return None
+
+    stopped = stops_at("t0001", None)
+    assert stopped is not None
+    assert stops_at("t0002", stopped - 1) == stopped
+
+
 @pytest.mark.parametrize("attempts_before", [0, 1])
 def test_a_trial_whose_worker_died_before_it_began_begins_again(
     recorder, tmp_path, attempts_before

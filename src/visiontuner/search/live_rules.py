@@ -76,7 +76,7 @@ class LiveRules:
         """
         trial = self._recorder.record.trials[trial_id]
         newest = EpochRecord(step=step, time=0.0, attempt=trial.attempt, metrics=dict(metrics))
-        seen = replace(trial, epochs=[*trial.epochs, newest])
+        seen = replace(trial, epochs=[*trial.epochs_before(step), newest])
         history = replace(history_of_trial(self._recorder.record, seen), times=())
         errors = [f for f in diagnose_curves(history, self._asked) if f.severity == "error"]
         self._waiting[trial_id] = [*errors, *found]
