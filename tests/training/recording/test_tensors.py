@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visiontuner.experiment import Training
 from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.fit import Fit
+from visiontuner.training.recording.layers import find_layers
 from visiontuner.training.recording.records import TENSOR_STATISTICS, TensorRecord
 from visiontuner.training.recording.tensors import TensorRecorder
 from visiontuner.training.watch import Watch
@@ -235,7 +236,7 @@ def test_one_infinity_among_millions_is_found():
 
 
 class Twice(nn.Module):
-    """One convolution for two maps, one layer called twice, one never, and a weight of its own."""
+    """One convolution for two maps, one layer called twice, one never, and a factor of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -356,7 +357,28 @@ def test_shared_and_unused_layers_are_named():
     assert np.isfinite(column(record, "weight_norm", "unused")).all()
     assert np.isnan(column(record, "gradient_norm", "unused")).all()
     assert record.layers[-1] == "unused"  # as they first ran, then what never did
-    assert record.kinds[record.layers.index("")] == "Twice"  # a weight of the network's own
+    assert "" not in record.layers  # the network's own factor is no layer's weight
+
+
+class Mixing(nn.Module):
+    """A layer whose matrix is called otherwise, and a factor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(8))
+        self.kernel = nn.Parameter(torch.eye(4))
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4, 1, 1))
+
+
+def test_a_weight_is_a_matrix_whatever_its_name_and_a_factor_is_none():
+    mixing = Mixing()
+    layers, _ = find_layers(nn.Sequential(mixing, Scaled()))
+    assert [(layer.kind, layer.weight is mixing.kernel) for layer in layers] == [("Mixing", True)]
 
 
 def test_frozen_layers_have_no_gradients_and_do_not_count_as_unchanged():

@@ -231,6 +231,11 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         tensors({("head", "weight_std"): [0, 0.1, 0.1, 0.1]}),
         tensors({("norm", "weight_std"): [0, 0.1, 0.1, 0.1]}),
     ),
+    "poor_weight_initialisation: equal weights, and not the factors of a block": (
+        "error",
+        tensors({("block", "weight_std"): 0}, layers={**LAYERS, "block": "StdConv2dSame"}),
+        tensors({("block", "weight_std"): 0}, layers={**LAYERS, "block": "ConvNeXtBlock"}),
+    ),
     "poor_weight_initialisation: outputs shrink": (
         "error",
         tensors({("head", "activation_std"): [9e-5, 1, 1, 1]}),
@@ -246,6 +251,11 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         tensors({("first", "activation_std"): [1, 2e4, 2e4, 2e4]}),
         tensors({("first", "activation_std"): [2e4, 2e4, 2e4, 9e3]}),
     ),
+    "tensor_variance: small, and not a block that adds little": (
+        "error",
+        tensors({("block", "activation_std"): 9e-7}, layers={**LAYERS, "block": "Conv1d"}),
+        tensors({("block", "activation_std"): 9e-7}, layers={**LAYERS, "block": "ConvBlock"}),
+    ),
     "tensor_variance: small": (
         "error",
         tensors({("head", "activation_std"): [1, 9e-7, 9e-7, 9e-7]}),
@@ -260,6 +270,11 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         "error",
         tensors({("gate", "activation_saturated"): 1}, layers={**LAYERS, "gate": "Tanh"}),
         tensors({("gate", "activation_saturated"): 1}, layers={**LAYERS, "gate": "Hardsigmoid"}),
+    ),
+    "saturated_activation: but a hard gate of timm's": (
+        "error",
+        tensors({("gate", "activation_saturated"): 1}, layers={**LAYERS, "gate": "Sigmoid"}),
+        tensors({("gate", "activation_saturated"): 1}, layers={**LAYERS, "gate": "HardSigmoid"}),
     ),
     "dead_relu: most": (
         "error",

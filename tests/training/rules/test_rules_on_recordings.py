@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
@@ -145,3 +146,14 @@ def test_a_healthy_training_raises_nothing(
 ) -> None:
     torch.manual_seed(7)
     assert findings(plain(4, norms=norms), tmp_path, **settings) == {}
+
+
+def convnext() -> nn.Module:
+    """Its blocks multiply what they add by a factor that begins with 1e-6."""
+    stages = [CNBlockConfig(12, 24, 2), CNBlockConfig(24, None, 1)]
+    return ConvNeXt(stages, num_classes=CLASSES)
+
+
+def test_a_healthy_convnext_from_random_weights_raises_no_error(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    assert "error" not in findings(convnext(), tmp_path, epochs=6).values()

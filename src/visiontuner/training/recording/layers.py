@@ -53,8 +53,20 @@ def unit_dimension(output: Tensor) -> int:
 
 
 def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    """Its `weight`; of a layer with another name for it the largest matrix.
+
+    What a block has besides its layers, a factor for its output or a table of positions, is no
+    weight: a factor that begins with 1e-6 changes a hundredfold in a step when all is well.
+    """
     own = {name: p for name, p in module.named_parameters(recurse=False) if p.numel() > 0}
     for name in ("weight", "in_proj_weight"):
         if name in own:
             return own[name]
-    return max(own.values(), key=lambda parameter: parameter.numel(), default=None)
+    if any(module.children()):
+        return None
+    matrices = [parameter for parameter in own.values() if _is_matrix(parameter)]
+    return max(matrices, key=lambda parameter: parameter.numel(), default=None)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return sum(size > 1 for size in parameter.shape) > 1

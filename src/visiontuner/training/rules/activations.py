@@ -11,6 +11,9 @@ from visiontuner.training.recording.records import TensorRecord
 from visiontuner.training.rules import thresholds as limits
 from visiontuner.training.rules.history import TrainingHistory
 from visiontuner.training.rules.recorded import (
+    CONVOLUTION,
+    LINEAR,
+    NORM,
     epoch_of,
     last_step,
     lasting,
@@ -29,7 +32,7 @@ def tensor_variance(history: TrainingHistory) -> Finding | None:
     record = tensors_of(history)
     if record is None:
         return None
-    std = np.where(of_kind(record, "Conv", "Linear", "Norm"), record.of("activation_std"), np.nan)
+    std = np.where(of_kind(record, CONVOLUTION, LINEAR, NORM), record.of("activation_std"), np.nan)
     large, small = lasting(std > limits.LARGEST_STD), lasting(std < limits.SMALLEST_STD)
     if not (large | small).any():
         return None
@@ -59,7 +62,7 @@ def saturated_activation(history: TrainingHistory) -> Finding | None:
     if record is None:
         return None
     # A hard sigmoid is a gate: shut and open are what it is for.
-    bounded = of_kind(record, "Sigmoid", "Tanh")
+    bounded = of_kind(record, "^Sigmoid$", "^Tanh$")
     shares = np.where(bounded, record.of("activation_saturated"), np.nan)
     layers = lasting(shares > limits.SATURATED_SHARE)
     if not layers.any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,11 @@ from visiontuner.training.rules.history import TrainingHistory
 
 Layers = NDArray[np.bool_]
 """One truth value a layer, (L,)."""
+
+# A block may be called ConvNeXtBlock or LinearAttention, and a gate HardSigmoid.
+CONVOLUTION = r"Conv(Transpose)?\dd"
+LINEAR = r"Linear$"
+NORM = r"Norm"
 
 _NAMED = 3
 
@@ -34,9 +41,10 @@ def trained(record: TensorRecord) -> Layers:
     return np.asarray((~np.isnan(record.of("gradient_norm"))).any(axis=0))
 
 
-def of_kind(record: TensorRecord, *words: str) -> Layers:
-    """Layers whose class has one of the words in its name: `Norm`, `Conv`, `Linear`, …"""
-    return np.array([any(word in kind for word in words) for kind in record.kinds], bool)
+def of_kind(record: TensorRecord, *patterns: str) -> Layers:
+    """Layers in whose class name one of the patterns is found: `CONVOLUTION`, `LINEAR`, …"""
+    found = re.compile("|".join(patterns)).search
+    return np.array([found(kind) is not None for kind in record.kinds], bool)
 
 
 def layer_name(record: TensorRecord, layer: int) -> str:

@@ -9,6 +9,9 @@ from visiontuner.training.recording.records import TensorRecord
 from visiontuner.training.rules import thresholds as limits
 from visiontuner.training.rules.history import TrainingHistory
 from visiontuner.training.rules.recorded import (
+    CONVOLUTION,
+    LINEAR,
+    NORM,
     epoch_of,
     last_step,
     lasting,
@@ -118,7 +121,7 @@ def unchanged_tensor(history: TrainingHistory) -> Finding | None:
     record = tensors_of(history)
     if record is None:
         return None
-    weights = trained(record) & ~of_kind(record, "Norm")
+    weights = trained(record) & ~of_kind(record, NORM)
     still = record.of("weight_unchanged") >= 1
     layers = weights & lasting(still) & (still.mean(axis=0) >= limits.STILL_SHARE)
     if not layers.any():
@@ -150,7 +153,7 @@ def weight_update_ratio(history: TrainingHistory) -> Finding | None:
     large = ratio > limits.UPDATE_LARGE
     if large.any():
         return _too_large(history, record, ratio, large)
-    weights = trained(record) & ~of_kind(record, "Norm")
+    weights = trained(record) & ~of_kind(record, NORM)
     small = weights & lasting(ratio < limits.UPDATE_SMALL)
     small &= (ratio < limits.UPDATE_SMALL).mean(axis=0) >= limits.STILL_SHARE
     if not small.any():
@@ -210,7 +213,9 @@ def poor_weight_initialisation(history: TrainingHistory) -> Finding | None:
 
 
 def _equal_weights(record: TensorRecord) -> str | None:
-    equal = trained(record) & of_kind(record, "Conv", "Linear") & (record.of("weight_std")[0] == 0)
+    equal = (
+        trained(record) & of_kind(record, CONVOLUTION, LINEAR) & (record.of("weight_std")[0] == 0)
+    )
     equal &= record.of("weight_zeros")[0] < 1  # a layer may begin with zeros: `all_zero`
     return f"all weights are equal in {named(record, equal)}" if equal.any() else None
 
@@ -223,7 +228,7 @@ def _spread(record: TensorRecord) -> str | None:
     ):
         values = record.of(statistic)[0].astype(np.float64)
         # A layer of zeros, a new head for one, is `all_zero` if it stays so.
-        values[~of_kind(record, "Conv", "Linear") | ~(values > 0)] = np.nan
+        values[~of_kind(record, CONVOLUTION, LINEAR) | ~(values > 0)] = np.nan
         if np.isfinite(values).sum() < 2:
             continue
         low, high = int(np.nanargmin(values)), int(np.nanargmax(values))
