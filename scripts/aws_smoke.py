@@ -1,6 +1,6 @@
 """Deploy a model on your own AWS account, ask it and take it away again, under a cost cap.
 
-    make aws-smoke                                   the newest search's model
+    make aws-smoke                                   the champion of the newest search's model
     make aws-smoke ARGS="dogs@champion --max-cost 0.10 --yes"
 
 Without an account, or where it could cost more than the cap, nothing is made.
@@ -41,7 +41,10 @@ def main(
     model: str, max_cost: float, price: float | None, instance_type: str, region: str | None,
     role: str | None, image: str | None, timeout_seconds: int, no_preflight: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Deploy MODEL (the newest search's by default), ask it its reference pictures, undeploy."""
+    """Deploy MODEL, ask it its reference pictures, undeploy.
+
+    By default the champion of the newest search's model.
+    """
     from visiontuner.workflow.deploy import DeployOptions, deploy, plan_deployment
 
     options = DeployOptions(

@@ -736,6 +736,41 @@ def test_the_folder_of_the_pictures_does_not_hide_the_model_that_is_named_after_
     )
 
 
+@pytest.fixture
+def challenger(registered: Any, model: str) -> Iterator[str]:
+    """A version that is newer than the champion, which is `model`."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(registered.tracking_uri, registered.tracking_uri)
+    client.set_registered_model_alias("colours", "champion", model.split("/")[1])
+    yield registered().removeprefix("models:/")
+    client.delete_registered_model_alias("colours", "champion")
+
+
+@pytest.mark.usefixtures("account", "newest_search")
+def test_a_name_means_the_champion_and_the_plan_says_which_version_is_newer(
+    model: str, challenger: str
+) -> None:
+    for named in ([], ["colours"]):
+        planned = run("deploy", *named, "--dry-run")
+        assert f"-m models:/{model} " in planned.stdout
+        assert f"models:/{model}, the champion; {challenger} is newer" in planned.stderr
+    asked_for = run("deploy", challenger, "--dry-run")
+    assert f"-m models:/{challenger} " in asked_for.stdout
+    assert "newer" not in asked_for.stderr
+
+
+@pytest.mark.usefixtures("account")
+def test_an_update_without_a_model_stays_with_the_one_that_the_endpoint_serves(
+    model: str, challenger: str
+) -> None:
+    _deploy(challenger, "--name", "c")
+    planned = run("update", "c", "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    assert f"-m models:/{model} " in planned.stdout
+    assert f"{challenger} is newer" in planned.stderr
+
+
 @pytest.mark.usefixtures("account")
 def test_the_plan_says_what_it_costs_and_the_command_repeats_every_choice(model: str) -> None:
     done = run("deploy", model, "--dry-run", "--price", "0.115", "--instances", "2")

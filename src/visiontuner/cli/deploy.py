@@ -78,8 +78,8 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
 def deploy(model: str, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
 
-    MODEL is NAME (its champion, or the newest), NAME/VERSION or NAME@ALIAS; the newest search's
-    model if none is named. What a failure or Ctrl-C leaves behind is taken away.
+    MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION or NAME@ALIAS;
+    without one the newest search's NAME. What a failure or Ctrl-C leaves behind is taken away.
 
     \b
     Examples:
@@ -97,13 +97,14 @@ def deploy(model: str, **given: Any) -> None:
 def update(name: str, model: str, **given: Any) -> None:
     """Put another model behind an endpoint, without a pause.
 
-    The old model answers until the new one is healthy, and again if the new one answers the
+    MODEL as in `deploy`; without one the NAME of the model that the endpoint serves. The old
+    model answers until the new one is healthy, and again if the new one answers the
     pictures that it was packaged with differently.
 
     \b
     Examples:
-      visiontuner update dogs                        the newest search's model
-      visiontuner update dogs dogs@champion
+      visiontuner update dogs                        the champion of its model
+      visiontuner update dogs dogs@challenger
     """
     _run(model, given | {"name": name}, update=True)
 

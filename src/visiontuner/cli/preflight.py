@@ -43,8 +43,8 @@ def preflight(
 ) -> None:
     """Serve a model here as its endpoint will, and check what it answers over HTTP.
 
-    MODEL is NAME (its champion, or the newest), NAME/VERSION, NAME@ALIAS, or a folder; the
-    newest search's model if none is named. Exits with 1 if a check fails.
+    MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION, NAME@ALIAS, or
+    a folder; without one the newest search's NAME. Exits with 1 if a check fails.
 
     \b
     Examples:

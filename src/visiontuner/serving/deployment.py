@@ -39,6 +39,7 @@ class DeploymentPlan:
     Args:
         name: of the endpoint.
         model_uri: `models:/NAME/VERSION` or a model folder.
+        newer_model: NAME/VERSION of one that is newer than the champion, which is deployed.
         bucket: the model's archive is uploaded there; MLflow makes it if `bucket_exists` is not.
         instance_type: None for a serverless endpoint.
         serverless_mb: its memory; None for instances.
@@ -67,6 +68,7 @@ class DeploymentPlan:
     tags: Mapping[str, str] = field(default_factory=dict)
     assume_role: str | None = None
     price_per_hour: float | None = None
+    newer_model: str | None = None
     timeout_seconds: int = 1800
     region_is_default: bool = True
 
@@ -133,7 +135,7 @@ class DeploymentPlan:
         )
         lines = [
             f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
-            f"model      {self.model_uri}",
+            f"model      {self.model_uri}{self._newer()}",
             f"runs on    {where}; {self.cost()}",
             f"role       {self.role}",
             f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
@@ -144,6 +146,15 @@ class DeploymentPlan:
         if TTL_TAG in self.tags:
             lines.append(f"lives for  {self.tags[TTL_TAG]}; nothing deletes it by itself")
         return lines
+
+    def _newer(self) -> str:
+        if self.newer_model is None:
+            return ""
+        name = self.newer_model.split("/")[0]
+        return (
+            f", the champion; {self.newer_model} is newer: name it to deploy it, or let "
+            f"`visiontuner promote {name}` decide"
+        )
 
     def cost(self) -> str:
         """A few words."""

@@ -66,5 +66,7 @@ def deployed_model(aws: Aws, name: str) -> str:
     describe(aws, name)
     model = endpoint_tags(aws, name).get(MODEL_TAG, "")
     if "/" not in model:
-        raise UserMistake(f"Endpoint {name!r} does not say which registered model it serves.")
+        raise UserMistake(
+            f"Endpoint {name!r} does not say which registered model it serves; name a model."
+        )
     return model

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.locations import tracking_uri
-from visiontuner.workflow.models import locate_model, model_folder
+from visiontuner.workflow.models import locate_model, model_folder, passed_over
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import open_store
 
@@ -68,8 +68,9 @@ def plan_deployment(
     """Find and check everything that a deployment needs; makes nothing.
 
     Args:
-        model: NAME, NAME/VERSION, NAME@ALIAS, models:/… or an MLflow model folder; the newest
-            search's registered model if None.
+        model: NAME (its champion, or the newest version while there is none), NAME/VERSION,
+            NAME@ALIAS, models:/… or an MLflow model folder. None: the NAME of the newest search's
+            model, or of the one that is updated.
         updated: the endpoint is there, and keeps what it runs on.
 
     Raises:
@@ -87,6 +88,7 @@ def plan_deployment(
         endpoint_name,
         ttl_hours,
     )
+    from visiontuner.serving.endpoint_listing import deployed_model
     from visiontuner.serving.endpoint_running import find_running
     from visiontuner.serving.endpoint_states import check_free
     from visiontuner.serving.surroundings import find_image, mlflows_bucket
@@ -94,10 +96,13 @@ def plan_deployment(
     if options.ttl is not None:
         ttl_hours(options.ttl)
     capture = capture_everything(options.data_capture) if options.data_capture else None
-    uri, facts = _model_facts(model)
     aws = Aws(options.region, options.assume_role)
+    running = find_running(aws, str(options.name)) if updated else None
+    if running and model is None:
+        model = deployed_model(aws, str(options.name)).split("/")[0]
+    located = locate_model(model)
+    uri, facts = _model_facts(located)
     name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
-    running = find_running(aws, name) if updated else None
     if running is None:
         check_free(aws, name)
     wanted = options.bucket or (running.bucket if running else None)
@@ -106,6 +111,7 @@ def plan_deployment(
     plan = DeploymentPlan(
         name=name,
         model_uri=uri,
+        newer_model=passed_over(model, located),
         region=aws.region,
         account=aws.account,
         caller=aws.caller,
@@ -227,9 +233,8 @@ def endpoints(region: str | None = None, assume_role: str | None = None) -> list
     return list_endpoints(Aws(region, assume_role))
 
 
-def _model_facts(model: str | None) -> tuple[str, dict[str, Any]]:
+def _model_facts(located: Path | str) -> tuple[str, dict[str, Any]]:
     """The URI to deploy, and the tags that lead from the endpoint back to it."""
-    located = locate_model(model)
     if isinstance(located, Path):
         if not (located / "MLmodel").is_file():
             raise UserMistake(

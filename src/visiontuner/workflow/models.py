@@ -22,7 +22,7 @@ def locate_model(model: str | None) -> Path | str:
     Args:
         model: an MLflow model's, a classifier's or a search's folder, or NAME (its champion, or the
             newest version while there is none), NAME/VERSION, NAME@ALIAS, models:/…;
-            None: the name of the newest search's model.
+            None: the NAME of the newest search's.
 
     Returns:
         A folder that holds MLmodel or classifier.json, or the URI.
@@ -44,6 +44,28 @@ def locate_model(model: str | None) -> Path | str:
         if folder.is_dir():
             raise UserMistake(f"The folder {model} holds no model. {error}") from None
         raise
+
+
+def passed_over(model: str | None, located: Path | str) -> str | None:
+    """The newest version of a model, as NAME/VERSION, if a name alone means an older champion.
+
+    Args:
+        model: what `locate_model` was asked.
+        located: what it found.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+    """
+    from visiontuner.serving.versions import ModelReference, find_version
+
+    if isinstance(located, Path):
+        return None
+    meant, found = (ModelReference.parse(text) for text in (model or located, located))
+    if model is not None and (meant.version or meant.alias):
+        return None
+    newest = find_version(open_store(), ModelReference(name=found.name))
+    is_newer = int(newest.version) > int(found.version or 0)
+    return f"{newest.name}/{newest.version}" if is_newer else None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from visiontuner.locations import writable_cache_folder
-from visiontuner.workflow.models import locate_model, model_folder
+from visiontuner.workflow.models import locate_model, model_folder, passed_over
 
 if TYPE_CHECKING:
     from visiontuner.serving.preflight import PreflightReport
@@ -28,7 +28,7 @@ def preflight(
 
     Args:
         model: NAME, NAME/VERSION, NAME@ALIAS or models:/…, or a model, classifier or search
-            folder; the newest search's registered model if None.
+            folder; the newest search's model, by its NAME, if None.
         env_manager: a clean environment from the model's pinned requirements, kept for the next
             time, or this process's own.
         container: in SageMaker's container instead, on this machine's Docker engine.
@@ -47,7 +47,10 @@ def preflight(
 
     if container:
         require_engine()
-    name = str(locate_model(model))
+    located = locate_model(model)
+    name, newer = str(located), passed_over(model, located)
+    if newer:
+        note(f"{name} is the champion; {newer} is newer, and can be named.")
     with model_folder(name) as found, TemporaryDirectory(prefix="visiontuner-") as temporary:
         folder = _as_mlflow_model(found, Path(temporary) / "model")
         if container:
