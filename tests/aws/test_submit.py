@@ -6,7 +6,6 @@ would have left it.
 
 import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +20,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.aws import Aws
 from visiontuner.cli import main
 from visiontuner.data.storage import upload_folder
-from visiontuner.errors import JobFailed, ServingError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord
 from visiontuner.workflow import run_search
@@ -452,33 +449,6 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(
     assert described(account, job)["TrainingJobStatus"] == "InProgress"
 
 
-def test_an_aws_that_is_away_for_a_while_does_not_end_the_following(
-    account: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = place(account)
-    url, looks = os.environ["AWS_ENDPOINT_URL"], iter(range(10))
-
-    def pause(_: float) -> None:
-        """Two looks find nobody; at the third AWS is back, and the job has ended."""
-        if next(looks) == 2:
-            monkeypatch.setattr(Aws, "call", call)
-            direct(account, job, status="Failed", reason="InternalServerError", seconds=60)
-
-    call = Aws.call
-
-    def away(self: Aws, service: str, method: str, /, **kwargs: Any) -> Any:
-        if next(calls) < 3:  # who am I, and the first look
-            return call(self, service, method, **kwargs)
-        raise ServingError(f"Cannot {method} at {url}: connection refused.")
-
-    calls = iter(range(1000))
-    monkeypatch.setattr(Aws, "call", away)
-    monkeypatch.setattr(FOLLOWING, "time", SimpleNamespace(monotonic=time.monotonic, sleep=pause))
-    with pytest.raises(JobFailed, match="before its search began: InternalServerError"):
-        attach(job, poll_seconds=0)
-    assert next(looks) == 3
-
-
 def test_a_stopped_job_comes_home_and_its_search_goes_on_in_another(
     account: Any, finished: Path, tmp_path: Path
 ) -> None:
@@ -541,17 +511,6 @@ def test_a_job_that_gets_no_machines_is_tried_again_with_the_same_or_with_others
     assert request["AlgorithmSpecification"]["TrainingImage"] == IMAGE
     other = run("tune", *FLAGS, "--resume", job, "--dry-run", "--instance-type", "ml.g5.xlarge")
     assert "runs on    3 x ml.g5.xlarge" in other.stderr
-
-
-def test_what_went_on_here_is_not_overwritten(account: Any, finished: Path, tmp_path: Path) -> None:
-    job = place(account)
-    keep_checkpoints(account, job, finished, upto=12)
-    direct(account, job, status="Stopped", seconds=60)
-    run("attach", job)
-    folder = next((tmp_path / "searches").iterdir())
-    shutil.copy(finished / FILE_NAME, folder / FILE_NAME)
-    run("attach", job)
-    assert SearchRecord.load(folder).ended
 
 
 def test_a_folder_of_something_else_is_left_alone(
