@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import gc
+import io
+import os
+import select
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,8 +24,9 @@ class OneLineErrors(click.Command):
         debug = bool(ctx.find_root().params.get("debug"))
         # A million objects of torch, MLflow and Ray stay: Python need not walk them so often.
         gc.set_threshold(50_000, 20, 100)
+        _spell_out_odd_names()
         try:
-            with _sigterm_is_ctrl_c():
+            with _sigterm_is_ctrl_c(), _quiet_without_reader():
                 return super().invoke(ctx)
         except VisiontunerError as error:
             if debug:
@@ -44,6 +49,37 @@ class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+def _spell_out_odd_names() -> None:
+    """Print a file's name that is no text as `caf\\udce9.png`, instead of ending with an error."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Whoever reads our output may end before us, as `head` does: there is nobody to tell."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # it was another pipe
+        raise click.exceptions.Exit(1) from None
+    finally:
+        if _reader_is_gone():  # or Python complains at exit of what it cannot write any more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # nothing but what is always told: errors
+    except (ValueError, OSError):  # no file
+        return False
+    return bool(poll.poll(0))
 
 
 @contextmanager
