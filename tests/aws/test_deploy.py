@@ -25,6 +25,7 @@ from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.endpoint_listing import Endpoint
 from visiontuner.serving.endpoint_parts import Parts
+from visiontuner.serving.preflight import PreflightReport
 from visiontuner.workflow.models import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
@@ -395,6 +396,31 @@ def test_a_model_that_cannot_be_served_is_not_deployed(account: Any, damaged: Pa
     assert account.holds() == NOTHING
 
 
+def test_a_serverless_endpoint_that_is_too_small_for_the_model_is_not_deployed(
+    account: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 1.5 x 700 MB and 500 MB for the system: 1,550 MB.
+    small = PreflightReport(
+        model=model,
+        checks=(),
+        p50_ms=1,
+        p95_ms=1,
+        p99_ms=1,
+        pictures_per_second=100,
+        memory_mb=700,
+        recommendation="Serverless with 2048 MB.",
+    )
+    monkeypatch.setattr("visiontuner.serving.preflight.run_preflight", lambda *_, **__: small)
+    arguments = ["--env-manager", "local", "--serverless"]
+    refused = run("deploy", model, *arguments, "1024")
+    assert refused.exit_code == 1
+    assert "serverless with 1024 MB is too small: the server needs 1,550 MB" in said(refused)
+    assert "Serverless with 2048 MB" in said(refused)
+    assert account.holds() == NOTHING
+    fits = run("deploy", model, *arguments, "2048")
+    assert fits.exit_code == 0, fits.output
+
+
 def test_an_endpoint_that_fails_is_taken_away_and_its_log_is_shown(
     account: Any, model: str
 ) -> None:
@@ -523,6 +549,14 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
         (["--name", "a" * 36], "cannot be an endpoint's name"),
         (["--serverless", "1000"], "--serverless takes one of 1024"),
         (["--serverless", "much"], "--serverless takes a number"),
+        (["--serverless", "2048", "--instances", "3"], "A serverless endpoint has no instances"),
+        (
+            ["--serverless", "2048", "--instance-type", "ml.c5.large"],
+            "A serverless endpoint has no instances: leave --serverless out, or --instance-type",
+        ),
+        (["--instance-type", "nonsense"], "no instance type 'nonsense' for endpoints. Nearest: ml"),
+        (["--instance-type", "ml.c5.lrge"], "Nearest: ml.c5.large"),
+        (["--instance-type", "ml.m6g.large"], "ml.m6g.large has an ARM processor, and the serving"),
         (["--price", "nan"], "--price takes a number"),
         (["--ttl", "soon"], "--ttl takes a time such as 45m, 8h or 2d"),
         (["--env", "KEY"], "--env takes KEY=VALUE"),

@@ -67,7 +67,7 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
     "--name", metavar="NAME", default="auto", help="Of the endpoint; by default the model's."
 )
 @click.option("--instance-type", default="auto", help="Default: ml.m5.large.")
-@click.option("--instances", type=click.IntRange(1, 100), default=1, show_default=True)
+@click.option("--instances", type=click.IntRange(1, 100), help="How many. Default: 1.")
 @click.option(
     "--serverless", metavar="MB", default="none", help="Instead of instances: 1024 to 6144."
 )

@@ -12,6 +12,7 @@ from typing import Any
 
 from visiontuner.aws_images import Image
 from visiontuner.errors import UserMistake
+from visiontuner.serving.instances import SERVERLESS_MB
 
 # Tags of an endpoint; the first is what makes it ours.
 MODEL_TAG = "visiontuner.model"
@@ -27,7 +28,6 @@ NAME_LENGTH = 35
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 _TAG_LETTERS = re.compile(r"[^\w .:/=+@-]")
 _TAG_LENGTH = 256
-_SERVERLESS_MB = (1024, 2048, 3072, 4096, 5120, 6144)
 _TTL = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
 _HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
 
@@ -74,8 +74,8 @@ class DeploymentPlan:
 
     def __post_init__(self) -> None:
         check_name(self.name)
-        if self.serverless_mb is not None and self.serverless_mb not in _SERVERLESS_MB:
-            listed = ", ".join(map(str, _SERVERLESS_MB))
+        if self.serverless_mb is not None and self.serverless_mb not in SERVERLESS_MB:
+            listed = ", ".join(map(str, SERVERLESS_MB))
             raise UserMistake(f"--serverless takes one of {listed} MB, got {self.serverless_mb}.")
         if self.serverless_mb is not None and CAPTURE in self.more:
             raise UserMistake("A serverless endpoint captures no data; leave --data-capture out.")

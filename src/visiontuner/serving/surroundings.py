@@ -19,6 +19,12 @@ def mlflows_bucket(aws: Aws) -> str:
     return f"mlflow-sagemaker-{aws.region}-{aws.account}"
 
 
+def instance_types(aws: Aws) -> list[str]:
+    """Those of endpoints, as far as this boto3 knows them; asks nobody."""
+    model = aws.client("sagemaker").meta.service_model
+    return list(model.shape_for("ProductionVariantInstanceType").enum)
+
+
 def find_image(aws: Aws, wanted: str | None) -> Image:
     """The serving image, known to be in ECR and fit for SageMaker.
 

@@ -40,6 +40,7 @@ class DeployOptions:
         role: name or ARN of the execution role.
         image: URL of the serving image in ECR.
         assume_role: ARN of a role to act as, of another account say.
+        instances: how many; None: one.
         serverless_mb: memory of a serverless endpoint; None: instances.
         ttl: how long the endpoint is meant to live, as `8h`; a tag, nothing deletes it by itself.
         price: US dollars for an hour of one instance.
@@ -53,7 +54,7 @@ class DeployOptions:
     image: str | None = None
     bucket: str | None = None
     instance_type: str | None = None
-    instances: int = 1
+    instances: int | None = None
     serverless_mb: int | None = None
     data_capture: str | None = None
     ttl: str | None = None
@@ -86,17 +87,17 @@ def plan_deployment(
         DeploymentPlan,
         capture_everything,
         endpoint_name,
-        ttl_hours,
     )
     from visiontuner.serving.endpoint_listing import deployed_model
     from visiontuner.serving.endpoint_running import find_running
     from visiontuner.serving.endpoint_states import check_free
-    from visiontuner.serving.surroundings import find_image, mlflows_bucket
+    from visiontuner.serving.instances import check_instance_type
+    from visiontuner.serving.surroundings import find_image, instance_types, mlflows_bucket
 
-    if options.ttl is not None:
-        ttl_hours(options.ttl)
-    capture = capture_everything(options.data_capture) if options.data_capture else None
+    _check_choices(options)
     aws = Aws(options.region, options.assume_role)
+    if options.instance_type:
+        check_instance_type(options.instance_type, instance_types(aws))
     running = find_running(aws, str(options.name)) if updated else None
     if running and model is None:
         model = deployed_model(aws, str(options.name)).split("/")[0]
@@ -107,7 +108,6 @@ def plan_deployment(
         check_free(aws, name)
     wanted = options.bucket or (running.bucket if running else None)
     bucket, exists = find_bucket(aws, wanted, default=mlflows_bucket(aws))
-    serverless = options.serverless_mb is not None
     plan = DeploymentPlan(
         name=name,
         model_uri=uri,
@@ -119,11 +119,12 @@ def plan_deployment(
         image=find_image(aws, options.image or (running.image if running else None)),
         bucket=bucket,
         bucket_exists=exists,
-        instance_type=None if serverless else options.instance_type or DEFAULT_INSTANCE,
-        instances=options.instances,
+        instance_type=options.instance_type
+        or (DEFAULT_INSTANCE if options.serverless_mb is None else None),
+        instances=options.instances or 1,
         serverless_mb=options.serverless_mb,
         environment=options.environment,
-        more={CAPTURE: capture} if capture else {},
+        more={CAPTURE: capture_everything(options.data_capture)} if options.data_capture else {},
         assume_role=options.assume_role,
         timeout_seconds=options.timeout_seconds,
         region_is_default=aws.session.region_name == aws.region,
@@ -131,6 +132,21 @@ def plan_deployment(
     if running is not None:
         plan = _on_what_runs(plan, running, options)
     return aws, _priced_and_tagged(aws, plan, options, facts)
+
+
+def _check_choices(options: DeployOptions) -> None:
+    """What is wrong whatever the account holds."""
+    from visiontuner.serving.deployment import capture_everything, ttl_hours
+
+    if options.ttl is not None:
+        ttl_hours(options.ttl)
+    if options.data_capture:
+        capture_everything(options.data_capture)
+    if options.serverless_mb is not None and (options.instance_type or options.instances):
+        raise UserMistake(
+            "A serverless endpoint has no instances: leave --serverless out, or --instance-type "
+            "and --instances."
+        )
 
 
 def _on_what_runs(plan: DeploymentPlan, running: Running, options: DeployOptions) -> DeploymentPlan:
@@ -185,11 +201,16 @@ def deploy(
         ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
     """
     from visiontuner.serving import endpoint
+    from visiontuner.serving.instances import shortage
     from visiontuner.serving.reference import Reference
 
     if preflight:
         report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
         failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
+        small = shortage(
+            report.memory_mb, instance_type=plan.instance_type, serverless_mb=plan.serverless_mb
+        )
+        failed += [f"{small} ({report.recommendation.rstrip('.')})"] if small else []
         if failed:
             raise ServingError(
                 f"The preflight of {plan.model_uri} fails: {'; '.join(failed)}. Nothing was made; "
