@@ -281,6 +281,17 @@ def test_what_cannot_work_is_refused_in_one_line(
     assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
 
 
+@pytest.mark.usefixtures("account")
+def test_a_private_mlflow_is_written_live_from_its_vpc_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://10.0.3.7:5000")
+    flags = ("tune", *FLAGS, "--data", "s3://photos/colours", "--dry-run")
+    assert "tracking   http://10.0.3.7:5000 is in a private network" in run(*flags).stderr
+    inside = run(*flags, "--subnets", "subnet-1", "--security-groups", "sg-1").stderr
+    assert "tracking   live, into http://10.0.3.7:5000" in inside
+
+
 def test_an_image_for_another_processor_is_refused(account: Any) -> None:
     image = account.put_image(tag="mac", repository="directed", architecture="arm64")
     done = run("tune", "--on", "sagemaker", "--data", "s3://photos/colours", "--image", image)
