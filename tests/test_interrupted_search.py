@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -159,6 +161,24 @@ def assert_ends_in_order(command: Command, number: int) -> None:
 
 def test_sigterm_ends_a_search_in_order(command):
     assert_ends_in_order(command, signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_ends_a_search_in_order(command, number):
+    command.start()
+    command.stop(number, lambda: "gcs_server" in names_of_children(command.process.pid))
+    code, lines = command.end()
+    assert code == 130, lines
+    assert re.search(r"visiontuner (tune --resume \S*search)$", lines[-1]), lines[-5:]
+    assert command.record.ended["state"] == "interrupted"
+
+
+def names_of_children(pid: int) -> set[str]:
+    names = set()
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            names.add(child.name())
+    return names
 
 
 def test_a_search_goes_on_after_ctrl_c(command):

@@ -183,6 +183,8 @@ def _own_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit:  # it came while Ray started
+        raise KeyboardInterrupt from None
     finally:
         if before is not None:  # else it was never Python's
             signal.signal(signal.SIGTERM, before)

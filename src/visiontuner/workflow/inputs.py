@@ -116,13 +116,13 @@ class Inputs:
         )
         return store, round(time.monotonic() - began, 3)
 
-    def stop(self, computing: Future[Any]) -> None:
-        """End what computes features or decodes in another thread; what is done is kept.
+    def stop(self, *working: Future[Any]) -> None:
+        """End what loads, computes features or decodes in other threads; what is done is kept.
 
         A thread that is inside the network when Python ends takes the process down with it.
         """
         self._stopped = True
-        wait([computing], _STOPS_WITHIN_SECONDS)
+        wait(working, _STOPS_WITHIN_SECONDS)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def tell(done: int, total: int) -> None:

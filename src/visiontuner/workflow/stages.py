@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import DataError
 from visiontuner.journal import read_events
@@ -58,16 +59,17 @@ class StageRunner:
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
         computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
+        threads: list[Future[Any]] = [computing]
         try:
             from visiontuner.search.run import run_trials
 
             # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
             # mistake in it shows there as well.
-            beside(lambda: self.inputs.backbone)
+            threads.append(beside(lambda: self.inputs.backbone))
             self.ray.start()
             computed = computing.result()
         except BaseException:  # a Ctrl-C, or a Ray that does not start
-            self.inputs.stop(computing)
+            self.inputs.stop(*threads)
             raise
         stores = self._stores.record(*computed)
         if stage.name == "network":
