@@ -66,7 +66,22 @@ def test_memory_is_that_of_the_training_and_of_the_processes_it_started(tmp_path
         child.communicate(b"\n")
     assert together > alone + 150
     # Or more: other tests may have left processes of their own.
-    assert alone > 0.7 * psutil.Process().memory_info().rss / 1e6
+    own = psutil.Process().memory_info()
+    assert alone > 0.7 * (own.rss - own.shared) / 1e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell them apart")
+def test_pages_of_a_mapped_file_are_not_the_trainings_memory(tmp_path):
+    """Every worker maps the decoded pictures, and reads ever more of them."""
+    path = tmp_path / "pixels"
+    path.write_bytes(bytes(200_000_000))
+    mapped = np.memmap(path, np.uint8, "r")
+    before = sampled(tmp_path, 2).record().of("process_memory_megabytes")[-1]
+    resident = psutil.Process().memory_info().rss
+    assert int(mapped[::4096].sum()) == 0
+    after = sampled(tmp_path, 2).record().of("process_memory_megabytes")[-1]
+    assert psutil.Process().memory_info().rss > resident + 150_000_000
+    assert after < before + 50
 
 
 def test_a_long_training_is_sampled_less_often(tmp_path):

@@ -114,7 +114,8 @@ class SystemRecord:
         times: float64, (T,), seconds since the epoch.
         values: by MLflow's names without `system/` (`cpu_utilization_percentage`,
             `system_memory_usage_megabytes`, `gpu_0_utilization_percentage`, …) and
-            `process_memory_megabytes` of the training with its workers: float32, (T,).
+            `process_memory_megabytes` of the training with its workers, without mapped files:
+            float32, (T,).
     """
 
     times: NDArray[np.float64]

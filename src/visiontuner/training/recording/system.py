@@ -106,7 +106,7 @@ class SystemSampler:
 
 
 class _Processes:
-    """The memory of this process and of all that it started."""
+    """The memory of this process's own and of all that it started."""
 
     def __init__(self) -> None:
         self._own = psutil.Process()
@@ -117,11 +117,20 @@ class _Processes:
         if self._asked % _LOOK_FOR_PROCESSES == 0:
             self._known = self._own.children(recursive=True)
         self._asked += 1
-        total = self._own.memory_info().rss
+        total = _private(self._own)
         for process in self._known:
             with suppress(psutil.Error):
-                total += process.memory_info().rss
+                total += _private(process)
         return {"process_memory_megabytes": total / _MEGABYTE}
+
+
+def _private(process: psutil.Process) -> int:
+    """Bytes without what is mapped from files: pages of pictures are the system's to take back.
+
+    Exact numbers (`memory_full_info`) cost 80 ms for a process of one gigabyte, these 10 µs.
+    """
+    memory = process.memory_info()
+    return int(memory.rss - getattr(memory, "shared", 0))  # Linux alone tells
 
 
 def _of_machine(folder: Path) -> dict[str, float]:
