@@ -726,7 +726,9 @@ def _make_endpoint(account: Any, name: str) -> None:
     sagemaker = account.client("sagemaker")
     container = {"Image": "x", "ModelDataUrl": "s3://x/y", "Environment": {"STAND_IN_HANG": "900"}}
     sagemaker.create_model(
-        ModelName=name, PrimaryContainer=container, ExecutionRoleArn=account.put_role("theirs")
+        ModelName=name,
+        PrimaryContainer=container,
+        ExecutionRoleArn=account.put_role(f"role-of-{name}"),
     )
     variant = {"VariantName": "v", "ModelName": name, "InstanceType": "ml.m5.large"}
     sagemaker.create_endpoint_config(
@@ -738,6 +740,24 @@ def _make_endpoint(account: Any, name: str) -> None:
 def test_other_programs_endpoints_are_not_listed(account: Any) -> None:
     _make_endpoint(account, "theirs")
     assert run("endpoints").stdout == "None. `visiontuner deploy --region eu-west-1` makes one.\n"
+
+
+def test_a_tag_that_cannot_be_read_hides_no_endpoint(account: Any) -> None:
+    odd = {"visiontuner.ttl": "2 days", "visiontuner.price_per_hour": "cheap"}
+    fine = {"visiontuner.ttl": "8h", "visiontuner.price_per_hour": "0.5"}
+    for name, tags in ("odd", odd), ("fine", fine):
+        _make_endpoint(account, name)
+        arn = account.client("sagemaker").describe_endpoint(EndpointName=name)["EndpointArn"]
+        told = [{"Key": k, "Value": v} for k, v in (tags | {"visiontuner.model": "m/1"}).items()]
+        account.client("sagemaker").add_tags(ResourceArn=arn, Tags=told)
+    listed = run("endpoints")
+    assert listed.exit_code == 0, listed.output
+    rows = {line.split()[0]: line.split()[1:] for line in listed.stdout.splitlines()}
+    assert rows["odd"] == ["Creating", "m/1", "0.0", "h", "?", "?"]
+    assert rows["fine"] == ["Creating", "m/1", "0.0", "h", "$0.00", "8", "h"]
+    assert "odd has the tag visiontuner.ttl='2 days', which cannot be read" in listed.stderr
+    objects = json.loads(run("endpoints", "--format", "json").stdout)
+    assert {e["name"]: e["unreadable"] for e in objects} == {"odd": odd, "fine": {}}
 
 
 @pytest.mark.parametrize(

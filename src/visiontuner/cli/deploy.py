@@ -222,16 +222,33 @@ def _print_endpoints(found: list[Endpoint], flags: str) -> None:
     for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):
         table.add_column(heading)
     for endpoint in found:
-        cost = "not known" if endpoint.cost is None else f"${endpoint.cost:,.2f}"
-        life = "" if endpoint.ttl_hours is None else f"{endpoint.ttl_hours:g} h"
-        if endpoint.overdue:
-            life += f", passed: visiontuner undeploy {endpoint.name}{flags}"
+        life = _life(endpoint, flags)
         table.add_row(
             Text(endpoint.name),
             Text(endpoint.state),
             Text(endpoint.model),
             f"{endpoint.age_hours:.1f} h",
-            cost,
+            _cost(endpoint),
             Text(life, style="red" if endpoint.overdue else ""),
         )
     make_console().print(table)
+    for endpoint in found:
+        for tag, value in endpoint.unreadable.items():
+            _note(f"?: {endpoint.name} has the tag {tag}={value!r}, which cannot be read.")
+
+
+def _cost(endpoint: Endpoint) -> str:
+    from visiontuner.serving.deployment import PRICE_TAG
+
+    if endpoint.cost is None:
+        return "?" if PRICE_TAG in endpoint.unreadable else "not known"
+    return f"${endpoint.cost:,.2f}"
+
+
+def _life(endpoint: Endpoint, flags: str) -> str:
+    from visiontuner.serving.deployment import TTL_TAG
+
+    if endpoint.ttl_hours is None:
+        return "?" if TTL_TAG in endpoint.unreadable else ""
+    passed = f", passed: visiontuner undeploy {endpoint.name}{flags}" if endpoint.overdue else ""
+    return f"{endpoint.ttl_hours:g} h{passed}"

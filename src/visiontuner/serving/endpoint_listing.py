@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from visiontuner.aws import Aws
@@ -20,6 +23,7 @@ class Endpoint:
         age_hours: since it was created.
         ttl_hours: how long it was meant to live; None: not said.
         cost: US dollars since then; None: the price was not known, or it is paid by use.
+        unreadable: tags that say neither, as someone set them by hand.
     """
 
     name: str
@@ -28,6 +32,7 @@ class Endpoint:
     age_hours: float
     ttl_hours: float | None = None
     cost: float | None = None
+    unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def overdue(self) -> bool:
@@ -43,18 +48,38 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
         if MODEL_TAG not in tags:
             continue
         hours = ((now or datetime.now(UTC)) - entry["CreationTime"]).total_seconds() / 3600
-        price = tags.get(PRICE_TAG)
-        found.append(
-            Endpoint(
-                name=entry["EndpointName"],
-                state=entry["EndpointStatus"],
-                model=tags[MODEL_TAG],
-                age_hours=hours,
-                ttl_hours=ttl_hours(tags[TTL_TAG]) if TTL_TAG in tags else None,
-                cost=float(price) * hours if price else None,
-            )
-        )
+        found.append(_read(entry["EndpointName"], entry["EndpointStatus"], hours, tags))
     return sorted(found, key=lambda endpoint: -endpoint.age_hours)
+
+
+def _read(name: str, state: str, hours: float, tags: Mapping[str, str]) -> Endpoint:
+    """One odd tag must not hide the endpoints."""
+    said: dict[str, float | None] = {}
+    for tag, read in ((TTL_TAG, ttl_hours), (PRICE_TAG, _price)):
+        with suppress(UserMistake, ValueError):
+            said[tag] = read(tags[tag]) if tags.get(tag) else None
+    price = said.get(PRICE_TAG)
+    return Endpoint(
+        name=name,
+        state=state,
+        model=tags[MODEL_TAG],
+        age_hours=hours,
+        ttl_hours=said.get(TTL_TAG),
+        cost=None if price is None else price * hours,
+        unreadable={tag: tags[tag] for tag in (TTL_TAG, PRICE_TAG) if tag not in said},
+    )
+
+
+def _price(text: str) -> float:
+    """US dollars an hour.
+
+    Raises:
+        ValueError: it is no price.
+    """
+    price = float(text)
+    if not 0 <= price < math.inf:
+        raise ValueError(text)
+    return price
 
 
 def deployed_model(aws: Aws, name: str) -> str:
