@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,9 +43,14 @@ def ask(server: ScoringServer, contents: list[Any], **params: Any) -> list[dict[
     return rows
 
 
+def shows_code(response: requests.Response) -> bool:
+    """Whether there are lines of a program in it, as in a traceback."""
+    return re.search(r'Traceback|File \\?".*line \d', response.text) is not None
+
+
 def reason(response: requests.Response) -> str:
     assert 400 <= response.status_code < 500
-    assert "Traceback" not in response.text
+    assert not shows_code(response)
     return str(response.json()["message"])
 
 
@@ -138,7 +144,7 @@ def test_malformed_requests_are_the_clients_mistake(
     body, content_type = MALFORMED[what]
     response = post(scoring_server, body, content_type)
     assert 400 <= response.status_code < 500
-    assert "Traceback" not in response.text
+    assert not shows_code(response)
 
 
 @pytest.mark.parametrize("form", ["dataframe_records", "inputs", "instances"])
@@ -149,6 +155,59 @@ def test_every_form_of_mlflows_protocol_is_understood(
     value = {"image": [text]} if form == "inputs" else [{"image": text}]
     response = post(scoring_server, json.dumps({form: value}))
     assert response.json()["predictions"][0]["label"] == "green"
+
+
+BAD_ROWS = {
+    "abcde": "it is not a picture",
+    "data:image/png;base64,iVBORw0K": "image is a data URL; send what follows its comma.",
+    None: "it is not a picture",
+    3: "it is not a picture",
+}
+
+
+def test_what_is_no_base64_is_told_in_its_row_of_instances(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+) -> None:
+    good = base64.b64encode(make_picture("green")).decode()
+    instances = [{"image": value} for value in (good, *BAD_ROWS, good)]
+    body = {"instances": instances, "params": {"on_error": "report"}}
+    rows = post(scoring_server, json.dumps(body)).json()["predictions"]
+    assert [row["label"] for row in rows] == ["green", *[None] * len(BAD_ROWS), "green"]
+    for row, said in zip(rows[1:], BAD_ROWS.values(), strict=False):
+        assert said in row["error"]
+    refused = post(scoring_server, json.dumps({"instances": instances}))
+    assert "Row 1: Cannot read a picture" in reason(refused)
+
+
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_what_is_no_base64_in_a_table_is_refused_by_mlflow_before_the_model(
+    scoring_server: ScoringServer, make_picture: Callable[..., bytes], bad: Any
+) -> None:
+    """As docs/serving.md says; `instances` is the way around."""
+    response = post(scoring_server, table([make_picture("red"), bad], on_error="report"))
+    assert "Failed to convert column image" in reason(response)
+
+
+@pytest.mark.parametrize(
+    ("body", "content_type", "status"),
+    [
+        ("[" * 100_000, JSON, 500),
+        ('{"instances": [' + "1" * 5_000 + "]}", JSON, 500),
+        ("", "text/csv", 400),
+    ],
+    ids=["nested deeply", "a long number", "empty CSV"],
+)
+def test_mlflows_own_parser_fails_as_the_documentation_says(
+    scoring_server: ScoringServer,
+    make_picture: Callable[..., bytes],
+    body: str,
+    content_type: str,
+    status: int,
+) -> None:
+    response = post(scoring_server, body, content_type)
+    assert response.status_code == status
+    assert shows_code(response) is (content_type == "text/csv")
+    assert ask(scoring_server, [make_picture("red")])[0]["label"] == "red"
 
 
 def test_no_rows_have_no_answers(scoring_server: ScoringServer) -> None:
@@ -254,4 +313,4 @@ def test_no_request_brings_the_model_to_a_server_error(
 ) -> None:
     response = post(scoring_server, body, content_type)
     assert response.status_code < 500, response.text
-    assert 'File "' not in response.text
+    assert shows_code(response) is (content_type == "text/csv" and "parse" in response.text)

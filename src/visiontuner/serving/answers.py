@@ -134,6 +134,8 @@ def _content(image: object) -> bytes | BadImageError:
     if not isinstance(image, bytes | bytearray | memoryview):
         return BadImageError(f"image must be bytes or base64 text, got {type(image).__name__}.")
     content = bytes(image)
+    if content.startswith(b"data:"):
+        return BadImageError("image is a data URL; send what follows its comma.")
     # MLflow hands on the base64 of `inputs` and `instances` as it came. No picture's content is
     # base64: every format has bytes outside its alphabet.
     with suppress(binascii.Error):
