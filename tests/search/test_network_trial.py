@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.picture_store import prepare_pictures
-from visiontuner.errors import CheckpointError, TrialFailed
+from visiontuner.errors import CheckpointError, TrialFailed, VisiontunerError
 from visiontuner.experiment import Experiment
 from visiontuner.model.backbone import load_backbone
 from visiontuner.model.engine import make_engine
@@ -190,6 +190,17 @@ def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
     assert all(torch.equal(again[name], network[name]) for name in network)
     assert (folder / LOGITS_FILE).read_bytes() == logits
     assert (folder / RECORDING_FILE).read_bytes() == recording
+
+
+@pytest.mark.parametrize("trial", [head_trial, network_trial])
+@pytest.mark.parametrize("name", [HEAD_FILE, LOGITS_FILE])
+def test_a_file_that_cannot_be_written_is_one_line(task, trial, name):
+    given = task("head", epochs=1)
+    path = given.trial_folder("t0001") / name
+    path.mkdir(parents=True)  # a folder cannot be replaced
+    with pytest.raises(VisiontunerError, match=rf"^Cannot write {path} [^\n]*room there\.$"):
+        list(trial.train_epochs(CONFIG, given))
+    assert not list(path.parent.glob(".*"))
 
 
 def test_a_loss_that_is_no_number_is_one_line(task):

@@ -7,14 +7,15 @@ file says of which backbone they are, how much of it was trained, and for which 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from visiontuner.errors import BackboneError, ClassifierError, VisiontunerError
 from visiontuner.model.network import Network, Train
@@ -52,15 +53,39 @@ def write_tensors(
     about = {"backbone": backbone, "train": train}
     if class_names is not None:
         about["class_names"] = json.dumps(list(class_names), ensure_ascii=False)
+    _write(tensors, path, about)
+
+
+def save_head(layer: nn.Module, path: Path) -> None:
+    """Write a head's linear layer, "weight" and "bias", whole or not at all.
+
+    Raises:
+        VisiontunerError: the file cannot be written.
+    """
+    _write(layer.state_dict(), path, None)
+
+
+def _write(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | None) -> None:
     # Clones: safetensors refuses tensors that share memory or are not contiguous.
     own = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
-    temporary = path.with_name(f".{path.name}.part")
-    try:
+    with whole_file(path) as temporary:
         save_file(own, temporary, metadata=about)
         temporary.chmod(0o644)  # safetensors makes it private; a server may be another
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a trial's file, which then takes its place: it is whole or not there.
+
+    Raises:
+        VisiontunerError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        yield temporary
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:120]

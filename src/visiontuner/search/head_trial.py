@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save_file
 
 from visiontuner.experiment import Training
+from visiontuner.model.network_files import save_head
 from visiontuner.model.store import FeatureSet
 from visiontuner.search.trial import HEAD_FILE, TrainedOn, TrialTask, settings_of
 from visiontuner.search.worker import (
@@ -46,6 +46,11 @@ def train_epochs(
     """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
 
     With `task.checkpoints` a training that finds a checkpoint goes on from there.
+
+    Raises:
+        TrialFailed: the loss is not finite.
+        CheckpointError: the checkpoint is of other classes or settings.
+        VisiontunerError: a file cannot be written.
     """
     assert task.features_folder is not None
     began = time.perf_counter()
@@ -114,12 +119,7 @@ def start_head(
 def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
     """The epoch's validation logits and head weights, each file whole or not there."""
     assert isinstance(result.network, torch.nn.Sequential)
-    tensors = {
-        name: tensor.detach().cpu().contiguous().numpy()
-        for name, tensor in result.network[1].state_dict().items()
-    }
-    save_file(tensors, folder / "head.part")
-    (folder / "head.part").replace(folder / HEAD_FILE)
+    save_head(result.network[1], folder / HEAD_FILE)
     save_logits(folder, result, task)
 
 

@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import save_file
 
 from visiontuner.data.picture_store import PictureStore
 from visiontuner.experiment import NO_AUGMENTATION, Experiment, Training
 from visiontuner.model.backbone import Backbone, load_backbone
 from visiontuner.model.network import Network, build_network, parameter_groups
-from visiontuner.model.network_files import load_head, save_network
+from visiontuner.model.network_files import load_head, save_head, save_network
 from visiontuner.search.trial import (
     HEAD_FILE,
     NETWORK_FILE,
@@ -64,6 +63,7 @@ def train_epochs(
     Raises:
         TrialFailed: the loss is not finite, or one picture is too much for the memory.
         CheckpointError: the checkpoint is of another network or other classes.
+        VisiontunerError: a file cannot be written.
     """
     assert task.pictures_folder is not None
     began = time.perf_counter()
@@ -122,9 +122,7 @@ def save_best(
     if task.experiment.model.train != "head":
         save_network(network, folder / NETWORK_FILE, class_names=class_names)
     else:
-        tensors = {n: t.detach().cpu().numpy() for n, t in network.head[1].state_dict().items()}
-        save_file(tensors, folder / "head.part")
-        (folder / "head.part").replace(folder / HEAD_FILE)
+        save_head(network.head[1], folder / HEAD_FILE)
     save_logits(folder, result, task)
 
 

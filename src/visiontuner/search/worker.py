@@ -16,6 +16,7 @@ from torch import nn
 
 from visiontuner.experiment import Experiment
 from visiontuner.journal import Finding
+from visiontuner.model.network_files import whole_file
 from visiontuner.search.rungs import Rungs
 from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
@@ -151,9 +152,8 @@ def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
     """An epoch's validation logits, whole or not there; none of pictures that were trained on."""
     if task.trained_on != "train":
         return
-    with (folder / "logits.part").open("wb") as file:
+    with whole_file(folder / LOGITS_FILE) as temporary, temporary.open("wb") as file:
         np.save(file, result.validation_logits.numpy(), allow_pickle=False)
-    (folder / "logits.part").replace(folder / LOGITS_FILE)
 
 
 def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
