@@ -528,26 +528,47 @@ def test_a_loss_that_explodes_after_whole_epochs_is_nothing_to_go_on_with(raw):
 
 
 class KillsAWorker(SilentTraining):
-    """In the second epoch, when one is done that can be gone on from."""
+    """In a certain epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
-        if epoch == 2:
+        if epoch == self.epoch:
             for child in psutil.Process().children(recursive=True):
                 with suppress(psutil.NoSuchProcess):  # those of the step before are dead by now
                     if child.name() == "pt_data_worker":  # and no server of other tests
                         child.kill()
 
 
-def test_a_worker_that_is_killed_costs_one_epoch_at_most(raw):
+@pytest.mark.parametrize(("epoch", "attempts"), [(1, [2, 2]), (2, [1, 2])])
+def test_a_worker_that_is_killed_costs_one_epoch_at_most(raw, epoch, attempts):
     for section, values in ON_PICTURES.items():
         raw[section] |= values
     raw["training"] |= {"workers": 2, "epochs": 2}
     with pytest.raises(SearchFailed, match=r"process .* died.*visiontuner train --resume a"):
-        train(one(raw, "training.batch_size=2"), output=Path("a"), observer=KillsAWorker())
+        train(one(raw, "training.batch_size=2"), output=Path("a"), observer=KillsAWorker(epoch))
+    assert SearchRecord.load(Path("a")).trials["t0001"].state == "interrupted"
     with pytest.raises(SearchInterrupted):
         resume_training(Path("a"), overrides=["training.workers=0"], observer=StopBeforePackaging())
     trial = SearchRecord.load(Path("a")).trials["t0001"]
-    assert [(e.step, e.attempt) for e in trial.epochs] == [(1, 1), (2, 2)]
+    assert [(e.step, e.attempt) for e in trial.epochs] == [*enumerate(attempts, start=1)]
+
+
+def test_a_full_disk_is_one_line_with_the_command_that_goes_on(raw):
+    part = Path("a") / TRIAL / ".validation_logits.npy.part"
+
+    class FillsTheDisk(SilentTraining):
+        def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
+            if epoch == 1:
+                part.unlink(missing_ok=True)
+                part.symlink_to("/dev/full")
+
+    with pytest.raises(SearchFailed, match=r"No space left.*visiontuner train --resume a"):
+        train(one(raw), output=Path("a"), observer=FillsTheDisk())
+    with pytest.raises(SearchInterrupted):
+        resume_training(Path("a"), observer=StopBeforePackaging())
+    assert len(epochs(Path("a"))) == 4
 
 
 def test_a_picture_that_cannot_be_read_is_left_out_and_named(raw, pictures, tmp_path):

@@ -127,7 +127,8 @@ class TrainingStep:
                 raise
             raise TrialFailed(
                 "Batch normalisation cannot learn from one picture at a time; use a batch_size "
-                "(and micro_batch_size) of at least 2, or training.freeze_batch_norm: true."
+                "(and micro_batch_size) of at least 2, or training.freeze_batch_norm: true.",
+                comes_back=True,
             ) from None
         loss = training_loss(logits, labels, self.class_weights, self.settings.label_smoothing)
         with torch.no_grad():

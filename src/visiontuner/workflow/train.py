@@ -232,7 +232,7 @@ class _Training:
         try:
             self._run_epochs(self._task(stores, recorder.record), recorder, rules)
         except TrialFailed as error:
-            if recorder.record.trials[TRIAL_ID].epochs and not error.comes_back:
+            if not error.comes_back:
                 raise
             rules.end(TRIAL_ID, error=str(error))
             end_trial(recorder, TRIAL_ID, "failed", error=str(error))
