@@ -10,6 +10,7 @@ from visiontuner.training.recording.records import (
     StepRecord,
     SystemRecord,
     TensorRecord,
+    find_recording,
 )
 
 
@@ -74,3 +75,20 @@ def test_another_file_is_refused(tmp_path, content):
     (tmp_path / "r.npz").write_bytes(content)
     with pytest.raises(ValueError, match=r"r\.npz is no recording"):
         Recording.load(tmp_path / "r.npz")
+
+
+def test_a_damaged_file_is_refused_whatever_is_damaged(tmp_path):
+    path = tmp_path / "recording.npz"
+    recording().save(path)
+    whole, refused = path.read_bytes(), 0
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        damaged = np.frombuffer(whole, np.uint8).copy()
+        damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
+        path.write_bytes(damaged.tobytes())
+        try:
+            Recording.load(path)
+        except (OSError, ValueError):
+            refused += 1
+            assert find_recording(tmp_path) is None
+    assert refused > 200

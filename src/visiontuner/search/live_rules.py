@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
-
 from visiontuner.errors import VisiontunerError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import EpochRecord, Finding, TrialRecord
@@ -127,7 +125,7 @@ class LiveRules:
         try:
             if self._labels is None:
                 self._labels = self._read_labels()
-            return Predictions.from_logits(np.load(path, allow_pickle=False), *self._labels)
+            return Predictions.load(path, *self._labels)
         except (OSError, ValueError, VisiontunerError) as problem:
             logging.getLogger(__name__).info("%s: %s", path, problem)
             return None

@@ -169,17 +169,14 @@ class _TrialFiles:
         self._open(events)
 
     def predictions_of(self, trial: TrialRecord) -> Predictions | None:
-        import numpy as np
-
         from visiontuner.training.rules import Predictions
 
         path = self._folder / "trials" / trial.trial_id / "validation_logits.npy"
         if self._labels is None or not trial.epochs or not path.is_file():
             return None
         try:
-            logits = np.load(path, allow_pickle=False)
-            return Predictions.from_logits(logits, self._labels, self._names)
-        except (OSError, ValueError, EOFError):
+            return Predictions.load(path, self._labels, self._names)
+        except (OSError, ValueError):
             self.notes.append(f"{path} cannot be read; the rules on predictions pass over it.")
             return None
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -504,3 +505,14 @@ def test_logits_become_probabilities() -> None:
     assert of.probabilities[0].tolist() == pytest.approx([0.25, 0.75])
     assert of.accuracy == 1.0
     assert of.support().tolist() == [0, 1]
+
+
+def test_logits_of_a_damaged_file_are_no_predictions(tmp_path: Path) -> None:
+    path = tmp_path / "validation_logits.npy"
+    np.save(path, np.zeros((3, 2), np.float32))
+    whole, labels = path.read_bytes(), np.zeros(3, np.int64)
+    assert Predictions.load(path, labels, ("a", "b")).accuracy == 1.0
+    for damaged in (b"", whole[:-1], whole.replace(b"(3, 2)", b"(3, 2,")):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="holds no logits"):
+            Predictions.load(path, labels, ("a", "b"))

@@ -181,7 +181,9 @@ class Recording:
                 system=SystemRecord(**parts["system"]) if "system" in parts else None,
                 about=words["about"],
             )
-        except (KeyError, TypeError, zipfile.BadZipFile) as problem:
+        except OSError:
+            raise
+        except Exception as problem:  # zipfile, zlib and numpy have many for a damaged file
             raise ValueError(f"{path} is no recording of a training: {problem}") from None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,23 @@ class Predictions:
             labels=labels,
             class_names=class_names,
         )
+
+    @classmethod
+    def load(
+        cls, path: Path, labels: NDArray[np.int64], class_names: tuple[str, ...]
+    ) -> Predictions:
+        """From the logits that a trial kept, `validation_logits.npy`.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is damaged, or of other pictures.
+        """
+        try:
+            return cls.from_logits(np.load(path, allow_pickle=False), labels, class_names)
+        except OSError:
+            raise
+        except Exception as problem:  # numpy's parser has many for a damaged file
+            raise ValueError(f"{path} holds no logits: {problem}") from None
 
     @property
     def predicted(self) -> NDArray[np.int64]:
