@@ -72,3 +72,19 @@ def test_an_endpoint_is_asked_within_its_limits_and_its_errors_are_understood(
     assert asked.exit_code == 0, asked.output
     rows = [json.loads(line) for line in asked.stdout.splitlines()]
     assert [(row["label"], row["reduced"]) for row in rows] == [("red", False)] * 4
+
+
+def test_a_folder_of_pictures_does_not_hide_the_model_that_is_named_after_it(
+    registered: Any,
+    make_picture: Callable[..., bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    registered()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
+    monkeypatch.chdir(tmp_path)
+    Path("colours").mkdir()
+    Path("colours/a.png").write_bytes(make_picture("blue"))
+    asked = run("query", "--model", "colours", "colours", "--format", "json")
+    assert asked.exit_code == 0, asked.output
+    assert json.loads(asked.stdout)["label"] == "blue"
