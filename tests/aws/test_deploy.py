@@ -119,6 +119,30 @@ def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict
     return rows
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("tagged", [True, False], ids=["as-printed", "without-tags"])
+def test_what_serves_is_known_after_mlflows_own_update(
+    account: Any, model: str, registered: Callable[..., str], tagged: bool
+) -> None:
+    _deploy(model)
+    newer = registered().removeprefix("models:/")
+    planned = run("update", "colours", newer, "--dry-run")
+    assert planned.exit_code == 0, planned.output
+    words = shlex.split(planned.stdout.replace("\\\n", ""))
+    if not tagged:
+        at = next(i for i, word in enumerate(words) if word.startswith("tags="))
+        del words[at - 1 : at + 1]
+    done = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (listed,) = json.loads(run("endpoints", "--format", "json").stdout)
+    assert listed["model"] == newer
+    traced = run("lineage", "endpoint:colours", "--json")
+    assert json.loads(traced.stdout)["model"]["uri"] == f"models:/{newer}"
+    gone = run("undeploy", "colours", "--artifacts")
+    assert gone.exit_code == 0, gone.output
+    assert account.holds() == NOTHING
+
+
 @pytest.fixture
 def damaged(colour_model: Path, tmp_path: Path) -> Path:
     """A model folder that no server can load."""

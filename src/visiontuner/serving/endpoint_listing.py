@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -11,8 +12,11 @@ from datetime import UTC, datetime
 from visiontuner.aws import Aws
 from visiontuner.errors import UserMistake
 from visiontuner.serving.deployment import MODEL_TAG, PRICE_TAG, TTL_TAG, ttl_hours
-from visiontuner.serving.endpoint_parts import endpoint_tags
+from visiontuner.serving.endpoint_parts import Parts, endpoint_tags, if_there, tags_of
 from visiontuner.serving.endpoint_states import describe
+
+_MLFLOWS_TAG = "model_uri"
+_VERSION = re.compile(r"[^/:@]+/\d+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +48,9 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in this region, oldest first."""
     found = []
     for entry in aws.pages("sagemaker", "list_endpoints", "Endpoints", SortBy="CreationTime"):
-        tags = endpoint_tags(aws, entry["EndpointName"])
-        if MODEL_TAG not in tags:
+        if MODEL_TAG not in tags_of(aws, entry["EndpointArn"]):
             continue
+        tags = what_serves(aws, entry["EndpointName"])
         hours = ((now or datetime.now(UTC)) - entry["CreationTime"]).total_seconds() / 3600
         found.append(_read(entry["EndpointName"], entry["EndpointStatus"], hours, tags))
     return sorted(found, key=lambda endpoint: -endpoint.age_hours)
@@ -89,9 +93,26 @@ def deployed_model(aws: Aws, name: str) -> str:
         UserMistake: there is no such endpoint, or its tags do not say.
     """
     describe(aws, name)
-    model = endpoint_tags(aws, name).get(MODEL_TAG, "")
-    if "/" not in model:
+    model = what_serves(aws, name).get(MODEL_TAG, "")
+    if not _VERSION.fullmatch(model):
         raise UserMistake(
-            f"Endpoint {name!r} does not say which registered model it serves; name a model."
+            f"Endpoint {name!r} does not say which version of a registered model it serves"
+            + (f", but {model!r}." if model else ".")
         )
     return model
+
+
+def what_serves(aws: Aws, name: str) -> dict[str, str]:
+    """An endpoint's tags, and over them those of the SageMaker model that it serves.
+
+    MLflow's own update tags its model, and leaves the endpoint's tags as they were. Without ours
+    MLflow still says which model it is.
+    """
+    models = Parts.in_use(aws, name).models
+    if len(models) != 1:
+        return endpoint_tags(aws, name)
+    described = if_there(aws, "describe_model", ModelName=next(iter(models)))
+    own = tags_of(aws, described["ModelArn"]) if described else {}
+    if MODEL_TAG not in own and _MLFLOWS_TAG in own:
+        own[MODEL_TAG] = own[_MLFLOWS_TAG].removeprefix("models:/")
+    return endpoint_tags(aws, name) | own
