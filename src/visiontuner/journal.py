@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from visiontuner.errors import JournalError, SearchFailed
+from visiontuner.plain_json import encode_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "journal.jsonl"
@@ -94,7 +95,7 @@ class JournalWriter:
             "time": round(self._clock(), 3),
             **fields,
         }
-        content = _encode(line)
+        content = encode_json(_without_nonfinite(line))
         whole = os.fstat(self._descriptor).st_size
         try:
             _write_all(self._descriptor, content + b"\n")
@@ -380,15 +381,6 @@ _REQUIRED = {
     "finding": ("rule", "severity", "evidence", "advice"),
     "trial_ended": ("trial_id", "state"),
 }
-
-
-def _encode(line: Event) -> bytes:
-    plain = _without_nonfinite(line)
-    try:
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False).encode()
-    except UnicodeEncodeError:
-        # A file name that is not UTF-8 holds halves of surrogate pairs; escaped they pass.
-        return json.dumps(plain, ensure_ascii=True, allow_nan=False).encode()
 
 
 # JSON has no NaN; a journal line stays readable by any JSON reader.

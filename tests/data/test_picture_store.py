@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import resource
 import shutil
@@ -98,6 +99,15 @@ def test_pixels_are_exactly_what_evaluation_reads(make_set: MakeSet, prepare: Pr
         assert pictures.labels.dtype == np.int64
         assert pictures.paths == tuple(s.path for s in dataset.splits[split])
         assert isinstance(pictures.pixels(0), np.memmap)
+
+
+def test_a_picture_whose_name_is_no_utf8_is_decoded(make_set: MakeSet, prepare: Prepare) -> None:
+    dataset = make_set()
+    odd, *others = dataset.splits["train"]
+    renamed = replace(odd, path=os.fsdecode(b"train/caf\xe9.png"))
+    (dataset.root / odd.path).rename(dataset.root / renamed.path)
+    store = prepare(replace(dataset, splits={**dataset.splits, "train": (renamed, *others)}))
+    assert store.split("train").paths == tuple(s.path for s in (renamed, *others))
 
 
 def test_augmentation_gets_views_for_training_and_pixels_for_validation(

@@ -88,6 +88,17 @@ def test_features_are_the_networks_answers_in_order(
     assert (features.feature_dim, features.computed, features.engine) == (512, 10, "means")
 
 
+def test_a_picture_whose_name_is_no_utf8_has_features(
+    make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
+) -> None:
+    dataset = make_dataset(train=4, validation=2)
+    odd, *others = dataset.splits["train"]
+    renamed = replace(odd, path=os.fsdecode(b"train/a/caf\xe9.png"))
+    (dataset.root / odd.path).rename(dataset.root / renamed.path)
+    features = compute(replace(dataset, splits={**dataset.splits, "train": (renamed, *others)}))
+    assert features.split("train").paths == [s.path for s in (renamed, *others)]
+
+
 def test_second_time_computes_nothing(
     make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from visiontuner.errors import VisiontunerError
+from visiontuner.plain_json import encode_json
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON; errors as `write_atomically`."""
-    text = json.dumps(value, ensure_ascii=False)
-    write_atomically(path, lambda file: file.write(text.encode()))
+    content = encode_json(value)
+    write_atomically(path, lambda file: file.write(content))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -123,7 +123,8 @@ def store_folder(
     for split in SPLITS:
         digest.update(f"\n{split}\n".encode())
         for sample in dataset.splits[split]:
-            digest.update(f"{sample.digest} {sample.label} {sample.path}\n".encode())
+            row = f"{sample.digest} {sample.label} {sample.path}\n"
+            digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
     return cache / "pictures" / digest.hexdigest()[:32]
 
 

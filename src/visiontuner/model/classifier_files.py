@@ -20,6 +20,7 @@ from visiontuner.model.classifier import (
     WEIGHTS,
     Classifier,
 )
+from visiontuner.plain_json import encode_json
 
 
 def recalibrate(
@@ -111,8 +112,7 @@ def _name(classifier: Classifier, label: int | None) -> str | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Plain JSON, one line a value."""
-    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    path.write_bytes(encode_json(value, indent=1) + b"\n")
 
 
 def replace_folder(new: Path, target: Path) -> None:

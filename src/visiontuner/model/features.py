@@ -120,7 +120,8 @@ def store_folder(
     for split in splits:
         digest.update(f"\n{split}\n".encode())
         for sample in dataset.splits[split]:
-            digest.update(f"{sample.digest} {sample.label} {sample.path}\n".encode())
+            row = f"{sample.digest} {sample.label} {sample.path}\n"
+            digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
     return cache / "features" / digest.hexdigest()[:32]
 
 

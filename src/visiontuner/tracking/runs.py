@@ -10,6 +10,7 @@ from typing import Any
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 
 from visiontuner.journal import Finding
+from visiontuner.plain_json import encode_json
 from visiontuner.tracking.client import Store, TrackingRefused
 from visiontuner.tracking.plan import SEARCH_ID, Point
 
@@ -67,7 +68,7 @@ def log_batch(
 
 def findings_text(findings: Iterable[Finding]) -> str:
     """The artifact `findings.json`: a list of rule, severity, evidence, advice and step."""
-    return json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False)
+    return encode_json([asdict(finding) for finding in findings], indent=1).decode()
 
 
 def dataset_input(data: Mapping[str, Any]) -> DatasetInput:
