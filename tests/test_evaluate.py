@@ -1,10 +1,12 @@
 """Choosing, calibrating and testing the model of a search that ended."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from visiontuner.cli.evaluate import evaluate as command
-from visiontuner.errors import DataError, SearchFailed, UserMistake
+from visiontuner.errors import DataError, SearchFailed, UserMistake, VisiontunerError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.classifier import Classifier
@@ -33,6 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 # Near enough for a network without pretrained weights to take one for another.
 SHADES = {"brick": (190, 60, 50), "rust": (176, 74, 50), "sky": (60, 110, 200)}
 COUNTS = {"train": 12, "valid": 10, "test": 12}
+NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
 MODEL = "shades"
 
 
@@ -45,6 +48,7 @@ def draw(root: Path, counts: dict[str, int]) -> None:
             for number in range(count):
                 pixels = np.clip(rng.normal(colour, 55, (32, 40, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{number}.png")
+        (root / split / "rust" / "0.png").rename(root / split / "rust" / NOT_UTF8)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +145,7 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     predictions = np.load(search / "evaluation" / "predictions.npz", allow_pickle=False)
     pictures = [search.parent / "pictures" / path for path in predictions["paths"]]
     assert np.allclose(classifier.probabilities(pictures), predictions["probabilities"], atol=1e-5)
+    assert f"test/rust/{NOT_UTF8}" in predictions["paths"]
 
     client = client_of(search)
     run = run_of(client, choice.chosen)
@@ -176,6 +181,22 @@ def test_a_second_look_is_counted_and_changes_no_model(
     history = client.get_metric_history(run.info.run_id, "test_accuracy")
     sync_search(search)
     assert client.get_metric_history(run.info.run_id, "test_accuracy") == history
+
+
+def test_a_look_counts_though_its_evaluation_fails(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from visiontuner.workflow import evaluate
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise VisiontunerError("the disk is full")
+
+    before = json.loads((copied / "evaluation" / "report.json").read_text())["looks"]
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "write_evaluation", fail)
+        with pytest.raises(VisiontunerError, match="disk is full"):
+            evaluate_search(copied)
+    assert evaluate_search(copied).looks == before + 2
 
 
 def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
@@ -276,6 +297,28 @@ def test_an_unreadable_test_picture_is_left_out_and_named(
         broken.write_bytes(content)
     assert list(result.unreadable) == ["test/sky/3.png"]
     assert result.report.num_pictures == COUNTS["test"] * len(SHADES) - 1
+
+
+def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotion(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from visiontuner.workflow import evaluate
+
+    load = evaluate.load_data
+
+    def load_then_miss(*arguments: Any) -> Any:
+        """The test pictures, gone after the data set was read."""
+        dataset = load(*arguments)
+        gone = tuple(replace(s, path=f"gone/{s.path}") for s in dataset.splits["test"])
+        return replace(dataset, splits={**dataset.splits, "test": gone})
+
+    monkeypatch.setattr(evaluate, "load_data", load_then_miss)
+    done = CliRunner().invoke(command, [str(copied)])
+    assert done.exit_code == 0, done.output
+    assert "None of the 36 test pictures can be read" in done.output
+    assert "There are no test pictures" not in done.output
+    assert "… and 31 more" in done.output
+    assert "visiontuner promote" not in done.output
 
 
 def test_what_cannot_be_evaluated_says_why(copied: Path, tmp_path: Path) -> None:

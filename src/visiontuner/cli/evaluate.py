@@ -79,7 +79,8 @@ def _print(result: EvaluationResult) -> None:
     click.echo(f"\nAll of it: {result.folder / 'evaluation'} and {result.folder / 'report.html'}")
     if result.model:
         click.echo(f"The calibrated model is {result.model} (in {result.tracking_uri}).")
-        click.echo("\nNext, make it the champion if it is better: visiontuner promote")
+        if report.metrics:
+            click.echo("\nNext, make it the champion if it is better: visiontuner promote")
     if result.tracking_problem:
         click.echo(f"\nNot everything is in MLflow: {result.tracking_problem}")
         click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")

@@ -7,10 +7,9 @@ writes it into MLflow; the calibrated classifier becomes a new registered versio
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +22,11 @@ from visiontuner.journal import SearchRecord, TrialRecord, is_running
 from visiontuner.layout import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
-    EVALUATION_REPORT,
     EXPERIMENT_FILE,
 )
 from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
-from visiontuner.workflow.observing import Observer, Silent
+from visiontuner.workflow.evaluation_files import count_look, looks_so_far, write_evaluation
+from visiontuner.workflow.observing import NAMED, Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
 from visiontuner.workflow.pictures import load_data, require_same_data
 from visiontuner.workflow.sync import sync_search
@@ -136,12 +135,13 @@ class _Evaluation:
         temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
         self._calibrate(temperature, threshold)
         answers = self._answer(dataset)
+        looks = count_look(self.folder) if answers.samples else looks_so_far(self.folder)
+        self._note_unreadable(answers.bad)
         report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
             edge.sentence
             for edge in edges(self.record, self.experiment.search.space, tied=choice.tied)
         )
-        looks = self._looks() + (1 if answers.samples else 0)
         self._write(dataset.root, choice, at_edges, report, answers, looks, threshold)
         model, problem = self._track()
         return EvaluationResult(
@@ -213,15 +213,18 @@ class _Evaluation:
     def _answer(self, dataset: ImageDataset) -> Answers:
         from visiontuner.model.answers import answer_pictures
 
-        answers = answer_pictures(
+        return answer_pictures(
             self._classifier,
             dataset.root,
             dataset.splits["test"],
             progress=lambda done, total: self.observer.progress("Test", done, total, "pictures"),
         )
-        for path, reason in answers.bad.items():
+
+    def _note_unreadable(self, bad: Mapping[str, str]) -> None:
+        for path, reason in list(bad.items())[:NAMED]:
             self.observer.note(f"warning: left out {path}: {reason}")
-        return answers
+        if len(bad) > NAMED:
+            self.observer.note(f"… and {len(bad) - NAMED} more; report.json names them all.")
 
     def _report(
         self,
@@ -244,11 +247,7 @@ class _Evaluation:
                 classes=(),
                 confusion=np.zeros((len(names), len(names)), dtype=np.int64),
                 threshold=None,
-                notes=(
-                    "There are no test pictures: nothing is known about pictures that played no "
-                    "part in the choice. Add a folder `test` beside `train`.",
-                    *notes,
-                ),
+                notes=(_untested(answers.bad), *notes),
             )
         return evaluate_predictions(
             logits=answers.logits,
@@ -259,14 +258,6 @@ class _Evaluation:
             seed=self.experiment.seed,
             notes=notes,
         )
-
-    def _looks(self) -> int:
-        """How many times the test pictures were looked at before."""
-        try:
-            text = (self.folder / EVALUATION_FOLDER / EVALUATION_REPORT).read_text(encoding="utf-8")
-            return int(json.loads(text)["looks"])
-        except (OSError, ValueError, LookupError, TypeError):
-            return 0
 
     # what is kept
 
@@ -281,7 +272,6 @@ class _Evaluation:
         threshold: ChosenThreshold | None,
     ) -> None:
         from visiontuner.serving.registry import classifier_digest
-        from visiontuner.workflow.evaluation_files import write_evaluation
 
         facts: dict[str, Any] = {
             "looks": looks,
@@ -315,6 +305,16 @@ class _Evaluation:
             return sync_search(self.folder).model, None
         except TrackingError as error:
             return None, str(error)
+
+
+def _untested(bad: Mapping[str, str]) -> str:
+    """Why there are no numbers: no test pictures, or none that can be read."""
+    why = "There are no test pictures"
+    step = "Add a folder `test` beside `train`."
+    if bad:
+        why = f"None of the {len(bad)} test pictures can be read"
+        step = "Repair them; `visiontuner prepare` says what is wrong."
+    return f"{why}: nothing is known about pictures that played no part in the choice. {step}"
 
 
 def _facts(threshold: ChosenThreshold) -> dict[str, Any]:

@@ -8,6 +8,7 @@ classes.csv          one line a class
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import BadImageError, VisiontunerError
-from visiontuner.layout import EVALUATION_CLASSES, EVALUATION_PREDICTIONS, EVALUATION_REPORT
+from visiontuner.layout import (
+    EVALUATION_CLASSES,
+    EVALUATION_FOLDER,
+    EVALUATION_PREDICTIONS,
+    EVALUATION_REPORT,
+    TEST_LOOKS_FILE,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +35,36 @@ if TYPE_CHECKING:
 
 # Sides of the pictures on the contact sheet, in pixels.
 _THUMBNAIL = 224
+
+
+def looks_so_far(folder: Path) -> int:
+    """How many times a search's test pictures were looked at."""
+    files = (folder / TEST_LOOKS_FILE, folder / EVALUATION_FOLDER / EVALUATION_REPORT)
+    return max(map(_read_looks, files))
+
+
+def count_look(folder: Path) -> int:
+    """Write down one more look, so that it counts whatever becomes of its evaluation.
+
+    Raises:
+        VisiontunerError: the folder cannot be written.
+    """
+    looks = looks_so_far(folder) + 1
+    path = folder / TEST_LOOKS_FILE
+    try:
+        fresh = path.with_suffix(".part")  # a kill must not leave half of it
+        fresh.write_text(json.dumps({"looks": looks}) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {path} ({error.strerror}). Make room.") from None
+    return looks
+
+
+def _read_looks(file: Path) -> int:
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["looks"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
 
 
 def write_evaluation(
