@@ -578,3 +578,19 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_named(raw, pictures, tmp_
     train_unpackaged(one(raw | {"data": {"source": str(tmp_path / "broken")}}), output=Path("a"))
     rules = [e["evidence"] for e in read_events(Path("a")).events if e["event"] == "finding"]
     assert any("0.png" in evidence for evidence in rules)
+
+
+@pytest.mark.parametrize("train", ["head", "last_stage"])
+def test_a_class_without_a_readable_picture_is_told_before_the_pictures(
+    raw, pictures, tmp_path, train
+):
+    shutil.copytree(pictures, tmp_path / "broken")
+    for path in (tmp_path / "broken/train/red").iterdir():
+        path.write_bytes(b"no picture")
+    raw["model"] |= {"train": train}
+    raw["training"] |= {"epochs": 1, "workers": 0}
+    told = Told()
+    train_until_packaged(one(raw | {"data": {"source": str(tmp_path / "broken")}}), told)
+    said = "error: 1 (red): none of their train pictures can be read."
+    unreadable = next(i for i, note in enumerate(told.notes) if "Cannot read" in note)
+    assert said in told.notes[:unreadable]

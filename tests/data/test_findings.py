@@ -52,6 +52,21 @@ def test_a_clean_data_set_has_no_findings(root, cache):
     assert found(root, cache) == {}
 
 
+def test_a_class_whose_pictures_of_a_split_are_all_unreadable_is_found(root, cache):
+    for path in (root / "train" / "a").iterdir():
+        path.write_bytes(b"no picture")
+    (root / "test" / "b" / "0.jpg").write_bytes(b"no picture")
+    (root / "train" / "b" / "0.jpg").write_bytes(b"no picture")  # another is left
+    found = inspect_dataset(load_dataset(root, cache=cache), workers=1, cache=cache)
+    emptied = [
+        (f.severity, f.evidence) for f in found if f.rule == "classes_without_readable_pictures"
+    ]
+    assert emptied == [
+        ("error", "1 (a): none of their train pictures can be read"),
+        ("warning", "1 (b): none of their test pictures can be read"),
+    ]
+
+
 def test_every_rule_names_its_picture(root, cache):
     train = root / "train"
     (train / "a" / "half.jpg").write_bytes((train / "a" / "0.jpg").read_bytes()[:700])

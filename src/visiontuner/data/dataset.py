@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -221,6 +221,31 @@ def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
     return DataError(
         f"None of the {split} pictures can be read: {findings[-1].evidence.rstrip('.')}. "
         "`visiontuner prepare` lists what is wrong with each."
+    )
+
+
+def find_emptied_classes(
+    dataset: ImageDataset, readable: Mapping[str, Collection[int]]
+) -> list[Finding]:
+    """Classes that have pictures in a split, none of which can be read.
+
+    Args:
+        readable: by split, the labels of the pictures that can be.
+    """
+    found = [_emptied(dataset, split, set(labels)) for split, labels in readable.items()]
+    return [finding for finding in found if finding is not None]
+
+
+def _emptied(dataset: ImageDataset, split: str, left: Collection[int]) -> Finding | None:
+    counted = enumerate(zip(dataset.class_names, dataset.counts(split), strict=True))
+    names = [name for label, (name, count) in counted if count and label not in left]
+    return listed(
+        "classes_without_readable_pictures",
+        "error" if split == "train" else "warning",
+        names,
+        f"none of their {split} pictures can be read",
+        "Repair or replace them: a class without training pictures cannot be learned, one without "
+        "others is not measured.",
     )
 
 

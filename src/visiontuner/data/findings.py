@@ -13,7 +13,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.dataset import SPLITS, ImageDataset, Sample, listed
+from visiontuner.data.dataset import (
+    SPLITS,
+    ImageDataset,
+    Sample,
+    find_emptied_classes,
+    listed,
+)
 from visiontuner.data.duplicates import near_pairs
 from visiontuner.data.images import picture_extensions
 from visiontuner.data.inspection import (
@@ -100,6 +106,7 @@ def inspect_dataset(
     facts = inspect_pictures(dataset, workers=workers, cache=cache, progress=progress)
     findings = [
         find_unreadable(dataset, facts),
+        *find_emptied_classes(dataset, _readable(dataset, facts)),
         find_imbalance(dataset),
         find_tiny(dataset, facts),
         find_wrong_extensions(dataset, facts),
@@ -124,6 +131,14 @@ def find_unreadable(dataset: ImageDataset, facts: Facts) -> Finding | None:
         "cannot be decoded and will be skipped",
         "Replace or remove them; data.on_bad_image: fail stops at the first one instead.",
     )
+
+
+def _readable(dataset: ImageDataset, facts: Facts) -> dict[str, set[int]]:
+    """By split, the labels of pictures that can be decoded."""
+    return {
+        split: {sample.label for sample in samples if not facts[sample.digest].error}
+        for split, samples in dataset.splits.items()
+    }
 
 
 def find_imbalance(dataset: ImageDataset) -> Finding | None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from visiontuner.data.dataset import find_emptied_classes
 from visiontuner.journal import Finding
 from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.observing import note_findings
@@ -30,6 +31,7 @@ class StoreRecorder:
         from visiontuner.model.store import FeatureSet
         from visiontuner.search.labels import Stores
 
+        self._record_emptied_classes(store)
         if isinstance(store, FeatureSet):
             self._record_features(store, seconds)
             return Stores(features=store.folder, pictures=None)
@@ -43,6 +45,11 @@ class StoreRecorder:
         for finding in new:
             self._recorder.append("finding", **asdict(finding))
         note_findings(self._inputs.observer, new)
+
+    def _record_emptied_classes(self, store: FeatureSet | PictureStore) -> None:
+        """Before the unreadable pictures themselves, which may be many."""
+        readable = {name: store.split(name).labels.tolist() for name in ("train", "validation")}
+        self.record_findings(find_emptied_classes(self._inputs.dataset, readable))
 
     def _record_features(self, features: FeatureSet, seconds: float) -> None:
         self._recorder.append(
