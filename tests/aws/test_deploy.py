@@ -119,6 +119,18 @@ def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict
     return rows
 
 
+def test_an_endpoint_of_another_region_and_account_is_traced(
+    account: Any, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acting = ["--assume-role", account.put_role("looker", service="ec2.amazonaws.com")]
+    _deploy(model)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    assert "no endpoint 'colours' in us-east-1" in said(run("lineage", "endpoint:colours"))
+    traced = run("lineage", "endpoint:colours", "--region", "eu-west-1", "--json", *acting)
+    assert traced.exit_code == 0, traced.output
+    assert json.loads(traced.stdout)["model"]["uri"] == f"models:/{model}"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("tagged", [True, False], ids=["as-printed", "without-tags"])
 def test_what_serves_is_known_after_mlflows_own_update(

@@ -29,8 +29,12 @@ _STATES = {"ok": "ok", "differs": "differs", "unknown": "cannot be checked"}
 @click.option(
     "--verify", is_flag=True, help="Compute digests and answers again; exit 1 if any differs."
 )
+@click.option("--region", metavar="REGION", default="auto", help="Of an endpoint.")
+@click.option(
+    "--assume-role", metavar="ARN", default="none", help="Look at an endpoint as this role."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def lineage(subject: str, verify: bool, as_json: bool) -> None:
+def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: bool) -> None:
     """Say where a model comes from: trial, search, experiment, pictures, code, machine.
 
     MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION; RUN the id of a trial's or a
@@ -46,7 +50,11 @@ def lineage(subject: str, verify: bool, as_json: bool) -> None:
     """
     from visiontuner.workflow.lineage import trace
 
-    traced = trace(None if subject in NOT_GIVEN else subject)
+    traced = trace(
+        None if subject in NOT_GIVEN else subject,
+        region=None if region in NOT_GIVEN else region,
+        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+    )
     checks = _verify(traced) if verify else []
     if as_json:
         click.echo(_as_json(traced, checks if verify else None))

@@ -29,12 +29,16 @@ _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _ENDPOINT = "endpoint:"
 
 
-def trace(subject: str | None = None) -> Lineage:
+def trace(
+    subject: str | None = None, *, region: str | None = None, assume_role: str | None = None
+) -> Lineage:
     """Where a model comes from.
 
     Args:
         subject: a search folder, an MLflow run, a model (NAME, NAME/VERSION, NAME@ALIAS,
             models:/…), or endpoint:NAME; the newest search if None.
+        region: of an endpoint; the one that AWS's own settings name if None.
+        assume_role: ARN of a role to look at an endpoint as.
 
     Raises:
         UserMistake: there is no such thing, or visiontuner did not make it.
@@ -42,6 +46,8 @@ def trace(subject: str | None = None) -> Lineage:
         ServingError: AWS refuses or cannot be reached.
     """
     subject = subject or str(newest_search())
+    if subject.startswith(_ENDPOINT):
+        return _from_endpoint(subject.removeprefix(_ENDPOINT).strip("/"), region, assume_role)
     for resolve in _RESOLVERS:
         traced = resolve(subject)
         if traced is not None:
@@ -92,14 +98,12 @@ def _from_model(subject: str) -> Lineage:
     return trace_version(mlflow, find_version(mlflow, reference))
 
 
-def _from_endpoint(subject: str) -> Lineage | None:
+def _from_endpoint(name: str, region: str | None, assume_role: str | None) -> Lineage:
     """Its tags name the model version."""
-    if not subject.startswith(_ENDPOINT):
-        return None
     from visiontuner.aws import Aws
     from visiontuner.serving.endpoint_listing import deployed_model
 
-    name, aws = subject.removeprefix(_ENDPOINT).strip("/"), Aws()
+    aws = Aws(region, assume_role)
     model = deployed_model(aws, name)
     traced = _from_model(f"models:/{model}")
     note = f"Endpoint {name} in {aws.region}, account {aws.account}, serves models:/{model}."
@@ -108,7 +112,6 @@ def _from_endpoint(subject: str) -> Lineage | None:
 
 # Asked in this order; each answers None to what it does not know.
 _RESOLVERS: tuple[Callable[[str], Lineage | None], ...] = (
-    _from_endpoint,
     _from_folder,
     _from_run,
     _from_model,
