@@ -13,6 +13,9 @@ from visiontuner.training.rules.history import TrainingHistory
 
 _Key = tuple[str, ...]
 
+# Trainings that differ in these alone begin alike, unless a schedule stretches over all epochs.
+_FELT_LATER = ("epochs", "early_stop")
+
 
 class SimilarRuns:
     """Finds trainings with different settings and the same curves, one training at a time.
@@ -33,7 +36,8 @@ class SimilarRuns:
         different = sorted(
             setting
             for setting in {*configuration, *history.configuration}
-            if configuration.get(setting) != history.configuration.get(setting)
+            if setting not in _FELT_LATER
+            and configuration.get(setting) != history.configuration.get(setting)
         )
         if not different:  # of this very training, or the same again
             return None
