@@ -79,14 +79,17 @@ def test_another_tools_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = mlflow.MlflowClient(uri, uri)
     home = client.create_experiment("other", artifact_location=(tmp_path / "a").as_uri())
-    keras, odd, bare, going = (client.create_run(home).info.run_id for _ in range(4))
+    keras, odd, bare, going, far = (client.create_run(home).info.run_id for _ in range(5))
     client.log_param(keras, "lr", "0.5")
     for step in range(3):
         client.log_metric(keras, "train/Loss", math.nan if step == 2 else 1.0, step=step)
         client.log_metric(keras, "val_acc", 0.5, step=step)
     client.log_metric(odd, "rmse", 1.0)
     client.log_metric(going, "loss", 1.0)
-    for run_id in (keras, odd, bare):
+    client.log_metric(far, "train_loss", math.inf)
+    for name, value in {"smoothing": 0.1, "mixup": 0.2, "batch_size": 32, "lr": None}.items():
+        client.log_param(far, name, value)
+    for run_id in (keras, odd, bare, far):
         client.set_terminated(run_id)
 
     history = read_history(uri, keras)
@@ -99,5 +102,29 @@ def test_another_tools_runs(tmp_path, monkeypatch):
     assert runs[going].note == "still running, 1 epochs so far"
     assert client.get_run(keras).data.tags["visiontuner.findings"] == "not_a_number"
     assert [a.path for a in client.list_artifacts(keras)] == ["findings.json"]
+    said = [(finding.rule, finding.evidence) for finding in runs[far].findings]
+    assert said == [("not_a_number", "train_loss is inf")]
+    assert read_history(uri, far).configuration == {
+        "learning_rate": None,
+        "batch_size": 32,
+        "label_smoothing": 0.1,
+        "augmentation": {"mixup": 0.2},
+    }
     with pytest.raises(UserMistake, match="has no run"):
         diagnose("0" * 32)
+
+
+@pytest.mark.parametrize(("attempt", "found"), [("1", ["stalled"]), ("2", [])])
+def test_a_break_between_attempts_is_no_stall(tmp_path, monkeypatch, attempt, found):
+    """MLflow holds how many attempts a trial had, not when they were."""
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    client = mlflow.MlflowClient(uri, uri)
+    home = client.create_experiment("own", artifact_location=(tmp_path / "a").as_uri())
+    tags = {"visiontuner.search_id": "s", "visiontuner.attempt": attempt}
+    run_id = client.create_run(home, tags=tags).info.run_id
+    for step, minutes in enumerate((0, 1, 2, 600, 601), start=1):
+        client.log_metric(run_id, "train_loss", 1 / step, timestamp=60_000 * minutes, step=step)
+    client.set_terminated(run_id)
+    (run,) = diagnose(run_id).runs
+    assert [finding.rule for finding in run.findings] == found

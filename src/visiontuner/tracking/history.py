@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,16 @@ _SETTINGS: Mapping[str, tuple[str, ...]] = {
         "training_batch_size",
     ),
     "class_weights": ("training_class_weights",),
+    "label_smoothing": (
+        *("label_smoothing", "smoothing", "label_smoothing_factor"),
+        "training_label_smoothing",
+    ),
+    "mixup": ("mixup", "mixup_alpha", "training_augmentation_mixup"),
+    "cutmix": ("cutmix", "cutmix_alpha", "training_augmentation_cutmix"),
+    "micro_batch_size": ("training_micro_batch_size",),
+    "freeze_batch_norm": ("training_freeze_batch_norm",),
 }
+_WORDS = {"true": True, "false": False, "null": None, "none": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +154,12 @@ def _read(store: Store, summary: RunSummary, classes: _Classes) -> RunHistory:
         for ours, theirs in names.items()
     }
     timed = points.get("validation_loss") or points.get("train_loss") or []
-    settings = _match(_SETTINGS, summary.params)
     history = TrainingHistory(
         metrics=_curves(points),
-        configuration={ours: _number(summary.params[name]) for ours, name in settings.items()},
+        configuration=_configuration(summary.params),
         objective=summary.objective or "validation_accuracy",
         num_classes=classes.of(store, summary),
-        times=tuple(point.timestamp / 1000 for point in timed),
+        times=() if _is_resumed(store, summary) else _times(timed),
         now=time.time() if summary.state == "running" else None,
         error=summary.reason or None,
         recording=_recording(store, summary) if summary.search_id else None,
@@ -164,6 +174,18 @@ def _read(store: Store, summary: RunSummary, classes: _Classes) -> RunHistory:
         findings=summary.findings,
         own=bool(summary.search_id),
     )
+
+
+def _is_resumed(store: Store, summary: RunSummary) -> bool:
+    """Whether a trial had several attempts: MLflow does not hold when the breaks between were."""
+    if not summary.search_id:
+        return False
+    tags = store.call("get_run", summary.run_id).data.tags
+    return bool(tags.get("visiontuner.attempt", "1") != "1")
+
+
+def _times(points: Sequence[Metric]) -> tuple[float, ...]:
+    return tuple(point.timestamp / 1000 for point in points)
 
 
 def _recording(store: Store, summary: RunSummary) -> Recording | None:
@@ -204,14 +226,20 @@ def _curves(points: Mapping[str, Sequence[Metric]]) -> dict[str, Curve]:
     epochs = len(points.get("validation_loss") or points.get("validation_accuracy") or ())
     finer = {name for name, held in points.items() if 2 <= epochs < len(held) / 2}
     return {
-        name: _averaged([p.value for p in held], epochs) if name in finer else _curve(held)
+        name: _averaged([_value(p) for p in held], epochs) if name in finer else _curve(held)
         for name, held in points.items()
     }
 
 
 def _curve(points: Sequence[Metric]) -> Curve:
     """Points as epochs from 1, whatever the tool counted."""
-    return Curve(tuple(range(1, len(points) + 1)), tuple(point.value for point in points))
+    return Curve(tuple(range(1, len(points) + 1)), tuple(_value(point) for point in points))
+
+
+def _value(point: Metric) -> float:
+    """As it was logged: MLflow's databases hold infinity as the largest number there is."""
+    value = float(point.value)
+    return math.copysign(math.inf, value) if abs(value) >= sys.float_info.max else value
 
 
 def _averaged(values: Sequence[float], parts: int) -> Curve:
@@ -220,8 +248,19 @@ def _averaged(values: Sequence[float], parts: int) -> Curve:
     return Curve(tuple(range(1, parts + 1)), tuple(sum(piece) / len(piece) for piece in pieces))
 
 
-def _number(value: object) -> object:
+def _configuration(params: Mapping[str, object]) -> dict[str, object]:
+    """What the rules look at, under the names of an experiment's `training`."""
+    names = _match(_SETTINGS, params)
+    found = {ours: _plain_value(str(params[theirs])) for ours, theirs in names.items()}
+    mixing = {name: found.pop(name) for name in ("mixup", "cutmix") if name in found}
+    return {**found, "augmentation": mixing} if mixing else found
+
+
+def _plain_value(text: str) -> object:
+    """A number, a truth value or None as MLflow's parameters spell it; else the text."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     try:
-        return float(str(value)) if not str(value).isdigit() else int(str(value))
+        return int(text) if text.isdigit() else float(text)
     except ValueError:
-        return value
+        return text

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment import STOPPING_RULES, Experiment
-from visiontuner.journal import Finding, SearchRecord, TrialRecord
+from visiontuner.journal import EpochRecord, Finding, SearchRecord, TrialRecord
 from visiontuner.training.metrics import balanced_class_weights
 from visiontuner.training.rules import (
     LASTING_RULES,
@@ -274,6 +274,11 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         history(times=(0.0, 10.0, 20.0, 2000.0)),
         history(times=(0.0, 10.0, 20.0, 1000.0)),
     ),
+    "stalled: not by a break between two attempts": (
+        "warning",
+        history(times=(0.0, 10.0, 20.0, 30.0, 9000.0), attempts=(1, 1, 1, 2, 2)),
+        history(times=(0.0, 10.0, 20.0, 9000.0, 9010.0), attempts=(1, 1, 1, 2, 2)),
+    ),
     "class_imbalance: it shows": (
         "error",
         missed(0.2),
@@ -362,6 +367,20 @@ def test_evidence_names_the_learning_rate_and_the_batch_size() -> None:
     assert "43 times the 2.3 of guessing (learning rate 3, batch size 128)" in finding.evidence
 
 
+@pytest.mark.parametrize(
+    ("rule", "huge"),
+    [
+        ("learning_rate_too_high", history(train_loss=[1.0, 1e300])),
+        ("exploding_gradient", history(gradient_norm=[1.0, 1e300])),
+        ("loss_not_decreasing", history(train_loss=[3.0, 3.0, 3.0, 1e300])),
+    ],
+)
+def test_evidence_stays_short(rule: str, huge: TrainingHistory) -> None:
+    finding = RULES[rule](huge)
+    assert finding is not None
+    assert len(finding.evidence) < 150
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "odd",
@@ -409,6 +428,16 @@ def test_trials_with_other_settings_and_the_same_curves_are_similar() -> None:
     assert set(found) == {"t2"}
     assert "t1" in found["t2"].evidence
     assert "batch_size 64 and 128" in found["t2"].evidence
+
+
+def test_more_epochs_are_no_setting_without_effect() -> None:
+    """A constant schedule: the first epochs are the same whatever the number of epochs."""
+    short = trial(0.1, [3, 2, 1], epochs=3, batch_size=64)
+    longer = trial(0.1, [3, 2, 1, 0.5], epochs=4, batch_size=64)
+    assert similar_across_runs({"t1": short, "t2": longer}) == {}
+    other = trial(0.1, [3, 2, 1, 0.5], epochs=4, batch_size=128)
+    found = similar_across_runs({"t1": short, "t2": other})["t2"]
+    assert found.evidence.endswith("with other settings: batch_size 64 and 128")
 
 
 @pytest.mark.parametrize(
@@ -479,6 +508,15 @@ def test_the_least_loss_is_what_a_perfect_model_has(counts: tuple[int, ...] | No
     assert bounds.guess == pytest.approx(loss().item(), rel=1e-5)
     optimizer.step(loss)  # type: ignore[no-untyped-call]
     assert bounds.least == pytest.approx(loss().item(), rel=1e-4)
+
+
+def test_a_trial_that_was_resumed_and_has_no_new_epoch_is_not_stalled() -> None:
+    trial = TrialRecord(trial_id="t", configuration={}, attempt=1, state="running", started=0.0)
+    trial.epochs = [EpochRecord(step=n, time=10.0 * n, attempt=1, metrics={}) for n in (1, 2)]
+    record = SearchRecord(started={})
+    assert RULES["stalled"](history_of_trial(record, trial, now=40_000.0)) is not None
+    resumed = replace(trial, attempt=2)
+    assert RULES["stalled"](history_of_trial(record, resumed, now=40_000.0)) is None
 
 
 def test_the_head_of_a_staged_search_sees_no_mixed_pictures() -> None:

@@ -9,7 +9,7 @@ from statistics import median
 
 from visiontuner.journal import Finding, Severity
 from visiontuner.training.rules import thresholds as limits
-from visiontuner.training.rules.history import TrainingHistory
+from visiontuner.training.rules.history import TrainingHistory, times_over
 from visiontuner.training.rules.loss_bounds import LossBounds
 
 
@@ -44,7 +44,7 @@ def loss_not_decreasing(history: TrainingHistory) -> Finding | None:
     if fell >= limits.LOSS_DECREASE and not rose:
         return None
     epochs = min(len(loss.values) - 1, limits.LOSS_EPOCHS)
-    change = f"fell by {fell:.2%}" if fell >= 0 else f"rose by {-fell:.1%}"
+    change = f"fell by {fell:.2%}" if fell >= 0 else f"rose by {times_over(-100 * fell)} %"
     return _finding(
         "loss_not_decreasing",
         "error",
@@ -123,7 +123,9 @@ def learning_rate_too_high(history: TrainingHistory) -> Finding | None:
     times = worst / reference if reference > 0 else 1.0
     if times >= limits.HIGH_LOSS_WARNING:
         severity: Severity = "error" if times >= limits.HIGH_LOSS_ERROR else "warning"
-        evidence = f"the training loss reached {worst:.3g}, {times:.0f} times {_start(history)}"
+        evidence = (
+            f"the training loss reached {worst:.3g}, {times_over(times)} times {_start(history)}"
+        )
         step = loss.steps[loss.values.index(worst)]
     elif (share := _rising_share(history)) >= limits.HIGH_RISING_SHARE:
         severity, step = "warning", loss.steps[-1]
@@ -168,7 +170,7 @@ def stalled(history: TrainingHistory) -> Finding | None:
     times = history.times
     if not times:
         return None
-    gaps = [b - a for a, b in pairwise(times)]
+    gaps = history.gaps()
     usual = median(gaps) if gaps else 0.0
     limit = max(limits.STALLED_SECONDS, limits.STALLED_FACTOR * max(gaps, default=0.0))
     advice = "See whether the process lives and what it waits for: disk, network or memory."

@@ -6,7 +6,7 @@ from statistics import median
 
 from visiontuner.journal import Finding
 from visiontuner.training.rules import thresholds as limits
-from visiontuner.training.rules.history import TrainingHistory
+from visiontuner.training.rules.history import TrainingHistory, times_over
 
 
 def exploding_gradient(history: TrainingHistory) -> Finding | None:
@@ -24,7 +24,8 @@ def exploding_gradient(history: TrainingHistory) -> Finding | None:
     return Finding(
         rule="exploding_gradient",
         severity="error" if worst >= limits.GRADIENT_ERROR else "warning",
-        evidence=f"gradient norm {norm.values[at]:.3g}, {worst:.0f} times the {usual:.3g} before",
+        evidence=f"gradient norm {norm.values[at]:.3g}, {times_over(worst)} times the "
+        f"{usual:.3g} before",
         advice="Use a smaller learning rate or training.warmup_fraction: 0.1; look for pictures "
         "with broken pixels.",
         step=norm.steps[at],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +107,8 @@ class TrainingHistory:
         class_counts: training pictures of each class, in the order of `class_names`.
         predictions: on the validation pictures, if they were kept.
         times: seconds since the epoch at which the epochs were reported.
+        attempts: which attempt of a training that was resumed reported each of them; empty if all
+            are of one.
         now: the present time if the training still runs, else None.
         error: what ended a failed training.
         host: the machine it ran on, in a search on several.
@@ -120,6 +123,7 @@ class TrainingHistory:
     class_counts: tuple[int, ...] = ()
     predictions: Predictions | None = None
     times: tuple[float, ...] = ()
+    attempts: tuple[int, ...] = ()
     now: float | None = None
     error: str | None = None
     recording: Recording | None = None
@@ -167,6 +171,12 @@ class TrainingHistory:
         steps = [curve.steps[-1] for curve in self.metrics.values() if curve.steps]
         return max(steps, default=None)
 
+    def gaps(self) -> list[float]:
+        """Seconds from each epoch to the next one; a break between two attempts is none."""
+        attempts = self.attempts or (1,) * len(self.times)
+        pairs = pairwise(zip(attempts, self.times, strict=False))
+        return [b - a for (earlier, a), (later, b) in pairs if earlier == later]
+
     def settings(self) -> str:
         """`learning rate 0.003, batch size 128`, as far as it is known."""
         names = ("learning_rate", "batch_size")
@@ -190,6 +200,7 @@ def history_of_trial(
     Args:
         now: the present time in seconds since the epoch, if the trial still runs.
     """
+    resumed = bool(trial.epochs) and trial.epochs[-1].attempt != trial.attempt
     data = record.started.get("data") or {}
     names = tuple(data.get("class_names") or ())
     counts = (data.get("class_counts") or {}).get("train") or ()
@@ -207,10 +218,16 @@ def history_of_trial(
         predictions=predictions,
         recording=recording,
         times=tuple(epoch.time for epoch in trial.epochs),
-        now=now,
+        attempts=tuple(epoch.attempt for epoch in trial.epochs),
+        now=None if resumed else now,  # its last epoch was before the break
         error=trial.error,
         host=trial.host,
     )
+
+
+def times_over(factor: float) -> str:
+    """A factor in few digits, however large: `43`, `1.2e+30`."""
+    return f"{factor:.0f}" if factor < 1e6 else f"{factor:.2g}"
 
 
 def _curve(trial: TrialRecord, name: str) -> Curve:

@@ -178,7 +178,7 @@ def initialisation_too_long(history: TrainingHistory) -> Finding | None:
     steps = history.recording.steps if history.recording else None
     if steps is None or steps.startup_seconds <= 60 * limits.STARTUP_MINUTES:
         return None
-    trained_for = history.times[-1] - history.times[0] if len(history.times) > 1 else 0.0
+    trained_for = sum(history.gaps())
     return Finding(
         rule="initialisation_too_long",
         severity="error" if trained_for and steps.startup_seconds > trained_for else "warning",
