@@ -17,12 +17,8 @@ from visiontuner.cli.query import query
 from visiontuner.errors import ClassifierError, ServingError, UserMistake
 from visiontuner.serving.answers import Options
 from visiontuner.serving.batching import PictureAnswer, ask_all
-from visiontuner.serving.client import (
-    HttpTransport,
-    SageMakerTransport,
-    Transport,
-    decode_answers,
-)
+from visiontuner.serving.client import SageMakerTransport, Transport, decode_answers
+from visiontuner.serving.http_client import HttpTransport
 from visiontuner.serving.local import open_model
 from visiontuner.serving.pictures import Picture, find_pictures
 from visiontuner.serving.server import ScoringServer

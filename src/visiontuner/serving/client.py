@@ -1,7 +1,7 @@
-"""The ways to a model: a scoring server's URL, or a SageMaker endpoint.
+"""What every way to a model has in common, and the way to a SageMaker endpoint.
 
 A transport answers one batch of pictures, or says why it cannot; patience, batches and the order of
-answers are `batching.ask_all`'s.
+answers are `batching.ask_all`'s. `http_client.py` has the way to a scoring server's URL.
 """
 
 from __future__ import annotations
@@ -12,10 +12,7 @@ import json
 import threading
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any, NoReturn, Protocol
-from urllib.parse import urlsplit
-
-import requests
+from typing import Any, Protocol
 
 from visiontuner.aws import default_region, explained, is_busy
 from visiontuner.errors import ServingError
@@ -29,17 +26,11 @@ SERVERLESS_BYTES = 4_000_000
 _LEAST_BYTES = 250_000
 
 # An endpoint gives a model 60 s.
-_TIMEOUT_SECONDS = (10, 70)
-_BUSY = (429, 502, 503)
-_NO_URL = (
-    requests.exceptions.InvalidURL,
-    requests.exceptions.InvalidSchema,
-    requests.exceptions.MissingSchema,
-)
-_BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
+TIMEOUT_SECONDS = (10, 70)
+BUSY = (429, 502, 503)
 # The batch may be too large, too slow, or hold a row that the model refuses.
-_REFUSED = (400, 422, 504)
-_TOO_LARGE = 413
+REFUSED = (400, 422, 504)
+TOO_LARGE = 413
 _TIMED_OUT = "invocation timed out"  # SageMaker about a model, with status 0
 
 
@@ -69,76 +60,6 @@ class TooLarge(Refused):
     """The other side takes requests, but none of this size; `body_limit` is lower now."""
 
 
-class HttpTransport:
-    """MLflow's scoring server behind a URL, such as `http://127.0.0.1:5000`."""
-
-    def __init__(self, url: str, *, body_limit: int = REQUEST_BYTES) -> None:
-        self.url = url.rstrip("/").removesuffix("/invocations")
-        self.body_limit = body_limit
-        self._shown = without_secrets(self.url)
-        try:
-            host = urlsplit(url).hostname
-        except ValueError:
-            raise self._no_url() from None
-        # A proxy cannot reach this machine's own loopback.
-        self._direct = host in ("127.0.0.1", "localhost", "::1")
-        self._local = threading.local()
-        self._has_answered = False
-
-    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
-        return decode_answers(self._send(encode_request(contents, options)), len(contents))
-
-    def _send(self, body: bytes) -> bytes:
-        try:
-            response = self._session().post(
-                f"{self.url}/invocations",
-                data=body,
-                headers={"Content-Type": "application/json"},
-                timeout=_TIMEOUT_SECONDS,
-            )
-        except _NO_URL:
-            raise self._no_url() from None
-        except requests.ReadTimeout:
-            raise Refused("no answer in time") from None
-        except requests.RequestException as error:
-            self._broken(error)
-        self._has_answered = True
-        if response.status_code == 200:
-            return response.content
-        reason = _reason(response.content)
-        if response.status_code in _BUSY:
-            raise Busy(reason, _seconds(response.headers.get("Retry-After")))
-        if response.status_code == _TOO_LARGE:
-            self.body_limit = _lowered(self.body_limit, body)
-            raise TooLarge(reason)
-        if response.status_code in _REFUSED:
-            raise Refused(reason)
-        raise ServingError(f"{self._shown} answers {response.status_code}: {reason}")
-
-    def _no_url(self) -> ServingError:
-        return ServingError(f"{self._shown!r} is no URL; try http://127.0.0.1:5000.")
-
-    def _broken(self, error: requests.RequestException) -> NoReturn:
-        """What breaks is worth another try, but not an address where nothing ever answered."""
-        if _is_untrusted(error) or not isinstance(error, _BROKEN):
-            raise ServingError(f"Cannot ask {self._shown}: {type(error).__name__}.") from None
-        nobody = "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
-        if nobody and not self._has_answered:
-            raise ServingError(
-                f"Nothing answers at {self._shown}. Start it: mlflow models serve -m "
-                "models:/NAME@champion --env-manager local --port 5000"
-            ) from None
-        raise Busy("the connection broke") from None
-
-    def _session(self) -> requests.Session:
-        # A session is one thread's; each keeps its connection.
-        if not hasattr(self._local, "session"):
-            self._local.session = requests.Session()
-            self._local.session.trust_env = not self._direct
-        session: requests.Session = self._local.session
-        return session
-
-
 class SageMakerTransport:
     """A SageMaker endpoint, by name; `session` is boto3's own if None."""
 
@@ -154,7 +75,10 @@ class SageMakerTransport:
         from botocore.config import Config
 
         # Retries are ours: the same for every transport.
-        config = Config(retries={"total_max_attempts": 1}, read_timeout=_TIMEOUT_SECONDS[1])
+        connect, read = TIMEOUT_SECONDS
+        config = Config(
+            retries={"total_max_attempts": 1}, connect_timeout=connect, read_timeout=read
+        )
         self.endpoint = endpoint
         self.body_limit = body_limit
         self._asking_about_it = threading.Lock()
@@ -189,13 +113,13 @@ class SageMakerTransport:
             except exceptions.ReadTimeoutError:
                 raise Refused("no answer in time") from None
             except broken as error:
-                if _is_untrusted(error):
+                if is_untrusted(error):
                     raise
                 text = without_secrets(str(error)).rstrip(".")
                 raise Busy(f"{text}. Check the region and the connection") from None
             except exceptions.ClientError as error:
                 if _is_too_large(error.response):
-                    self.body_limit = _lowered(self.body_limit, body)
+                    self.body_limit = lowered(self.body_limit, body)
                     raise TooLarge(error.response["Error"]["Message"]) from None
                 reason = self._of_the_endpoint(error.response)
                 if reason is None:
@@ -223,10 +147,10 @@ class SageMakerTransport:
         """None for what any service of AWS may answer: credentials, permissions."""
         code, message = response["Error"]["Code"], response["Error"]["Message"]
         status = int(response.get("OriginalStatusCode") or 0)  # the model server's own
-        reason = _reason(str(response.get("OriginalMessage") or message).encode())
-        if is_busy(response) or status in _BUSY:
+        reason = reason_in(str(response.get("OriginalMessage") or message).encode())
+        if is_busy(response) or status in BUSY:
             return Busy(message)
-        if status in _REFUSED or _TIMED_OUT in message:
+        if status in REFUSED or _TIMED_OUT in message:
             return Refused(reason)
         if code == "ModelError":
             return ServingError(
@@ -290,30 +214,23 @@ def _is_too_large(response: Any) -> bool:
         response.get("ResponseMetadata", {}).get("HTTPStatusCode"),
         response.get("OriginalStatusCode"),
     )
-    return _TOO_LARGE in statuses or "oversize body" in response["Error"]["Message"]
+    return TOO_LARGE in statuses or "oversize body" in response["Error"]["Message"]
 
 
-def _lowered(limit: int, refused: bytes) -> int:
+def lowered(limit: int, refused: bytes) -> int:
     length = len(refused)
     likely = SERVERLESS_BYTES if length > SERVERLESS_BYTES else max(length // 2, _LEAST_BYTES)
     return min(limit, likely)
 
 
-def _is_untrusted(error: Exception) -> bool:
+def is_untrusted(error: Exception) -> bool:
     """A certificate that is not trusted stays so."""
     return "CERTIFICATE_VERIFY_FAILED" in str(error)
 
 
-def _reason(content: bytes) -> str:
+def reason_in(content: bytes) -> str:
     """What the server says, without what MLflow puts before it."""
     text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["message"])
     return " ".join(text.rpartition("\nError: ")[2].split())[:300] or "no reason given"
-
-
-def _seconds(value: str | None) -> float | None:
-    try:
-        return max(0.0, float(value)) if value else None
-    except ValueError:
-        return None

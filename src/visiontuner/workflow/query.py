@@ -77,7 +77,8 @@ def _way(
     limit: int,
 ) -> Iterator[Transport]:
     from visiontuner.aws import Aws
-    from visiontuner.serving.client import HttpTransport, SageMakerTransport
+    from visiontuner.serving.client import SageMakerTransport
+    from visiontuner.serving.http_client import HttpTransport
     from visiontuner.serving.local import open_model
 
     if model is not None:
