@@ -230,6 +230,16 @@ def test_batch_sizes_are_whole_numbers_however_they_are_written():
         (space(optimizer={"values": ["adamw", "lion"]}), "got 'lion'"),
         (space(optimizer={"low": 1, "high": 2}), "optimizer needs {values: [...]}"),
         (search(algorithm="grid"), "a grid needs {values: [...]}, not a range"),
+        (
+            search(
+                algorithm="grid",
+                space={
+                    "batch_size": {"values": list(range(1, 401))},
+                    "epochs": {"values": list(range(1, 401))},
+                },
+            ),
+            "search.space has 160,000 combinations, and a grid runs all of them",
+        ),
     ],
 )
 def test_search_space_breaks_a_rule(raw, message):

@@ -15,7 +15,13 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from visiontuner.errors import DataError, JournalError, SearchFailed, UserMistake
+from visiontuner.errors import (
+    DataError,
+    ExperimentError,
+    JournalError,
+    SearchFailed,
+    UserMistake,
+)
 from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
@@ -28,6 +34,7 @@ from visiontuner.workflow import (
     run_search,
     sync_search,
 )
+from visiontuner.workflow.layout import claim_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
@@ -237,6 +244,21 @@ def test_a_search_that_another_process_runs_is_refused(finished, store, tmp_path
             resume_search(folder)
     finally:
         other.close()
+
+
+def test_folders_that_nobody_named_have_names_of_their_own(tmp_path):
+    wanted = tmp_path / "searches" / "dogs-20261129-100000"
+    assert [claim_folder(wanted).name for _ in range(3)] == [
+        "dogs-20261129-100000",
+        "dogs-20261129-100000-2",
+        "dogs-20261129-100000-3",
+    ]
+
+
+def test_a_trial_that_wants_more_cores_than_there_are_leaves_no_folder(experiment, tmp_path):
+    with pytest.raises(ExperimentError, match="cpus_per_trial is 1000, but the machine has"):
+        run_search(experiment(search={"cpus_per_trial": 1000}), output=tmp_path / "search")
+    assert not (tmp_path / "search").exists()
 
 
 def test_a_folder_that_is_taken_is_refused_before_anything_is_done(experiment, tmp_path):

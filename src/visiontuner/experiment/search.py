@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, Self
 
@@ -25,6 +26,7 @@ SEARCHABLE = (
     "backbone_learning_rate_factor",
 )
 INTEGERS = ("batch_size", "epochs")
+LARGEST_GRID = 100_000
 
 
 class Values(Section):
@@ -143,6 +145,18 @@ class Search(Section):
             raise told(
                 f"search.space.{ranges[0]}: a grid needs {{values: [...]}}, not a range; "
                 "or use algorithm: random"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grid_can_be_run(self) -> Self:
+        counts = [
+            len(domain.values) for domain in self.space.values() if isinstance(domain, Values)
+        ]
+        if self.algorithm == "grid" and math.prod(counts) > LARGEST_GRID:
+            raise told(
+                f"search.space has {math.prod(counts):,} combinations, and a grid runs all of "
+                "them; leave values out, or use algorithm: random and search.trials"
             )
         return self
 

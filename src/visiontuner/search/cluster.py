@@ -255,6 +255,15 @@ def describe_cluster() -> str:
     return f"Joined the Ray cluster at {ray.get_runtime_context().gcs_address}: {', '.join(parts)}."
 
 
+def require_room(search: Search) -> None:
+    """What can be said of this machine's own Ray before it runs.
+
+    Raises:
+        ExperimentError: one trial wants more cores than there are.
+    """
+    share_out([{"CPU": os.cpu_count() or 1}], search)
+
+
 def resources_for(search: Search) -> Resources:
     """What a trial gets on the running Ray.
 

@@ -36,3 +36,17 @@ class SearchResult:
     @property
     def best(self) -> TrialRecord | None:
         return self.record.best
+
+
+def claim_folder(folder: Path) -> Path:
+    """Make a folder that nobody else has: the given one, or with -2, -3 … behind its name."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    own, number = folder, 1
+    while True:
+        try:
+            own.mkdir()
+        except FileExistsError:
+            number += 1
+            own = folder.with_name(f"{folder.name}-{number}")
+        else:
+            return own

@@ -21,7 +21,7 @@ from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
-from visiontuner.workflow.layout import SearchResult
+from visiontuner.workflow.layout import SearchResult, claim_folder
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.recording import BackgroundTracking
@@ -53,12 +53,13 @@ def run_search(
         UserMistake: the folder is taken, or data or backbone do not fit the experiment.
         SearchFailed: no trial was usable; the message has the first trial's error.
     """
-    folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserMistake(
-            f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
+            f"{output} is taken. Choose another --output, or go on with --resume {output}."
         )
-    return _Run(with_absolute_paths(experiment), folder, on, observer or Silent()).run()
+    folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = _Run(with_absolute_paths(experiment), folder, on, observer or Silent())
+    return run.run(is_named=output is not None)
 
 
 def resume_search(
@@ -91,7 +92,8 @@ class _Run:
         # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
         self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
 
-    def run(self) -> SearchResult:
+    def run(self, *, is_named: bool = True) -> SearchResult:
+        """Everything; a folder that nobody has named gets a name that nobody else has taken."""
         from visiontuner.search.stages import remaining_trials
 
         with (
@@ -101,6 +103,9 @@ class _Run:
             record = read_record(self.folder, self.inputs.dataset)
             remaining = remaining_trials(self.experiment, record)
             self._had_ended = record.best is not None and not remaining
+            self._require_what_it_needs()
+            if not is_named:
+                self.folder = claim_folder(self.folder)
             state, recorder = self._run_trials(record, remaining, tracking, journal)
             try:
                 return self._conclude(state, recorder, tracking)
@@ -109,6 +114,14 @@ class _Run:
                     "Stopped after the last trial. "
                     f"Go on with: visiontuner tune --resume {self.folder}"
                 ) from None
+
+    def _require_what_it_needs(self) -> None:
+        """What cannot work ends here, before there is a folder or a run to clean up."""
+        from visiontuner.search.cluster import require_room
+
+        _ = self.inputs.description
+        if self.on == "local":
+            require_room(self.experiment.search)
 
     def _run_trials(
         self,
@@ -121,8 +134,6 @@ class _Run:
         from visiontuner.search.cluster import RayForSearch
 
         with RayForSearch(self.on) as ray:
-            # An unknown backbone ends here, before there is a folder or a run to clean up.
-            _ = self.inputs.description
             recorder = journal.enter_context(closing(self._open_journal(record)))
             tracking.begin(self.folder)
             state: SearchState = "completed"
@@ -149,7 +160,7 @@ class _Run:
         if state == "interrupted":
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
         if best is None:
-            raise SearchFailed(_first_error(recorder.record))
+            raise SearchFailed(_first_error(recorder.record, self.folder))
         tracking.begin_to_close()
         classifier = self._package(best, recorder.record)
         problem = tracking.close()
@@ -187,8 +198,11 @@ class _Run:
         )
 
 
-def _first_error(record: SearchRecord) -> str:
+def _first_error(record: SearchRecord, folder: Path) -> str:
     errors = [trial.error for trial in record.trials.values() if trial.error]
     if not errors:
-        return "The search ended before any trial finished; give it more time."
+        return (
+            "The search's time was over before any trial finished. Go on for as long again with: "
+            f"visiontuner tune --resume {folder}"
+        )
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"

@@ -136,4 +136,5 @@ def describe_stage(stage: Stage, finished: int, remaining: int) -> str:
         )
     names = " and ".join(name.replace("_", " ") for name in search.space)
     scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
-    return f"{done}{remaining} trials over {names} to run ({search.algorithm}{scheduler})."
+    how = "grid: every combination" if search.algorithm == "grid" else search.algorithm
+    return f"{done}{remaining} trials over {names} to run ({how}{scheduler})."
