@@ -445,6 +445,15 @@ def test_a_password_in_a_url_is_never_shown(stub: tuple[str, type[Stub]], tmp_pa
     assert "secret" not in str(one.answer.error)
 
 
+def test_a_proxy_that_is_not_there_is_not_taken_for_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    transport = HttpTransport("http://models.invalid:8080")
+    with pytest.raises(ServingError, match="tries: the proxy does not let it through"):
+        list(ask_all(transport, words(1), OPTIONS, sleep=lambda _: None))
+
+
 @pytest.mark.parametrize(
     "body",
     [b"", b"[]", b'{"predictions": 3}', b'{"predictions": [[1, 2]]}', b'{"predictions": []}'],

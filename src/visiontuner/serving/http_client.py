@@ -89,6 +89,8 @@ class HttpTransport:
         """What breaks is worth another try, but not an address where nothing ever answered."""
         if is_untrusted(error) or not isinstance(error, _BROKEN):
             raise ServingError(f"Cannot ask {self._shown}: {type(error).__name__}.") from None
+        if isinstance(error, requests.exceptions.ProxyError):
+            raise Busy("the proxy does not let it through") from None
         nobody = "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
         if nobody and not self._has_answered:
             raise ServingError(
