@@ -214,12 +214,16 @@ class TrialRecord:
 
 @dataclass(kw_only=True)
 class SearchRecord:
-    """The state of a search: a fold over its journal's events."""
+    """The state of a search: a fold over its journal's events.
+
+    `preparation_seconds` went into features and decoded pictures before the first trial.
+    """
 
     search_id: str = ""
     started: Event = field(default_factory=dict)
     ended: Event | None = None
     trials: dict[str, TrialRecord] = field(default_factory=dict)
+    preparation_seconds: float = 0.0
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -242,6 +246,9 @@ class SearchRecord:
             for trial in self.trials.values():
                 if trial.state == "running":
                     trial.state = "interrupted"
+        elif kind in ("features_ready", "pictures_ready"):
+            if not self.trials:
+                self.preparation_seconds += float(event.get("seconds") or 0.0)
         elif kind == "search_ended":
             self.ended = event
         elif kind == "trial_started":

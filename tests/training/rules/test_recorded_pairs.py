@@ -361,6 +361,16 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         machine(process_memory_megabytes=[*rising(2000, 4000)[:60], *[3200] * 40]),
     ),
     "initialisation_too_long": ("warning", steps(startup=1201), steps(startup=1199)),
+    "initialisation_too_long: decoding included": (
+        "warning",
+        steps(startup=200, preparation_seconds=1001.0),
+        steps(startup=200, preparation_seconds=999.0),
+    ),
+    "initialisation_too_long: nothing else is recorded of a head": (
+        "warning",
+        TrainingHistory(preparation_seconds=1201.0),
+        TrainingHistory(preparation_seconds=1199.0),
+    ),
     "initialisation_too_long: longer than the training": (
         "error",
         steps(startup=1300, times=(2000.0, 3200.0)),

@@ -519,6 +519,20 @@ def test_a_trial_that_was_resumed_and_has_no_new_epoch_is_not_stalled() -> None:
     assert RULES["stalled"](history_of_trial(record, resumed, now=40_000.0)) is None
 
 
+def test_what_a_training_waited_for_its_pictures_counts_for_a_single_one_alone() -> None:
+    events = [
+        {"event": "search_started", "search_id": "s", "trained_on": "train"},
+        {"event": "pictures_ready", "seconds": 1500.0},
+        {"event": "trial_started", "trial_id": "t", "attempt": 1, "configuration": {}, "time": 1.0},
+        {"event": "search_resumed"},
+        {"event": "pictures_ready", "seconds": 0.5},
+    ]
+    training = SearchRecord.of(events)
+    assert history_of_trial(training, training.trials["t"]).preparation_seconds == 1500.0
+    search = SearchRecord.of([{"event": "search_started", "search_id": "s"}, *events[1:]])
+    assert history_of_trial(search, search.trials["t"]).preparation_seconds == 0.0
+
+
 def test_the_head_of_a_staged_search_sees_no_mixed_pictures() -> None:
     started = {"experiment": {"training": MIXED}, "data": {"class_names": ["a", "b"]}}
     head, network = (

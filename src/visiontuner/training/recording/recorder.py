@@ -48,7 +48,7 @@ class Recorder(Watch):
 
     Args:
         every_steps: of the optimizer, between two in which tensors are recorded.
-        began: when the training did, of `time.perf_counter`: loading included.
+        began: when the training did, of `time.perf_counter`: loading the network included.
         workers: processes that prepare its batches.
         about: for `Recording.about`.
     """

@@ -93,7 +93,8 @@ class StepRecord:
         steps: int64, (S,), optimizer steps, from 1; not every one in a long training.
         seconds: float32, (S, 6), by `STEP_PARTS`. On a GPU the parts are its own times.
         pictures: int64, (S,), in each step's batch.
-        startup_seconds: from the training's start to its first step, decoding and loading included.
+        startup_seconds: from the training's start to its first step: network, loaders, first batch.
+            Pictures were decoded, or features computed, before.
         device: `cpu` or the GPU's name.
         workers: processes that prepare pictures.
     """

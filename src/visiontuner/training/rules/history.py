@@ -112,6 +112,8 @@ class TrainingHistory:
         now: the present time if the training still runs, else None.
         error: what ended a failed training.
         host: the machine it ran on, in a search on several.
+        preparation_seconds: that went into its pictures before it started; 0 for a trial of a
+            search, whose trials share them.
         recording: tensors, step times and the machine's use, if they were recorded.
     """
 
@@ -128,6 +130,7 @@ class TrainingHistory:
     error: str | None = None
     recording: Recording | None = None
     host: str | None = None
+    preparation_seconds: float = 0.0
 
     def curve(self, name: str) -> Curve:
         """The finite points of a metric; empty if it was not recorded."""
@@ -222,6 +225,7 @@ def history_of_trial(
         now=None if resumed else now,  # its last epoch was before the break
         error=trial.error,
         host=trial.host,
+        preparation_seconds=record.preparation_seconds if record.is_training else 0.0,
     )
 
 

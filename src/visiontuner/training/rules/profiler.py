@@ -171,19 +171,22 @@ def memory_increase(history: TrainingHistory) -> Finding | None:
 
 
 def initialisation_too_long(history: TrainingHistory) -> Finding | None:
-    """The first step came late.
+    """The first step came late, the preparation of pictures before the training included.
 
     Source: Debugger's MaxInitializationTime, threshold 20 minutes.
     """
     steps = history.recording.steps if history.recording else None
-    if steps is None or steps.startup_seconds <= 60 * limits.STARTUP_MINUTES:
+    prepared = history.preparation_seconds
+    seconds = prepared + (steps.startup_seconds if steps else 0.0)
+    if seconds <= 60 * limits.STARTUP_MINUTES:
         return None
     trained_for = sum(history.gaps())
     return Finding(
         rule="initialisation_too_long",
-        severity="error" if trained_for and steps.startup_seconds > trained_for else "warning",
-        evidence=f"the first step came after {steps.startup_seconds / 60:.0f} minutes"
-        + (f", the epochs took {trained_for / 60:.0f}" if trained_for else ""),
+        severity="error" if trained_for and seconds > trained_for else "warning",
+        evidence=f"the first step came after {seconds / 60:.0f} minutes"
+        + (f", {prepared / 60:.0f} of them for pictures and features" if prepared else "")
+        + (f"; the epochs took {trained_for / 60:.0f}" if trained_for else ""),
         advice="Bring the pictures to a local disk (visiontuner prepare), keep the cache "
         "(VISIONTUNER_CACHE) between trainings, or use a smaller model.image_size.",
     )
