@@ -97,6 +97,16 @@ def test_a_device_that_is_behind_is_not_waited_for():
     assert times.record().steps.tolist() == [1, 2]
 
 
+def test_the_last_steps_of_a_device_that_is_behind_are_kept():
+    times, clock = times_by_hand()
+    clock.device_is_at = 0
+    for number in (1, 2, 3):
+        take_step(times, clock, number)
+    clock.device_is_at = clock.now  # evaluation waits for it
+    times.epoch_ends()
+    assert times.record().steps.tolist() == [1, 2, 3]
+
+
 def test_an_epochs_evaluation_belongs_to_no_step():
     times, clock = times_by_hand()
     take_step(times, clock, 1)

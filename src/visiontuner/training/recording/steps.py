@@ -117,14 +117,14 @@ class StepTimes:
             self._waiting.append((*self._step, self._laps))
         self._laps = self._laps[-1:]
         self._step, self._left = None, time.perf_counter()
-        while self._waiting and self._clock.passed(self._waiting[0][2][-1][1]):
-            self._read(*self._waiting.popleft())
+        self._read_passed()
 
     def epoch_ends(self) -> None:
         self._count("evaluation")
 
     def record(self) -> StepRecord:
-        """The times that can be read so far."""
+        """The times that can be read by now: after an epoch's evaluation all of its steps'."""
+        self._read_passed()
         rows = self.kept.rows
         seconds = [row for row, _ in rows]
         return StepRecord(
@@ -144,6 +144,10 @@ class StepTimes:
         rows = zip(record.steps, record.seconds, record.pictures, strict=True)
         kept = [(int(s), (row, int(pictures))) for s, row, pictures in rows if s <= until]
         self.kept.refill(kept, every)
+
+    def _read_passed(self) -> None:
+        while self._waiting and self._clock.passed(self._waiting[0][2][-1][1]):
+            self._read(*self._waiting.popleft())
 
     def _read(self, step: int, pictures: int, laps: list[tuple[str, Any]]) -> None:
         seconds = np.zeros(len(STEP_PARTS), np.float32)
