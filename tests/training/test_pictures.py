@@ -205,6 +205,16 @@ def test_batch_larger_than_the_data_set_is_one_batch(make_batches: MakeBatches) 
     assert [len(labels) for _, labels in batches] == [TRAIN]
 
 
+@pytest.mark.parametrize(
+    ("asked", "cores", "workers"),
+    [(64, 96, 16), (64, 8, 8), (3, 96, 3), (0, 96, 0), (None, 96, 10), (None, 4, 4)],
+)
+def test_there_are_never_more_than_16_workers_or_one_a_core(monkeypatch, asked, cores, workers):
+    monkeypatch.setattr(picture_workers, "available_cpus", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 40)
+    assert picture_workers.choose_workers(asked, torch.device("cpu")) == workers
+
+
 def test_workers_make_the_same_batches(make_batches: MakeBatches) -> None:
     expected = epochs(make_batches(workers=0), 3)
     before = torch.get_rng_state()

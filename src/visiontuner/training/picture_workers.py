@@ -93,15 +93,15 @@ class Views(Dataset[Tensor]):
 
 
 def choose_workers(asked: int | None, device: torch.device) -> int:
-    """How many workers, where nobody says: beside a GPU all threads of this process but one.
+    """How many workers; where nobody says, beside a GPU all threads of this process but one.
 
     On a CPU the network itself uses every thread, and a picture costs a fiftieth of what the
     network does with it: one worker for four threads. More than there are cores help nobody.
     """
     threads = torch.get_num_threads()
     by_threads = threads // 4 if device.type == "cpu" else max(1, threads - 1)
-    wanted = min(_MOST_WORKERS, by_threads) if asked is None else asked
-    return min(wanted, available_cpus())
+    wanted = by_threads if asked is None else asked
+    return min(wanted, _MOST_WORKERS, available_cpus())
 
 
 def _shared(batch: Tensor) -> Tensor | NDArray[np.uint8]:
