@@ -53,6 +53,10 @@ class Finding:
     advice: str
     step: int | None = None
 
+    def to_dict(self) -> dict[str, Any]:
+        """What a journal line says of it; not what a subclass adds."""
+        return {name: getattr(self, name) for name in Finding.__dataclass_fields__}
+
 
 class JournalWriter:
     """Appends whole lines; the only one that writes a search's journal.

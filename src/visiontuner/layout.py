@@ -1,7 +1,15 @@
-"""What lies where in a search folder, by name; under the same names in MLflow's artifacts."""
+"""What lies where, by name; a search folder's parts have the same names in MLflow's artifacts."""
 
 from __future__ import annotations
 
+# Where the commands run:
+SEARCHES_FOLDER = "searches"
+RANGE_TESTS_FOLDER = "lr-find"
+# In the folder of a range test:
+RANGE_TEST_FILE = "range_test.json"
+# In the cache folder:
+CACHE_MARK_FILE = ".writable"
+# In a search folder, beside its journal:
 EXPERIMENT_FILE = "experiment.yaml"
 CLASSIFIER_FOLDER = "classifier"
 EVALUATION_FOLDER = "evaluation"

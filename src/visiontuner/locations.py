@@ -7,8 +7,9 @@ from pathlib import Path
 
 from visiontuner.errors import JournalError, UserMistake
 from visiontuner.journal import FILE_NAME
+from visiontuner.layout import CACHE_MARK_FILE, SEARCHES_FOLDER
 
-SEARCHES = Path("searches")
+SEARCHES = Path(SEARCHES_FOLDER)
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
 NO_TRACKING = "none"
 """As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
@@ -33,7 +34,7 @@ def writable_cache_folder() -> Path:
     folder = cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
+        (folder / CACHE_MARK_FILE).touch()
     except OSError as error:
         raise UserMistake(
             f"Cannot write the cache folder {folder}: {error.strerror}. "

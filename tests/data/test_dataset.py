@@ -52,10 +52,19 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "pictures"
 
 
-@pytest.mark.parametrize("validation", ["valid", "val", "validation", "Valid"])
-def test_split_folders_are_read(root, cache, validation):
+@pytest.mark.parametrize(
+    ("validation", "test"),
+    [
+        ("valid", "test"),
+        ("val", "Testing"),
+        ("validation", "test_set"),
+        ("Valid", "seg_test"),
+        ("dev", "Test Data"),
+    ],
+)
+def test_split_folders_are_read(root, cache, validation, test):
     draw_splits(
-        root, {"train": {"b": 3, "a": 2}, validation: {"b": 1, "a": 1}, "test": {"a": 1, "b": 2}}
+        root, {"train": {"b": 3, "a": 2}, validation: {"b": 1, "a": 1}, test: {"a": 1, "b": 2}}
     )
     dataset = load_dataset(root, cache=cache)
     assert dataset.class_names == ("a", "b")
@@ -67,6 +76,98 @@ def test_split_folders_are_read(root, cache, validation):
     assert dataset.splits["train"][0].path == "train/a/0.png"
     assert dataset.splits["train"][0].digest == digests.file_digest(root / "train/a/0.png")
     assert dataset.findings == ()
+
+
+@pytest.mark.parametrize("train", ["Training", "training_set", "Train-Data", "seg_train", "trainset"])
+def test_train_has_many_names(root, cache, train):
+    draw_splits(root, {train: {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.class_names == ("a", "b")
+    assert dataset.counts("train") == [2, 2]
+
+
+def test_a_split_folder_that_holds_itself_once_more_is_seen_through(root, cache):
+    draw_splits(root, {"training_set/training_set": {"a": 40, "b": 40}})
+    draw_splits(root, {"test_set/test_set": {"a": 1, "b": 1}})
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.class_names == ("a", "b")
+    assert dataset.counts("test") == [1, 1]
+
+
+def test_a_folder_of_pictures_beside_the_splits_is_a_warning_other_ones_are_not(root, cache):
+    draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    draw_splits(root, {"holdout": {"a": 1, "b": 1}})
+    (root / "papers").mkdir()
+    (root / "papers" / "about.pdf").write_text("x")
+    found = {finding.rule: finding for finding in load_dataset(root, cache=cache).findings}
+    assert found["folders_beside_splits"].severity == "warning"
+    assert found["folders_beside_splits"].evidence.startswith("1 (holdout): left out")
+    assert found["ignored_files"].evidence.startswith("1 (papers)")
+
+
+def test_the_same_folders_in_every_class_may_be_the_classes(root, cache):
+    draw_splits(root, {"spring": {"cat": 40, "dog": 40}, "autumn": {"cat": 40, "dog": 40}})
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.class_names == ("autumn", "spring")
+    assert rules(dataset) == {
+        "same_subfolders_in_every_class": "every class folder (autumn, spring) holds the same "
+        "folders (cat, dog), whose pictures are taken together"
+    }
+
+
+def test_folders_that_are_merged_into_one_class_are_a_warning(root, cache):
+    draw_classes(root, 60, classes="a")
+    draw_splits(root, {"animals": {"cats": 40, "dogs": 40}})
+    (finding,) = load_dataset(root, cache=cache).findings
+    assert (finding.rule, finding.severity) == ("merged_subfolders", "warning")
+    assert finding.evidence.startswith("1 (animals: cats, dogs)")
+
+
+def test_one_folder_in_each_class_is_nothing_to_warn_of(root, cache):
+    draw_splits(root, {"a": {"images": 60}, "b": {"images": 60}})
+    assert load_dataset(root, cache=cache).findings == ()
+
+
+def write_what_commands_leave(folder: Path) -> None:
+    """Pictures among it, as in a real search folder, a range test, an MLflow store and the cache."""
+    draw(folder / "searches" / "photos-1" / "evaluation" / "confusion.png", 1)
+    (folder / "searches" / "photos-1" / "journal.jsonl").write_text("")
+    draw(folder / "lr-find" / "photos-1" / "range_test.png", 2)
+    (folder / "lr-find" / "photos-1" / "range_test.json").write_text("{}")
+    draw(folder / "mlruns" / "1" / "models" / "m-1" / "artifacts" / "example.png", 3)
+    draw(folder / "my-search" / "evaluation" / "confusion.png", 4)
+    (folder / "my-search" / "journal.jsonl").write_text("")
+    draw(folder / "my-cache" / "archives" / "flowers" / "a" / "0.png", 5)
+    (folder / "my-cache" / ".writable").touch()
+    (folder / "mlflow.db").write_bytes(b"")
+
+
+def test_what_commands_leave_in_a_folder_of_classes_is_no_class(root, cache):
+    before = load_dataset(draw_classes(root, 60), cache=cache)
+    write_what_commands_leave(root)
+    after = load_dataset(root, cache=cache)
+    assert after.class_names == ("a", "b")
+    assert after.digest == before.digest
+    assert rules(after) == {
+        "ignored_files": "1 (mlflow.db): left out: not a picture file in a class folder"
+    }
+
+
+def test_what_commands_leave_beside_splits_or_a_wrapped_set_changes_nothing(root, cache):
+    draw_splits(root / "photos", {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    before = load_dataset(root, cache=cache)
+    write_what_commands_leave(root)
+    write_what_commands_leave(root / "photos")
+    write_what_commands_leave(root / "photos" / "train")
+    after = load_dataset(root, cache=cache)
+    assert (after.root, after.digest) == (before.root, before.digest)
+    assert "folders_beside_splits" not in rules(after)
+
+
+def test_a_class_may_be_called_searches(root, cache):
+    draw_classes(root, 40)
+    (root / "a").rename(root / "searches")
+    assert load_dataset(root, cache=cache).class_names == ("b", "searches")
 
 
 def test_classes_are_matched_by_name_never_by_position(root, cache):

@@ -15,8 +15,10 @@ from pathlib import Path
 
 from visiontuner.data.digests import content_digests
 from visiontuner.data.layout import LAYOUTS, Layout, PictureFile, read_layout
+from visiontuner.data.layout_findings import layout_findings
+from visiontuner.data.listing import listed
 from visiontuner.errors import DataError
-from visiontuner.journal import Finding, Severity
+from visiontuner.journal import Finding
 
 SPLITS = ("train", "validation", "test")
 
@@ -96,7 +98,7 @@ def load_dataset(
         findings=(),
     )
     unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
-    findings = (*_layout_findings(layout, unreadable), *_class_findings(dataset))
+    findings = (*layout_findings(layout, unreadable), *_class_findings(dataset))
     return replace(dataset, findings=findings)
 
 
@@ -148,60 +150,6 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
                 f"{layout.root} has {total} picture files, and none of them is for {name}. "
                 f"Add pictures, or sort them into splits yourself. {LAYOUTS}"
             )
-
-
-def _layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
-    findings = [
-        listed(
-            "ignored_files",
-            "info",
-            layout.ignored,
-            "left out: not a picture file in a class folder",
-            "Remove them, or give pictures one of the usual endings.",
-        ),
-        listed(
-            "broken_links",
-            "warning",
-            layout.broken_links,
-            "left out: the link's target is gone",
-            "Restore the targets or remove the links.",
-        ),
-        listed(
-            "unreadable_files",
-            "warning",
-            unreadable,
-            "left out: the file cannot be opened",
-            "Check the files' permissions.",
-        ),
-        listed(
-            "empty_class_folders",
-            "warning",
-            layout.empty_classes,
-            "no pictures in the folder",
-            "Add pictures or remove the folders.",
-        ),
-    ]
-    given = {file.split for file in layout.files}
-    if "train" in given and "validation" not in given:
-        findings.append(
-            Finding(
-                rule="no_validation_folder",
-                severity="info",
-                evidence="there is no validation folder: 10 % of train are used for validation",
-                advice="Nothing to do; add a valid folder to choose the pictures yourself.",
-            )
-        )
-    return [finding for finding in findings if finding is not None]
-
-
-def listed(
-    rule: str, severity: Severity, paths: Sequence[str], what: str, advice: str
-) -> Finding | None:
-    """A finding about some paths or names, with their number and the first as an example."""
-    if not paths:
-        return None
-    evidence = f"{len(paths)} ({paths[0]}{', …' if len(paths) > 1 else ''}): {what}"
-    return Finding(rule=rule, severity=severity, evidence=evidence, advice=advice)
 
 
 def unreadable_picture(sample: Sample, reason: str) -> Finding:

@@ -18,7 +18,6 @@ from visiontuner.data.dataset import (
     ImageDataset,
     Sample,
     find_emptied_classes,
-    listed,
 )
 from visiontuner.data.duplicates import near_pairs
 from visiontuner.data.images import picture_extensions
@@ -29,6 +28,7 @@ from visiontuner.data.inspection import (
     read_facts,
     read_header,
 )
+from visiontuner.data.listing import listed
 from visiontuner.errors import BadImageError
 from visiontuner.journal import Finding
 

@@ -1,33 +1,50 @@
 """Which picture files a folder holds, in which split and class; file contents are not read.
 
-Two layouts are understood: `train/CLASS/…` with `valid` (or `val`, `validation`) and `test` beside
-it, and one folder per class. Folders that only wrap another one are descended.
+Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
+names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
+that only wrap another one are descended. What visiontuner and MLflow write where a command runs is
+no data.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from visiontuner.data.images import picture_extensions
 from visiontuner.errors import DataError
+from visiontuner.journal import FILE_NAME as JOURNAL_FILE
+from visiontuner.layout import (
+    CACHE_MARK_FILE,
+    RANGE_TEST_FILE,
+    RANGE_TESTS_FOLDER,
+    SEARCHES_FOLDER,
+)
 
-SPLIT_FOLDERS = {
+_SPLIT_WORDS = {
     "train": "train",
+    "training": "train",
     "valid": "validation",
     "val": "validation",
     "validation": "validation",
+    "dev": "validation",
     "test": "test",
+    "testing": "test",
 }
+# `training_set`, `Test Data`, `seg_train`: what stands beside the word says nothing.
+_FILLERS = frozenset({"set", "data", "dataset", "images", "pictures", "seg"})
 LAYOUTS = (
     "Expected train/, valid/ and test/ with one folder per class in each, or one folder per class."
 )
-_NOT_DATA = frozenset({"__macosx", "thumbs.db", "desktop.ini"})
+_NOT_DATA = frozenset({"__macosx", "thumbs.db", "desktop.ini", "mlruns", "mlartifacts"})
+_OUR_MARKS = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +67,9 @@ class Layout:
     empty_classes: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)  # files without a picture's ending, misplaced
     broken_links: list[str] = field(default_factory=list)
+    beside_splits: list[str] = field(default_factory=list)  # folders that hold pictures
+    # Class folders with pictures -> the folders right below them that hold some.
+    class_folders: dict[str, list[str]] = field(default_factory=dict)
 
 
 def read_layout(root: Path) -> Layout:
@@ -66,9 +86,9 @@ def read_layout(root: Path) -> Layout:
     layout = Layout(root=root)
     splits = _split_folders(root)
     if splits:
-        layout.ignored += [name for name in _children(root) if name not in splits]
+        _read_beside(layout, splits)
         for folder, split in splits.items():
-            _read_classes(layout, folder, split)
+            _read_classes(layout, _unwrap_split(root, folder), split)
     else:
         _read_classes(layout, "", None)
     _check(layout)
@@ -87,7 +107,7 @@ def _unwrap(root: Path) -> Path:
 def _split_folders(root: Path) -> dict[str, str]:
     """Folder name -> split, or nothing where the folders are classes."""
     folders = _folders(root)
-    found = {name: SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in SPLIT_FOLDERS}
+    found = {name: split for name in folders if (split := _split_named(name))}
     if not found:
         return {}
     train = [name for name, split in found.items() if split == "train"]
@@ -108,6 +128,40 @@ def _split_folders(root: Path) -> dict[str, str]:
     return found
 
 
+def _split_named(folder: str) -> str | None:
+    """The split that a folder's name stands for, if it is any's."""
+    words = [word for word in re.split(r"[\W_]+", folder.lower()) if word and word not in _FILLERS]
+    return _SPLIT_WORDS.get(words[0].removesuffix("set")) if len(words) == 1 else None
+
+
+def _unwrap_split(root: Path, folder: str) -> str:
+    """Descend a split's folder that holds nothing but itself once more (`test_set/test_set/…`)."""
+    children = _folders(root / folder)
+    if len(children) == 1 and _split_named(children[0]) == _split_named(Path(folder).name):
+        return _unwrap_split(root, f"{folder}/{children[0]}")
+    return folder
+
+
+def _read_beside(layout: Layout, splits: Mapping[str, str]) -> None:
+    """What lies beside the splits' folders: left out, and worth a warning if it holds pictures."""
+    for name in _children(layout.root):
+        if name in splits:
+            continue
+        path = layout.root / name
+        pictures = path.is_dir() and _holds_pictures(path)
+        (layout.beside_splits if pictures else layout.ignored).append(name)
+
+
+def _holds_pictures(folder: Path) -> bool:
+    """Whether a folder or one right below it, as a split's would, holds pictures."""
+    try:
+        entries = _scan(folder)
+        below = (entry for child in entries if _is_folder(child) for entry in _scan(child.path))
+        return any(_is_picture(entry.name) for entry in chain(entries, below))
+    except DataError:  # not to be read, and nobody asked for it
+        return False
+
+
 def _read_classes(layout: Layout, folder: str, split: str | None) -> None:
     prefix = f"{folder}/" if folder else ""
     for name in _children(layout.root / folder):
@@ -119,14 +173,22 @@ def _read_classes(layout: Layout, folder: str, split: str | None) -> None:
         before = len(layout.files)
         for entry, relative in _walk(path, prefix + name, ()):
             _add_file(layout, entry, relative, class_name, split)
-        if len(layout.files) == before:
+        if found := layout.files[before:]:
+            layout.class_folders[prefix + name] = _subfolders(found, prefix + name)
+        else:
             layout.empty_classes.append(prefix + name)
+
+
+def _subfolders(files: Iterable[PictureFile], class_folder: str) -> list[str]:
+    """The folders right below a class folder that hold pictures."""
+    below = (file.path.removeprefix(f"{class_folder}/").split("/") for file in files)
+    return sorted({parts[0] for parts in below if len(parts) > 1})
 
 
 def _add_file(
     layout: Layout, entry: os.DirEntry[str], relative: str, class_name: str, split: str | None
 ) -> None:
-    if os.path.splitext(entry.name)[1].lower() not in picture_extensions():  # noqa: PTH122
+    if not _is_picture(entry.name):
         layout.ignored.append(relative)
         return
     try:
@@ -142,6 +204,10 @@ def _add_file(
     )
 
 
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in picture_extensions()  # noqa: PTH122
+
+
 def _walk(
     folder: Path | str, relative: str, above: tuple[tuple[int, int], ...]
 ) -> Iterator[tuple[os.DirEntry[str], str]]:
@@ -150,7 +216,10 @@ def _walk(
     identity = (status.st_dev, status.st_ino)
     if identity in above:
         raise DataError(f"{folder} is a link to a folder above it; remove it.")
-    for entry in _scan(folder):
+    entries = _scan(folder)
+    if any(entry.name in _OUR_MARKS for entry in entries):
+        return
+    for entry in entries:
         path = f"{relative}/{entry.name}"
         if _is_folder(entry):
             yield from _walk(entry.path, path, (*above, identity))
@@ -168,11 +237,25 @@ def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _children(folder: Path) -> list[str]:
-    return [entry.name for entry in _scan(folder)]
+    return [entry.name for entry in _scan(folder) if not _is_ours(entry)]
 
 
 def _folders(folder: Path) -> list[str]:
-    return [entry.name for entry in _scan(folder) if _is_folder(entry)]
+    return [e.name for e in _scan(folder) if _is_folder(e) and not _is_ours(e)]
+
+
+def _is_ours(entry: os.DirEntry[str]) -> bool:
+    """Whether a search, a range test, a folder of them or the cache lies there."""
+    if not _is_folder(entry):
+        return False
+    folder = Path(entry.path)
+    if entry.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
+        return any(_has_mark(Path(child.path)) for child in _scan(folder) if _is_folder(child))
+    return _has_mark(folder)
+
+
+def _has_mark(folder: Path) -> bool:
+    return any(os.path.exists(folder / mark) for mark in _OUR_MARKS)  # noqa: PTH110 never raises
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from visiontuner.data.dataset import find_emptied_classes
@@ -43,7 +42,7 @@ class StoreRecorder:
         new = [finding for finding in findings if finding.evidence not in self._known_findings]
         self._known_findings |= {finding.evidence for finding in new}
         for finding in new:
-            self._recorder.append("finding", **asdict(finding))
+            self._recorder.append("finding", **finding.to_dict())
         note_findings(self._inputs.observer, new)
 
     def _record_emptied_classes(self, store: FeatureSet | PictureStore) -> None:
