@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,9 @@ from visiontuner import provenance
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
-from visiontuner.journal import FILE_NAME, JournalWriter, SearchRecord
+from visiontuner.journal import FILE_NAME, Finding, JournalWriter, SearchRecord
 from visiontuner.layout import EXPERIMENT_FILE
-from visiontuner.workflow.observing import Observer
+from visiontuner.workflow.observing import Observer, note_findings
 from visiontuner.workflow.pictures import describe_data, require_same_data
 
 if TYPE_CHECKING:
@@ -70,8 +71,25 @@ def open_journal(
             **described,
             **facts,
         )
+        for finding in _serious_findings(dataset):
+            recorder.append("finding", **finding.to_dict())
     observer.note(f"Search folder: {folder}")
+    _note_findings(experiment, dataset, observer)
     return recorder
+
+
+def _serious_findings(dataset: ImageDataset) -> list[Finding]:
+    """What will spoil the result, as far as the folders alone say it; errors first."""
+    serious = [finding for finding in dataset.findings if finding.severity != "info"]
+    return sorted(serious, key=lambda finding: finding.severity != "error")
+
+
+def _note_findings(experiment: Experiment, dataset: ImageDataset, observer: Observer) -> None:
+    found = _serious_findings(dataset)
+    note_findings(observer, found)
+    if found:
+        source = shlex.quote(experiment.data.source)
+        observer.note(f"All of it, and what to do: visiontuner prepare --data {source}")
 
 
 def _write_experiment(folder: Path, experiment: Experiment) -> None:

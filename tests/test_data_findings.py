@@ -1,0 +1,89 @@
+"""What is wrong with the pictures, as a search or a training says it before anything is trained."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from visiontuner.data.dataset import ImageDataset, load_dataset
+from visiontuner.experiment import Experiment
+from visiontuner.journal import SearchRecord, read_events
+from visiontuner.tracking.html import write_page
+from visiontuner.workflow import Silent
+from visiontuner.workflow.diagnose import diagnose
+from visiontuner.workflow.journals import open_journal, read_record
+
+
+class Notes(Silent):
+    """Remembers what a person would read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def draw(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    levels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(levels).save(path)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> ImageDataset:
+    """Two classes, spelt in two ways: four classes, two of which cannot be learned."""
+    root = tmp_path / "my photos"
+    for split, names in {"train": ("Cat", "dog"), "valid": ("cat", "Dog")}.items():
+        for label, name in enumerate(names):
+            for number in range(3):
+                draw(root / split / name / f"{number}.png", seed=10 * label + number)
+    return load_dataset(root, cache=tmp_path / "cache")
+
+
+@pytest.fixture
+def experiment(dataset: ImageDataset) -> Experiment:
+    return Experiment.parse({"name": "pets", "data": {"source": str(dataset.root)}})
+
+
+UNLEARNABLE = "error: 2 (Dog, …): classes that cannot be learned."
+
+
+def begin(folder: Path, experiment: Experiment, dataset: ImageDataset) -> list[str]:
+    observer = Notes()
+    record = read_record(folder, dataset)
+    open_journal(folder, experiment, dataset, record, observer).close()
+    return observer.notes
+
+
+def test_a_search_says_what_will_spoil_it_errors_first(
+    tmp_path: Path, experiment: Experiment, dataset: ImageDataset
+) -> None:
+    said = begin(tmp_path / "s", experiment, dataset)
+    assert said[1:] == [
+        UNLEARNABLE,
+        "warning: 2 (Cat, …): no pictures in validation.",
+        f"All of it, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
+    ]
+
+
+def test_a_resumed_search_says_it_again_and_journals_it_once(
+    tmp_path: Path, experiment: Experiment, dataset: ImageDataset
+) -> None:
+    begin(tmp_path / "s", experiment, dataset)
+    assert UNLEARNABLE in begin(tmp_path / "s", experiment, dataset)
+    kept = [e["rule"] for e in read_events(tmp_path / "s").events if e["event"] == "finding"]
+    assert kept == ["classes_without_training_pictures", "missing_classes"]
+
+
+def test_report_and_diagnosis_say_it(
+    tmp_path: Path, experiment: Experiment, dataset: ImageDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    begin(tmp_path / "s", experiment, dataset)
+    page = write_page(tmp_path / "s", figures={}).read_text(encoding="utf-8")
+    assert "classes that cannot be learned" in page
+    diagnosis = diagnose(str(tmp_path / "s"))
+    assert [finding.severity for finding in diagnosis.data] == ["error", "warning"]
+    assert SearchRecord.load(tmp_path / "s").trials == {}
