@@ -9,22 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from visiontuner.aws import Aws
 from visiontuner.cli.query import query
 from visiontuner.errors import ClassifierError, ServingError, UserMistake
 from visiontuner.serving.answers import Options
 from visiontuner.serving.batching import PictureAnswer, ask_all
 from visiontuner.serving.client import SageMakerTransport, Transport, decode_answers
+from visiontuner.serving.endpoint_states import check_answers
 from visiontuner.serving.http_client import HttpTransport
 from visiontuner.serving.local import open_model
 from visiontuner.serving.pictures import Picture, find_pictures
+from visiontuner.serving.reference import Reference
 from visiontuner.serving.server import ScoringServer
 
 OPTIONS = Options(top_k=2)
 DROPPED, TORN = 0, 1
+IDENTITY = (
+    b"<GetCallerIdentityResponse><GetCallerIdentityResult><Arn>arn:aws:iam::1:user/me</Arn>"
+    b"<Account>1</Account></GetCallerIdentityResult></GetCallerIdentityResponse>"
+)
 
 
 @pytest.fixture
@@ -58,6 +66,9 @@ class Stub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if b"GetCallerIdentity" in body:
+            self._send(200, {}, IDENTITY)
+            return
         if "X-Amz-Target" in self.headers:
             self._send(*type(self).described)
             return
@@ -76,7 +87,7 @@ class Stub(BaseHTTPRequestHandler):
         self._send(status, headers, answer)
 
     def _send(self, status: int, headers: dict[str, str], answer: Any) -> None:
-        content = json.dumps(answer).encode()
+        content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         if status in (DROPPED, TORN):
             if status == TORN:
                 self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
@@ -296,6 +307,19 @@ def test_a_model_that_fails_behind_an_endpoint_ends_the_query_and_its_log_is_nam
     handler.script = [refusal("ModelError", "Received server error (500)", 424, **told)]
     with pytest.raises(ServingError, match=r"fails \(500\): internal error\. .*Endpoints/dogs"):
         list(ask_all(endpoint(url, monkeypatch), words(1), OPTIONS))
+
+
+def test_a_new_endpoint_is_not_condemned_for_one_broken_connection(
+    stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = stub
+    amazon(url, monkeypatch)
+    choices = [{"label": "a", "probability": 0.75}, {"label": "b", "probability": 0.25}]
+    answered = {"label": "a", "probability": 0.75, "top_k": choices}
+    handler.script = [(DROPPED, {}, None), (200, {}, {"predictions": [answered]})]
+    reference = Reference(["a", "b"], [b"picture"], np.array([[0.75, 0.25]]))
+    check_answers(Aws("eu-west-1"), "dogs", reference)
+    assert handler.script == []
 
 
 def test_connections_that_keep_breaking_are_given_up(

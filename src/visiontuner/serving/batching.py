@@ -73,6 +73,29 @@ def ask_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def patiently(
+    ask: Callable[[], list[Answer]], sleep: Callable[[float], None] = time.sleep
+) -> list[Answer]:
+    """Ask again, up to five times, while the other side is busy or the connection breaks.
+
+    Raises:
+        ServingError: it stays so.
+        Refused: the other side does not take this batch.
+    """
+    for delay in _BACKOFF_SECONDS:
+        try:
+            return ask()
+        except Busy as error:
+            # Spread out, or all workers would come back at the same moment.
+            wait = error.after_seconds or random.uniform(delay / 2, delay)
+            sleep(min(wait, _LONGEST_WAIT_SECONDS))
+    try:
+        return ask()
+    except Busy as error:
+        tries = len(_BACKOFF_SECONDS) + 1
+        raise ServingError(f"Given up after {tries} tries: {error}. Try again later.") from None
+
+
 @dataclass(frozen=True)
 class _Read:
     """A picture as it will be sent, or the reason why it cannot be."""
@@ -145,7 +168,7 @@ def _ask_in_parts(
         return []
     try:
         contents = [one.content for one in asked]
-        answers = _patiently(lambda: transport.ask(contents, options), sleep)
+        answers = patiently(lambda: transport.ask(contents, options), sleep)
         return [
             PictureAnswer(picture=one.name, answer=answer, reduced=one.reduced)
             for one, answer in zip(asked, answers, strict=True)
@@ -166,18 +189,3 @@ def _ask_in_parts(
 
 def _failed(one: _Read, reason: str) -> PictureAnswer:
     return PictureAnswer(picture=one.name, answer=Answer(error=reason), reduced=one.reduced)
-
-
-def _patiently(ask: Callable[[], list[Answer]], sleep: Callable[[float], None]) -> list[Answer]:
-    for delay in _BACKOFF_SECONDS:
-        try:
-            return ask()
-        except Busy as error:
-            # Spread out, or all workers would come back at the same moment.
-            wait = error.after_seconds or random.uniform(delay / 2, delay)
-            sleep(min(wait, _LONGEST_WAIT_SECONDS))
-    try:
-        return ask()
-    except Busy as error:
-        tries = len(_BACKOFF_SECONDS) + 1
-        raise ServingError(f"Given up after {tries} tries: {error}. Try again later.") from None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
 from visiontuner.errors import ServingError, UserMistake
-from visiontuner.serving.answers import Options
-from visiontuner.serving.client import Busy, Refused, SageMakerTransport
+from visiontuner.serving.batching import patiently
+from visiontuner.serving.client import Refused, SageMakerTransport
 from visiontuner.serving.deployment import MODEL_TAG
 from visiontuner.serving.endpoint_parts import find_endpoint, tags_of
 from visiontuner.serving.failures import explain_failure
@@ -23,7 +24,6 @@ _NOTE_SECONDS = 30.0
 _BEGIN_SECONDS = 20.0  # as long as MLflow gives an update to begin
 # SageMaker gives a container up after an hour at most; until then it deletes nothing.
 _GONE_SECONDS = 3600.0
-_ASK_TRIES = 5
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:
@@ -176,10 +176,15 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
     """Ask an endpoint its model's reference pictures.
 
     Raises:
-        ServingError: it answers them differently from the artifact.
+        ServingError: it does not answer, or differently from the artifact.
     """
     transport = SageMakerTransport(name, region=aws.region, session=aws.session)
-    answers = _ask(transport, reference.pictures, reference.options())
+    ask, options = transport.ask, reference.options()
+    try:
+        # One by one: together they may exceed a request.
+        answers = [patiently(partial(ask, [one], options))[0] for one in reference.pictures]
+    except Refused as error:
+        raise ServingError(f"The endpoint refuses the model's own pictures: {error}") from None
     difference = reference.difference([answer.top_k or [] for answer in answers])
     if not difference <= TOLERANCE:  # NaN too
         raise ServingError(
@@ -198,17 +203,3 @@ def poll(name: str, note: Note, doing: str = "Waiting for") -> Iterator[float]:
         if time.monotonic() - noted > _NOTE_SECONDS:
             noted = time.monotonic()
             note(f"{doing} {name}: {noted - began:.0f} s.")
-
-
-def _ask(transport: SageMakerTransport, pictures: list[bytes], options: Options) -> list[Any]:
-    for tries_left in range(_ASK_TRIES - 1, -1, -1):
-        try:
-            # One by one: together they may exceed a request.
-            return [transport.ask([picture], options)[0] for picture in pictures]
-        except Busy as error:
-            if not tries_left:
-                raise ServingError(f"The endpoint stays busy: {error}") from None
-            time.sleep(1.0)
-        except Refused as error:
-            raise ServingError(f"The endpoint refuses the model's own pictures: {error}") from None
-    return []
