@@ -49,7 +49,6 @@ from visiontuner.training.rules.profiler import (
     low_gpu_use,
     memory_increase,
     step_outliers,
-    workload_imbalance,
 )
 from visiontuner.training.rules.searches import SimilarRuns, UnequalHosts, similar_across_runs
 from visiontuner.training.rules.tensors import (
@@ -102,7 +101,6 @@ RECORDED_RULES: Mapping[str, Rule] = {
         memory_increase,
         initialisation_too_long,
         step_outliers,
-        workload_imbalance,
     )
 }
 """Rules on what was recorded of tensors, steps and the machine, by their name."""

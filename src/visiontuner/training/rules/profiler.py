@@ -57,7 +57,7 @@ def cpu_bottleneck(history: TrainingHistory) -> Finding | None:
     use = _gpus(system) if system else {}
     if system is None or not use or not _steps_on_gpu(history):
         return None
-    cpu, gpu = system.of("cpu_utilization_percentage"), np.nanmax(list(use.values()), axis=0)
+    cpu, gpu = system.of("cpu_utilization_percentage"), np.fmax.reduce(list(use.values()))
     share = float(((cpu > limits.CPU_BUSY) & (gpu < limits.GPU_IDLE)).mean())
     if share <= limits.BOTTLENECK_WARNING:
         return None
@@ -218,30 +218,6 @@ def step_outliers(history: TrainingHistory) -> Finding | None:
     )
 
 
-def workload_imbalance(history: TrainingHistory) -> Finding | None:
-    """The GPUs of a machine are used differently: one waits while another works.
-
-    Source: Debugger's LoadBalancing, threshold 0.5 between histograms of use.
-    """
-    system = _system_of(history)
-    use = _gpus(system) if system else {}
-    if len(use) < 2 or not _steps_on_gpu(history):
-        return None
-    mean = {number: float(np.nanmean(values)) for number, values in use.items()}
-    idle, busy = min(mean, key=lambda n: mean[n]), max(mean, key=lambda n: mean[n])
-    distance = _distance(use[idle], use[busy])
-    if distance <= limits.IMBALANCE:
-        return None
-    return Finding(
-        rule="workload_imbalance",
-        severity="warning",
-        evidence=f"GPU {busy} was used at {mean[busy]:.0f} % and GPU {idle} at {mean[idle]:.0f} % "
-        f"on average (distance of their histograms {distance:.2f} of 1)",
-        advice="Let as many trials run at once as there are GPUs (search.gpus_per_trial, "
-        "search.trials); a single training uses one GPU.",
-    )
-
-
 def _steps_of(history: TrainingHistory) -> StepRecord | None:
     """Without the first step, which starts processes and compiles; None of too few steps."""
     steps = history.recording.steps if history.recording else None
@@ -284,18 +260,21 @@ def _gpus(system: SystemRecord) -> dict[int, Floats]:
 
 
 def _percentiles(history: TrainingHistory) -> dict[str, float]:
-    """95th percentiles of CPU, GPU and GPU memory in percent, where a GPU trains."""
+    """95th percentiles of CPU, GPU and GPU memory in percent, where a GPU tells all of them."""
     system = _system_of(history)
-    use = _gpus(system) if system else {}
-    if system is None or not use or not _steps_on_gpu(history):
+    gpus = _gpus(system) if system else {}
+    if system is None or not gpus or not _steps_on_gpu(history):
         return {}
-    gpu = max(use, key=lambda number: float(np.nanmean(use[number])))
+    gpu = max(gpus, key=lambda number: float(np.nanmean(gpus[number])))
     names = {
         "CPU": "cpu_utilization_percentage",
         "GPU": f"gpu_{gpu}_utilization_percentage",
         "GPU memory": f"gpu_{gpu}_memory_usage_percentage",
     }
-    return {what: float(np.nanpercentile(system.of(name), 95)) for what, name in names.items()}
+    use = {what: system.of(name) for what, name in names.items()}
+    if not all(np.isfinite(values).any() for values in use.values()):
+        return {}
+    return {what: float(np.nanpercentile(values, 95)) for what, values in use.items()}
 
 
 def _memory(system: SystemRecord) -> list[tuple[str, NDArray[Any]]]:
@@ -315,13 +294,3 @@ def _windows(used: NDArray[Any]) -> list[float]:
     if count < limits.MEMORY_WINDOWS:
         return []
     return [float(part.mean()) for part in np.array_split(used, min(count, 10))][1:]
-
-
-def _distance(one: Floats, other: Floats) -> float:
-    """Half the sum of differences between histograms of ten bins: 0 for the same, 1 for apart."""
-    bins = [
-        np.histogram(values[np.isfinite(values)], bins=10, range=(0, 100))[0]
-        for values in (one, other)
-    ]
-    shares = [counts / max(counts.sum(), 1) for counts in bins]
-    return float(np.abs(shares[0] - shares[1]).sum() / 2)

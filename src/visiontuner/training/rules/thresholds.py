@@ -139,6 +139,6 @@ STARTUP_MINUTES = 20.0
 OUTLIER_DEVIATIONS = 3.0
 OUTLIERS = 10
 OUTLIER_SHARE = 0.1
-# workload_imbalance. Debugger: threshold 0.5. Between machines: of their images a second.
+# workload_imbalance. Debugger: threshold 0.5, of GPUs' use; ours of machines' images a second.
 IMBALANCE = 0.5
 HOST_TRIALS = 3
