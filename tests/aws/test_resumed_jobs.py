@@ -247,9 +247,10 @@ def test_a_search_that_is_done_is_brought_home_and_not_run_again(
     assert resume(first)["ResourceConfig"]["InstanceCount"] == 3
     keep_journal(account, tmp_path / "two", finished=2)
     for job in (first, second):
-        told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
+        flags = ("--yes", "--output", "elsewhere")
+        told = said(run("tune", "--on", "sagemaker", "--resume", job, *flags))
         assert "All 2 trials of colours-1 are done" in told
-        assert f"`visiontuner attach {second}` brings it home" in told
+        assert f"`visiontuner attach {second} --region eu-west-1` brings it home" in told
 
 
 def test_a_completed_job_without_its_checkpoints_is_not_run_from_the_beginning(
@@ -258,7 +259,7 @@ def test_a_completed_job_without_its_checkpoints_is_not_run_from_the_beginning(
     job = place(account, image, 1, "Completed")
     told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
     assert "its checkpoints are no longer on S3" in told
-    assert f"`visiontuner attach {job}` brings home what it did" in told
+    assert f"`visiontuner attach {job} --region eu-west-1` brings home what it did" in told
 
 
 def test_a_search_that_only_lacks_its_classifier_goes_on(

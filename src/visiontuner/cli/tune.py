@@ -73,7 +73,9 @@ def tune(
     }
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     if resume not in NOT_GIVEN:
-        changed = [*given, *given_values(overrides), *given_values([data, output])]
+        # A job's search may come home to another folder than the one of the job before.
+        fixed = [data] if on == "sagemaker" else [data, output]
+        changed = [*given, *given_values(overrides), *given_values(fixed)]
         if changed or experiment not in NOT_GIVEN:
             _refuse_changes_on_resume()
         chosen = None

@@ -41,7 +41,7 @@ def resume_job(aws: Aws, name: str, options: JobOptions) -> Resumed:
         raise UserMistake("--resume goes on with the pictures it began with: leave --upload out.")
     before = describe(aws, name)
     if not before.ended:
-        raise UserMistake(_is_running(before.name))
+        raise UserMistake(_is_running(aws, before.name))
     experiment = _experiment(aws, before)
     require_idle(aws, before.search)
     _require_unfinished(aws, before, experiment)
@@ -64,13 +64,13 @@ def require_idle(aws: Aws, search: str) -> None:
 
     running = running_job(aws, search)
     if running is not None:
-        raise UserMistake(_is_running(running.name))
+        raise UserMistake(_is_running(aws, running.name))
 
 
-def _is_running(name: str) -> str:
+def _is_running(aws: Aws, name: str) -> str:
     return (
-        f"{name} is still running this search; follow it with `visiontuner attach {name}`, or end "
-        f"it with `visiontuner stop {name}` first."
+        f"{name} is still running this search; follow it with `visiontuner attach {name}"
+        f"{aws.flags}`, or end it with `visiontuner stop {name}{aws.flags}` first."
     )
 
 
@@ -97,7 +97,7 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
     if before.status == "Completed" and not record.started:
         raise UserMistake(
             f"{before.name} is completed, and its checkpoints are no longer on S3: `visiontuner "
-            f"attach {before.name}` brings home what it did. There is nothing to go on from."
+            f"attach {before.name}{aws.flags}` brings home what it did. There is nothing to go on from."
         )
     if record.best is None or remaining_trials(experiment, record):
         return
@@ -106,7 +106,7 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
         if job.status == "Completed":
             raise UserMistake(
                 f"All {len(record.trials)} trials of {before.search} are done, and {job.name} has "
-                f"packaged the best: `visiontuner attach {job.name}` brings it home."
+                f"packaged the best: `visiontuner attach {job.name}{aws.flags}` brings it home."
             )
 
 
