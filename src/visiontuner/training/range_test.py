@@ -53,6 +53,7 @@ class RangeTest:
         smoothed: their exponential mean, with bias correction.
         stopped: the loss grew to `STOP_AT` times its best before the highest learning rate.
         suggestion: None where the loss never fell.
+        notes: a line for every time that memory ran out.
     """
 
     learning_rates: tuple[float, ...]
@@ -60,6 +61,7 @@ class RangeTest:
     smoothed: tuple[float, ...]
     stopped: bool
     suggestion: Suggestion | None
+    notes: tuple[str, ...] = ()
 
 
 def range_test(
@@ -128,6 +130,7 @@ def range_test(
         smoothed=tuple(smoothed),
         stopped=stopped,
         suggestion=suggest(made, smoothed),
+        notes=tuple(take_step.micro_batches.take_notes()),
     )
 
 
