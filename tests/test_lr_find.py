@@ -17,7 +17,7 @@ from torch import nn
 from visiontuner.cli import main
 from visiontuner.cli.lr_find import sparkline
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Experiment, Range, Training
+from visiontuner.experiment import Experiment, Range, Training, default_space
 from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.fit import linear_head
 from visiontuner.training.range_test import STOP_AT, geometric, range_test, smooth, suggest
@@ -107,6 +107,18 @@ def test_a_last_picture_alone_joins_the_batch_before_it_where_it_would_fail():
     assert sizes == {300}
 
 
+def test_memory_that_ran_out_is_told():
+    head = linear_head(6, 3, dropout=0.0, seed=7)
+
+    def run_out(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        if len(inputs[0]) > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    head.register_forward_pre_hook(run_out)
+    found = range_test(head, clusters(), Training(batch_size=32), num_classes=3, seed=7, steps=20)
+    assert found.notes == ("out of memory in training at 32 pictures, going on with 16 at a time",)
+
+
 def test_a_groups_own_rate_keeps_its_ratio():
     head = linear_head(6, 3, dropout=0.0, seed=7)
     groups = [
@@ -181,6 +193,19 @@ def test_the_command_draws_a_curve_and_prints_a_space_to_copy(experiment):
     with Image.open("curve/range_test.png") as figure:
         assert figure.width > 500
     assert not Path("mlflow.db").exists()
+
+
+def test_what_is_printed_to_copy_leaves_the_rest_of_the_default_space_as_it_is(experiment):
+    raw = yaml.safe_load(Path(experiment()).read_text())
+    del raw["search"]["space"]
+    Path("experiment.yaml").write_text(yaml.safe_dump(raw))
+    result = call("--experiment", "experiment.yaml", "--output", "curve", "--steps", "60")
+    assert result.exit_code == 0, result.stderr
+    overrides = re.findall(r"--set '([^']*)'", result.stdout)
+    space = Experiment.load("experiment.yaml", overrides).search.space
+    assert list(space) == ["learning_rate", "batch_size"]
+    assert space["learning_rate"] != default_space()["learning_rate"]
+    assert space["batch_size"] == default_space()["batch_size"]
 
 
 def test_the_command_takes_a_network_on_pictures(experiment):

@@ -12,9 +12,11 @@ import click
 
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
+from visiontuner.cli.origin import choose_training
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
+    from visiontuner.experiment import Domain, Experiment
     from visiontuner.workflow.lr_find import FoundLearningRate
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -24,6 +26,13 @@ _WIDTH = 60
 @click.command("lr-find", cls=OneLineErrors)
 @experiment_options
 @click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option(
+    "--from",
+    "origin",
+    metavar="SEARCH|RUN|MODEL",
+    default="none",
+    help="For what `train --from` would train, a network from the trained head where there is one.",
+)
 @click.option("--low", metavar="RATE", default="auto", help="Learning rate to begin with: 1e-6.")
 @click.option("--high", metavar="RATE", default="auto", help="Learning rate to end with: 10.")
 @click.option("--steps", metavar="N", default="auto", help="Default: 200, on pictures 100.")
@@ -38,6 +47,7 @@ def lr_find(
     data: str,
     overrides: tuple[str, ...],
     backbone: str,
+    origin: str,
     low: str,
     high: str,
     steps: str,
@@ -52,9 +62,15 @@ def lr_find(
     Examples:
       visiontuner lr-find --data photos/
       visiontuner lr-find --data photos/ --set model.train=last_stage --set training.batch_size=64
+      visiontuner lr-find --from searches/photos-20261122-154100 --set model.train=last_stage
     """
     given = [] if backbone in NOT_GIVEN else [f"model.backbone={backbone}"]
-    chosen = load_experiment(experiment, data, [*given, *given_values(overrides)])
+    given += given_values(overrides)
+    found_origin = None
+    if origin in NOT_GIVEN:
+        chosen = load_experiment(experiment, data, given)
+    else:
+        chosen, found_origin = choose_training(experiment, data, given, origin)
     rates = {name: _number(f"--{name}", value) for name, value in (("low", low), ("high", high))}
     count = _number("--steps", steps)
 
@@ -65,6 +81,7 @@ def lr_find(
     try:
         found = find_learning_rate(
             chosen,
+            origin=found_origin,
             output=None if output in NOT_GIVEN else Path(output),
             steps=None if count is None else int(count),
             observer=console,
@@ -73,10 +90,11 @@ def lr_find(
         )
     finally:
         console.close()
-    _print(found)
+    _print(found, _space_around(found, chosen) if found_origin is None else None)
 
 
-def _print(found: FoundLearningRate) -> None:
+def _print(found: FoundLearningRate, space: str | None) -> None:
+    """The curve and what to do with it; `space` are the flags that search around it."""
     curve, suggestion = found.curve, found.curve.suggestion
     click.echo(f"\nTraining loss of {found.subject}:")
     click.echo(sparkline(curve.smoothed))
@@ -85,9 +103,34 @@ def _print(found: FoundLearningRate) -> None:
     if suggestion is None:
         click.echo("\nThe loss never fell: nothing to suggest. Try --high, or more --steps.")
         return
-    space = f"{{low: {_yaml(suggestion.low)}, high: {_yaml(suggestion.high)}, scale: log}}"
     click.echo(f"\nSuggested learning rate: {suggestion.learning_rate:g}")
-    click.echo(f"To search around it:     --set 'search.space.learning_rate={space}'")
+    if space is None:
+        rate = _yaml(suggestion.learning_rate)
+        click.echo(f"To train with it:        --set training.learning_rate={rate}")
+    else:
+        click.echo(f"To search around it:     {space}")
+
+
+def _space_around(found: FoundLearningRate, experiment: Experiment) -> str | None:
+    """Flags that search around the suggestion, and everything else that is searched as before."""
+    suggestion = found.curve.suggestion
+    if suggestion is None:
+        return None
+    rates = f"{{low: {_yaml(suggestion.low)}, high: {_yaml(suggestion.high)}, scale: log}}"
+    space = {"learning_rate": rates}
+    # A space that begins with one name holds no other: the default's have to be said.
+    if "space" not in experiment.search.model_fields_set:
+        others = {n: d for n, d in experiment.search.space.items() if n != "learning_rate"}
+        space |= {name: _flow(domain) for name, domain in others.items()}
+    return " ".join(f"--set 'search.space.{name}={domain}'" for name, domain in space.items())
+
+
+def _flow(domain: Domain) -> str:
+    """On one line of YAML."""
+    import yaml
+
+    raw = domain.model_dump(mode="json")
+    return yaml.safe_dump(raw, default_flow_style=True, sort_keys=False, width=10_000).strip()
 
 
 def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
