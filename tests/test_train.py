@@ -205,6 +205,24 @@ def test_a_network_begins_with_the_origins_trained_head(trained):
     np.testing.assert_allclose(tuned["head.weight"], head["weight"], atol=1e-6)
 
 
+def test_the_learning_rate_for_a_network_that_begins_with_a_trained_head_is_found(trained):
+    home, _ = trained
+    network = ["--set", "model.train=last_stage", "--steps", "20", "--high", "1e-5"]
+    found = {}
+    for name, origin in {
+        "anew": ["--experiment", str(home / "experiment.yaml")],
+        "from a head": ["--from", str(home / "searches/a")],
+    }.items():
+        found[name] = CliRunner().invoke(main, ["lr-find", *origin, *network, "--output", name])
+        assert found[name].exit_code == 0, found[name].stderr
+    assert "begun with a trained head" in found["from a head"].stdout
+    assert "begun with a trained head" not in found["anew"].stdout
+    first = {
+        name: json.loads(Path(name, "range_test.json").read_text())["losses"][0] for name in found
+    }
+    assert first["from a head"] < first["anew"]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

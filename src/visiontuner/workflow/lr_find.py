@@ -16,6 +16,7 @@ from visiontuner.layout import EXPERIMENT_FILE
 from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.threads import training_threads
+from visiontuner.workflow.train_from import Origin, starting_head
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,6 +56,7 @@ class FoundLearningRate:
 def find_learning_rate(
     experiment: Experiment,
     *,
+    origin: Origin | None = None,
     output: Path | None = None,
     low: float | None = None,
     high: float | None = None,
@@ -67,6 +69,7 @@ def find_learning_rate(
     Nothing of the training is kept but its curve: `range_test.png` and `range_test.json`.
 
     Args:
+        origin: a network begins with its trained head, as `train` would.
         output: a new folder; default: `lr-find/NAME-TIME` here.
         low, high: learning rates to go from and to; default: 1e-6 to 10.
         steps: of the optimizer, 20 at least; default: 200 on features, 100 on pictures.
@@ -85,7 +88,7 @@ def find_learning_rate(
     _check(folder, low, high, steps)
     inputs = Inputs(experiment, observer)
     with ExitStack() as stack:
-        start = _start(inputs, stack)
+        start = _start(inputs, stack, origin)
         observer.note(f"The learning rate grows from {low:g} to {high:g} in {steps} steps.")
         curve = range_test(
             start.network,
@@ -99,27 +102,39 @@ def find_learning_rate(
             parameter_groups=start.groups,
             on_step=on_step and (lambda step, rate, loss: on_step(step, steps, rate, loss)),
         )
-    found = FoundLearningRate(folder=folder, subject=_subject(experiment), curve=curve)
+        for note in (*curve.notes, *start.take_notes()):
+            observer.note(f"warning: {note}.")
+    subject = _subject(experiment) + (", begun with a trained head" if start.from_head else "")
+    found = FoundLearningRate(folder=folder, subject=subject, curve=curve)
     _write(found, experiment)
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Start:
-    """A network before its first step, and what it is trained on."""
+    """A network before its first step, and what it is trained on.
+
+    Attributes:
+        from_head: it begins with a trained head.
+        take_notes: what of the batches is other than asked for, a line each.
+    """
 
     network: nn.Module
     train: Batches
     groups: Sequence[ParameterGroup] | None = None
+    from_head: bool = False
+    take_notes: Callable[[], list[str]] = list
 
 
-def _start(inputs: Inputs, stack: ExitStack) -> _Start:
+def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
     """As a trial begins; `stack` ends the processes that decode."""
     from visiontuner.search.worker import prepare_worker
 
-    on_pictures = inputs.experiment.trains_on_pictures
     prepare_worker(training_threads(inputs.experiment))
-    return _start_on_pictures(inputs, stack) if on_pictures else _start_on_features(inputs)
+    if not inputs.experiment.trains_on_pictures:
+        return _start_on_features(inputs)
+    head = None if origin is None else starting_head(origin, inputs)
+    return _start_on_pictures(inputs, stack, head)
 
 
 def _start_on_features(inputs: Inputs) -> _Start:
@@ -130,7 +145,7 @@ def _start_on_features(inputs: Inputs) -> _Start:
     return _Start(network=start.head, train=start.train)
 
 
-def _start_on_pictures(inputs: Inputs, stack: ExitStack) -> _Start:
+def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _Start:
     from visiontuner.model.network import parameter_groups
     from visiontuner.search.network_trial import start_network, train_batches, training_device
 
@@ -138,11 +153,17 @@ def _start_on_pictures(inputs: Inputs, stack: ExitStack) -> _Start:
     settings = experiment.training
     pictures, _ = inputs.pictures()
     network = start_network(
-        experiment, settings, num_classes=len(pictures.class_names), cache=inputs.cache
+        experiment, settings, num_classes=len(pictures.class_names), cache=inputs.cache, head=head
     ).to(device)
     train = train_batches(pictures, experiment, settings, device)
     stack.enter_context(closing(train))
-    return _Start(network=network, train=train, groups=parameter_groups(network, settings))
+    return _Start(
+        network=network,
+        train=train,
+        groups=parameter_groups(network, settings),
+        from_head=head is not None,
+        take_notes=train.take_notes,
+    )
 
 
 def _write(found: FoundLearningRate, experiment: Experiment) -> None:

@@ -35,7 +35,7 @@ from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.recording import BackgroundTracking
 from visiontuner.workflow.stores import StoreRecorder
 from visiontuner.workflow.threads import training_threads
-from visiontuner.workflow.train_from import Origin
+from visiontuner.workflow.train_from import Origin, starting_head
 
 if TYPE_CHECKING:
     from visiontuner.search.labels import Stores
@@ -186,24 +186,12 @@ class _Training:
 
     def _keep_head(self, origin: Origin) -> None:
         """A copy of the head that the network begins with: the training can then go on alone."""
-        head = origin.head()
-        if head is None or not self.experiment.trains_on_pictures:
-            return
-        if not self._fits(origin):
-            self.observer.note(
-                "The head starts anew: the one of the origin is for another backbone, other "
-                "weights or other classes."
-            )
+        head = starting_head(origin, self.inputs)
+        if head is None:
             return
         folder = self.folder / "trials" / TRIAL_ID
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(head, folder / START_HEAD_FILE)
-        self.observer.note("The network begins with the origin's trained head.")
-
-    def _fits(self, origin: Origin) -> bool:
-        theirs, ours = origin.experiment["model"], self.experiment.model
-        same = all(theirs[name] == getattr(ours, name) for name in ("backbone", "weights"))
-        return same and origin.class_names == self.inputs.dataset.class_names
 
     def _calibration(self, origin: Origin) -> dict[str, Any] | None:
         """What the journal keeps of the origin's calibration."""

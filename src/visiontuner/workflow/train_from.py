@@ -18,6 +18,7 @@ from visiontuner.locations import newest_search
 if TYPE_CHECKING:
     from visiontuner.journal import TrialRecord
     from visiontuner.serving.lineage import Lineage
+    from visiontuner.workflow.inputs import Inputs
 
 CHAMPION = "champion"
 # What `evaluate` asks for where nobody says otherwise.
@@ -103,6 +104,23 @@ def find_origin(text: str, *, name: str | None = None) -> Origin:
     from visiontuner.workflow.lineage import trace
 
     return _from_lineage(text, trace(text))
+
+
+def starting_head(origin: Origin, inputs: Inputs) -> Path | None:
+    """The origin's trained head, where a network can begin with it; says so, or why not."""
+    head = origin.head()
+    if head is None or not inputs.experiment.trains_on_pictures:
+        return None
+    theirs, ours = origin.experiment["model"], inputs.experiment.model
+    same = all(theirs[name] == getattr(ours, name) for name in ("backbone", "weights"))
+    if not same or origin.class_names != inputs.dataset.class_names:
+        inputs.observer.note(
+            "The head starts anew: the one of the origin is for another backbone, other "
+            "weights or other classes."
+        )
+        return None
+    inputs.observer.note("The network begins with the origin's trained head.")
+    return head
 
 
 def one_training(
