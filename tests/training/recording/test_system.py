@@ -6,13 +6,20 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from torch import nn
 
+from visiontuner.training.recording import recorder as recording
+from visiontuner.training.recording.gpu import Gpu
+from visiontuner.training.recording.recorder import Recorder
 from visiontuner.training.recording.system import SystemSampler
 
 CPU = torch.device("cpu")
@@ -105,6 +112,45 @@ def test_going_on_keeps_what_was_sampled_before(tmp_path):
     record = again.record()
     assert record.times[: len(first.times)].tolist() == first.times.tolist()
     assert len(record.times) > len(first.times)
+
+
+class SliceOfAGpu:
+    """Stands in for NVML: a slice of a GPU tells its memory and no use."""
+
+    class NVMLError(Exception): ...
+
+    def __getattr__(self, name):
+        def refuse(*_):
+            raise self.NVMLError(f"{name}: Not Supported")
+
+        return refuse
+
+    def nvmlDeviceGetIndex(self, handle):  # noqa: N802
+        return 0
+
+    def nvmlDeviceGetMemoryInfo(self, handle):  # noqa: N802
+        return SimpleNamespace(used=1e9, total=4e9)
+
+
+def test_what_nvml_does_not_tell_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gpu, "of", lambda *_: Gpu(SliceOfAGpu(), "handle"))
+    sampler = SystemSampler(tmp_path, torch.device("cuda"), interval_seconds=0.01)
+    sampler.close()
+    assert sampler.problem == "use of the GPU, which NVML does not tell"
+    assert sampler.record().of("gpu_0_memory_usage_percentage").tolist()[0] == 25.0
+
+
+def test_a_gpu_that_nvml_cannot_find_is_said(tmp_path, monkeypatch):
+    def missing(*_):
+        raise SliceOfAGpu.NVMLError("Driver Not Loaded")
+
+    monkeypatch.setattr(Gpu, "of", missing)
+    on_gpu = partial(SystemSampler, device=torch.device("cuda"))
+    monkeypatch.setattr(recording, "SystemSampler", lambda folder, _: on_gpu(folder))
+    with closing(Recorder(tmp_path, nn.Linear(2, 2), every_steps=1, began=0.0)) as recorder:
+        about = recorder.recording().about
+    assert about["problem"] == "use of the GPU, NVMLError: Driver Not Loaded"
+    assert sampled(tmp_path, 1).problem is None  # on a CPU there is nothing to miss
 
 
 def test_the_thread_ends_with_the_training(tmp_path):

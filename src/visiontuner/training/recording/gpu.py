@@ -1,4 +1,4 @@
-"""What NVML says of the GPU that a training runs on; nothing where there is none to ask."""
+"""What NVML says of the GPU that a training runs on."""
 
 from __future__ import annotations
 
@@ -18,18 +18,24 @@ class Gpu:
         self._prefix = f"gpu_{nvml.nvmlDeviceGetIndex(handle)}"
 
     @classmethod
-    def of(cls, device: torch.device) -> Self | None:
-        """None on a CPU, without NVML, or where it does not know the device (a slice of one)."""
-        if device.type != "cuda":
-            return None
-        try:
-            import pynvml
+    def of(cls, device: torch.device) -> Self:
+        """The GPU that torch knows as this device.
 
-            pynvml.nvmlInit()
-            uuid = torch.cuda.get_device_properties(device).uuid
-            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
-        except Exception:  # NVML's own errors are made when it is imported
-            return None
+        Raises:
+            Exception: NVML's own kinds, made when it is imported: it is not installed, finds no
+                driver, or does not know the device.
+        """
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+
+    def untold(self) -> list[str]:
+        """What the rules look at and this GPU does not tell, as a slice of one may not."""
+        told = self.sample()
+        looked_at = {"use": "utilization_percentage", "memory": "memory_usage_percentage"}
+        return [what for what, name in looked_at.items() if f"{self._prefix}_{name}" not in told]
 
     def sample(self) -> dict[str, float]:
         """Use, memory and power; without what this GPU does not tell."""

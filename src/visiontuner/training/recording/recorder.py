@@ -127,7 +127,8 @@ class Recorder(Watch):
             "tensors_every_steps": self._tensors.kept.every,
             "times_every_steps": self._steps.kept.every,
         }
-        problem = {"problem": self.problem} if self.problem else {}
+        problems = [problem for problem in (self.problem, self._system.problem) if problem]
+        problem = {"problem": "; ".join(problems)} if problems else {}
         return Recording(
             tensors=self._tensors.record(),
             steps=self._steps.record(),

@@ -33,6 +33,9 @@ class SystemSampler:
         folder: whose disk is watched.
         device: whose use is sampled too, if it is a GPU and NVML can be asked.
         interval_seconds: between two samples, to begin with.
+
+    Attributes:
+        problem: what cannot be sampled, and why.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class SystemSampler:
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._processes = _Processes()
-        self._gpu = Gpu.of(device)
+        self.problem: str | None = None
+        self._gpu = self._find_gpu(device)
         psutil.cpu_percent()  # the next one is of the time since this
         self._thread = threading.Thread(target=self._run, name="system-sampler", daemon=True)
         self._thread.start()
@@ -80,6 +84,19 @@ class SystemSampler:
         with self._lock:
             self._samples = earlier + self._samples
             self._thin()
+
+    def _find_gpu(self, device: torch.device) -> Gpu | None:
+        if device.type != "cuda":
+            return None
+        try:
+            gpu = Gpu.of(device)
+            untold = gpu.untold()
+        except Exception as problem:  # NVML's own errors are made when it is imported
+            self.problem = f"use of the GPU, {type(problem).__name__}: {problem}"
+            return None
+        if untold:
+            self.problem = f"{' and '.join(untold)} of the GPU, which NVML does not tell"
+        return gpu
 
     def _run(self) -> None:
         while True:
