@@ -809,15 +809,13 @@ def test_an_endpoint_that_is_not_there_is_a_mistake(
     assert account.holds() == NOTHING
 
 
-@pytest.mark.usefixtures("account", "newest_search")
-def test_the_folder_of_the_pictures_does_not_hide_the_model_that_is_named_after_it(
-    model: str,
-) -> None:
+@pytest.mark.usefixtures("account", "model", "newest_search")
+def test_the_folder_of_the_pictures_does_not_hide_the_model_that_is_named_after_it() -> None:
     Path("colours/red").mkdir(parents=True)
     for named in ([], ["colours"]):
         planned = run("deploy", *named, "--dry-run")
         assert planned.exit_code == 0, planned.output
-        assert f"-m models:/{model}" in planned.stdout
+        assert "-m models:/colours/" in planned.stdout
     with model_folder("colours") as folder:  # as preflight and query find it
         assert (folder / "MLmodel").is_file()
     Path("others").mkdir()
