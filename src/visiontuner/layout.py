@@ -11,6 +11,7 @@ RANGE_TEST_FILE = "range_test.json"
 CACHE_MARK_FILE = ".writable"
 # In a search folder, beside its journal:
 EXPERIMENT_FILE = "experiment.yaml"
+MLFLOW_FILE = "mlflow.json"  # where in MLflow its runs are
 CLASSIFIER_FOLDER = "classifier"
 EVALUATION_FOLDER = "evaluation"
 TEST_LOOKS_FILE = "test_looks.json"  # beside the evaluation, which may not get written after a look

@@ -210,9 +210,20 @@ def test_the_champion_itself_is_left_alone(model: Registered) -> None:
     assert (decided.decision, decided.changed) == ("unchanged", False)
 
 
-def test_a_version_never_evaluated_is_refused_with_the_command(model: Registered) -> None:
+def test_a_version_never_evaluated_is_refused_with_the_command(
+    model: Registered, client: MlflowClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = model.version()
-    with pytest.raises(UserMistake, match="`visiontuner evaluate searches/pets-2026` first"):
+    monkeypatch.chdir(tmp_path)
+    told = "`visiontuner evaluate FOLDER` with the folder of the search pets-2026 first"
+    with pytest.raises(UserMistake, match=told):
+        model.promote()
+    run_id = client.get_model_version(model.name, number).run_id
+    parent = client.get_run(run_id).data.tags["mlflow.parentRunId"]
+    for name, known in (("a-damaged-one", "{"), ("mine", json.dumps({"parent_run_id": parent}))):
+        (tmp_path / "searches" / name).mkdir(parents=True)
+        (tmp_path / "searches" / name / "mlflow.json").write_text(known)
+    with pytest.raises(UserMistake, match="`visiontuner evaluate searches/mine` first"):
         model.promote()
     decided = model.promote(force=True)
     assert model.champion == number

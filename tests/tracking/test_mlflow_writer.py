@@ -9,8 +9,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError
+from visiontuner.layout import MLFLOW_FILE
 from visiontuner.tracking.client import Store, TrackingRefused
-from visiontuner.tracking.mlflow_writer import MEMORY_FILE, MlflowWriter
+from visiontuner.tracking.mlflow_writer import MlflowWriter
 
 NewSearch = Callable[..., Any]
 
@@ -173,7 +174,7 @@ def test_replaying_changes_nothing(new_search: NewSearch, store: Any) -> None:
     write(search.folder, uri)
     before = contents(uri)
     write(search.folder, uri)
-    (search.folder / MEMORY_FILE).unlink()
+    (search.folder / MLFLOW_FILE).unlink()
     write(search.folder, uri)
     assert contents(uri) == before
 
@@ -274,7 +275,7 @@ def test_a_kill_at_any_call_changes_nothing_in_the_end(
     original = Store.call
     for fatal in range(1, calls + 1):
         uri = store(f"killed-{fatal}")
-        (search.folder / MEMORY_FILE).unlink(missing_ok=True)
+        (search.folder / MLFLOW_FILE).unlink(missing_ok=True)
 
         def call(self: Store, method: str, /, *args: Any, _n: int = fatal, **kwargs: Any) -> Any:
             if self.calls + 1 == _n and not after:
@@ -414,7 +415,7 @@ def test_the_memory_file_names_the_runs_and_no_password(new_search: NewSearch, s
     search.begin()
     search.trial(1)
     writer = write(search.folder, uri)
-    memory = json.loads((search.folder / MEMORY_FILE).read_text())
+    memory = json.loads((search.folder / MLFLOW_FILE).read_text())
     assert memory["runs"] == {"t0001": by_name(uri)["t0001"].info.run_id} == writer.run_ids
     assert memory["parent_run_id"] == by_name(uri)["pictures-20261122"].info.run_id
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.bootstrap import Interval, fraction_interval, resampled_sums
 from visiontuner.evaluation.significance import PairedTest, paired_test
+from visiontuner.layout import MLFLOW_FILE, SEARCHES_FOLDER
 from visiontuner.serving.predictions import StoredPredictions, read_predictions
 from visiontuner.serving.versions import (
     CHAMPION,
@@ -147,20 +150,26 @@ def _require_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredict
     if predictions is None:
         raise UserMistake(
             f"Version {version.version} of {version.name} was never evaluated on test pictures. "
-            f"Run `visiontuner evaluate{_search_folder(mlflow, version)}` first; --force names a "
-            "champion without."
+            f"{_how_to_evaluate(mlflow, version)} first; --force names a champion without."
         )
     return predictions
 
 
-def _search_folder(mlflow: Mlflow, version: ModelVersion) -> str:
-    """The search's folder as `evaluate` takes it, as far as its run says."""
+def _how_to_evaluate(mlflow: Mlflow, version: ModelVersion) -> str:
+    """With the search's folder where it lies here, else with what MLflow calls the search."""
     try:
         run = mlflow.call("get_run", version.run_id)
-        parent = mlflow.call("get_run", run.data.tags["mlflow.parentRunId"])
+        parent = mlflow.call("get_run", run.data.tags["mlflow.parentRunId"]).info
     except (TrackingError, LookupError):
-        return ""
-    return f" searches/{parent.info.run_name}" if parent.info.run_name else ""
+        return "Run `visiontuner evaluate`"
+    for memory in sorted(Path(SEARCHES_FOLDER).glob(f"*/{MLFLOW_FILE}")):
+        try:
+            known = json.loads(memory.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if known.get("parent_run_id") == parent.run_id:
+            return f"Run `visiontuner evaluate {memory.parent}`"
+    return f"Run `visiontuner evaluate FOLDER` with the folder of the search {parent.run_name}"
 
 
 def _on_the_same_pictures(

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from visiontuner.layout import MLFLOW_FILE
 from visiontuner.tracking import runs
 from visiontuner.tracking.client import Store
-from visiontuner.tracking.mlflow_writer import MEMORY_FILE
 from visiontuner.tracking.plan import Point
 
 
@@ -36,7 +36,7 @@ def log_costs(store: Store, folder: Path, costs: Costs) -> None:
 
     `seconds` and `cost_usd` of each trial, `machine_seconds` and `cost_usd` of the search.
     """
-    known = json.loads((folder / MEMORY_FILE).read_text(encoding="utf-8"))
+    known = json.loads((folder / MLFLOW_FILE).read_text(encoding="utf-8"))
     whole = {"machine_seconds": costs.machine_seconds, "cost_usd": costs.dollars}
     _log(store, known["parent_run_id"], whole, costs.time, costs.tags)
     for trial_id, run_id in known["runs"].items():

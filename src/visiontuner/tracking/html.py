@@ -23,7 +23,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_events
-from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
+from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.redaction import without_secrets
 from visiontuner.tracking import figures as drawing
 from visiontuner.tracking.page import PageData, describe_search, label
@@ -80,7 +80,7 @@ def write_page(
     evaluation, problem = _read_evaluation(folder)
     facts = {
         "folder": str(folder),
-        **(_read_json(folder / "mlflow.json") if where is None else where),
+        **(_read_json(folder / MLFLOW_FILE) if where is None else where),
     }
     text = search_page(
         record,

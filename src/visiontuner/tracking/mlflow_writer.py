@@ -28,6 +28,7 @@ from mlflow.entities import Run
 
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
+from visiontuner.layout import MLFLOW_FILE
 from visiontuner.redaction import without_secrets
 from visiontuner.tracking import runs
 from visiontuner.tracking.client import Store
@@ -45,7 +46,6 @@ from visiontuner.tracking.recordings import points_of
 from visiontuner.tracking.run_files import RunFiles
 from visiontuner.training.recording.records import find_recording
 
-MEMORY_FILE = "mlflow.json"
 LOCK_FILE = "mlflow.lock"
 
 _PARENT = "mlflow.parentRunId"
@@ -389,7 +389,7 @@ class MlflowWriter:
             return
         text = json.dumps({**self._known_places(), "offset": self._offset}, indent=1) + "\n"
         if text != self._memory:
-            path = self.folder / MEMORY_FILE
+            path = self.folder / MLFLOW_FILE
             fresh = path.with_suffix(".new")
             fresh.write_text(text, encoding="utf-8")
             fresh.replace(path)

@@ -17,6 +17,7 @@ from visiontuner.layout import (
     EVALUATION_FOLDER,
     EVALUATION_REPORT,
     EXPERIMENT_FILE,
+    MLFLOW_FILE,
 )
 from visiontuner.locations import newest_search
 from visiontuner.workflow.packaging import packaged_trial
@@ -184,7 +185,7 @@ def _evaluation(folder: Path) -> dict[str, Any] | None:
 
 def _parent_run(folder: Path) -> str | None:
     try:
-        text = (folder / "mlflow.json").read_text(encoding="utf-8")
+        text = (folder / MLFLOW_FILE).read_text(encoding="utf-8")
         run_id = json.loads(text)["parent_run_id"]
     except (OSError, ValueError, LookupError, TypeError):
         return None

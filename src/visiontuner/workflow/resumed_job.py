@@ -97,7 +97,8 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
     if before.status == "Completed" and not record.started:
         raise UserMistake(
             f"{before.name} is completed, and its checkpoints are no longer on S3: `visiontuner "
-            f"attach {before.name}{aws.flags}` brings home what it did. There is nothing to go on from."
+            f"attach {before.name}{aws.flags}` brings home what it did. There is nothing to go on "
+            "from."
         )
     if record.best is None or remaining_trials(experiment, record):
         return
