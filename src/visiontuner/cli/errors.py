@@ -8,8 +8,9 @@ import os
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -19,6 +20,13 @@ from visiontuner.errors import VisiontunerError
 
 class OneLineErrors(click.Command):
     """Prints an error as one line and exits with its code; `--debug` shows the traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if (empty := _named_empty(args)) and not ctx.resilient_parsing:
+            raise _Failure(
+                f"{empty} is empty. Name something (is a shell variable unset?) or leave it out.", 2
+            )
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
@@ -49,6 +57,20 @@ class _Failure(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+def _named_empty(args: Sequence[str]) -> str | None:
+    """The flag that was given an empty text, or else the argument; None if there is none.
+
+    Taken for "not given", an unset shell variable would mean other pictures or another search.
+    """
+    for before, word in pairwise(["", *args]):
+        name, is_given, value = word.partition("=")
+        if not word:
+            return before if before.startswith("-") else "An argument"
+        if name.startswith("--") and is_given and not value:
+            return name
+    return None
 
 
 def _spell_out_odd_names() -> None:

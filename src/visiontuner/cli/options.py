@@ -11,7 +11,7 @@ import click
 if TYPE_CHECKING:
     from visiontuner.experiment import Experiment
 
-NOT_GIVEN = ("auto", "none", "")
+NOT_GIVEN = ("auto", "none")
 """Words that MLproject passes for a parameter that was not given."""
 
 
