@@ -119,6 +119,15 @@ def test_memory_that_ran_out_is_told():
     assert found.notes == ("out of memory in training at 32 pictures, going on with 16 at a time",)
 
 
+def test_memory_that_no_smaller_pieces_save_is_one_line(monkeypatch):
+    def run_out(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", run_out)
+    with pytest.raises(TrialFailed, match="Out of memory at batch size 32 outside"):
+        run(Training(optimizer="sgd", batch_size=32), steps=20)
+
+
 def test_a_groups_own_rate_keeps_its_ratio():
     head = linear_head(6, 3, dropout=0.0, seed=7)
     groups = [

@@ -25,7 +25,7 @@ from visiontuner.training.batches import (
 from visiontuner.training.ema import WeightAverage
 from visiontuner.training.evaluate import evaluate
 from visiontuner.training.metrics import balanced_class_weights
-from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
+from visiontuner.training.micro_batches import MicroBatches, failing_out_of_memory
 from visiontuner.training.optimisation import (
     ParameterGroup,
     make_optimizer,
@@ -186,15 +186,8 @@ class Fit:
                 or one picture is more than memory holds.
         """
         while not self.finished:
-            try:
+            with failing_out_of_memory(self.settings.batch_size):
                 result = self._run_epoch()
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise TrialFailed(
-                    f"Out of memory at batch size {self.settings.batch_size} outside the network's "
-                    "own passes; choose a smaller batch_size or backbone."
-                ) from None
             yield result
 
     def state_dict(self) -> dict[str, Any]:

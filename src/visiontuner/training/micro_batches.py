@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -93,6 +94,24 @@ class MicroBatches:
             f"out of memory in {self.where} at {tried} pictures, "
             f"going on with {self.size} at a time"
         )
+
+
+@contextmanager
+def failing_out_of_memory(batch_size: int) -> Iterator[None]:
+    """Memory that runs out where no smaller pieces help, in an optimizer's state, fails a trial.
+
+    Raises:
+        TrialFailed: it did.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrialFailed(
+            f"Out of memory at batch size {batch_size} outside the network's own passes; choose a "
+            "smaller batch_size or backbone."
+        ) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:

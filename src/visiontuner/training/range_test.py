@@ -20,6 +20,7 @@ from visiontuner.errors import TrialFailed
 from visiontuner.experiment import Training
 from visiontuner.training.batches import Batches, join_last_single, needs_joining
 from visiontuner.training.metrics import balanced_class_weights
+from visiontuner.training.micro_batches import failing_out_of_memory
 from visiontuner.training.optimisation import ParameterGroup, make_optimizer
 from visiontuner.training.step import TrainingStep
 
@@ -87,7 +88,7 @@ def range_test(
         on_step: called with (step from 1, learning rate, smoothed loss).
 
     Raises:
-        TrialFailed: the loss is not finite at the first step.
+        TrialFailed: the loss is not finite at the first step, or memory runs out.
     """
     _check_range(low, high, steps)
     torch.manual_seed(seed)
@@ -107,7 +108,8 @@ def range_test(
     joins = needs_joining(network, samples=len(train.labels), batch_size=settings.batch_size)
     batches = _endless(train, torch.Generator().manual_seed(seed), joins_last_single=joins)
     for step, (rate, (inputs, labels)) in enumerate(zip(rates, batches, strict=False), start=1):
-        loss = float(take_step(inputs, labels).loss)
+        with failing_out_of_memory(settings.batch_size):
+            loss = float(take_step(inputs, labels).loss)
         stopped = not math.isfinite(loss)
         if stopped:
             break
