@@ -75,6 +75,7 @@ def open_journal(
             recorder.append("finding", **finding.to_dict())
     observer.note(f"Search folder: {folder}")
     _note_findings(experiment, dataset, observer)
+    _note_rules_without_recording(experiment, observer)
     return recorder
 
 
@@ -90,6 +91,18 @@ def _note_findings(experiment: Experiment, dataset: ImageDataset, observer: Obse
     if found:
         source = shlex.quote(experiment.data.source)
         observer.note(f"All of it, and what to do: visiontuner prepare --data {source}")
+
+
+def _note_rules_without_recording(experiment: Experiment, observer: Observer) -> None:
+    """Which rules are to stop trials and will have nothing to look at."""
+    from visiontuner.training.rules import RECORDED_RULES
+
+    blind = [rule for rule in experiment.rules.stop_on if rule in RECORDED_RULES]
+    if blind and not experiment.record_every_steps:
+        observer.note(
+            f"warning: rules.stop_on: {', '.join(blind)} will stop no trial, since nothing is "
+            "recorded; set training.record_every_steps, 50 for example."
+        )
 
 
 def _write_experiment(folder: Path, experiment: Experiment) -> None:
