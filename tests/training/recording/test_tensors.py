@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from visiontuner.experiment import Training
 from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.fit import Fit
+from visiontuner.training.recording import statistics
 from visiontuner.training.recording.layers import find_layers
 from visiontuner.training.recording.records import TENSOR_STATISTICS, TensorRecord
 from visiontuner.training.recording.tensors import TensorRecorder
@@ -121,6 +122,9 @@ def test_every_number_of_one_step_by_hand():
             "gradient_absmax": 4,
             "gradient_zeros": 0.5,
             "gradient_nonfinite": 0,
+            "update_norm": 0.5 * math.sqrt(20),
+            "update_mean": 0.75,
+            "update_absmax": 2,
             "update_ratio": 0.5 * math.sqrt(20) / math.sqrt(6),
             "activation_mean": -1,
             "activation_std": np.std([1, -5, 3, -3]),
@@ -230,6 +234,17 @@ def test_one_infinity_among_millions_is_found():
     recorder.step_ends()
     share = recorder.record().of("activation_nonfinite")[0, 0]
     assert share == pytest.approx(1 / maps.numel())
+
+
+def test_the_norm_of_an_update_is_the_whole_weights():
+    """Of 2^18 values every fourth is looked at, and all move by 0.1."""
+    before = torch.zeros(2**18)
+    sample = statistics.evenly(before)
+    moved = statistics.change(sample, statistics.evenly(before + 0.1), before.numel())
+    named = dict(zip(statistics.CHANGE, moved.tolist(), strict=True))
+    assert len(sample) == 2**16
+    assert named["update_norm"] == pytest.approx(0.1 * 2**9, rel=1e-4)
+    assert named["update_mean"] == pytest.approx(0.1, rel=1e-4)
 
 
 # A training that is watched is the training

@@ -20,6 +20,7 @@ UNCHANGED_RELATIVE, UNCHANGED_ABSOLUTE = 1e-5, 1e-8
 ACTIVATION = ("mean", "std", "min", "max", "zeros", "nonfinite", "saturated")
 WEIGHT = ("std", "absmax", "zeros")
 GRADIENT = ("mean", "absmax", "zeros", "nonfinite")
+CHANGE = ("weight_unchanged", "update_norm", "update_mean", "update_absmax", "update_ratio")
 
 # Flat: where the slope is under a hundredth of the largest.
 _FLAT: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -73,11 +74,18 @@ def gradient(tensor: Tensor) -> Tensor:
     )
 
 
-def change(before: Tensor, after: Tensor) -> Tensor:
-    """What a step did to a weight's sample: the unchanged share; the change by its norm. (2,)"""
+def change(before: Tensor, after: Tensor, size: int) -> Tensor:
+    """`CHANGE`: what a step did to a weight of so many values, from samples of it: float32, (5,).
+
+    The norm is the sample's, times the root of what share the sample is.
+    """
     same = torch.isclose(after, before, rtol=UNCHANGED_RELATIVE, atol=UNCHANGED_ABSOLUTE)
-    norm = torch.linalg.vector_norm
-    return torch.stack([_share(same), norm(after - before) / norm(before)])
+    update = after - before
+    norm = torch.linalg.vector_norm(update)
+    absolute = update.abs()
+    ratio = norm / torch.linalg.vector_norm(before)
+    whole = norm * math.sqrt(size / before.numel())
+    return torch.stack([_share(same), whole, absolute.mean(), absolute.amax(), ratio])
 
 
 def mean_and_std(values: Tensor) -> tuple[Tensor, Tensor]:
