@@ -245,6 +245,7 @@ def test_the_norm_of_an_update_is_the_whole_weights():
     assert len(sample) == 2**16
     assert named["update_norm"] == pytest.approx(0.1 * 2**9, rel=1e-4)
     assert named["update_mean"] == pytest.approx(0.1, rel=1e-4)
+    assert named["update_absmax"] == pytest.approx(0.1, rel=1e-4)
 
 
 # A training that is watched is the training
