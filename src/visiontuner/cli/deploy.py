@@ -251,4 +251,4 @@ def _life(endpoint: Endpoint, flags: str) -> str:
     if endpoint.ttl_hours is None:
         return "?" if TTL_TAG in endpoint.unreadable else ""
     passed = f", passed: visiontuner undeploy {endpoint.name}{flags}" if endpoint.overdue else ""
-    return f"{endpoint.ttl_hours:g} h{passed}"
+    return f"{endpoint.ttl_hours:.3g} h{passed}"
