@@ -223,6 +223,34 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
     assert registered.run_id == run_of(client_of(copied), chosen).info.run_id
 
 
+def test_an_evaluation_needs_neither_the_cache_nor_the_answers_of_every_trial(
+    copied: Path, evaluated: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are computed again only where a head has to be trained again."""
+    tied = evaluated.choice.tied
+    hopeless = set(SearchRecord.load(copied).trials) - set(tied)
+    shutil.rmtree(copied / "trials" / hopeless.pop())
+    _name_other_features(copied, tmp_path / "gone")
+    again = evaluate_search(copied)
+    assert again.report.to_dict() == evaluate_search(copied).report.to_dict()
+    assert again.choice.tied == tied
+    assert "answers are gone: t0001" in again.choice.reason
+
+    for head in copied.glob("trials/*/head.safetensors"):
+        head.unlink()
+    shutil.rmtree(copied / "classifier")
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "new cache"))
+    assert evaluate_search(copied).report.num_pictures == COUNTS["test"] * len(SHADES)
+
+
+def _name_other_features(search: Path, folder: Path) -> None:
+    """As if the features that the search was trained on had been deleted."""
+    journal = search / "journal.jsonl"
+    lines = [json.loads(line) for line in journal.read_text().splitlines()]
+    changed = [line | {"folder": str(folder)} if "engine" in line else line for line in lines]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in changed))
+
+
 def test_resuming_a_finished_search_keeps_the_calibrated_model(copied: Path) -> None:
     content = (copied / "classifier" / "classifier.json").read_bytes()
     resumed = resume_search(copied)
@@ -279,18 +307,18 @@ def test_an_unreadable_test_picture_is_left_out_and_named(
     copied: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It became unreadable after the data set was read: its digest is still the old one."""
-    from visiontuner.workflow import evaluate
+    from visiontuner.workflow import inputs
 
     broken = home / "pictures" / "test" / "sky" / "3.png"
     content = broken.read_bytes()
-    load = evaluate.load_data
+    load = inputs.load_data
 
     def load_then_break(*arguments: Any) -> Any:
         dataset = load(*arguments)
         broken.write_bytes(content[:100])
         return dataset
 
-    monkeypatch.setattr(evaluate, "load_data", load_then_break)
+    monkeypatch.setattr(inputs, "load_data", load_then_break)
     try:
         result = evaluate_search(copied)
     finally:
@@ -302,9 +330,9 @@ def test_an_unreadable_test_picture_is_left_out_and_named(
 def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotion(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from visiontuner.workflow import evaluate
+    from visiontuner.workflow import inputs
 
-    load = evaluate.load_data
+    load = inputs.load_data
 
     def load_then_miss(*arguments: Any) -> Any:
         """The test pictures, gone after the data set was read."""
@@ -312,7 +340,7 @@ def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotio
         gone = tuple(replace(s, path=f"gone/{s.path}") for s in dataset.splits["test"])
         return replace(dataset, splits={**dataset.splits, "test": gone})
 
-    monkeypatch.setattr(evaluate, "load_data", load_then_miss)
+    monkeypatch.setattr(inputs, "load_data", load_then_miss)
     done = CliRunner().invoke(command, [str(copied)])
     assert done.exit_code == 0, done.output
     assert "None of the 36 test pictures can be read" in done.output
@@ -328,7 +356,8 @@ def test_what_cannot_be_evaluated_says_why(copied: Path, tmp_path: Path) -> None
     with pytest.raises(UserMistake, match="still running"):
         evaluate_search(copied)
     journal.close()
-    (copied / "trials" / "t0001" / "validation_logits.npy").write_bytes(b"\x93NUMPY")
+    best = SearchRecord.load(copied).best.trial_id
+    (copied / "trials" / best / "validation_logits.npy").write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match=r"validation_logits\.npy"):
         evaluate_search(copied)
     empty = tmp_path / "empty"

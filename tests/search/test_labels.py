@@ -1,5 +1,6 @@
 """What is read back of a search over the network: labels, and which trial can be taken."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.search.labels import Stores
 from visiontuner.search.trial import LOGITS_FILE, NETWORK_FILE
+from visiontuner.workflow import Silent
 from visiontuner.workflow.diagnose import diagnose_search
+from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.validation import ValidationAnswers
 
 SECONDS = {"t0001": 3.0, "t0002": 2.0, "t0003": 1.0}
@@ -31,6 +34,11 @@ def store(pictures: Path, tmp_path: Path) -> PictureStore:
         cache=tmp_path,
         augmented=True,
     )
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -80,6 +88,38 @@ def test_the_cheapest_is_chosen_among_the_networks_that_were_kept(search):
     assert "2 whose networks were kept" in choice.reason
     (search / "trials" / "t0003" / NETWORK_FILE).write_bytes(b"")
     assert answers_of(search).choose("cheapest").chosen == "t0003"
+
+
+def test_a_trial_whose_answers_are_gone_is_not_compared(search):
+    (search / "trials" / "t0002" / LOGITS_FILE).unlink()
+    choice = answers_of(search).choose("best")
+    assert choice.tied == ("t0001", "t0003")
+    assert choice.reason.endswith("Not compared, since their validation answers are gone: t0002.")
+    (search / "trials" / "t0001" / LOGITS_FILE).unlink()  # the best one's must be there
+    with pytest.raises(DataError, match="t0001"):
+        answers_of(search).choose("best")
+
+
+def test_labels_come_from_the_pictures_where_the_cache_is_gone(search, store, pictures):
+    labels = store.split("validation").labels.tolist()
+    store.folder.rename(store.folder.with_name("moved"))
+    record = SearchRecord.load(search)
+    experiment = Experiment.parse({"name": "x", "data": {"source": str(pictures)}})
+    inputs = Inputs(experiment, Silent())
+    assert ValidationAnswers(search, record, experiment, inputs=inputs).labels.tolist() == labels
+
+
+def test_of_the_pictures_only_the_readable_ones_count(search, store, pictures, tmp_path):
+    """One was broken before the search began: the trials' answers have no row for it."""
+    root = tmp_path / "photos"
+    shutil.copytree(pictures, root)
+    (root / "valid" / "blue" / "00.png").write_bytes(b"no picture")
+    labels = store.split("validation").labels.tolist()
+    store.folder.rename(store.folder.with_name("moved"))
+    experiment = Experiment.parse({"name": "x", "data": {"source": str(root)}})
+    inputs = Inputs(experiment, Silent())
+    answers = ValidationAnswers(search, SearchRecord.load(search), experiment, inputs=inputs)
+    assert answers.labels.tolist() == labels
 
 
 def test_a_network_that_was_kept_is_not_trained_again(search):

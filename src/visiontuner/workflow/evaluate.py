@@ -24,11 +24,12 @@ from visiontuner.layout import (
     EVALUATION_FOLDER,
     EXPERIMENT_FILE,
 )
-from visiontuner.locations import newest_search, tracking_uri, writable_cache_folder
+from visiontuner.locations import newest_search, tracking_uri
 from visiontuner.workflow.evaluation_files import count_look, looks_so_far, write_evaluation
+from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.observing import NAMED, Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
-from visiontuner.workflow.pictures import load_data, require_same_data
+from visiontuner.workflow.pictures import require_same_data
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.validation import ValidationAnswers
 
@@ -119,14 +120,14 @@ class _Evaluation:
         self.prefer = prefer
         self.precision = precision
         self.observer = observer
-        self.cache = writable_cache_folder()
         self.experiment = Experiment.load(folder / EXPERIMENT_FILE)
-        self.validation = ValidationAnswers(folder, record, self.experiment)
+        self.inputs = Inputs(self.experiment, observer)
+        self.validation = ValidationAnswers(folder, record, self.experiment, inputs=self.inputs)
 
     def run(self) -> EvaluationResult:
         from visiontuner.evaluation.edges import edges
 
-        dataset = load_data(self.experiment, self.observer)
+        dataset = self.inputs.dataset
         require_same_data(self.record, dataset)
         choice = self.validation.choose(self.prefer)
         self.observer.note(choice.reason)
@@ -160,24 +161,16 @@ class _Evaluation:
         """The chosen trial in `classifier/`; most often it is there already."""
         if packaged_trial(self.folder) == trial.trial_id and is_packaged(self.folder, self.record):
             return
-        from visiontuner.model.backbone import load_backbone
-
         if said := self.validation.restore(trial):
             self.observer.note(said)
         self.observer.note(f"Packaging {trial.trial_id} as a classifier.")
-        model = self.experiment.model
         package_trial(
             self.folder,
             trial,
             experiment=self.experiment,
             dataset=dataset,
-            backbone=load_backbone(
-                model.backbone,
-                weights=model.weights,
-                image_size=model.image_size,
-                cache=self.cache,
-            ),
-            cache=self.cache,
+            backbone=self.inputs.backbone,
+            cache=self.inputs.cache,
         )
 
     def _calibrate(self, temperature: float, threshold: ChosenThreshold | None) -> None:

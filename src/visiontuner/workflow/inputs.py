@@ -7,11 +7,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.errors import SearchInterrupted
 from visiontuner.experiment import Experiment
 from visiontuner.locations import writable_cache_folder
@@ -49,6 +50,18 @@ class Inputs:
     @cached_property
     def dataset(self) -> ImageDataset:
         return load_data(self.experiment, self.observer)
+
+    def readable(self, split: str) -> list[Sample]:
+        """The pictures of a split that can be decoded; each is, once."""
+        from visiontuner.data.inspection import inspect_pictures
+
+        samples = self.dataset.splits[split]
+        facts = inspect_pictures(
+            replace(self.dataset, splits={split: samples}),
+            cache=self.cache,
+            progress=self._progress("Looking"),
+        )
+        return [sample for sample in samples if not facts[sample.digest].error]
 
     @property
     def backbone(self) -> Backbone:

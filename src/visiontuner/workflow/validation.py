@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,31 @@ if TYPE_CHECKING:
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice, Preference
     from visiontuner.search.labels import Stores
+    from visiontuner.workflow.inputs import Inputs
 
 _LOGITS_TOLERANCE = 1e-3
+_NAMED = 6
 
 
 class ValidationAnswers:
-    """The validation logits of a search's trials and the labels that belong to them."""
+    """The validation logits of a search's trials and the labels that belong to them.
 
-    def __init__(self, folder: Path, record: SearchRecord, experiment: Experiment) -> None:
+    Args:
+        inputs: the search's pictures, from which comes what is gone from the cache.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        record: SearchRecord,
+        experiment: Experiment,
+        *,
+        inputs: Inputs | None = None,
+    ) -> None:
         self.folder = folder
         self.record = record
         self.experiment = experiment
+        self.inputs = inputs
 
     @cached_property
     def stores(self) -> Stores:
@@ -44,30 +59,55 @@ class ValidationAnswers:
         """int64 (N,), of the validation pictures in the order of the kept logits.
 
         Raises:
-            DataError: neither the features nor the decoded pictures are there.
+            DataError: neither the features nor the decoded pictures are there, nor the pictures.
         """
         try:
             return self.stores.read_labels().labels
         except DataError:
+            if self.inputs is not None:
+                return self._labels_of_pictures(self.inputs)
             where = self.stores.features or self.stores.pictures
             raise DataError(
                 f"What this search was trained on is gone from {where}. Any search on the same "
                 "pictures and backbone computes it again."
             ) from None
 
-    def logits(self, trial_id: str) -> NDArray[np.float64]:
-        """float64, shape (N, num_classes): of the trial's best epoch, before any temperature."""
+    def _labels_of_pictures(self, inputs: Inputs) -> NDArray[np.int64]:
+        """Of the pictures that can be read: those that trials were measured on."""
         import numpy as np
 
+        samples = inputs.dataset.splits["validation"]
+        if len(samples) != len(self._read_logits(self.record.ranking()[0].trial_id)):
+            samples = tuple(inputs.readable("validation"))
+        return np.array([sample.label for sample in samples], dtype=np.int64)
+
+    def logits(self, trial_id: str) -> NDArray[np.float64]:
+        """float64, shape (N, num_classes): of the trial's best epoch, before any temperature.
+
+        Raises:
+            DataError: they are gone, damaged or of other pictures.
+        """
+        logits = self._read_logits(trial_id)
+        if len(logits) != len(self.labels):
+            raise DataError(
+                f"{self._logits_file(trial_id)} is about other pictures than the search's. "
+                "Search again."
+            )
+        return logits
+
+    def _logits_file(self, trial_id: str) -> Path:
         from visiontuner.search.trial import LOGITS_FILE
 
-        path = self.folder / "trials" / trial_id / LOGITS_FILE
+        return self.folder / "trials" / trial_id / LOGITS_FILE
+
+    def _read_logits(self, trial_id: str) -> NDArray[np.float64]:
+        import numpy as np
+
+        path = self._logits_file(trial_id)
         try:
             logits: NDArray[np.float64] = np.load(path, allow_pickle=False).astype(np.float64)
         except (OSError, ValueError, EOFError) as error:
             raise DataError(f"Cannot read {path} ({type(error).__name__}). Search again.") from None
-        if len(logits) != len(self.labels):
-            raise DataError(f"{path} is about other pictures than the search's. Search again.")
         return logits
 
     def choose(self, prefer: Preference) -> Choice:
@@ -78,7 +118,6 @@ class ValidationAnswers:
         from visiontuner.evaluation.choice import (
             Choice,
             choose,
-            picture_scores,
             tied_with_best,
             training_seconds,
         )
@@ -87,10 +126,7 @@ class ValidationAnswers:
         if self.record.is_unvalidated:
             reason = f"{ids[0]} was trained on the validation pictures too: there is no choice."
             return Choice(best=ids[0], tied=(ids[0],), chosen=ids[0], reason=reason)
-        scores = {
-            trial_id: picture_scores(self.logits(trial_id), self.labels, self.experiment.objective)
-            for trial_id in ids
-        }
+        scores = self._scores(ids)
         tied = tied_with_best(scores, ids[0])
         ready = {trial_id for trial_id in tied if self._is_quick_to_package(trial_id)}
         seconds = training_seconds(self.record)
@@ -100,10 +136,28 @@ class ValidationAnswers:
             prefer=prefer,
             seconds={trial_id: s for trial_id, s in seconds.items() if trial_id in ready},
         )
+        said = [choice.reason]
         if prefer == "cheapest" and len(ready) < len(tied):
-            reason = f"{choice.reason} Only the {len(ready)} whose networks were kept can be taken."
-            return replace(choice, reason=reason)
-        return choice
+            said.append(f"Only the {len(ready)} whose networks were kept can be taken.")
+        if missing := [trial_id for trial_id in ids if trial_id not in scores]:
+            named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+            said.append(f"Not compared, since their validation answers are gone: {named}.")
+        return replace(choice, reason=" ".join(said))
+
+    def _scores(self, trial_ids: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+        """Of each trial whose answers are there; the best one's, which is the first, must be."""
+        from visiontuner.evaluation.choice import picture_scores
+
+        scores = {}
+        for trial_id in trial_ids:
+            try:
+                logits = self.logits(trial_id)
+            except DataError:
+                if trial_id == trial_ids[0]:
+                    raise
+                continue
+            scores[trial_id] = picture_scores(logits, self.labels, self.experiment.objective)
+        return scores
 
     def _is_quick_to_package(self, trial_id: str) -> bool:
         """Whether its weights are there, or a matter of seconds."""
@@ -143,20 +197,39 @@ class ValidationAnswers:
         from visiontuner.search.stages import make_task, stage_of
         from visiontuner.search.trial import train_again
 
+        stage = stage_of(self.experiment, trial)
         starts = {}
         if trial.starts_from is not None:
             starts[trial.trial_id] = trial.starts_from
             self.restore(self.record.trials[trial.starts_from])
         task = make_task(
             self.folder,
-            stage_of(self.experiment, trial),
-            stores=self.stores,
+            stage,
+            stores=self._stores_to_train_on(on_pictures=stage.on_pictures),
             cache=writable_cache_folder(),
             threads=int(self.experiment.search.cpus_per_trial) or 1,
             starts=starts,
         )
         config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
         train_again(config, task, best_epoch=trial.best_epoch or 1)
+
+    def _stores_to_train_on(self, *, on_pictures: bool) -> Stores:
+        """Those of the search; computed again if they are gone from the cache."""
+        from visiontuner.search.labels import Stores
+
+        known = self.stores
+        found = Stores(None, known.pictures) if on_pictures else Stores(known.features, None)
+        try:
+            found.read_labels()
+        except DataError:
+            if self.inputs is None:
+                raise
+        else:
+            return found
+        store, _ = self.inputs.store(on_pictures=on_pictures)
+        if on_pictures:
+            return Stores(features=None, pictures=store.folder)
+        return Stores(features=store.folder, pictures=None)
 
     def calibrate(
         self, trial_id: str, precision: float
