@@ -30,7 +30,7 @@ from visiontuner.locations import SEARCHES, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult
-from visiontuner.workflow.observing import Observer, Silent, note_findings
+from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.recording import BackgroundTracking
 from visiontuner.workflow.stores import StoreRecorder
@@ -260,10 +260,8 @@ class _Training:
         return stores.record(*self.inputs.pictures(dataset))
 
     def _warn(self) -> None:
-        """What of the pictures and the settings a training alone does not show."""
-        dataset, training = self.inputs.dataset, self.experiment.training
-        note_findings(self.observer, [f for f in dataset.findings if f.severity != "info"])
-        pictures = len(dataset.splits["train"])
+        """What of the settings a training alone does not show."""
+        training, pictures = self.experiment.training, len(self.inputs.dataset.splits["train"])
         if training.batch_size > pictures:
             self.observer.note(
                 f"warning: batch_size {training.batch_size} is more than the {pictures} training "
