@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -384,6 +385,20 @@ def test_backbones_are_listed_with_their_sizes():
     names = [line.split()[0] for line in result.stdout.splitlines()]
     assert "resnet50" in names
     assert all("resnet50" in name for name in names)
+
+
+def test_prepare_lists_ten_unreadable_files_and_all_on_request(pictures, tmp_path):
+    root = tmp_path / "photos"
+    shutil.copytree(pictures, root)
+    names = [f"train/red/broken{number:02}.png" for number in range(12)]
+    for number, name in enumerate(names):
+        (root / name).write_text(f"nothing {number}")
+    some = call("prepare", "--data", str(root)).stdout
+    assert [name in some for name in names] == [True] * 10 + [False] * 2
+    assert "… and 2 more: --all lists them" in some
+    every = call("prepare", "--data", str(root), "--all").stdout
+    assert all(f"  {name}: " in every for name in names)
+    assert "more: --all" not in every
 
 
 def test_prepare_prints_counts_and_bars(pictures):

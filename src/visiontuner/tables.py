@@ -9,11 +9,13 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.data.findings import DatasetSummary, SizeRange
+from visiontuner.data.listing import ListedFinding
 from visiontuner.doctor import Check
 from visiontuner.journal import Finding
 
 BAR_WIDTH = 40
 _NO_WRAPPING = 1000  # columns
+_LISTED = 10  # of the files that a finding is about
 _COLOURS = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "red"}
 
 
@@ -25,8 +27,18 @@ def make_console() -> Console:
     return console
 
 
-def print_dataset(console: Console, summary: DatasetSummary, findings: Sequence[Finding]) -> None:
-    """Classes with their counts as bars, the sizes of pictures, and what was found."""
+def print_dataset(
+    console: Console,
+    summary: DatasetSummary,
+    findings: Sequence[Finding],
+    *,
+    list_all: bool = False,
+) -> None:
+    """Classes with their counts as bars, the sizes of pictures, and what was found.
+
+    Args:
+        list_all: every file or name that a finding is about, not only the first ten.
+    """
     console.print(_class_table(summary))
     if summary.width and summary.height:
         console.print(f"Width: {_range(summary.width)}; height: {_range(summary.height)}.")
@@ -41,6 +53,15 @@ def print_dataset(console: Console, summary: DatasetSummary, findings: Sequence[
         line.append(f"{finding.evidence.rstrip('.')}. ", style="default")
         line.append(finding.advice, style="dim")
         console.print(line)
+        if isinstance(finding, ListedFinding) and len(finding.items) > 1:
+            _print_items(console, finding.items, len(finding.items) if list_all else _LISTED)
+
+
+def _print_items(console: Console, items: Sequence[str], number: int) -> None:
+    for item in items[:number]:
+        console.print(Text(f"  {item}"))
+    if len(items) > number:
+        console.print(Text(f"  … and {len(items) - number:,} more: --all lists them", style="dim"))
 
 
 def print_checks(console: Console, checks: Sequence[Check]) -> None:

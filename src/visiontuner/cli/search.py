@@ -19,12 +19,18 @@ from visiontuner.errors import UserMistake
     default="none",
     help="Bring the pictures there, as far as they are not there yet.",
 )
-def prepare(experiment: str, data: str, overrides: tuple[str, ...], upload: str) -> None:
+@click.option(
+    "--all", "list_all", is_flag=True, help="List every file with a fault, not the first ten."
+)
+def prepare(
+    experiment: str, data: str, overrides: tuple[str, ...], upload: str, list_all: bool
+) -> None:
     """Look at the pictures: how many of which class, and what is wrong with them.
 
     \b
     Examples:
       visiontuner prepare --data photos/
+      visiontuner prepare --data photos/ --all
       visiontuner prepare --experiment experiments/flowers.yaml
       visiontuner prepare --data photos/ --upload s3://my-bucket/photos
     """
@@ -39,7 +45,7 @@ def prepare(experiment: str, data: str, overrides: tuple[str, ...], upload: str)
         prepared = look(chosen, upload=None if upload in NOT_GIVEN else upload, observer=console)
     finally:
         console.close()
-    print_dataset(make_console(), prepared.summary, prepared.findings)
+    print_dataset(make_console(), prepared.summary, prepared.findings, list_all=list_all)
     moved = prepared.uploaded
     if moved is not None:
         others = f" {moved.others:,} others there are not here." if moved.others else ""

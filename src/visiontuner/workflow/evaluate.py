@@ -306,7 +306,7 @@ def _untested(bad: Mapping[str, str]) -> str:
     step = "Add a folder `test` beside `train`."
     if bad:
         why = f"None of the {len(bad)} test pictures can be read"
-        step = "Repair them; `visiontuner prepare` says what is wrong."
+        step = "Repair them; `visiontuner prepare --all` lists what is wrong with each."
     return f"{why}: nothing is known about pictures that played no part in the choice. {step}"
 
 
