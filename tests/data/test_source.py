@@ -212,6 +212,13 @@ def test_nothing_leaves_the_target_folder(tmp_path, cache, name, content):
     assert list((cache / "archives").iterdir()) == []
 
 
+def test_a_colon_in_a_folders_name_is_no_drive(tmp_path, cache):
+    entries = {f"photos: summer/{name}/1.png": b"x" for name in "ab"}
+    for name, content in {"a.zip": zipped(entries), "b.tar": tarred("w", entries)}.items():
+        folder = fetch_source(write(tmp_path / name, content), cache=cache)
+        assert (folder / "photos: summer" / "a" / "1.png").read_bytes() == b"x"
+
+
 GZ = tarred("w:gz", {"a/noise.png": os.urandom(50_000)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import lzma
 import os
+import re
 import shutil
 import stat
 import tarfile
@@ -137,7 +138,9 @@ def _extract_tar(archive: Path, folder: Path) -> None:
 
 def _inside(archive: Path, folder: Path, name: str) -> Path:
     parts = name.replace("\\", "/").split("/")
-    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name:
+    # `C:` alone is a drive's name elsewhere; `photos: summer` is a folder's.
+    drive = re.fullmatch(r"[A-Za-z]:.*", parts[0]) is not None
+    if name.startswith(("/", "\\")) or ".." in parts or drive or "\0" in name:
         raise _hostile(archive, name, "leads out of the folder")
     return folder.joinpath(*parts)
 
