@@ -160,6 +160,8 @@ def test_all_mistakes_are_told_at_once():
     [
         ({"trainng": {}}, "unknown key trainng; did you mean training?"),
         ({"training": {"epoch": 3}}, "unknown key training.epoch; did you mean epochs?"),
+        ({"epochs": 3}, "unknown key epochs; did you mean training.epochs?"),
+        ({"training": {"backbone": "x"}}, "did you mean model.backbone?"),
         ({"training": {"lr": 3}}, "unknown key training.lr; known: epochs, learning_rate"),
         ({"data": {"sorce": "x"}}, "did you mean source?"),
         (space(learning_rat={"low": 1, "high": 2}), "did you mean learning_rate?"),
@@ -352,6 +354,8 @@ def test_override_value_is_yaml(override, value):
         ("training.epochs=[", "is not YAML"),
         ("training.epochs=!!python/name:os.system", "is not YAML"),
         ("training.epoch=5", "did you mean epochs?"),
+        ("epochs=5", "did you mean training.epochs?"),
+        ("training.epochs=&a [*a]", "hold themselves"),
         ("search.first.0.batch_size=5", "first is a list; write all of it"),
     ],
 )
@@ -373,6 +377,9 @@ def test_last_override_wins():
     [
         (b"- a\n- b\n", "must hold keys and values, got list"),
         (b"training: [\n", "is not YAML"),
+        (b"training: &a [*a]\n", "hold themselves"),
+        (b"training: &a {epochs: *a}\n", "hold themselves"),
+        (b"training: " + b"[" * 10_000, "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
         (b"name: \x00\n", "is not YAML"),
         (b"a: !!python/object/apply:os.system [ls]\n", "is not YAML"),

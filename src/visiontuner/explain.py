@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
@@ -68,8 +68,25 @@ def _explain_one(keys: list[str], item: Any, root: type[BaseModel]) -> str:
     if kind == "missing":
         return f"{where} is missing"
     if kind == "extra_forbidden":
-        return f"unknown key {where}; {nearest(keys[-1], _known_keys(keys[:-1], root))}"
+        return f"unknown key {where}; {_meant(keys, root)}"
     return f"{where} {_rule(kind, keys, item, root)}, got {value!r}"
+
+
+def _meant(keys: Sequence[str], root: type[BaseModel]) -> str:
+    """The key of that very name in another section, or else the nearest one in its own."""
+    elsewhere = sorted(_places(keys[-1], root), key=lambda place: place.count("."))
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    return nearest(keys[-1], _known_keys(keys[:-1], root))
+
+
+def _places(name: str, section: Any) -> Iterator[str]:
+    """Dotted names of the keys in a section and those below it that are called so."""
+    for key, field in getattr(section, "model_fields", {}).items():
+        if key == name:
+            yield key
+        for place in _places(name, _section_of(field.annotation)):
+            yield f"{key}.{place}"
 
 
 def _rule(kind: str, keys: list[str], item: Any, root: type[BaseModel]) -> str:

@@ -196,9 +196,12 @@ class Experiment(Section):
         cls, raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "experiment"
     ) -> Experiment:
         """Check a nested mapping; the same rules and errors as `load`."""
-        merged = apply_overrides(raw, overrides)
         try:
-            return cls.model_validate(merged)
+            return cls.model_validate(apply_overrides(raw, overrides))
+        except RecursionError:
+            raise ExperimentError(
+                f"{where} holds a list or keys that hold themselves (`&a [*a]`). Write them out."
+            ) from None
         except ValidationError as error:
             raise ExperimentError(f"{where}: {explain(error, cls)}") from None
 

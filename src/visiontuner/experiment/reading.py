@@ -26,7 +26,7 @@ def read_experiment(path: Path) -> dict[str, Any]:
             f"Cannot read the experiment file {path}: {error.strerror}. "
             "Examples are in experiments/."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ExperimentError(f"{path} is not YAML: {_one_line(error)}") from None
     if raw is None:
         return {}
