@@ -43,7 +43,9 @@ _FILLERS = frozenset({"set", "data", "dataset", "images", "pictures", "seg"})
 LAYOUTS = (
     "Expected train/, valid/ and test/ with one folder per class in each, or one folder per class."
 )
-_NOT_DATA = frozenset({"__macosx", "thumbs.db", "desktop.ini", "mlruns", "mlartifacts"})
+_NOT_DATA = frozenset(
+    {"__macosx", "thumbs.db", "desktop.ini", "mlflow.db", "mlruns", "mlartifacts"}
+)
 _OUR_MARKS = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
 
 
@@ -237,19 +239,16 @@ def _scan(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def _children(folder: Path) -> list[str]:
-    return [entry.name for entry in _scan(folder) if not _is_ours(entry)]
+    return [e.name for e in _scan(folder) if not (_is_folder(e) and _is_ours(Path(e.path)))]
 
 
 def _folders(folder: Path) -> list[str]:
-    return [e.name for e in _scan(folder) if _is_folder(e) and not _is_ours(e)]
+    return [e.name for e in _scan(folder) if _is_folder(e) and not _is_ours(Path(e.path))]
 
 
-def _is_ours(entry: os.DirEntry[str]) -> bool:
+def _is_ours(folder: Path) -> bool:
     """Whether a search, a range test, a folder of them or the cache lies there."""
-    if not _is_folder(entry):
-        return False
-    folder = Path(entry.path)
-    if entry.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
+    if folder.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
         return any(_has_mark(Path(child.path)) for child in _scan(folder) if _is_folder(child))
     return _has_mark(folder)
 
@@ -265,6 +264,11 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno == errno.ELOOP:
             raise DataError(f"{entry.path} is a link to itself; remove it.") from None
         raise DataError(f"Cannot read {entry.path}: {error.strerror}.") from None
+
+
+def is_no_data(path: Path) -> bool:
+    """Hidden, or left there by a system, by MLflow or by a command of ours."""
+    return _is_hidden(path.name) or (path.is_dir() and _is_ours(path))
 
 
 def _is_hidden(name: str) -> bool:

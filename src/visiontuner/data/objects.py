@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from visiontuner.data.digests import write_json
+from visiontuner.data.layout import is_no_data
 from visiontuner.errors import DataError
 
 PART_BYTES = 8 << 20
@@ -53,7 +54,9 @@ def split_folder(uri: str) -> tuple[str, str]:
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """All files under a folder by name (posix, relative), hidden ones left out, links followed.
+    """All files under a folder of pictures by name (posix, relative), links followed.
+
+    Hidden ones stay, and what commands leave in a folder: searches, MLflow's store, the cache.
 
     Raises:
         DataError: it is no folder, a folder in it cannot be read, or a name fits no key.
@@ -72,8 +75,10 @@ def _walk(folder: Path, above: frozenset[str]) -> Iterator[Path]:
     if real in above:  # a link that leads back
         return
     with os.scandir(folder) as entries:
-        visible = [Path(entry) for entry in entries if not entry.name.startswith(".")]
-    for path in visible:
+        paths = [Path(entry) for entry in entries]
+    for path in paths:
+        if is_no_data(path):
+            continue
         if path.is_dir():
             yield from _walk(path, above | {real})
         elif path.is_file():
