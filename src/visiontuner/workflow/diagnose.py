@@ -233,7 +233,9 @@ def _diagnose_run(run: RunHistory, similar: SimilarRuns) -> DiagnosedRun:
     repeated = None if run.running else similar.add(run.name, run.history)
     found = [*diagnose_history(run.history), *([repeated] if repeated else [])]
     earlier = sorted(set(run.findings) - {finding.rule for finding in found})
-    notes = [f"still running, {run.history.last_step or 0} epochs so far"] if run.running else []
+    losses = (run.history.curve(name).values for name in ("validation_loss", "train_loss"))
+    epochs = next((len(values) for values in losses if values), 0)
+    notes = [f"still running, {epochs} epochs so far"] if run.running else []
     if not run.metrics:
         notes.append("no curves: nothing was recorded")
     elif not run.known:
