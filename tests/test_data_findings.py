@@ -64,6 +64,8 @@ def test_a_search_says_what_will_spoil_it_errors_first(
     assert said[1:] == [
         UNLEARNABLE,
         "warning: 2 (Cat, …): no pictures in validation.",
+        "warning: 2 (Cat and cat, …): names that differ in capitals alone are classes of their "
+        "own.",
         f"All of it, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
     ]
 
@@ -74,7 +76,7 @@ def test_a_resumed_search_says_it_again_and_journals_it_once(
     begin(tmp_path / "s", experiment, dataset)
     assert UNLEARNABLE in begin(tmp_path / "s", experiment, dataset)
     kept = [e["rule"] for e in read_events(tmp_path / "s").events if e["event"] == "finding"]
-    assert kept == ["classes_without_training_pictures", "missing_classes"]
+    assert kept == ["classes_without_training_pictures", "missing_classes", "class_names_alike"]
 
 
 def test_report_and_diagnosis_say_it(
@@ -85,5 +87,5 @@ def test_report_and_diagnosis_say_it(
     page = write_page(tmp_path / "s", figures={}).read_text(encoding="utf-8")
     assert "classes that cannot be learned" in page
     diagnosis = diagnose(str(tmp_path / "s"))
-    assert [finding.severity for finding in diagnosis.data] == ["error", "warning"]
+    assert [finding.severity for finding in diagnosis.data] == ["error", "warning", "warning"]
     assert SearchRecord.load(tmp_path / "s").trials == {}

@@ -211,6 +211,13 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
     ]
     findings += [
         listed(
+            "class_names_alike",
+            "warning",
+            _alike(dataset.class_names),
+            "names that differ in capitals alone are classes of their own",
+            "If they mean the same, write them the same.",
+        ),
+        listed(
             "classes_without_training_pictures",
             "error",
             _classes_with(dataset, "train", 0),
@@ -226,6 +233,14 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
         ),
     ]
     return [finding for finding in findings if finding is not None]
+
+
+def _alike(names: Sequence[str]) -> list[str]:
+    """Names that differ in capitals alone, together: `Cat and cat`."""
+    spellings: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        spellings[name.casefold()].append(name)
+    return [" and ".join(same) for same in spellings.values() if len(same) > 1]
 
 
 def _classes_with(dataset: ImageDataset, split: str, number: int) -> list[str]:
