@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
-from visiontuner.layout import EXPERIMENT_FILE
+from visiontuner.layout import EXPERIMENT_FILE, RANGE_TEST_FILE, RANGE_TESTS_FOLDER
 from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.threads import training_threads
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from visiontuner.training.optimisation import ParameterGroup
     from visiontuner.training.range_test import RangeTest
 
-FOLDER = Path("lr-find")
+FOLDER = Path(RANGE_TESTS_FOLDER)
 FIGURE_FILE = "range_test.png"
-NUMBERS_FILE = "range_test.json"
 
 # Enough for a smooth curve: steps on features take milliseconds, on pictures a second or so.
 STEPS_ON_FEATURES = 200
@@ -190,7 +189,7 @@ def _write(found: FoundLearningRate, experiment: Experiment) -> None:
     try:
         found.folder.mkdir(parents=True, exist_ok=True)
         found.figure.write_bytes(to_png(figure))
-        (found.folder / NUMBERS_FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+        (found.folder / RANGE_TEST_FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
         (found.folder / EXPERIMENT_FILE).write_text(experiment.to_yaml(), encoding="utf-8")
     except OSError as error:
         raise UserMistake(
