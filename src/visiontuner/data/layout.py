@@ -46,6 +46,7 @@ LAYOUTS = (
 _NOT_DATA = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "mlflow.db", "mlruns", "mlartifacts"}
 )
+# In the folder of a search, of a range test, and in the cache.
 _OUR_MARKS = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
 
 
