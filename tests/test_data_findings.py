@@ -1,5 +1,7 @@
 """What is wrong with the pictures, as a search or a training says it before anything is trained."""
 
+import shutil
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +36,11 @@ def draw(path: Path, seed: int) -> None:
 @pytest.fixture
 def dataset(tmp_path: Path) -> ImageDataset:
     """Two classes, spelt in two ways: four classes, two of which cannot be learned."""
-    root = tmp_path / "my photos"
+    root, seeds = tmp_path / "my photos", count()
     for split, names in {"train": ("Cat", "dog"), "valid": ("cat", "Dog")}.items():
-        for label, name in enumerate(names):
+        for name in names:
             for number in range(3):
-                draw(root / split / name / f"{number}.png", seed=10 * label + number)
+                draw(root / split / name / f"{number}.png", seed=next(seeds))
     return load_dataset(root, cache=tmp_path / "cache")
 
 
@@ -68,6 +70,17 @@ def test_a_search_says_what_will_spoil_it_errors_first(
         "own.",
         f"All of it, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
     ]
+
+
+def test_a_picture_that_is_tested_on_and_trained_on_is_said(
+    tmp_path: Path, dataset: ImageDataset, experiment: Experiment
+) -> None:
+    shutil.copy(dataset.root / "train/Cat/1.png", dataset.root / "valid/cat/copy.png")
+    changed = load_dataset(dataset.root, cache=tmp_path / "cache")
+    assert any(
+        "the same picture in two splits" in note
+        for note in begin(tmp_path / "s", experiment, changed)
+    )
 
 
 def test_a_resumed_search_says_it_again_and_journals_it_once(

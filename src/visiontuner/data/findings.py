@@ -107,14 +107,18 @@ def inspect_dataset(
     findings = [
         find_unreadable(dataset, facts),
         *find_emptied_classes(dataset, _readable(dataset, facts)),
-        find_imbalance(dataset),
+        *find_without_decoding(dataset),
         find_tiny(dataset, facts),
         find_wrong_extensions(dataset, facts),
-        find_two_classes(dataset),
-        find_same_across_splits(dataset),
         find_near_across_splits(dataset, facts),
     ]
     return [finding for finding in findings if finding is not None]
+
+
+def find_without_decoding(dataset: ImageDataset) -> list[Finding]:
+    """What counts and content digests tell: imbalance, and the same file in two places."""
+    found = find_imbalance(dataset), find_two_classes(dataset), find_same_across_splits(dataset)
+    return [finding for finding in found if finding is not None]
 
 
 def find_unreadable(dataset: ImageDataset, facts: Facts) -> Finding | None:

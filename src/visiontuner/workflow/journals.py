@@ -80,8 +80,11 @@ def open_journal(
 
 
 def _serious_findings(dataset: ImageDataset) -> list[Finding]:
-    """What will spoil the result, as far as the folders alone say it; errors first."""
-    serious = [finding for finding in dataset.findings if finding.severity != "info"]
+    """What will spoil the result, as far as no picture has to be decoded; errors first."""
+    from visiontuner.data.findings import find_without_decoding
+
+    found = [*dataset.findings, *find_without_decoding(dataset)]
+    serious = [finding for finding in found if finding.severity != "info"]
     return sorted(serious, key=lambda finding: finding.severity != "error")
 
 
