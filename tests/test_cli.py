@@ -1,5 +1,6 @@
 """What a person meets at the command line: help, mistakes, exit codes."""
 
+import gc
 import json
 import os
 import shutil
@@ -407,3 +408,11 @@ def test_prepare_prints_counts_and_bars(pictures):
     row = next(line for line in result.stdout.splitlines() if line.startswith("green"))
     assert row.split()[1:3] == ["10", "4"]
     assert "█" in row
+
+
+def test_a_command_leaves_a_process_that_goes_on_its_garbage_collection() -> None:
+    kept = gc.get_freeze_count()
+    call("--help")
+    call("compare", "no-such-folder")
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == kept

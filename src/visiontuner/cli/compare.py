@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from visiontuner import garbage
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
@@ -79,7 +77,7 @@ def compare(
     form, output_file = _form(form, output)
     curves_file, figure_file = _picture(curves, "--curves"), _picture(figure, "--figure")
     count = _count(top)
-    with _without_collection():
+    with garbage.left_alone():
         from visiontuner.workflow.compare import draw_curves, draw_searches, load_runs
 
         comparison = load_runs([target for target in targets if target not in NOT_GIVEN])
@@ -98,18 +96,6 @@ def compare(
         if figure_file:
             draw_searches(comparison, figure_file)
             click.echo(f"Best so far: {figure_file}", err=True)
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    """Importing MLflow makes objects that stay: looking for garbage among them takes a second."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def _chosen(comparison: Comparison, where: str, sort: str, *, reverse: bool) -> pd.DataFrame:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import io
 import os
 import select
@@ -30,8 +29,6 @@ class OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
-        # A million objects of torch, MLflow and Ray stay: Python need not walk them so often.
-        gc.set_threshold(50_000, 20, 100)
         _spell_out_odd_names()
         try:
             with _sigterm_is_ctrl_c(), _quiet_without_reader():
@@ -49,8 +46,6 @@ class OneLineErrors(click.Command):
                 raise
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise _Failure(f"{text} (the traceback: visiontuner --debug …)", 1) from None
-        finally:
-            gc.freeze()  # or Python walks torch's and MLflow's objects once more: 1.5 s at exit
 
 
 class _Failure(click.ClickException):
