@@ -37,7 +37,7 @@ tune: $(STAMP)  ## search on the quickstart's pictures; ARGS= for your own
 	@$(BIN)/python -m visiontuner tune $(ARGS)
 
 test: $(STAMP)  ## run the tests
-	@$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Without a Docker engine root on Debian gets one for the length of the tests; with ENGINE=--or-skip
 # it is no failure if there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import os
@@ -40,12 +41,33 @@ RAYS_OWN_WARNINGS = (
 )
 
 
+# Longest first: a process that begins one of these last keeps the others waiting.
+LONGEST = (
+    "aws/test_bad_days.py",
+    "aws/test_two_hosts.py",
+    "test_network_search.py",
+    "test_interrupted_search.py",
+    "test_train.py",
+    "test_notebook.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where Ray runs in the test's own process, its own warnings are no errors."""
+    """Order the files; and where Ray runs in the test's own process, its warnings are no errors."""
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).as_posix() not in LONGEST)
     for item in items:
         if "running_ray" in getattr(item, "fixturenames", ()):
             for warning in RAYS_OWN_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(autouse=True)
+def _own_garbage_collection() -> Iterator[None]:
+    """A command lets garbage lie until it ends; this process goes on."""
+    thresholds = gc.get_threshold()
+    yield
+    gc.set_threshold(*thresholds)
 
 
 @pytest.fixture(autouse=True)

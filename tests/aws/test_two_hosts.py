@@ -17,13 +17,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from visiontuner.data.dataset import load_dataset
-from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, read_events
-from visiontuner.model.backbone import load_backbone
-from visiontuner.model.engine import make_engine
-from visiontuner.model.features import compute_features
-from visiontuner.model.store import FeatureSet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -101,14 +95,16 @@ def hosts_of(folder: Path) -> set[str]:
 
 def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
     account: Any,
-    pictures: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     new_database: Callable[[Path], str],
     tmp_path: Path,
 ) -> None:
+    pictures = tmp_path / "many"
+    draw_many(pictures, {"train": 340, "valid": 12})
+    upload(account.client("s3"), pictures, "many")
     small_search["search"]["trials"] = 6
-    small_search["data"] = {"source": f"s3://{BUCKET}/pictures/"}
+    small_search["data"] = {"source": f"s3://{BUCKET}/many/"}
     (tmp_path / "experiment.yaml").write_text(json.dumps(small_search))
     uri = new_database(tmp_path / "mlflow.db")
     environment = {
@@ -137,6 +133,9 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
 
     assert len(far.trials) == 6
     assert hosts_of(tmp_path / "far") == {"algo-1", "algo-2"}
+    (ready,) = [e for e in read_events(tmp_path / "far").events if e["event"] == "features_ready"]
+    assert ready["computed"] == 3 * (340 + 12)
+    assert ready["engine"].startswith("2 machines or GPUs, each by ONNX Runtime")
     runs = runs_by_trial(uri)
     assert runs.keys() == far.trials.keys()
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
@@ -156,12 +155,8 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
 class Job:
     """A training job made by hand, without a package to install: what the SDK adds is not here."""
 
-    def __init__(
-        self, account: Any, folder: Path, experiment: dict[str, Any], *, prefix: str = "pictures"
-    ) -> None:
+    def __init__(self, account: Any, folder: Path, experiment: dict[str, Any]) -> None:
         import visiontuner
-
-        self.prefix = prefix
 
         self.account = account
         self.s3, self.sagemaker = account.client("s3"), account.client("sagemaker")
@@ -199,7 +194,7 @@ class Job:
                 "InstanceType": "ml.g5.xlarge",
                 "VolumeSizeInGB": 1,
             },
-            InputDataConfig=[self._channel("code", "code"), self._channel("pictures", self.prefix)],
+            InputDataConfig=[self._channel("code"), self._channel("pictures")],
             CheckpointConfig={"S3Uri": f"s3://{BUCKET}/checkpoints"},
             OutputDataConfig={"S3OutputPath": f"s3://{BUCKET}/output"},
             StoppingCondition={"MaxRuntimeInSeconds": 300},
@@ -233,13 +228,13 @@ class Job:
             time.sleep(0.2)
         return status
 
-    def checkpoints(self, what: str = "search") -> Path:
+    def checkpoints(self) -> Path:
         """What lies on S3 for the next job."""
-        folder = self.folder / f"checkpoints-{len(self.names)}" / what
+        folder = self.folder / f"checkpoints-{len(self.names)}"
         pages = self.s3.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=BUCKET, Prefix=f"checkpoints/{what}/"):
+        for page in pages.paginate(Bucket=BUCKET, Prefix="checkpoints/search/"):
             for entry in page["Contents"]:
-                path = folder / entry["Key"].removeprefix(f"checkpoints/{what}/")
+                path = folder / entry["Key"].removeprefix("checkpoints/search/")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self.s3.download_file(BUCKET, entry["Key"], str(path))
         return folder
@@ -248,33 +243,22 @@ class Job:
         files = [hosts / "runner.log", *sorted(hosts.glob("algo-*/log"))]
         return "\n".join(path.read_text(errors="replace")[-3000:] for path in files)
 
-    def _channel(self, name: str, prefix: str) -> dict[str, Any]:
-        source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/{prefix}"}
+    def _channel(self, name: str) -> dict[str, Any]:
+        source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/{name}"}
         return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
 
 
 @pytest.fixture
-def make_job(account: Any, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    made: list[Job] = []
-
-    def make(experiment: dict[str, Any], **options: Any) -> Job:
-        made.append(Job(account, tmp_path, experiment, **options))
-        return made[-1]
-
-    yield make
-    for job in made:
-        for name in job.names:
-            if job.status(name) == "InProgress":
-                job.sagemaker.stop_training_job(TrainingJobName=name)
-                job.end(Path(job.account.jobs) / name)
-
-
-@pytest.fixture
-def job(make_job: Callable[..., Job], small_search: dict[str, Any]) -> Job:
+def job(account: Any, small_search: dict[str, Any], tmp_path: Path) -> Iterator[Job]:
     experiment = json.loads(json.dumps(small_search))
     experiment["training"]["epochs"] = 60
     experiment["search"]["trials"] = TRIALS
-    return make_job(experiment)
+    job = Job(account, tmp_path, experiment)
+    yield job
+    for name in job.names:
+        if job.status(name) == "InProgress":
+            job.sagemaker.stop_training_job(TrainingJobName=name)
+            job.end(Path(job.account.jobs) / name)
 
 
 def test_an_interrupted_search_on_two_hosts_goes_on_and_survives_the_loss_of_one(job: Job) -> None:
@@ -310,33 +294,6 @@ def test_an_interrupted_search_on_two_hosts_goes_on_and_survives_the_loss_of_one
     assert (folder / "classifier/classifier.json").is_file()
 
 
-def test_two_hosts_compute_the_features_together_and_they_are_those_of_one(
-    make_job: Callable[..., Job], account: Any, small_search: dict[str, Any], tmp_path: Path
-) -> None:
-    pictures = tmp_path / "many"
-    draw_many(pictures, {"train": 340, "valid": 12})
-    upload(account.client("s3"), pictures, "many")
-    experiment = json.loads(json.dumps(small_search))
-    experiment["search"]["trials"] = 2
-    job = make_job(experiment, prefix="many")
-
-    hosts = job.start()
-    assert job.end(hosts) == "Completed", job.logs(hosts)
-
-    events = read_events(job.checkpoints()).events
-    (ready,) = [event for event in events if event["event"] == "features_ready"]
-    assert ready["computed"] == 3 * (340 + 12)
-    assert ready["engine"].startswith("2 machines or GPUs, each by ONNX Runtime")
-    store = job.checkpoints("cache") / "features" / Path(ready["folder"]).name
-    together = FeatureSet.open(store)
-    alone = features_of(pictures, Experiment.parse(experiment), tmp_path / "cache")
-    for split in ("train", "validation"):
-        ours, theirs = alone.split(split), together.split(split)
-        assert ours.paths == theirs.paths
-        np.testing.assert_array_equal(ours.features, theirs.features)
-        np.testing.assert_array_equal(ours.labels, theirs.labels)
-
-
 def draw_many(folder: Path, counts: dict[str, int]) -> None:
     rng = np.random.default_rng(0)
     for split, count in counts.items():
@@ -345,21 +302,6 @@ def draw_many(folder: Path, counts: dict[str, int]) -> None:
             for number in range(count):
                 pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / split / label / f"{number}.png")
-
-
-def features_of(pictures: Path, experiment: Experiment, cache: Path) -> FeatureSet:
-    """Computed by this machine alone."""
-    model = experiment.model
-    backbone = load_backbone(
-        model.backbone, weights=model.weights, image_size=model.image_size, cache=cache
-    )
-    return compute_features(
-        load_dataset(pictures, cache=cache),
-        backbone=backbone,
-        engine=lambda: make_engine(backbone, precision=experiment.training.precision, cache=cache),
-        precision=experiment.training.precision,
-        cache=cache,
-    )
 
 
 def ran_on(ended: list[dict[str, Any]], host: str, *, after: set[str]) -> bool:
