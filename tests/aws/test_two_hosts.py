@@ -103,9 +103,10 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
     pictures = tmp_path / "many"
     draw_many(pictures, {"train": 340, "valid": 12})
     upload(account.client("s3"), pictures, "many")
-    small_search["search"]["trials"] = 6
-    small_search["data"] = {"source": f"s3://{BUCKET}/many/"}
-    (tmp_path / "experiment.yaml").write_text(json.dumps(small_search))
+    experiment = json.loads(json.dumps(small_search))
+    experiment["search"]["trials"] = 6
+    experiment["data"] = {"source": f"s3://{BUCKET}/many/"}
+    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
     uri = new_database(tmp_path / "mlflow.db")
     environment = {
         **os.environ,
