@@ -99,7 +99,7 @@ class StageRunner:
         """The heads that networks begin with: on the disk, and of the same pictures."""
         self._require_same_pictures(stores)
         record = self.recorder.record
-        answers = ValidationAnswers(self.folder, record, self.inputs.experiment)
+        answers = ValidationAnswers(self.folder, record, self.inputs.experiment, inputs=self.inputs)
         for planned in plan.known:
             if planned.starts_from is None:
                 continue
