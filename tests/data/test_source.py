@@ -7,9 +7,11 @@ import io
 import os
 import re
 import stat
+import struct
 import tarfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -217,6 +219,126 @@ def test_a_colon_in_a_folders_name_is_no_drive(tmp_path, cache):
     for name, content in {"a.zip": zipped(entries), "b.tar": tarred("w", entries)}.items():
         folder = fetch_source(write(tmp_path / name, content), cache=cache)
         assert (folder / "photos: summer" / "a" / "1.png").read_bytes() == b"x"
+
+
+def old_zip(names: list[bytes], extra: bytes = b"") -> bytes:
+    """A zip as programs wrote it before names were UTF-8: bytes, and no word on what they mean."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as bundle:
+        for number, name in enumerate(names):
+            info = zipfile.ZipInfo(f"{number:02d}".ljust(len(name), "~"))
+            info.extra = extra
+            bundle.writestr(info, picture(f"#{number:06x}"))
+    content = stream.getvalue()
+    for number, name in enumerate(names):
+        content = content.replace(f"{number:02d}".ljust(len(name), "~").encode(), name)
+    return content
+
+
+def unpacked_classes(tmp_path: Path, content: bytes, suffix: str = "zip") -> set[str]:
+    folder = fetch_source(write(tmp_path / f"a.{suffix}", content), cache=tmp_path / "cache")
+    return {path.parent.name for path in folder.rglob("*.png")}
+
+
+def names_warned_of(tmp_path: Path) -> list[str]:
+    (folder,) = (tmp_path / "cache" / "archives").iterdir()
+    return [finding.evidence for finding in archive_module.archive_findings(folder)]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "classes", "warned"),
+    [
+        ("utf-8", {"Füchse", "猫"}, False),
+        ("cp437", {"Füchse", "Löwen"}, False),  # a zip without a word is cp437
+        ("cp850", {"leões", "Ácaros"}, True),
+        ("cp1252", {"Füchse", "Käfer"}, True),
+        ("cp866", {"кошка", "собака"}, True),
+        ("cp1251", {"кошка", "собака"}, True),
+        ("cp932", {"イヌ", "ネコ"}, True),
+        ("cp932", {"表", "ソ"}, True),  # the second byte of each is a backslash
+        ("gbk", {"狗", "猫"}, True),
+        ("gbk", {"誠", "乗"}, True),
+        ("cp950", {"功", "許"}, True),
+        ("cp949", {"개", "고양이"}, True),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["zip", "tar"])
+def test_class_names_are_read_in_the_encoding_that_fits(
+    tmp_path, encoding, classes, warned, suffix
+):
+    names = [f"photos/{split}/{name}/1.png" for name in classes for split in ("train", "valid")]
+    raw = [name.encode(encoding) for name in names]
+    content = old_zip(raw) if suffix == "zip" else old_tar(raw)
+    assert unpacked_classes(tmp_path, content, suffix) == classes
+    warnings = names_warned_of(tmp_path)
+    assert bool(warnings) == warned
+    if warned:
+        assert f"4 of them were read as {encoding} (" in warnings[0]
+        assert min(classes) in warnings[0]
+
+
+def old_tar(names: list[bytes]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(
+        fileobj=stream, mode="w", encoding="utf-8", errors="surrogateescape"
+    ) as bundle:
+        for number, name in enumerate(names):
+            content = picture(f"#{number:06x}")
+            info = tarfile.TarInfo(os.fsdecode(name))
+            info.size = len(content)
+            bundle.addfile(info, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def test_a_guessed_encoding_is_said_whenever_the_data_set_is_read(tmp_path, cache):
+    names = [f"{s}/{c}/1.png".encode("gbk") for s in ("train", "valid") for c in "狗猫"]
+    source = write(tmp_path / "a.zip", old_zip(names))
+    for _ in range(2):  # unpacked, and found unpacked
+        dataset = load_dataset(fetch_source(source, cache=cache), cache=cache)
+        assert dataset.class_names == ("狗", "猫")
+        (finding,) = (f for f in dataset.findings if f.rule == "names_without_encoding")
+        assert finding.severity == "warning"
+        assert "read as gbk (狗, 猫)" in finding.evidence
+
+
+def test_the_unicode_name_beside_an_old_one_wins_where_it_belongs_to_it(tmp_path):
+    raw = "?/1.png".encode("cp437")
+    name = "Füchse/1.png".encode()
+    for checksum, expected in ((zlib.crc32(raw), "Füchse"), (zlib.crc32(raw) ^ 1, "?")):
+        field = struct.pack("<BL", 1, checksum) + name
+        content = old_zip([raw], struct.pack("<HH", 0x7075, len(field)) + field)
+        (tmp_path / expected).mkdir()
+        assert unpacked_classes(tmp_path / expected, content) == {expected}
+
+
+def test_names_in_no_known_encoding_are_kept_apart_and_said(tmp_path):
+    raw = [b"\xfe\x81\\/1.png", b"\xfe\x82\\/1.png"]
+    assert len(unpacked_classes(tmp_path, old_zip(raw))) == 2
+    assert "read as cp437" in names_warned_of(tmp_path)[0]
+
+
+def test_folders_that_a_windows_program_parted_with_backslashes_are_folders(tmp_path):
+    assert unpacked_classes(tmp_path, old_zip([b"train\\a\\1.png", b"train\\b\\1.png"])) == {
+        "a",
+        "b",
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [["a/1.png", "a/1.png"], ["a/1.png", "a/./1.png"], ["a/1.png", "a\\1.png"]]
+)
+@pytest.mark.parametrize("suffix", ["zip", "tar"])
+def test_two_entries_with_one_name_are_an_error(tmp_path, cache, names, suffix):
+    raw = [name.encode() for name in names]
+    source = write(tmp_path / f"a.{suffix}", old_zip(raw) if suffix == "zip" else old_tar(raw))
+    with pytest.raises(DataError, match=r"is refused: its entry .* is there twice"):
+        fetch_source(source, cache=cache)
+    assert list((cache / "archives").iterdir()) == []
+
+
+def test_a_folder_may_be_there_twice(tmp_path, cache):
+    source = write(tmp_path / "a.tar", tarred("w", FILES, *[member("photos", tarfile.DIRTYPE)] * 2))
+    assert fetch_source(source, cache=cache).is_dir()
 
 
 GZ = tarred("w:gz", {"a/noise.png": os.urandom(50_000)})

@@ -1,25 +1,44 @@
-"""Unpack a zip or tar so that nothing lands outside the target folder."""
+"""Unpack a zip or tar so that nothing lands outside the target folder.
+
+Old archives do not say how the names of their files are encoded. What names are in is decided for
+the whole archive: UTF-8 if all of them are, else the encoding under which they read most like words.
+"""
 
 from __future__ import annotations
 
 import errno
+import json
 import lzma
+import math
 import os
 import re
 import shutil
 import stat
+import string
+import struct
 import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
 from visiontuner.errors import DataError
+from visiontuner.journal import Finding
 
 ARCHIVE_SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+
+# In an unpacked folder, where the names' encoding had to be guessed: hidden, so that it is no data.
+_NAMES_NOTE = ".visiontuner-names.json"
+# A byte below 0x40 is no half of a character; some programs part folders with a backslash.
+_WORD_ENDS = re.compile(rb"[\x00-\x3f]+|(?<=[\x00-\x7f])\\")
+_SCORED_WORDS = 2_000  # of an archive's different ones; more of them change no verdict
+_UTF8_FLAG = 0x800
+_UNICODE_PATH_FIELD = 0x7075
 
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, ValueError)
 
@@ -104,43 +123,86 @@ def _damaged(archive: Path, error: Exception) -> DataError:
 
 def _extract_zip(archive: Path, folder: Path) -> None:
     with zipfile.ZipFile(archive) as bundle:
-        needed = sum(member.file_size for member in bundle.infolist())
-        if needed > shutil.disk_usage(folder).free:
-            raise OSError(errno.ENOSPC, f"needs {needed:,} bytes")
-        for member in bundle.infolist():
+        members = bundle.infolist()
+        _refuse_what_does_not_fit(folder, sum(member.file_size for member in members))
+        names = decode_names([_zip_name(member) for member in members])
+        for name, member in zip(names.texts, members, strict=True):
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _hostile(archive, member.filename, "is a link or a device")
-            path = _inside(archive, folder, member.filename)
-            if member.is_dir():
+                raise _hostile(archive, name, "is a link or a device")
+        is_folder = [name.endswith("/") for name in names.texts]
+        paths = _entry_paths(archive, folder, names.texts, is_folder)
+        for path, only_folder, member in zip(paths, is_folder, members, strict=True):
+            if only_folder:
                 path.mkdir(parents=True, exist_ok=True)
             else:
                 with bundle.open(member) as content:
                     _write(path, content)
+    _write_names_note(folder, names)
 
 
 def _extract_tar(archive: Path, folder: Path) -> None:
-    with tarfile.open(archive) as bundle:
-        for member in bundle:
-            path = _inside(archive, folder, member.name)
-            content = bundle.extractfile(member) if member.isfile() else None
-            if member.isdir():
-                path.mkdir(parents=True, exist_ok=True)
-            elif content is None:
-                raise _hostile(archive, member.name, "is a link or a device")
-            else:
-                with content:
-                    _write(path, content)
+    # The names' own bytes come back from surrogates, whatever this machine's locale.
+    with tarfile.open(archive, encoding="utf-8", errors="surrogateescape") as bundle:
+        members = _tar_members(archive, folder, bundle)
         # A compressed file's checksum comes last, behind the tar's own end.
         while bundle.fileobj is not None and bundle.fileobj.read(1 << 20):
             pass
+        names = decode_names([os.fsencode(member.name) for member in members])
+        is_folder = [member.isdir() for member in members]
+        paths = _entry_paths(archive, folder, names.texts, is_folder)
+        for path, member in zip(paths, members, strict=True):
+            content = None if member.isdir() else bundle.extractfile(member)
+            if content is None:
+                path.mkdir(parents=True, exist_ok=True)
+            else:
+                with content:
+                    _write(path, content)
+    _write_names_note(folder, names)
+
+
+def _tar_members(archive: Path, folder: Path, bundle: tarfile.TarFile) -> list[tarfile.TarInfo]:
+    """Every entry, read before anything is written: plain files and folders that fit the disk."""
+    members: list[tarfile.TarInfo] = []
+    needed = 0
+    for member in bundle:
+        if member.issparse():
+            raise _hostile(archive, member.name, "is a sparse file")
+        if not (member.isfile() or member.isdir()):
+            raise _hostile(archive, member.name, "is a link or a device")
+        if member.size < 0:  # the next header would be looked for before this one, for ever
+            raise tarfile.ReadError(f"the entry {member.name!r} has {member.size} bytes")
+        needed += member.size
+        _refuse_what_does_not_fit(folder, needed)
+        members.append(member)
+    return members
+
+
+def _refuse_what_does_not_fit(folder: Path, needed: int) -> None:
+    if needed > shutil.disk_usage(folder).free:
+        raise OSError(errno.ENOSPC, f"needs {needed:,} bytes")
+
+
+def _entry_paths(
+    archive: Path, folder: Path, names: Sequence[str], is_folder: Sequence[bool]
+) -> list[Path]:
+    """Where each entry belongs; none may leave the folder, and no two may be the same file."""
+    paths = [_inside(archive, folder, name) for name in names]
+    folders = {path for path, only_folder in zip(paths, is_folder, strict=True) if only_folder}
+    files: set[Path] = set()
+    for name, path, only_folder in zip(names, paths, is_folder, strict=True):
+        if not only_folder and (path in files or path in folders):
+            raise _hostile(archive, name, "is there twice, and one would replace the other")
+        if not only_folder:
+            files.add(path)
+    return paths
 
 
 def _inside(archive: Path, folder: Path, name: str) -> Path:
-    parts = name.replace("\\", "/").split("/")
+    parts = name.split("/")
     # `C:` alone is a drive's name elsewhere; `photos: summer` is a folder's.
     drive = re.fullmatch(r"[A-Za-z]:.*", parts[0]) is not None
-    if name.startswith(("/", "\\")) or ".." in parts or drive or "\0" in name:
+    if name.startswith("/") or ".." in parts or drive or "\0" in name:
         raise _hostile(archive, name, "leads out of the folder")
     return folder.joinpath(*parts)
 
@@ -168,3 +230,203 @@ def explain_write(error: OSError, target: Path) -> str:
 
 def _existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
+
+
+@dataclass(frozen=True)
+class EntryNames:
+    """The names in an archive, with `/` between their parts.
+
+    Args:
+        encoding: how names were read that do not say it themselves; None where none had to be.
+        guessed: those names, if `encoding` is neither UTF-8 nor a zip's own default.
+    """
+
+    texts: list[str]
+    encoding: str | None
+    guessed: list[str]
+
+
+def decode_names(raw_names: Sequence[str | bytes]) -> EntryNames:
+    """Read the names of an archive: text where the archive says what they are, else bytes."""
+    undeclared = {name for name in raw_names if isinstance(name, bytes) and not name.isascii()}
+    encoding, is_evident = _names_encoding(undeclared) if undeclared else (None, True)
+    texts = [
+        name if isinstance(name, str) else name.decode(encoding or "ascii") for name in raw_names
+    ]
+    # Some Windows programs part folders with a backslash. In the second byte of a character it is
+    # none, which decoding has settled; where no encoding fits, each may be one.
+    backslash = r"(?<![\x80-\U0010ffff])\\" if encoding == _FALLBACK and not is_evident else r"\\"
+    texts = [re.sub(backslash, "/", text) for text in texts]
+    guessed = (
+        []
+        if is_evident
+        else [text for raw, text in zip(raw_names, texts, strict=True) if raw in undeclared]
+    )
+    return EntryNames(texts, encoding, guessed)
+
+
+def archive_findings(folder: Path) -> list[Finding]:
+    """What is worth a word about an archive that was unpacked into a folder."""
+    try:
+        note = json.loads((folder / _NAMES_NOTE).read_text(encoding="utf-8"))
+        encoding, count, examples = note["encoding"], note["count"], ", ".join(note["examples"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [
+        Finding(
+            rule="names_without_encoding",
+            severity="warning",
+            evidence=f"the archive does not say how its names are encoded; {count} of them were "
+            f"read as {encoding} ({examples if examples.isprintable() else ascii(examples)})",
+            advice="Look at the class names. If they are wrong, unpack the archive yourself "
+            "(`unzip -O ENCODING`) and give the folder.",
+        )
+    ]
+
+
+def _write_names_note(folder: Path, names: EntryNames) -> None:
+    note = folder / _NAMES_NOTE
+    note.unlink(missing_ok=True)  # the archive's own, which knows nothing of this
+    if names.guessed:
+        parts = {part for name in names.guessed for part in name.split("/") if not part.isascii()}
+        content = {
+            "encoding": names.encoding,
+            "count": len(names.guessed),
+            "examples": sorted(parts, key=lambda part: (len(part), part))[:3],
+        }
+        note.write_text(json.dumps(content), encoding="utf-8")
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str | bytes:
+    """A zip entry's name: text where the entry says that it is UTF-8, else its bytes."""
+    name = member.orig_filename.partition("\0")[0]
+    if member.flag_bits & _UTF8_FLAG:
+        return name
+    raw = name.encode("cp437")  # as zipfile read it
+    return _unicode_path(member.extra, raw) or raw
+
+
+def _unicode_path(extra: bytes, raw: bytes) -> str | None:
+    """The UTF-8 name that Info-ZIP puts beside an old one, if it belongs to that one."""
+    while len(extra) >= 4:
+        kind, size = struct.unpack_from("<HH", extra)
+        content, extra = extra[4 : 4 + size], extra[4 + size :]
+        if kind == _UNICODE_PATH_FIELD and len(content) > 5:
+            version, checksum = struct.unpack_from("<BL", content)
+            if version == 1 and checksum == zlib.crc32(raw):
+                return content[5:].decode("utf-8")
+    return None
+
+
+def _names_encoding(names: Collection[bytes]) -> tuple[str, bool]:
+    """The encoding of names that are not ASCII, and whether that needs no warning."""
+    if _decodes(names, "utf-8"):
+        return "utf-8", True
+    words = sorted(
+        {word for name in names for word in _WORD_ENDS.split(name) if not word.isascii()}
+    )
+    costs = {
+        encoding: sum(_word_cost(word, encoding) for word in words[:_SCORED_WORDS])
+        for encoding in _ALPHABETS
+        if _decodes(names, encoding)
+    }
+    best = min(costs, key=lambda encoding: costs[encoding])
+    return (best, best == _FALLBACK) if math.isfinite(costs[best]) else (_FALLBACK, False)
+
+
+def _decodes(names: Iterable[bytes], encoding: str) -> bool:
+    try:
+        return all(name.decode(encoding).encode(encoding) == name for name in names)
+    except UnicodeError:
+        return False
+
+
+def _word_cost(word: bytes, encoding: str) -> float:
+    """Minus the log-likelihood of a word in an encoding; infinite if it holds more than letters."""
+    costs = _letter_costs(encoding)
+    return sum(costs.get(letter, math.inf) for letter in word.decode(encoding))
+
+
+@cache
+def _letter_costs(encoding: str) -> dict[str, float]:
+    # From 0x40 on a byte may be half of a character; a backslash rarely stands for itself.
+    costs = {chr(code): 5.0 for code in range(0x40, 0x80)} | {"\\": 14.0}
+    known: set[str] = set()
+    for share, letters in _ALPHABETS[encoding]:
+        group = set(_zone(encoding, *letters) if isinstance(letters, tuple) else letters) - known
+        costs |= dict.fromkeys(group, -math.log(share / len(group)))
+        known |= group
+    return costs
+
+
+def _zone(encoding: str, leads: tuple[int, int], trails: tuple[int, int]) -> Iterator[str]:
+    """The characters of two bytes, each between two bounds, both included."""
+    for lead in range(leads[0], leads[1] + 1):
+        for trail in range(trails[0], trails[1] + 1):
+            text = bytes((lead, trail)).decode(encoding, errors="ignore")
+            if len(text) == 1 and not text.isascii():
+                yield text
+
+
+_Zone = tuple[tuple[int, int], tuple[int, int]]
+_Alphabet = tuple[tuple[float, str | _Zone], ...]
+
+_WESTERN = "äöüßéèêëàâáåãæçíìîïñóòôõøœúùûÿ"
+_CENTRAL = "ąćčďđęěłľńňőřśšşťţůűýźżžăâ"
+_RUSSIAN = "абвгдежзийклмнопрстуфхцчшщъыьэюяё"
+# The hundred syllables that make up most of Korean text.
+_KOREAN = (
+    "이다는에의가을고하지로은기도를한사어나리아자시대인서여해과정부그일수원전보들주조게마만제거구상"
+    "장니동국면무소안오성스세선년신라생위비중적유우공진경물내당문간학모드것저방관화바트용말"
+    "연미산양개강새소파과물치호랑토끼닭돼쥐곰꽃나무"
+)
+_CJK_SIGNS = "々ー・（）「」《》、。！　"
+_LATIN: _Alphabet = (
+    (0.9, string.ascii_letters),
+    (0.07, _WESTERN),
+    (0.015, _CENTRAL),
+    (0.012, _WESTERN.upper().replace("SS", "") + "’–"),
+    (0.003, _CENTRAL.upper()),
+)
+_CYRILLIC: _Alphabet = (
+    (0.01, string.ascii_letters),
+    (0.87, _RUSSIAN),
+    (0.12, _RUSSIAN.upper() + "іїєґўІЇЄҐЎ№"),
+)
+_CJK: _Alphabet = ((0.08, string.ascii_letters), (0.02, _CJK_SIGNS))
+# How often which letters are met. Of equal ones the first is taken: a zip without a word is cp437.
+_ALPHABETS: dict[str, _Alphabet] = {
+    "cp437": _LATIN,
+    "cp850": _LATIN,
+    "cp1252": _LATIN,
+    "cp852": _LATIN,
+    "cp1250": _LATIN,
+    "cp866": _CYRILLIC,
+    "cp1251": _CYRILLIC,
+    "koi8-r": _CYRILLIC,
+    "cp932": (
+        *_CJK,
+        (0.25, ((0x82, 0x82), (0x9F, 0xF1))),  # hiragana
+        (0.25, ((0x83, 0x83), (0x40, 0x96))),  # katakana
+        (0.38, ((0x88, 0x98), (0x40, 0xFC))),  # kanji, the common ones
+        (0.02, ((0x99, 0xEA), (0x40, 0xFC))),
+    ),
+    "gbk": (
+        *_CJK,
+        (0.82, ((0xB0, 0xD7), (0xA1, 0xFE))),  # GB 2312, level 1
+        (0.07, ((0xD8, 0xF7), (0xA1, 0xFE))),  # level 2
+        (0.01, ((0x81, 0xFE), (0x40, 0xFE))),
+    ),
+    "cp950": (
+        *_CJK,
+        (0.85, ((0xA4, 0xC6), (0x40, 0xFE))),  # Big5, level 1
+        (0.05, ((0xC9, 0xF9), (0x40, 0xFE))),
+    ),
+    "cp949": (
+        *_CJK,
+        (0.65, _KOREAN),
+        (0.24, ((0xB0, 0xC8), (0xA1, 0xFE))),  # KS X 1001
+        (0.01, ((0x81, 0xC6), (0x41, 0xFE))),
+    ),
+}
+_FALLBACK = "cp437"

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from visiontuner.data.archive import archive_findings
 from visiontuner.data.digests import content_digests
 from visiontuner.data.layout import LAYOUTS, Layout, PictureFile, read_layout
 from visiontuner.data.layout_findings import layout_findings
@@ -98,7 +99,11 @@ def load_dataset(
         findings=(),
     )
     unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
-    findings = (*layout_findings(layout, unreadable), *_class_findings(dataset))
+    findings = (
+        *archive_findings(root),
+        *layout_findings(layout, unreadable),
+        *_class_findings(dataset),
+    )
     return replace(dataset, findings=findings)
 
 

@@ -121,7 +121,8 @@ def _open_path(path: Path, cache: Path, sha256: str | None) -> Path:
 
 def _folder_name(name: str, key: str) -> str:
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name.split(".")[0])[:40]
-    return f"{stem or 'archive'}-{key[:16]}"
+    # 2: folders without it may hold names that were read as cp437 whatever they were.
+    return f"{stem or 'archive'}-{key[:16]}-2"
 
 
 def _unknown_scheme(source: str, scheme: str) -> str:
