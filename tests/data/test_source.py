@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import errno
+import gzip
 import hashlib
 import io
 import os
@@ -214,6 +215,72 @@ def test_nothing_leaves_the_target_folder(tmp_path, cache, name, content):
     assert list((cache / "archives").iterdir()) == []
 
 
+def sparse_tar() -> bytes:
+    """2 kB that GNU tar's `--sparse` writes for 40 GB of nothing."""
+    info = tarfile.TarInfo("a/1.png")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    struct.pack_into("12s12s", header, 386, b"%011o\0" % (40 << 30), b"%011o\0" % 0)
+    struct.pack_into("12s", header, 483, b"\x80" + (40 << 30).to_bytes(11, "big"))
+    return checked(header) + bytes(1024)
+
+
+def checked(header: bytearray) -> bytes:
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def pax_sparse_tar() -> bytes:
+    info = tarfile.TarInfo("a/1.png")
+    info.pax_headers = {"GNU.sparse.size": str(40 << 30), "GNU.sparse.numblocks": "0"}
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as bundle:
+        bundle.addfile(info)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("content", [sparse_tar(), pax_sparse_tar()], ids=["gnu", "pax"])
+def test_a_sparse_tar_is_refused(tmp_path, cache, content):
+    assert len(content) <= 10_240
+    with pytest.raises(DataError, match=r"is refused: its entry 'a/1\.png' is a sparse file"):
+        fetch_source(write(tmp_path / "a.tar", content), cache=cache)
+
+
+def tar_header(size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = tarfile.TarInfo("a/1.png")
+    info.size, info.type = size, kind
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (tar_header(40 << 30) + bytes(2048), "is damaged|The disk is full"),
+        (tar_header(1 << 30) + bytes(2048), "is damaged: unexpected end of data"),
+        (tar_header(-1024) + bytes(2048), "is damaged"),
+        (gzip.compress(tar_header(-1024) + bytes(2048)), "is damaged"),
+        (gzip.compress(tar_header(64 << 20, b"x") + bytes(64 << 20)), "is damaged: a h"),
+        (gzip.compress(tar_header(64 << 20, b"L") + bytes(64 << 20)), "is damaged: a h"),
+    ],
+    ids=["40 GB", "1 GB", "negative", "negative gz", "large header", "long name"],
+)
+def test_a_tar_that_declares_what_it_does_not_hold_is_refused(tmp_path, cache, content, message):
+    with pytest.raises(DataError, match=message):
+        fetch_source(write(tmp_path / "a.tar", content), cache=cache)
+    assert list((cache / "archives").iterdir()) == []
+
+
+def test_an_archive_within_an_archive_stays_one(tmp_path, cache):
+    inner = gzip.compress(tarred("w", {"x/zeros.png": bytes(1 << 20)}))
+    source = write(
+        tmp_path / "a.tar.gz", tarred("w:gz", FILES | {"photos/train/a/b.tar.gz": inner})
+    )
+    folder = fetch_source(source, cache=cache)
+    assert (folder / "photos/train/a/b.tar.gz").read_bytes() == inner
+    assert not list(folder.rglob("zeros.png"))
+
+
 def test_a_colon_in_a_folders_name_is_no_drive(tmp_path, cache):
     entries = {f"photos: summer/{name}/1.png": b"x" for name in "ab"}
     for name, content in {"a.zip": zipped(entries), "b.tar": tarred("w", entries)}.items():
@@ -383,9 +450,16 @@ def test_a_full_disk_is_one_clear_line(tmp_path, cache, monkeypatch):
     assert list((cache / "archives").iterdir()) == []
 
 
-def test_an_archive_larger_than_the_disk_is_refused_beforehand(tmp_path, cache, monkeypatch):
-    source = write(tmp_path / "a.zip", zipped())
-    usage = type("Usage", (), {"free": 10})
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("a.zip", zipped()), ("a.tar", tarred("w")), ("a.tar.xz", tarred("w:xz"))],
+)
+def test_an_archive_larger_than_the_disk_is_refused_beforehand(
+    tmp_path, cache, monkeypatch, name, content
+):
+    source = write(tmp_path / name, content)
+    usage = type("Usage", (), {"free": 200})
+    monkeypatch.setattr(archive_module, "_write", None)  # nothing is begun
     monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DataError, match="The disk is full"):
         fetch_source(source, cache=cache)

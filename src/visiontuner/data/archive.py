@@ -1,12 +1,15 @@
 """Unpack a zip or tar so that nothing lands outside the target folder.
 
-Old archives do not say how the names of their files are encoded. What names are in is decided for
-the whole archive: UTF-8 if all of them are, else the encoding under which they read most like words.
+Old archives do not say how the names of their files are encoded. That is decided for the whole
+archive: UTF-8 if all names are, else the encoding in which they read most like words.
 """
 
 from __future__ import annotations
 
+import bz2
 import errno
+import gzip
+import io
 import json
 import lzma
 import math
@@ -20,12 +23,12 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from visiontuner.errors import DataError
 from visiontuner.journal import Finding
@@ -37,6 +40,14 @@ _NAMES_NOTE = ".visiontuner-names.json"
 # A byte below 0x40 is no half of a character; some programs part folders with a backslash.
 _WORD_ENDS = re.compile(rb"[\x00-\x3f]+|(?<=[\x00-\x7f])\\")
 _SCORED_WORDS = 2_000  # of an archive's different ones; more of them change no verdict
+_COMPRESSIONS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
+_LARGEST_READ = 16 << 20  # bytes; a header is 512, a very long name a few thousand
+# Bytes that are no UTF-8 become surrogates, and come back from them, whatever the locale.
+_TAR_NAMES = ("utf-8", "surrogateescape")
 _UTF8_FLAG = 0x800
 _UNICODE_PATH_FIELD = 0x7075
 
@@ -107,13 +118,8 @@ def _move(folder: Path, target: Path) -> None:
 def _extract(archive: Path, folder: Path) -> None:
     if zipfile.is_zipfile(archive):
         _extract_zip(archive, folder)
-    elif tarfile.is_tarfile(archive):
-        _extract_tar(archive, folder)
     else:
-        raise DataError(
-            f"{archive} is not an archive that can be read ({', '.join(ARCHIVE_SUFFIXES)}); "
-            "was a web page downloaded instead?"
-        )
+        _extract_tar(archive, folder)
 
 
 def _damaged(archive: Path, error: Exception) -> DataError:
@@ -142,13 +148,12 @@ def _extract_zip(archive: Path, folder: Path) -> None:
 
 
 def _extract_tar(archive: Path, folder: Path) -> None:
-    # The names' own bytes come back from surrogates, whatever this machine's locale.
-    with tarfile.open(archive, encoding="utf-8", errors="surrogateescape") as bundle:
+    with _ModestReader(_decompressed(archive)) as stream, _open_tar(archive, stream) as bundle:
         members = _tar_members(archive, folder, bundle)
         # A compressed file's checksum comes last, behind the tar's own end.
-        while bundle.fileobj is not None and bundle.fileobj.read(1 << 20):
+        while stream.read(1 << 20):
             pass
-        names = decode_names([os.fsencode(member.name) for member in members])
+        names = decode_names([member.name.encode(*_TAR_NAMES) for member in members])
         is_folder = [member.isdir() for member in members]
         paths = _entry_paths(archive, folder, names.texts, is_folder)
         for path, member in zip(paths, members, strict=True):
@@ -159,6 +164,35 @@ def _extract_tar(archive: Path, folder: Path) -> None:
                 with content:
                     _write(path, content)
     _write_names_note(folder, names)
+
+
+class _ModestReader(io.BufferedReader):
+    """Reads no more than a header may need at once: compressed zeros can claim to be gigabytes."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _LARGEST_READ:
+            raise tarfile.TarError(f"a header claims {size} bytes")
+        return super().read(size)
+
+
+def _decompressed(archive: Path) -> Any:
+    with archive.open("rb") as file:
+        head = file.read(8)
+    for start, opener in _COMPRESSIONS.items():
+        if head.startswith(start):
+            return opener(archive, "rb")
+    return archive.open("rb", buffering=0)
+
+
+def _open_tar(archive: Path, stream: IO[bytes]) -> tarfile.TarFile:
+    encoding, errors = _TAR_NAMES
+    try:
+        return tarfile.open(fileobj=stream, mode="r:", encoding=encoding, errors=errors)
+    except tarfile.ReadError:
+        raise DataError(
+            f"{archive} is not an archive that can be read ({', '.join(ARCHIVE_SUFFIXES)}); "
+            "was a web page downloaded instead?"
+        ) from None
 
 
 def _tar_members(archive: Path, folder: Path, bundle: tarfile.TarFile) -> list[tarfile.TarInfo]:
