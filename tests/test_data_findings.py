@@ -83,6 +83,26 @@ def test_a_picture_that_is_tested_on_and_trained_on_is_said(
     )
 
 
+def test_images_that_are_left_out_are_said_journalled_and_reported(
+    tmp_path: Path, dataset: ImageDataset, experiment: Experiment
+) -> None:
+    for number in range(3):
+        draw(dataset.root / "test" / f"{number}.png", seed=900 + number)
+    (dataset.root / "train" / "dog" / "x.jxl").write_bytes(b"\xff\x0a")
+    changed = load_dataset(dataset.root, cache=tmp_path / "cache")
+    expected = [
+        "1 (train/dog/x.jxl): images left out: 1 JPEG XL, formats that are not read here",
+        "3 (test/0.png, …): images left out: 3 PNG, in no class folder",
+        "test holds no images in class folders: there is nothing to test on",
+    ]
+    said = begin(tmp_path / "s", experiment, changed)
+    assert [f"warning: {text}." for text in expected] == said[2:5]
+    kept = [e["evidence"] for e in read_events(tmp_path / "s").events if e["event"] == "finding"]
+    assert [text for text in kept if text in expected] == expected
+    page = write_page(tmp_path / "s", figures={}).read_text(encoding="utf-8")
+    assert all(text in page for text in expected)
+
+
 def test_a_resumed_search_says_it_again_and_journals_it_once(
     tmp_path: Path, experiment: Experiment, dataset: ImageDataset
 ) -> None:

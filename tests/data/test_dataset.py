@@ -104,7 +104,7 @@ def test_a_folder_of_pictures_beside_the_splits_is_a_warning_other_ones_are_not(
     (root / "papers" / "about.pdf").write_text("x")
     found = {finding.rule: finding for finding in load_dataset(root, cache=cache).findings}
     assert found["folders_beside_splits"].severity == "warning"
-    assert found["folders_beside_splits"].evidence.startswith("1 (holdout): left out")
+    assert found["folders_beside_splits"].evidence.startswith("1 (holdout: 2 images): left out")
     assert found["ignored_files"].evidence.startswith("1 (papers)")
 
 
@@ -244,11 +244,141 @@ def test_pictures_deeper_in_a_class_folder_count(root, cache):
     assert "train/a/2024/may/x.PNG" in [s.path for s in dataset.splits["train"]]
 
 
-def test_a_class_may_be_called_train(root, cache):
-    draw_classes(root / "vehicles", 40, classes="c")
-    (root / "vehicles" / "c").rename(root / "vehicles" / "train")
-    draw_classes(root / "vehicles", 40, classes="xc")
-    assert load_dataset(root / "vehicles", cache=cache).class_names == ("c", "train", "x")
+def test_a_class_may_be_called_train_in_the_layout_that_says_so(root, cache):
+    draw_classes(root, 40, classes="cx")
+    for index in range(40):
+        draw(root / "train" / f"{index}.png", 777_000 + index)
+    with pytest.raises(DataError, match="If train is a class, put the folders of all classes into"):
+        load_dataset(root, cache=cache)
+    (root / "all").mkdir()
+    for name in ("c", "x", "train"):
+        (root / name).rename(root / "all" / name)
+    (root / "all").rename(root / "train")
+    assert load_dataset(root, cache=cache).class_names == ("c", "train", "x")
+
+
+def _flat_splits_beside_a_folder(root: Path) -> None:
+    for name in ("train", "test", "masks"):
+        draw(root / name / "0.png")
+
+
+def _splits_beside_a_folder_without_train(root: Path) -> None:
+    draw_splits(root, {"valid": {"a": 1, "b": 1}, "test": {"a": 1, "b": 1}, "docs": {"x": 1}})
+
+
+def _a_flat_test_folder_among_classes(root: Path) -> None:
+    draw_classes(root, 3)
+    draw(root / "test" / "0.png")
+
+
+def _splits_one_folder_down_beside_another(root: Path) -> None:
+    draw_splits(root / "data", {"train": {"a": 3, "b": 3}})
+    draw(root / "docs" / "figure.jpg")
+
+
+def _splits_below_the_classes(root: Path) -> None:
+    draw_splits(root, {"cat": {"train": 3, "test": 1}, "dog": {"train": 3, "test": 1}})
+
+
+def _splits_in_a_folder_called_train(root: Path) -> None:
+    draw_splits(root / "train", {"train": {"a": 1, "b": 1}, "valid": {"a": 1, "b": 1}})
+    draw_splits(root, {"test": {"a": 1, "b": 1}})
+
+
+@pytest.mark.parametrize(
+    ("build", "what", "works"),
+    [
+        (_flat_splits_beside_a_folder, "train holds no class folders", "one folder per class in"),
+        (_splits_beside_a_folder_without_train, "has test, valid but no train", "folder train"),
+        (_a_flat_test_folder_among_classes, "has test but no train", "If test is a class, put"),
+        (_splits_one_folder_down_beside_another, "beside it lies docs", "Give .*/data as"),
+        (_splits_below_the_classes, "holds test, train", "test/cat/… and not cat/test/…"),
+        (_splits_in_a_folder_called_train, "holds train, valid, which", "give .*/train as"),
+    ],
+)
+def test_a_splits_word_that_names_a_class_is_refused(root, cache, build, what, works):
+    build(root)
+    with pytest.raises(DataError, match=f"{what}.*{works}") as caught:
+        load_dataset(root, cache=cache)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["val", "test"])
+def test_a_split_without_class_folders_is_said(root, cache, name):
+    draw_splits(root, {"train": {"a": 60, "b": 60}})
+    for index in range(3):
+        draw(root / name / f"{index}.png", 500 + index)
+    dataset = load_dataset(root, cache=cache)
+    found = {f.rule: (f.severity, f.evidence) for f in dataset.findings}
+    assert found["images_outside_classes"] == (
+        "warning",
+        f"3 ({name}/0.png, …): images left out: 3 PNG, in no class folder",
+    )
+    severity, evidence = found["split_without_classes"]
+    assert severity == "warning"
+    assert evidence.startswith(f"{name} holds no images in class folders")
+    assert ("10 % of train" in evidence) == (name == "val")
+    assert ("no_validation_folder" in found) == (name == "test")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def test_images_in_formats_that_are_not_read_are_counted_and_their_class_is_named(root, cache):
+    draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    for index in range(3):
+        write_bytes(root / "train" / "c" / f"{index}.JXL", b"\xff\x0a")
+    write_bytes(root / "train" / "a" / "x.nef", b"raw")
+    write_bytes(root / "valid" / "b" / "notes.txt", b"no image")
+    dataset = load_dataset(root, cache=cache)
+    assert [(f.rule, f.severity, f.evidence) for f in dataset.findings] == [
+        ("ignored_files", "info", "1 (valid/b/notes.txt): left out: no image in a class folder"),
+        (
+            "formats_not_read",
+            "warning",
+            "4 (train/a/x.nef, …): images left out: 3 JPEG XL, 1 camera RAW, "
+            "formats that are not read here",
+        ),
+        (
+            "classes_left_out",
+            "error",
+            "1 (train/c): all images of these classes were left out, so that the classes are "
+            "missing",
+        ),
+    ]
+
+
+def test_heic_names_the_package_that_reads_it(root, cache, monkeypatch):
+    read = layout.picture_extensions()
+    monkeypatch.setattr(
+        layout, "picture_extensions", lambda: {e: f for e, f in read.items() if e[:3] != ".he"}
+    )
+    draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    write_bytes(root / "train" / "a" / "1.heic", b"\0\0\0\x18ftypheic\0\0\0\0")
+    (finding,) = load_dataset(root, cache=cache).findings
+    assert "1 HEIC, formats that are not read here" in finding.evidence
+    assert finding.advice.startswith("HEIC needs the package pillow-heif.")
+    shutil.rmtree(root / "train" / "b")
+    shutil.rmtree(root / "valid" / "b")
+    with pytest.raises(DataError, match=r"only one class, a;.* Left out: 1 HEIC\. .*pillow-heif"):
+        load_dataset(root, cache=cache)
+
+
+def test_images_that_are_called_like_none_or_lie_above_are_counted(root, cache):
+    draw_splits(root / "photos", {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
+    for name in ("IMG_0001", "x.png~", "y.jpg_large"):
+        draw(root / "photos" / "train" / "a" / name)
+    draw(root / "cover.png")
+    (root / "photos" / "train" / "a" / "LICENSE").write_text("BM, all rights reserved")
+    os.mkfifo(root / "photos" / "train" / "a" / "pipe")
+    assert rules(load_dataset(root, cache=cache)) == {
+        "ignored_files": "2 (train/a/LICENSE, …): left out: no image in a class folder",
+        "images_without_ending": "3 (train/a/IMG_0001, …): images left out: 3 PNG, called like "
+        "no image",
+        "images_outside_classes": "1 (../cover.png): images left out: 1 PNG, in no class folder",
+    }
 
 
 def test_other_files_are_listed(root, cache):
@@ -260,8 +390,8 @@ def test_other_files_are_listed(root, cache):
     dataset = load_dataset(root, cache=cache)
     assert dataset.class_names == ("a", "b")
     assert rules(dataset) == {
-        "ignored_files": "3 (train/a/labels.csv, …): "
-        "left out: not a picture file in a class folder",
+        "ignored_files": "2 (train/a/labels.csv, …): left out: no image in a class folder",
+        "images_outside_classes": "1 (train/loose.png): images left out: 1 PNG, in no class folder",
         "broken_links": "1 (train/b/gone.png): left out: the link's target is gone",
         "empty_class_folders": "1 (train/empty): no pictures in the folder",
     }

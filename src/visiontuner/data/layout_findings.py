@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from visiontuner.data.layout import Layout
+from visiontuner.data.layout import Layout, advice_on_formats, left_out_formats
 from visiontuner.data.listing import listed
 from visiontuner.journal import Finding
 
@@ -18,14 +19,22 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "ignored_files",
             "info",
             layout.ignored,
-            "left out: not a picture file in a class folder",
-            "Remove them, or give pictures one of the usual endings.",
+            "left out: no image in a class folder",
+            "Nothing to do, unless they should be images.",
+        ),
+        *_left_out_images(layout),
+        listed(
+            "classes_left_out",
+            "error",
+            _left_out_classes(layout),
+            "all images of these classes were left out, so that the classes are missing",
+            "Bring their images into a format that is read.",
         ),
         listed(
             "folders_beside_splits",
             "warning",
-            layout.beside_splits,
-            "left out: not the folder of a split, and it holds pictures",
+            [f"{folder}: {number} images" for folder, number in layout.beside_splits.items()],
+            "left out: not the folder of a split, and it holds images",
             "Name the splits' folders train, valid and test.",
         ),
         listed(
@@ -51,17 +60,73 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
         ),
     ]
     findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
-    given = {file.split for file in layout.files}
-    if "train" in given and "validation" not in given:
-        findings.append(
-            Finding(
-                rule="no_validation_folder",
-                severity="info",
-                evidence="there is no validation folder: 10 % of train are used for validation",
-                advice="Nothing to do; add a valid folder to choose the pictures yourself.",
-            )
-        )
+    findings += _splits_without_classes(layout)
     return [finding for finding in findings if finding is not None]
+
+
+def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
+    """Images that are in no split, by reason, with their formats."""
+    for rule, reason, why, advice in (
+        ("formats_not_read", "format", "formats that are not read here", None),
+        (
+            "images_outside_classes",
+            "place",
+            "in no class folder",
+            "Put each into the folder of its class, train/CLASS/… for example.",
+        ),
+        (
+            "images_without_ending",
+            "ending",
+            "called like no image",
+            "Rename them, to end in .jpg or .png for example.",
+        ),
+    ):
+        files = [file for file in layout.left_out if file.reason == reason]
+        yield listed(
+            rule,
+            "warning",
+            [file.path for file in files],
+            f"images left out: {left_out_formats(files)}, {why}",
+            advice or advice_on_formats(files),
+        )
+
+
+def _left_out_classes(layout: Layout) -> list[str]:
+    """Class folders all of whose images were left out, where no other split has the class."""
+    learned = {file.class_name for file in layout.files}
+    return [folder for folder in layout.left_out_classes if Path(folder).name not in learned]
+
+
+def _splits_without_classes(layout: Layout) -> list[Finding]:
+    """What becomes of validation and test where their folders give no images."""
+    given = {file.split for file in layout.files}
+    folders = {split: folder for folder, split in layout.split_folders.items()}
+    found = []
+    for split, instead in (
+        ("validation", "10 % of train are used for validation"),
+        ("test", "there is nothing to test on"),
+    ):
+        if "train" not in given or split in given:
+            continue
+        if split in folders:
+            found.append(
+                Finding(
+                    rule="split_without_classes",
+                    severity="warning",
+                    evidence=f"{folders[split]} holds no images in class folders: {instead}",
+                    advice=f"Sort its images into {folders[split]}/CLASS/….",
+                )
+            )
+        elif split == "validation":
+            found.append(
+                Finding(
+                    rule="no_validation_folder",
+                    severity="info",
+                    evidence=f"there is no validation folder: {instead}",
+                    advice="Nothing to do; add a valid folder to choose the pictures yourself.",
+                )
+            )
+    return found
 
 
 def _same_subfolders(layout: Layout) -> Finding | None:
