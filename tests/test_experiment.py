@@ -62,12 +62,42 @@ def test_section_with_every_line_commented_out_is_the_default(tmp_path):
         ("https://example.org/flower_photos.tar.gz", "flower_photos"),
         ("https://example.org/set.zip?X-Signature=secret#top", "set"),
         ("s3://bucket/", "bucket"),
-        (".", "pictures"),
-        ("Bilder: Hunde/Größe", "Gr-e"),
+        ("https://example.org/%E7%8C%AB.zip", "猫"),
+        (".", "my photos"),
+        ("..", "hundred 1"),
+        ("../", "hundred 1"),
+        ("Bilder: Hunde/Größe", "Größe"),
+        ("Gro\u0308ße", "Größe"),  # as macOS writes it
+        ("写真/犬と猫", "犬と猫"),
+        ("कुत्ता", "कुत्ता"),
+        ("../hundred 1/Собаки.tar.gz", "Собаки"),
     ],
 )
-def test_default_name_is_the_data_folders_name(source, name):
+def test_default_name_is_the_data_folders_name(source, name, tmp_path, monkeypatch):
+    (tmp_path / "hundred 1" / "my photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "hundred 1" / "my photos")
     assert Experiment.parse({"data": {"source": source}}).name == name
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "begins"),
+    [
+        ("🐶", "🐱", "images-"),
+        ("dogs 🐶", "dogs 🐱", "dogs-"),
+        ("cats&dogs", "cats+dogs", "cats-dogs-"),
+        ("_photos", "photos", "photos"),
+        ("/", "//!", "images-"),
+        ("x" * 120, "x" * 121, "x" * 93 + "-"),
+        ("犬" * 120, "犬" * 121, "犬" * 64 + "-"),
+    ],
+)
+def test_two_folders_never_share_a_default_name(one, other, begins):
+    names = [Experiment.parse({"data": {"source": source}}).name for source in (one, other)]
+    assert len(set(names)) == 2
+    for name in names:
+        assert name.startswith(begins)
+        assert Experiment.parse({"name": name}).name == name  # as a resumed search reads it
+        assert len(f"{name}-train-20261130-120000".encode()) <= 255
 
 
 def test_loss_is_minimised():

@@ -23,12 +23,20 @@ from click.testing import CliRunner, Result
 from visiontuner.cli import main
 from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
+from visiontuner.serving.deployment import endpoint_name
 from visiontuner.serving.endpoint_listing import Endpoint
 from visiontuner.serving.endpoint_parts import Parts
 from visiontuner.serving.preflight import PreflightReport
 from visiontuner.workflow.models import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
+
+
+def test_models_in_other_scripts_get_endpoints_of_their_own() -> None:
+    names = [endpoint_name(model) for model in ("犬", "猫", "Größe", "Grüße", "x" * 70 + "é")]
+    assert len(set(names)) == 5
+    assert all(re.fullmatch(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}", name) for name in names)
+    assert endpoint_name("My dogs") == "My-dogs"
 
 
 @pytest.fixture

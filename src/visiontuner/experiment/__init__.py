@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import unquote
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment.reading import apply_overrides, read_experiment
@@ -67,8 +71,9 @@ __all__ = [
 ]
 
 Objective = Literal["validation_accuracy", "validation_macro_f1", "validation_loss"]
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9_. -]{0,99}$"
-_NAME_RULE = "start with a letter or digit and hold up to 100 letters, digits, spaces and _.-"
+_NAME_LENGTH = 100  # characters
+# A search's folder is called after it, with a time, and a folder's name holds 255 bytes.
+_NAME_BYTES = 200
 
 QUICKSTART: Mapping[str, Any] = {
     "name": "quickstart",
@@ -78,10 +83,24 @@ QUICKSTART: Mapping[str, Any] = {
 """What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
 
 
+def _check_name(name: str) -> str:
+    if (
+        not name[:1].isalnum()
+        or not all(map(_fits_name, name))
+        or len(name) > _NAME_LENGTH
+        or len(name.encode()) > _NAME_BYTES
+    ):
+        raise told(
+            f"name must start with a letter or digit and hold up to {_NAME_LENGTH} letters, "
+            f"digits, spaces and _.- ({_NAME_BYTES} bytes), got {name!r}"
+        )
+    return name
+
+
 class Experiment(Section):
     """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
 
-    name: str = Field(pattern=_NAME, description=_NAME_RULE)
+    name: Annotated[str, AfterValidator(_check_name)]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
     objective: Objective = "validation_accuracy"
     data: Data = Data()
@@ -216,12 +235,30 @@ class Experiment(Section):
 
 
 def _default_name(source: str) -> str:
+    """The name of the data's folder or archive, as an MLflow experiment and model can be called.
+
+    Where something of it is lost, a digest of it keeps the names of two folders apart.
+    """
     if "://" in source:  # a signed URL's query is no name, and a secret
-        source = re.split(r"[?#]", source, maxsplit=1)[0]
-    last = source.rstrip("/").rsplit("/", 1)[-1]
+        source = unquote(re.split(r"[?#]", source, maxsplit=1)[0])
+    else:
+        source = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 - no links
+    last = unicodedata.normalize("NFC", source.rstrip("/").rsplit("/", 1)[-1])
     last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
-    name = re.sub(r"[^A-Za-z0-9_. -]+", "-", last).strip("-. ")
-    return name[:100] or "pictures"
+    name = "".join(letter if _fits_name(letter) else "\0" for letter in last)
+    name = re.sub(r"\0+", "-", name).strip("-. ")
+    while name and not name[0].isalnum():
+        name = name[1:]
+    if name and name == last and len(name) <= _NAME_LENGTH and len(name.encode()) <= _NAME_BYTES:
+        return name
+    digest = hashlib.sha256((last or source).encode(errors="surrogateescape")).hexdigest()[:6]
+    room = name[: _NAME_LENGTH - 7].encode()[: _NAME_BYTES - 7].decode(errors="ignore")
+    return f"{room.rstrip('-. ') or 'images'}-{digest}"
+
+
+def _fits_name(letter: str) -> bool:
+    """Letters, their marks and digits of any script, and what MLflow and folders take besides."""
+    return unicodedata.category(letter)[0] in "LMN" or letter in "_. -"
 
 
 def _flatten(prefix: str, value: object) -> list[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shlex
@@ -180,9 +181,13 @@ def check_name(name: str) -> None:
 
 
 def endpoint_name(model: str) -> str:
-    """A name for a model's endpoint: its own, with what SageMaker refuses taken out."""
-    plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[:NAME_LENGTH].strip("-")
-    return plain or "visiontuner"
+    """A name for a model's endpoint: its own, with what SageMaker refuses taken out.
+
+    Where letters of other scripts are lost, a digest keeps the endpoints of two models apart.
+    """
+    lost = "" if model.isascii() else "-" + hashlib.sha256(model.encode()).hexdigest()[:6]
+    plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[: NAME_LENGTH - len(lost)].strip("-")
+    return (plain or "visiontuner") + lost
 
 
 def make_tags(values: Mapping[str, Any]) -> dict[str, str]:

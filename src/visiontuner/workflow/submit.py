@@ -127,5 +127,5 @@ def _what_to_run(
 
 
 def _search_name(experiment: Experiment) -> str:
-    plain = re.sub(r"[^a-zA-Z0-9]+", "-", experiment.name or "search").strip("-")
-    return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plain = re.sub(r"[^a-zA-Z0-9]+", "-", experiment.name).strip("-")
+    return f"{plain or 'search'}-{time.strftime('%Y%m%d-%H%M%S')}"
