@@ -39,12 +39,18 @@ def space(**domains):
 # What is taken when nothing is said.
 
 
-def test_empty_file_is_the_default_experiment(tmp_path):
-    file = tmp_path / "empty.yaml"
-    file.write_text("# nothing yet\n")
-    experiment = Experiment.load(file)
+def test_without_a_word_the_default_experiment_is_taken():
+    experiment = Experiment.parse({})
     assert experiment == Experiment(name="digits")
     assert experiment.mode == "max"
+
+
+@pytest.mark.parametrize("content", ["", " \n", "# nothing yet\n", "---\n", "~", "{}"])
+def test_an_empty_file_is_a_mistake_and_not_the_quickstart(tmp_path, content):
+    file = tmp_path / "empty.yaml"
+    file.write_text(content)
+    with pytest.raises(ExperimentError, match=r"empty\.yaml is empty: .*quickstart"):
+        Experiment.load(file)
 
 
 def test_section_with_every_line_commented_out_is_the_default(tmp_path):
@@ -211,6 +217,96 @@ def test_key_written_twice_is_a_mistake(tmp_path):
     file.write_text("training:\n  epochs: 5\nseed: 1\ntraining:\n  dropout: 0.1\n")
     with pytest.raises(ExperimentError, match=r"'training' is there twice.*line 4"):
         Experiment.load(file)
+
+
+# Numbers that YAML 1.1 reads in its own way.
+
+
+def load(tmp_path, content: str) -> Experiment:
+    file = tmp_path / "experiment.yaml"
+    file.write_text(content)
+    return Experiment.load(file)
+
+
+@pytest.mark.parametrize(
+    ("line", "meaning"),
+    [
+        ("search: {time_budget: 1:30}", "1:30 is 90 to YAML 1.1"),
+        ("search: {time_budget: 1:30.5}", "1:30.5 is 90.5 to YAML 1.1"),
+        ("training: {batch_size: 010}", "010 is 8 to YAML 1.1"),
+        ("training: {batch_size: 08}", "08 is unclear to YAML 1.1"),
+        ("training: {batch_size: 0x10}", "0x10 is 16 to YAML 1.1"),
+        ("training: {batch_size: 0b10}", "0b10 is 2 to YAML 1.1"),
+        ("training: {batch_size: 1_000}", "1_000 is 1000 to YAML 1.1"),
+        ("training: {learning_rate: 0.00_1}", "0.00_1 is 0.001 to YAML 1.1"),
+        ("search: {space: {batch_size: {values: [32, 064]}}}", "064 is 52 to YAML 1.1"),
+        ("data: {source: 010}", "010 is 8 to YAML 1.1"),
+        ("name: 2024_05", "2024_05 is 202405 to YAML 1.1"),
+        ("name: 12:30", "12:30 is 750 to YAML 1.1"),
+    ],
+)
+def test_number_that_only_yaml_reads_so_is_a_mistake(tmp_path, line, meaning):
+    with pytest.raises(ExperimentError) as caught:
+        load(tmp_path, f"# a comment\n{line}\n")
+    assert f"experiment.yaml, line 2: {meaning}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_override_with_a_number_that_only_yaml_reads_so_is_a_mistake():
+    assert "1:30 is 90 to YAML 1.1" in mistake({}, "search.time_budget=1:30")
+    assert "010 is 8 to YAML 1.1" in mistake({}, "training.batch_size=010")
+    assert "is not YAML" in mistake({}, "search.space={dropout: {values: [0]}, dropout: {}}")
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "value"),
+    [
+        ("training: {learning_rate: 1e-3}", "training.learning_rate", 0.001),
+        ("training: {learning_rate: 1E-3}", "training.learning_rate", 0.001),
+        ("training: {learning_rate: .5e-2}", "training.learning_rate", 0.005),
+        ("training: {learning_rate: 1.e-3}", "training.learning_rate", 0.001),
+        ("training: {batch_size: 1e2}", "training.batch_size", 100),
+        ("training: {batch_size: +64}", "training.batch_size", 64),
+        ("training: {freeze_batch_norm: no}", "training.freeze_batch_norm", False),
+        ("search: {time_budget: 1e3}", "search.time_budget", 1000.0),
+        ("search: {time_budget: 90m}", "search.time_budget", 5400.0),
+        ("data: {source: 2024-05-01}", "data.source", "2024-05-01"),
+        ("name: 2024-05-01", "name", "2024-05-01"),
+        ("name: '010'", "name", "010"),
+        ("name: '1e5'", "name", "1e5"),
+        ("data: {source: photos/1e5}", "name", "1e5"),
+        ("data: {source: '1:30'}", "data.source", "1:30"),
+    ],
+)
+def test_what_everybody_reads_alike_is_taken(tmp_path, line, path, value):
+    experiment = load(tmp_path, line)
+    read = experiment
+    for key in path.split("."):
+        read = getattr(read, key)
+    assert (read, type(read)) == (value, type(value))
+    again = Experiment.parse(yaml.safe_load(experiment.to_yaml()))
+    assert again == load(tmp_path, experiment.to_yaml()) == experiment
+    assert Experiment.parse(experiment.model_dump(mode="json")) == experiment
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("training: {batch_size: yes}", "training.batch_size: got true; YAML reads yes"),
+        ("name: on", "name: got true; YAML reads yes"),
+        ("training: {augmentation: off}", "training.augmentation: got false; YAML reads"),
+        ("search: {space: {batch_size: {values: [32, on]}}}", "must hold numbers or words"),
+        ("search: {space: {dropout: {low: no, high: 0.5}}}", "dropout.low: got false"),
+        ("training: {epochs: 2024-05-01}", "training.epochs must be a whole number"),
+        ("search: {time_budget: 2024-05-01}", "must be a duration"),
+        ("training: {epochs: " + "9" * 5000 + "}", "is not YAML"),
+    ],
+)
+def test_word_or_date_in_the_place_of_something_else_is_a_mistake(tmp_path, line, message):
+    with pytest.raises(ExperimentError) as caught:
+        load(tmp_path, line)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # The search space.
@@ -407,7 +503,7 @@ def test_last_override_wins():
     [
         (b"- a\n- b\n", "must hold keys and values, got list"),
         (b"training: [\n", "is not YAML"),
-        (b"training: &a [*a]\n", "hold themselves"),
+        (b"training: &a [*a]\n", "training must hold keys and values"),
         (b"training: &a {epochs: *a}\n", "hold themselves"),
         (b"training: " + b"[" * 10_000, "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),

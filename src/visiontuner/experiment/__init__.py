@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import unquote
 
-import yaml
 from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
 from visiontuner.errors import ExperimentError
-from visiontuner.experiment.reading import apply_overrides, read_experiment
+from visiontuner.experiment.reading import (
+    apply_overrides,
+    parse_yaml,
+    read_experiment,
+    write_yaml,
+)
 from visiontuner.experiment.search import (
     INTEGERS,
     SEARCHABLE,
@@ -67,6 +71,7 @@ __all__ = [
     "apply_overrides",
     "default_space",
     "parse_duration",
+    "parse_yaml",
     "read_experiment",
 ]
 
@@ -226,8 +231,7 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """The complete experiment with every default spelled out; `load` reads it back."""
-        raw = self.model_dump(mode="json")
-        return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+        return write_yaml(self.model_dump(mode="json"))
 
     def flatten(self) -> dict[str, str]:
         """Dotted names to text, `{"training.epochs": "20", …}`, as MLflow parameters need them."""

@@ -1,4 +1,8 @@
-"""Experiment files and overrides -> nested keys and values, not yet checked."""
+"""Experiment files and overrides -> nested keys and values, not yet checked.
+
+PyYAML reads YAML 1.1, in which 1:30 is 90, 010 is 8, 1e-4 is text and 2024-05-01 no text. Here a
+number is what everybody reads as one; what only YAML 1.1 takes for a number is refused.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +23,21 @@ def read_experiment(path: Path) -> dict[str, Any]:
         ExperimentError: the file cannot be read, or is not YAML with keys and values.
     """
     try:
-        # A subclass of SafeLoader: plain values only, and no key twice.
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+        raw = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ExperimentError(
             f"Cannot read the experiment file {path}: {error.strerror}. "
             "Examples are in experiments/."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except _UnclearNumber as error:
+        raise ExperimentError(f"{path}, line {error.line}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ExperimentError(f"{path} is not YAML: {_one_line(error)}") from None
-    if raw is None:
-        return {}
+    if raw is None or raw == {}:
+        raise ExperimentError(
+            f"{path} is empty: it says nothing about data, model or training. Begin with one of "
+            "experiments/, or leave the file out for the quickstart."
+        )
     if not isinstance(raw, dict):
         raise ExperimentError(f"{path} must hold keys and values, got {type(raw).__name__}.")
     return raw
@@ -47,8 +55,12 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
                 "for example training.epochs=5."
             )
         try:
-            value = read_number(yaml.safe_load(text))
-        except yaml.YAMLError:
+            value = parse_yaml(text)
+        except _UnclearNumber as error:
+            raise ExperimentError(
+                f"Cannot read the override {override!r}: {error.problem}"
+            ) from None
+        except (yaml.YAMLError, ValueError):
             raise ExperimentError(f"The value in {override!r} is not YAML.") from None
         place = merged
         for key in keys[:-1]:
@@ -64,20 +76,23 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     return merged
 
 
-def read_number(value: object) -> object:
-    """YAML 1.1 reads `1e-4` as text because it has no dot; people mean the number."""
-    if isinstance(value, list):
-        return [read_number(item) for item in value]
-    if isinstance(value, dict):
-        return {key: read_number(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        return float(value)
-    return value
+def parse_yaml(text: str | bytes) -> Any:
+    """Plain values, no key twice, and numbers as everybody reads them.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, or holds what only YAML 1.1 takes for a number.
+    """
+    return yaml.load(text, _ExperimentLoader)
+
+
+def write_yaml(value: object) -> str:
+    """What `parse_yaml` and any other reader of YAML take for the same values."""
+    return yaml.dump(value, Dumper=_ExperimentDumper, sort_keys=False, allow_unicode=True)
 
 
 def _deep_copy(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        str(key): _deep_copy(value) if isinstance(value, Mapping) else read_number(value)
+        str(key): _deep_copy(value) if isinstance(value, Mapping) else value
         for key, value in raw.items()
     }
 
@@ -86,8 +101,47 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML would keep the last of two equal keys without a word."""
+_UNCLEAR_TAG = "!unclear-number"
+_YAML_TAG = "tag:yaml.org,2002:"
+# The first that fits a plain scalar decides; what fits none is text.
+_PLAIN_SCALARS = (
+    (
+        _UNCLEAR_TAG,
+        r"[-+]?(?:0[0-9_]+|0b[01_]+|0o[0-7_]+|0x[0-9a-fA-F_]+"  # 010, 0x10
+        r"|(?=[0-9.]+_)[0-9][0-9_]*(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)?"  # 1_000
+        r"|[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?)",  # 1:30
+    ),
+    (f"{_YAML_TAG}int", r"[-+]?[0-9]+"),
+    (
+        f"{_YAML_TAG}float",
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+    ),
+    (f"{_YAML_TAG}null", r"~|null|Null|NULL|"),
+    (f"{_YAML_TAG}bool", r"(?i:yes|no|true|false|on|off)"),
+    (f"{_YAML_TAG}merge", r"<<"),
+)
+
+
+def _with_plain_numbers(cls: Any) -> Any:
+    for tag, pattern in _PLAIN_SCALARS:
+        cls.add_implicit_resolver(tag, re.compile(rf"^(?:{pattern})$"), None)
+    return cls
+
+
+class _UnclearNumber(yaml.constructor.ConstructorError):
+    """A number to YAML 1.1, and another one or none to a person."""
+
+    @property
+    def line(self) -> int:
+        return int(self.problem_mark.line) + 1 if self.problem_mark else 1
+
+
+@_with_plain_numbers
+class _ExperimentLoader(yaml.SafeLoader):
+    """SafeLoader with plain numbers, dates as text, and an error for two equal keys."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012 - typed as an instance's, and none of YAML 1.1's
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -99,3 +153,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def refuse_unclear_number(self, node: yaml.ScalarNode) -> None:
+        text = node.value
+        try:
+            kind = self.construct_yaml_float if "." in text else self.construct_yaml_int
+            meaning = f"{kind(node)} to YAML 1.1"
+        except ValueError:  # 08 is not even octal
+            meaning = "unclear to YAML 1.1"
+        raise _UnclearNumber(
+            None,
+            None,
+            f"{text} is {meaning}. Write the number plainly, a duration as 90s or 30m, text in "
+            f"quotes: '{text}'.",
+            node.start_mark,
+        )
+
+
+@_with_plain_numbers
+class _ExperimentDumper(yaml.SafeDumper):
+    """SafeDumper that also quotes text which `_ExperimentLoader` would take for a number."""
+
+
+_ExperimentLoader.add_constructor(_UNCLEAR_TAG, _ExperimentLoader.refuse_unclear_number)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from visiontuner.experiment.reading import read_number
 from visiontuner.experiment.sections import PositiveInt, Seconds, Section, Training
 from visiontuner.explain import explain, nearest, told
 
@@ -177,7 +176,7 @@ def _read_domain(name: object, raw: object) -> Domain:
         raise told(f"{where} has values and {others}; write either values or low and high")
     kind: type[Range | Values] = Values if "values" in raw else Range
     try:
-        domain = kind.model_validate({key: read_number(value) for key, value in raw.items()})
+        domain = kind.model_validate(raw)
     except ValidationError as error:
         raise told(explain(error, kind, where.split("."))) from None
     if isinstance(domain, Values):
@@ -211,7 +210,7 @@ def _read_configuration(index: int, raw: object) -> Configuration:
 def _read_value(where: str, name: str, value: object) -> float | int | str:
     """A searched value as `training` reads the same name: 64.0 is the batch size 64."""
     try:
-        training = Training.model_validate({name: read_number(value)})
+        training = Training.model_validate({name: value})
     except ValidationError as error:
         raise told(explain(error, Training).replace(name, where, 1)) from None
     read: float | int | str = getattr(training, name)

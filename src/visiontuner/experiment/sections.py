@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -68,13 +68,32 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_boolean(cls, value: object, info: ValidationInfo) -> object:
-        """YAML reads `off` and `no` as false, and pydantic would count true as 1."""
+    def _reads_as_yaml(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `off` and `no` as false, and pydantic would count true as 1.
+
+        Other readers of YAML than ours take 1e-4 for text.
+        """
         field = cls.model_fields[info.field_name or ""]
+        if _takes_numbers(field.annotation):
+            value = _read_exponents(value)
         if isinstance(value, bool) and field.annotation is not bool:
             word = "true" if value else "false"
             raise ValueError(f"got {word}; YAML reads yes, no, on and off so: put a word in quotes")
         return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
+def _read_exponents(value: object) -> object:
+    if isinstance(value, list):
+        return [_read_exponents(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _read_exponents(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
 
 
 class Data(Section):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import UserMistake
-from visiontuner.experiment import Experiment
+from visiontuner.experiment import Experiment, parse_yaml
 from visiontuner.workflow.job_options import JobOptions
 
 if TYPE_CHECKING:
@@ -75,8 +75,6 @@ def _is_running(aws: Aws, name: str) -> str:
 
 
 def _experiment(aws: Aws, before: Job) -> Experiment:
-    import yaml
-
     from visiontuner.sagemaker import s3
     from visiontuner.sagemaker.job import EXPERIMENT
 
@@ -84,7 +82,7 @@ def _experiment(aws: Aws, before: Job) -> Experiment:
     content = s3.get(aws, f"{root}/{EXPERIMENT}") if before.search and root else None
     if content is None:
         raise UserMistake(f"{before.name} has no search of ours to go on with.")
-    return Experiment.parse(yaml.safe_load(content))
+    return Experiment.parse(parse_yaml(content))
 
 
 def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
