@@ -91,7 +91,7 @@ def test_images_that_are_left_out_are_said_journalled_and_reported(
     (dataset.root / "train" / "dog" / "x.jxl").write_bytes(b"\xff\x0a")
     changed = load_dataset(dataset.root, cache=tmp_path / "cache")
     expected = [
-        "1 (train/dog/x.jxl): images left out: 1 JPEG XL, formats that are not read here",
+        "1 (train/dog/x.jxl): images left out: 1 JPEG XL, not read here",
         "3 (test/0.png, …): images left out: 3 PNG, in no class folder",
         "test holds no images in class folders: there is nothing to test on",
     ]

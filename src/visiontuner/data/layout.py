@@ -430,18 +430,16 @@ def left_out_formats(files: Iterable[LeftOut]) -> str:
     return ", ".join(f"{number} {known}" for known, number in counts.most_common())
 
 
-def advice_on_formats(files: Iterable[LeftOut]) -> str:
-    """What to do about images that cannot be read here."""
+def why_not_read(files: Iterable[LeftOut]) -> str:
+    """What is said of images whose format is not read here."""
     heic = any(file.format == "HEIC" for file in files)
-    return ("HEIC needs the package pillow-heif. " if heic else "") + (
-        "Save the images as JPEG or PNG." if not heic else "Or save the images as JPEG or PNG."
-    )
+    return "not read here" + (" (HEIC needs the package pillow-heif)" if heic else "")
 
 
 def _check(layout: Layout) -> None:
     names = sorted({file.class_name for file in layout.files})
     unread = [file for file in layout.left_out if file.reason == "format"]
-    hint = f" Left out: {left_out_formats(unread)}. {advice_on_formats(unread)}" if unread else ""
+    hint = f" Left out: {left_out_formats(unread)}, {why_not_read(unread)}." if unread else ""
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
         such = f" (it holds files such as {seen[0]})" if seen else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from visiontuner.data.layout import Layout, advice_on_formats, left_out_formats
+from visiontuner.data.layout import Layout, left_out_formats, why_not_read
 from visiontuner.data.listing import listed
 from visiontuner.journal import Finding
 
@@ -67,7 +67,12 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
 def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
     """Images that are in no split, by reason, with their formats."""
     for rule, reason, why, advice in (
-        ("formats_not_read", "format", "formats that are not read here", None),
+        (
+            "formats_not_read",
+            "format",
+            why_not_read(layout.left_out),
+            "Save them as JPEG or PNG, or install what reads them.",
+        ),
         (
             "images_outside_classes",
             "place",
@@ -87,7 +92,7 @@ def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
             "warning",
             [file.path for file in files],
             f"images left out: {left_out_formats(files)}, {why}",
-            advice or advice_on_formats(files),
+            advice,
         )
 
 
