@@ -354,7 +354,7 @@ def _unicode_path(extra: bytes, raw: bytes) -> str | None:
 
 def _names_encoding(names: Collection[bytes]) -> tuple[str, bool]:
     """The encoding of names that are not ASCII, and whether that needs no warning."""
-    if _decodes(names, "utf-8"):
+    if _names_decode_as(names, "utf-8"):
         return "utf-8", True
     words = sorted(
         {word for name in names for word in _WORD_ENDS.split(name) if not word.isascii()}
@@ -362,13 +362,13 @@ def _names_encoding(names: Collection[bytes]) -> tuple[str, bool]:
     costs = {
         encoding: sum(_word_cost(word, encoding) for word in words[:_SCORED_WORDS])
         for encoding in _ALPHABETS
-        if _decodes(names, encoding)
+        if _names_decode_as(names, encoding)
     }
     best = min(costs, key=lambda encoding: costs[encoding])
     return (best, best == _FALLBACK) if math.isfinite(costs[best]) else (_FALLBACK, False)
 
 
-def _decodes(names: Iterable[bytes], encoding: str) -> bool:
+def _names_decode_as(names: Iterable[bytes], encoding: str) -> bool:
     try:
         return all(name.decode(encoding).encode(encoding) == name for name in names)
     except UnicodeError:
@@ -387,13 +387,18 @@ def _letter_costs(encoding: str) -> dict[str, float]:
     costs = {chr(code): 5.0 for code in range(0x40, 0x80)} | {"\\": 14.0}
     known: set[str] = set()
     for share, letters in _ALPHABETS[encoding]:
-        group = set(_zone(encoding, *letters) if isinstance(letters, tuple) else letters) - known
+        group = (
+            set(_two_byte_characters(encoding, *letters) if isinstance(letters, tuple) else letters)
+            - known
+        )
         costs |= dict.fromkeys(group, -math.log(share / len(group)))
         known |= group
     return costs
 
 
-def _zone(encoding: str, leads: tuple[int, int], trails: tuple[int, int]) -> Iterator[str]:
+def _two_byte_characters(
+    encoding: str, leads: tuple[int, int], trails: tuple[int, int]
+) -> Iterator[str]:
     """The characters of two bytes, each between two bounds, both included."""
     for lead in range(leads[0], leads[1] + 1):
         for trail in range(trails[0], trails[1] + 1):
@@ -402,8 +407,8 @@ def _zone(encoding: str, leads: tuple[int, int], trails: tuple[int, int]) -> Ite
                 yield text
 
 
-_Zone = tuple[tuple[int, int], tuple[int, int]]
-_Alphabet = tuple[tuple[float, str | _Zone], ...]
+_ByteRanges = tuple[tuple[int, int], tuple[int, int]]
+_Alphabet = tuple[tuple[float, str | _ByteRanges], ...]
 
 _WESTERN = "äöüßéèêëàâáåãæçíìîïñóòôõøœúùûÿ"
 _CENTRAL = "ąćčďđęěłľńňőřśšşťţůűýźżžăâ"

@@ -285,14 +285,14 @@ def _leave_out(layout: Layout, entry: os.DirEntry[str], relative: str, *, in_cla
 
 def _image_format(layout: Layout, name: str) -> str | None:
     """The image format that a file name's ending stands for, read here or not."""
-    ending = _ending(name)
+    ending = _file_ending(name)
     if ending in layout.formats:
         return layout.formats[ending]
     known = _OTHER_FORMATS.get(ending) or Image.registered_extensions().get(ending)
     return None if known in _NO_IMAGE_FORMATS else known
 
 
-def _ending(name: str) -> str:
+def _file_ending(name: str) -> str:
     return os.path.splitext(name)[1].lower()  # noqa: PTH122
 
 
@@ -335,7 +335,7 @@ def _subfolders(files: Iterable[PictureFile], class_folder: str) -> list[str]:
 def _add_file(
     layout: Layout, entry: os.DirEntry[str], relative: str, class_name: str, split: str | None
 ) -> None:
-    if _ending(entry.name) not in layout.formats:
+    if _file_ending(entry.name) not in layout.formats:
         _leave_out(layout, entry, relative, in_class=True)
         return
     try:

@@ -88,10 +88,10 @@ QUICKSTART: Mapping[str, Any] = {
 """What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
 
 
-def _check_name(name: str) -> str:
+def _check_experiment_name(name: str) -> str:
     if (
         not name[:1].isalnum()
-        or not all(map(_fits_name, name))
+        or not all(map(_fits_in_name, name))
         or len(name) > _NAME_LENGTH
         or len(name.encode()) > _NAME_BYTES
     ):
@@ -105,7 +105,7 @@ def _check_name(name: str) -> str:
 class Experiment(Section):
     """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
 
-    name: Annotated[str, AfterValidator(_check_name)]
+    name: Annotated[str, AfterValidator(_check_experiment_name)]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
     objective: Objective = "validation_accuracy"
     data: Data = Data()
@@ -249,7 +249,7 @@ def _default_name(source: str) -> str:
         source = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 - no links
     last = unicodedata.normalize("NFC", source.rstrip("/").rsplit("/", 1)[-1])
     last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
-    name = "".join(letter if _fits_name(letter) else "\0" for letter in last)
+    name = "".join(letter if _fits_in_name(letter) else "\0" for letter in last)
     name = re.sub(r"\0+", "-", name).strip("-. ")
     while name and not name[0].isalnum():
         name = name[1:]
@@ -260,7 +260,7 @@ def _default_name(source: str) -> str:
     return f"{room.rstrip('-. ') or 'images'}-{digest}"
 
 
-def _fits_name(letter: str) -> bool:
+def _fits_in_name(letter: str) -> bool:
     """Letters, their marks and digits of any script, and what MLflow and folders take besides."""
     return unicodedata.category(letter)[0] in "LMN" or letter in "_. -"
 
