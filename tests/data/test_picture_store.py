@@ -304,6 +304,57 @@ def test_progress_that_the_data_belie_is_not_believed(
     np.testing.assert_array_equal(store.split("train").pixels(39), expected_of(dataset, 39))
 
 
+def zero_second_half(path: Path) -> None:
+    """As a power cut leaves a file whose name was on the disk before its content."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
+def test_interrupted_preparation_takes_up_only_what_was_written(
+    make_set: MakeSet, prepare: Prepare, tmp_path: Path
+) -> None:
+    dataset = make_set(train=70)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(dataset, progress=stop_after(64))
+    zero_second_half(
+        store_folder(dataset, SMALL, tmp_path / "cache", augmented=False) / "train.pixels"
+    )
+    store = prepare(dataset)
+    assert store.computed == 73 - 32  # the first line's pictures are as they were
+    for index in (0, 31, 32, 69):
+        np.testing.assert_array_equal(
+            store.split("train").pixels(index), expected_of(dataset, index)
+        )
+
+
+@pytest.mark.parametrize(
+    ("augmented", "name"),
+    [
+        (False, "train.pixels"),
+        (True, "train.views"),
+        (True, "train.ends.npy"),
+        (True, "validation.labels.npy"),
+        (False, "validation.samples.json"),
+    ],
+)
+def test_pictures_that_are_not_what_was_written_are_decoded_anew(
+    make_set: MakeSet, prepare: Prepare, augmented: bool, name: str
+) -> None:
+    dataset = make_set(train=40)
+    whole = prepare(dataset, augmented=augmented)
+    expected, mapped = content(whole.split("train")), whole.split("train")
+    zero_second_half(whole.folder / name)
+    said: list[str] = []
+    again = prepare(dataset, augmented=augmented, note=said.append)
+    assert again.computed == 43
+    assert len(said) == 1
+    assert "decoded anew" in said[0]
+    assert content(again.split("train")) == expected
+    assert len(content(mapped)) == len(expected)  # who has the old files open keeps them
+    assert prepare(dataset, augmented=augmented, note=said.append).computed == 0
+    assert len(said) == 1
+
+
 def test_two_at_once_decode_each_picture_once(make_set: MakeSet, prepare: Prepare) -> None:
     dataset = make_set(train=20)
     computed: list[int] = []

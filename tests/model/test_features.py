@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,7 @@ from visiontuner.model.backbone import Backbone
 from visiontuner.model.decoding import decode_batches
 from visiontuner.model.features import compute_features, store_folder
 from visiontuner.model.store import FeatureSet
+from visiontuner.search.labels import read_labels
 
 MakeDataset = Callable[..., ImageDataset]
 
@@ -167,16 +169,32 @@ def test_interrupted_computation_goes_on_at_the_last_full_shard(
         assert resumed.split(split).paths == expected.split(split).paths
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:300])
+
+
+def zero_second_half(path: Path) -> None:
+    """As a power cut leaves a file whose name was on the disk before its content."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+
+
+@pytest.mark.parametrize("damage", [cut, zero_second_half])
 def test_damaged_shard_is_computed_again(
-    make_dataset: MakeDataset, compute: Callable[..., FeatureSet], monkeypatch: pytest.MonkeyPatch
+    make_dataset: MakeDataset,
+    compute: Callable[..., FeatureSet],
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], None],
 ) -> None:
     monkeypatch.setattr(shards_module, "SHARD_SIZE", 4)
     dataset = make_dataset(train=8, validation=2)
     with pytest.raises(KeyboardInterrupt):
         compute(dataset, MeanEngine(fail_after=8), batch_size=4)
     (shard, _) = sorted((dataset.root.parent / "cache").rglob("train-*.npy"))
-    shard.write_bytes(shard.read_bytes()[:300])
-    assert compute(dataset).computed == 6
+    damage(shard)
+    again = compute(dataset)
+    assert again.computed == 6
+    assert again.split("train").features[:, 1].all()
 
 
 def test_bad_pictures_are_left_out_and_listed(
@@ -239,6 +257,49 @@ def test_killed_worker_ends_in_one_line(make_dataset: MakeDataset, resnet: Backb
         os.kill(child.pid, signal.SIGKILL)
     with pytest.raises(VisiontunerError, match="decodes pictures died"):
         list(decoded)
+
+
+@pytest.mark.parametrize(
+    "name", ["train.features.npy", "validation.features.npy", "train.labels.npy", "meta.json"]
+)
+def test_features_that_are_not_what_was_written_are_computed_anew(
+    make_dataset: MakeDataset, compute: Callable[..., FeatureSet], name: str
+) -> None:
+    dataset = make_dataset(train=40, validation=8)
+    whole = compute(dataset)
+    expected = whole.split("train").features.copy(), whole.split("train").labels
+    zero_second_half(whole.folder / name)
+    said: list[str] = []
+    again = compute(dataset, note=said.append)
+    assert again.computed == 48
+    (line,) = said
+    assert "computed anew" in line
+    assert str(whole.folder) in line
+    np.testing.assert_array_equal(again.split("train").features, expected[0])
+    np.testing.assert_array_equal(again.split("train").labels, expected[1])
+    assert compute(dataset, make_engine=_no_engine, note=said.append).computed == 0
+    assert said == [line]
+
+
+def test_features_of_an_earlier_version_cannot_be_verified_and_are_computed_anew(
+    make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
+) -> None:
+    dataset = make_dataset()
+    meta = compute(dataset).folder / "meta.json"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "checksums": None}))
+    said: list[str] = []
+    assert compute(dataset, note=said.append).computed > 0
+    assert "carry no checksums" in said[0]
+
+
+def test_labels_that_are_not_what_was_written_are_not_read(
+    make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
+) -> None:
+    folder = compute(make_dataset(validation=40)).folder
+    assert len(read_labels(features=folder).labels) == 40
+    zero_second_half(folder / "validation.labels.npy")
+    with pytest.raises(DataError, match=r"labels in .* are damaged"):
+        read_labels(features=folder)
 
 
 def test_two_computations_of_one_store_share_the_work(

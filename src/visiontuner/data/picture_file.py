@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,8 @@ from visiontuner.journal import Finding
 class SplitFile:
     """A split's pictures, one after the other in a file, and how far that file is.
 
-    A line of the progress file stands for some pictures that are in the file; bytes beyond the last
-    whole line are of pictures that will be decoded again.
+    A line of the progress file stands for some pictures that are in the file, with the checksum of
+    their bytes; what lies beyond the last line that fits the file will be decoded again.
 
     Attributes:
         done: pictures that need no decoding any more, readable or not.
@@ -48,7 +49,9 @@ class SplitFile:
         Raises:
             VisiontunerError: the disk is full.
         """
+        content = b"".join(p for p in pictures if isinstance(p, bytes))
         group = {
+            "checksum": zlib.crc32(content),
             "lengths": [0 if isinstance(p, BadImageError) else len(p) for p in pictures],
             "bad": {
                 number: str(picture)
@@ -59,7 +62,7 @@ class SplitFile:
         line = json.dumps(group) + "\n"
         try:
             with self._data.open("ab") as data:
-                data.write(b"".join(p for p in pictures if isinstance(p, bytes)))
+                data.write(content)
             with self._progress.open("a", encoding="utf-8") as progress:
                 progress.write(line)
         except OSError as error:
@@ -91,24 +94,27 @@ class SplitFile:
 
     def _take_up(self) -> None:
         """Read how far an earlier computation came, and cut off what it did not finish."""
+        size = length = 0  # of the pictures, of the lines that tell of them
         try:
             lines = self._progress.read_bytes().split(b"\n")[:-1]  # the last one may be torn
-            size = self._data.stat().st_size
-            for line in lines:
-                self._add(json.loads(line))
-            whole = sum(self._lengths) <= size and self.done <= len(self.samples)
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-            lines = []
-        if not whole:
-            self._lengths, self._bad, lines = [], {}, []
+            with self._data.open("rb") as data:
+                for line in lines:
+                    group = json.loads(line)
+                    content = data.read(sum(group["lengths"]))
+                    if zlib.crc32(content) != group["checksum"]:
+                        break
+                    if self.done + len(group["lengths"]) > len(self.samples):
+                        break
+                    self._add(group)
+                    size, length = size + len(content), length + len(line) + 1
+        except (OSError, ValueError, LookupError, TypeError):
+            pass  # nothing there yet, or damaged from here on
         self._folder.mkdir(parents=True, exist_ok=True)
-        for path, length in {
-            self._data: sum(self._lengths),
-            self._progress: sum(len(line) + 1 for line in lines),
-        }.items():
+        for path, end in {self._data: size, self._progress: length}.items():
+            if not end:  # another training may have mapped what was there: it keeps its own
+                path.unlink(missing_ok=True)
             with path.open("ab") as file:
-                file.truncate(length)
+                file.truncate(end)
 
     def _add(self, group: dict[str, Any]) -> None:
         start = self.done

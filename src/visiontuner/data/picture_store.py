@@ -26,13 +26,13 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
+from visiontuner.data.arrays import META, find_damage
 from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
 from visiontuner.data.images import Preprocessing, decode_image, read_pixels
 from visiontuner.data.picture_file import SplitFile
 from visiontuner.data.stored_pictures import (
-    META,
     SCHEMA_VERSION,
     Form,
     PictureStore,
@@ -57,6 +57,7 @@ _MOST_THREADS = 32
 _GROUP = 32  # pictures in a line of the progress file
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -70,6 +71,7 @@ def prepare_pictures(
     on_bad_image: Literal["skip", "fail"] = "skip",
     workers: int | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
 ) -> PictureStore:
     """The decoded pictures for training and validation, from the store or made now.
 
@@ -90,9 +92,13 @@ def prepare_pictures(
             raise DataError(f"{dataset.root} has no pictures for {split}. Add some.")
     folder = store_folder(dataset, preprocessing, cache, augmented=augmented)
     computed = 0
-    if not (folder / META).is_file():
+    if find_damage(folder) is not None:
         with locked(folder):
-            if not (folder / META).is_file():  # another process may have done it meanwhile
+            damage = find_damage(folder)
+            if damage is not None:  # else another process has done it meanwhile
+                if (folder / META).exists() and note is not None:
+                    note(f"The decoded pictures in {folder} {damage}: they are decoded anew.")
+                (folder / META).unlink(missing_ok=True)
                 computed = _Job(
                     dataset=dataset,
                     preprocessing=preprocessing,

@@ -1,7 +1,7 @@
 """Pictures that were decoded once: what a training reads, memory-mapped and without torch.
 
 pictures/KEY/
-  meta.json                written last: a store that has it is complete
+  meta.json                written last: a store that has it is complete; with checksums
   validation.pixels        uint8 (N, S, S, 3), one picture after the other
   validation.labels.npy    int64 (N,)
   validation.samples.json  their paths
@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from visiontuner.data.files import write_json
+from visiontuner.data.arrays import META, commit_folder
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import ClassifierError, DataError
 from visiontuner.journal import Finding
 
 SCHEMA_VERSION = 1
-META = "meta.json"
 
 Form = Literal["pixels", "views"]
 """`pixels`: what evaluation reads. `views`: a whole picture made small, for random crops."""
@@ -154,7 +153,7 @@ class PictureStore:
             ) from None
 
     def write(self) -> None:
-        """Declare the store complete."""
+        """Declare the store complete; raises as `commit_folder`."""
         meta = {
             "schema_version": SCHEMA_VERSION,
             "class_names": self.class_names,
@@ -163,7 +162,8 @@ class PictureStore:
             "findings": [asdict(finding) for finding in self.findings],
             "seconds": self.seconds,
         }
-        write_json(self.folder / META, meta)
+        files = [name for split, form in self.forms.items() for name in store_files(split, form)]
+        commit_folder(self.folder, meta, files)
 
     def split(self, name: str) -> StoredPictures:
         """Map one split.
@@ -214,6 +214,18 @@ def array_path(folder: Path, split: str, kind: str) -> Path:
 
 def samples_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.samples.json"
+
+
+def store_files(split: str, form: Form) -> tuple[str, ...]:
+    """The names of a split's files in its store."""
+    paths = [
+        data_path(Path(), split, form),
+        array_path(Path(), split, "labels"),
+        samples_path(Path(), split),
+    ]
+    if form == "views":
+        paths.append(array_path(Path(), split, "ends"))
+    return tuple(path.name for path in paths)
 
 
 def _open_split(folder: Path, split: str) -> StoredPictures:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from visiontuner.data.arrays import META, find_damage
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
 from visiontuner.errors import BadImageError, DataError
@@ -40,6 +41,7 @@ __all__ = ["FeatureSet", "SplitFeatures", "compute_features", "store_folder"]
 SHARDS_WORTH_SHARING = 4
 
 Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 def compute_features(
@@ -54,6 +56,7 @@ def compute_features(
     workers: int | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    note: Note | None = None,
     machines: Callable[[], AbstractContextManager[Machines | None]] = nullcontext,
 ) -> FeatureSet:
     """The features of a data set, from the store or computed.
@@ -65,6 +68,7 @@ def compute_features(
         workers: processes that decode; default by the cores, 0 decodes in a thread.
         batch_size: pictures that go through the network at a time; the engine's own if None.
         progress: called with (pictures done, pictures in all).
+        note: told in one line why features that are in the cache are not used.
         machines: opens others that compute the shards of a large set instead; gives None where
             there are none.
 
@@ -78,9 +82,13 @@ def compute_features(
             raise DataError(f"{dataset.root} has no pictures for {split}. Add some.")
     folder = store_folder(dataset, backbone, precision, splits, cache)
     computed = 0
-    if not _is_whole(folder):
+    if find_damage(folder) is not None:
         with locked(folder):
-            if not _is_whole(folder):  # another process may have done it meanwhile
+            damage = find_damage(folder)
+            if damage is not None:  # else another process has done it meanwhile
+                if (folder / META).exists() and note is not None:
+                    note(f"The features in {folder} {damage}: they are computed anew.")
+                (folder / META).unlink(missing_ok=True)
                 job = _Job(
                     dataset=dataset,
                     backbone=backbone,
@@ -123,17 +131,6 @@ def store_folder(
             row = f"{sample.digest} {sample.label} {sample.path}\n"
             digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
     return cache / "features" / digest.hexdigest()[:32]
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether all of a store is there: one that came back from S3 may have its mark and no more."""
-    try:
-        features = FeatureSet.open(folder)
-        for split in features.splits:
-            features.split(split)
-    except DataError:
-        return False
-    return True
 
 
 @dataclass

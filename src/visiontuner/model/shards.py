@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.lib.format import write_array_header_2_0
@@ -52,8 +53,7 @@ class Shard:
 
     def bad(self) -> dict[int, str]:
         """Position in the shard -> why that picture could not be read."""
-        raw = json.loads(self.bad_path.read_text(encoding="utf-8"))
-        return {int(position): reason for position, reason in raw.items()}
+        return {int(position): reason for position, reason in self._facts()["bad"].items()}
 
     def rows(self) -> NDArray[np.float32]:
         """Features of the readable pictures, float32 (N, D)."""
@@ -61,15 +61,27 @@ class Shard:
         return rows
 
     def is_done(self) -> bool:
+        """Whether the shard is on disk, as it was written."""
         try:
-            return len(self.rows()) + len(self.bad()) == len(self.samples)
-        except (OSError, ValueError, EOFError):
+            rows = self.rows()
+            if _checksum_of_rows(rows) != self._facts()["checksum"]:
+                return False
+            return len(rows) + len(self.bad()) == len(self.samples)
+        except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError):
             return False
 
     def write(self, rows: NDArray[np.float32], bad: Mapping[int, str]) -> None:
-        """Keep the shard; the array goes last: where it is, the shard is whole."""
-        write_json(self.bad_path, bad)
+        """Keep the shard with the checksum of its rows: what a power cut spoils is seen."""
+        write_json(self.bad_path, {"bad": bad, "checksum": _checksum_of_rows(rows)})
         write_atomically(self.path, lambda file: np.save(file, rows, allow_pickle=False))
+
+    def _facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.bad_path.read_text(encoding="utf-8"))
+        return facts
+
+
+def _checksum_of_rows(rows: NDArray[np.float32]) -> int:
+    return zlib.crc32(np.ascontiguousarray(rows).data)
 
 
 def cut_into_shards(split: str, samples: Sequence[Sample], store: Path) -> Iterator[Shard]:

@@ -1,7 +1,7 @@
 """Feature vectors on disk: what trials read, memory-mapped and without torch.
 
 features/KEY/
-  meta.json                   written last: a store that has it is complete
+  meta.json                   written last: a store that has it is complete; with checksums
   train.features.npy          float32 (N, D), the pictures that could be read, in order
   train.labels.npy            int64 (N,)
   train.samples.json          their paths and content digests
@@ -18,12 +18,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.files import write_json
+from visiontuner.data.arrays import META, commit_folder
 from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 
 SCHEMA_VERSION = 1
-META = "meta.json"
 
 Precision = Literal["fp32", "bf16"]
 
@@ -122,8 +121,20 @@ def samples_path(folder: Path, split: str) -> Path:
     return folder / f"{split}.samples.json"
 
 
+def store_files(split: str) -> tuple[str, ...]:
+    """The names of a split's files in its store."""
+    return tuple(
+        path.name
+        for path in (
+            array_path(Path(), split, "features"),
+            array_path(Path(), split, "labels"),
+            samples_path(Path(), split),
+        )
+    )
+
+
 def write_meta(features: FeatureSet) -> None:
-    """Declare a store complete."""
+    """Declare a store complete; raises as `commit_folder`."""
     meta = {
         "schema_version": SCHEMA_VERSION,
         "class_names": features.class_names,
@@ -133,4 +144,5 @@ def write_meta(features: FeatureSet) -> None:
         "engine": features.engine,
         "seconds": features.seconds,
     }
-    write_json(features.folder / META, meta)
+    files = [name for split in features.splits for name in store_files(split)]
+    commit_folder(features.folder, meta, files)

@@ -110,6 +110,7 @@ class Inputs:
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
             progress=self._progress("Features"),
+            note=self.observer.note,
             machines=self._machines if self.on_cluster else nullcontext,
         )
         return features, round(time.monotonic() - began, 3)
@@ -126,6 +127,7 @@ class Inputs:
             augmented=not self.experiment.augmentation.is_off,
             on_bad_image=self.experiment.data.on_bad_image,
             progress=self._progress("Decoding"),
+            note=self.observer.note,
         )
         return store, round(time.monotonic() - began, 3)
 

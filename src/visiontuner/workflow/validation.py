@@ -66,11 +66,14 @@ class ValidationAnswers:
         except DataError:
             if self.inputs is not None:
                 return self._labels_of_pictures(self.inputs)
-            where = self.stores.features or self.stores.pictures
-            raise DataError(
-                f"What this search was trained on is gone from {where}. Any search on the same "
-                "pictures and backbone computes it again."
-            ) from None
+            raise self._gone() from None
+
+    def _gone(self) -> DataError:
+        where = self.stores.features or self.stores.pictures
+        return DataError(
+            f"What this search was trained on is gone from {where}. Any search on the same "
+            "pictures and backbone computes it again."
+        )
 
     def _labels_of_pictures(self, inputs: Inputs) -> NDArray[np.int64]:
         """Of the pictures that can be read: those that trials were measured on."""
@@ -219,13 +222,10 @@ class ValidationAnswers:
 
         known = self.stores
         found = Stores(None, known.pictures) if on_pictures else Stores(known.features, None)
-        try:
-            found.read_labels()
-        except DataError:
-            if self.inputs is None:
-                raise
-        else:
+        if any(found) and found.are_verified:
             return found
+        if self.inputs is None:
+            raise self._gone()
         store, _ = self.inputs.store(on_pictures=on_pictures)
         if on_pictures:
             return Stores(features=None, pictures=store.folder)
