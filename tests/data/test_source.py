@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import re
+import shutil
 import stat
 import struct
 import tarfile
@@ -517,6 +518,16 @@ def test_with_a_checksum_the_server_is_not_asked_again(site, cache):
     folder = fetch_source(site.url, cache=cache, sha256=digest)
     assert fetch_source(site.url, cache=cache, sha256=digest) == folder
     assert len(site.requests) == 1
+
+
+def test_a_kept_archive_that_is_damaged_is_fetched_again_before_it_is_unpacked(site, cache):
+    folder = fetch_source(site.url, cache=cache)
+    shutil.rmtree(folder)
+    (kept,) = (cache / "downloads").rglob("photos.zip")
+    content = kept.read_bytes()
+    kept.write_bytes(content[:40].ljust(len(content), b"\0"))
+    assert fetch_source(site.url, cache=cache) == folder
+    assert kept.read_bytes() == content
 
 
 def test_the_earlier_copy_serves_while_the_server_is_away(site, cache):

@@ -229,6 +229,15 @@ def test_download_is_kept_and_checked(tmp_path: Path, monkeypatch: pytest.Monkey
     for _ in range(2):
         load_backbone("resnet18", weights=url, image_size=64, cache=tmp_path / "cache")
     assert calls == [url]
+    (kept,) = (tmp_path / "cache").rglob("w.pth")
+    kept.write_bytes(content[:-2000].ljust(len(content), b"\0"))  # damaged since
+    load_backbone("resnet18", weights=url, image_size=64, cache=tmp_path / "cache")
+    assert calls == [url, url]
+    assert kept.read_bytes() == content
+    (kept.parent / "meta.json").unlink()  # as an earlier version left it
+    load_backbone("resnet18", weights=url, image_size=64, cache=tmp_path / "cache")
+    assert calls == [url, url]
+    assert (kept.parent / "meta.json").is_file()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     with pytest.raises(BackboneError, match="SHA-256"):  # not torchvision's resnet18-f37072fd.pth
         load_backbone("resnet18", cache=tmp_path / "other")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -55,8 +56,25 @@ def test_export_is_cached_and_tells_nothing_about_the_machine(
 def test_other_weights_are_another_export(resnet: Backbone, cache: Path) -> None:
     path = export_backbone(resnet, cache=cache)
     other = replace(resnet, weights_digest="0" * 64)
-    assert _key(other) != path.stem
-    assert _key(replace(resnet, preprocessing=resnet.preprocessing.with_size(96))) != path.stem
+    assert path.parent.name == _key(resnet) != _key(other)
+    smaller = replace(resnet, preprocessing=resnet.preprocessing.with_size(96))
+    assert _key(smaller) != path.parent.name
+
+
+def test_export_that_is_not_what_was_written_is_written_anew(
+    resnet: Backbone, cache: Path, tmp_path: Path
+) -> None:
+    folder = export_backbone(resnet, cache=cache).parent
+    copy = Path(shutil.copytree(folder, tmp_path / "exports" / folder.name)) / "backbone.onnx"
+    content = copy.read_bytes()
+    copy.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    assert export_backbone(resnet, cache=tmp_path) == copy
+    images = _images(2)
+    engine = make_engine(resnet, precision="fp32", cache=tmp_path, threads=1)
+    assert isinstance(engine, OnnxEngine)
+    np.testing.assert_allclose(
+        engine.features(images), _expected(resnet, images), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_network_that_does_not_export_runs_in_torch_and_says_so(
@@ -75,7 +93,7 @@ def test_network_that_does_not_export_runs_in_torch_and_says_so(
     )
     with pytest.raises(ExportError, match="unsupported operator"):
         export_backbone(odd, cache=cache)
-    assert not list((cache / "exports").glob(".export-*"))
+    assert not list((cache / "exports").rglob(".export-*"))
     images = _images(3)
     np.testing.assert_allclose(engine.features(images), _expected(odd, images), rtol=1e-4)
 

@@ -414,6 +414,13 @@ def test_training_begins_with_a_head_that_was_trained(resnet: Backbone, tmp_path
         load_head(make_network(resnet, num_classes=4), tmp_path / "head.safetensors")
 
 
+def test_weights_that_are_not_what_was_written_are_refused(weights: Path, resnet: Backbone) -> None:
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-4096] + bytes(4096))
+    with pytest.raises(ClassifierError, match=r"network.safetensors are damaged.*Delete"):
+        load_network(make_network(resnet, "last_stage"), weights)
+
+
 def test_weights_of_another_architecture_are_refused(weights: Path, bundled: Backbone) -> None:
     network = make_network(bundled, "head")
     with pytest.raises(BackboneError, match="of backbone 'resnet18', not of 'efficientnet_lite0'"):

@@ -10,6 +10,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
+from visiontuner.data.arrays import commit_folder
 from visiontuner.data.dataset import Sample
 from visiontuner.experiment import Experiment, Model
 from visiontuner.model.computing import ShardRows
@@ -50,7 +51,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialTask]
         threads=1,
         features_folder=features,
         start_heads={"t0002": search / "trials/t0001" / HEAD_FILE},
-        home=Home(node_id="another", files=files),
+        home=Home(node_id="another", files=files, search="1"),
     )
     ray.kill(files)
 
@@ -128,6 +129,22 @@ def test_a_copy_is_whole_and_is_fetched_once(
     hosts.fetch_folder(home, folder, tmp_path / "away")
     assert (copy / "meta.json").is_file()
     assert (copy / "train.features.npy").stat().st_mtime_ns == times
+
+
+def test_a_copy_that_is_damaged_is_fetched_again_by_the_first_worker_of_a_search(
+    task: TrialTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert task.features_folder is not None
+    folder, home = task.features_folder, _elsewhere(task)
+    commit_folder(folder, {}, ["train.features.npy"])
+    monkeypatch.setattr(hosts, "_lacks", _never_shared(folder))
+    copy = hosts.fetch_folder(home, folder, tmp_path / "away") / "train.features.npy"
+    whole = copy.read_bytes()
+    for search, content in {"1": bytes(len(whole)), "2": whole}.items():
+        copy.write_bytes(bytes(len(whole)))
+        hosts._FETCHED.clear()
+        hosts.fetch_folder(replace(home, search=search), folder, tmp_path / "away")
+        assert copy.read_bytes() == content
 
 
 def _never_shared(folder: Path) -> Any:

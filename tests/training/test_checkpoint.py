@@ -122,6 +122,14 @@ def test_a_torn_file_is_one_clear_line(tmp_path, share):
         load_checkpoint(tmp_path)
 
 
+def test_values_that_are_not_what_was_written_are_one_clear_line(tmp_path):
+    save_checkpoint(tmp_path, {"weights": torch.randn(50), "epoch": 3})
+    file = tmp_path / CHECKPOINT_FILE
+    file.write_bytes(file.read_bytes()[:-100] + bytes(100))
+    with pytest.raises(CheckpointError, match=r"damaged \(it is not what was written\)"):
+        load_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     "header",
     [

@@ -45,6 +45,19 @@ def cannot_write(path: Path, error: OSError) -> VisiontunerError:
     )
 
 
+def flush_to_disk(path: Path) -> None:
+    """Return when a file's content is on the disk, or a folder's names are.
+
+    Raises:
+        OSError: it cannot be written; some network file systems cannot be asked about folders.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """One process at a time computes a folder; the lock ends with its process, however it ends."""

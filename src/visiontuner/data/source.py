@@ -67,8 +67,11 @@ def _fetch_url(
     url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
 ) -> Path:
     archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
-    name = _folder_name(archive.path.name, archive.sha256)
-    return extract(archive.path, cache / "archives" / name)
+    folder = cache / "archives" / _folder_name(archive.path.name, archive.sha256)
+    if not folder.is_dir() and file_digest(archive.path) != archive.sha256:
+        archive.path.unlink()  # not what came: damaged since, and a tar would not show it
+        return _fetch_url(url, cache, sha256, progress)
+    return extract(archive.path, folder)
 
 
 def _fetch_s3(

@@ -159,9 +159,9 @@ def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
 def _check_against_torch(engine: OnnxEngine, backbone: Backbone, path: Path) -> None:
     """Compare once per exported file; the result is kept beside it."""
     note = path.with_suffix(f".checked-{onnxruntime.__version__}.json")
-    if note.is_file():
+    try:
         difference = float(json.loads(note.read_text())["relative_difference"])
-    else:
+    except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged
         difference = _difference(engine, backbone)
         temporary = note.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps({"relative_difference": difference}))

@@ -16,6 +16,8 @@ from pathlib import Path
 import onnx
 import torch
 
+from visiontuner.data.arrays import commit_folder, find_damage
+from visiontuner.data.files import locked
 from visiontuner.errors import ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
 from visiontuner.model.traceable import easily_traced
@@ -27,20 +29,23 @@ _LOGGERS = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")
 def export_backbone(backbone: Backbone, *, cache: Path) -> Path:
     """The backbone as an ONNX file; written once for the same weights, size and torch version.
 
-    Its input is `image`, float32 (B, 3, size, size), and its output `features`, float32
-    (B, feature_dim), for any B.
+    A file that is not what was written, by its checksum, is written anew. Its input is `image`,
+    float32 (B, 3, size, size), and its output `features`, float32 (B, feature_dim), for any B.
 
     Raises:
         ExportError: torch cannot write this network as ONNX.
     """
-    target = cache / "exports" / f"{_key(backbone)}.onnx"
-    if target.is_file():
+    target = cache / "exports" / _key(backbone) / "backbone.onnx"
+    if find_damage(target.parent) is None:
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-        temporary = Path(folder) / "backbone.onnx"
-        save_onnx(_exported(backbone, temporary), temporary)
-        temporary.replace(target)
+    with locked(target.parent):
+        if find_damage(target.parent) is not None:  # else another process has done it meanwhile
+            target.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+                temporary = Path(folder) / "backbone.onnx"
+                save_onnx(_exported(backbone, temporary), temporary)
+                temporary.replace(target)
+            commit_folder(target.parent, {"backbone": backbone.name}, [target.name])
     return target
 
 

@@ -17,8 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from visiontuner.data.arrays import content_checksum
 from visiontuner.errors import BackboneError, ClassifierError, VisiontunerError
 from visiontuner.model.network import Network, Train
+
+_CHECKSUM = "checksum"  # in a file's header
 
 
 def save_network(network: Network, path: Path, *, class_names: Sequence[str] | None = None) -> None:
@@ -72,7 +75,7 @@ def _write(tensors: Mapping[str, Tensor], path: Path, about: dict[str, str] | No
         for name, tensor in tensors.items()
     }
     with whole_file(path) as temporary:
-        save_file(own, temporary, metadata=about)
+        save_file(own, temporary, metadata={**(about or {}), _CHECKSUM: _checksum_of(own)})
         temporary.chmod(0o644)  # safetensors makes it private; a server may be another
 
 
@@ -94,6 +97,14 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    """Of all values; a file of ours has it in its header."""
+    return content_checksum(
+        (name, tensor.reshape(-1).view(torch.uint8).numpy())
+        for name, tensor in sorted(tensors.items())
+    )
+
+
 def load_network(network: Network, path: Path, *, class_names: Sequence[str] | None = None) -> None:
     """Fill a network with what `save_network` wrote, or with a classifier's weights.
 
@@ -106,7 +117,7 @@ def load_network(network: Network, path: Path, *, class_names: Sequence[str] | N
         ClassifierError: it cannot be read, is for other classes, or holds values that are not
             finite.
     """
-    tensors, about = _read(path)
+    tensors, about = read_tensors(path)
     head = {n.removeprefix("head."): t for n, t in tensors.items() if n.startswith("head.")}
     prefix = "backbone."
     body = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -127,7 +138,7 @@ def load_head(network: Network, path: Path) -> None:
     Raises:
         ClassifierError: it cannot be read or does not fit.
     """
-    tensors, _ = _read(path)
+    tensors, _ = read_tensors(path)
     _check_head(network, tensors, path)
     _check_finite(tensors, path)
     network.head[1].load_state_dict(tensors)
@@ -146,12 +157,23 @@ def trained_amount(path: Path) -> Train:
 # checks
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, verified, and what it says of them.
+
+    Raises:
+        ClassifierError: it cannot be read, or holds other values than were written.
+    """
     about = _read_about(path)
     try:
-        return load_file(path), about
+        tensors = load_file(path)
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, error) from None
+    if _CHECKSUM in about and about[_CHECKSUM] != _checksum_of(tensors):
+        raise ClassifierError(
+            f"The weights {path} are damaged: they are not what was written. Delete that file; "
+            "`visiontuner evaluate` on its search trains the trial again."
+        )
+    return tensors, about
 
 
 def _read_about(path: Path) -> dict[str, str]:

@@ -14,8 +14,6 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from visiontuner.data.images import normalise, read_pixels
@@ -36,7 +34,12 @@ from visiontuner.model.classifier_files import (
 )
 from visiontuner.model.export import export_backbone, exported_once, save_onnx
 from visiontuner.model.network import Train, build_network
-from visiontuner.model.network_files import load_network, trained_amount, write_tensors
+from visiontuner.model.network_files import (
+    load_network,
+    read_tensors,
+    trained_amount,
+    write_tensors,
+)
 from visiontuner.model.reference import reference_pictures
 from visiontuner.model.weights import digest_weights
 
@@ -156,10 +159,7 @@ def _read_network(path: Path, backbone: Backbone, class_names: Sequence[str]) ->
 
 
 def _read_head(path: Path, backbone: Backbone, class_names: Sequence[str]) -> dict[str, Tensor]:
-    try:
-        head = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ClassifierError(f"Cannot read the head {path} ({type(error).__name__}).") from None
+    head, _ = read_tensors(path)
     expected = {"weight": (len(class_names), backbone.feature_dim), "bias": (len(class_names),)}
     found = {name: tuple(tensor.shape) for name, tensor in head.items()}
     if found != expected:

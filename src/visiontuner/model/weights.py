@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
+from visiontuner.data.digests import file_digest
 from visiontuner.errors import BackboneError
 
 StateDict = OrderedDict[str, Tensor]
@@ -91,6 +93,9 @@ def read_state_dict(path: Path) -> StateDict:
 def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: str = "") -> Path:
     """Download a file once; a broken download leaves nothing behind.
 
+    A copy that is not what came, by its checksum, is downloaded again. One of an earlier version,
+    without a checksum, gets one: a machine may be offline by now.
+
     Args:
         sha256_prefix: the first hex digits that the content's SHA-256 must have.
         token: sent as a bearer token, where the host asks for one.
@@ -101,7 +106,12 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
     folder = cache / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16]
     target = folder / (url.split("?")[0].rsplit("/", 1)[-1] or "weights")
     if target.is_file():
-        return target
+        if has_checksums(folder):
+            if find_damage(folder) is None:
+                return target
+        elif file_digest(target).startswith(sha256_prefix):
+            commit_folder(folder, {}, [target.name])
+            return target
     folder.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=folder, prefix=".download-")
     temporary = Path(name)
@@ -114,6 +124,7 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
                 "Try again, or download it another way and use `weights: PATH`."
             )
         temporary.replace(target)
+        commit_folder(folder, {}, [target.name])
     except (requests.RequestException, OSError) as error:
         raise BackboneError(
             f"Cannot download the weights {url} ({_reason(error)}). {OFFLINE_ADVICE}"

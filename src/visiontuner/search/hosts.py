@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from visiontuner.data.arrays import find_damage, has_checksums
 from visiontuner.search.trial import CHECKPOINT_FOLDER
 
 if TYPE_CHECKING:
@@ -32,10 +34,15 @@ _WORTH = 19
 
 @dataclass(frozen=True, kw_only=True)
 class Home:
-    """The driver's machine: where it is in the cluster, and who reads and writes files there."""
+    """The driver's machine: where it is in the cluster, and who reads and writes files there.
+
+    Args:
+        search: another text for every run of a search.
+    """
 
     node_id: str
     files: Any  # handle of the actor `_Files`
+    search: str
 
     @property
     def is_here(self) -> bool:
@@ -61,7 +68,7 @@ def home_of(search_folder: Path, stores: Sequence[Path]) -> Iterator[Home | None
     )
     files: Any = actor.remote(search_folder.resolve(), [store.resolve() for store in stores])
     try:
-        yield Home(node_id=node_id, files=files)
+        yield Home(node_id=node_id, files=files, search=uuid.uuid4().hex)
     finally:
         ray.kill(files)
 
@@ -148,20 +155,27 @@ def fetch_folder(home: Home, folder: Path, cache: Path) -> Path:
     """A folder of the home, here: the same one where the machines share it, else a copy.
 
     A copy lies in the cache under the same name. Files that are there already, by name and size,
-    are not fetched again: what the folders hold is named after all that determines it.
+    are not fetched again: what the folders hold is named after all that determines it. The first
+    worker of a search on a machine verifies what is there; what is damaged is fetched again.
     """
     if folder not in _FETCHED:
         sizes: dict[str, int] = ray.get(home.files.sizes.remote(folder))
-        if _lacks(folder, sizes):
-            target = cache / folder.parent.name / folder.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with target.with_suffix(".lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                for name in _lacks(target, sizes):
-                    _fetch(home, folder / name, target / name, sizes[name])
-            _FETCHED[folder] = target
-        else:
-            _FETCHED[folder] = folder
+        copy = cache / folder.parent.name / folder.name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with copy.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            target = copy if _lacks(folder, sizes) else folder
+            verified = copy.with_suffix(".verified")
+            for name in _lacks(target, sizes):
+                _fetch(home, folder / name, target / name, sizes[name])
+                verified.unlink(missing_ok=True)
+            if not verified.is_file() or verified.read_text() != home.search:
+                if has_checksums(target) and find_damage(target) is not None:
+                    for name, size in sizes.items():
+                        _fetch(home, folder / name, copy / name, size)
+                    target = copy
+                verified.write_text(home.search)
+        _FETCHED[folder] = target
     return _FETCHED[folder]
 
 

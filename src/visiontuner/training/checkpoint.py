@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from visiontuner.data.arrays import content_checksum
 from visiontuner.errors import CheckpointError, TrialFailed
 from visiontuner.training.state import require_same
 
@@ -44,6 +45,7 @@ def save_checkpoint(
         "visiontuner_checkpoint": _VERSION,
         "state": json.dumps(structure),
         "made_for": json.dumps(dict(made_for or {})),
+        "checksum": _checksum_of(tensors),
     }
     path = folder / CHECKPOINT_FILE
     try:
@@ -76,6 +78,8 @@ def load_checkpoint(folder: Path, *, made_for: Mapping[str, Any] | None = None) 
         if version == _VERSION:
             saved_for, structure = json.loads(header["made_for"]), json.loads(header["state"])
             state: dict[str, Any] = _decode(structure, tensors)
+            if header.get("checksum", "") not in ("", _checksum_of(tensors)):
+                raise ValueError("it is not what was written")
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"The checkpoint {path} is damaged ({' '.join(str(error).split())}); delete it to "
@@ -133,6 +137,13 @@ def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decode(item, tensors) for key, item in content}
     items = [_decode(item, tensors) for item in content]
     return items if kind == "list" else tuple(items)
+
+
+def _checksum_of(tensors: Mapping[str, Tensor]) -> str:
+    return content_checksum(
+        (name, tensor.reshape(-1).view(torch.uint8).numpy())
+        for name, tensor in sorted(tensors.items())
+    )
 
 
 def _dense(tensor: Tensor) -> Tensor:

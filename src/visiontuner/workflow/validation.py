@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from visiontuner.errors import DataError
+from visiontuner.errors import ClassifierError, DataError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, read_events
 from visiontuner.locations import writable_cache_folder
@@ -174,6 +174,8 @@ class ValidationAnswers:
     def restore(self, trial: TrialRecord) -> str | None:
         """A search keeps the weights of its five best; another trial is trained again.
 
+        So is one whose weights are damaged.
+
         For a head that takes seconds, for a network as long as the trial did.
 
         Returns:
@@ -181,14 +183,22 @@ class ValidationAnswers:
         """
         import numpy as np
 
+        from visiontuner.model.network_files import read_tensors
         from visiontuner.search.weights import kept_weights
 
-        if kept_weights(self.folder, trial.trial_id) is not None:
-            return None
+        why = "its weights were not among those kept"
+        weights = kept_weights(self.folder, trial.trial_id)
+        if weights is not None:
+            try:
+                read_tensors(weights)
+            except ClassifierError:
+                why = "its weights were damaged"
+            else:
+                return None
         kept = self.logits(trial.trial_id)
         self._train_again(trial)
         difference = float(np.abs(self.logits(trial.trial_id) - kept).max())
-        said = f"Trained {trial.trial_id} again: its weights were not among those kept."
+        said = f"Trained {trial.trial_id} again: {why}."
         if difference <= _LOGITS_TOLERANCE:
             return said
         return (
