@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
+from visiontuner.data.files import write_json
 from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
-from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
+from visiontuner.model.store import FeatureSet, array_path, samples_path, write_meta
 from visiontuner.search.cluster import RayForSearch
 from visiontuner.search.labels import Stores
 from visiontuner.search.recorder import Recorder

@@ -65,6 +65,10 @@ class TrialFailed(VisiontunerError):
         self.comes_back = comes_back
 
 
+class DiskError(VisiontunerError):
+    """A disk that is full, over its quota or broken: the same goes on where there is room."""
+
+
 class SearchFailed(VisiontunerError):
     """The whole search cannot go on, or ended without one usable trial."""
 

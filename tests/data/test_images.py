@@ -1,6 +1,8 @@
 """What a picture looks like once it is pixels, against torchvision and by hand."""
 
+import errno
 import io
+import os
 import threading
 import warnings
 
@@ -21,7 +23,7 @@ from visiontuner.data.images import (
     picture_extensions,
     read_pixels,
 )
-from visiontuner.errors import BadImageError, ClassifierError
+from visiontuner.errors import BadImageError, ClassifierError, DiskError
 
 IMAGENET = Preprocessing(
     resize=36,
@@ -354,3 +356,13 @@ def test_another_input_size_keeps_the_crop_ratio():
         resize=256, size=224, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bicubic"
     ).with_size(112)
     assert (resized.resize, resized.size, resized.interpolation) == (128, 112, "bicubic")
+
+
+def test_a_disk_that_cannot_be_read_makes_no_bad_picture(tmp_path, monkeypatch):
+    class Broken(io.BytesIO):
+        def read(self, *_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(images, "_stream", lambda _: Broken())
+    with pytest.raises(DiskError, match=r"Cannot read .*a.png: Input/output error"):
+        decode_image(tmp_path / "a.png")

@@ -38,6 +38,35 @@ def test_what_a_trial_itself_raised_does_not(told: str) -> None:
     assert not losses.take()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        "OSError: [Errno 28] No space left on device: 'x'",
+        "OSError: [Errno 122] Disk quota exceeded",
+        "OSError: [Errno 5] Input/output error",
+        "OSError: 4096 requested and 512 written",
+        "SafetensorError: Error while serializing: I/O error: Os { code: 28, kind: StorageFull, "
+        'message: "No space left on device" }',
+        "visiontuner.errors.TrialFailed: Cannot write the checkpoint c: Disk quota exceeded; make",
+        "sqlite3.OperationalError: database or disk is full",
+        "sqlite3.OperationalError: disk I/O error",
+    ],
+)
+def test_a_disk_that_fails_a_trial_ends_the_search(error: str) -> None:
+    ended: list[str] = []
+    losses = Losses(end_search=lambda: ended.append("search"))
+    told = f"Failure # 1 (now)\nray::ImplicitFunc.train() (pid=1)\n{error}\n"
+    assert losses.is_of_disk(told, error)
+    assert (losses.disk_error, ended) == (error, ["search"])
+
+
+def test_other_failures_are_the_trials_own() -> None:
+    losses = Losses(end_search=pytest.fail)
+    assert not losses.is_of_disk("TrialFailed: The training loss is nan", "nan")
+    assert not losses.is_of_disk("FileNotFoundError: [Errno 2] No such file", "gone")
+    assert losses.disk_error is None
+
+
 def test_a_trial_that_ends_every_worker_fails_at_last() -> None:
     losses = Losses()
     again = [losses.begins_again("t0001", DIED) for _ in range(MOST_LOSSES)]

@@ -1,17 +1,21 @@
 """Searches on a real Ray over a small feature store that every trial learns in a moment."""
 
 import os
+import shutil
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from visiontuner.data.files import write_json
+from visiontuner.errors import DiskError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
-from visiontuner.model.store import FeatureSet, array_path, samples_path, write_json, write_meta
+from visiontuner.model.store import FeatureSet, array_path, samples_path, write_meta
 from visiontuner.search.labels import Stores
 from visiontuner.search.run import Recorder, run_trials
 from visiontuner.search.space import draw_beforehand
@@ -114,6 +118,39 @@ def after(number: int, event: str) -> Callable[[Event], None]:
                 os.kill(os.getpid(), signal.SIGINT)
 
     return listen
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system with room for the files of two trials or so."""
+    folder = tmp_path / "search" / "trials"
+    folder.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False).returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_full_disk_interrupts_a_search_and_with_room_it_goes_on(search, small_disk):
+    full = search(trials=6)
+    filler = small_disk / "filler"
+
+    def fill(line: Event) -> None:
+        if line["event"] == "trial_ended" and not filler.exists():
+            free = shutil.disk_usage(small_disk).free
+            filler.write_bytes(bytes(free - free % 4096))
+
+    with pytest.raises(DiskError, match=r"Cannot write .*(No space left|requested and)"):
+        full.run(fill)
+    states = {trial.state for trial in full.trials.values()}
+    assert states == {"completed", "interrupted"}
+    filler.unlink()
+    assert full.run() == "completed"
+    assert [trial.state for trial in full.trials.values()] == ["completed"] * 6
+    assert full.configurations() == draw_beforehand(full.experiment)
 
 
 def test_a_random_search_runs_its_plan_and_leaves_what_packaging_needs(search, features):

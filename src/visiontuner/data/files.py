@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from visiontuner.errors import VisiontunerError
+from visiontuner.errors import DiskError, VisiontunerError
 from visiontuner.plain_json import encode_json
 
 
@@ -36,10 +38,29 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# As the system, numpy, Rust's libraries (safetensors) and SQLite write it: other packages put it
+# into errors of their own, without the number.
+_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+_DISK_WORDS = re.compile(
+    "|".join(re.escape(os.strerror(number)) for number in _DISK_ERRNOS)
+    + r"|\[Errno (?:{0})\]|\(os error (?:{0})\)".format("|".join(map(str, _DISK_ERRNOS)))
+    + r"|\d+ requested and \d+ written|database or disk is full|disk I/O error"
+)
+
+
+def disk_problem(error: BaseException | str) -> str | None:
+    """What is wrong with a disk, if that is what an error or its text is about; else None."""
+    if isinstance(error, OSError) and error.errno in _DISK_ERRNOS:
+        return os.strerror(error.errno)
+    found = _DISK_WORDS.search(str(error))
+    return found[0] if found else None
+
+
 def cannot_write(path: Path, error: OSError) -> VisiontunerError:
     """What to say when a file of the cache cannot be written."""
     reason = error.strerror or "the disk is full"  # numpy's own short-write error has no text
-    return VisiontunerError(
+    kind = DiskError if disk_problem(error) else VisiontunerError
+    return kind(
         f"Cannot write {path.parent.parent.name} to {path.parent} ({reason}). Make room there or "
         "set VISIONTUNER_CACHE to another folder; what is done is kept."
     )

@@ -7,6 +7,7 @@ CMYK and palettes as RGB, 16 bits scaled to 8, transparency on white, an animati
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import re
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from visiontuner.errors import BadImageError, ClassifierError
+from visiontuner.errors import BadImageError, ClassifierError, DiskError
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
@@ -144,6 +145,7 @@ def decode_image(
 
     Raises:
         BadImageError: the source is empty, unreadable, truncated, too large or not a picture.
+        DiskError: the disk gives an I/O error.
     """
     _silence_pillow()
     name = str(source) if isinstance(source, Path) else f"a picture of {len(source):,} bytes"
@@ -163,6 +165,11 @@ def decode_image(
             f"Cannot read {name}: it has more than the {max_pixels:,} pixels allowed."
         ) from None
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.EIO:
+            # The picture may be sound: it must not be left out for good.
+            raise DiskError(
+                f"Cannot read {name}: {error.strerror}. Check the disk, then start again."
+            ) from None
         # Pillow's decoders answer hostile bytes with nearly every exception class there is.
         raise BadImageError(f"Cannot read {name}: {_reason(error)}.") from None
 

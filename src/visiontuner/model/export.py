@@ -17,8 +17,8 @@ import onnx
 import torch
 
 from visiontuner.data.arrays import commit_folder, find_damage
-from visiontuner.data.files import locked
-from visiontuner.errors import ExportError, VisiontunerError
+from visiontuner.data.files import disk_problem, locked
+from visiontuner.errors import DiskError, ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
 from visiontuner.model.traceable import easily_traced
 
@@ -115,6 +115,8 @@ def _export(backbone: Backbone, path: Path) -> None:
                 verbose=False,
             )
     except Exception as error:  # the exporter's own classes are private and many
+        if disk_problem(error) is not None:  # not the network's fault, which torch would run then
+            raise DiskError(f"Cannot write {path} ({disk_problem(error)}). Make room.") from None
         raise ExportError(
             f"Backbone {backbone.name!r} cannot be written as ONNX: {_one_line(error)}. "
             "Choose another: `visiontuner backbones`."

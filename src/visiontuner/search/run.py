@@ -18,6 +18,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
+from visiontuner.errors import DiskError
 from visiontuner.experiment import Experiment
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.hosts import home_of
@@ -58,10 +59,16 @@ def run_trials(
         stores: what the trials train on: features, or pictures where the network is trained.
         cache: where the network's weights are kept.
         time_budget: seconds from now on.
+
+    Raises:
+        DiskError: a disk is full or broken; the trials that it failed are `interrupted` too.
     """
-    stopper, losses = EndInOrder(time_budget), Losses()
+    stopper = EndInOrder(time_budget)
+    losses = Losses(end_search=stopper.interrupt)
     while True:
         _run_plan(folder, stage, recorder, stopper, losses, stores=stores, cache=cache)
+        if losses.disk_error is not None:
+            raise DiskError(losses.disk_error)
         if stopper.reason or not losses.take():
             return stopper.reason or "completed"
 
@@ -194,6 +201,9 @@ class JournalCallback(Callback):
             end_trial(self._recorder, trial_id, "interrupted", reason="its worker died")
             return
         error = failure_line(traceback) or "the worker ended without a message"
+        if self._losses.is_of_disk(traceback, error):
+            end_trial(self._recorder, trial_id, "interrupted", reason=error)
+            return
         self._rules.end(trial_id, error=error)
         end_trial(self._recorder, trial_id, "failed", error=error)
         self._weights.prune()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner.data.files import disk_problem
 from visiontuner.errors import (
+    DiskError,
     JournalError,
     SearchFailed,
     SearchInterrupted,
@@ -143,9 +145,22 @@ class _Run:
             except KeyboardInterrupt:
                 state = "interrupted"
             except Exception as error:
+                if disk_problem(error) is not None:
+                    raise self._interrupted_by_disk(error, recorder) from None
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
             return state, recorder
+
+    def _interrupted_by_disk(self, error: Exception, recorder: Recorder) -> DiskError:
+        """Nothing has failed for good: the search goes on where there is room."""
+        best = recorder.record.best
+        with suppress(SearchFailed):  # the journal's own disk may be the full one
+            recorder.append("search_ended", state="interrupted", best_trial=best and best.trial_id)
+        said = f"{' '.join(str(error).split()).rstrip('.')}."
+        return DiskError(
+            f"{said} The search is interrupted, nothing is lost. Make room, then go on with: "
+            f"visiontuner tune --resume {self.folder}"
+        )
 
     def _open_journal(self, record: SearchRecord) -> Recorder:
         return open_journal(
