@@ -1,5 +1,6 @@
 """Folders of pictures and what becomes of them."""
 
+import json
 import os
 import shutil
 from collections import Counter
@@ -454,6 +455,31 @@ def test_a_second_look_reads_no_picture(root, cache, monkeypatch):
     draw(root / "train" / "a" / "0.png", 5001)
     assert load_dataset(root, cache=cache).digest != first.digest
     assert sorted(read) == ["0.png", "new.png"]
+
+
+def test_pictures_that_change_places_are_noticed_whatever_their_times_say(root, cache):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    one, other = root / "train/a/0.png", root / "train/b/0.png"
+    size = max(one.stat().st_size, other.stat().st_size)
+    for path in (one, other):  # PNG readers stop at its end
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        os.utime(path, ns=(10**18, 10**18))
+    first = load_dataset(root, cache=cache)
+    one.rename(root / "aside")
+    other.rename(one)
+    (root / "aside").rename(other)
+    second = load_dataset(root, cache=cache)
+    assert second.digest != first.digest
+    assert second == load_dataset(root, cache=root.parent / "fresh cache")
+
+
+def test_digests_that_an_earlier_version_remembered_are_not_trusted(root, cache):
+    draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
+    first = load_dataset(root, cache=cache)
+    (store,) = (cache / "digests").iterdir()
+    rows = json.loads(store.read_text())
+    store.write_text(json.dumps({path: [*row[:2], "0" * 64] for path, row in rows.items()}))
+    assert load_dataset(root, cache=cache) == first
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"train/a/0.png": 3}', "\0\0"])

@@ -32,7 +32,7 @@ def content_digests(
 ) -> dict[str, str | OSError]:
     """The content digest of each file by its relative path, or why it cannot be read.
 
-    A file with the path, size and modification time of an earlier look is not read again.
+    A file with the path, size, times and inode of an earlier look is not read again.
     """
     store = (
         cache / "digests" / f"{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:24]}.json"
@@ -41,8 +41,8 @@ def content_digests(
     digests: dict[str, str | OSError] = {}
     unknown: list[PictureFile] = []
     for file in files:
-        size, mtime_ns, digest = known.get(file.path, (-1, -1, ""))
-        if (size, mtime_ns) == (file.size, file.mtime_ns):
+        state, digest = known.get(file.path, ([], ""))
+        if state == file.state:
             digests[file.path] = digest
         else:
             unknown.append(file)
@@ -83,10 +83,11 @@ def _hash(
     return digests
 
 
-def _read_store(store: Path) -> dict[str, tuple[int, int, str]]:
+def _read_store(store: Path) -> dict[str, tuple[list[int], str]]:
+    """Each path's state and digest; rows of earlier versions, which said less, fit no file."""
     try:
         raw = json.loads(store.read_text(encoding="utf-8"))
-        return {path: (row[0], row[1], str(row[2])) for path, row in raw.items()}
+        return {path: (row[:-1], str(row[-1])) for path, row in raw.items()}
     except (OSError, ValueError, AttributeError, LookupError, TypeError):
         return {}  # nothing remembered yet, or damaged: everything is read again
 
@@ -95,7 +96,7 @@ def _write_store(
     store: Path, files: Iterable[PictureFile], digests: dict[str, str | OSError]
 ) -> None:
     rows = {
-        file.path: (file.size, file.mtime_ns, digests[file.path])
+        file.path: [*file.state, digests[file.path]]
         for file in files
         if isinstance(digests[file.path], str)
     }

@@ -38,6 +38,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def file_state(status: os.stat_result) -> list[int]:
+    """What tells a file from what it was: size, modification and change time (ns), inode.
+
+    Who moves another file into its place can keep size and modification time, and changes the rest.
+    """
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
 # As the system, numpy, Rust's libraries (safetensors) and SQLite write it: other packages put it
 # into errors of their own, without the number.
 _DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO)

@@ -15,13 +15,14 @@ import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image
 
+from visiontuner.data.files import file_state
 from visiontuner.data.images import picture_extensions
 from visiontuner.errors import DataError
 from visiontuner.journal import FILE_NAME as JOURNAL_FILE
@@ -92,8 +93,7 @@ class PictureFile:
     path: str  # posix, relative to the layout's root
     class_name: str
     split: str | None
-    size: int  # bytes
-    mtime_ns: int
+    state: Sequence[int]  # of `file_state`
 
 
 Reason = Literal["format", "place", "ending"]
@@ -346,9 +346,7 @@ def _add_file(
     if not stat.S_ISREG(status.st_mode):
         layout.ignored.append(relative)
         return
-    layout.files.append(
-        PictureFile(relative, class_name, split, status.st_size, status.st_mtime_ns)
-    )
+    layout.files.append(PictureFile(relative, class_name, split, file_state(status)))
 
 
 def _walk(

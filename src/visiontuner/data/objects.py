@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from visiontuner.data.digests import write_json
+from visiontuner.data.files import file_state
 from visiontuner.data.layout import is_no_data
 from visiontuner.errors import DataError
 
@@ -188,4 +189,4 @@ def _row(etag: str, path: Path) -> list[object]:
         status = path.stat()
     except OSError:
         return []
-    return [etag, status.st_size, status.st_mtime_ns]
+    return [etag, *file_state(status)]

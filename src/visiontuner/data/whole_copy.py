@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
-from visiontuner.data.files import write_json
+from visiontuner.data.files import file_state, write_json
 from visiontuner.data.s3 import is_out_of_reach
 
 
@@ -57,12 +57,11 @@ class WholeCopy(AbstractContextManager["WholeCopy", bool | None]):
             return None
 
     def _digest(self) -> str:
-        """Of every file's name, size and time."""
+        """Of every file's name, size, times and inode."""
         paths = sorted(self._path.rglob("*")) if self._path.is_dir() else [self._path]
         rows = []
         for path in paths:
             if path.is_file():
-                status = path.stat()
                 name = path.relative_to(self._path).as_posix()
-                rows.append([name, status.st_size, status.st_mtime_ns])
+                rows.append([name, *file_state(path.stat())])
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

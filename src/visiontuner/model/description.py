@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from visiontuner.data.files import write_json
+from visiontuner.data.files import file_state, write_json
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import ClassifierError
 
@@ -67,8 +67,7 @@ def _identity(name: str, weights: str, image_size: int | None) -> list[Any] | No
         return [name, weights, image_size, versions]
     path = Path(weights).expanduser()
     if weights != "default" and path.is_file():
-        status = path.stat()
-        place = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+        place = [str(path.resolve()), *file_state(path.stat())]
         return [name, place, image_size, versions]
     return None
 
