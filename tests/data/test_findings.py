@@ -2,9 +2,13 @@
 
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -205,3 +209,39 @@ def test_near_pairs_equal_comparing_all_with_all(start, flips):
         if (values[i] ^ values[j]).bit_count() <= 4
     ]
     assert near_pairs([f"{value:016x}" for value in values], 4).tolist() == expected
+
+
+CHILD = """
+    import sys, time
+    from pathlib import Path
+    from visiontuner.data.dataset import load_dataset
+    from visiontuner.data.inspection import inspect_pictures
+
+    def told(done, total):
+        print("decoding", flush=True)
+        time.sleep(3600)
+
+    if __name__ == "__main__":
+        root, cache = Path(sys.argv[1]), Path(sys.argv[2])
+        inspect_pictures(load_dataset(root, cache=cache), workers=2, cache=cache, progress=told)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    for number in range(80):
+        path = tmp_path / f"data/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+    script = tmp_path / "child.py"
+    script.write_text(textwrap.dedent(CHILD))
+    command = [sys.executable, str(script), str(tmp_path / "data"), str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "decoding\n"
+        workers = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    for worker in alive:
+        worker.kill()
+    assert workers
+    assert not alive

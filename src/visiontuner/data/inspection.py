@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from visiontuner.data.cores import available_cpus
+from visiontuner.data.cores import available_cpus, initialise_worker
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.digests import write_json
 from visiontuner.data.images import decode_image, picture_formats
@@ -106,7 +106,7 @@ def _decode_all(
     # fork is unsafe in a process with threads, and torch and Ray start some.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=initialise_worker)
     try:
         for batch, found in zip(batches, pool.map(_decode_batch, _paths(batches)), strict=True):
             yield from zip([digest for digest, _ in batch], found, strict=True)

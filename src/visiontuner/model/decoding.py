@@ -6,20 +6,17 @@ No torch here: a worker starts in a fraction of a second and takes little memory
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
-import threading
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visiontuner.data.cores import initialise_worker
 from visiontuner.data.images import Preprocessing, read_pixels
 from visiontuner.errors import BadImageError, VisiontunerError
 
@@ -95,19 +92,5 @@ def _executor(workers: int) -> Executor:
     return ProcessPoolExecutor(
         max_workers=workers,
         mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
+        initializer=initialise_worker,
     )
-
-
-def _start_worker() -> None:
-    # Ctrl-C reaches the whole process group; the parent answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for its next batch forever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)

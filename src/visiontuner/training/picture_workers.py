@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from visiontuner.data.cores import available_cpus
+from visiontuner.data.cores import available_cpus, initialise_worker
 from visiontuner.data.images import Preprocessing
 from visiontuner.data.stored_pictures import PictureStore, StoredPictures
 from visiontuner.errors import DataError, TrialFailed, VisiontunerError
@@ -147,17 +144,8 @@ def clean_workers() -> Iterator[None]:
 
 
 def start_worker(_number: int) -> None:
-    # Ctrl-C reaches the whole process group; the parent answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     """torch watches the server that started the worker; the training may have been killed alone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        wait([parent.sentinel])
-        os._exit(1)
+    initialise_worker()
 
 
 def worker_died(error: Exception) -> TrialFailed | None:
