@@ -164,6 +164,6 @@ def wrong_in_mlflow(uri: str, search: Path, *, trials: int, epochs: int) -> list
 
 
 def digest_of(search: Path, trial_id: str) -> str:
-    """The validation logits of a trial; head weights go when better trials come."""
-    path = search / "trials" / trial_id / "validation_logits.npy"
+    """The validation scores of a trial; weights and logits go when better trials come."""
+    path = search / "trials" / trial_id / "validation_scores.npz"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else "none"

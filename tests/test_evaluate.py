@@ -205,10 +205,11 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
     """By the command. Its training is repeated from the seed: the same validation logits."""
     record, tied = SearchRecord.load(copied), evaluated.choice.tied
     assert len(tied) > 1
+    kept = {t: np.load(copied / "trials" / t / "validation_logits.npy") for t in tied}
     for path in copied.glob("trials/*/head.safetensors"):
         if path.parent.name != evaluated.choice.best:
             path.unlink()
-    kept = {t: np.load(copied / "trials" / t / "validation_logits.npy") for t in tied}
+            path.with_name("validation_logits.npy").unlink()
     done = CliRunner().invoke(command, [str(copied), "--prefer", "cheapest"])
     assert done.exit_code == 0, done.output
     seconds = {t: sum(e.metrics["epoch_seconds"] for e in record.trials[t].epochs) for t in tied}
@@ -221,6 +222,19 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
     registered = client_of(copied).get_model_version_by_alias(MODEL, "challenger")
     assert registered.tags["visiontuner.trial_id"] == chosen
     assert registered.run_id == run_of(client_of(copied), chosen).info.run_id
+
+
+def test_logits_that_are_not_those_that_were_scored_are_computed_again(copied: Path) -> None:
+    before = evaluate_search(copied)
+    logits = copied / "trials" / before.choice.chosen / "validation_logits.npy"
+    kept = np.load(logits)
+    np.save(logits, np.concatenate([kept[: len(kept) // 2], 0 * kept[len(kept) // 2 :]]))
+    after = evaluate_search(copied)
+    assert (after.report.temperature, after.report.metrics) == (
+        before.report.temperature,
+        before.report.metrics,
+    )
+    assert np.allclose(np.load(logits), kept, atol=1e-4)
 
 
 def test_an_evaluation_needs_neither_the_cache_nor_the_answers_of_every_trial(
@@ -357,7 +371,8 @@ def test_what_cannot_be_evaluated_says_why(copied: Path, tmp_path: Path) -> None
         evaluate_search(copied)
     journal.close()
     best = SearchRecord.load(copied).best.trial_id
-    (copied / "trials" / best / "validation_logits.npy").write_bytes(b"\x93NUMPY")
+    for answers in (copied / "trials" / best).glob("validation_*"):
+        answers.write_bytes(b"\x93NUMPY")
     with pytest.raises(DataError, match=r"validation_logits\.npy"):
         evaluate_search(copied)
     empty = tmp_path / "empty"

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
@@ -14,7 +15,7 @@ from visiontuner.errors import DataError
 from visiontuner.experiment import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.search.labels import Stores
-from visiontuner.search.trial import LOGITS_FILE, NETWORK_FILE
+from visiontuner.search.trial import LOGITS_FILE, NETWORK_FILE, SCORES_FILE
 from visiontuner.workflow import Silent
 from visiontuner.workflow.diagnose import diagnose_search
 from visiontuner.workflow.inputs import Inputs
@@ -60,7 +61,7 @@ def search(tmp_path: Path, store: PictureStore) -> Path:
         trial.mkdir(parents=True)
         np.save(trial / LOGITS_FILE, logits)
         if trial_id != "t0003":
-            (trial / NETWORK_FILE).write_bytes(b"")
+            save_file({"bias": np.zeros(3)}, trial / NETWORK_FILE)
     journal.close()
     return folder
 
@@ -98,6 +99,22 @@ def test_a_trial_whose_answers_are_gone_is_not_compared(search):
     (search / "trials" / "t0001" / LOGITS_FILE).unlink()  # the best one's must be there
     with pytest.raises(DataError, match="t0001"):
         answers_of(search).choose("best")
+
+
+def test_trials_are_compared_by_their_scores_and_by_their_logits_alike(search, store):
+    by_logits = answers_of(search).choose("best")
+    labels = store.split("validation").labels
+    for trial_id in SECONDS:
+        logits = search / "trials" / trial_id / LOGITS_FILE
+        losses = np.full(len(labels), -np.log(np.e / (np.e + 2)), dtype=np.float32)
+        assert answers_of(search).scores(trial_id).log_loss == pytest.approx(losses)
+        np.savez(logits.with_name(SCORES_FILE), correct=np.ones(len(labels)), log_loss=losses)
+        logits.unlink()
+    assert answers_of(search).choose("best") == by_logits
+    scores = search / "trials" / "t0002" / SCORES_FILE
+    content = scores.read_bytes()
+    scores.write_bytes(content[:80] + bytes(20) + content[100:])  # zip's checksums tell
+    assert answers_of(search).choose("best").tied == ("t0001", "t0003")
 
 
 def test_labels_come_from_the_pictures_where_the_cache_is_gone(search, store, pictures):

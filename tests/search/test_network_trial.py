@@ -23,6 +23,7 @@ from visiontuner.search.trial import (
     HEAD_FILE,
     LOGITS_FILE,
     NETWORK_FILE,
+    SCORES_FILE,
     TrialTask,
     train_again,
 )
@@ -88,7 +89,7 @@ def test_the_best_epochs_network_and_answers_are_on_the_disk_when_it_is_told(tas
     folder, best = given.trial_folder("t0001"), 0.0
     for result in network_trial.train_epochs(CONFIG, given):
         kept = {path.name for path in folder.iterdir()} - {RECORDING_FILE}
-        assert kept == {NETWORK_FILE, LOGITS_FILE}
+        assert kept == {NETWORK_FILE, LOGITS_FILE, SCORES_FILE}
         kept = np.load(folder / LOGITS_FILE, allow_pickle=False)
         weights = load_file(folder / NETWORK_FILE)["head.weight"]
         is_kept = torch.equal(weights, result.network.head[1].weight)

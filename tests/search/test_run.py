@@ -20,7 +20,8 @@ from visiontuner.search.labels import Stores
 from visiontuner.search.run import Recorder, run_trials
 from visiontuner.search.space import draw_beforehand
 from visiontuner.search.stages import stages_of
-from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE
+from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE, SCORES_FILE
+from visiontuner.search.weights import WEIGHTS_KEPT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 
@@ -162,13 +163,34 @@ def test_a_random_search_runs_its_plan_and_leaves_what_packaging_needs(search, f
         assert trial.state == "completed"
         assert [epoch.step for epoch in trial.epochs] == [1, 2, 3]
         folder = random.folder / "trials" / trial.trial_id
-        assert sorted(path.name for path in folder.iterdir()) == [HEAD_FILE, LOGITS_FILE]
+        assert {path.name for path in folder.iterdir()} == {HEAD_FILE, LOGITS_FILE, SCORES_FILE}
         logits = np.load(folder / LOGITS_FILE, allow_pickle=False)
         # The kept logits are the best epoch's.
         assert float((logits.argmax(axis=1) == labels).mean()) == pytest.approx(trial.best_value)
     lines = len(read_events(random.folder).events)
     assert random.run() == "completed"  # nothing left: no trial event is added
     assert len(read_events(random.folder).events) == lines + 1
+
+
+def test_every_trial_keeps_its_scores_and_the_best_five_their_logits(search, features):
+    many = search(trials=8)
+    assert many.run() == "completed"
+    labels = FeatureSet.open(features).split("validation").labels
+    with_logits = set()
+    for trial in many.trials.values():
+        folder = many.folder / "trials" / trial.trial_id
+        with np.load(folder / SCORES_FILE, allow_pickle=False) as scores:
+            correct, log_loss = scores["correct"], scores["log_loss"]
+        assert (correct.dtype, log_loss.dtype) == (np.uint8, np.float32)
+        assert correct.mean() == pytest.approx(trial.best_value)
+        best = next(epoch for epoch in trial.epochs if epoch.step == trial.best_epoch)
+        assert log_loss.mean() == pytest.approx(best.metrics["validation_loss"], abs=1e-5)
+        if (folder / LOGITS_FILE).is_file():
+            with_logits.add(trial.trial_id)
+            logits = np.load(folder / LOGITS_FILE, allow_pickle=False)
+            assert np.array_equal(logits.argmax(axis=1) == labels, correct)
+    ranking = SearchRecord.load(many.folder).ranking()
+    assert with_logits == {trial.trial_id for trial in ranking[:WEIGHTS_KEPT]}
 
 
 def test_the_same_seed_gives_the_same_search(search, tmp_path):

@@ -54,11 +54,28 @@ def picture_scores(
     Returns:
         float64, shape (N,).
     """
+    correct = np.argmax(logits, axis=1) == labels
+    return scores_of_answers(correct, picture_losses(logits, labels), labels, objective)
+
+
+def scores_of_answers(
+    correct: NDArray[np.generic],
+    losses: NDArray[np.floating],
+    labels: NDArray[np.integer],
+    objective: Objective,
+) -> NDArray[np.float64]:
+    """The same from what is kept of every trial.
+
+    Args:
+        correct: bool or uint8, shape (N,): whether each answer is right.
+        losses: float, shape (N,): of each picture in nats.
+        labels: int, shape (N,).
+    """
     if objective == "validation_loss":
-        return -picture_losses(logits, labels)
-    scores: NDArray[np.float64] = (np.argmax(logits, axis=1) == labels).astype(np.float64)
+        return -losses.astype(np.float64)
+    scores: NDArray[np.float64] = correct.astype(np.float64)
     if objective == "validation_macro_f1":
-        counts = np.bincount(labels, minlength=logits.shape[1])
+        counts = np.bincount(labels)
         scores *= len(labels) / ((counts > 0).sum() * counts[labels])
     return scores
 

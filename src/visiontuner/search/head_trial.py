@@ -26,7 +26,7 @@ from visiontuner.search.worker import (
     recorded,
     report,
     run_epochs,
-    save_logits,
+    save_answers,
     watched,
 )
 from visiontuner.training.fit import EpochResult, FeatureBatches, Fit, StepDone, linear_head
@@ -80,7 +80,7 @@ def train_epochs(
         for result in run_epochs(training, folder, task, start.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
-                save_best(folder, result, task)
+                save_best(folder, result, task, labels=start.validation.labels)
             yield after_epoch(result, recorder, task, is_last=training.finished)
 
 
@@ -116,11 +116,11 @@ def start_head(
     )
 
 
-def save_best(folder: Path, result: EpochResult, task: TrialTask) -> None:
-    """The epoch's validation logits and head weights, each file whole or not there."""
+def save_best(folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor) -> None:
+    """The epoch's validation answers and head weights, each file whole or not there."""
     assert isinstance(result.network, torch.nn.Sequential)
     save_head(result.network[1], folder / HEAD_FILE)
-    save_logits(folder, result, task)
+    save_answers(folder, result, task, labels=labels)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from visiontuner.search.worker import (
     recorded,
     report,
     run_epochs,
-    save_logits,
+    save_answers,
     watched,
 )
 from visiontuner.training.fit import EpochResult, Fit, StepDone, linear_head
@@ -106,15 +106,26 @@ def train_epochs(
         for result in run_epochs(training, folder, task, pictures.class_names):
             if task.keeps(is_best=result.is_best):
                 # Before the report: a scheduler may end the trial inside it.
-                save_best(folder, result, task, class_names=pictures.class_names)
+                save_best(
+                    folder,
+                    result,
+                    task,
+                    class_names=pictures.class_names,
+                    labels=validation.labels,
+                )
             noted = replace(result, notes=(*result.notes, *train.take_notes()))
             yield after_epoch(noted, recorder, task, is_last=training.finished)
 
 
 def save_best(
-    folder: Path, result: EpochResult, task: TrialTask, *, class_names: Sequence[str]
+    folder: Path,
+    result: EpochResult,
+    task: TrialTask,
+    *,
+    class_names: Sequence[str],
+    labels: torch.Tensor,
 ) -> None:
-    """The epoch's logits and weights, each file whole or not there.
+    """The epoch's answers and weights, each file whole or not there.
 
     Where the head alone is trained it alone is kept: its backbone is the one that is cached.
     """
@@ -123,7 +134,7 @@ def save_best(
         save_network(network, folder / NETWORK_FILE, class_names=class_names)
     else:
         save_head(network.head[1], folder / HEAD_FILE)
-    save_logits(folder, result, task)
+    save_answers(folder, result, task, labels=labels)
 
 
 def _about(pictures: PictureStore) -> dict[str, Any]:

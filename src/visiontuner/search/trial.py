@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 HEAD_FILE = "head.safetensors"
 NETWORK_FILE = "network.safetensors"
 LOGITS_FILE = "validation_logits.npy"
+SCORES_FILE = "validation_scores.npz"
 CHECKPOINT_FOLDER = "checkpoint"
 
 TrainedOn = Literal["train", "train+validation"]

@@ -1,4 +1,4 @@
-"""Which trials' weights stay on the disk: those of the best, and of what still runs."""
+"""Which trials' weights and logits stay on the disk: those of the best, and of what still runs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.search.stages import starting_heads
-from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE
+from visiontuner.search.trial import (
+    CHECKPOINT_FOLDER,
+    HEAD_FILE,
+    LOGITS_FILE,
+    NETWORK_FILE,
+    SCORES_FILE,
+)
 
 WEIGHTS_KEPT = 5
 
@@ -16,6 +22,7 @@ WEIGHTS_KEPT = 5
 class WeightsOnDisk:
     """Takes the weights of ended trials off the disk that are not among the best of their stage.
 
+    Their validation logits go with them, where the scores are there that every trial keeps.
     A running or interrupted trial keeps its own, so that there are never more than `keep` and those
     of the running ones; in the first of two stages also the heads that the second begins with.
     """
@@ -45,7 +52,8 @@ class WeightsOnDisk:
             for half_written in folder.glob(".*.part"):  # by a worker that was killed
                 half_written.unlink(missing_ok=True)
             if trial.trial_id not in kept:
-                for name in (HEAD_FILE, NETWORK_FILE):
+                scored = (folder / SCORES_FILE).is_file()  # not by an earlier version
+                for name in (HEAD_FILE, NETWORK_FILE, *([LOGITS_FILE] if scored else [])):
                     (folder / name).unlink(missing_ok=True)
                 self._removed.add(trial.trial_id)
 

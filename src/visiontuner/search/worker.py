@@ -18,7 +18,7 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import Finding
 from visiontuner.model.network_files import whole_file
 from visiontuner.search.rungs import Rungs
-from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, TrialTask
+from visiontuner.search.trial import CHECKPOINT_FOLDER, LOGITS_FILE, SCORES_FILE, TrialTask
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.fit import EpochResult, Fit
 from visiontuner.training.recording.records import RECORDING_FILE
@@ -148,12 +148,25 @@ def _incomplete(recording: Recording, epoch: int) -> list[Finding]:
     ]
 
 
-def save_logits(folder: Path, result: EpochResult, task: TrialTask) -> None:
-    """An epoch's validation logits, whole or not there; none of pictures that were trained on."""
+def save_answers(
+    folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor
+) -> None:
+    """An epoch's validation logits and scores, each whole; none of pictures that were trained on.
+
+    The scores stay with every trial, the logits with those whose weights do (`WeightsOnDisk`).
+
+    Args:
+        labels: int64, shape (num_validation,).
+    """
     if task.trained_on != "train":
         return
+    logits, labels = result.validation_logits, labels.cpu()
     with whole_file(folder / LOGITS_FILE) as temporary, temporary.open("wb") as file:
-        np.save(file, result.validation_logits.numpy(), allow_pickle=False)
+        np.save(file, logits.numpy(), allow_pickle=False)
+    correct = (logits.argmax(dim=1) == labels).to(torch.uint8)
+    log_loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    with whole_file(folder / SCORES_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, correct=correct.numpy(), log_loss=log_loss.numpy())
 
 
 def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:

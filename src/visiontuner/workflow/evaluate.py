@@ -159,7 +159,11 @@ class _Evaluation:
 
     def _package(self, trial: TrialRecord, dataset: ImageDataset) -> None:
         """The chosen trial in `classifier/`; most often it is there already."""
-        if packaged_trial(self.folder) == trial.trial_id and is_packaged(self.folder, self.record):
+        if (
+            packaged_trial(self.folder) == trial.trial_id
+            and is_packaged(self.folder, self.record)
+            and self.validation.has_logits(trial.trial_id)
+        ):
             return
         if said := self.validation.restore(trial):
             self.observer.note(said)

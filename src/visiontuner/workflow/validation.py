@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+from zipfile import BadZipFile
 
 from visiontuner.errors import ClassifierError, DataError
 from visiontuner.experiment import Experiment
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
     from visiontuner.search.labels import Stores
     from visiontuner.workflow.inputs import Inputs
 
-_LOGITS_TOLERANCE = 1e-3
+_LOSS_TOLERANCE = 1e-3  # nats
 _NAMED = 6
+
+
+class PictureScores(NamedTuple):
+    """Of each validation picture: whether the answer is right, and its loss in nats, both (N,)."""
+
+    correct: NDArray[np.bool_]
+    log_loss: NDArray[np.floating]
 
 
 class ValidationAnswers:
@@ -80,7 +88,9 @@ class ValidationAnswers:
         import numpy as np
 
         samples = inputs.dataset.splits["validation"]
-        if len(samples) != len(self._read_logits(self.record.ranking()[0].trial_id)):
+        best = self.record.ranking()[0].trial_id
+        kept = self._read_scores(best)
+        if len(samples) != len(self._read_logits(best) if kept is None else kept.correct):
             samples = tuple(inputs.readable("validation"))
         return np.array([sample.label for sample in samples], dtype=np.int64)
 
@@ -90,23 +100,60 @@ class ValidationAnswers:
         Raises:
             DataError: they are gone, damaged or of other pictures.
         """
-        logits = self._read_logits(trial_id)
-        if len(logits) != len(self.labels):
-            raise DataError(
-                f"{self._logits_file(trial_id)} is about other pictures than the search's. "
-                "Search again."
-            )
-        return logits
+        import numpy as np
 
-    def _logits_file(self, trial_id: str) -> Path:
         from visiontuner.search.trial import LOGITS_FILE
 
-        return self.folder / "trials" / trial_id / LOGITS_FILE
+        logits = self._read_logits(trial_id)
+        path = self._file(trial_id, LOGITS_FILE)
+        if len(logits) != len(self.labels):
+            raise DataError(f"{path} is about other pictures than the search's. Search again.")
+        kept = self._read_scores(trial_id)
+        if kept is not None and not np.array_equal(logits.argmax(axis=1) == self.labels, kept[0]):
+            raise DataError(f"{path} is damaged: its answers are not those that were scored.")
+        return logits
+
+    def scores(self, trial_id: str) -> PictureScores:
+        """Of the trial's best epoch; every trial keeps them, of earlier versions its logits.
+
+        Raises:
+            DataError: they are gone, damaged or of other pictures.
+        """
+        from visiontuner.evaluation.calibration import picture_losses
+        from visiontuner.search.trial import SCORES_FILE
+
+        kept = self._read_scores(trial_id)
+        if kept is None:
+            logits = self.logits(trial_id)
+            return PictureScores(
+                logits.argmax(axis=1) == self.labels, picture_losses(logits, self.labels)
+            )
+        if len(kept.correct) != len(self.labels):
+            path = self._file(trial_id, SCORES_FILE)
+            raise DataError(f"{path} is about other pictures than the search's. Search again.")
+        return kept
+
+    def _file(self, trial_id: str, name: str) -> Path:
+        return self.folder / "trials" / trial_id / name
+
+    def _read_scores(self, trial_id: str) -> PictureScores | None:
+        """None where there are none that can be read; what zip's own checksums belie cannot."""
+        import numpy as np
+
+        from visiontuner.search.trial import SCORES_FILE
+
+        try:
+            with np.load(self._file(trial_id, SCORES_FILE), allow_pickle=False) as file:
+                return PictureScores(file["correct"].astype(bool), file["log_loss"])
+        except (OSError, ValueError, LookupError, EOFError, BadZipFile):
+            return None
 
     def _read_logits(self, trial_id: str) -> NDArray[np.float64]:
         import numpy as np
 
-        path = self._logits_file(trial_id)
+        from visiontuner.search.trial import LOGITS_FILE
+
+        path = self._file(trial_id, LOGITS_FILE)
         try:
             logits: NDArray[np.float64] = np.load(path, allow_pickle=False).astype(np.float64)
         except (OSError, ValueError, EOFError) as error:
@@ -149,17 +196,17 @@ class ValidationAnswers:
 
     def _scores(self, trial_ids: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Of each trial whose answers are there; the best one's, which is the first, must be."""
-        from visiontuner.evaluation.choice import picture_scores
+        from visiontuner.evaluation.choice import scores_of_answers
 
         scores = {}
         for trial_id in trial_ids:
             try:
-                logits = self.logits(trial_id)
+                kept = self.scores(trial_id)
             except DataError:
                 if trial_id == trial_ids[0]:
                     raise
                 continue
-            scores[trial_id] = picture_scores(logits, self.labels, self.experiment.objective)
+            scores[trial_id] = scores_of_answers(*kept, self.labels, self.experiment.objective)
         return scores
 
     def _is_quick_to_package(self, trial_id: str) -> bool:
@@ -172,39 +219,56 @@ class ValidationAnswers:
         return not stage_of(self.experiment, self.record.trials[trial_id]).on_pictures
 
     def restore(self, trial: TrialRecord) -> str | None:
-        """A search keeps the weights of its five best; another trial is trained again.
+        """A search keeps weights and logits of its five best; another trial is trained again.
 
-        So is one whose weights are damaged.
+        So is one of which either is damaged.
 
         For a head that takes seconds, for a network as long as the trial did.
 
         Returns:
-            What was done, or None if the weights were there.
+            What was done, or None if both were there.
         """
         import numpy as np
 
+        why = self._why_to_train_again(trial.trial_id)
+        if why is None:
+            return None
+        kept = self.scores(trial.trial_id)
+        self._train_again(trial)
+        again = self.scores(trial.trial_id)
+        difference = float(np.abs(again.log_loss - kept.log_loss).max())
+        said = f"Trained {trial.trial_id} again: {why}."
+        if difference <= _LOSS_TOLERANCE:
+            return said
+        return (
+            f"{said} warning: a picture's validation loss differs by {difference:.2g} nats from "
+            "the search's: another machine or number of threads."
+        )
+
+    def _why_to_train_again(self, trial_id: str) -> str | None:
         from visiontuner.model.network_files import read_tensors
         from visiontuner.search.weights import kept_weights
 
-        why = "its weights were not among those kept"
-        weights = kept_weights(self.folder, trial.trial_id)
-        if weights is not None:
-            try:
-                read_tensors(weights)
-            except ClassifierError:
-                why = "its weights were damaged"
-            else:
-                return None
-        kept = self.logits(trial.trial_id)
-        self._train_again(trial)
-        difference = float(np.abs(self.logits(trial.trial_id) - kept).max())
-        said = f"Trained {trial.trial_id} again: {why}."
-        if difference <= _LOGITS_TOLERANCE:
-            return said
-        return (
-            f"{said} warning: its validation logits differ by {difference:.2g} from the search's: "
-            "another machine or number of threads."
-        )
+        weights = kept_weights(self.folder, trial_id)
+        if weights is None:
+            return "its weights were not among those kept"
+        try:
+            read_tensors(weights)
+        except ClassifierError:
+            return "its weights were damaged"
+        if self.has_logits(trial_id):
+            return None
+        return "its validation logits were gone or damaged"
+
+    def has_logits(self, trial_id: str) -> bool:
+        """Whether a trial's logits are there and those that were scored, if it keeps any."""
+        if self.record.is_unvalidated:
+            return True
+        try:
+            self.logits(trial_id)
+        except DataError:
+            return False
+        return True
 
     def _train_again(self, trial: TrialRecord) -> None:
         from visiontuner.search.stages import make_task, stage_of
