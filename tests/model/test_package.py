@@ -159,7 +159,7 @@ def test_new_package_replaces_the_old_one(package: Package, tmp_path: Path) -> N
         ({"weight": torch.zeros(2, 9), "bias": torch.zeros(2)}, "needs"),
         ({"weight": torch.zeros(2, 512)}, "needs"),
         ({"weight": torch.full((2, 512), torch.nan), "bias": torch.zeros(2)}, "not finite"),
-        (None, "Cannot read the head"),
+        (None, "Cannot read the weights"),
     ],
 )
 def test_head_that_does_not_fit_is_refused(

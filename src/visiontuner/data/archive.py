@@ -20,7 +20,6 @@ import stat
 import string
 import struct
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -32,7 +31,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from visiontuner.data.files import flush_to_disk
+from visiontuner.data.files import flush_to_disk, temporary_folder
 from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 
@@ -96,20 +95,16 @@ def whole_folder(target: Path) -> Iterator[Path]:
     Raises:
         DataError: the disk is full or cannot be written.
     """
-    folder: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-        # mkdtemp is for this user only; other processes on a cluster read the cache as well.
-        folder.chmod(0o755)
-        yield folder
-        _flush_files(folder)
-        _move(folder, target)
+        with temporary_folder(target.parent) as folder:
+            # It is for this user only; other processes on a cluster read the cache as well.
+            folder.chmod(0o755)
+            yield folder
+            _flush_files(folder)
+            _move(folder, target)
     except OSError as error:
         raise DataError(explain_write(error, target)) from None
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush_files(folder: Path) -> None:

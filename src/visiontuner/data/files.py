@@ -6,6 +6,10 @@ import errno
 import fcntl
 import os
 import re
+import shutil
+import stat
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -94,4 +98,58 @@ def locked(folder: Path) -> Iterator[None]:
     with folder.with_suffix(".lock").open("w") as file:
         with suppress(OSError):  # a file system without locks: whole files still replace each other
             fcntl.flock(file, fcntl.LOCK_EX)
+            for half_written in folder.glob(".*.tmp"):  # by a process that was killed
+                half_written.unlink(missing_ok=True)
         yield
+
+
+_TEMPORARY = "visiontuner-tmp-"
+# A new folder is locked within microseconds; one of this age without a lock has lost its process.
+_SWEPT_AFTER_SECONDS = 60.0
+
+
+@contextmanager
+def temporary_folder(parent: Path | None = None) -> Iterator[Path]:
+    """A new folder that is gone, or has another name, when the block ends.
+
+    A lock that ends with its process marks it as in use. What processes that were killed left in
+    the same place is removed first.
+
+    Args:
+        parent: default: the system's folder for temporary files.
+    """
+    prefix = _TEMPORARY if parent is None else f".{_TEMPORARY}"
+    parent = parent or Path(tempfile.gettempdir())
+    _sweep_temporary_folders(parent, prefix)
+    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+    try:
+        with _folder_lock(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sweep_temporary_folders(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
+        with suppress(OSError):  # somebody else's, or just gone
+            status = folder.lstat()
+            old = time.time() - status.st_mtime > _SWEPT_AFTER_SECONDS
+            if old and status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode):
+                with _folder_lock(folder) as is_ours:
+                    if is_ours:
+                        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _folder_lock(folder: Path) -> Iterator[bool]:
+    """Whether nobody else holds it; False too where the file system has no locks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

@@ -6,11 +6,11 @@ import base64
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import ClassifierError, VisiontunerError
 from visiontuner.model.classifier import (
     DESCRIPTION,
@@ -46,8 +46,7 @@ def recalibrate(
     folder = folder.absolute()
     pictures = _recorded_pictures(folder)
     try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
+        with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
             for name in (NETWORK, WEIGHTS):
                 shutil.copy2(folder / name, temporary / name)
@@ -58,8 +57,6 @@ def recalibrate(
             classifier = Classifier.load(temporary)
             write_json(temporary / REFERENCE, reference_document(classifier, pictures))
             replace_folder(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
     return Classifier.load(folder)
@@ -119,6 +116,8 @@ def replace_folder(new: Path, target: Path) -> None:
     """Move `new` to `target`; an older folder there is kept until the new one is in place."""
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     if target.exists():
+        for left in target.parent.glob(f".{target.name}-old-*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         target.replace(old)
     try:
         new.replace(target)

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import onnx
 import torch
 
 from visiontuner.data.arrays import commit_folder, find_damage
-from visiontuner.data.files import disk_problem, locked
+from visiontuner.data.files import disk_problem, locked, temporary_folder
 from visiontuner.errors import DiskError, ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
 from visiontuner.model.traceable import easily_traced
@@ -41,8 +40,8 @@ def export_backbone(backbone: Backbone, *, cache: Path) -> Path:
     with locked(target.parent):
         if find_damage(target.parent) is not None:  # else another process has done it meanwhile
             target.parent.mkdir(exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
-                temporary = Path(folder) / "backbone.onnx"
+            with temporary_folder(target.parent) as folder:
+                temporary = folder / "backbone.onnx"
                 save_onnx(_exported(backbone, temporary), temporary)
                 temporary.replace(target)
             commit_folder(target.parent, {"backbone": backbone.name}, [target.name])
@@ -55,8 +54,8 @@ def exported_once(backbone: Backbone) -> onnx.ModelProto:
     Raises:
         ExportError: torch cannot write this network as ONNX.
     """
-    with tempfile.TemporaryDirectory(prefix="visiontuner-export-") as folder:
-        return _exported(backbone, Path(folder) / "backbone.onnx")
+    with temporary_folder() as folder:
+        return _exported(backbone, folder / "backbone.onnx")
 
 
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:

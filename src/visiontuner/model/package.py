@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import ClassifierError, ExportError, VisiontunerError
 from visiontuner.model.backbone import Backbone
@@ -96,24 +95,22 @@ def package_classifier(
     )
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        temporary.chmod(0o755)
-        is_tuned = trained.backbone.weights_digest != backbone.weights_digest
-        save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
-        _write_weights(trained, temporary / WEIGHTS, class_names)
-        description = _description(trained, class_names, metadata)
-        write_json(temporary / DESCRIPTION, description)
-        classifier = Classifier.load(temporary)
-        difference = _check_against_torch(classifier, trained, pictures)
-        description["metadata"]["onnx_difference"] = difference
-        write_json(temporary / DESCRIPTION, description)
-        write_json(temporary / REFERENCE, reference_document(classifier, pictures))
-        replace_folder(temporary, folder)
+        with temporary_folder(folder.parent) as temporary:
+            temporary.chmod(0o755)
+            is_tuned = trained.backbone.weights_digest != backbone.weights_digest
+            save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
+            _write_weights(trained, temporary / WEIGHTS, class_names)
+            description = _description(trained, class_names, metadata)
+            write_json(temporary / DESCRIPTION, description)
+            classifier = Classifier.load(temporary)
+            difference = _check_against_torch(classifier, trained, pictures)
+            description["metadata"]["onnx_difference"] = difference
+            write_json(temporary / DESCRIPTION, description)
+            write_json(temporary / REFERENCE, reference_document(classifier, pictures))
+            replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Classifier.load(folder)
 
 

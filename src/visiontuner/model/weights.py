@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
 from visiontuner.data.digests import file_digest
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import BackboneError
 
 StateDict = OrderedDict[str, Tensor]
@@ -113,24 +112,23 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
             commit_folder(folder, {}, [target.name])
             return target
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".download-")
-    temporary = Path(name)
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            digest = _download(url, file.write, token)
-        if not digest.startswith(sha256_prefix):
-            raise BackboneError(
-                f"{url} arrived with SHA-256 {digest[:12]}…, expected {sha256_prefix}…. "
-                "Try again, or download it another way and use `weights: PATH`."
-            )
-        temporary.replace(target)
+        with temporary_folder(folder) as place:
+            temporary = place / target.name
+            with temporary.open("wb") as file:
+                digest = _download(url, file.write, token)
+            if not digest.startswith(sha256_prefix):
+                raise BackboneError(
+                    f"{url} arrived with SHA-256 {digest[:12]}…, expected {sha256_prefix}…. "
+                    "Try again, or download it another way and use `weights: PATH`."
+                )
+            temporary.replace(target)
         commit_folder(folder, {}, [target.name])
     except (requests.RequestException, OSError) as error:
         raise BackboneError(
             f"Cannot download the weights {url} ({_reason(error)}). {OFFLINE_ADVICE}"
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             folder.rmdir()  # only an empty one goes
     return target

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from visiontuner.aws import Aws, AwsRefused
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import ServingError
 from visiontuner.journal import FILE_NAME, Event, read_events
 from visiontuner.sagemaker import s3
@@ -105,8 +104,8 @@ class JournalTail:
             return []
         content = s3.get(self._aws, self._uri) or b""
         self._seen = now
-        with TemporaryDirectory() as folder:
-            Path(folder, FILE_NAME).write_bytes(content)
-            read = read_events(Path(folder), self._offset)
+        with temporary_folder() as folder:
+            (folder / FILE_NAME).write_bytes(content)
+            read = read_events(folder, self._offset)
         self._offset = read.offset
         return read.events

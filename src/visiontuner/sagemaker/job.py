@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import UserMistake
 from visiontuner.sagemaker import s3
 from visiontuner.sagemaker.cost import Price
@@ -92,8 +92,8 @@ class Job:
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
     """The request that `submit` would send; makes and uploads nothing."""
-    with TemporaryDirectory() as folder:
-        source = _write(plan, Path(folder))
+    with temporary_folder() as folder:
+        source = _write(plan, folder)
     return dry_request(aws, plan, f"{plan.root}/{source.name}")
 
 
@@ -107,8 +107,8 @@ def submit(aws: Aws, plan: JobPlan, *, note: Callable[[str], None]) -> str:
     if not plan.bucket_exists:
         s3.make_bucket(aws, plan.bucket)
         note(f"Made the bucket {plan.bucket}.")
-    with TemporaryDirectory() as folder:
-        source = _write(plan, Path(folder))
+    with temporary_folder() as folder:
+        source = _write(plan, folder)
         uri = f"{plan.root}/{source.name}"
         s3.put(aws, uri, source.read_bytes(), kms_key=plan.kms_key)
     experiment = plan.experiment.to_yaml().encode()

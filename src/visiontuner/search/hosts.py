@@ -21,6 +21,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from visiontuner.data.arrays import find_damage, has_checksums
+from visiontuner.data.files import temporary_folder
 from visiontuner.search.trial import CHECKPOINT_FOLDER
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def at_this_machine(task: TrialTask, trial_id: str) -> Iterator[TrialTask]:
         yield task
         return
     cache = _cache(task)
-    with tempfile.TemporaryDirectory(prefix="visiontuner-trial-") as folder:
+    with temporary_folder() as folder:
         start = task.start_heads.get(trial_id)
         features, pictures = (
             store and fetch_folder(home, store, cache)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
@@ -18,6 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import DiskError
 from visiontuner.experiment import Experiment
 from visiontuner.search.cluster import resources_for
@@ -103,7 +102,7 @@ def _run_plan(
     weights.prune()  # a kill may have come between a trial's end and this
     _skip_callback_statistics()
     with (
-        _scratch_folder() as scratch,
+        temporary_folder() as scratch,  # for Ray's own records, which are never read again
         _quiet_tune(),
         signals_end(stopper),
         home_of(folder, [f for f in stores if f is not None]) as home,
@@ -272,13 +271,3 @@ def _quiet_tune() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _scratch_folder() -> Iterator[Path]:
-    """Ray wants a folder for its own records; nothing in it is ever read again."""
-    path = Path(tempfile.mkdtemp(prefix="visiontuner-ray-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

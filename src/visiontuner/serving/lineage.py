@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.serving.predictions import read_report
@@ -303,8 +303,8 @@ def _download(mlflow: Mlflow, model_id: str, path: str, folder: Path) -> Path:
 def _read(read: Callable[[Path], Any], what: str) -> tuple[Facts, tuple[str, ...]]:
     """A JSON or YAML object, or nothing and the reason: one lost file must not hide the rest."""
     try:
-        with TemporaryDirectory() as folder:
-            raw = read(Path(folder))
+        with temporary_folder() as folder:
+            raw = read(folder)
         if not isinstance(raw, dict):
             raise TypeError("it is not an object")
     except (TrackingError, OSError, ValueError, TypeError, yaml.YAMLError) as error:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pandas as pd
@@ -21,6 +20,7 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array, Object, Property
 
 import visiontuner
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import ClassifierError
 from visiontuner.layout import CLASSIFIER_FOLDER
 
@@ -44,11 +44,11 @@ _EXAMPLES = 2
 @contextmanager
 def model_parts(folder: Path) -> Iterator[dict[str, Any]]:
     """What MLflow needs to make a model of a classifier folder."""
-    with TemporaryDirectory() as temporary, _importable(temporary):
-        code, script = _stage_code(Path(temporary))
+    with temporary_folder() as temporary, _importable(str(temporary)):
+        code, script = _stage_code(temporary)
         if folder.resolve().name != CLASSIFIER_FOLDER:
             # MLflow names an artifact after its folder; what reads the model goes by this name.
-            folder = Path(shutil.copytree(folder, Path(temporary) / CLASSIFIER_FOLDER))
+            folder = Path(shutil.copytree(folder, temporary / CLASSIFIER_FOLDER))
         yield {
             "python_model": str(script),
             "artifacts": {CLASSIFIER_FOLDER: str(folder)},

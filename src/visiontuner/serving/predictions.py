@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from zipfile import BadZipFile
 
@@ -14,6 +13,7 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import UserMistake
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_PREDICTIONS, EVALUATION_REPORT
 from visiontuner.serving.registry import DIGEST_TAG
@@ -62,8 +62,8 @@ def read_report(mlflow: Mlflow, run_id: str) -> dict[str, Any] | None:
     """
     if f"{EVALUATION_FOLDER}/{EVALUATION_REPORT}" not in _stored(mlflow, run_id):
         return None
-    with TemporaryDirectory() as folder:
-        path = _download(mlflow, run_id, EVALUATION_REPORT, folder)
+    with temporary_folder() as folder:
+        path = _download(mlflow, run_id, EVALUATION_REPORT, str(folder))
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(report, dict):
@@ -93,8 +93,8 @@ def read_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredictions
         )
     if f"{EVALUATION_FOLDER}/{EVALUATION_PREDICTIONS}" not in _stored(mlflow, version.run_id):
         raise _damaged(version.run_id, EVALUATION_PREDICTIONS, FileNotFoundError("it is missing"))
-    with TemporaryDirectory() as folder:
-        path = _download(mlflow, version.run_id, EVALUATION_PREDICTIONS, folder)
+    with temporary_folder() as folder:
+        path = _download(mlflow, version.run_id, EVALUATION_PREDICTIONS, str(folder))
         try:
             return _parse(path, report)
         except (OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile) as error:

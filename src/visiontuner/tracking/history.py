@@ -10,12 +10,11 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.entities import Metric, RunTag
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.evaluation.compare import RunSummary
 from visiontuner.journal import Finding
 from visiontuner.tracking.client import Store
@@ -194,9 +193,9 @@ def _recording(store: Store, summary: RunSummary) -> Recording | None:
         file.path == RECORDING_FILE for file in store.call("list_artifacts", summary.run_id)
     ):
         return None
-    with TemporaryDirectory() as folder:
-        store.download(f"runs:/{summary.run_id}/{RECORDING_FILE}", Path(folder))
-        return find_recording(Path(folder))
+    with temporary_folder() as folder:
+        store.download(f"runs:/{summary.run_id}/{RECORDING_FILE}", folder)
+        return find_recording(folder)
 
 
 def _match(wanted: Mapping[str, tuple[str, ...]], given: Iterable[str]) -> dict[str, str]:

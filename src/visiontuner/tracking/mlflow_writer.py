@@ -21,11 +21,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlflow.entities import Run
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.layout import MLFLOW_FILE
@@ -357,10 +357,10 @@ class MlflowWriter:
             return
         began = time.monotonic()
         try:
-            with TemporaryDirectory() as folder:
+            with temporary_folder() as folder:
                 files = make()
                 for name, content in files.items():
-                    path = Path(folder, name)
+                    path = folder / name
                     path.parent.mkdir(exist_ok=True)
                     path.write_bytes(content)
                 if files:

@@ -9,12 +9,11 @@ classes.csv          one line a class
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import BadImageError, VisiontunerError
 from visiontuner.layout import (
     EVALUATION_CLASSES,
@@ -90,14 +89,11 @@ def write_evaluation(
 
     folder = folder.absolute()
     try:
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-        try:
+        with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
             more = _write_test(temporary, report, answers, root, mistakes)
             write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
             replace_folder(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import UserMistake
 from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.workflow.promote import newest_model, open_store
@@ -80,8 +80,8 @@ def model_folder(model: str) -> Iterator[Path]:
     if isinstance(located, Path):
         yield located
         return
-    with TemporaryDirectory(prefix="visiontuner-") as temporary:
-        yield open_store().download(located, Path(temporary))
+    with temporary_folder() as temporary:
+        yield open_store().download(located, temporary)
 
 
 def model_uri(model: str) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.locations import writable_cache_folder
 from visiontuner.workflow.models import locate_model, model_folder, passed_over
 
@@ -51,8 +51,8 @@ def preflight(
     name, newer = str(located), passed_over(model, located)
     if newer:
         note(f"{name} is the champion; {newer} is newer, and can be named.")
-    with model_folder(name) as found, TemporaryDirectory(prefix="visiontuner-") as temporary:
-        folder = _as_mlflow_model(found, Path(temporary) / "model")
+    with model_folder(name) as found, temporary_folder() as temporary:
+        folder = _as_mlflow_model(found, temporary / "model")
         if container:
             server = _container(folder, image, ready_seconds, note)
         else:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import JournalError, UserMistake, VisiontunerError
 from visiontuner.experiment import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.journal import FILE_NAME, SearchRecord
@@ -267,8 +267,8 @@ def _calibration_of_model(model_id: str, description: str) -> Calibration | None
     from visiontuner.workflow.promote import open_store
 
     try:
-        with TemporaryDirectory() as temporary:
-            folder = download_classifier(open_store(), model_id, Path(temporary))
+        with temporary_folder() as temporary:
+            folder = download_classifier(open_store(), model_id, temporary)
             return _read_calibration(folder, description)
     except VisiontunerError:
         return None

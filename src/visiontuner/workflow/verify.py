@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.experiment import Experiment
 from visiontuner.layout import CLASSIFIER_FOLDER
@@ -48,9 +48,9 @@ def verify(lineage: Lineage, *, observer: Observer | None = None) -> list[Lineag
 
 def _check_classifier(lineage: Lineage) -> Iterator[LineageCheck]:
     """The artifact's digest, and its answers to its reference pictures."""
-    with TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         try:
-            folder = _fetch_classifier(lineage, Path(temporary))
+            folder = _fetch_classifier(lineage, temporary)
         except TrackingError as error:
             from visiontuner.serving.versions import is_missing
 
