@@ -3,6 +3,9 @@
 import errno
 import io
 import os
+import gzip
+import re
+import struct
 import threading
 import warnings
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.functional import normalize, to_tensor
 
@@ -144,7 +147,7 @@ def test_damaged_exif_data_does_not_spoil_the_picture():
         (Image.new("RGB", (4, 4), (1, 2, 3)), "BMP", (1, 2, 3)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "TGA", (1, 2, 3)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "PPM", (1, 2, 3)),
-        (Image.new("RGB", (4, 4), (1, 2, 3)), "QOI", (1, 2, 3)),
+        (Image.new("RGB", (4, 4), (1, 2, 3)), "SGI", (1, 2, 3)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "JPEG2000", (1, 2, 3)),
         (Image.new("RGB", (16, 16), (1, 2, 3)), "ICO", (1, 2, 3)),
     ],
@@ -231,7 +234,7 @@ def test_bytes_and_path_give_the_same_pixels(tmp_path):
         (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
         (encoded(noise(64, 64), "PNG")[:900], "truncated"),
         (b"GIF89a" + bytes(7), "Cannot read"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "EPS images are not decoded"),
     ],
     ids=["empty", "text", "html", "half a JPEG", "half a PNG", "no pixels", "PostScript"],
 )
@@ -260,6 +263,90 @@ def test_a_decompression_bomb_is_refused_from_its_header():
     with pytest.raises(BadImageError, match=r"20 x 10 pixels are more than the 199 allowed"):
         decode_image(encoded(noise(20, 10), "PNG"), max_pixels=199)
     assert decode_image(encoded(noise(20, 10), "PNG"), max_pixels=200).size == (20, 10)
+
+
+def gzipped_fits(side: int) -> bytes:
+    cards = {
+        "XTENSION": "'BINTABLE'", "BITPIX": "8", "NAXIS": "2", "NAXIS1": "8", "NAXIS2": "1",
+        "ZIMAGE": "T", "ZCMPTYPE": "'GZIP_1  '", "ZBITPIX": "8", "ZNAXIS": "2",
+        "ZNAXIS1": str(side), "ZNAXIS2": str(side),
+    }  # fmt: skip
+    extension = "".join(f"{key:8}= {value:>20}".ljust(80) for key, value in cards.items())
+    first = "SIMPLE  =                    T".ljust(80) + "NAXIS   =                    0".ljust(80)
+    headers = [(header + "END").ljust(2880).encode() for header in (first, extension)]
+    return b"".join(headers) + gzip.compress(bytes(side * side))
+
+
+def rle_bitmap(side: int) -> bytes:
+    """A bitmap of one colour, run-length encoded, without its file header: as icons hold it."""
+    header = struct.pack("<IiiHHIIiiII", 40, side, 2 * side, 1, 8, 1, 0, 0, 0, 256, 0)
+    return header + bytes(range(256)) * 4 + (bytes((side, 7)) + b"\0\0") * side + b"\0\1"
+
+
+def icon(inner: bytes) -> bytes:
+    return b"\0\0\1\0\1\0" + struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 8, len(inner), 22) + inner
+
+
+DECODED_IN_PYTHON = {
+    "FITS": gzipped_fits(16),
+    "QOI": encoded(noise(16, 16), "QOI"),
+    "ICNS": encoded(noise(16, 16), "ICNS", sizes=[(16, 16)]),
+    "XPM": b"/* XPM */\nstatic char *x[] = {\n\"1 1 1 1\",\n\"a c #ffffff\",\n\"a\"\n};",
+    "BLP": encoded(noise(16, 16).quantize(16), "BLP"),
+    "MSP": encoded(Image.new("1", (16, 16)), "MSP"),
+    "BMP images of this kind (bmp_rle)": b"BM"
+    + struct.pack("<IHHI", 0, 0, 0, 1078)
+    + rle_bitmap(16),
+    "DIB images of this kind (bmp_rle)": icon(rle_bitmap(16)),
+    "PPM images of this kind (ppm_plain)": b"P2 2 2 255 1 2 3 4 ",
+    "PPM images of this kind (ppm)": b"P5 2 2 100 1234",
+}
+
+
+@pytest.mark.parametrize("what", DECODED_IN_PYTHON)
+def test_what_pillow_decodes_in_python_is_refused_by_its_name(what, monkeypatch):
+    """A decoder in Python holds the interpreter, 20 s for 200 kB: no other request is answered."""
+    started = []
+    monkeypatch.setattr(ImageFile.PyDecoder, "__init__", lambda *_, **__: started.append(what))
+    name = re.escape(what) if " " in what else f"{what} images"
+    with pytest.raises(BadImageError, match=rf"{name} are not decoded: convert to PNG\.$"):
+        decode_image(DECODED_IN_PYTHON[what])
+    assert not started
+
+
+def test_every_decoder_that_is_let_through_is_in_c():
+    for name in images._C_DECODERS:
+        assert name not in Image.DECODERS
+        assert hasattr(Image.core, f"{name}_decoder"), name
+
+
+def test_the_picture_within_an_icon_is_checked_before_it_is_decoded():
+    large = icon(encoded(Image.new("L", (900, 900)), "PNG"))  # the icon says 16 x 16
+    with pytest.raises(BadImageError, match=r"900 x 900 pixels are more than the 1,000 allowed"):
+        decode_image(large[:-40], max_pixels=1000)  # decoding would find it truncated
+    assert decode_image(large).size == (900, 900)
+
+
+def test_a_jpeg_of_countless_scans_is_refused():
+    """Each scan costs a pass over all pixels and 26 bytes of the file."""
+    content = encoded(noise(64, 64), "JPEG", progressive=True)
+    last = content.rindex(b"\xff\xda")
+    assert decode_image(content[:-2] + content[last:-2] * 80 + content[-2:]).size == (64, 64)
+    with pytest.raises(BadImageError, match="more than the 100 scans allowed"):
+        decode_image(content[:-2] + content[last:-2] * 100 + content[-2:])
+    # What follows the picture, such as the film of a phone's photograph, has no scans.
+    assert decode_image(content + b"\xff\xda" * 200).size == (64, 64)
+
+
+def test_an_uncompressed_tiff_of_countless_strips_is_refused():
+    rows = 100_001
+    offsets = struct.pack("<I", 8) * rows
+    tags = [(256, 3, 1, 1), (257, 4, 1, rows), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 4, rows, 8), (277, 3, 1, 1), (278, 3, 1, 1)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    content = b"II*\0" + struct.pack("<I", 8 + len(offsets)) + offsets + directory + bytes(4)
+    with pytest.raises(BadImageError, match="100,001 strips"):
+        decode_image(content)
 
 
 def test_pillow_warnings_do_not_reach_the_caller(monkeypatch):
@@ -302,7 +389,8 @@ SEEDS = [
     encoded(noise(24, 24), "DDS"),
     encoded(noise(24, 24), "SGI"),
     encoded(noise(24, 24), "PCX"),
-    encoded(noise(24, 24), "ICNS", sizes=[(16, 16)]),
+    encoded(Image.new("RGB", (24, 24)), "ICO", bitmap_format="bmp", sizes=[(16, 16)]),
+    encoded(noise(24, 24), "PPM"),
 ]
 
 
@@ -333,7 +421,7 @@ def test_extensions_count_only_what_can_be_opened():
     assert {".jpg", ".jpeg", ".png", ".webp", ".tiff", ".gif", ".bmp", ".avif", ".mpo"} <= set(
         extensions
     )
-    assert not {".pdf", ".eps", ".mpg", ".h5", ".txt", ""} & set(extensions)
+    assert not {".pdf", ".eps", ".mpg", ".h5", ".txt", ".fits", ".qoi", ""} & set(extensions)
     assert "MPO" not in images.picture_formats()
 
 

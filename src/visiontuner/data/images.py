@@ -12,7 +12,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.IcoImagePlugin import IcoFile
 
 from visiontuner.errors import BadImageError, ClassifierError, DiskError
 
@@ -35,8 +37,26 @@ _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
     "lanczos": Image.Resampling.LANCZOS,
 }
-# EPS starts Ghostscript, WMF needs Windows, and Pillow has no decoder for the others.
-_NOT_PICTURES = frozenset({"EPS", "WMF", "BUFR", "GRIB", "HDF5", "IPTC", "MPEG"})
+# What Pillow decodes in C, in the order in which it is tried; MPO opens as JPEG, and ICO by
+# `_open_icon`. Decoders in Python (FITS, QOI, ICNS, XPM, …) hold the interpreter: a FITS file of
+# 200 kB holds a server for 20 s.
+_FORMATS = (
+    "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "DIB", "CUR", "PCX",
+    "DCX", "DDS", "SGI", "SUN", "PSD", "TGA",
+)  # fmt: skip
+# Some of these formats have variants that are decoded in Python: run-length BMP, plain PPM, ….
+_C_DECODERS = frozenset(
+    {"raw", "zip", "jpeg", "gif", "libtiff", "jpeg2k", "bcn", "packbits", "pcx", "sgi_rle",
+     "sun_rle", "tga_rle"}
+)  # fmt: skip
+# Pillow loops over the strips of an uncompressed TIFF in Python, about 5 microseconds each.
+_MAX_TILES = 100_000
+# Each scan of a JPEG passes over all of its pixels; progressive photographs have about 10.
+_MAX_SCANS = 100
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+# After a scan's data: no stuffed zero, no restart and no fill byte.
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_ICON_MAGIC = b"\0\0\1\0"
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -144,26 +164,43 @@ def decode_image(
         max_pixels: larger pictures are refused from their header, before any decoding.
 
     Raises:
-        BadImageError: the source is empty, unreadable, truncated, too large or not a picture.
+        BadImageError: the source is empty, unreadable, truncated, too large, not a picture, or one
+            that Pillow decodes in Python.
         DiskError: the disk gives an I/O error.
+    """
+    with open_image(source, max_pixels=max_pixels) as image:
+        if target is not None and image.format in ("JPEG", "MPO"):
+            # The scale is 1/2, 1/4 or 1/8, never below the size given.
+            image.draft(None, (2 * target, 2 * target))
+        image.load()
+        _check_size(image, max_pixels)
+        return _to_rgb(_upright(image))
+
+
+@contextmanager
+def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """A picture by its header, while the `with` block lasts; `load` decodes it.
+
+    Raises:
+        BadImageError: as `decode_image`; also for what is raised in the block.
     """
     _silence_pillow()
     name = str(source) if isinstance(source, Path) else f"a picture of {len(source):,} bytes"
     try:
-        with Image.open(_stream(source), formats=picture_formats()) as image:
+        with _open(source, max_pixels) as image:
             _check_size(image, max_pixels)
-            if target is not None:
-                # Only JPEG answers; the scale is 1/2, 1/4 or 1/8, never below the size given.
-                image.draft(None, (2 * target, 2 * target))
-            image.load()
-            _check_size(image, max_pixels)
-            return _to_rgb(_upright(image))
+            _check_decoders(image)
+            if image.format in ("JPEG", "MPO"):
+                _check_scans(source)
+            yield image
     except BadImageError as error:
         raise BadImageError(f"Cannot read {name}: {error}") from None
     except Image.DecompressionBombError:
         raise BadImageError(
             f"Cannot read {name}: it has more than the {max_pixels:,} pixels allowed."
         ) from None
+    except UnidentifiedImageError:
+        raise BadImageError(f"Cannot read {name}: {_not_opened(source)}.") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EIO:
             # The picture may be sound: it must not be left out for good.
@@ -222,16 +259,15 @@ def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
 
 @cache
 def picture_formats() -> tuple[str, ...]:
-    """Pillow's names of the formats that are read, in the order in which they are tried."""
+    """Pillow's names of the formats that it opens here, in the order in which they are tried."""
     Image.init()
-    return tuple(name for name in Image.ID if name in Image.OPEN and name not in _NOT_PICTURES)
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 @cache
 def picture_extensions() -> Mapping[str, str]:
     """File name endings that count as pictures, lower case, to Pillow's format name."""
-    # MPO opens through JPEG: it has an ending but no entry among the formats that open.
-    known = {*picture_formats(), "MPO"}
+    known = {*picture_formats(), "ICO", "MPO"}
     return {end: name for end, name in Image.registered_extensions().items() if name in known}
 
 
@@ -242,14 +278,82 @@ def _silence_pillow() -> None:
         warnings.filterwarnings("ignore", module=_PILLOW_MODULES.pattern)
 
 
-def _stream(source: bytes | Path) -> io.BytesIO | Path:
+def _open(source: bytes | Path, max_pixels: int) -> Image.Image:
     if isinstance(source, Path):
         if source.stat().st_size == 0:
             raise BadImageError("the file is empty.")
-        return source
-    if not source:
+    elif not source:
         raise BadImageError("it is empty.")
-    return io.BytesIO(source)
+    if _start_of(source).startswith(_ICON_MAGIC):
+        return _open_icon(_content(source), max_pixels)
+    stream = source if isinstance(source, Path) else io.BytesIO(source)
+    return Image.open(stream, formats=picture_formats())
+
+
+def _open_icon(content: bytes, max_pixels: int) -> Image.Image:
+    """The largest picture of an icon file; Pillow's opener decodes it before it can be checked."""
+    icon = IcoFile(io.BytesIO(content))
+    inner = io.BytesIO(content[icon.entry[0].offset :])
+    with Image.open(inner, formats=("PNG", "DIB")) as header:
+        _check_size(header, max_pixels)
+        _check_decoders(header)
+    image = icon.frame(0)
+    image.format = "ICO"
+    return image
+
+
+def _start_of(source: bytes | Path) -> bytes:
+    if isinstance(source, bytes):
+        return source[:16]
+    with source.open("rb") as file:
+        return file.read(16)
+
+
+def _content(source: bytes | Path) -> bytes:
+    return source if isinstance(source, bytes) else source.read_bytes()
+
+
+def _not_opened(source: bytes | Path) -> str:
+    """Why Pillow does not know a picture: of its other formats, the one whose mark it bears."""
+    start = _start_of(source)
+    for name in reversed(Image.ID):  # XPM before XBM, which takes any comment for its own
+        if name in (*picture_formats(), "ICO") or name not in Image.OPEN:
+            continue
+        accept = Image.OPEN[name][1]
+        with suppress(Exception):  # they index into what may be shorter
+            if accept is not None and accept(start):
+                return f"{name} images are not decoded: convert to PNG"
+    return "it is not a picture that Pillow knows"
+
+
+def _check_decoders(image: Image.Image) -> None:
+    tiles = getattr(image, "tile", ())  # WebP and AVIF have theirs once they are loaded
+    if len(tiles) > _MAX_TILES:
+        raise BadImageError(f"it has {len(tiles):,} strips, more than the {_MAX_TILES:,} allowed.")
+    for decoder in {tile[0] for tile in tiles} - _C_DECODERS:
+        raise BadImageError(
+            f"{image.format} images of this kind ({decoder}) are not decoded: convert to PNG."
+        )
+
+
+def _check_scans(source: bytes | Path) -> None:
+    content = _content(source)
+    # Data and embedded thumbnails may hold the two bytes as well: the truth is counted if needed.
+    if content.count(bytes((0xFF, _START_OF_SCAN))) > _MAX_SCANS < _count_scans(content):
+        raise BadImageError(f"it has more than the {_MAX_SCANS} scans allowed: save it again.")
+
+
+def _count_scans(content: bytes) -> int:
+    """How many scans a JPEG file has, up to one more than are allowed."""
+    scans, position = 0, 2
+    while scans <= _MAX_SCANS:
+        found = _NEXT_MARKER.search(content, position)
+        if found is None or content[found.start() + 1] == _END_OF_IMAGE:
+            break
+        position = found.start() + 2
+        scans += content[position - 1] == _START_OF_SCAN
+        position += int.from_bytes(content[position : position + 2], "big")
+    return scans
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
@@ -318,8 +422,6 @@ def _crop_offset(length: int, size: int) -> int:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "it is not a picture that Pillow knows"
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"
     if isinstance(error, OSError) and error.strerror:

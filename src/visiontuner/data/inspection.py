@@ -12,12 +12,11 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from visiontuner.data.cores import available_cpus, initialise_worker
+from PIL import (Image)
+from visiontuner.data.cores import (available_cpus, initialise_worker)
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.digests import write_json
-from visiontuner.data.images import decode_image, picture_formats
+from visiontuner.data.images import decode_image, open_image
 from visiontuner.errors import BadImageError, VisiontunerError
 
 # 16 x 16 bits of perceptual hash. Measured: a photograph saved again, smaller or brighter is at
@@ -91,11 +90,8 @@ def read_header(path: Path) -> tuple[str, int, int]:
     Raises:
         BadImageError: the header cannot be read.
     """
-    try:
-        with Image.open(path, formats=picture_formats()) as image:
-            return image.format or "", image.width, image.height
-    except Exception as error:  # as in decode_image: hostile bytes raise anything
-        raise BadImageError(f"Cannot read {path}: {error}") from None
+    with open_image(path) as image:
+        return image.format or "", image.width, image.height
 
 
 def _decode_all(

@@ -102,7 +102,7 @@ class Classifier:
         """Name what is on each picture.
 
         Args:
-            images: the files' contents or paths, in any format that Pillow reads.
+            images: the files' contents or paths, in any format of `images.picture_extensions`.
             top_k: how many classes to list; at most all.
 
         Raises:
