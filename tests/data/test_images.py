@@ -291,7 +291,7 @@ DECODED_IN_PYTHON = {
     "FITS": gzipped_fits(16),
     "QOI": encoded(noise(16, 16), "QOI"),
     "ICNS": encoded(noise(16, 16), "ICNS", sizes=[(16, 16)]),
-    "XPM": b"/* XPM */\nstatic char *x[] = {\n\"1 1 1 1\",\n\"a c #ffffff\",\n\"a\"\n};",
+    "XPM": b'/* XPM */\nstatic char *x[] = {\n"1 1 1 1",\n"a c #ffffff",\n"a"\n};',
     "BLP": encoded(noise(16, 16).quantize(16), "BLP"),
     "MSP": encoded(Image.new("1", (16, 16)), "MSP"),
     "BMP images of this kind (bmp_rle)": b"BM"
