@@ -101,6 +101,17 @@ def test_every_rule_names_its_picture(root, cache):
     )
 
 
+def test_pictures_that_decode_to_nearly_black_are_found(root, cache):
+    """12 bits in a file of 16 that does not say so: nobody can know, but anybody can be told."""
+    levels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    Image.fromarray(levels).save(root / "train/a/dark.png")
+    Image.fromarray(levels.astype(np.uint16) * 16).save(root / "train/a/scaled.png")
+    Image.fromarray(np.full((64, 64), 3.0, np.float32)).save(root / "train/b/float.tiff")
+    evidence = found(root, cache)
+    assert evidence["few_levels"].startswith("1 (train/a/dark.png): nearly black, white or")
+    assert "values from 3 to 3, and 0 to 1 is read" in evidence["unreadable_pictures"]
+
+
 def test_nearly_the_same_picture_within_one_split_is_no_finding(root, cache):
     with Image.open(root / "train/a/0.jpg") as image:
         image.save(root / "train/a/again.jpg", quality=50)
@@ -137,7 +148,7 @@ def test_a_second_look_decodes_only_what_is_new(root, cache, monkeypatch):
     assert inspect_dataset(dataset, workers=1, cache=cache) == first
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', '{"x": [1, 2, 3, 4, 5, 6]}'])
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', '{"x": [1, 2, 3, 4, 5, 6, 7]}'])
 def test_damaged_memory_counts_as_none(tmp_path, content):
     (tmp_path / "facts.json").write_text(content)
     assert inspection.read_facts(tmp_path / "facts.json") == {}

@@ -8,6 +8,7 @@ import re
 import struct
 import threading
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -131,9 +132,10 @@ def test_damaged_exif_data_does_not_spoil_the_picture():
         (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", (255, 0, 0)),
         (Image.new("L", (4, 4), 77), "PNG", (77, 77, 77)),
         (Image.new("1", (4, 4), 1), "PNG", (255, 255, 255)),
-        (Image.new("LA", (4, 4), (0, 0)), "PNG", (255, 255, 255)),
+        (Image.new("LA", (4, 4), (100, 0)), "PNG", (100, 100, 100)),
         (Image.new("LA", (4, 4), (100, 255)), "PNG", (100, 100, 100)),
-        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG", (255, 255, 255)),
+        # Alpha that is 0 everywhere is no alpha.
+        (Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG", (255, 0, 0)),
         # 51 / 255 = 0.2: 0.2 * 255 + 0.8 * 255 and 0.2 * 0 + 0.8 * 255
         (Image.new("RGBA", (4, 4), (255, 0, 0, 51)), "PNG", (255, 204, 204)),
         (Image.new("P", (4, 4), 0), "GIF", (0, 0, 0)),
@@ -142,7 +144,8 @@ def test_damaged_exif_data_does_not_spoil_the_picture():
         (Image.new("I;16B", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
         (Image.new("I", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
         (Image.new("F", (4, 4), 0.2), "TIFF", (51, 51, 51)),
-        (Image.new("F", (4, 4), 200.0), "TIFF", (200, 200, 200)),
+        # 0 is black and 1 is white, whatever else the picture holds.
+        (Image.new("F", (4, 4), 1.02), "TIFF", (255, 255, 255)),
         (Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF", (254, 255, 254)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "BMP", (1, 2, 3)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "TGA", (1, 2, 3)),
@@ -167,16 +170,98 @@ def test_16_bit_portable_graymap_is_scaled():
     assert pixel(b"P5 1 1 65535\n" + (257 * 9).to_bytes(2, "big")) == (9, 9, 9)
 
 
-def test_values_beyond_16_bits_are_stretched_over_their_own_range():
-    values = np.array([[-5.0, 0.0, 5.0, np.nan]], dtype=np.float32)
-    image = decode_image(encoded(Image.fromarray(values), "TIFF"))
-    assert [image.getpixel((x, 0))[0] for x in range(4)] == [0, 128, 255, 128]
+def tiff_of(values: np.ndarray, *, bits: int, photometric: int = 1, signed: bool = False) -> bytes:
+    """One row, little-endian; 12 bits are packed."""
+    if bits == 12:
+        pairs = values.reshape(-1, 2)
+        packed = [[a >> 4, (a & 15) << 4 | b >> 8, b & 255] for a, b in pairs.tolist()]
+        data = bytes(byte for triple in packed for byte in triple)
+    else:
+        data = values.astype("<i2" if signed else "<u2").tobytes()
+    kind = 2 if signed else 1
+    tags = [(256, 3, 1, len(values)), (257, 3, 1, 1), (258, 3, 1, bits), (259, 3, 1, 1),
+            (262, 3, 1, photometric), (273, 4, 1, 8), (277, 3, 1, 1), (278, 3, 1, 1),
+            (279, 4, 1, len(data)), (339, 3, 1, kind)]  # fmt: skip
+    directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + directory + bytes(4)
+
+
+def with_significant_bits(png: bytes, bits: int) -> bytes:
+    chunk = b"sBIT" + bytes([bits])
+    crc = struct.pack(">I", zlib.crc32(chunk))
+    return png[:33] + struct.pack(">I", 1) + chunk + crc + png[33:]  # after the header
+
+
+def reds(content: bytes) -> list[int]:
+    image = decode_image(content)
+    return [image.getpixel((x, 0))[0] for x in range(image.width)]
+
+
+def test_12_bits_that_a_tiff_declares_are_scaled_by_its_depth():
+    values = np.array([0, 1606, 4095, 803])  # 1,606 / 4,095 * 255 = 100
+    assert reds(tiff_of(values, bits=12)) == [0, 100, 255, 50]
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([0, 1606, 4095], [0, 100, 255]),  # written as they are
+        ([0, 803, 1607], [0, 50, 100]),  # and none of them bright
+        ([0, 1606 * 16, 65535], [0, 100, 255]),  # scaled to 16 bits, as the specification asks
+        ([0, 0x0110, 0x0FF0], [0, 1, 16]),  # scaled, and none of them bright
+    ],
+)
+def test_12_bits_that_a_png_declares_are_scaled_by_its_depth(values, expected):
+    png = encoded(Image.fromarray(np.array([values], dtype=np.uint16)), "PNG")
+    assert reds(with_significant_bits(png, 12)) == expected
+
+
+def test_the_scale_does_not_depend_on_the_brightest_pixel():
+    """A picture's own range says nothing: its neighbours in the data set have another."""
+    for brightest in (1.0, 1.02, 1.9):
+        values = np.array([[0.2, brightest, -0.1, np.nan]], dtype=np.float32)
+        assert reds(encoded(Image.fromarray(values), "TIFF")) == [51, 255, 0, 0]
+    for brightest in (200, 300, 65535):
+        values = np.array([[257 * 100, brightest]], dtype=np.int32)
+        assert reds(encoded(Image.fromarray(values), "TIFF"))[0] == 100
+
+
+@pytest.mark.parametrize("values", [[0.0, 200.0], [-5.0, 0.5], [-70_000, 5], [5, 200_000]], ids=str)
+def test_values_of_another_scale_than_the_declared_one_are_refused(values):
+    dtype = np.float32 if isinstance(values[1], float) else np.int32
+    content = encoded(Image.fromarray(np.array([values], dtype=dtype)), "TIFF")
+    with pytest.raises(BadImageError, match=r"has values from .* is read: convert it to 8 or 16"):
+        decode_image(content)
+
+
+def test_where_white_is_zero_16_bits_are_inverted():
+    assert reds(tiff_of(np.array([65535, 257 * 100, 0]), bits=16, photometric=0)) == [0, 155, 255]
+
+
+def test_signed_16_bits_are_black_at_0():
+    assert reds(tiff_of(np.array([-9, 0, 32767]), bits=16, signed=True)) == [0, 0, 255]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "CMYK", "P", "L", "1", "I;16", "F", "YCbCr"])
+def test_a_picture_converted_in_strips_equals_one_converted_whole(mode, monkeypatch):
+    levels = np.random.default_rng(1).integers(0, 256, (37, 53, 4), dtype=np.uint8)
+    if mode == "F":
+        image = Image.fromarray(levels[..., 0].astype(np.float32) / 255)
+    elif mode == "I;16":
+        image = Image.fromarray(levels[..., 0].astype(np.uint16) * 257)
+    else:
+        image = Image.fromarray(levels).convert(mode)
+    content = encoded(image, "TIFF")
+    whole = np.asarray(decode_image(content))
+    monkeypatch.setattr(images, "_STRIP_PIXELS", 200)  # 3 rows
+    np.testing.assert_array_equal(np.asarray(decode_image(content)), whole)
 
 
 def test_transparent_palette_is_on_white():
     image = Image.new("P", (4, 4), 1)
     image.putpalette([10, 20, 30, 200, 100, 50])
     opaque_second = encoded(image, "PNG", transparency=bytes([0, 255]))
+    image.putpixel((3, 3), 0)
     clear_second = encoded(image, "PNG", transparency=1)
     assert pixel(opaque_second) == (200, 100, 50)
     assert pixel(clear_second) == (255, 255, 255)

@@ -229,11 +229,17 @@ def test_findings_are_those_of_the_features(
         name="none", feature_dim=4, preprocessing=SMALL, weights_digest="0"
     )
     dataset = make_set(bad=(0, 3))
+    dark = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
+    for split, number in (("train", 1), ("validation", 0)):
+        Image.fromarray(dark).save(dataset.root / dataset.splits[split][number].path)
     features = compute_features(
         dataset, backbone=backbone, engine=Zeros, precision="fp32", cache=tmp_path, workers=0
     )
     store = prepare(dataset)
-    assert store.findings == features.findings
+    assert store.findings == features.findings == prepare(dataset, augmented=True).findings
+    assert [finding.rule for finding in store.findings][-2:] == ["unreadable_picture", "few_levels"]
+    assert store.findings[-1].evidence.startswith("2 (train/001.png, …): nearly black")
+    assert prepare(dataset).findings == store.findings  # from the store
     assert store.split("train").paths == tuple(features.split("train").paths)
 
 

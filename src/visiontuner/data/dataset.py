@@ -17,7 +17,7 @@ from visiontuner.data.archive import archive_findings
 from visiontuner.data.digests import content_digests
 from visiontuner.data.layout import LAYOUTS, Layout, PictureFile, read_layout
 from visiontuner.data.layout_findings import layout_findings
-from visiontuner.data.listing import listed
+from visiontuner.data.listing import ListedFinding, listed
 from visiontuner.errors import DataError
 from visiontuner.journal import Finding
 
@@ -166,6 +166,18 @@ def unreadable_picture(sample: Sample, reason: str) -> Finding:
         severity="warning",
         evidence=f"Cannot read {sample.path}{why if named else f': {reason}'}",
         advice="Repair or delete the file; it was left out.",
+    )
+
+
+def few_levels(paths: Sequence[str]) -> ListedFinding | None:
+    """A finding about pictures that are nearly black, white or of one shade of gray."""
+    return listed(
+        "few_levels",
+        "warning",
+        paths,
+        "nearly black, white or of one shade: they use fewer than 20 of 256 levels",
+        "Look at them. 12 bits in a file of 16 need a header that says so (BitsPerSample, sBIT); "
+        "or convert them to 8 bits.",
     )
 
 

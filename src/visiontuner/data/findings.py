@@ -17,6 +17,7 @@ from visiontuner.data.dataset import (
     SPLITS,
     ImageDataset,
     Sample,
+    few_levels,
     find_emptied_classes,
 )
 from visiontuner.data.duplicates import near_pairs
@@ -108,6 +109,7 @@ def inspect_dataset(
         find_unreadable(dataset, facts),
         *find_emptied_classes(dataset, _readable(dataset, facts)),
         *find_without_decoding(dataset),
+        few_levels([s.path for _, s in _samples(dataset) if facts[s.digest].few_levels]),
         find_tiny(dataset, facts),
         find_wrong_extensions(dataset, facts),
         find_near_across_splits(dataset, facts),

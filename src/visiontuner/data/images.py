@@ -3,6 +3,8 @@
 Pillow and numpy only: what the network saw in training is what the endpoint feeds it, because
 there is one implementation. A picture is read as a person sees it: rotated as its EXIF data says,
 CMYK and palettes as RGB, 16 bits scaled to 8, transparency on white, an animation's first frame.
+What is black and what is white is what the file declares, never the range of its own values: two
+pictures of a data set, and a training picture and a request, have the same scale.
 """
 
 from __future__ import annotations
@@ -12,12 +14,12 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +29,10 @@ from PIL.IcoImagePlugin import IcoFile
 from visiontuner.errors import BadImageError, ClassifierError, DiskError
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
+
+# Part of the names of all that is remembered about decoded pictures; raised whenever the same file
+# becomes other pixels.
+DECODING_VERSION = 2
 
 # Twice Pillow's own warning level: above it Pillow refuses as well.
 MAX_PIXELS = 178_956_970
@@ -57,6 +63,8 @@ _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # After a scan's data: no stuffed zero, no restart and no fill byte.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _ICON_MAGIC = b"\0\0\1\0"
+# 12 bits that no header declares, in a file of 16, use 17 of 256 levels.
+_FEW_LEVELS = 20
 _ORIENTATION_TAG = 0x0112
 _TRANSPOSED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,6 +78,13 @@ _TRANSPOSED = {
 # A 1 x 100,000 picture would need 16 GB once its shorter side is 232. What lies that far from the
 # centre is cropped away anyway.
 _MAX_ASPECT_RATIO = 100
+# A conversion holds several copies of what it converts: of a strip, not of the whole picture.
+_STRIP_PIXELS = 1 << 20
+_BITS_PER_SAMPLE_TAG, _PHOTOMETRIC_TAG = 258, 262  # TIFF
+_WHITE_IS_ZERO = 0
+# Resampling overshoots a little. Values farther from [black, white], as a share of it, say that the
+# file means another scale.
+_MAX_OVERSHOOT = 1.0
 _PILLOW_MODULES = re.compile(r"PIL\.")
 
 
@@ -172,9 +187,11 @@ def decode_image(
         if target is not None and image.format in ("JPEG", "MPO"):
             # The scale is 1/2, 1/4 or 1/8, never below the size given.
             image.draft(None, (2 * target, 2 * target))
+        tags = dict(getattr(image, "tag_v2", ()))  # a TIFF's
         image.load()
         _check_size(image, max_pixels)
-        return _to_rgb(_upright(image))
+        black, white = _black_and_white(image, source, tags)
+        return _to_rgb(_upright(image), black, white)
 
 
 @contextmanager
@@ -236,6 +253,16 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.
     left, top = _crop_offset(image.width, size), _crop_offset(image.height, size)
     # Pillow fills what lies outside the picture with zeros.
     return np.array(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
+
+
+def has_few_levels(image: Image.Image | NDArray[np.uint8]) -> bool:
+    """Whether a picture (RGB, or its pixels) is nearly black, white or of one shade of gray."""
+    if isinstance(image, Image.Image):
+        ranges = cast(tuple[tuple[int, int], ...], image.getextrema())
+        low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    else:
+        low, high = int(image.min()), int(image.max())
+    return high - low < _FEW_LEVELS
 
 
 def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArray[np.float32]:
@@ -376,34 +403,89 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _gray(np.asarray(image) / 257.0)  # 65,535 = 255 * 257
-    if image.mode in ("I", "F"):
-        return _gray(_to_8_bits(np.asarray(image, dtype=np.float64)))
+def _black_and_white(
+    image: Image.Image, source: bytes | Path, tags: Mapping[int, Any]
+) -> tuple[float, float]:
+    """Which values of a picture with more than 8 bits are black and white, as the file declares.
+
+    A float is 0 to 1, and a whole number of 32 bits 0 to 65,535: they declare no depth.
+    """
+    if image.mode == "F":
+        white = 1
+    elif bits := tags.get(_BITS_PER_SAMPLE_TAG):
+        signed = image.mode == "I"
+        white = (1 << min(bits[0], 16) - (signed and bits[0] <= 16)) - 1
+    elif image.mode == "I;16" and image.format == "PNG":
+        white = (1 << _significant_bits(image, _content(source))) - 1
+    else:
+        white = 65535
+    return (white, 0) if tags.get(_PHOTOMETRIC_TAG) == _WHITE_IS_ZERO else (0, white)
+
+
+def _significant_bits(image: Image.Image, png: bytes) -> int:
+    """How many of the 16 bits of a grayscale PNG hold its values.
+
+    The sBIT chunk says so. The PNG specification wants such values scaled up to 16 bits, and some
+    programs write them as they are: then some of the bits below the scaled ones are set.
+    """
+    position, kind = 8, png[12:16]
+    while kind not in (b"sBIT", b"IDAT", b""):
+        position += 12 + int.from_bytes(png[position : position + 4], "big")
+        kind = png[position + 4 : position + 8]
+    bits = png[position + 8] if kind == b"sBIT" else 16
+    if not 8 < bits < 16 or cast(tuple[int, int], image.getextrema())[1] >> bits:
+        return 16
+    below = (1 << 16 - bits) - 1
+    as_they_are = any((np.asarray(strip) & below).any() for _, strip in _strips(image))
+    return bits if as_they_are else 16
+
+
+def _to_rgb(image: Image.Image, black: float, white: float) -> Image.Image:
+    """RGB, on white; `black` and `white` are the values of a picture with more than 8 bits."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _in_strips(image, lambda strip: _to_8_bits(strip, black, white))
     if image.has_transparency_data:
-        # Pillow converts premultiplied gray only to LA.
-        picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture).convert("RGB")
-    return image if type(image) is Image.Image and image.mode == "RGB" else image.convert("RGB")
+        # Programs that know no alpha leave it 0: nothing would be seen of the picture.
+        seen = any(_with_alpha(strip).getchannel("A").getbbox() for _, strip in _strips(image))
+        return _in_strips(image, _on_white if seen else lambda strip: _with_alpha(strip))
+    if image.mode == "RGB":
+        return image
+    return _in_strips(image, lambda strip: strip)
 
 
-def _to_8_bits(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Scale by the smallest usual range that holds the values: 1, 255, 65,535, or their own."""
-    finite = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-    low, high = float(finite.min()), float(finite.max())
-    if low >= 0 and high <= 1:
-        return finite * 255
-    if low >= 0 and high <= 255:
-        return finite
-    if low >= 0 and high <= 65535:
-        return finite / 257
-    return (finite - low) * (255 / (high - low)) if high > low else np.zeros_like(finite)
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Strips of whole rows, each with the row at which it begins."""
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _gray(levels: NDArray[np.float64]) -> Image.Image:
-    return Image.fromarray(np.rint(levels).clip(0, 255).astype(np.uint8)).convert("RGB")
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    for top, strip in _strips(image):
+        rgb.paste(convert(strip).convert("RGB"), (0, top))
+    return rgb
+
+
+def _with_alpha(image: Image.Image) -> Image.Image:
+    # Pillow converts premultiplied gray only to LA.
+    return (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), _with_alpha(image))
+
+
+def _to_8_bits(image: Image.Image, black: float, white: float) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    shares = (values - black) / (white - black)
+    if shares.min() < -_MAX_OVERSHOOT or shares.max() > 1 + _MAX_OVERSHOOT:
+        low, high = sorted((black, white))
+        raise BadImageError(
+            f"it has values from {values.min():g} to {values.max():g}, and {low:g} to {high:g} is "
+            "read: convert it to 8 or 16 bits."
+        )
+    return Image.fromarray(np.rint(shares * 255).clip(0, 255).astype(np.uint8))
 
 
 def _limit_aspect_ratio(image: Image.Image) -> Image.Image:

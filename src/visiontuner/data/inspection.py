@@ -16,14 +16,19 @@ from PIL import (Image)
 from visiontuner.data.cores import (available_cpus, initialise_worker)
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.digests import write_json
-from visiontuner.data.images import decode_image, open_image
+from visiontuner.data.images import (
+    DECODING_VERSION,
+    decode_image,
+    has_few_levels,
+    open_image,
+)
 from visiontuner.errors import BadImageError, VisiontunerError
 
 # 16 x 16 bits of perceptual hash. Measured: a photograph saved again, smaller or brighter is at
 # most 16 bits away, two different photographs at least 90, two handwritten digits at least 26.
 HASH_SIDE = 16
 _BATCH = 32  # pictures in one message to a worker
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,7 @@ class PictureFacts:
     height: int = 0
     perceptual_hash: str = ""  # hexadecimal, HASH_SIDE ** 2 bits
     error: str = ""
+    few_levels: bool = False
 
 
 def inspect_pictures(
@@ -72,7 +78,7 @@ def inspect_pictures(
 def facts_file(dataset: ImageDataset, cache: Path) -> Path:
     """Where the facts about a data set's pictures are remembered."""
     key = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:24]
-    return cache / "inspections" / f"{key}-{_VERSION}.json"
+    return cache / "inspections" / f"{key}-{_VERSION}-{DECODING_VERSION}.json"
 
 
 def read_facts(store: Path) -> dict[str, PictureFacts]:
@@ -132,4 +138,10 @@ def _decode(path: Path) -> PictureFacts:
         name, width, height = read_header(path)
     except BadImageError as error:
         return PictureFacts(error=str(error).removeprefix(f"Cannot read {path}: "))
-    return PictureFacts(name, width, height, str(imagehash.phash(image, hash_size=HASH_SIDE)))
+    return PictureFacts(
+        format=name,
+        width=width,
+        height=height,
+        perceptual_hash=str(imagehash.phash(image, hash_size=HASH_SIDE)),
+        few_levels=has_few_levels(image),
+    )

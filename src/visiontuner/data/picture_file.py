@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,14 @@ from visiontuner.data.files import cannot_write, write_atomically, write_json
 from visiontuner.data.stored_pictures import Form, array_path, data_path, samples_path
 from visiontuner.errors import BadImageError
 from visiontuner.journal import Finding
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedPicture:
+    """A picture as it is stored, and whether it is nearly black, white or of one shade."""
+
+    content: bytes
+    few_levels: bool
 
 
 class SplitFile:
@@ -37,27 +46,38 @@ class SplitFile:
         self._progress = folder / f"{split}.progress.jsonl"
         self._lengths: list[int] = []  # of each picture in bytes, 0 for an unreadable one
         self._bad: dict[int, str] = {}
+        self._few_levels: list[int] = []
         self._take_up()
 
     @property
     def done(self) -> int:
         return len(self._lengths)
 
-    def append(self, pictures: Sequence[bytes | BadImageError]) -> None:
+    def few_levels(self) -> list[str]:
+        """Paths of pictures that are nearly black, white or of one shade."""
+        return [self.samples[number].path for number in self._few_levels]
+
+    def append(self, pictures: Sequence[DecodedPicture | BadImageError]) -> None:
         """Add the next pictures, or why they cannot be read.
 
         Raises:
             VisiontunerError: the disk is full.
         """
-        content = b"".join(p for p in pictures if isinstance(p, bytes))
+        contents = [b"" if isinstance(p, BadImageError) else p.content for p in pictures]
+        content = b"".join(contents)
         group = {
             "checksum": zlib.crc32(content),
-            "lengths": [0 if isinstance(p, BadImageError) else len(p) for p in pictures],
+            "lengths": [len(one) for one in contents],
             "bad": {
                 number: str(picture)
                 for number, picture in enumerate(pictures)
                 if isinstance(picture, BadImageError)
             },
+            "few_levels": [
+                number
+                for number, picture in enumerate(pictures)
+                if isinstance(picture, DecodedPicture) and picture.few_levels
+            ],
         }
         line = json.dumps(group) + "\n"
         try:
@@ -120,3 +140,4 @@ class SplitFile:
         start = self.done
         self._lengths += [int(length) for length in group["lengths"]]
         self._bad |= {start + int(number): str(why) for number, why in group["bad"].items()}
+        self._few_levels += [start + int(number) for number in group["few_levels"]]

@@ -28,10 +28,16 @@ from PIL import Image
 
 from visiontuner.data.arrays import META, find_damage
 from visiontuner.data.cores import available_cpus
-from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.dataset import ImageDataset, few_levels
 from visiontuner.data.files import locked
-from visiontuner.data.images import Preprocessing, decode_image, read_pixels
-from visiontuner.data.picture_file import SplitFile
+from visiontuner.data.images import (
+    DECODING_VERSION,
+    Preprocessing,
+    crop_pixels,
+    decode_image,
+    has_few_levels,
+)
+from visiontuner.data.picture_file import DecodedPicture, SplitFile
 from visiontuner.data.stored_pictures import (
     SCHEMA_VERSION,
     Form,
@@ -109,8 +115,9 @@ def prepare_pictures(
                     progress=progress or (lambda _done, _total: None),
                 ).run()
     store = PictureStore.open(folder)
-    if on_bad_image == "fail" and store.findings:
-        raise _bad_image(store.findings[0].evidence)
+    unreadable = [one for one in store.findings if one.rule == "unreadable_picture"]
+    if on_bad_image == "fail" and unreadable:
+        raise _bad_image(unreadable[0].evidence)
     return replace(store, computed=computed)
 
 
@@ -119,7 +126,13 @@ def store_folder(
 ) -> Path:
     """Where these pictures lie: a name made of all that determines them."""
     identity = {
-        "schema": [SCHEMA_VERSION, _SMALLEST_CROP, _MAX_ASPECT_RATIO, _JPEG_QUALITY],
+        "schema": [
+            SCHEMA_VERSION,
+            _SMALLEST_CROP,
+            _MAX_ASPECT_RATIO,
+            _JPEG_QUALITY,
+            DECODING_VERSION,
+        ],
         "data": dataset.digest,
         "class_names": dataset.class_names,
         "preprocessing": preprocessing.to_dict(),
@@ -148,7 +161,11 @@ def make_view(source: Path, preprocessing: Preprocessing) -> bytes:
         BadImageError: as `decode_image`.
     """
     side = view_side(preprocessing)
-    image = _limit_aspect_ratio(decode_image(source, target=side))
+    return _encode_view(decode_image(source, target=side), side)
+
+
+def _encode_view(image: Image.Image, side: int) -> bytes:
+    image = _limit_aspect_ratio(image)
     shorter = min(image.size)
     file = io.BytesIO()
     if shorter > side:
@@ -193,6 +210,8 @@ class _Job:
                 done += len(group)
                 self.progress(done, total)
             findings += file.finish()
+        found = few_levels([path for file in files for path in file.few_levels()])
+        findings += [Finding(**found.to_dict())] if found else []
         PictureStore(
             folder=self.folder,
             class_names=self.dataset.class_names,
@@ -205,11 +224,11 @@ class _Job:
             file.forget_progress()
         return todo
 
-    def _decoded(self, file: SplitFile) -> Iterator[list[bytes | BadImageError]]:
+    def _decoded(self, file: SplitFile) -> Iterator[list[DecodedPicture | BadImageError]]:
         """What the file still lacks, some pictures at a time."""
         decode = partial(self._decode, form=file.form)
         paths = [self.dataset.root / sample.path for sample in file.samples[file.done :]]
-        group: list[bytes | BadImageError] = []
+        group: list[DecodedPicture | BadImageError] = []
         for result in _map_ahead(decode, paths, workers=self.workers):
             if isinstance(result, BadImageError) and self.on_bad_image == "fail":
                 raise _bad_image(str(result))
@@ -220,13 +239,18 @@ class _Job:
         if group:
             yield group
 
-    def _decode(self, path: Path, form: Form) -> bytes | BadImageError:
+    def _decode(self, path: Path, form: Form) -> DecodedPicture | BadImageError:
+        views = form == "views"
+        side = view_side(self.preprocessing) if views else self.preprocessing.resize
         try:
-            if form == "views":
-                return make_view(path, self.preprocessing)
-            return read_pixels(path, self.preprocessing).tobytes()
+            image = decode_image(path, target=side)
         except BadImageError as error:
             return error
+        pixels = None if views else crop_pixels(image, self.preprocessing)
+        return DecodedPicture(
+            content=_encode_view(image, side) if pixels is None else pixels.tobytes(),
+            few_levels=has_few_levels(image if pixels is None else pixels),
+        )
 
 
 def _map_ahead(

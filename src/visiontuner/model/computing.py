@@ -26,11 +26,15 @@ _DECODE_IN_PROCESS_BELOW = 64
 
 
 class ShardRows(NamedTuple):
-    """A computed shard: float32 (N, D) of its readable pictures, and why others are not there."""
+    """A computed shard: float32 (N, D) of its readable pictures, and why others are not there.
+
+    `few_levels` are the positions of pictures that are nearly black, white or of one shade.
+    """
 
     shard: Shard
     rows: NDArray[np.float32]
     bad: dict[int, str]
+    few_levels: Sequence[int] = ()
 
 
 class Machines(Protocol):
@@ -73,12 +77,14 @@ def compute_shards(
         for shard in shards:
             parts: list[NDArray[np.float32]] = []
             bad: dict[int, str] = {}
+            few: list[int] = []
             for start, _ in shard.batches(batch_size):
                 batch, rows = next(computed)
                 bad |= {start + position: reason for position, reason in batch.bad.items()}
+                few += [start + position for position in batch.few_levels]
                 parts.append(rows)
                 on_batch(batch)
-            yield ShardRows(shard, np.concatenate(parts), bad)
+            yield ShardRows(shard, np.concatenate(parts), bad, few)
 
 
 def _in_lanes(

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.cores import initialise_worker
-from visiontuner.data.images import Preprocessing, read_pixels
+from visiontuner.data.cores import (initialise_worker)
+from visiontuner.data.images import (Preprocessing, read_pixels, has_few_levels)
 from visiontuner.errors import BadImageError, VisiontunerError
 
 
@@ -29,11 +29,13 @@ class DecodedBatch:
         pixels: uint8, shape (number of good pictures, size, size, 3).
         good: their positions in the batch.
         bad: position -> reason.
+        few_levels: positions of pictures that are nearly black, white or of one shade.
     """
 
     pixels: NDArray[np.uint8]
     good: list[int]
     bad: dict[int, str]
+    few_levels: list[int]
 
 
 def decode_batches(
@@ -82,7 +84,8 @@ def decode_batch(root: Path, paths: Sequence[str], preprocessing: Preprocessing)
             bad[position] = str(error)
     size = preprocessing.size
     stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-    return DecodedBatch(pixels=stacked, good=good, bad=bad)
+    few = [i for i, picture in zip(good, pixels, strict=True) if has_few_levels(picture)]
+    return DecodedBatch(pixels=stacked, good=good, bad=bad, few_levels=few)
 
 
 def _executor(workers: int) -> Executor:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from visiontuner.data.arrays import META, find_damage
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import locked
+from visiontuner.data.images import DECODING_VERSION
 from visiontuner.errors import BadImageError, DataError
 from visiontuner.model.computing import (
     Machines,
@@ -101,8 +102,9 @@ def compute_features(
                 )
                 computed = job.run(engine, workers)
     features = FeatureSet.open(folder)
-    if on_bad_image == "fail" and features.findings:
-        raise _bad_image(features.findings[0].evidence)
+    unreadable = [one for one in features.findings if one.rule == "unreadable_picture"]
+    if on_bad_image == "fail" and unreadable:
+        raise _bad_image(unreadable[0].evidence)
     return replace(features, computed=computed)
 
 
@@ -116,7 +118,7 @@ def store_folder(
     """Where these features are or would be: a name made of all that determines them."""
     digest = hashlib.sha256()
     identity = {
-        "schema": [SCHEMA_VERSION, SHARD_SIZE],
+        "schema": [SCHEMA_VERSION, SHARD_SIZE, DECODING_VERSION],
         "data": dataset.digest,
         "class_names": dataset.class_names,
         "backbone": backbone.name,
@@ -202,7 +204,7 @@ class _Job:
 
     def _keep(self, computed: ShardRows) -> None:
         self._check(computed.bad)
-        computed.shard.write(computed.rows, computed.bad)
+        computed.shard.write(computed.rows, computed.bad, computed.few_levels)
 
     def _check(self, bad: Mapping[int, str]) -> None:
         if bad and self.on_bad_image == "fail":

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.format import write_array_header_2_0
 from numpy.typing import NDArray
 
-from visiontuner.data.dataset import Sample, none_readable, unreadable_picture
+from visiontuner.data.dataset import Sample, few_levels, none_readable, unreadable_picture
 from visiontuner.data.files import write_atomically, write_json
 from visiontuner.journal import Finding
 from visiontuner.model.store import (
@@ -55,6 +55,10 @@ class Shard:
         """Position in the shard -> why that picture could not be read."""
         return {int(position): reason for position, reason in self._facts()["bad"].items()}
 
+    def few_levels(self) -> list[str]:
+        """Paths of its pictures that are nearly black, white or of one shade."""
+        return [self.samples[position].path for position in self._facts()["few_levels"]]
+
     def rows(self) -> NDArray[np.float32]:
         """Features of the readable pictures, float32 (N, D)."""
         rows: NDArray[np.float32] = np.load(self.path, allow_pickle=False)
@@ -70,9 +74,12 @@ class Shard:
         except (OSError, ValueError, EOFError, LookupError, TypeError, AttributeError):
             return False
 
-    def write(self, rows: NDArray[np.float32], bad: Mapping[int, str]) -> None:
+    def write(
+        self, rows: NDArray[np.float32], bad: Mapping[int, str], few_levels: Sequence[int] = ()
+    ) -> None:
         """Keep the shard with the checksum of its rows: what a power cut spoils is seen."""
-        write_json(self.bad_path, {"bad": bad, "checksum": _checksum_of_rows(rows)})
+        facts = {"bad": bad, "few_levels": list(few_levels), "checksum": _checksum_of_rows(rows)}
+        write_json(self.bad_path, facts)
         write_atomically(self.path, lambda file: np.save(file, rows, allow_pickle=False))
 
     def _facts(self) -> dict[str, Any]:
@@ -117,6 +124,8 @@ def assemble(shards: Sequence[Shard], store: FeatureSet) -> None:
         if not good:
             raise none_readable(split, findings)
         _write_split(own, good, store, split)
+    found = few_levels([path for shard in shards for path in shard.few_levels()])
+    findings += [Finding(**found.to_dict())] if found else []
     write_meta(replace(store, findings=tuple(findings)))
     shutil.rmtree(store.folder / FOLDER, ignore_errors=True)
 
