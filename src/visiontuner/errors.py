@@ -29,6 +29,14 @@ class BadImageError(DataError):
     """One picture that cannot be decoded: truncated, not an image, or too large."""
 
 
+class LargeImageError(BadImageError):
+    """One picture whose decoding needs more memory than allowed."""
+
+
+class BusyError(VisiontunerError):
+    """Too many large pictures at a time; the same request is answered later."""
+
+
 class BackboneError(UserMistake):
     """An unknown backbone, or weights that do not fit it."""
 

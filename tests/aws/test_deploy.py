@@ -458,7 +458,7 @@ def test_a_serverless_endpoint_that_is_too_small_for_the_model_is_not_deployed(
     arguments = ["--env-manager", "local", "--serverless"]
     refused = run("deploy", model, *arguments, "1024")
     assert refused.exit_code == 1
-    assert "serverless with 1024 MB is too small: the server needs 1,550 MB" in said(refused)
+    assert "serverless with 1024 MB is too small: the server needs 1,340 MB" in said(refused)
     assert "Serverless with 2048 MB" in said(refused)
     assert account.holds() == NOTHING
     fits = run("deploy", model, *arguments, "2048")

@@ -6,24 +6,36 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from visiontuner.data.images import DecodingMemory
+from visiontuner.errors import BusyError
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving import answers
 from visiontuner.serving.answers import BadRequest, Options, answer
+from visiontuner.serving.environments import local_environment
 from visiontuner.serving.malformed import MALFORMED
 from visiontuner.serving.server import ScoringServer
 
 JSON = "application/json"
 # softmax of 4 * (220 / 255 - 0.5) / 0.5 = 2.902 and twice 4 * (20 / 255 - 0.5) / 0.5 = -3.373
+COLOURS = {"red", "green", "blue"}
 RED = 1 / (1 + 2 * math.exp(-6.2745))
+
+
+def encode(image: Image.Image, kind: str, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def post(server: ScoringServer, body: bytes | str, content_type: str = JSON) -> requests.Response:
@@ -126,6 +138,69 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
     assert "its 10000 x 5001 pixels are more than the 50,000,000 allowed" in text
 
 
+@pytest.fixture(scope="module")
+def large_pictures() -> dict[str, bytes]:
+    """About as large as the endpoint decodes."""
+    return {
+        "PNG": encode(Image.new("RGBA", (7000, 7000)), "PNG"),
+        "TIFF": encode(Image.new("RGBA", (4900, 4900)), "TIFF", compression="tiff_adobe_deflate"),
+        "WEBP": encode(
+            Image.new("RGBA", (4400, 4400), (9, 9, 9, 9)), "WEBP", lossless=True, method=0
+        ),
+        "JPEG2000": encode(Image.new("RGBA", (3700, 3700)), "JPEG2000"),
+        "JPEG": encode(Image.new("RGB", (6500, 7500)), "JPEG", progressive=True),
+    }
+
+
+def test_large_pictures_take_turns_in_one_gigabyte_and_small_ones_are_answered(
+    colour_model: Path, make_picture: Callable[..., bytes], large_pictures: dict[str, bytes]
+) -> None:
+    with (
+        ScoringServer(colour_model, local_environment()) as server,
+        ThreadPoolExecutor(10) as pool,
+    ):
+        port = server.url.rpartition(":")[2]
+        (process,) = [one for one in psutil.Process().children() if port in one.cmdline()]
+        large = [pool.submit(post, server, table([one])) for one in [*large_pictures.values()] * 2]
+        small = [post(server, table([make_picture("red")])) for _ in range(20)]
+        statuses = {one.result().status_code for one in large}
+        assert {response.status_code for response in small} == {200}
+        assert 200 in statuses <= {200, 429}
+        for name, content in large_pictures.items():
+            assert ask(server, [content])[0]["label"] in COLOURS, name
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
+    assert peak_kb < 900_000
+
+
+def test_a_picture_that_needs_more_memory_than_allowed_is_refused(
+    scoring_server: ScoringServer,
+) -> None:
+    content = encode(Image.new("L", (5000, 5000)), "WEBP", method=0)
+    text = reason(post(scoring_server, table([content])))
+    assert "its 5000 x 5000 pixels need 500 MB as WEBP, more than the 400 MB allowed" in text
+
+
+def test_more_large_pictures_than_may_wait_are_to_be_sent_again(
+    colour_classifier: Path, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier, red = Classifier.load(colour_classifier), make_picture("red")
+    monkeypatch.setattr(answers, "MEMORY", DecodingMemory(small=9599, most=9600, waiting=0))
+    with answers.MEMORY.turn(), pytest.raises(BusyError, match="send it again"):
+        answer(classifier, [red], Options(on_error="report"))  # 40 x 30 pixels, 8 bytes each
+    assert answer(classifier, [red], Options())[0].label == "red"
+    monkeypatch.setattr(answers, "MEMORY", DecodingMemory(small=9600, most=9600, waiting=0))
+    with answers.MEMORY.turn():
+        assert answer(classifier, [red], Options())[0].label == "red"
+
+
+def test_a_busy_model_answers_429(tmp_path: Path) -> None:
+    """The status that `visiontuner query` and AWS's clients take for "come again"."""
+    assert fails_with(tmp_path, 'BusyError("send it again")') == (
+        "MlflowException 429 send it again None"
+    )
+
+
 def test_a_picture_with_too_many_bytes_is_refused(
     colour_classifier: Path, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,27 +290,37 @@ def test_no_rows_have_no_answers(scoring_server: ScoringServer) -> None:
 
 
 def test_what_goes_wrong_inside_tells_nothing_about_the_inside(tmp_path: Path) -> None:
-    """In a process of its own: importing the model's script sets MLflow's current model."""
-    program = """
+    assert fails_with(tmp_path, 'RuntimeError("/secret/path")') == (
+        "MlflowException 500 internal error None"
+    )
+
+
+def fails_with(folder: Path, error: str) -> str:
+    """How a request ends whose decoding raises an error.
+
+    In a process of its own: importing the model's script sets MLflow's current model.
+    """
+    program = f"""
 import warnings
 warnings.simplefilter("ignore")
 import pandas as pd
+from visiontuner.errors import BusyError
 from visiontuner.serving.pyfunc import ClassifierModel
 class Broken:
     threshold = None
-    def probabilities_or_errors(self, images, max_pixels):
-        raise RuntimeError("/secret/path")
+    def probabilities_or_errors(self, images, max_pixels, memory):
+        raise {error}
 model = ClassifierModel()
 model.classifier = Broken()
 try:
-    model.predict(None, pd.DataFrame({"image": [b"x"]}))
+    model.predict(None, pd.DataFrame({{"image": [b"x"]}}))
 except Exception as error:
     print(type(error).__name__, error.get_http_status_code(), error, error.__cause__)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, check=True
     )
-    assert done.stdout.strip() == "MlflowException 500 internal error None"
+    return done.stdout.strip()
 
 
 def test_a_broken_picture_loads_nothing_that_was_not_there_before(colour_classifier: Path) -> None:

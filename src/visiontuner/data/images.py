@@ -13,6 +13,7 @@ import errno
 import io
 import math
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.IcoImagePlugin import IcoFile
 
-from visiontuner.errors import BadImageError, ClassifierError, DiskError
+from visiontuner.errors import (BadImageError, ClassifierError, DiskError, BusyError, LargeImageError)
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
@@ -59,6 +60,11 @@ _C_DECODERS = frozenset(
 _MAX_TILES = 100_000
 # Each scan of a JPEG passes over all of its pixels; progressive photographs have about 10.
 _MAX_SCANS = 100
+# Memory of decoding a pixel and converting it to RGB, measured; 8 for what is not named. libwebp
+# holds several canvases, OpenJPEG 32 bits a component twice, libtiff a strip that may be all.
+_BYTES_PER_PIXEL = {"WEBP": 20, "AVIF": 16, "HEIF": 16, "JPEG2000": 28, "TIFF": 16}
+_OTHER_BYTES_PER_PIXEL = 8
+_COEFFICIENT_BYTES = 6  # a JPEG of several scans is held whole, at any scale
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # After a scan's data: no stuffed zero, no restart and no fill byte.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -152,8 +158,44 @@ class Preprocessing:
         )
 
 
+class DecodingMemory:
+    """What decoding for several requests at a time may hold: small pictures side by side, large
+    ones one after the other.
+
+    Args:
+        small: bytes up to which a picture is decoded beside any others.
+        most: bytes; a picture that needs more is refused.
+        waiting: requests that may wait for their turn. More would take the threads that answer
+            small ones.
+    """
+
+    def __init__(self, *, small: int, most: int, waiting: int) -> None:
+        self.small, self.most, self.waiting = small, most, waiting
+        self._turn = threading.Lock()
+        self._asked = threading.BoundedSemaphore(waiting + 1)
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Until it ends, no other large picture is decoded.
+
+        Raises:
+            BusyError: too many wait already.
+        """
+        if not self._asked.acquire(blocking=False):
+            raise BusyError("Other large images are being decoded; send it again in some seconds.")
+        try:
+            with self._turn:
+                yield
+        finally:
+            self._asked.release()
+
+
 def read_pixels(
-    source: bytes | Path, preprocessing: Preprocessing, *, max_pixels: int = MAX_PIXELS
+    source: bytes | Path,
+    preprocessing: Preprocessing,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int | None = None,
 ) -> NDArray[np.uint8]:
     """Decode and crop one picture.
 
@@ -163,12 +205,18 @@ def read_pixels(
     Raises:
         BadImageError: as `decode_image`.
     """
-    image = decode_image(source, target=preprocessing.resize, max_pixels=max_pixels)
+    image = decode_image(
+        source, target=preprocessing.resize, max_pixels=max_pixels, max_bytes=max_bytes
+    )
     return crop_pixels(image, preprocessing)
 
 
 def decode_image(
-    source: bytes | Path, *, target: int | None = None, max_pixels: int = MAX_PIXELS
+    source: bytes | Path,
+    *,
+    target: int | None = None,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int | None = None,
 ) -> Image.Image:
     """One picture in RGB, as a person sees it.
 
@@ -177,16 +225,24 @@ def decode_image(
         target: the shorter side that is wanted, pixels. A JPEG may then be decoded smaller (never
             below twice the target), which is several times faster for photographs.
         max_pixels: larger pictures are refused from their header, before any decoding.
+        max_bytes: so are those whose decoding needs more memory.
 
     Raises:
         BadImageError: the source is empty, unreadable, truncated, too large, not a picture, or one
             that Pillow decodes in Python.
         DiskError: the disk gives an I/O error.
+        LargeImageError: decoding it needs more than `max_bytes`.
     """
     with open_image(source, max_pixels=max_pixels) as image:
+        whole = image.width * image.height
         if target is not None and image.format in ("JPEG", "MPO"):
             # The scale is 1/2, 1/4 or 1/8, never below the size given.
             image.draft(None, (2 * target, 2 * target))
+        if max_bytes is not None and (needed := _decoding_bytes(image, whole, source)) > max_bytes:
+            raise LargeImageError(
+                f"its {image.width} x {image.height} pixels need {needed / 1e6:,.0f} MB as "
+                f"{image.format}, more than the {max_bytes / 1e6:,.0f} MB allowed."
+            )
         tags = dict(getattr(image, "tag_v2", ()))  # a TIFF's
         image.load()
         _check_size(image, max_pixels)
@@ -211,7 +267,7 @@ def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Iterato
                 _check_scans(source)
             yield image
     except BadImageError as error:
-        raise BadImageError(f"Cannot read {name}: {error}") from None
+        raise type(error)(f"Cannot read {name}: {error}") from None
     except Image.DecompressionBombError:
         raise BadImageError(
             f"Cannot read {name}: it has more than the {max_pixels:,} pixels allowed."
@@ -361,6 +417,15 @@ def _check_decoders(image: Image.Image) -> None:
         raise BadImageError(
             f"{image.format} images of this kind ({decoder}) are not decoded: convert to PNG."
         )
+
+
+def _decoding_bytes(image: Image.Image, whole: int, source: bytes | Path) -> int:
+    """About what decoding a picture will hold, `whole` pixels in its file."""
+    each = _BYTES_PER_PIXEL.get(image.format or "", _OTHER_BYTES_PER_PIXEL)
+    needed = image.width * image.height * each
+    if image.format in ("JPEG", "MPO") and _count_scans(_content(source)) > 1:
+        needed += whole * _COEFFICIENT_BYTES
+    return needed
 
 
 def _check_scans(source: bytes | Path) -> None:

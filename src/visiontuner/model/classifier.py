@@ -25,8 +25,14 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from visiontuner.data.images import MAX_PIXELS, Preprocessing, normalise, read_pixels
-from visiontuner.errors import BadImageError, ClassifierError
+from visiontuner.data.images import (
+    MAX_PIXELS,
+    DecodingMemory,
+    Preprocessing,
+    normalise,
+    read_pixels,
+)
+from visiontuner.errors import BadImageError, ClassifierError, LargeImageError
 
 SCHEMA_VERSION = 1
 DESCRIPTION = "classifier.json"
@@ -129,16 +135,27 @@ class Classifier:
         return rows
 
     def probabilities_or_errors(
-        self, images: Sequence[bytes | Path], *, max_pixels: int = MAX_PIXELS
+        self,
+        images: Sequence[bytes | Path],
+        *,
+        max_pixels: int = MAX_PIXELS,
+        memory: DecodingMemory | None = None,
     ) -> tuple[NDArray[np.float64], list[BadImageError | None]]:
         """Class probabilities of each picture that can be read, and what is wrong with the others.
 
         Args:
             max_pixels: larger pictures are not decoded.
+            memory: shared by all calls that may run at a time; no bound if None.
 
         Returns:
             float64, shape (B, num_classes), NaN where a picture cannot be read; B errors or None.
+
+        Raises:
+            BusyError: too many other calls wait to decode large pictures.
         """
+        read_small = partial(
+            self._read, max_pixels=max_pixels, max_bytes=memory.small if memory else None
+        )
         rows = np.full((len(images), len(self.class_names)), np.nan)
         errors: list[BadImageError | None] = []
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
@@ -146,7 +163,13 @@ class Classifier:
             each = pool.map if len(images) > 1 else map
             for start in range(0, len(images), _BATCH_SIZE):
                 batch = images[start : start + _BATCH_SIZE]
-                read = list(each(partial(self._read, max_pixels=max_pixels), batch))
+                read = list(each(read_small, batch))
+                for position, one in enumerate(read):
+                    if memory is not None and isinstance(one, LargeImageError):
+                        with memory.turn():
+                            read[position] = self._read(
+                                batch[position], max_pixels=max_pixels, max_bytes=memory.most
+                            )
                 errors += [None if isinstance(one, np.ndarray) else one for one in read]
                 good = [i for i, one in enumerate(read, start) if isinstance(one, np.ndarray)]
                 if good:
@@ -193,9 +216,13 @@ class Classifier:
             raise _damaged(self.folder, REFERENCE, error) from None
         return float(np.abs(self.probabilities(contents) - recorded).max())
 
-    def _read(self, image: bytes | Path, *, max_pixels: int) -> NDArray[np.uint8] | BadImageError:
+    def _read(
+        self, image: bytes | Path, *, max_pixels: int, max_bytes: int | None
+    ) -> NDArray[np.uint8] | BadImageError:
         try:
-            return read_pixels(image, self.preprocessing, max_pixels=max_pixels)
+            return read_pixels(
+                image, self.preprocessing, max_pixels=max_pixels, max_bytes=max_bytes
+            )
         except BadImageError as error:
             return error
 

@@ -11,14 +11,18 @@ from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Literal, Self
 
+from visiontuner.data.images import DecodingMemory
 from visiontuner.errors import BadImageError
 from visiontuner.model.classifier import Classifier
 
 DEFAULT_TOP_K = 5
 # More than any endpoint takes in a request; a table that is scored in a batch job may hold more.
 MAX_BYTES = 25_000_000
-# A phone's largest photographs. Transparent ones of this size take 0.8 GB while they are decoded.
+# A phone's largest photographs.
 MAX_PIXELS = 50_000_000
+# Of a PNG or BMP 50 million pixels, of a WebP 20, of a JPEG 2000 14. A process answers five or more
+# requests at a time: one decodes a large picture, two wait, and the others stay for small pictures.
+MEMORY = DecodingMemory(small=20_000_000, most=400_000_000, waiting=2)
 
 _ON_ERROR = ("fail", "report")
 
@@ -96,10 +100,13 @@ def answer(classifier: Classifier, images: Sequence[object], options: Options) -
 
     Raises:
         BadRequest: a picture cannot be read and `on_error` is "fail"; names the first such row.
+        BusyError: too many other requests hold large pictures.
     """
     contents = [_content(image) for image in images]
     rows, errors = classifier.probabilities_or_errors(
-        [one if isinstance(one, bytes) else b"" for one in contents], max_pixels=MAX_PIXELS
+        [one if isinstance(one, bytes) else b"" for one in contents],
+        max_pixels=MAX_PIXELS,
+        memory=MEMORY,
     )
     threshold = options.threshold if options.threshold is not None else classifier.threshold
     answers = []

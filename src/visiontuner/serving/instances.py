@@ -19,7 +19,7 @@ SERVERLESS_MB = (1024, 2048, 3072, 4096, 5120, 6144)
 # ml.FAMILY.SIZE; of a family's letters after its generation a g means AWS's own ARM processor.
 _TYPE = re.compile(r"ml\.[a-z]+\d+(?P<letters>[a-z]*)(-[a-z0-9]+)?\.[a-z0-9-]+")
 
-_ROOM = 1.5  # several large photographs at a time, on top of what was measured
+_ROOM = 1.2  # other formats and pictures than the largest ones that were measured
 _SYSTEM_MB = 500  # nginx, MLflow's parent process, the agent
 
 
@@ -27,7 +27,7 @@ def recommend(*, memory_mb: float, pictures_per_second: float) -> str:
     """The smallest instance whose memory holds the server, and serverless if that does.
 
     Args:
-        memory_mb: what the server held under load, in 10^6 bytes.
+        memory_mb: the most that the server held, in 10^6 bytes.
         pictures_per_second: measured on this machine, for the sentence.
     """
     needed = _needed_mb(memory_mb)
@@ -71,7 +71,7 @@ def shortage(
     """What is too small about the choice, one sentence; None if it fits, or is not known.
 
     Args:
-        memory_mb: what the server held under load, in 10^6 bytes.
+        memory_mb: the most that the server held, in 10^6 bytes.
         instance_type: None for a serverless endpoint.
     """
     needed = _needed_mb(memory_mb)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import struct
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +18,7 @@ import numpy as np
 import requests
 
 from visiontuner.errors import ServingError
-from visiontuner.serving.answers import Options
+from visiontuner.serving.answers import MAX_PIXELS, Options
 from visiontuner.serving.client import REQUEST_BYTES, encode_request
 from visiontuner.serving.instances import recommend
 from visiontuner.serving.malformed import JSON, MALFORMED
@@ -27,6 +30,9 @@ _PING_SECONDS = 2.0  # and for one ping
 _WARM_UP, _CLIENTS = 10, 8
 _MEASURE_SECONDS = 15.0  # a slow network is measured on fewer requests
 _PHOTOGRAPH_BYTES = 12_000
+_LARGE_AT_A_TIME = 3
+_LOOK_SECONDS = 0.02  # at the memory, while they are decoded
+_BUSY = 429
 # Of memory under load; allocators keep some of what was once needed, a part for each thread.
 _GROWTH, _GROWTH_MB = 0.10, 64.0
 
@@ -47,7 +53,7 @@ class PreflightReport:
     Args:
         p50_ms, p95_ms, p99_ms: of requests with one picture, one at a time, milliseconds.
         pictures_per_second: with 8 clients that send one picture a request.
-        memory_mb: the server's resident memory at the end of the load, in 10^6 bytes.
+        memory_mb: the most resident memory that the server held, in 10^6 bytes.
         recommendation: where to run it, one sentence.
     """
 
@@ -102,7 +108,9 @@ def run_preflight(
         rate = _many_at_a_time(asked, reference, requests_measured // _CLIENTS)
         after = server.memory_mb()
         checks.append(_check_payload(asked, reference))
-        peak = max(after, server.memory_mb())
+        large, peak = _check_large_pictures(asked)
+        checks.append(large)
+        peak = max(after, peak)
     p50, p95, p99 = (float(v) for v in np.percentile(milliseconds, (50, 95, 99)))
     checks += [_check_latency(p99), _check_memory(before, after)]
     return PreflightReport(
@@ -223,6 +231,38 @@ def _check_payload(asked: _Asked, reference: Reference) -> Check:
         f"in {seconds:.1f} s, {len(response.content) / 1e6:.2f} MB back"
     )
     return _check("payload", passed, detail)
+
+
+def _check_large_pictures(asked: _Asked) -> tuple[Check, float]:
+    """The largest pictures that are decoded, some at a time, and the memory in MB meanwhile."""
+    side = math.isqrt(MAX_PIXELS)
+    body = encode_request([_transparent_png(side)], Options())
+    peak = asked.server.memory_mb()
+    with ThreadPoolExecutor(_LARGE_AT_A_TIME) as pool:
+        sent = [pool.submit(_Asked(asked.server).post, body) for _ in range(_LARGE_AT_A_TIME)]
+        while not all(one.done() for one in sent):
+            time.sleep(_LOOK_SECONDS)
+            peak = max(peak, asked.server.memory_mb())
+        statuses = [one.result().status_code for one in sent]
+    passed = 200 in statuses and {*statuses} <= {200, _BUSY}
+    detail = (
+        f"{_LARGE_AT_A_TIME} transparent ones of {side:,} x {side:,} pixels at a time: status "
+        f"{', '.join(map(str, sorted({*statuses})))}, up to {peak:,.0f} MB of memory"
+    )
+    return _check("large pictures", passed, detail), peak
+
+
+def _transparent_png(side: int) -> bytes:
+    """A square RGBA picture, made without its pixels in memory."""
+    pack = zlib.compressobj(1)
+    row = bytes(1 + 4 * side)
+    rows = b"".join([*(pack.compress(row) for _ in range(side)), pack.flush()])
+    header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    chunks = {b"IHDR": header, b"IDAT": rows, b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks.items()
+    )
 
 
 def _check_latency(p99_ms: float) -> Check:

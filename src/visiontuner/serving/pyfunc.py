@@ -7,25 +7,36 @@ picture file, as bytes or as base64 text. A path is never read: it would be a pa
 
 from __future__ import annotations
 
+import ctypes
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
-from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE
+from mlflow.protos.databricks_pb2 import (
+    INTERNAL_ERROR,
+    INVALID_PARAMETER_VALUE,
+    RESOURCE_EXHAUSTED,
+)
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
+from visiontuner.errors import BusyError
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.answers import Answer, BadRequest, Options, answer
 
 _COLUMN = "image"
+# glibc's parameters. Blocks from a threshold on are mapped, and go back when they are freed; left
+# alone it rises to the largest block so far, a picture's, and what is below stays in its arenas.
+_ARENA_MAX, _MMAP_THRESHOLD = -8, -3
 
 
 class ClassifierModel(PythonModel):
     """A classifier folder behind MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
+        _let_memory_go_back()
         self.classifier = Classifier.load(Path(context.artifacts["classifier"]))
         self.classifier.warm_up()
 
@@ -50,16 +61,26 @@ class ClassifierModel(PythonModel):
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (status 400) with the row for what a client can
-                put right, INTERNAL_ERROR (500) without details for anything else.
+                put right, RESOURCE_EXHAUSTED (429) while others wait to decode large pictures,
+                INTERNAL_ERROR (500) without details for anything else.
         """
         try:
             options = Options.read(params)
             rows = answer(self.classifier, _images(model_input), options)
         except BadRequest as error:
             raise MlflowException(str(error), error_code=INVALID_PARAMETER_VALUE) from None
+        except BusyError as error:
+            raise MlflowException(str(error), error_code=RESOURCE_EXHAUSTED) from None
         except Exception:
             raise MlflowException("internal error", error_code=INTERNAL_ERROR) from None
         return _table(rows, with_errors=options.on_error == "report")
+
+
+def _let_memory_go_back() -> None:
+    with suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_ARENA_MAX, 2)
 
 
 def _images(table: object) -> list[object]:
