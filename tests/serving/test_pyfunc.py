@@ -138,9 +138,8 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
     assert "its 10000 x 5001 pixels are more than the 50,000,000 allowed" in text
 
 
-@pytest.fixture(scope="module")
-def large_pictures() -> dict[str, bytes]:
-    """About as large as the endpoint decodes."""
+def make_large_pictures() -> dict[str, bytes]:
+    """About as large as the endpoint decodes; the `serving_load` benchmark sends them too."""
     return {
         "PNG": encode(Image.new("RGBA", (7000, 7000)), "PNG"),
         "TIFF": encode(Image.new("RGBA", (4900, 4900)), "TIFF", compression="tiff_adobe_deflate"),
@@ -153,8 +152,9 @@ def large_pictures() -> dict[str, bytes]:
 
 
 def test_large_pictures_take_turns_in_one_gigabyte_and_small_ones_are_answered(
-    colour_model: Path, make_picture: Callable[..., bytes], large_pictures: dict[str, bytes]
+    colour_model: Path, make_picture: Callable[..., bytes]
 ) -> None:
+    large_pictures = make_large_pictures()
     with (
         ScoringServer(colour_model, local_environment()) as server,
         ThreadPoolExecutor(10) as pool,
