@@ -399,6 +399,16 @@ def test_what_pillow_decodes_in_python_is_refused_by_its_name(what, monkeypatch)
     assert not started
 
 
+def test_heic_is_read_where_pillow_heif_is_there_and_else_names_it():
+    if "HEIF" in images.picture_formats():
+        assert pixel(encoded(Image.new("RGB", (64, 64)), "HEIF")) == (0, 0, 0)
+        assert {".heic", ".heif"} <= set(picture_extensions())
+        return
+    assert ".heic" not in picture_extensions()
+    with pytest.raises(BadImageError, match=r"HEIC images .* install pillow-heif, or convert to"):
+        decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
+
+
 def test_every_decoder_that_is_let_through_is_in_c():
     for name in images._C_DECODERS:
         assert name not in Image.DECODERS

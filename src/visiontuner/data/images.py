@@ -68,6 +68,7 @@ _COEFFICIENT_BYTES = 6  # a JPEG of several scans is held whole, at any scale
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 # After a scan's data: no stuffed zero, no restart and no fill byte.
 _NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _ICON_MAGIC = b"\0\0\1\0"
 # 12 bits that no header declares, in a file of 16, use 17 of 256 levels.
 _FEW_LEVELS = 20
@@ -344,7 +345,11 @@ def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
 def picture_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that it opens here, in the order in which they are tried."""
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    with suppress(ImportError):  # whoever has HEIC photographs installs it
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    return tuple(name for name in (*_FORMATS, "HEIF") if name in Image.OPEN)
 
 
 @cache
@@ -399,6 +404,8 @@ def _content(source: bytes | Path) -> bytes:
 def _not_opened(source: bytes | Path) -> str:
     """Why Pillow does not know a picture: of its other formats, the one whose mark it bears."""
     start = _start_of(source)
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and "HEIF" not in picture_formats():
+        return "HEIC images are not decoded: install pillow-heif, or convert to JPEG"
     for name in reversed(Image.ID):  # XPM before XBM, which takes any comment for its own
         if name in (*picture_formats(), "ICO") or name not in Image.OPEN:
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import re
 import shutil
@@ -61,7 +62,10 @@ def model_parts(folder: Path) -> Iterator[dict[str, Any]]:
 
 def requirements() -> list[str]:
     """What the served model needs, pinned to what is installed here."""
-    return [f"{package}=={importlib.metadata.version(package)}" for package in _REQUIREMENTS]
+    packages = list(_REQUIREMENTS)
+    if importlib.util.find_spec("pillow_heif"):  # what training reads the endpoint reads
+        packages.append("pillow-heif")
+    return [f"{package}=={importlib.metadata.version(package)}" for package in packages]
 
 
 def signature() -> ModelSignature:
