@@ -511,6 +511,17 @@ def test_pictures_come_from_a_url_too(
     assert missing.answer.error == "Cannot fetch it: the server answers 404."
 
 
+def test_nobody_is_told_to_come_again_without_a_server(
+    colour_classifier: Path, colour_model: Path, tmp_path: Path
+) -> None:
+    """Eight large pictures at a time: a server takes three and answers 429 to the others."""
+    Image.new("RGBA", (1700, 1700), (220, 20, 20, 255)).save(tmp_path / "red.png")
+    pictures = find_pictures([str(tmp_path / "red.png")] * 24)
+    for way in (open_model(colour_classifier), open_model(colour_model)):
+        answers = list(ask_all(way, pictures, OPTIONS, workers=8, batch_size=1))
+        assert [one.answer.label for one in answers] == ["red"] * 24
+
+
 def test_a_folder_without_pictures_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserMistake, match="holds no picture files"):
         find_pictures([str(tmp_path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 from visiontuner.errors import ClassifierError
 from visiontuner.model.classifier import DESCRIPTION, Classifier
-from visiontuner.serving.answers import Answer, Options, answer
+from visiontuner.serving.answers import MEMORY, Answer, Options, answer
 from visiontuner.serving.client import Transport, read_answer
+
+# As many as may decode or wait to decode a large picture: here none is told to come again.
+_AT_A_TIME = threading.BoundedSemaphore(MEMORY.waiting + 1)
 
 
 def open_model(folder: Path) -> Transport:
@@ -40,7 +44,8 @@ class ClassifierFolder:
         self._classifier = Classifier.load(folder)
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
-        return answer(self._classifier, contents, options)
+        with _AT_A_TIME:
+            return answer(self._classifier, contents, options)
 
 
 class MlflowModel:
@@ -68,5 +73,6 @@ class MlflowModel:
         params: dict[str, Any] = {"top_k": options.top_k, "on_error": options.on_error}
         if options.threshold is not None:
             params["threshold"] = options.threshold
-        rows = self._model.predict(pd.DataFrame({"image": list(contents)}), params=params)
+        with _AT_A_TIME:
+            rows = self._model.predict(pd.DataFrame({"image": list(contents)}), params=params)
         return [read_answer(row) for row in rows.to_dict(orient="records")]
