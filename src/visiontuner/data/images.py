@@ -10,6 +10,7 @@ pictures of a data set, and a training picture and a request, have the same scal
 from __future__ import annotations
 
 import errno
+import ctypes
 import io
 import math
 import re
@@ -188,7 +189,18 @@ class DecodingMemory:
             with self._turn:
                 yield
         finally:
+            if (trim := _malloc_trim()) is not None:
+                trim(0)
             self._asked.release()
+
+
+@cache
+def _malloc_trim() -> Callable[[int], object] | None:
+    """glibc's function that gives free memory back to the system."""
+    try:
+        return cast(Callable[[int], object], ctypes.CDLL(None).malloc_trim)
+    except (OSError, AttributeError):  # not glibc
+        return None
 
 
 def read_pixels(

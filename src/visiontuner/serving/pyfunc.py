@@ -79,7 +79,7 @@ class ClassifierModel(PythonModel):
 def _let_memory_go_back() -> None:
     with suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_MMAP_THRESHOLD, 4 << 20)
+        mallopt(_MMAP_THRESHOLD, 1 << 20)
         mallopt(_ARENA_MAX, 2)
 
 
