@@ -1,9 +1,9 @@
 """What a picture looks like once it is pixels, against torchvision and by hand."""
 
 import errno
+import gzip
 import io
 import os
-import gzip
 import re
 import struct
 import threading

@@ -9,8 +9,8 @@ pictures of a data set, and a training picture and a request, have the same scal
 
 from __future__ import annotations
 
-import errno
 import ctypes
+import errno
 import io
 import math
 import re
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.IcoImagePlugin import IcoFile
 
-from visiontuner.errors import (BadImageError, ClassifierError, DiskError, BusyError, LargeImageError)
+from visiontuner.errors import BadImageError, BusyError, ClassifierError, DiskError, LargeImageError
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 

@@ -12,8 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from PIL import (Image)
-from visiontuner.data.cores import (available_cpus, initialise_worker)
+from visiontuner.data.cores import available_cpus, initialise_worker
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.digests import write_json
 from visiontuner.data.images import (

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.cores import (initialise_worker)
-from visiontuner.data.images import (Preprocessing, read_pixels, has_few_levels)
+from visiontuner.data.cores import initialise_worker
+from visiontuner.data.images import Preprocessing, has_few_levels, read_pixels
 from visiontuner.errors import BadImageError, VisiontunerError
 
 
