@@ -2,9 +2,8 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
-from visiontuner.console import ROWS, SearchConsole
+from visiontuner.console import ROWS, SafeConsole, SearchConsole
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord
 
@@ -17,11 +16,10 @@ class Screen:
 
     def __init__(self, *, width: int = 100, terminal: bool = False) -> None:
         self._file = io.StringIO()
-        rich = Console(
+        rich = SafeConsole(
             file=self._file,
             width=width,
             force_terminal=terminal,
-            highlight=False,
             soft_wrap=True,
             _environ={"TERM": "xterm"},
         )

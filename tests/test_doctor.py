@@ -11,7 +11,7 @@ import pytest
 
 from visiontuner import doctor
 from visiontuner.doctor import Check, pair_mismatch, run_checks
-from visiontuner.doctor_store import _schemas, check_store, without_password
+from visiontuner.doctor_store import _schemas, check_store
 
 
 @pytest.fixture(autouse=True)
@@ -310,16 +310,3 @@ def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-@pytest.mark.parametrize(
-    ("uri", "shown"),
-    [
-        ("http://host:5000", "http://host:5000"),
-        ("http://me:pass@host:5000/x", "http://***@host:5000/x"),
-        ("http://host/?token=abc", "http://host/"),
-        ("sqlite:///mlflow.db", "sqlite:///mlflow.db"),
-    ],
-)
-def test_address_is_shown_without_secrets(uri, shown):
-    assert without_password(uri) == shown

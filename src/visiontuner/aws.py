@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
 from visiontuner.errors import ServingError, UserMistake
+from visiontuner.text import one_line
 
 # Of one request: botocore waits between them, seconds in all.
 ATTEMPTS = 3
@@ -18,8 +18,6 @@ ATTEMPTS = 3
 _IN_PROGRESS = "in-progress"
 _NO_REGION = "No AWS region: name one with --region, or set AWS_REGION."
 _NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
-_KEY_ID = re.compile(r"\b(AKIA|ASIA)[A-Z0-9]{12,}\b")
-_PASSWORD = re.compile(r"(?<=://)[^/@\s]+@")  # of AWS_ENDPOINT_URL or a proxy
 _BAD_CREDENTIALS = (
     "ExpiredToken",
     "ExpiredTokenException",
@@ -224,7 +222,7 @@ def is_busy(response: Mapping[str, Any]) -> bool:
 
 def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
     error = response["Error"]
-    code, text = error.get("Code", ""), _one_line(error.get("Message", ""))
+    code, text = error.get("Code", ""), one_line(error.get("Message", ""), 400)
     if code in _BAD_CREDENTIALS:
         raise UserMistake(f"AWS does not take these credentials ({code}). {_renewal()}.") from None
     if "iam:PassRole" in text:
@@ -261,7 +259,7 @@ def _renewal() -> str:
 
 
 def _failed(error: Exception, doing: str) -> NoReturn:
-    name, text = type(error).__name__, _one_line(str(error))
+    name, text = type(error).__name__, one_line(error, 400)
     if name == "NoRegionError":
         raise UserMistake(_NO_REGION) from None
     if "Credential" in name or "Token" in name or "Profile" in name or "SSO" in name:
@@ -272,7 +270,3 @@ def _failed(error: Exception, doing: str) -> NoReturn:
     raise ServingError(
         f"Cannot {doing}: {text.rstrip('.')}. Check the region and the connection."
     ) from None
-
-
-def _one_line(text: str) -> str:
-    return _KEY_ID.sub("…", _PASSWORD.sub("", " ".join(text.split())))[:400]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import IO, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
 from visiontuner.journal import Event, SearchRecord, TrialRecord
+from visiontuner.text import SafeStream, printable, shown
 
 ROWS = 12
+_NO_WRAPPING = 1000  # columns
 _MARKS = {
     "running": ("…", "cyan"),
     "completed": ("✓", "green"),
@@ -45,7 +48,7 @@ class SearchConsole:
         """One line about what was found or is about to happen."""
         self.said.add(text)
         self._end_bar()
-        self.console.print(text, markup=False)
+        self.console.print(printable(text))
 
     def progress(self, label: str, done: int, total: int, unit: str) -> None:
         """Long work: `done` of `total` units."""
@@ -70,7 +73,7 @@ class SearchConsole:
         """One journal line, already folded into the record."""
         if event["event"] == "trial_ended" and self._live is None:
             trial = self._record.trials[event["trial_id"]]
-            self.console.print(self._line(trial), markup=False)
+            self.console.print(printable(self._line(trial)))
 
     def trials_end(self) -> None:
         if self._live is not None:
@@ -162,7 +165,7 @@ class _Bar:
         self._task = TaskID(0)
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TextColumn("{task.fields[count]}"),
                 TextColumn("{task.fields[rate]}"),
@@ -186,19 +189,57 @@ class _Bar:
             )
         elif total and done * 10 // total > self._tenth:
             self._tenth = done * 10 // total
-            self._console.print(f"{self.label}: {count}, {speed}", markup=False)
+            self._console.print(f"{self.label}: {count}, {speed}")
 
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
 
 
+class SafeConsole(Console):
+    """rich's console, in which nothing that is printed acts: no markup, emoji or control character.
+
+    Secrets go before a cell is wrapped, where half of one would be no URL any more.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it writes: rich's own colours would not pass `text.safe_output`."""
+        stream = super().file
+        return stream.unsafe if isinstance(stream, SafeStream) and stream.isatty() else stream
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        """As rich does, texts as they may be shown."""
+        if isinstance(renderable, str):
+            renderable = shown(renderable)
+        elif isinstance(renderable, Text) and (safe := shown(renderable.plain)) != renderable.plain:
+            renderable = renderable.blank_copy(safe)
+        return super().render(renderable, options)
+
+
+def make_console() -> SafeConsole:
+    """As wide as the terminal; in a file or a pipe lines are as long as they have to be."""
+    console = SafeConsole(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = _NO_WRAPPING
+    return console
+
+
 def _own_console() -> Console:
     """In a notebook plain lines: a cell's output is read again later, and elsewhere."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = SafeConsole(soft_wrap=True)
     if not console.is_jupyter:
         return console
-    return Console(highlight=False, soft_wrap=True, force_jupyter=False, force_terminal=False)
+    return SafeConsole(soft_wrap=True, force_jupyter=False, force_terminal=False)
 
 
 def _worth_showing(trials: list[TrialRecord], best: TrialRecord | None) -> list[TrialRecord]:

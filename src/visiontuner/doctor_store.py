@@ -11,9 +11,11 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 import requests
+
+from visiontuner.text import without_secrets
 
 Status = Literal["ok", "warning", "error"]
 
@@ -34,7 +36,7 @@ class Check:
 def check_store(tracking_uri: str) -> Check:
     """Look at the store without changing it; the network is given 3 seconds."""
     kind = tracking_uri.partition(":")[0].partition("+")[0].lower()
-    shown = without_password(tracking_uri)
+    shown = without_secrets(tracking_uri)
     if kind == "sqlite":
         return _check_sqlite(tracking_uri)
     if kind in ("http", "https"):
@@ -55,15 +57,6 @@ def check_store(tracking_uri: str) -> Check:
         f"{shown}: MLflow knows no such store",
         "Use sqlite:///mlflow.db, or the http:// address of a server.",
     )
-
-
-def without_password(uri: str) -> str:
-    """The address as it may be printed."""
-    parts = urlsplit(uri)
-    if "@" not in parts.netloc:
-        return urlunsplit(parts._replace(query="")) if parts.query else uri
-    user_free = "***@" + parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=user_free, query=""))
 
 
 def _check_sqlite(uri: str) -> Check:

@@ -15,6 +15,9 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     trial_ended      state, best_epoch, best_value, error, reason, host
     search_ended     state, best_trial, error
 
+No line holds a password or a signature of a URL: what a search needs of them is in its experiment
+file, which then is its owner's alone.
+
 `SearchRecord` folds the lines into the state of the search: a pure function of what was read.
 """
 
@@ -32,6 +35,7 @@ from typing import Any, Literal, NamedTuple
 
 from visiontuner.errors import JournalError, SearchFailed
 from visiontuner.plain_json import encode_json
+from visiontuner.text import hide_secrets
 
 SCHEMA_VERSION = 1
 FILE_NAME = "journal.jsonl"
@@ -99,7 +103,7 @@ class JournalWriter:
             "time": round(self._clock(), 3),
             **fields,
         }
-        content = encode_json(_without_nonfinite(line))
+        content = encode_json(_without_nonfinite(hide_secrets(line)))
         whole = os.fstat(self._descriptor).st_size
         try:
             _write_all(self._descriptor, content + b"\n")
@@ -382,7 +386,8 @@ def _parse(line: bytes, path: Path) -> Event:
         raise JournalError(
             f"{path} was written by a newer visiontuner (schema {version}); update this one."
         )
-    return _with_nonfinite(event)
+    # Journals of before secrets were hidden in them; a line about an epoch holds no address.
+    return _with_nonfinite(hide_secrets(event) if b"/" in line else event)
 
 
 # What the fold reads without asking; other events may come and are passed over.

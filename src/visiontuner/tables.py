@@ -12,19 +12,11 @@ from visiontuner.data.findings import DatasetSummary, SizeRange
 from visiontuner.data.listing import ListedFinding
 from visiontuner.doctor import Check
 from visiontuner.journal import Finding
+from visiontuner.text import printable
 
 BAR_WIDTH = 40
-_NO_WRAPPING = 1000  # columns
 _LISTED = 10  # of the files that a finding is about
 _COLOURS = {"ok": "green", "info": "cyan", "warning": "yellow", "error": "red"}
-
-
-def make_console() -> Console:
-    """As wide as the terminal; in a file or a pipe lines are as long as they have to be."""
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = _NO_WRAPPING
-    return console
 
 
 def print_dataset(
@@ -50,7 +42,7 @@ def print_dataset(
         console.print("Nothing to complain about.", style="green")
     for finding in findings:
         line = Text(f"{finding.severity}: ", style=_COLOURS[finding.severity])
-        line.append(f"{finding.evidence.rstrip('.')}. ", style="default")
+        line.append(f"{printable(finding.evidence.rstrip('.'))}. ", style="default")
         line.append(finding.advice, style="dim")
         console.print(line)
         if isinstance(finding, ListedFinding) and len(finding.items) > 1:
@@ -59,7 +51,7 @@ def print_dataset(
 
 def _print_items(console: Console, items: Sequence[str], number: int) -> None:
     for item in items[:number]:
-        console.print(Text(f"  {item}"))
+        console.print(Text(f"  {printable(item)}"))
     if len(items) > number:
         console.print(Text(f"  … and {len(items) - number:,} more: --all lists them", style="dim"))
 
@@ -88,7 +80,7 @@ def _class_table(summary: DatasetSummary) -> Table:
     for label, name in enumerate(summary.class_names):
         counts = [f"{summary.counts[split][label]:,}" for split in splits]
         bar = "█" * -(-BAR_WIDTH * train[label] // longest)  # rounded up: one picture shows
-        table.add_row(Text(name), *counts, Text(bar, style="cyan"))
+        table.add_row(Text(printable(name)), *counts, Text(bar, style="cyan"))
     totals = [f"{summary.totals[split]:,}" for split in splits]
     table.add_row(Text("all", style="bold"), *(Text(t, style="bold") for t in totals), "")
     return table

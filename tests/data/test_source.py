@@ -593,7 +593,7 @@ def test_a_missing_page_is_one_clear_line_without_secrets(site, cache):
     with pytest.raises(DownloadError, match="answered 404") as caught:
         fetch_source(site.url.replace("http://", "http://me:secret@") + "?token=x", cache=cache)
     assert "secret" not in str(caught.value)
-    assert "token" not in str(caught.value)
+    assert "token=x" not in str(caught.value)
     assert len(site.requests) == 1
 
 

@@ -5,6 +5,10 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 
 from __future__ import annotations
 
+import sys
+import traceback
+from typing import Any
+
 import click
 
 from visiontuner import garbage
@@ -24,6 +28,7 @@ from visiontuner.cli.search import backbones, doctor, prepare, sync
 from visiontuner.cli.stop import stop
 from visiontuner.cli.train import train
 from visiontuner.cli.tune import tune
+from visiontuner.text import safe_output
 
 __all__ = ["NOT_GIVEN", "main"]
 
@@ -36,7 +41,20 @@ _GROUPS: dict[str, tuple[click.Command, ...]] = {
 
 
 class GroupedCommands(click.Group):
-    """`--help` with the subcommands under headings, in the order people need them."""
+    """`--help` with the subcommands under headings, in the order people need them.
+
+    Nothing that a command prints holds a secret or a control character, a traceback included.
+    """
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        with safe_output():
+            try:
+                return super().main(*args, **settings)
+            except Exception:  # of `--debug`, or a fault of ours
+                if not settings.get("standalone_mode", True):
+                    raise
+                traceback.print_exc()
+                sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [command.name or "" for commands in _GROUPS.values() for command in commands]

@@ -134,21 +134,20 @@ def _print_text(
 ) -> list[str]:
     import io
 
-    from rich.console import Console
-
     from visiontuner.cli.compare_table import print_runs
+    from visiontuner.console import SafeConsole
     from visiontuner.workflow.compare import describe_searches
 
     told: list[str] = []
     if output is None:
-        console = Console(highlight=False)
+        console = SafeConsole()
         if not console.is_terminal:
-            console = Console(highlight=False, width=_WIDE)
+            console = SafeConsole(width=_WIDE)
         if len(frame):
             told = print_runs(console, frame, names)
     else:
         page = io.StringIO()
-        print_runs(Console(file=page, highlight=False, width=_WIDE), frame, names)
+        print_runs(SafeConsole(file=page, width=_WIDE), frame, names)
         told = _written(output, _without_trailing_spaces(page.getvalue()), frame)
     return [*told, *describe_searches(comparison)]
 

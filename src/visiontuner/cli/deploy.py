@@ -216,7 +216,7 @@ def _print_endpoints(found: list[Endpoint], flags: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from visiontuner.tables import make_console
+    from visiontuner.console import make_console
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):

@@ -46,10 +46,11 @@ def diagnose(target: str, write: bool, as_json: bool) -> None:
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    from visiontuner.console import SafeConsole
+
+    console = SafeConsole()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("trial", "finding", "evidence and advice"):
         table.add_column(heading, overflow="fold", no_wrap=heading == "trial")

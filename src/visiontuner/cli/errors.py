@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import select
 import signal
@@ -15,6 +14,7 @@ from typing import Any
 import click
 
 from visiontuner.errors import VisiontunerError
+from visiontuner.text import printable
 
 
 class OneLineErrors(click.Command):
@@ -29,14 +29,13 @@ class OneLineErrors(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
-        _spell_out_odd_names()
         try:
             with _sigterm_is_ctrl_c(), _quiet_without_reader():
                 return super().invoke(ctx)
         except VisiontunerError as error:
             if debug:
                 raise
-            raise _Failure(str(error), error.exit_code) from None
+            raise _Failure(printable(str(error)), error.exit_code) from None
         except KeyboardInterrupt:
             raise _Failure("Stopped.", 130) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -45,7 +44,7 @@ class OneLineErrors(click.Command):
             if debug:
                 raise
             text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise _Failure(f"{text} (the traceback: visiontuner --debug …)", 1) from None
+            raise _Failure(f"{printable(text)} (the traceback: visiontuner --debug …)", 1) from None
 
 
 class _Failure(click.ClickException):
@@ -66,12 +65,6 @@ def _named_empty(args: Sequence[str]) -> str | None:
         if name.startswith("--") and is_given and not value:
             return name
     return None
-
-
-def _spell_out_odd_names() -> None:
-    """Print a file's name that is no text as `caf\\udce9.png`, instead of ending with an error."""
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @contextmanager

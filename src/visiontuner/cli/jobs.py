@@ -60,7 +60,7 @@ def _print(found: list[Job]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from visiontuner.tables import make_console
+    from visiontuner.console import make_console
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("job", "state", "search", "runs on", "age", "ran", "cost so far"):

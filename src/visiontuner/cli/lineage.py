@@ -78,11 +78,11 @@ def _as_json(traced: Lineage, checks: Sequence[LineageCheck] | None) -> str:
 
 
 def _print(traced: Lineage, checks: Sequence[LineageCheck]) -> None:
-    from rich.console import Console
+    from visiontuner.console import SafeConsole
 
     # In a pipe a fact stays in its line.
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
-    Console(highlight=False, width=width).print(_tree(traced))
+    SafeConsole(width=width).print(_tree(traced))
     for note in traced.notes:
         click.echo(f"note: {note}")
     for check in checks:

@@ -72,16 +72,17 @@ def preflight(
 
 
 def _print_report(report: PreflightReport) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from visiontuner.console import SafeConsole
 
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in report.checks:
         passed = check.status == "ok"
         mark = Text("pass" if passed else "FAIL", style="green" if passed else "bold red")
         table.add_row(mark, Text(check.name), Text(check.detail))
-    console = Console(highlight=False)
+    console = SafeConsole()
     console.print(table)
     console.print(
         f"\nOne picture a request: p50 {report.p50_ms:.0f} ms, p95 {report.p95_ms:.0f} ms, "

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +14,7 @@ import click
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.errors import UserMistake
+from visiontuner.text import csv_row, printable
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -146,9 +145,9 @@ def _probability(text: str) -> float | None:
 
 
 def _stderr_console() -> Any:
-    from rich.console import Console
+    from visiontuner.console import SafeConsole
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return SafeConsole(stderr=True, soft_wrap=True)
 
 
 def _print_table(answers: Iterable[PictureAnswer]) -> int:
@@ -162,8 +161,9 @@ def _print_table(answers: Iterable[PictureAnswer]) -> int:
 
 
 def _show_table(shown: Sequence[PictureAnswer]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from visiontuner.console import SafeConsole
 
     if not shown:
         return
@@ -175,9 +175,9 @@ def _show_table(shown: Sequence[PictureAnswer]) -> None:
     folder = _common_folder([one.picture for one in shown])
     for one in shown:
         table.add_row(*_table_row(one, folder))
-    console = Console(highlight=False)
+    console = SafeConsole()
     if folder:
-        console.print(f"In {folder}", markup=False)
+        console.print(f"In {printable(folder)}")
     console.print(table)
     if unsure := sum(one.answer.confident is False for one in shown):
         console.print(f"{unsure} below the threshold: not sure.")
@@ -190,7 +190,7 @@ def _show_table(shown: Sequence[PictureAnswer]) -> None:
 def _table_row(one: PictureAnswer, folder: str) -> tuple[Text | str, ...]:
     from rich.text import Text
 
-    answer, picture = one.answer, Text(one.picture.removeprefix(folder))
+    answer, picture = one.answer, Text(printable(one.picture.removeprefix(folder)))
     if answer.error is not None:
         return picture, Text(answer.error, style="red"), "", ""
     others = ", ".join(
@@ -220,11 +220,10 @@ def _print_json(answers: Iterable[PictureAnswer]) -> int:
 
 def _print_csv(answers: Iterable[PictureAnswer]) -> int:
     failed = 0
-    writer = csv.DictWriter(sys.stdout, _FIELDS, lineterminator="\n")
-    writer.writeheader()
+    click.echo(csv_row(_FIELDS), nl=False)
     for one in answers:
         failed += one.answer.error is not None
         row = one.to_dict()
         row["top_k"] = "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row["top_k"])
-        writer.writerow(row)
+        click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
     return failed

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from visiontuner.text import shell_word
+
 if TYPE_CHECKING:
     from visiontuner.workflow import SearchResult
 
@@ -56,7 +58,9 @@ def _ui_command(uri: str) -> str:
         return uri
     beside = Path(sys.executable).with_name("mlflow")
     mlflow = "mlflow" if shutil.which("mlflow") else os.path.relpath(beside)
-    return f"{mlflow} ui" + ("" if uri == DEFAULT_TRACKING_URI else f" --backend-store-uri {uri}")
+    if uri == DEFAULT_TRACKING_URI:
+        return f"{mlflow} ui"
+    return f"{mlflow} ui --backend-store-uri {shell_word(uri, 'MLFLOW_TRACKING_URI')}"
 
 
 def _short(value: object) -> str:

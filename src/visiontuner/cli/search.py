@@ -36,8 +36,8 @@ def prepare(
     """
     chosen = load_experiment(experiment, data, list(given_values(overrides)))
 
-    from visiontuner.console import SearchConsole
-    from visiontuner.tables import make_console, print_dataset
+    from visiontuner.console import SearchConsole, make_console
+    from visiontuner.tables import print_dataset
     from visiontuner.workflow import prepare as look
 
     console = SearchConsole()
@@ -115,9 +115,10 @@ def doctor() -> None:
     Example:
       visiontuner doctor
     """
+    from visiontuner.console import make_console
     from visiontuner.doctor import run_checks
     from visiontuner.locations import cache_folder, tracking_uri
-    from visiontuner.tables import make_console, print_checks
+    from visiontuner.tables import print_checks
 
     checks = run_checks(cache=cache_folder(), tracking_uri=tracking_uri())
     print_checks(make_console(), checks)

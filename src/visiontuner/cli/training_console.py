@@ -54,7 +54,7 @@ class TrainingConsole(SearchConsole):
         self._looked = now
         name = f"Epoch {epoch}/{self._epochs()}"
         if self._progress is None:
-            self.console.print(f"{name}: {step}/{steps} steps, loss {loss():.4g}", markup=False)
+            self.console.print(f"{name}: {step}/{steps} steps, loss {loss():.4g}")
         else:
             self._progress.update(
                 self._task, description=name, completed=step, total=steps, loss=f"{loss():.4g}"
@@ -65,7 +65,7 @@ class TrainingConsole(SearchConsole):
         if event["event"] == "epoch":
             self._looked = time.monotonic()
             trial = self._training.trials[event["trial_id"]]
-            self.console.print(self._epoch_line(trial), markup=False)
+            self.console.print(self._epoch_line(trial))
 
     def trials_end(self) -> None:
         """The bar goes."""

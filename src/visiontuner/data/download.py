@@ -18,6 +18,7 @@ from filelock import FileLock
 from visiontuner.data.archive import explain_write
 from visiontuner.data.digests import file_digest, write_json
 from visiontuner.errors import DataError, DownloadError
+from visiontuner.text import without_secrets
 
 Progress = Callable[[int, int], None]
 
@@ -60,7 +61,7 @@ def download(
     try:
         name = unquote(Path(urlsplit(url).path).name).replace("/", "_")[:100] or "archive"
     except ValueError as error:
-        raise DataError(f"{url} is not a web address: {error}.") from None
+        raise DataError(f"{without_secrets(url)} is not a web address: {error}.") from None
     place = folder / hashlib.sha256(url.encode()).hexdigest()[:16]
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -75,6 +76,7 @@ class _Transfer:
 
     def __init__(self, url: str, path: Path, sha256: str | None, progress: Progress | None) -> None:
         self.url = url
+        self.shown = without_secrets(url)
         self.path = path
         self.part = path.with_name(path.name + ".part")
         self.expected = sha256.lower() if sha256 else None
@@ -96,7 +98,7 @@ class _Transfer:
                 failures = 0 if self._size() > before else failures + 1
                 if failures > len(_BACKOFF_SECONDS):
                     raise DownloadError(
-                        f"The download of {_shown(self.url)} broke off: {error}. "
+                        f"The download of {self.shown} broke off: {error}. "
                         "Run the same command again; it goes on where it stopped."
                     ) from None
                 time.sleep(_BACKOFF_SECONDS[max(failures - 1, 0)])
@@ -117,7 +119,7 @@ class _Transfer:
         except _INTERRUPTED as error:
             raise _TryAgain(_reason(error)) from None
         except requests.RequestException as error:
-            raise DownloadError(f"Cannot fetch {_shown(self.url)}: {_reason(error)}.") from None
+            raise DownloadError(f"Cannot fetch {self.shown}: {_reason(error)}.") from None
         return False
 
     def _headers(self, kept: Download | None) -> dict[str, str]:
@@ -140,7 +142,7 @@ class _Transfer:
             raise _TryAgain(f"the server answered {status} {response.reason}")
         if status not in (200, 206):
             raise DownloadError(
-                f"Cannot fetch {_shown(self.url)}: the server answered {status} "
+                f"Cannot fetch {self.shown}: the server answered {status} "
                 f"{response.reason}. Check the address."
             )
 
@@ -167,7 +169,7 @@ class _Transfer:
         if self.expected not in (None, digest):
             self.part.unlink()
             raise DownloadError(
-                f"{_shown(self.url)} has SHA-256 {digest}, not {self.expected} as asked for. "
+                f"{self.shown} has SHA-256 {digest}, not {self.expected} as asked for. "
                 "Check data.sha256, or try again."
             )
         notes = _read_json(_notes(self.part))
@@ -207,12 +209,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _shown(url: str) -> str:
-    """Without the user name and the query, which may hold secrets."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError):
@@ -223,4 +219,6 @@ def _reason(error: Exception) -> str:
         return "the server's certificate cannot be verified"
     if "refused" in text:
         return "the connection was refused"
-    return "the connection was closed" if isinstance(error, _INTERRUPTED) else text
+    if isinstance(error, _INTERRUPTED):
+        return "the connection was closed"
+    return without_secrets(text)

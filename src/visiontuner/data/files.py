@@ -31,13 +31,28 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     Raises:
         VisiontunerError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.replace(path)
+        write_whole(path, write)
     except OSError as error:
         raise cannot_write(path, error) from None
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object], *, private: bool = False) -> None:
+    """Write a file that is either whole or not there, over an older one.
+
+    Args:
+        private: nobody but its owner may read it, from its first byte on.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # of a killed process; whose mode it would keep
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    try:
+        with os.fdopen(os.open(temporary, flags, 0o600 if private else 0o666), "wb") as file:
+            write(file)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ from visiontuner.data.digests import write_json
 from visiontuner.data.files import file_state
 from visiontuner.data.layout import is_no_data
 from visiontuner.errors import DataError
+from visiontuner.text import without_secrets
 
 PART_BYTES = 8 << 20
 """A file of this size or more goes up in parts of this size; boto3 and `aws s3` do the same."""
@@ -37,13 +38,11 @@ def split_uri(uri: str) -> tuple[str, str]:
     """`s3://BUCKET/KEY` -> bucket and key; the key may be empty.
 
     Raises:
-        DataError: it is no such address. What stands where a bucket should be is not repeated: it
-            may be a password.
+        DataError: it is no such address.
     """
     match = _URI.fullmatch(uri)
     if match is None:
-        shown = "An address with a password" if "@" in uri else repr(uri)
-        raise DataError(f"{shown} is no place on S3; write s3://BUCKET/FOLDER.")
+        raise DataError(f"{without_secrets(uri)!r} is no place on S3; write s3://BUCKET/FOLDER.")
     return match[1], match[2] or ""
 
 

@@ -19,6 +19,7 @@ from visiontuner.data.download import download
 from visiontuner.data.files import locked
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import DataError
+from visiontuner.text import HIDDEN, without_secrets
 
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
 
@@ -50,6 +51,11 @@ def fetch_source(
         ServingError: S3 cannot be reached.
     """
     scheme = _SCHEME.match(source)
+    if scheme and HIDDEN in source:
+        raise DataError(
+            f"{source} is an address whose secret was left out where it was written down. Give "
+            "the whole one with --data."
+        )
     if source == "digits" and not Path(source).is_dir():
         return write_digits(cache)
     if scheme and scheme[1].lower() in ("http", "https"):
@@ -132,8 +138,8 @@ def _unknown_scheme(source: str, scheme: str) -> str:
     near = difflib.get_close_matches(scheme, ["http", "https", "file", "s3"], n=1)
     hint = f" Did you mean {near[0]}://?" if near else ""
     return (
-        f"{source} has an unknown scheme.{hint} Use a folder, an archive, http(s)://, s3:// or "
-        "digits."
+        f"{without_secrets(source)} has an unknown scheme.{hint} Use a folder, an archive, "
+        "http(s)://, s3:// or digits."
     )
 
 

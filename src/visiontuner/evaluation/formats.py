@@ -9,21 +9,19 @@ from typing import Any
 
 import pandas as pd
 
-# What spreadsheets take for the start of a formula, their wide forms included.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+from visiontuner.text import csv_row, shown
+
 _MARKDOWN = re.compile(r"([\\`*\[\]|~!])")
 _LONGEST_CELL = 60
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """Every value in full. Text that a spreadsheet would run as a formula begins with `'`.
-
-    Source: https://owasp.org/www-community/attacks/CSV_Injection
-    """
-    safe = frame.apply(lambda column: column.map(_harmless) if _is_text(column) else column)
-    safe.columns = pd.Index([_harmless(name) for name in frame.columns])
-    text: str = safe.to_csv(index=False, lineterminator="\n", date_format="%Y-%m-%dT%H:%M:%SZ")
-    return text
+    """Every value in full, with a header; see `text.csv_row`."""
+    columns = [
+        [value if isinstance(value, float) else _plain(value) for value in frame[name]]
+        for name in frame.columns
+    ]
+    return csv_row(frame.columns) + "".join(map(csv_row, zip(*columns, strict=True)))
 
 
 def to_json(frame: pd.DataFrame) -> str:
@@ -52,7 +50,7 @@ def cell(value: object, column: str) -> str:
         return value.strftime("%Y-%m-%d %H:%M")
     if isinstance(value, float):
         return _decimal(value, column)
-    text = "".join(c if c.isprintable() else " " for c in str(value)).strip()
+    text = shown(str(value), keep="").strip()
     return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
 
 
@@ -70,10 +68,6 @@ def _is_text(column: pd.Series) -> bool:
     return not (
         pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column)
     )
-
-
-def _harmless(text: str) -> str:
-    return f"'{text}" if text.lstrip(" ").startswith(_FORMULA) else text
 
 
 def _unmarked(text: str) -> str:

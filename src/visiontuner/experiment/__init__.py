@@ -46,6 +46,7 @@ from visiontuner.experiment.sections import (
     parse_duration,
 )
 from visiontuner.explain import explain, told
+from visiontuner.text import without_secrets
 
 __all__ = [
     "AUGMENTATIONS",
@@ -243,8 +244,8 @@ def _default_name(source: str) -> str:
 
     Where something of it is lost, a digest of it keeps the names of two folders apart.
     """
-    if "://" in source:  # a signed URL's query is no name, and a secret
-        source = unquote(re.split(r"[?#]", source, maxsplit=1)[0])
+    if "://" in source:  # neither a signed URL's query nor a user's password is a name
+        source = unquote(re.split(r"[?#]", without_secrets(source), maxsplit=1)[0])
     else:
         source = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 - no links
     last = unicodedata.normalize("NFC", source.rstrip("/").rsplit("/", 1)[-1])

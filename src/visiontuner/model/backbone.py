@@ -34,6 +34,7 @@ from visiontuner.model.torchvision_networks import (
     torchvision_names,
 )
 from visiontuner.model.weights import digest_weights, fit_state_dict, read_weights
+from visiontuner.text import one_line
 
 TIMM = "timm:"
 
@@ -154,7 +155,7 @@ def _feature_dim(module: nn.Module, size: int, name: str) -> int:
 
 
 def _unusable(name: str, image_size: int | None, error: Exception) -> BackboneError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    reason = one_line(error, 160) or type(error).__name__
     at = f" at image size {image_size}" if image_size else ""
     return BackboneError(
         f"Backbone {name!r} cannot be used{at}: {reason}. "

@@ -18,6 +18,7 @@ from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
 from visiontuner.data.digests import file_digest
 from visiontuner.data.files import temporary_folder
 from visiontuner.errors import BackboneError
+from visiontuner.text import without_secrets
 
 StateDict = OrderedDict[str, Tensor]
 
@@ -119,14 +120,16 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
                 digest = _download(url, file.write, token)
             if not digest.startswith(sha256_prefix):
                 raise BackboneError(
-                    f"{url} arrived with SHA-256 {digest[:12]}…, expected {sha256_prefix}…. "
-                    "Try again, or download it another way and use `weights: PATH`."
+                    f"{without_secrets(url)} arrived with SHA-256 {digest[:12]}…, expected "
+                    f"{sha256_prefix}…. Try again, or download it another way and use "
+                    "`weights: PATH`."
                 )
             temporary.replace(target)
         commit_folder(folder, {}, [target.name])
     except (requests.RequestException, OSError) as error:
         raise BackboneError(
-            f"Cannot download the weights {url} ({_reason(error)}). {OFFLINE_ADVICE}"
+            f"Cannot download the weights {without_secrets(url)} ({_reason(error)}). "
+            f"{OFFLINE_ADVICE}"
         ) from None
     finally:
         with contextlib.suppress(OSError):

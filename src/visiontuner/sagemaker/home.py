@@ -13,9 +13,11 @@ from visiontuner.data.s3 import connect
 from visiontuner.data.storage import Note, Progress, download_folder
 from visiontuner.errors import JobFailed, JournalError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord
+from visiontuner.layout import EXPERIMENT_FILE
 from visiontuner.sagemaker import s3
 from visiontuner.sagemaker.follow import last_error
 from visiontuner.sagemaker.job import Job, advice_on
+from visiontuner.text import has_secrets
 
 # What the SDK's start script leaves as the reason, for requirements that do not install say; and
 # what SageMaker makes of an exit code alone, after a disk too full for a reason.
@@ -53,14 +55,18 @@ def bring_home(
         JobFailed: the job ended before a search began.
         UserMistake: the folder is another search's.
     """
-    coming = folder.with_name(f".{folder.name}.coming")
-    shutil.rmtree(coming, ignore_errors=True)
-    coming.mkdir(parents=True)
+    private = folder.with_name(f".{folder.name}.coming")
+    shutil.rmtree(private, ignore_errors=True)
+    private.parent.mkdir(parents=True, exist_ok=True)
+    private.mkdir(mode=0o700)
+    coming = private / folder.name
     try:
+        coming.mkdir()
         _fetch(aws, job, coming, progress, note)
+        _keep_secrets(coming)
         return _put_in_place(coming, folder, _record_of(aws, job, coming))
     finally:
-        shutil.rmtree(coming, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None, note: Note | None) -> None:
@@ -72,6 +78,13 @@ def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None, note: No
     if not (coming / FILE_NAME).exists() and job.search_folder:
         client = connect(aws.session, aws.region)
         download_folder(job.search_folder, coming, client=client, progress=progress, note=note)
+
+
+def _keep_secrets(coming: Path) -> None:
+    """An experiment file with a password in it is its owner's alone before others may look."""
+    path = coming / EXPERIMENT_FILE
+    if path.is_file() and has_secrets(path.read_text(encoding="utf-8", errors="replace")):
+        path.chmod(0o600)
 
 
 def _record_of(aws: Aws, job: Job, coming: Path) -> SearchRecord:
@@ -93,6 +106,9 @@ def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> Home:
         here, there = _whole_lines(folder / FILE_NAME), _whole_lines(coming / FILE_NAME)
         if not there.startswith(here):
             return Home(record=record, kept="here" if here.startswith(there) else "apart")
+    experiment = coming / EXPERIMENT_FILE
+    if experiment.is_file():  # a file that is there keeps its mode, from its first byte on
+        (folder / EXPERIMENT_FILE).touch(experiment.stat().st_mode & 0o777)
     shutil.copytree(coming, folder, dirs_exist_ok=True)
     return Home(record=record)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 import os
-import re
 from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from visiontuner.errors import UserMistake
+from visiontuner.text import without_secrets
 
 _NO_TRACKING = "none"
 # MLflow's own; what they hold must not be readable in a job's description.
@@ -42,7 +42,7 @@ def reachable_tracking(
     variables = os.environ if environment is None else environment
     reason = _reason_against(uri, variables, in_vpc)
     if reason is None:
-        return uri, f"live, into {uri}"
+        return uri, f"live, into {without_secrets(uri)}"
     return None, f"{reason}: {_LATER}"
 
 
@@ -51,32 +51,30 @@ def _reason_against(uri: str, variables: Mapping[str, str], in_vpc: bool) -> str
         return "none is wanted"
     if uri.startswith("arn:"):
         return None
+    shown = without_secrets(uri)
     try:
         parts = urlsplit(uri)
         host = parts.hostname or ""
     except ValueError:
-        raise UserMistake(f"MLFLOW_TRACKING_URI is no address: {_plain(uri)!r}.") from None
+        raise UserMistake(f"MLFLOW_TRACKING_URI is no address: {without_secrets(uri)!r}.") from None
     if parts.scheme not in ("http", "https"):
         return _no_server(uri, parts.scheme)
     if parts.username or parts.password or any(variables.get(name) for name in _SECRETS):
         return f"{host} wants credentials, which do not travel in a job's request"
     if _is_this_machine(host):
-        return f"{uri} is this machine's own"
+        return f"{shown} is this machine's own"
     if _is_private(host) and not in_vpc:
-        return f"{uri} is in a private network, out of reach of a job without a VPC"
+        return f"{shown} is in a private network, out of reach of a job without a VPC"
     return None
 
 
 def _no_server(uri: str, scheme: str) -> str:
+    shown = without_secrets(uri)
     if uri == "databricks" or scheme.startswith("databricks"):
-        return f"{uri} wants credentials, which do not travel in a job's request"
+        return f"{shown} wants credentials, which do not travel in a job's request"
     if scheme in ("", "file"):
-        return f"{uri} is a folder, out of a job's reach"
-    return f"{_plain(uri)} is a database, out of a job's reach"
-
-
-def _plain(uri: str) -> str:
-    return re.sub(r"(?<=://)[^/@]+@", "", uri)
+        return f"{shown} is a folder, out of a job's reach"
+    return f"{shown} is a database, out of a job's reach"
 
 
 def _is_this_machine(host: str) -> bool:

@@ -16,6 +16,7 @@ from visiontuner.aws import Aws, explained
 from visiontuner.errors import JobFailed
 from visiontuner.sagemaker.plan import PREFIX, JobPlan
 from visiontuner.sagemaker.source import CHANNEL, CHECKPOINTS, COMMAND
+from visiontuner.text import one_line
 
 _CREATE = "before-parameter-build.sagemaker.CreateTrainingJob"
 # The role's trust was looked at already; the SDK asks for a permission that few callers have.
@@ -75,9 +76,7 @@ def _run(aws: Aws, plan: JobPlan, source: str, *, dry: bool) -> dict[str, Any]:
         except _OnlyLooked:
             pass
         except ValueError as error:  # pydantic's and the SDK's own checks
-            raise JobFailed(
-                f"The SageMaker SDK refuses the job: {' '.join(str(error).split())[:300]}"
-            ) from error
+            raise JobFailed(f"The SageMaker SDK refuses the job: {one_line(error, 300)}") from error
     return seen
 
 
@@ -198,8 +197,8 @@ def _validate(boto: Any, params: dict[str, Any]) -> None:
     model = boto.client("sagemaker").meta.service_model.operation_model("CreateTrainingJob")
     report = ParamValidator().validate(params, model.input_shape)
     if report.has_errors():
-        told = " ".join(report.generate_report().split())
-        raise JobFailed(f"SageMaker would not take this request: {told[:400]}")
+        told = one_line(report.generate_report(), 400)
+        raise JobFailed(f"SageMaker would not take this request: {told}")
 
 
 @contextmanager

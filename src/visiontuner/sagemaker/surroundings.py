@@ -10,6 +10,7 @@ from visiontuner.aws_images import PLATFORM, look_up_image
 from visiontuner.data.archive import is_archive_name
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import ServingError, UserMistake
+from visiontuner.text import one_line
 
 _OLDEST_PYTHON = 11  # 3.11
 _AWSS_IMAGE = re.compile(r"/pytorch-training:([\d.]+)-(?:cpu|gpu)-")
@@ -50,7 +51,7 @@ def find_image(
     except ValueError as error:
         raise UserMistake(
             f"AWS has no PyTorch image for {instance_type} in {aws.region} "
-            f"({' '.join(str(error).split())[:160]}). Name one with --image."
+            f"({one_line(error, 160)}). Name one with --image."
         ) from None
 
 

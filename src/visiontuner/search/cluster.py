@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
+from visiontuner.text import one_line
 
 Where = Literal["local", "auto"]
 
@@ -109,7 +110,7 @@ class RayForSearch:
             with _own_sigterm(), _without_monitors():
                 self._init()
         except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            why = " ".join(str(error).split())[:200]
+            why = one_line(error, 200)
             raise SearchFailed(
                 f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
                 if self.joins

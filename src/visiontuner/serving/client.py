@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from visiontuner.aws import default_region, explained, is_busy
 from visiontuner.errors import ServingError
-from visiontuner.redaction import without_secrets
 from visiontuner.serving.answers import Answer, Options
+from visiontuner.text import one_line, without_secrets
 
 # InvokeEndpoint takes 6,291,456 bytes, and 4,194,304 for a serverless endpoint.
 REQUEST_BYTES = 6_000_000
@@ -233,4 +233,4 @@ def reason_in(content: bytes) -> str:
     text = content.decode(errors="replace")
     with contextlib.suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["message"])
-    return " ".join(text.rpartition("\nError: ")[2].split())[:300] or "no reason given"
+    return one_line(text.rpartition("\nError: ")[2], 300) or "no reason given"

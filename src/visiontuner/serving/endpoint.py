@@ -25,6 +25,7 @@ from visiontuner.serving.endpoint_states import (
 )
 from visiontuner.serving.failures import explain_failure
 from visiontuner.serving.reference import Reference
+from visiontuner.text import one_line
 
 
 def create(
@@ -112,7 +113,7 @@ def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
             client = mlflow.deployments.get_deploy_client(plan.target)  # type: ignore[no-untyped-call]
             getattr(client, method)(plan.name, model_uri=plan.model_uri, config=config)
         except MlflowException as error:
-            text = " ".join(str(error).split())[:400]
+            text = one_line(error, 400)
             raise ServingError(f"MLflow could not deploy {plan.model_uri}: {text}") from error
 
 

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 import requests
 
 from visiontuner.errors import ServingError
-from visiontuner.redaction import without_secrets
 from visiontuner.serving.answers import Answer, Options
 from visiontuner.serving.client import (
     BUSY,
@@ -27,6 +26,7 @@ from visiontuner.serving.client import (
     lowered,
     reason_in,
 )
+from visiontuner.text import without_secrets
 
 _NO_URL = (
     requests.exceptions.InvalidURL,

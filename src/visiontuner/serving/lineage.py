@@ -25,6 +25,7 @@ from visiontuner.serving.predictions import read_report
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
 from visiontuner.serving.registry import DIGEST_TAG
 from visiontuner.serving.versions import Mlflow, is_missing, logged_model_id, versions_of_run
+from visiontuner.text import one_line
 
 Facts = dict[str, Any]
 
@@ -308,7 +309,7 @@ def _read(read: Callable[[Path], Any], what: str) -> tuple[Facts, tuple[str, ...
         if not isinstance(raw, dict):
             raise TypeError("it is not an object")
     except (TrackingError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:150]
+        reason = one_line(error, 150)
         return {}, (f"Cannot read {what}: {reason}",)
     return raw, ()
 

@@ -13,8 +13,8 @@ import requests
 
 from visiontuner.data.images import decode_image, picture_extensions
 from visiontuner.errors import BadImageError, UserMistake
-from visiontuner.redaction import recognisable
 from visiontuner.serving.answers import MAX_BYTES
+from visiontuner.text import without_secrets
 
 _TIMEOUT_SECONDS = (10, 60)  # to connect, between two blocks
 _BLOCK = 1 << 16
@@ -66,7 +66,7 @@ def _pictures(source: str) -> Iterator[Picture]:
     if source == "-":
         yield Picture(name="-", read=_read_stdin)
     elif source.startswith(("http://", "https://")):
-        yield Picture(name=recognisable(source), read=partial(_read_url, source))
+        yield Picture(name=without_secrets(source), read=partial(_read_url, source))
     elif (folder := Path(source)).is_dir():
         yield from _below(folder)
     else:

@@ -24,6 +24,7 @@ from visiontuner.serving.instances import recommend
 from visiontuner.serving.malformed import JSON, MALFORMED
 from visiontuner.serving.reference import TOLERANCE, Reference
 from visiontuner.serving.server import Served
+from visiontuner.text import one_line
 
 _ANSWER_SECONDS = 60.0  # an endpoint's limit for one request
 _PING_SECONDS = 2.0  # and for one ping
@@ -163,7 +164,7 @@ class _Asked:
         if response.status_code != 200:
             raise ServingError(
                 f"The model answers its own reference pictures with {response.status_code}: "
-                f"{' '.join(response.text.split())[:300]}"
+                f"{one_line(response.text, 300)}"
             )
         rows: list[dict[str, Any]] = response.json()["predictions"]
         return rows

@@ -27,6 +27,7 @@ from mlflow.models import Model
 
 from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.serving.model_parts import model_parts
+from visiontuner.text import one_line
 
 CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
@@ -92,7 +93,7 @@ def log_classifier(
             _link_dataset(client, run, model_id)
             version = _register(client, name, run_id, model_id, labels)
         except (MlflowException, OSError) as error:
-            text = " ".join(str(error).split())[:300]
+            text = one_line(error, 300)
             raise TrackingError(
                 f"MLflow could not take the model: {text} `visiontuner sync` tries again."
             ) from error
@@ -122,7 +123,7 @@ def save_classifier(folder: Path, destination: Path) -> Path:
             with model_parts(folder) as parts:
                 mlflow.pyfunc.save_model(path=str(destination), **parts)
         except (MlflowException, OSError) as error:
-            text = " ".join(str(error).split())[:300]
+            text = one_line(error, 300)
             raise TrackingError(f"MLflow could not save the model: {text}") from error
     return destination
 

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from visiontuner.errors import TrackingError
-from visiontuner.redaction import without_secrets
+from visiontuner.text import one_line, shell_word, without_secrets
 
 # Read by MLflow at each call. Without them one call to a server that is away blocks a minute.
 _ENVIRONMENT = {
@@ -117,7 +117,7 @@ def check_tracking_uri(tracking_uri: str) -> None:
         return
     if not separator or scheme.lower() == "file":
         raise TrackingRefused(
-            f"MLflow's file store ({tracking_uri}) is not supported; "
+            f"MLflow's file store ({without_secrets(tracking_uri)}) is not supported; "
             "set MLFLOW_TRACKING_URI to sqlite:///mlflow.db or to a server."
         )
     path = rest.removeprefix("///").split("?")[0]
@@ -200,11 +200,12 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
     """MLflow's error as one line with a next step; `advice` is for an MLflow that is away."""
     where = without_secrets(tracking_uri)
     text = " ".join(str(error).split())
-    short = without_secrets(text[:300])
+    short = one_line(text, 300)
     if "out-of-date database schema" in text or "Can't locate revision" in text:
+        uri = shell_word(tracking_uri, "MLFLOW_TRACKING_URI")
         return TrackingRefused(
             f"The MLflow database at {where} has another version's schema; back it up and run "
-            f"`mlflow db upgrade {where}`, or set MLFLOW_TRACKING_URI to another one."
+            f"`mlflow db upgrade {uri}`, or set MLFLOW_TRACKING_URI to another one."
         )
     if re.search(r"\b(error code|status code|HTTP) ?:? ?(401|403)\b", text):
         return TrackingRefused(

@@ -24,7 +24,7 @@ from markupsafe import Markup, escape
 
 from visiontuner.journal import Event, Finding, SearchRecord, is_running, read_events
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
-from visiontuner.redaction import without_secrets
+from visiontuner.text import shown
 from visiontuner.tracking import figures as drawing
 from visiontuner.tracking.page import PageData, describe_search, label
 from visiontuner.tracking.recordings import Explained
@@ -167,7 +167,7 @@ def _render(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=_hide_secrets,
+        finalize=_shown,
     )
     environment.filters.update(
         code=_code, data_uri=_data_uri, percent=_percent, label=label, score=_score, short=_short,
@@ -191,9 +191,9 @@ def _render(
     )
 
 
-def _hide_secrets(value: object) -> object:
-    """Of any URL; the page is made to be passed on."""
-    return without_secrets(value) if type(value) is str else value
+def _shown(value: object) -> object:
+    """The page is made to be passed on."""
+    return shown(value) if type(value) is str else value
 
 
 def _data_uri(png: bytes) -> Markup:
@@ -202,7 +202,7 @@ def _data_uri(png: bytes) -> Markup:
 
 def _code(text: str) -> Markup:
     """A sentence of our own: what stands in backticks is a command."""
-    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(_hide_secrets(text)))))
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(_shown(text)))))
 
 
 def _percent(value: float | None) -> str:

@@ -29,7 +29,7 @@ from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.layout import MLFLOW_FILE
-from visiontuner.redaction import without_secrets
+from visiontuner.text import without_secrets
 from visiontuner.tracking import runs
 from visiontuner.tracking.client import Store
 from visiontuner.tracking.plan import (

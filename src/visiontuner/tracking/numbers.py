@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 
 from visiontuner.journal import SearchRecord
+from visiontuner.text import csv_row
 from visiontuner.tracking.importance import importances
 
 
@@ -35,8 +34,6 @@ def search_numbers(record: SearchRecord) -> dict[str, str]:
         if t.configuration.keys() >= set(names)
     ]
     if rows:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([["trial_id", *names, record.objective], *rows])
-        files["learning_rate_batch_size.csv"] = text.getvalue()
+        table = [["trial_id", *names, record.objective], *rows]
+        files["learning_rate_batch_size.csv"] = "".join(map(csv_row, table))
     return files

@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, TrialState
-from visiontuner.redaction import without_secrets
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 
@@ -169,9 +168,8 @@ class SearchPlan:
 
     @property
     def started(self) -> Event:
-        """The search's first event, as others may read it."""
-        shown: Event = _shown(self.record.started)
-        return shown
+        """The search's first event."""
+        return self.record.started
 
     @property
     def name(self) -> str:
@@ -311,15 +309,6 @@ def _milliseconds(event: Event) -> int:
 def _storable(value: float) -> float:
     """MLflow stores an infinity as 1.8e308, which flattens every chart: NaN says it better."""
     return float(value) if math.isfinite(value) else math.nan
-
-
-def _shown(value: Any) -> Any:
-    """JSON values with no secret in any address."""
-    if isinstance(value, Mapping):
-        return {key: _shown(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_shown(inner) for inner in value]
-    return without_secrets(value) if isinstance(value, str) else value
 
 
 def _cut(value: object, length: int) -> str:

@@ -15,7 +15,7 @@ from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.compare import RunSummary
-from visiontuner.redaction import without_secrets
+from visiontuner.text import without_secrets
 from visiontuner.tracking.client import Store, TrackingRefused
 from visiontuner.tracking.plan import KIND, SEARCH_ID, STATE, TRIAL_ID
 from visiontuner.tracking.runs import deleted_experiment

@@ -22,6 +22,7 @@ from visiontuner.layout import (
     EVALUATION_REPORT,
     TEST_LOOKS_FILE,
 )
+from visiontuner.text import csv_row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -105,7 +106,6 @@ def _write_test(
     from dataclasses import asdict
 
     import numpy as np
-    import pandas as pd
 
     from visiontuner.evaluation.calibration import probabilities_of
     from visiontuner.evaluation.mistakes import confident_mistakes, confused_pairs
@@ -125,7 +125,8 @@ def _write_test(
         {k: v for k, v in asdict(score).items() if not isinstance(v, dict)}
         for score in report.classes
     ]
-    pd.DataFrame(rows).to_csv(folder / EVALUATION_CLASSES, index=False)
+    table = [tuple(rows[0]), *(row.values() for row in rows)]
+    (folder / EVALUATION_CLASSES).write_text("".join(map(csv_row, table)), encoding="utf-8")
     wrong = confident_mistakes(probabilities, labels, report.class_names, count)
     _draw(folder, report, answers, probabilities, labels)
     _draw_mistakes(folder, wrong, answers, root)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner import provenance
 from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.files import write_whole
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, Finding, JournalWriter, SearchRecord
 from visiontuner.layout import EXPERIMENT_FILE
+from visiontuner.text import has_secrets
 from visiontuner.workflow.observing import Observer, note_findings
 from visiontuner.workflow.pictures import describe_data, require_same_data
 
@@ -53,7 +55,15 @@ def open_journal(
     """
     from visiontuner.search.recorder import Recorder
 
-    _write_experiment(folder, experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / EXPERIMENT_FILE).exists():
+            write_experiment(folder, experiment)
+    except OSError as error:
+        raise UserMistake(
+            f"Cannot write the search folder {folder}: {error.strerror}. "
+            "Name another one with --output."
+        ) from None
     journal = JournalWriter(folder, record.search_id or uuid.uuid4().hex)
     recorder = Recorder(journal, record, [observer.event])
     described = {
@@ -74,7 +84,7 @@ def open_journal(
         for finding in _serious_findings(dataset):
             recorder.append("finding", **finding.to_dict())
     observer.note(f"Search folder: {folder}")
-    _note_findings(experiment, dataset, observer)
+    _note_findings(folder, experiment, dataset, observer)
     _note_rules_without_recording(experiment, observer)
     return recorder
 
@@ -88,12 +98,17 @@ def _serious_findings(dataset: ImageDataset) -> list[Finding]:
     return sorted(serious, key=lambda finding: finding.severity != "error")
 
 
-def _note_findings(experiment: Experiment, dataset: ImageDataset, observer: Observer) -> None:
+def _note_findings(
+    folder: Path, experiment: Experiment, dataset: ImageDataset, observer: Observer
+) -> None:
     found = _serious_findings(dataset)
     note_findings(observer, found)
     if found:
-        source = shlex.quote(experiment.data.source)
-        observer.note(f"All of it, and what to do: visiontuner prepare --data {source}")
+        source = experiment.data.source
+        words = f"--data {shlex.quote(source)}"
+        if has_secrets(source):
+            words = f"--experiment {shlex.quote(str(folder / EXPERIMENT_FILE))}"
+        observer.note(f"All of it, and what to do: visiontuner prepare {words}")
 
 
 def _note_rules_without_recording(experiment: Experiment, observer: Observer) -> None:
@@ -108,16 +123,14 @@ def _note_rules_without_recording(experiment: Experiment, observer: Observer) ->
         )
 
 
-def _write_experiment(folder: Path, experiment: Experiment) -> None:
-    path = folder / EXPERIMENT_FILE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            fresh = path.with_suffix(".part")  # a kill must not leave half of it
-            fresh.write_text(experiment.to_yaml(), encoding="utf-8")
-            fresh.replace(path)
-    except OSError as error:
-        raise UserMistake(
-            f"Cannot write the search folder {folder}: {error.strerror}. "
-            "Name another one with --output."
-        ) from None
+def write_experiment(folder: Path, experiment: Experiment) -> None:
+    """The experiment file of a search folder, with every secret that its data's address needs.
+
+    It is its owner's alone then: a search is resumed from it.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    private = has_secrets(experiment.model_dump(mode="json"))
+    content = experiment.to_yaml().encode()
+    write_whole(folder / EXPERIMENT_FILE, lambda file: file.write(content), private=private)

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment
-from visiontuner.layout import EXPERIMENT_FILE, RANGE_TEST_FILE, RANGE_TESTS_FOLDER
+from visiontuner.layout import RANGE_TEST_FILE, RANGE_TESTS_FOLDER
 from visiontuner.workflow.inputs import Inputs
+from visiontuner.workflow.journals import write_experiment
 from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.threads import training_threads
 from visiontuner.workflow.train_from import Origin, starting_head
@@ -190,7 +191,7 @@ def _write(found: FoundLearningRate, experiment: Experiment) -> None:
         found.folder.mkdir(parents=True, exist_ok=True)
         found.figure.write_bytes(to_png(figure))
         (found.folder / RANGE_TEST_FILE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
-        (found.folder / EXPERIMENT_FILE).write_text(experiment.to_yaml(), encoding="utf-8")
+        write_experiment(found.folder, experiment)
     except OSError as error:
         raise UserMistake(
             f"Cannot write {found.folder}: {error.strerror}. Name another one with --output."

@@ -17,6 +17,7 @@ import visiontuner
 from visiontuner import errors
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.locations import NO_TRACKING
+from visiontuner.text import one_line
 from visiontuner.workflow.observing import Observer
 
 _LINES_KEPT = 20
@@ -148,7 +149,7 @@ class BackgroundTracking:
         if answer is None:
             self._answers.put(None)  # nor will it answer the next question
             last = next((line for line in reversed(self._last_words) if line), "it said nothing")
-            return {"problem": f"MLflow's writer has died ({last[:300]})."}
+            return {"problem": f"MLflow's writer has died ({one_line(last, 300)})."}
         return answer
 
     def _read_answers(self, process: subprocess.Popen[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from visiontuner.errors import TrackingError
 from visiontuner.locations import tracking_uri
-from visiontuner.redaction import without_secrets
+from visiontuner.text import without_secrets
 
 if TYPE_CHECKING:
     from visiontuner.sagemaker.classic import TunedJob, TuningJob

@@ -1,0 +1,184 @@
+"""Text that leaves the process: secrets hidden, control characters escaped, CSV rows.
+
+`without_secrets` is the only redaction and `printable` the only escaping. Whatever a command writes
+to its standard output and error passes both (`safe_output`), journals and MLflow the first one.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+HIDDEN = "***"
+"""Stands for a secret."""
+
+# Beyond the web a password may hold a slash: SQLAlchemy reads everything up to the @, and AWS keys,
+# which do not belong into an S3 address, have some.
+_QUOTE = r"\"(?![,:}\]\s])"  # one that does not end a text in JSON
+_USER_OF_STORE = re.compile(
+    rf"(?<![\w+.-])((?!https?:)[a-z][\w+.-]*://)[^:/@\s\"]*:(?:[^@\s\"]|{_QUOTE})*@",
+    re.IGNORECASE,
+)
+_USER = re.compile(rf"(?<=://)(?:[^/\s\"]|{_QUOTE})*@")  # a name alone may be a token: it goes too
+_ADDRESS = re.compile(r"/[^\s\"<>]*[?#][^\s\"<>]*")  # from a slash on, with a query or a fragment
+_NAME = r"[\w.%\[\]-]{0,80}"
+_SECRET_VALUE = re.compile(
+    rf"([?&#](?:amp;)?{_NAME}(?:sig|token|credential|passw|pwd|secret|key|auth|jwt|session|policy|"
+    # The value ends with the next one, or where the address does: a quote may follow.
+    rf"odbc_connect){_NAME}=)[^&#]*?(?='?[&#]|'?[)\],.]*$)",
+    re.IGNORECASE,
+)
+_LONG_VALUE = re.compile(rf"([?&#](?:amp;)?{_NAME}=)[\w+/=.%~-]{{40,}}")  # a UUID has 36
+_AUTHORIZATION = re.compile(r"\b(authorization\W{1,4}(?:basic|bearer)\s+)[^\s'\",]+", re.IGNORECASE)
+_AWS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
+
+# C0, DEL and C1; the line separators of Unicode; overrides and isolates of the writing direction;
+# halves of surrogate pairs, which file names that are not UTF-8 are read as. Joiners stay: words
+# and emoji need them.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_SHORT = {"\n": r"\n", "\r": r"\r", "\t": r"\t"}
+
+# What spreadsheets take for the start of a formula, their wide forms included.
+_FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")
+
+
+def without_secrets(text: str) -> str:
+    """Hide the user and password, and secret values in the query, of every URL in a text.
+
+    `https://me:pass@host/a?id=3&X-Amz-Signature=12ab` -> `https://***@host/a?id=3&X-Amz-Signature=***`
+
+    A value is secret if its name says so (token, key, sig, …) or if it is as long as a signature.
+    AWS access key ids and `Authorization` headers go too.
+    """
+    if "/" in text:
+        text = _USER_OF_STORE.sub(rf"\1{HIDDEN}@", text)
+        text = _USER.sub(f"{HIDDEN}@", text)
+        text = _ADDRESS.sub(_without_secret_values, text)
+    text = _AUTHORIZATION.sub(rf"\1{HIDDEN}", text)
+    return _AWS_KEY_ID.sub(HIDDEN, text)
+
+
+def _without_secret_values(address: re.Match[str]) -> str:
+    text = _SECRET_VALUE.sub(rf"\1{HIDDEN}", address[0])
+    return _LONG_VALUE.sub(rf"\1{HIDDEN}", text)
+
+
+def hide_secrets(value: Any) -> Any:
+    """JSON values with every text `without_secrets`."""
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {key: hide_secrets(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [hide_secrets(item) for item in value]
+    return value
+
+
+def has_secrets(value: Any) -> bool:
+    """Whether JSON values hold anything that `hide_secrets` would hide."""
+    return bool(hide_secrets(value) != value)
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Escape what would act on a terminal or reorder a line: `\u001b[31m`, `\n`, `\u202e`.
+
+    The escapes are JSON's, so that JSON read back is as it was. Joiners (U+200C, U+200D), wide
+    spaces and marks stay as they are.
+
+    Args:
+        keep: control characters to leave alone, "\n" for a text of several lines.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        character = found[0]
+        if character in keep:
+            return character
+        return _SHORT.get(character, f"\\u{ord(character):04x}")
+
+    return _CONTROL.sub(escape, text)
+
+
+def shown(text: str, *, keep: str = "\n") -> str:
+    """A text as it may be shown: without secrets, printable."""
+    return printable(without_secrets(text), keep=keep)
+
+
+def one_line(text: object, length: int) -> str:
+    """The first characters of a message, an exception's perhaps, on one line as it may be shown."""
+    return shown(" ".join(str(text).split()))[:length]
+
+
+def shell_word(uri: str, variable: str) -> str:
+    """A URI for a command to copy; if it holds a secret, `"$VARIABLE"`, which holds it as well."""
+    return f'"${variable}"' if has_secrets(uri) else shlex.quote(uri)
+
+
+def csv_row(values: Iterable[object]) -> str:
+    """One line of CSV with its end; None and NaN are empty.
+
+    Text is shown in one line, and begins with `'` where a spreadsheet would run it as a formula.
+
+    Source: https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow([_csv_cell(value) for value in values])
+    return line.getvalue()
+
+
+def _csv_cell(value: object) -> object:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if not isinstance(value, str):
+        return value
+    text = shown(value, keep="")
+    return f"'{text}" if value.lstrip().startswith(_FORMULA) else text
+
+
+class SafeStream:
+    """A text stream whose every write is `shown`: whoever writes, log and traceback included.
+
+    A carriage return, with which progress bars of other packages begin, becomes the end of a line.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unsafe = stream
+
+    def write(self, text: str) -> int:
+        """Write a text; returns how many characters were asked for."""
+        lines = text.replace("\r\n", "\n").replace("\r", "\n")
+        self.unsafe.write(shown(lines, keep="\n\t"))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        # Bytes would pass by: who asks for the stream of bytes has to do without.
+        if name == "buffer":
+            raise AttributeError(name)
+        return getattr(self.unsafe, name)
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Standard output and error show no secret and no control character within the block.
+
+    What their encoding lacks is escaped too, instead of ending the command.
+    """
+    before = sys.stdout, sys.stderr
+    for stream in before:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    sys.stdout, sys.stderr = SafeStream(before[0]), SafeStream(before[1])
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
