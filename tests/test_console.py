@@ -1,11 +1,15 @@
 import io
 import re
+import sys
 
 import pytest
+from rich.table import Table
+from rich.text import Text
 
 from visiontuner.console import ROWS, SafeConsole, SearchConsole
 from visiontuner.experiment import Experiment
 from visiontuner.journal import SearchRecord
+from visiontuner.text import safe_output
 
 EXPERIMENT = Experiment.parse({"name": "x"}).model_dump(mode="json")
 HOSTILE = "[bold red]boom[/] [/nothing] [link=file:///etc]x[/link]"
@@ -207,3 +211,31 @@ def test_closing_twice_gives_the_terminal_back_once():
     screen.console.trials_begin(screen.record, 1)
     screen.console.close()
     screen.console.close()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_colours_but_nothing_that_a_name_holds(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with safe_output():
+        console = SafeConsole(width=30, color_system="standard")
+        table = Table("name", box=None)
+        table.add_row(Text("\x1b[2J:dog:[b]", style="red"))
+        table.add_row("http://me:aVeryLongPasswordThatIsWrapped@host")
+        console.print(table)
+        print("\x1b[2J")
+    text = terminal.getvalue()
+    assert "\x1b[31m" in text
+    assert "\x1b[2J" not in text
+    assert r"\u001b[2J:dog:[b]" in text
+    assert "http://***@host" in text
+
+
+def test_one_note_is_one_line():
+    screen = Screen()
+    screen.console.note("a\nError: b\x1b[31m")
+    assert screen.text == "a\\nError: b\\u001b[31m\n"

@@ -115,6 +115,10 @@ def test_no_cell_is_a_formula(text: str) -> None:
     assert csv_row([text]).strip('"\n')[0] == "'"
 
 
+def test_a_sign_alone_is_no_formula() -> None:
+    assert csv_row(["-", "blue"]) == "-,blue\n"
+
+
 def test_numbers_and_gaps_stay_numbers_and_gaps() -> None:
     assert (
         csv_row(["a,b", -0.25, 10**9, None, float("nan"), True])

@@ -138,7 +138,8 @@ def _csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = shown(value, keep="")
-    return f"'{text}" if value.lstrip().startswith(_FORMULA) else text
+    beginning = value.strip()
+    return f"'{text}" if beginning.startswith(_FORMULA) and len(beginning) > 1 else text
 
 
 class SafeStream:

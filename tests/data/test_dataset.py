@@ -613,7 +613,7 @@ def test_an_unreadable_class_folder_is_one_clear_line(root, cache, monkeypatch):
 def test_a_class_name_that_cannot_be_printed_is_refused(root, cache):
     draw_classes(root, 2)
     draw(root / "line\nbreak" / "0.png")
-    with pytest.raises(DataError, match="unreadable name"):
+    with pytest.raises(DataError, match=r"line\\nbreak has an unreadable name"):
         load_dataset(root, cache=cache)
 
 

@@ -465,7 +465,7 @@ def test_a_password_in_a_url_is_never_shown(stub: tuple[str, type[Stub]], tmp_pa
         assert "secret" not in done.output
     (picture,) = find_pictures(["http://me:secret@127.0.0.1:9/a.png"])
     (one,) = ask_all(HttpTransport(stub[0]), [picture], OPTIONS)
-    assert one.picture == "http://127.0.0.1:9/a.png"
+    assert one.picture == "http://***@127.0.0.1:9/a.png"
     assert "secret" not in str(one.answer.error)
 
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit, urlunsplit
 
 import click
 
@@ -54,8 +55,9 @@ def print_artifacts(result: SearchResult, *, said: set[str]) -> None:
 def _ui_command(uri: str) -> str:
     from visiontuner.locations import DEFAULT_TRACKING_URI
 
-    if uri.startswith("http"):
-        return uri
+    if uri.startswith("http"):  # for a browser, which asks for a password itself
+        parts = urlsplit(uri)
+        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
     beside = Path(sys.executable).with_name("mlflow")
     mlflow = "mlflow" if shutil.which("mlflow") else os.path.relpath(beside)
     if uri == DEFAULT_TRACKING_URI:

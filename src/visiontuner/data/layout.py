@@ -32,6 +32,7 @@ from visiontuner.layout import (
     RANGE_TESTS_FOLDER,
     SEARCHES_FOLDER,
 )
+from visiontuner.text import printable
 
 _SPLIT_WORDS = {
     "train": "train",
@@ -417,8 +418,10 @@ def _is_hidden(name: str) -> bool:
 def _class_name(folder: Path) -> str:
     # macOS stores é as two characters, Linux as one: the same class in two splits.
     name = unicodedata.normalize("NFC", folder.name)
-    if not name.isprintable():
-        raise DataError(f"The class folder {str(folder)!r} has an unreadable name; rename it.")
+    if printable(name) != name:
+        raise DataError(
+            f"The class folder {printable(str(folder))} has an unreadable name; rename it."
+        )
     return name
 
 
