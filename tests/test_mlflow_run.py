@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,30 @@ def mlflow(*arguments: str, cwd: Path, environment: dict[str, str]) -> str:
     return run.stdout
 
 
-def test_mlflow_run_searches_and_the_model_answers_with_a_name(
-    repository: Path,
-    tmp_path: Path,
-    shared_cache: Path,
-    pictures: Path,
-    small_search: dict[str, Any],
-) -> None:
-    experiment = {**small_search, "data": {"source": str(pictures)}}
-    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    environment = {
+@pytest.fixture
+def environment(
+    tmp_path: Path, shared_cache: Path, new_database: Callable[[Path], str]
+) -> dict[str, str]:
+    return {
         **os.environ,
         # `--env-manager local` takes `python` from the PATH, as an activated environment has it.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_URI": new_database(tmp_path / "mlflow.db"),
         "VISIONTUNER_CACHE": str(shared_cache),
     }
+
+
+@pytest.mark.parametrize("chosen", [(), ("--experiment-name", "chosen by the caller")])
+def test_mlflow_run_searches_and_the_model_answers_with_a_name(
+    repository: Path,
+    tmp_path: Path,
+    environment: dict[str, str],
+    pictures: Path,
+    small_search: dict[str, Any],
+    chosen: tuple[str, ...],
+) -> None:
+    experiment = {**small_search, "data": {"source": str(pictures)}}
+    (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     parameters = {
         "experiment": tmp_path / "experiment.yaml",
         "output": tmp_path / "search",
@@ -56,7 +64,6 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         "set": "training.epochs=6",
     }
     flags = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-    chosen = ("--experiment-name", "chosen by the caller")
     mlflow(
         "run",
         ".",
@@ -70,8 +77,8 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         environment=environment,
     )
 
-    client = MlflowClient(uri)
-    found = client.get_experiment_by_name("chosen by the caller")
+    client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
+    found = client.get_experiment_by_name(chosen[1] if chosen else "Default")
     assert found is not None
     runs = client.search_runs([found.experiment_id])
     # The parent is the run that `mlflow run` opened; the trials hang below it.
@@ -86,6 +93,8 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         history = client.get_metric_history(run.info.run_id, "validation_accuracy")
         assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
 
+    if not chosen:  # once is enough for what follows
+        return
     picture = base64.b64encode((pictures / "valid/green/0.png").read_bytes()).decode()
     body = {"dataframe_split": {"columns": ["image"], "data": [[picture]]}}
     (tmp_path / "body.json").write_text(json.dumps(body))

@@ -248,6 +248,20 @@ def test_one_training_has_no_space(raw, override):
         one(raw, override)
 
 
+def test_a_run_left_over_in_the_environment_gets_no_training(raw, tmp_path, monkeypatch):
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    Path("experiment.yaml").write_text(yaml.safe_dump(raw))
+    left = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", left)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
+    result = call("--experiment", "experiment.yaml", "--epochs", "1", "--output", "a")
+    assert result.exit_code == 0, result.stderr
+    assert "`mlflow run` did not open it" in result.output
+    assert not client.get_run(left).data.params
+    runs = client.search_runs([client.get_experiment_by_name("colours").experiment_id])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+
+
 # --on train+validation
 
 

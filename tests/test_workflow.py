@@ -318,13 +318,32 @@ def test_the_run_of_mlflow_run_is_adopted_and_kept_from_the_workers(
     experiment, store, tmp_path, monkeypatch
 ):
     client = store(tmp_path / "mlflow.db")
-    opened = client.create_run(client.create_experiment("chosen by mlflow run"))
+    chosen = client.create_experiment("chosen by mlflow run")
+    opened = client.create_run(chosen, tags={"mlflow.source.type": "PROJECT"})
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.info.run_id)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", chosen)
     run_search(experiment(search={"trials": 1}), output=tmp_path / "s")
     parent, trials = runs_of(client, "chosen by mlflow run")
     assert parent.info.run_id == opened.info.run_id
     assert sorted(trials) == ["t0001"]
     assert client.get_experiment_by_name("colours") is None
+
+
+def test_a_run_left_over_in_the_environment_is_no_search_of_ours(
+    experiment, store, tmp_path, monkeypatch
+):
+    client, notes = store(tmp_path / "mlflow.db"), Notes()
+    left = client.create_run("0").info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", left)
+    run_search(experiment(search={"trials": 1}), output=tmp_path / "s", observer=notes)
+    parent, trials = runs_of(client)
+    assert parent.info.status == "FINISHED"
+    assert sorted(trials) == ["t0001"]
+    untouched = client.get_run(left)
+    assert not untouched.data.params
+    assert not [tag for tag in untouched.data.tags if tag.startswith("visiontuner.")]
+    (said,) = [note for note in notes.notes if left in note]
+    assert "`mlflow run` did not open it" in said
 
 
 def test_prepare_counts_classes_and_finds_broken_pictures(small_search, tmp_path, pictures):

@@ -8,6 +8,7 @@ from pathlib import Path
 from visiontuner.errors import JournalError, UserMistake
 from visiontuner.journal import FILE_NAME
 from visiontuner.layout import CACHE_MARK_FILE, SEARCHES_FOLDER
+from visiontuner.tracking.plan import ProjectRun
 
 SEARCHES = Path(SEARCHES_FOLDER)
 DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
@@ -46,6 +47,17 @@ def writable_cache_folder() -> Path:
 def tracking_uri() -> str:
     """Where MLflow is: `MLFLOW_TRACKING_URI` or a database in this folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def take_project_run() -> ProjectRun | None:
+    """`MLFLOW_RUN_ID`, out of the environment: Ray's workers must not inherit it.
+
+    It may be left over from anything: `MlflowWriter` looks at the run before it adopts it.
+    """
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if not run_id:
+        return None
+    return ProjectRun(run_id=run_id, experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID"))
 
 
 def at_hand(source: str) -> str:

@@ -406,17 +406,28 @@ def test_the_run_that_mlflow_run_opened_becomes_the_searchs(
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     client = MlflowClient(uri, uri)
-    opened = client.create_run(client.create_experiment("mine")).info
+    mine = client.create_experiment("mine")
+    opened = client.create_run(mine, tags={"mlflow.source.type": "PROJECT"}).info
+    left = client.create_run(mine, tags={"mlflow.source.type": "PROJECT"}).info
+    client.set_terminated(left.run_id)
     job = place(account)
     keep_archive(account, job, finished)
     direct(account, job, status="Completed", seconds=60)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", mine)
     monkeypatch.setenv("MLFLOW_RUN_ID", opened.run_id)
     done = run("attach", job)
     assert done.exit_code == 0, done.output
+    assert opened.run_id not in done.output
     children = client.search_runs(
         [opened.experiment_id], f"tags.`mlflow.parentRunId` = '{opened.run_id}'"
     )
     assert {child.info.run_name for child in children} == {"t0001", "t0002", "t0003"}
+    # A run that has ended is nobody's to write in.
+    monkeypatch.setenv("MLFLOW_RUN_ID", left.run_id)
+    again = run("attach", job)
+    assert again.exit_code == 0, again.output
+    assert f"{left.run_id}, is left as it is: it is FINISHED" in again.output
+    assert not client.get_run(left.run_id).data.params
 
 
 def test_a_running_job_is_followed_until_it_ends(account: Any, finished: Path) -> None:

@@ -12,6 +12,7 @@ from visiontuner.errors import TrackingError
 from visiontuner.layout import MLFLOW_FILE
 from visiontuner.tracking.client import Store, TrackingRefused
 from visiontuner.tracking.mlflow_writer import MlflowWriter
+from visiontuner.tracking.plan import ProjectRun
 
 NewSearch = Callable[..., Any]
 
@@ -39,6 +40,13 @@ def all_runs(uri: str) -> list[Run]:
     client = MlflowClient(uri)
     ids = [e.experiment_id for e in client.search_experiments(view_type=ViewType.ALL)]
     return list(client.search_runs(ids, run_view_type=ViewType.ALL, max_results=5000))
+
+
+def project_run(client: MlflowClient, experiment_id: str, **options: Any) -> ProjectRun:
+    """A run as `mlflow run` opens it."""
+    tags = {"mlflow.source.type": "PROJECT"}
+    run = client.create_run(experiment_id, tags=tags, **options)
+    return ProjectRun(run_id=run.info.run_id, experiment_id=experiment_id)
 
 
 def contents(uri: str) -> dict[str, Any]:
@@ -300,12 +308,13 @@ def test_an_adopted_run_becomes_the_parent_and_keeps_its_name_and_status(
     search, uri = new_search(), store()
     client = MlflowClient(uri)
     experiment = client.create_experiment("chosen by mlflow run")
-    adopted = client.create_run(experiment, run_name="mlflow-run").info.run_id
+    project = project_run(client, experiment, run_name="mlflow-run")
+    adopted = project.run_id
     client.log_param(adopted, "seed", "'7'")  # an entry point's parameter, quoted by MLflow
     search.begin()
     search.trial(1)
     search.finish()
-    with MlflowWriter(search.folder, tracking_uri=uri, parent_run_id=adopted, draw=False) as writer:
+    with MlflowWriter(search.folder, tracking_uri=uri, project_run=project, draw=False) as writer:
         assert writer.catch_up().complete
         assert writer.parent_run_id == adopted
     parent = client.get_run(adopted)
@@ -325,13 +334,123 @@ def test_a_search_resumed_under_mlflow_run_keeps_its_first_parent(
     search.trial(1)
     first = write(search.folder, uri).parent_run_id
     client = MlflowClient(uri)
-    second = client.create_run("0").info.run_id
+    second = project_run(client, "0")
     search.append("search_resumed", code={}, machine={})
     search.finish()
-    with MlflowWriter(search.folder, tracking_uri=uri, parent_run_id=second, draw=False) as writer:
+    with MlflowWriter(search.folder, tracking_uri=uri, project_run=second, draw=False) as writer:
         writer.catch_up()
         assert writer.parent_run_id == first
-    assert client.get_run(second).data.tags["visiontuner.kind"] == "resume"
+    resumed = client.get_run(second.run_id)
+    assert resumed.data.tags["visiontuner.kind"] == "resume"
+    assert resumed.info.status == "RUNNING"
+
+
+def _finished(client: MlflowClient, run_id: str) -> None:
+    client.set_terminated(run_id)
+
+
+def _deleted(client: MlflowClient, run_id: str) -> None:
+    client.delete_run(run_id)
+
+
+def _of_another_search(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, "visiontuner.search_id", "search-0")
+
+
+def _with_a_tag_of_ours(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, "visiontuner.test_looks", "1")
+
+
+def _opened_by_a_notebook(client: MlflowClient, run_id: str) -> None:
+    client.set_tag(run_id, "mlflow.source.type", "NOTEBOOK")
+
+
+NOT_OURS = {
+    _finished: "FINISHED, not RUNNING",
+    _deleted: "deleted",
+    _of_another_search: "belongs to another search",
+    _with_a_tag_of_ours: "belongs to another search",
+    _opened_by_a_notebook: "`mlflow run` did not open it",
+}
+
+
+@pytest.mark.parametrize("begun_before", [False, True])
+@pytest.mark.parametrize("spoil", NOT_OURS, ids=lambda spoil: spoil.__name__.strip("_"))
+def test_a_run_that_mlflow_run_did_not_open_for_this_search_stays_as_it_is(
+    new_search: NewSearch,
+    store: Any,
+    spoil: Callable[[MlflowClient, str], None],
+    begun_before: bool,
+) -> None:
+    search, uri = new_search(), store()
+    client = MlflowClient(uri)
+    project = project_run(client, client.create_experiment("chosen by mlflow run"))
+    spoil(client, project.run_id)
+    before = client.get_run(project.run_id).to_dictionary()
+    search.begin()
+    search.trial(1)
+    if begun_before:
+        write(search.folder, uri)
+    search.finish()
+    notices: list[str] = []
+    with MlflowWriter(
+        search.folder, tracking_uri=uri, project_run=project, draw=False, notice=notices.append
+    ) as writer:
+        writer.catch_up()
+        assert writer.catch_up().complete
+    assert client.get_run(project.run_id).to_dictionary() == before
+    (notice,) = notices
+    assert project.run_id in notice
+    assert NOT_OURS[spoil] in notice
+    parent = client.get_run(writer.parent_run_id)
+    assert (parent.info.run_name, parent.info.status) == ("pictures-20261122", "FINISHED")
+    assert by_name(uri)["t0001"].data.tags["mlflow.parentRunId"] == parent.info.run_id
+
+
+@pytest.mark.parametrize(
+    ("run_id", "experiment_id", "told"),
+    [
+        (None, "0", "not in the experiment of MLFLOW_EXPERIMENT_ID"),
+        (None, None, "not in the experiment of MLFLOW_EXPERIMENT_ID"),
+        ("0" * 32, "1", "no such run"),
+        ("no id at all", "1", "Invalid value"),
+    ],
+)
+def test_a_run_elsewhere_is_not_adopted(
+    new_search: NewSearch, store: Any, run_id: str | None, experiment_id: str | None, told: str
+) -> None:
+    search, uri = new_search(), store()
+    client = MlflowClient(uri)
+    opened = project_run(client, client.create_experiment("chosen by mlflow run"))
+    project = ProjectRun(run_id=run_id or opened.run_id, experiment_id=experiment_id)
+    search.begin()
+    search.finish()
+    notices: list[str] = []
+    with MlflowWriter(
+        search.folder, tracking_uri=uri, project_run=project, draw=False, notice=notices.append
+    ) as writer:
+        assert writer.catch_up().complete
+    assert told in notices[0]
+    assert not client.get_run(opened.run_id).data.params
+    assert writer.parent_run_id not in (None, opened.run_id)
+
+
+def test_a_search_that_goes_on_in_the_same_mlflow_run_keeps_its_run(
+    new_search: NewSearch, store: Any
+) -> None:
+    search, uri = new_search(), store()
+    client = MlflowClient(uri)
+    project = project_run(client, "0")
+    for finish in (search.begin, search.finish):  # two processes of one entry point
+        finish()
+        notices: list[str] = []
+        with MlflowWriter(
+            search.folder, tracking_uri=uri, project_run=project, draw=False, notice=notices.append
+        ) as writer:
+            writer.catch_up()
+        assert writer.parent_run_id == project.run_id
+        assert notices == []
+    assert client.get_run(project.run_id).info.status == "RUNNING"  # `mlflow run` ends it
 
 
 def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store: Any) -> None:

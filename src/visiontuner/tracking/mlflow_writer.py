@@ -38,6 +38,7 @@ from visiontuner.tracking.plan import (
     STATE,
     TRIAL_ID,
     Point,
+    ProjectRun,
     SearchPlan,
     Status,
     TrialPlan,
@@ -82,10 +83,11 @@ class MlflowWriter:
         tracking_uri: where to write.
         experiment_name: the MLflow experiment of a new parent run; the name in the search's
             experiment file if None. An adopted parent run stays in its own.
-        parent_run_id: the run that `mlflow run` opened, to adopt as the parent. Its name and its
-            final status stay MLflow's.
+        project_run: the run that `mlflow run` opened, to adopt as the parent if it is one
+            (`runs.why_not_adopted`). Its name and its final status stay MLflow's.
         draw: False leaves the figures and the search's page out.
         templates: of new databases, see `client.create_database`.
+        notice: called with the reason why `project_run` is left alone.
 
     `seconds_spent` counts everything that `catch_up` took but figures and page, `seconds_figures`
     these.
@@ -97,9 +99,10 @@ class MlflowWriter:
         *,
         tracking_uri: str,
         experiment_name: str | None = None,
-        parent_run_id: str | None = None,
+        project_run: ProjectRun | None = None,
         draw: bool = True,
         templates: Path | None = None,
+        notice: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = folder
         self.store = Store(tracking_uri, templates=templates)
@@ -108,7 +111,9 @@ class MlflowWriter:
         self.seconds_figures = 0.0
         self.experiment_id: str | None = None
         self._experiment_name = experiment_name
-        self._adopted = parent_run_id
+        self._project_run = project_run  # until it is looked at
+        self._adopted: ProjectRun | None = None
+        self._notice = notice or (lambda _: None)
         self._draw = draw
         self._figures_until = math.inf  # of `seconds_figures`
         self._files = RunFiles(folder)
@@ -193,6 +198,8 @@ class MlflowWriter:
     def _write(self) -> None:
         if not self._found:
             self._find_runs()
+            self._look_at_project_run()
+            self._note_a_second_adoption()
             self._found = True
         if self._parent is None:
             self._parent = self._open_parent()
@@ -217,7 +224,21 @@ class MlflowWriter:
             elif kind == "trial" and trial_id in self.plan.trials and trial_id not in self._trials:
                 runs.refuse_deleted(run, f"run of trial {trial_id}")
                 self._trials[trial_id] = _held_trial(run, self.plan.trials[trial_id])
-        self._note_a_second_adoption()
+
+    def _look_at_project_run(self) -> None:
+        """Adopt the run of `mlflow run`, or say why not; decided once."""
+        project = self._project_run
+        if project is None:
+            return
+        why_not = runs.why_not_adopted(self.store, project, self.plan.search_id)
+        if why_not is None:
+            self._adopted = project
+        else:
+            self._notice(
+                f"warning: the run of MLFLOW_RUN_ID, {project.run_id}, is left as it is: "
+                f"{why_not}. This search has a run of its own."
+            )
+        self._project_run = None
 
     def _held_parent(self, run: Run) -> _Held:
         plan = self.plan
@@ -234,11 +255,9 @@ class MlflowWriter:
     def _open_parent(self) -> _Held:
         tags = {KIND: "search", SEARCH_ID: self.plan.search_id}
         if self._adopted is not None:
-            run = self.store.call("get_run", self._adopted)
-            runs.refuse_deleted(run, "parent run")
-            self.experiment_id = run.info.experiment_id
-            self._log_batch(self._adopted, tags=tags)
-            return _Held(run_id=self._adopted, status=run.info.status, tags=tags)
+            self.experiment_id = self._adopted.experiment_id
+            self._log_batch(self._adopted.run_id, tags=tags)
+            return _Held(run_id=self._adopted.run_id, status="RUNNING", tags=tags)
         self.experiment_id = self._open_experiment()
         return self._create_run(self.plan.name, self.plan.started["time"] * 1000, tags)
 
@@ -265,13 +284,16 @@ class MlflowWriter:
 
     def _note_a_second_adoption(self) -> None:
         """A search resumed under `mlflow run` keeps its first parent; the new run says so."""
-        if self._parent is None or self._adopted in (None, self._parent.run_id):
+        if self._adopted is None or self._parent is None or self._is_adopted(self._parent):
             return
         note = f"Continues the search in run {self._parent.run_id}."
         self._log_batch(
-            self._adopted or "",
+            self._adopted.run_id,
             tags={KIND: "resume", SEARCH_ID: self.plan.search_id, "mlflow.note.content": note},
         )
+
+    def _is_adopted(self, parent: _Held) -> bool:
+        return self._adopted is not None and self._adopted.run_id == parent.run_id
 
     # Writing
 
@@ -331,7 +353,7 @@ class MlflowWriter:
                 )
             self._log_batch(parent.run_id, tags={STATE: state})
             parent.tags[STATE] = state
-        if parent.status != self.plan.status and parent.run_id != self._adopted:
+        if parent.status != self.plan.status and not self._is_adopted(parent):
             self._set_status(parent, self.plan.status, self.plan.last_seen)
 
     def _log_batch(

@@ -43,6 +43,14 @@ MOST_CURVES_OF_SHORT = 100
 _SHORT_MILLISECONDS = 10_000
 
 
+@dataclass(frozen=True, kw_only=True)
+class ProjectRun:
+    """The run that `mlflow run` says it opened for this process, and its experiment."""
+
+    run_id: str
+    experiment_id: str | None
+
+
 class Point(NamedTuple):
     """One metric value: `time` in whole milliseconds since the epoch."""
 

@@ -12,7 +12,7 @@ from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, V
 from visiontuner.journal import Finding
 from visiontuner.plain_json import encode_json
 from visiontuner.tracking.client import Store, TrackingRefused
-from visiontuner.tracking.plan import SEARCH_ID, Point
+from visiontuner.tracking.plan import SEARCH_ID, Point, ProjectRun
 
 # MLflow takes 1,000 metrics, 100 parameters and 100 tags a call, 1,000 of all together.
 _METRICS_A_CALL = 800
@@ -41,6 +41,33 @@ def search_runs(store: Store, search_id: str) -> Iterator[Run]:
         if run.info.experiment_id in deleted:
             raise deleted_experiment(deleted[run.info.experiment_id], run.info.experiment_id)
         yield run
+
+
+def why_not_adopted(store: Store, project: ProjectRun, search_id: str) -> str | None:
+    """Why a run is not the one that `mlflow run` opened for this search; None if it is.
+
+    `MLFLOW_RUN_ID` stays set in many shells and notebooks. A run that something else has written or
+    ended would get a search's parameters, and trials of two searches would lie below one run.
+
+    Raises:
+        TrackingError: MLflow is away.
+    """
+    try:
+        run: Run = store.call("get_run", project.run_id)
+    except TrackingRefused as error:
+        return str(error).rstrip(".")
+    tags = run.data.tags
+    if tags.get("mlflow.source.type") != "PROJECT":
+        return "`mlflow run` did not open it"
+    if run.info.experiment_id != project.experiment_id:
+        return "it is not in the experiment of MLFLOW_EXPERIMENT_ID"
+    if run.info.lifecycle_stage == "deleted":
+        return "it is deleted"
+    if run.info.status != "RUNNING":
+        return f"it is {run.info.status}, not RUNNING"
+    if tags.get(SEARCH_ID) != search_id and any(tag.startswith("visiontuner.") for tag in tags):
+        return "it belongs to another search"
+    return None
 
 
 def log_batch(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
 from visiontuner.journal import TrialRecord
-from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.locations import SEARCHES, take_project_run, tracking_uri
 from visiontuner.workflow.following import POLL_SECONDS, Logs, find_job, follow_job, patiently
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.observing import Observer, Silent
@@ -90,7 +89,7 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
         progress=lambda done, total: observer.progress("Bringing home", done, total, "B"),
         note=observer.note,
     )
-    result = sync_search(folder, parent_run_id=os.environ.pop("MLFLOW_RUN_ID", None))
+    result = sync_search(folder, project_run=take_project_run(), notice=observer.note)
     jobs = patiently(lambda: jobs_of(aws, job), observer)
     _log_costs(folder, home, jobs)
     return Attached(

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections import deque
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -17,7 +18,8 @@ import visiontuner
 from visiontuner import errors
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.locations import NO_TRACKING
-from visiontuner.text import one_line
+from visiontuner.text import (one_line)
+from visiontuner.tracking.plan import (ProjectRun)
 from visiontuner.workflow.observing import Observer
 
 _LINES_KEPT = 20
@@ -31,7 +33,7 @@ class BackgroundTracking:
     of MLflow's outages goes to the observer as it happens.
 
     Args:
-        adopted_run: the run that `mlflow run` opened, to be the search's own.
+        project_run: the run that `mlflow run` opened, to be the search's own.
         draw: False leaves the figures and the search's page out.
 
     `seconds` holds, after `close`, what was spent on `writing` and on `figures`, and the `cpu` time
@@ -41,13 +43,14 @@ class BackgroundTracking:
     def __init__(
         self,
         uri: str,
-        adopted_run: str | None,
+        project_run: ProjectRun | None,
         observer: Observer,
         *,
         draw: bool = True,
     ) -> None:
         self.seconds: dict[str, float] = {}
-        self._settings = {"uri": uri, "parent_run_id": adopted_run, "draw": draw}
+        run = None if project_run is None else asdict(project_run)
+        self._settings = {"uri": uri, "project_run": run, "draw": draw}
         self._observer = observer
         self._problem: str | None = None
         self._begun = False

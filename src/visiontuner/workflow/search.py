@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from visiontuner.errors import (
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord
 from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
-from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.locations import SEARCHES, take_project_run, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult, claim_folder
@@ -91,15 +90,14 @@ class _Run:
         self.observer = observer
         self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
-        # `mlflow run` opened a run for us to adopt. Ray's workers must not inherit it.
-        self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
+        self.project_run = take_project_run()
 
     def run(self, *, is_named: bool = True) -> SearchResult:
         """Everything; a folder that nobody has named gets a name that nobody else has taken."""
         from visiontuner.search.stages import remaining_trials
 
         with (
-            BackgroundTracking(self.tracking_uri, self.adopted_run, self.observer) as tracking,
+            BackgroundTracking(self.tracking_uri, self.project_run, self.observer) as tracking,
             ExitStack() as journal,
         ):
             record = read_record(self.folder, self.inputs.dataset)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.journal import SearchRecord, is_running
 from visiontuner.layout import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.locations import tracking_uri
+from visiontuner.tracking.plan import ProjectRun
 from visiontuner.workflow.layout import SearchResult
 from visiontuner.workflow.registration import register_classifier
 
@@ -16,14 +17,21 @@ if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
 
 
-def sync_search(folder: Path, *, parent_run_id: str | None = None) -> SearchResult:
+def sync_search(
+    folder: Path,
+    *,
+    project_run: ProjectRun | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> SearchResult:
     """Write a search's journal into MLflow, model and registration included.
 
     Repeating it changes nothing. Nothing is computed: a search that ended without its classifier
     gets it from `resume_search`.
 
     Args:
-        parent_run_id: a run to adopt as the search's own, if MLflow holds none of it yet.
+        project_run: the run that `mlflow run` opened, to adopt as the search's own if MLflow
+            holds none of it yet.
+        notice: called with the reason why that run is left alone.
 
     Raises:
         JournalError: the folder holds no search, or it is still running elsewhere.
@@ -32,7 +40,7 @@ def sync_search(folder: Path, *, parent_run_id: str | None = None) -> SearchResu
     from visiontuner.tracking.mlflow_writer import MlflowWriter
 
     record, uri = SearchRecord.load(folder), tracking_uri()
-    with MlflowWriter(folder, tracking_uri=uri, parent_run_id=parent_run_id) as writer:
+    with MlflowWriter(folder, tracking_uri=uri, project_run=project_run, notice=notice) as writer:
         writer.catch_up(search_is_over=not is_running(folder))
         run_ids, parent_run_id = writer.run_ids, writer.parent_run_id
     classifier = folder / CLASSIFIER_FOLDER

@@ -2,7 +2,7 @@
 
 It is told and it answers in lines of JSON, on its standard input and output:
 
-    {"folder": …, "uri": …, "parent_run_id": …, "draw": …}     first, what to write and where
+    {"folder": …, "uri": …, "project_run": …, "draw": …}    first, what to write and where
     {"do": "close", "timeout": seconds}     -> {"problem": null or why not everything is in MLflow,
                                                 "seconds": {"writing": …, "figures": …, "cpu": …}}
     {"do": "register"}                      -> {"model": "models:/NAME/VERSION"}
@@ -30,6 +30,7 @@ from visiontuner import garbage
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.journal import SearchRecord
 from visiontuner.locations import writable_cache_folder
+from visiontuner.tracking.plan import ProjectRun
 
 if TYPE_CHECKING:
     from visiontuner.tracking.follow import WriterThread
@@ -65,13 +66,15 @@ class TrackingProcess:
         from visiontuner.tracking.follow import WriterThread
         from visiontuner.tracking.mlflow_writer import MlflowWriter
 
+        run = settings["project_run"]
         try:
             self._writer = MlflowWriter(
                 self._folder,
                 tracking_uri=self._uri,
-                parent_run_id=settings["parent_run_id"],
+                project_run=None if run is None else ProjectRun(**run),
                 draw=settings["draw"],
                 templates=writable_cache_folder() / "databases",
+                notice=self._notice,
             )
         except TrackingError as error:  # the search goes on, `sync` writes it elsewhere
             self._problem = str(error)

@@ -5,7 +5,6 @@ Everything that looks at a search looks at it the same way: MLflow, evaluate, pr
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -26,7 +25,7 @@ from visiontuner.errors import (
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord
 from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
-from visiontuner.locations import SEARCHES, tracking_uri
+from visiontuner.locations import SEARCHES, take_project_run, tracking_uri
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult
@@ -148,8 +147,7 @@ class _Training:
         self.trace_steps = trace_steps
         self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
-        # `mlflow run` opened a run for us to adopt.
-        self.adopted_run = os.environ.pop("MLFLOW_RUN_ID", None)
+        self.project_run = take_project_run()
 
     def begin(self, origin: Origin | None, trained_on: TrainedOn) -> SearchResult:
         _ = self.inputs.dataset, self.inputs.description  # mistakes in them leave no folder
@@ -174,7 +172,7 @@ class _Training:
         )
         with (
             closing(recorder),
-            BackgroundTracking(self.tracking_uri, self.adopted_run, self.observer) as tracking,
+            BackgroundTracking(self.tracking_uri, self.project_run, self.observer) as tracking,
         ):
             tracking.begin(self.folder)
             with self._ending_in_order(recorder, tracking):
