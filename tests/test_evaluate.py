@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from PIL import Image
 
+from visiontuner.cli import main
 from visiontuner.cli.evaluate import evaluate as command
 from visiontuner.errors import DataError, SearchFailed, UserMistake, VisiontunerError
 from visiontuner.experiment import Experiment
@@ -140,7 +141,8 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     assert classifier.temperature == report.temperature
     assert report.threshold is not None
     # A precision that validation cannot show: every answer abstains.
-    assert classifier.threshold == (report.threshold.value or 1.0)
+    assert classifier.threshold == report.threshold.value
+    assert classifier.abstains == (report.threshold.value is None)
     assert classifier.verify_reference() < 1e-6
     predictions = np.load(search / "evaluation" / "predictions.npz", allow_pickle=False)
     pictures = [search.parent / "pictures" / path for path in predictions["paths"]]
@@ -197,6 +199,27 @@ def test_a_look_counts_though_its_evaluation_fails(
         with pytest.raises(VisiontunerError, match="disk is full"):
             evaluate_search(copied)
     assert evaluate_search(copied).looks == before + 2
+
+
+def test_out_of_reach_of_the_wanted_precision_every_answer_abstains(copied: Path) -> None:
+    result = evaluate_search(copied, precision=0.99)
+    assert result.report.threshold is not None
+    assert result.report.threshold.coverage.value == 0
+    assert any("every answer abstains" in note for note in result.report.notes)
+    # So sure of everything that the probabilities are 1.0.
+    folder = copied / "classifier"
+    found = Classifier.load(folder)
+    limits: dict[str, Any] = {"threshold": found.threshold, "abstains": found.abstains}
+    recalibrate(folder, temperature=1e-4, **limits, metadata={})
+    pictures = sorted(Path("pictures/test").glob("*/*.png"))
+    answers = Classifier.load(folder).predict(pictures)
+    assert max(answer.probability for answer in answers) == 1.0
+    assert not any(answer.confident for answer in answers)
+    asked = ["query", "--model", str(folder), str(pictures[0]), "--format", "json"]
+    done = CliRunner().invoke(main, asked)
+    assert json.loads(done.stdout)["confident"] is False
+    sure = CliRunner().invoke(main, [*asked, "--threshold", "0.5"])
+    assert json.loads(sure.stdout)["confident"] is True
 
 
 def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
@@ -292,9 +315,12 @@ def test_without_test_pictures_the_model_is_calibrated_and_the_report_says_so(
     raw = {**small_search, "name": "untested", "data": {"source": str(tmp_path / "pictures")}}
     raw["search"] = {**raw["search"], "trials": 1}
     folder = run_search(Experiment.parse(raw), output=tmp_path / "search").folder
-    result = evaluate_search(folder)
+    result = evaluate_search(folder, precision=0.97)
     assert result.report.metrics == {}
     assert "no test pictures" in result.report.notes[0]
+    # 30 validation pictures cannot show that 97 % of the confident answers are right.
+    assert Classifier.load(folder / "classifier").abstains
+    assert any("every answer abstains" in note for note in result.report.notes)
     assert result.looks == 0
     assert Classifier.load(folder / "classifier").temperature == result.report.temperature
     name, version = result.model.removeprefix("models:/").split("/")

@@ -242,6 +242,7 @@ def _set(key: str, value: object) -> Callable[[Path], None]:
         (_set("class_names", 2), "damaged"),
         (_set("temperature", 0), "temperature must be > 0"),
         (_set("threshold", 7), "threshold must be in"),
+        (_set("abstains", "often"), "abstains must be"),
         (_set("preprocessing", {"size": 3}), "preprocessing"),
         (_set("metadata", None), "damaged"),
     ],

@@ -129,6 +129,19 @@ def test_every_end_leads_to_the_same_lineage(traced: Traced) -> None:
         assert trace(subject) == found
 
 
+@pytest.mark.parametrize("said", [{"threshold": None, "abstains": True}, {"threshold": 1.0}])
+def test_a_model_that_always_abstains_is_shown_as_one(traced: Traced, said: dict[str, Any]) -> None:
+    described = traced.model_folder / "classifier.json"
+    before = described.read_text()
+    try:
+        described.write_text(json.dumps(json.loads(before) | said))
+        assert "threshold out of reach: every answer abstains" in call("colours").stdout
+        model = json.loads(call("colours", "--json").stdout)["model"]
+        assert (model["threshold"], model["abstains"]) == (None, True)
+    finally:
+        described.write_text(before)
+
+
 def test_an_evaluation_is_part_of_it(traced: Traced) -> None:
     report = {
         "metrics": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},

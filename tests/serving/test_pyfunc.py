@@ -3,6 +3,7 @@ import io
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from visiontuner.serving import answers
 from visiontuner.serving.answers import BadRequest, Options, answer
 from visiontuner.serving.environments import local_environment
 from visiontuner.serving.malformed import MALFORMED
+from visiontuner.serving.registry import save_classifier
 from visiontuner.serving.server import ScoringServer
 
 JSON = "application/json"
@@ -99,6 +101,66 @@ def test_the_classifiers_own_threshold_holds_unless_the_request_has_another(
     (other,) = answer(classifier, [make_picture("red")], Options(threshold=0.5))
     (zero,) = answer(classifier, [make_picture("red")], Options(threshold=0.0))
     assert (own.confident, other.confident, zero.confident) == (False, True, True)
+
+
+def changed(classifier: Path, to: Path, **description: Any) -> Path:
+    """A copy of a classifier folder whose classifier.json says something else."""
+    shutil.copytree(classifier, to)
+    raw = json.loads((to / "classifier.json").read_text())
+    (to / "classifier.json").write_text(json.dumps(raw | description))
+    return to
+
+
+def precision(value: float | None) -> dict[str, Any]:
+    return {"calibration": {"wanted_precision": 0.95, "validation_precision": value}}
+
+
+# What `evaluate` wrote before there was the flag, and what a training took over from it.
+SAID_1 = [
+    {"threshold": 1.0, "metadata": precision(None)},
+    {"threshold": 1.0, "metadata": {"calibration": {"fitted_on": "t0001 of dogs"}}},
+]
+
+
+@pytest.mark.parametrize("description", [{"abstains": True}, *SAID_1])
+def test_where_every_answer_abstains_a_probability_of_1_is_not_confident(
+    colour_classifier: Path,
+    make_picture: Callable[..., bytes],
+    tmp_path: Path,
+    description: dict[str, Any],
+) -> None:
+    folder = changed(colour_classifier, tmp_path / "c", temperature=1e-3, **description)
+    classifier = Classifier.load(folder)
+    (own,) = answer(classifier, [make_picture("red")], Options())
+    assert (own.label, own.probability, own.confident) == ("red", 1.0, False)
+    (read,) = classifier.predict([make_picture("red")])
+    assert read.confident is False
+    for threshold in (0.0, 1.0):  # the asker's own counts instead
+        (other,) = answer(classifier, [make_picture("red")], Options(threshold=threshold))
+        assert other.confident is True
+
+
+def test_a_threshold_of_1_that_was_chosen_is_one(
+    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    chosen = {"threshold": 1.0, "metadata": precision(0.97)}
+    sure = changed(colour_classifier, tmp_path / "sure", temperature=1e-3, **chosen)
+    unsure = changed(colour_classifier, tmp_path / "unsure", **chosen)
+    for folder, confident in ((sure, True), (unsure, False)):
+        (own,) = answer(Classifier.load(folder), [make_picture("red")], Options())
+        assert own.confident is confident
+
+
+def test_a_server_abstains_as_the_evaluation_says(
+    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+) -> None:
+    folder = changed(colour_classifier, tmp_path / "c", temperature=1e-3, abstains=True)
+    model = save_classifier(folder, tmp_path / "model")
+    with ScoringServer(model, local_environment()) as server:
+        (row,) = ask(server, [make_picture("red")])
+        assert (row["probability"], row["confident"]) == (1.0, False)
+        (row,) = ask(server, [make_picture("red")], threshold=0.9)
+        assert row["confident"] is True
 
 
 def test_good_rows_are_not_lost_when_errors_are_reported(

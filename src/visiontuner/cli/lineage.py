@@ -123,9 +123,10 @@ def _model_lines(model: Facts, traced: Lineage) -> Iterator[str]:
     yield f"registered {model.get('registered')}, classifier {digest}"
     if model.get("temperature") is not None:
         threshold = model.get("threshold")
-        yield f"temperature {model['temperature']:.4g}, threshold " + (
-            "not set" if threshold is None else f"{threshold:.4g}"
-        )
+        said = "not set" if threshold is None else f"{threshold:.4g}"
+        if model.get("abstains"):
+            said = "out of reach: every answer abstains"
+        yield f"temperature {model['temperature']:.4g}, threshold {said}"
     yield from _evaluation_lines(traced.evaluation)
     if model.get("promotion"):
         yield f"{model['promotion']}: {model.get('promotion_reason')}"

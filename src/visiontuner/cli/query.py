@@ -180,7 +180,7 @@ def _show_table(shown: Sequence[PictureAnswer]) -> None:
         console.print(f"In {printable(folder)}")
     console.print(table)
     if unsure := sum(one.answer.confident is False for one in shown):
-        console.print(f"{unsure} below the threshold: not sure.")
+        console.print(f"{unsure} not sure.")
     if reduced := sum(one.reduced for one in shown):
         console.print(f"{reduced} sent smaller than they are, to fit into a request.")
     if failed := sum(one.answer.error is not None for one in shown):

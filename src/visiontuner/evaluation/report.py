@@ -176,13 +176,20 @@ def _notes(
     return notes + ([] if threshold is None else _threshold_notes(threshold))
 
 
+def abstention_notes(threshold: ChosenThreshold | Threshold | None) -> list[str]:
+    """What has to be said where no confidence gave the wanted precision on validation."""
+    if threshold is None or threshold.value is not None:
+        return []
+    return [
+        f"Validation cannot show a precision of {threshold.wanted_precision:g} at any confidence: "
+        "every answer abstains. Ask for less, or add validation pictures."
+    ]
+
+
 def _threshold_notes(threshold: Threshold) -> list[str]:
     wanted = f"{threshold.wanted_precision:g}"
     if threshold.value is None:
-        return [
-            f"Validation cannot show a precision of {wanted} at any confidence: every answer "
-            "abstains. Ask for less, or add validation pictures."
-        ]
+        return abstention_notes(threshold)
     if threshold.precision is None:
         return [f"No test picture reaches the threshold {threshold.value:.3f}."]
     if threshold.precision.high < threshold.wanted_precision:
@@ -240,7 +247,7 @@ def _threshold(raw: Mapping[str, Any] | None) -> Threshold | None:
         wanted_precision=float(raw["wanted_precision"]),
         value=None if raw["value"] is None else float(raw["value"]),
         validation_precision=_number(raw["validation_precision"]),
-        validation_coverage=float(raw["validation_coverage"]),
+        validation_coverage=_number(raw["validation_coverage"]),
         precision=_interval(raw["precision"]),
         coverage=_metric(raw["coverage"]),
     )

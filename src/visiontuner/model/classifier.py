@@ -1,6 +1,6 @@
 """The artifact that is served: pictures in, named probabilities out, in a folder without pickles.
 
-    classifier.json        class names, preprocessing, temperature, threshold, metadata
+    classifier.json        class names, preprocessing, temperature, threshold, abstains, metadata
     model.onnx             "image" float32 (B, 3, size, size) -> "logits" float32 (B, num_classes)
     weights.safetensors    the same weights, for training on
     reference.json         some pictures with the probabilities that this very artifact gave
@@ -52,11 +52,14 @@ class Prediction:
         label: the most probable class's name.
         probability: its probability, in [0, 1].
         top_k: (name, probability) of the most probable classes, best first.
+        confident: whether the probability reaches the threshold; always without a threshold, and
+            never where every answer abstains.
     """
 
     label: str
     probability: float
     top_k: list[tuple[str, float]]
+    confident: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,7 @@ class Classifier:
         class_names: in the order of the logits.
         temperature: logits are divided by it before the softmax.
         threshold: below this probability an answer should not be trusted; None if unset.
+        abstains: no threshold reached the wanted precision, so no answer should be trusted.
         metadata: where it came from; plain JSON values.
     """
 
@@ -75,6 +79,7 @@ class Classifier:
     preprocessing: Preprocessing
     temperature: float = 1.0
     threshold: float | None = None
+    abstains: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     session: onnxruntime.InferenceSession = field(repr=False, compare=False)
     threads: int
@@ -226,12 +231,27 @@ class Classifier:
         except BadImageError as error:
             return error
 
-    def prediction(self, row: NDArray[np.float64], top_k: int) -> Prediction:
-        """Names for one picture's probabilities, shape (num_classes,)."""
+    def prediction(
+        self, row: NDArray[np.float64], top_k: int, *, threshold: float | None = None
+    ) -> Prediction:
+        """Names for one picture's probabilities.
+
+        Args:
+            row: float64, shape (num_classes,).
+            threshold: counts instead of the classifier's threshold and `abstains`; None for these.
+        """
         # Stable: of equals, the first in the order of the class names.
         order = np.argsort(-row, kind="stable")[:top_k]
         best = [(self.class_names[i], float(row[i])) for i in order]
-        return Prediction(label=best[0][0], probability=best[0][1], top_k=best)
+        (label, probability), *_ = best
+        confident = threshold is not None or not self.abstains
+        limit = self.threshold if threshold is None else threshold
+        return Prediction(
+            label=label,
+            probability=probability,
+            top_k=best,
+            confident=confident and (limit is None or probability >= limit),
+        )
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -239,6 +259,27 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
     shares: NDArray[np.float64] = exponents / exponents.sum(axis=1, keepdims=True)
     return shares
+
+
+def read_threshold(raw: Mapping[str, Any]) -> tuple[float | None, bool]:
+    """Threshold and `abstains` as `classifier.json`, or a journal's calibration, holds them.
+
+    Before there was a flag, a threshold of 1.0 stood for it, which a softmax of exactly 1.0 passed.
+    A 1.0 that was really chosen has the precision beside it that it reached on validation.
+
+    Raises:
+        ValueError: they are no threshold and no flag, or both.
+    """
+    threshold, abstains = raw["threshold"], raw.get("abstains")
+    if threshold is not None and not 0 <= float(threshold) <= 1:
+        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    if abstains is None:
+        calibration = (raw.get("metadata") or {}).get("calibration") or {}
+        if threshold == 1 and calibration.get("validation_precision") is None:
+            return None, True
+    if abstains not in (None, False, True) or (abstains and threshold is not None):
+        raise ValueError(f"abstains must be false, or true without a threshold, got {abstains}")
+    return None if threshold is None else float(threshold), bool(abstains)
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
@@ -262,7 +303,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
-    names, threshold = raw["class_names"], raw["threshold"]
+    names = raw["class_names"]
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names must be a list of names")
     if len(set(names)) != len(names):
@@ -270,13 +311,13 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
     temperature = float(raw["temperature"])
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be > 0, got {temperature}")
-    if threshold is not None and not 0 <= float(threshold) <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}")
+    threshold, abstains = read_threshold(raw)
     return {
         "class_names": tuple(names),
         "preprocessing": Preprocessing.from_dict(raw["preprocessing"]),
         "temperature": temperature,
-        "threshold": None if threshold is None else float(threshold),
+        "threshold": threshold,
+        "abstains": abstains,
         "metadata": dict(raw["metadata"]),
     }
 

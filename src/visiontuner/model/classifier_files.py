@@ -28,6 +28,7 @@ def recalibrate(
     *,
     temperature: float,
     threshold: float | None,
+    abstains: bool = False,
     metadata: Mapping[str, Any],
 ) -> Classifier:
     """The same network with another temperature and threshold; its reference is answered anew.
@@ -37,6 +38,7 @@ def recalibrate(
     Args:
         temperature: logits are divided by it before the softmax.
         threshold: below this probability an answer should not be trusted; None for no limit.
+        abstains: no answer should be trusted; without a threshold.
         metadata: plain JSON values, added to what is there.
 
     Raises:
@@ -51,7 +53,11 @@ def recalibrate(
             for name in (NETWORK, WEIGHTS):
                 shutil.copy2(folder / name, temporary / name)
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            description |= {"temperature": temperature, "threshold": threshold}
+            description |= {
+                "temperature": temperature,
+                "threshold": threshold,
+                "abstains": abstains,
+            }
             description["metadata"] |= metadata
             write_json(temporary / DESCRIPTION, description)
             classifier = Classifier.load(temporary)

@@ -191,6 +191,7 @@ def _description(
         "preprocessing": trained.backbone.preprocessing.to_dict(),
         "temperature": 1.0,
         "threshold": None,
+        "abstains": False,
         "metadata": {
             **metadata,
             "train": trained.train,

@@ -37,7 +37,8 @@ class Options:
 
     Args:
         top_k: how many of the most probable classes to list, at least 1.
-        threshold: an answer below this probability is not confident; None for the classifier's own.
+        threshold: an answer below this probability is not confident; None for what the classifier
+            itself says, which may be that no answer is.
         on_error: a picture that cannot be read fails the request, or is reported in its row.
     """
 
@@ -76,7 +77,8 @@ class Answer:
     Args:
         label: the most probable class; None with an error.
         probability: its calibrated probability, in [0, 1].
-        confident: whether the probability reaches the threshold; always without a threshold.
+        confident: whether the probability reaches the threshold; always without a threshold, and
+            never where every answer abstains.
         top_k: `{"label", "probability"}` of the most probable classes, best first.
         error: why the picture was not answered; None if it was.
     """
@@ -108,7 +110,6 @@ def answer(classifier: Classifier, images: Sequence[object], options: Options) -
         max_pixels=MAX_PIXELS,
         memory=MEMORY,
     )
-    threshold = options.threshold if options.threshold is not None else classifier.threshold
     answers = []
     for number, (content, row, error) in enumerate(zip(contents, rows, errors, strict=True)):
         reason = content if isinstance(content, BadImageError) else error
@@ -117,12 +118,12 @@ def answer(classifier: Classifier, images: Sequence[object], options: Options) -
         if reason is not None:
             answers.append(Answer(error=str(reason)))
             continue
-        best = classifier.prediction(row, options.top_k)
+        best = classifier.prediction(row, options.top_k, threshold=options.threshold)
         answers.append(
             Answer(
                 label=best.label,
                 probability=best.probability,
-                confident=threshold is None or best.probability >= threshold,
+                confident=best.confident,
                 top_k=[{"label": label, "probability": value} for label, value in best.top_k],
             )
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +40,7 @@ class Lineage:
 
     Attributes:
         model: name, version, uri, aliases, registered, model_id, classifier_digest, class_names,
-            temperature, threshold, promotion, promotion_reason.
+            temperature, threshold, abstains, promotion, promotion_reason.
         evaluation: accuracy, low, high, pictures, looks, data_digest, same_classifier.
         trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
         search: name, search_id, run_id, folder, state, objective, started, experiment_file.
@@ -193,12 +194,21 @@ def _packaged(mlflow: Mlflow, version: ModelVersion) -> Lineage:
 
     described, notes = _read(read, "the model's classifier.json")
     names = described.get("class_names") or []
-    facts = {key: described.get(key) for key in ("class_names", "temperature", "threshold")}
     return Lineage(
-        model=facts if described else None,
+        model=_answering(described) if described else None,
         data={"class_names": names} if names else None,
         notes=notes,
     )
+
+
+def _answering(described: Facts) -> Facts:
+    """What a classifier.json says of its answers."""
+    from visiontuner.model.classifier import read_threshold  # imports ONNX Runtime
+
+    facts = {key: described.get(key) for key in ("class_names", "temperature", "threshold")}
+    with suppress(ValueError, TypeError, KeyError):  # damaged: shown as it is
+        facts["threshold"], facts["abstains"] = read_threshold(described)
+    return facts
 
 
 def _trial_run(mlflow: Mlflow, run: Run, classifier_digest: str | None) -> Lineage:

@@ -51,8 +51,9 @@ class ClassifierModel(PythonModel):
         Args:
             model_input: a column `image` of bytes or base64 text.
             params: `top_k`, how many of the most probable classes to list, default 5; `threshold`,
-                below which an answer is not confident, default the classifier's; `on_error`, "fail"
-                (default) or "report": a picture that cannot be read is then told in its row.
+                below which an answer is not confident, default what the classifier says, which may
+                be that no answer is; `on_error`, "fail" (default) or "report": a picture that
+                cannot be read is then told in its row.
 
         Returns:
             A row a picture: `label`, `probability` in [0, 1], `confident`, and `top_k`, a list of

@@ -187,8 +187,8 @@ class _Evaluation:
         recalibrate(
             self.folder / CLASSIFIER_FOLDER,
             temperature=temperature,
-            # Not reached at any confidence: every answer abstains.
-            threshold=1.0 if threshold.value is None else threshold.value,
+            threshold=threshold.value,
+            abstains=threshold.value is None,
             metadata={
                 "calibration": {
                     "wanted_precision": self.precision,
@@ -232,7 +232,11 @@ class _Evaluation:
     ) -> EvaluationReport:
         import numpy as np
 
-        from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
+        from visiontuner.evaluation.report import (
+            EvaluationReport,
+            abstention_notes,
+            evaluate_predictions,
+        )
 
         names = self._classifier.class_names
         if not answers.samples:
@@ -244,7 +248,7 @@ class _Evaluation:
                 classes=(),
                 confusion=np.zeros((len(names), len(names)), dtype=np.int64),
                 threshold=None,
-                notes=(_untested(answers.bad), *notes),
+                notes=(_untested(answers.bad), *notes, *abstention_notes(threshold)),
             )
         return evaluate_predictions(
             logits=answers.logits,

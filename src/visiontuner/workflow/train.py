@@ -385,12 +385,15 @@ class _Training:
         )
         calibration = record.started.get("calibration")
         if calibration is not None:
+            from visiontuner.model.classifier import read_threshold
             from visiontuner.model.classifier_files import recalibrate
 
+            threshold, abstains = read_threshold(calibration)
             recalibrate(
                 self.folder / CLASSIFIER_FOLDER,
                 temperature=calibration["temperature"],
-                threshold=calibration["threshold"],
+                threshold=threshold,
+                abstains=abstains,
                 metadata={
                     "calibration": {
                         name: calibration[name] for name in ("wanted_precision", "fitted_on")

@@ -32,6 +32,7 @@ class Calibration:
 
     temperature: float
     threshold: float | None
+    abstains: bool
     wanted_precision: float
     fitted_on: str
 
@@ -253,10 +254,10 @@ def _calibration_of_folder(folder: Path, trial_id: str) -> Calibration | None:
         return None
     if threshold is None:  # of a training on validation too, that had nothing to take over
         return None
-    value = 1.0 if threshold.value is None else threshold.value
     return Calibration(
         temperature=temperature,
-        threshold=value,
+        threshold=threshold.value,
+        abstains=threshold.value is None,
         wanted_precision=_PRECISION,
         fitted_on=f"{trial_id} of {folder.name}",
     )
@@ -288,6 +289,7 @@ def _read_calibration(classifier: Path, fitted_on: str) -> Calibration | None:
     return Calibration(
         temperature=read.temperature,
         threshold=read.threshold,
+        abstains=read.abstains,
         wanted_precision=float(calibration.get("wanted_precision", _PRECISION)),
         # Of a training on validation itself: what its own origin was fitted on.
         fitted_on=str(calibration.get("fitted_on") or fitted_on),

@@ -329,19 +329,21 @@ class ValidationAnswers:
 
     def _calibration_taken_over(self) -> tuple[float, ChosenThreshold | None, list[str]]:
         from visiontuner.evaluation.calibration import ChosenThreshold
+        from visiontuner.model.classifier import read_threshold
 
         seen = "The validation pictures were trained on, so nothing was fitted on them"
         taken = self.record.started.get("calibration")
         if taken is None:
             return 1.0, None, [f"{seen}: there is no temperature and no threshold."]
+        value, abstains = read_threshold(taken)
         threshold = ChosenThreshold(
             wanted_precision=taken["wanted_precision"],
-            value=taken["threshold"],
+            value=value,
             precision=math.nan,
             coverage=math.nan,
         )
         return (
             taken["temperature"],
-            None if threshold.value is None else threshold,
+            None if value is None and not abstains else threshold,
             [f"{seen}: temperature and threshold are those of {taken['fitted_on']}."],
         )
