@@ -237,8 +237,13 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_head_is_gone(
     assert done.exit_code == 0, done.output
     seconds = {t: sum(e.metrics["epoch_seconds"] for e in record.trials[t].epochs) for t in tied}
     chosen = min(tied, key=lambda t: (seconds[t], tied.index(t)))
-    for words in (f"Chosen: {chosen}", "accuracy", "models:/shades/", "visiontuner promote"):
+    for words in (f"Chosen: {chosen}", "accuracy", "models:/shades/"):
         assert words in done.output
+    # Not whatever is newest when it is typed, and not in another store.
+    version = client_of(copied).get_model_version_by_alias(MODEL, "challenger").version
+    store = f"MLFLOW_TRACKING_URI=sqlite:///{copied.parent}/mlflow.db"
+    next_step = f"{store} visiontuner promote models:/{MODEL}/{version}"
+    assert done.output.splitlines()[-1].endswith(f"if it is better: {next_step}")
     assert Classifier.load(copied / "classifier").metadata["trial_id"] == chosen
     again = np.load(copied / "trials" / chosen / "validation_logits.npy")
     assert np.allclose(again, kept[chosen], atol=1e-4)

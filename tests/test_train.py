@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from visiontuner.cli import main
 from visiontuner.cli.training_console import TrainingConsole
+from visiontuner.commands import next_command
 from visiontuner.errors import (
     CheckpointError,
     JournalError,
@@ -396,7 +397,8 @@ def test_ctrl_c_in_an_epoch_is_one_line_with_the_command_that_goes_on(raw, monke
     assert result.exit_code == 130
     (line,) = result.stderr.strip().splitlines()
     assert line == (
-        "Error: Stopped in epoch 2 of 4; nothing is lost. Go on with: visiontuner train --resume a"
+        "Error: Stopped in epoch 2 of 4; nothing is lost. "
+        f"Go on with: {next_command('train', '--resume', 'a')}"
     )
     record = SearchRecord.load(Path("a"))
     assert record.trials["t0001"].state == "interrupted"

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from visiontuner.commands import DEFAULT_TRACKING_URI
 from visiontuner.errors import JournalError, UserMistake
 from visiontuner.journal import FILE_NAME
 from visiontuner.layout import CACHE_MARK_FILE, SEARCHES_FOLDER
 from visiontuner.tracking.plan import ProjectRun
 
 SEARCHES = Path(SEARCHES_FOLDER)
-DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
-NO_TRACKING = "none"
-"""As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
 
 
 def cache_folder() -> Path:

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from visiontuner import aws as aws_module
 from visiontuner.cli import main
+from visiontuner.commands import next_command
 from visiontuner.data import s3 as s3_module
 from visiontuner.data import transfer
 from visiontuner.errors import ServingError, UserMistake
@@ -148,7 +149,7 @@ def test_ctrl_c_while_an_ended_search_comes_home_says_how_to_go_on(
         patch.setattr(home, "download_folder", press)
         left = run("attach", job)
     assert left.exit_code == 130
-    assert f"go on with: visiontuner attach {job} --region eu-west-1" in left.stderr
+    assert f"go on with: {next_command('attach', job, flags=' --region eu-west-1')}" in left.stderr
     assert "runs on" not in left.stderr
     assert not list(Path("searches").iterdir())
     assert "1 trials are in searches/colours-1" in run("attach", job).stdout
@@ -169,7 +170,8 @@ def test_a_job_that_ran_out_of_time_says_so_and_how_to_allow_more(
     came = run("attach", job)
     assert came.exit_code == 130
     why = "Why: MaxRuntimeExceeded: its 1.5 h were over. Allow more with --max-run."
-    again = f"visiontuner tune --on sagemaker --resume {job} --max-run 180m --region eu-west-1"
+    resumed = ("--on", "sagemaker", "--resume", job, "--max-run", "180m")
+    again = next_command("tune", *resumed, flags=" --region eu-west-1")
     assert why in came.stdout.splitlines()
     assert f"Go on there: {again}" in came.stdout.splitlines()
 
@@ -320,8 +322,8 @@ def test_a_following_that_ends_says_that_the_job_runs_on(
     with pytest.raises(ServingError, match=says) as caught:
         attach(job, logs="none", poll_seconds=0.05)
     assert str(caught.value).endswith(
-        f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region eu-west-1` goes "
-        "on here."
+        f"{job} runs on, and nothing is lost: "
+        f"`{next_command('attach', job, flags=' --region eu-west-1')}` goes on here."
     )
 
 
@@ -461,9 +463,8 @@ def test_credentials_that_expire_meanwhile_are_said_with_how_to_renew_them(
     with pytest.raises(UserMistake, match="AWS does not take these credentials") as caught:
         attach(job, logs="none", poll_seconds=0.05)
     assert advice in str(caught.value)
-    assert f"{job} runs on, and nothing is lost: `visiontuner attach {job} --region" in str(
-        caught.value
-    )
+    again = next_command("attach", job, flags=" --region")
+    assert f"{job} runs on, and nothing is lost: `{again}" in str(caught.value)
 
 
 # Stopping
@@ -529,7 +530,7 @@ def test_a_job_that_a_role_submits_is_followed_as_that_role(jobs: Any) -> None:
     assert done.exit_code == 0, done.output
     lines = done.stdout.splitlines()
     (job,) = [line.split()[-1].rstrip(".") for line in lines if line.startswith("Submitted ")]
-    follow = f"visiontuner attach {job} --region eu-west-1 --assume-role {role}"
+    follow = next_command("attach", job, flags=f" --region eu-west-1 --assume-role {role}")
     assert f"Follow it:     {follow}" in lines
     assert "assumed-role/abroad/visiontuner" in done.stderr
 

@@ -24,6 +24,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from visiontuner.cli import main
+from visiontuner.commands import next_command
 from visiontuner.data.storage import upload_folder
 from visiontuner.journal import FILE_NAME, SearchRecord, read_events
 from visiontuner.sagemaker import source
@@ -228,7 +229,8 @@ def test_a_search_goes_on_after_each_bad_day(
     assert run("stop", jobs.name).exit_code == 0
     came = jobs.come_home()
     assert came.exit_code == 130, came.output + jobs.log()
-    assert f"Go on there: visiontuner tune --on sagemaker --resume {jobs.name}" in came.stdout
+    again = next_command("tune", "--on", "sagemaker", "--resume", jobs.name)
+    assert f"Go on there: {again}" in came.stdout
     assert [event["event"] for event in jobs.kept()] == ["search_started", "search_ended"]
 
     # The disk is full: there is no room for the next shard.

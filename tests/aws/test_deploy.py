@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from visiontuner.cli import main
+from visiontuner.commands import next_command
 from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.deployment import endpoint_name
@@ -372,10 +373,11 @@ def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
     made = run("deploy", model, "--no-preflight", "--serverless", "2048", *acting)
     assert made.exit_code == 0, made.output
     flags = f"--region eu-west-1 {' '.join(acting)}"
-    assert f"Ask it:    visiontuner query colours PICTURE… {flags}\n" in made.stdout
+    assert f"Ask it:    visiontuner query colours PICTURE {flags}\n" in made.stdout
     assert f"Remove it: visiontuner undeploy colours {flags}\n" in made.stdout
     taken = run("deploy", model, "--no-preflight", *acting)
-    assert f"`visiontuner update colours {flags}` swaps its model" in said(taken)
+    update = next_command("update", "colours", flags=f" {flags}")
+    assert f"`{update}` swaps its model" in said(taken)
     assert _variant(account)["ServerlessConfig"] == {"MemorySizeInMB": 2048, "MaxConcurrency": 5}
     assert _ask_with_boto3(account, "colours", [make_picture("blue")])[0]["label"] == "blue"
     updated = run("update", "colours", model, "--no-preflight", *acting)
@@ -551,7 +553,8 @@ def test_what_happens_to_an_endpoint_during_its_update_leaves_the_old_one_or_not
     deleted = run("update", "colours", model, "--no-preflight", "--env", "STAND_IN_VANISH=1")
     assert deleted.exit_code == 1
     assert "'colours' was deleted by someone meanwhile" in said(deleted)
-    assert "`visiontuner deploy MODEL --name colours --region eu-west-1` makes" in said(deleted)
+    again = ("deploy", "MODEL", "--name", "colours")
+    assert f"`{next_command(*again, flags=' --region eu-west-1')}` makes" in said(deleted)
     assert account.holds() == NOTHING
 
 
@@ -560,7 +563,7 @@ def test_what_happens_to_an_endpoint_during_its_update_leaves_the_old_one_or_not
     [
         (["--instance-type", "ml.p3.16xlarge"], 1, "ResourceLimitExceeded.*Service Quotas"),
         (["--role", "unpassable"], 1, "iam:PassRole.*docs/aws.md"),
-        (["--env", "STAND_IN_VANISH=1"], 1, "deleted by someone meanwhile.*`visiontuner deploy "),
+        (["--env", "STAND_IN_VANISH=1"], 1, "deleted by someone meanwhile.*visiontuner deploy "),
     ],
 )
 def test_what_goes_wrong_on_the_way_leaves_nothing(
@@ -783,7 +786,8 @@ def _make_endpoint(account: Any, name: str) -> None:
 
 def test_other_programs_endpoints_are_not_listed(account: Any) -> None:
     _make_endpoint(account, "theirs")
-    assert run("endpoints").stdout == "None. `visiontuner deploy --region eu-west-1` makes one.\n"
+    command = next_command("deploy", "MODEL", flags=" --region eu-west-1")
+    assert run("endpoints").stdout == f"None. `{command}` makes one.\n"
 
 
 def test_a_tag_that_cannot_be_read_hides_no_endpoint(account: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from visiontuner.cli import main
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 from visiontuner.journal import FILE_NAME, JournalWriter
 from visiontuner.workflow import JobOptions, plan_job, submit_job
@@ -250,7 +251,8 @@ def test_a_search_that_is_done_is_brought_home_and_not_run_again(
         flags = ("--yes", "--output", "elsewhere")
         told = said(run("tune", "--on", "sagemaker", "--resume", job, *flags))
         assert "All 2 trials of colours-1 are done" in told
-        assert f"`visiontuner attach {second} --region eu-west-1` brings it home" in told
+        command = next_command("attach", second, flags=" --region eu-west-1")
+        assert f"`{command}` brings it home" in told
 
 
 def test_a_completed_job_without_its_checkpoints_is_not_run_from_the_beginning(
@@ -259,7 +261,8 @@ def test_a_completed_job_without_its_checkpoints_is_not_run_from_the_beginning(
     job = place(account, image, 1, "Completed")
     told = said(run("tune", "--on", "sagemaker", "--resume", job, "--yes"))
     assert "its checkpoints are no longer on S3" in told
-    assert f"`visiontuner attach {job} --region eu-west-1` brings home what it did" in told
+    command = next_command("attach", job, flags=" --region eu-west-1")
+    assert f"`{command}` brings home what it did" in told
 
 
 def test_a_search_that_only_lacks_its_classifier_goes_on(

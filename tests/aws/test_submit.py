@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from visiontuner.cli import main
+from visiontuner.commands import next_command
 from visiontuner.data.storage import upload_folder
 from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord
@@ -467,7 +468,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(
     monkeypatch.setattr(FOLLOWING, "time", SimpleNamespace(monotonic=time.monotonic, sleep=press))
     done = run("attach", job)
     assert done.exit_code == 130
-    assert f"{job} runs on. Follow it again: visiontuner attach {job}" in done.stderr
+    assert f"{job} runs on. Follow it again: {next_command('attach', job)}" in done.stderr
     assert described(account, job)["TrainingJobStatus"] == "InProgress"
 
 

@@ -333,7 +333,7 @@ def test_in_a_vpc_private_addresses_are_in_reach(uri: str, reaches: bool) -> Non
 def test_why_the_journal_travels_is_said(uri: str, words: str) -> None:
     told = reachable_tracking(uri, {})[1]
     assert words in told
-    assert told.endswith("the journal travels instead, and `visiontuner attach` writes it")
+    assert told.endswith("the journal travels instead, and `visiontuner attach JOB` writes it")
 
 
 def test_an_address_that_is_none_is_refused_without_its_password() -> None:

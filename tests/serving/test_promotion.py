@@ -215,7 +215,7 @@ def test_a_version_never_evaluated_is_refused_with_the_command(
 ) -> None:
     number = model.version()
     monkeypatch.chdir(tmp_path)
-    told = "`visiontuner evaluate FOLDER` with the folder of the search pets-2026 first"
+    told = "visiontuner evaluate FOLDER` with the folder of the search pets-2026 first"
     with pytest.raises(UserMistake, match=told):
         model.promote()
     run_id = client.get_model_version(model.name, number).run_id
@@ -223,7 +223,7 @@ def test_a_version_never_evaluated_is_refused_with_the_command(
     for name, known in (("a-damaged-one", "{"), ("mine", json.dumps({"parent_run_id": parent}))):
         (tmp_path / "searches" / name).mkdir(parents=True)
         (tmp_path / "searches" / name / "mlflow.json").write_text(known)
-    with pytest.raises(UserMistake, match="`visiontuner evaluate searches/mine` first"):
+    with pytest.raises(UserMistake, match="visiontuner evaluate searches/mine` first"):
         model.promote()
     decided = model.promote(force=True)
     assert model.champion == number

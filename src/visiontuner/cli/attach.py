@@ -10,6 +10,7 @@ from visiontuner.cli.cloud import REGION_FLAGS, with_flags
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
 from visiontuner.cli.results import print_result
+from visiontuner.commands import next_command
 
 
 @click.command(cls=OneLineErrors)
@@ -70,10 +71,10 @@ def follow_and_print(
         )
     except KeyboardInterrupt as left:
         console.close()
-        again = f"visiontuner attach {name}{flags}"
+        again = next_command("attach", name, flags=flags)
         if isinstance(left, LeftRunning):
             click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
-            click.echo(f"End it: visiontuner stop {name}{flags}", err=True)
+            click.echo(f"End it: {next_command('stop', name, flags=flags)}", err=True)
         else:
             click.echo(f"\nStopped. Nothing is lost, go on with: {again}", err=True)
         raise click.exceptions.Exit(130) from None

@@ -13,6 +13,7 @@ import click
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.job_options import is_on, read_options
 from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -195,8 +196,8 @@ def run_on_sagemaker(
         console.close()
     click.echo(f"Submitted {name}.")
     if not job["wait"]:
-        click.echo(f"Follow it:     visiontuner attach {name}{aws.flags}")
-        click.echo(f"End it early:  visiontuner stop {name}{aws.flags}")
+        click.echo(f"Follow it:     {next_command('attach', name, flags=aws.flags)}")
+        click.echo(f"End it early:  {next_command('stop', name, flags=aws.flags)}")
         return
     from visiontuner.cli.attach import follow_and_print
 

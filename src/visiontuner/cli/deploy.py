@@ -11,6 +11,7 @@ import click
 
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -156,7 +157,8 @@ def endpoints(region: str, assume_role: str, form: str) -> None:
     elif found:
         _print_endpoints(found, account_flags(*where))
     else:
-        click.echo(f"None. `visiontuner deploy{account_flags(*where)}` makes one.")
+        command = next_command("deploy", "MODEL", flags=account_flags(*where))
+        click.echo(f"None. `{command}` makes one.")
 
 
 def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
@@ -174,8 +176,8 @@ def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
     preflight = env_manager if check else None
     act(aws, plan, preflight=preflight, update=update, note=_note)
     click.echo(f"{plan.name} serves {plan.model_uri}.")
-    click.echo(f"Ask it:    visiontuner query {plan.name} PICTURE…{aws.flags}")
-    click.echo(f"Remove it: visiontuner undeploy {plan.name}{aws.flags}")
+    click.echo(f"Ask it:    {next_command('query', plan.name, 'PICTURE', flags=aws.flags)}")
+    click.echo(f"Remove it: {next_command('undeploy', plan.name, flags=aws.flags)}")
 
 
 def _read(given: dict[str, Any]) -> dict[str, Any]:
@@ -250,5 +252,7 @@ def _life(endpoint: Endpoint, flags: str) -> str:
 
     if endpoint.ttl_hours is None:
         return "?" if TTL_TAG in endpoint.unreadable else ""
-    passed = f", passed: visiontuner undeploy {endpoint.name}{flags}" if endpoint.overdue else ""
-    return f"{endpoint.ttl_hours:.3g} h{passed}"
+    life = f"{endpoint.ttl_hours:.3g} h"
+    if not endpoint.overdue:
+        return life
+    return f"{life}, passed: {next_command('undeploy', endpoint.name, flags=flags)}"

@@ -9,6 +9,7 @@ import click
 
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.commands import next_command
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.report import EvaluationReport, Interval
@@ -80,10 +81,11 @@ def _print(result: EvaluationResult) -> None:
     if result.model:
         click.echo(f"The calibrated model is {result.model} (in {result.tracking_uri}).")
         if report.metrics:
-            click.echo("\nNext, make it the champion if it is better: visiontuner promote")
+            command = next_command("promote", result.model)
+            click.echo(f"\nNext, make it the champion if it is better: {command}")
     if result.tracking_problem:
         click.echo(f"\nNot everything is in MLflow: {result.tracking_problem}")
-        click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")
+        click.echo(f"Nothing is lost. Write it later: {next_command('sync', result.folder)}")
 
 
 def _print_test(report: EvaluationReport, looks: int) -> None:

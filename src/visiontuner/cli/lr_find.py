@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -122,7 +123,8 @@ def _space_around(found: FoundLearningRate, experiment: Experiment) -> str | Non
     if "space" not in experiment.search.model_fields_set:
         others = {n: d for n, d in experiment.search.space.items() if n != "learning_rate"}
         space |= {name: _flow(domain) for name, domain in others.items()}
-    return " ".join(f"--set 'search.space.{name}={domain}'" for name, domain in space.items())
+    settings = [shlex.quote(f"search.space.{name}={domain}") for name, domain in space.items()]
+    return " ".join(f"--set {setting}" for setting in settings)
 
 
 def _flow(domain: Domain) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from visiontuner.text import shell_word
+from visiontuner.text import (shell_word)
+from visiontuner.commands import (DEFAULT_TRACKING_URI, next_command)
 
 if TYPE_CHECKING:
     from visiontuner.workflow import SearchResult
@@ -34,7 +36,7 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
         click.echo("\nNext, compare the trials: " + _ui_command(result.tracking_uri))
     if result.state != "completed":
         word = "Stopped" if result.state == "interrupted" else "The time budget is spent"
-        click.echo(f"\n{word}. Go on with: visiontuner tune --resume {folder}")
+        click.echo(f"\n{word}. Go on with: {next_command('tune', '--resume', folder)}")
     if result.state == "interrupted":
         raise click.exceptions.Exit(130)
 
@@ -49,12 +51,10 @@ def print_artifacts(result: SearchResult, *, said: set[str]) -> None:
         known = result.tracking_problem in said
         reason = "." if known else f": {result.tracking_problem}"
         click.echo(f"\nNot everything is in MLflow{reason}")
-        click.echo(f"Nothing is lost. Write it later: visiontuner sync {result.folder}")
+        click.echo(f"Nothing is lost. Write it later: {next_command('sync', result.folder)}")
 
 
 def _ui_command(uri: str) -> str:
-    from visiontuner.locations import DEFAULT_TRACKING_URI
-
     if uri.startswith("http"):  # for a browser, which asks for a password itself
         parts = urlsplit(uri)
         return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))

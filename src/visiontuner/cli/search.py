@@ -8,6 +8,7 @@ import click
 
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 
 
@@ -76,7 +77,9 @@ def sync(folder: Path | None) -> None:
     if result.model:
         click.echo(f"The best one is registered as {result.model}.")
     else:
-        click.echo("It has no classifier yet; `visiontuner tune --resume` makes one.")
+        verb = "train" if result.record.is_training else "tune"
+        command = next_command(verb, "--resume", result.folder)
+        click.echo(f"It has no classifier yet; `{command}` makes one.")
 
 
 @click.command(cls=OneLineErrors)

@@ -7,6 +7,7 @@ import click
 from visiontuner.cli.cloud import REGION_FLAGS, with_flags
 from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.commands import next_command
 
 
 @click.command(cls=OneLineErrors)
@@ -27,5 +28,6 @@ def stop(job: str, region: str, assume_role: str) -> None:
         None if assume_role in NOT_GIVEN else assume_role,
     )
     click.echo(f"{job} is being stopped; its search ends in order within two minutes.")
-    click.echo(f"Bring home what it did:  visiontuner attach {job}{flags}")
-    click.echo(f"Go on with it later:     visiontuner tune --on sagemaker --resume {job}{flags}")
+    resumed = next_command("tune", "--on", "sagemaker", "--resume", job, flags=flags)
+    click.echo(f"Bring home what it did:  {next_command('attach', job, flags=flags)}")
+    click.echo(f"Go on with it later:     {resumed}")

@@ -11,6 +11,7 @@ from visiontuner.cli.errors import OneLineErrors
 from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values
 from visiontuner.cli.origin import choose_training
 from visiontuner.cli.results import print_artifacts
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 
 if TYPE_CHECKING:
@@ -150,4 +151,5 @@ def _print_result(result: SearchResult, *, said: set[str]) -> None:
         click.echo(f"\n{record.objective} {best.best_value:.4f} in epoch {best.best_epoch}")
     print_artifacts(result, said=said)
     if not result.tracking_problem:
-        click.echo(f"\nNext, look at the test pictures: visiontuner evaluate {result.folder}")
+        command = next_command("evaluate", result.folder)
+        click.echo(f"\nNext, look at the test pictures: {command}")

@@ -185,7 +185,7 @@ def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
     """What is said of a split whose pictures are all in `findings`."""
     return DataError(
         f"None of the {split} pictures can be read: {findings[-1].evidence.rstrip('.')}. "
-        "`visiontuner prepare --all` lists what is wrong with each."
+        "`visiontuner prepare --all --data DATA` lists what is wrong with each."
     )
 
 

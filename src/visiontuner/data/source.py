@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from visiontuner.commands import next_command
 from visiontuner.data.archive import ARCHIVE_SUFFIXES, extract, is_archive_name
 from visiontuner.data.digests import file_digest
 from visiontuner.data.digits import write_digits
@@ -106,9 +107,10 @@ def _fetch_s3(
                 uri, folder, memory=memory, mirror=True, progress=progress, note=note
             )
             if not moved.files + moved.skipped:
+                command = next_command("prepare", "--data", "FOLDER", "--upload", uri)
                 raise DataError(
                     f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring "
-                    f"pictures there: `visiontuner prepare --data FOLDER --upload {uri}`."
+                    f"pictures there: `{command}`."
                 )
     return folder
 

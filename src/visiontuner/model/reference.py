@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from visiontuner.commands import next_command
 from visiontuner.data.images import Preprocessing, decode_image
 from visiontuner.errors import BadImageError, DataError
 
@@ -46,7 +47,7 @@ def reference_pictures(
     if not pictures:
         raise DataError(
             f"None of the {len(paths)} reference pictures in {root} can be read. "
-            "Run `visiontuner prepare` to see why."
+            f"Run `{next_command('prepare', '--data', root)}` to see why."
         )
     return pictures
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from visiontuner.aws import Aws
+from visiontuner.commands import next_command
 from visiontuner.data.s3 import connect
 from visiontuner.data.storage import Note, Progress, download_folder
 from visiontuner.errors import JobFailed, JournalError, UserMistake
@@ -139,10 +140,11 @@ def why_ended(aws: Aws, job: Job) -> str:
 def going_on(aws: Aws, job: Job) -> str:
     """The command that goes on with a job's search, without what ended the job."""
     changed = {
-        "MaxRuntimeExceeded": f" --max-run {2 * job.max_run_seconds // 60}m",
-        "MaxWaitTimeExceeded": " --spot off",
-    }.get(job.stage, "")
-    return f"visiontuner tune --on sagemaker --resume {job.name}{changed}{aws.flags}"
+        "MaxRuntimeExceeded": ("--max-run", f"{2 * job.max_run_seconds // 60}m"),
+        "MaxWaitTimeExceeded": ("--spot", "off"),
+    }.get(job.stage, ())
+    resumed = ("--on", "sagemaker", "--resume", job.name)
+    return next_command("tune", *resumed, *changed, flags=aws.flags)
 
 
 def _hours(seconds: int) -> str:
@@ -154,6 +156,6 @@ def _no_search(aws: Aws, job: Job) -> str:
     reason = f": {why.rstrip('.')}" if why else ""
     return (
         f"{job.name} {job.status.lower()} before its search began{reason}.{advice_on(why)} "
-        f"`visiontuner attach {job.name} --logs all{aws.flags}` shows its log; "
+        f"`{next_command('attach', job.name, '--logs', 'all', flags=aws.flags)}` shows its log; "
         f"`{going_on(aws, job)}` tries again."
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
-from visiontuner.data.files import temporary_folder
+from visiontuner.data.files import (temporary_folder)
+from visiontuner.commands import (next_command)
 from visiontuner.errors import UserMistake
 from visiontuner.sagemaker import s3
 from visiontuner.sagemaker.cost import Price
@@ -159,8 +160,8 @@ def stop(aws: Aws, job: Job) -> None:
         )
     if job.ended:
         raise UserMistake(
-            f"{job.name} is {job.status.lower()} already; `visiontuner attach {job.name}"
-            f"{aws.flags}` brings home what it did."
+            f"{job.name} is {job.status.lower()} already; "
+            f"`{next_command('attach', job.name, flags=aws.flags)}` brings home what it did."
         )
     aws.call("sagemaker", "stop_training_job", TrainingJobName=job.name)
 
@@ -195,8 +196,8 @@ def _described(aws: Aws, name: str) -> dict[str, Any]:
     except AwsRefused as error:
         if error.is_missing or "not found" in str(error) or error.code == "ValidationException":
             raise UserMistake(
-                f"There is no training job {name!r} in {aws.region}. `visiontuner jobs{aws.flags}` "
-                "lists ours."
+                f"There is no training job {name!r} in {aws.region}. "
+                f"`{next_command('jobs', flags=aws.flags)}` lists ours."
             ) from None
         raise
 

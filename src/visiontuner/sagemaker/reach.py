@@ -21,7 +21,7 @@ _SECRETS = (
     "MLFLOW_TRACKING_CLIENT_CERT_PATH",
 )
 _PRIVATE_ENDINGS = (".local", ".internal", ".lan", ".home.arpa", ".localdomain")
-_LATER = "the journal travels instead, and `visiontuner attach` writes it"
+_LATER = "the journal travels instead, and `visiontuner attach JOB` writes it"
 
 
 def reachable_tracking(

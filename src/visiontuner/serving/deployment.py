@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from visiontuner.aws_images import Image
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 from visiontuner.serving.instances import SERVERLESS_MB
 
@@ -154,7 +155,7 @@ class DeploymentPlan:
         name = self.newer_model.split("/")[0]
         return (
             f", the champion; {self.newer_model} is newer: name it to deploy it, or let "
-            f"`visiontuner promote {name}` decide"
+            f"`{next_command('promote', name)}` decide"
         )
 
     def cost(self) -> str:

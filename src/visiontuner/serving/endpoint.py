@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from visiontuner.aws import Aws, explained
+from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, VisiontunerError
 from visiontuner.serving.deployment import DEPLOYMENT_TAG, DeploymentPlan
 from visiontuner.serving.endpoint_parts import Parts, endpoint_tags
@@ -46,8 +47,8 @@ def create(
         check_answers(aws, plan.name, reference)
     except BaseException as error:
         left = (
-            f"something may cost money. Look with `visiontuner endpoints{aws.flags}`, and run "
-            f"`visiontuner undeploy {plan.name} --artifacts{aws.flags}`."
+            f"something may cost money. Look with `{next_command('endpoints', flags=aws.flags)}`, "
+            f"and run `{next_command('undeploy', plan.name, '--artifacts', flags=aws.flags)}`."
         )
         with _telling_what_is_left("Taking away what was made", left, error):
             note("Taking away what was made.")
@@ -83,8 +84,9 @@ def update(
         check_answers(aws, plan.name, reference)
     except BaseException as error:
         left = (
-            f"look with `visiontuner endpoints{aws.flags}` what it serves, and repeat the update, "
-            f"or go without it: `visiontuner undeploy {plan.name} --artifacts{aws.flags}`."
+            f"look with `{next_command('endpoints', flags=aws.flags)}` what it serves, and repeat "
+            "the update, or go without it: "
+            f"`{next_command('undeploy', plan.name, '--artifacts', flags=aws.flags)}`."
         )
         with _telling_what_is_left("Going back to the old model", left, error):
             note("Going back to the old model.")

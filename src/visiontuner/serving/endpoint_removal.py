@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from visiontuner.aws import Aws
+from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.endpoint_parts import Parts, find_endpoint
 from visiontuner.serving.endpoint_states import Note, check_ours, delete_endpoint
@@ -36,7 +37,7 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
         if not parts:
             raise UserMistake(
                 f"There is no endpoint {name!r} in {aws.region}, and no configuration or model of "
-                f"one is left; `visiontuner endpoints{aws.flags}` lists ours."
+                f"one is left; `{next_command('endpoints', flags=aws.flags)}` lists ours."
             )
         note(f"The endpoint {name} is gone already: taking away what is left of it.")
     kept = frozenset[str]() if artifacts else parts.archives
@@ -45,8 +46,9 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
             delete_endpoint(aws, name, note)
         Parts(parts.configs, parts.models, parts.archives - kept).delete(aws)
     except (KeyboardInterrupt, ServingError):
-        flags = (" --artifacts" if artifacts else "") + aws.flags
-        note(f"Not all of {name} is gone; this goes on: visiontuner undeploy {name}{flags}")
+        also = ["--artifacts"] if artifacts else []
+        command = next_command("undeploy", name, *also, flags=aws.flags)
+        note(f"Not all of {name} is gone; this goes on: {command}")
         raise
     _tell_of_others(served.without(parts), note)
     return {archive: _how_to_delete(aws, name, archive) for archive in sorted(kept)}
@@ -67,7 +69,7 @@ def _kept_before(aws: Aws, name: str) -> Parts:
 
 def _how_to_delete(aws: Aws, name: str, archive: str) -> str:
     if archive.startswith(f"s3://{mlflows_bucket(aws)}/"):
-        return f"visiontuner undeploy {name} --artifacts{aws.flags}"
+        return next_command("undeploy", name, "--artifacts", flags=aws.flags)
     return f"aws s3 rm {archive}"
 
 

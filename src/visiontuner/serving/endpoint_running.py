@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from visiontuner.aws import Aws
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 from visiontuner.serving.deployment import CAPTURE
 from visiontuner.serving.endpoint_parts import if_there
@@ -93,7 +94,8 @@ def _still_there(aws: Aws, name: str, method: str, **kwargs: str) -> dict[str, A
     if found is None:
         raise UserMistake(
             f"Endpoint {name!r} serves, but {next(iter(kwargs.values()))} was deleted, which says "
-            f"what it runs on. Make it anew: `visiontuner undeploy {name}{aws.flags}`, then "
-            "`visiontuner deploy`."
+            f"what it runs on. Make it anew: "
+            f"`{next_command('undeploy', name, flags=aws.flags)}`, then "
+            f"`{next_command('deploy', 'MODEL', '--name', name, flags=aws.flags)}`."
         )
     return found

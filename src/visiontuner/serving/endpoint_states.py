@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
+from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.serving.batching import patiently
 from visiontuner.serving.client import Refused, SageMakerTransport
@@ -35,8 +36,8 @@ def describe(aws: Aws, name: str) -> dict[str, Any]:
     described = find_endpoint(aws, name)
     if described is None:
         raise UserMistake(
-            f"There is no endpoint {name!r} in {aws.region}; `visiontuner endpoints{aws.flags}` "
-            "lists ours."
+            f"There is no endpoint {name!r} in {aws.region}; "
+            f"`{next_command('endpoints', flags=aws.flags)}` lists ours."
         )
     return described
 
@@ -54,8 +55,8 @@ def check_free(aws: Aws, name: str) -> None:
     if not is_ours(aws, described):
         raise UserMistake(f"{taken}, which visiontuner did not deploy. Choose another --name.")
     raise UserMistake(
-        f"{taken}. `visiontuner update {name}{aws.flags}` swaps its model, `visiontuner undeploy "
-        f"{name}{aws.flags}` removes it, or choose another --name."
+        f"{taken}. `{next_command('update', name, flags=aws.flags)}` swaps its model, "
+        f"`{next_command('undeploy', name, flags=aws.flags)}` removes it, or choose another --name."
     )
 
 
@@ -105,7 +106,8 @@ def wait_until_in_service(
             if error.is_missing:
                 raise ServingError(
                     f"Endpoint {name!r} was deleted by someone meanwhile. If it is still wanted, "
-                    f"`visiontuner deploy MODEL --name {name}{aws.flags}` makes it again."
+                    f"`{next_command('deploy', 'MODEL', '--name', name, flags=aws.flags)}` makes "
+                    "it again."
                 ) from None
             raise
         state = described["EndpointStatus"]
@@ -147,8 +149,8 @@ def delete_endpoint(
             told = True
         if seconds > timeout_seconds:
             raise ServingError(
-                f"Endpoint {name!r} cannot be deleted yet; `visiontuner undeploy {name}"
-                f"{aws.flags}` tries again."
+                f"Endpoint {name!r} cannot be deleted yet; "
+                f"`{next_command('undeploy', name, flags=aws.flags)}` tries again."
             )
 
 
@@ -190,7 +192,7 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
         raise ServingError(
             f"Endpoint {name!r} answers the model's own pictures differently (by "
             f"{difference:.1e}). "
-            "`visiontuner preflight` shows whether the model or the image is to blame."
+            "`visiontuner preflight MODEL` shows whether the model or the image is to blame."
         )
 
 

@@ -15,12 +15,12 @@ _MEANINGS = {
     "No module named": "the image lacks one of the model's requirements; bake them in, or leave "
     "MLFLOW_DISABLE_ENV_CREATION out of its environment",
     "No space left": "the instance's disk is full; choose a larger one",
-    "MemoryError": "it needs more memory; `visiontuner preflight` recommends an instance",
+    "MemoryError": "it needs more memory; `visiontuner preflight MODEL` recommends an instance",
     "Could not access model data": "the execution role may not read the bucket (docs/aws.md)",
-    "is damaged": "the model's files are damaged; `visiontuner preflight` shows it here",
+    "is damaged": "the model's files are damaged; `visiontuner preflight MODEL` shows it here",
     "ping health check": "the server did not start in time; installing requirements at the start "
-    "takes long, so bake them into the image, and `visiontuner preflight` shows whether the model "
-    "can be served",
+    "takes long, so bake them into the image, and `visiontuner preflight MODEL` shows whether the "
+    "model can be served",
 }
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
-from visiontuner.data.files import temporary_folder
+from visiontuner.data.files import (temporary_folder)
+from visiontuner.commands import (next_command)
 from visiontuner.errors import UserMistake
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_PREDICTIONS, EVALUATION_REPORT
 from visiontuner.serving.registry import DIGEST_TAG
@@ -113,8 +114,7 @@ def _require_same_model(version: ModelVersion, report: dict[str, Any]) -> None:
     if evaluated != trial:
         raise UserMistake(
             f"The evaluation on run {version.run_id} is of trial {evaluated}, and version "
-            f"{version.version} of {version.name} of trial {trial}. Run `visiontuner evaluate` "
-            "on its search again."
+            f"{version.version} of {version.name} of trial {trial}. {_again()}"
         )
 
 
@@ -168,6 +168,9 @@ def _download(mlflow: Mlflow, run_id: str, name: str, folder: str) -> Path:
 def _damaged(run_id: str, name: str, error: Exception) -> UserMistake:
     reason = " ".join(str(error).split())[:120] or type(error).__name__
     return UserMistake(
-        f"{EVALUATION_FOLDER}/{name} on run {run_id} cannot be used ({reason}). "
-        "Run `visiontuner evaluate` on its search again."
+        f"{EVALUATION_FOLDER}/{name} on run {run_id} cannot be used ({reason}). {_again()}"
     )
+
+
+def _again() -> str:
+    return f"Run `{next_command('evaluate', 'FOLDER')}` with the folder of its search again."

@@ -13,6 +13,7 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
+from visiontuner.commands import next_command
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.bootstrap import Interval, fraction_interval, resampled_sums
 from visiontuner.evaluation.significance import PairedTest, paired_test
@@ -161,15 +162,16 @@ def _how_to_evaluate(mlflow: Mlflow, version: ModelVersion) -> str:
         run = mlflow.call("get_run", version.run_id)
         parent = mlflow.call("get_run", run.data.tags["mlflow.parentRunId"]).info
     except (TrackingError, LookupError):
-        return "Run `visiontuner evaluate`"
+        return f"Run `{next_command('evaluate', 'FOLDER')}` with the folder of its search"
     for memory in sorted(Path(SEARCHES_FOLDER).glob(f"*/{MLFLOW_FILE}")):
         try:
             known = json.loads(memory.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
         if known.get("parent_run_id") == parent.run_id:
-            return f"Run `visiontuner evaluate {memory.parent}`"
-    return f"Run `visiontuner evaluate FOLDER` with the folder of the search {parent.run_name}"
+            return f"Run `{next_command('evaluate', memory.parent)}`"
+    command = next_command("evaluate", "FOLDER")
+    return f"Run `{command}` with the folder of the search {parent.run_name}"
 
 
 def _on_the_same_pictures(
@@ -289,7 +291,7 @@ def _require_champion(held: Mapping[str, str], expected: str | None, name: str) 
     if now != expected:
         raise TrackingError(
             f"Somebody moved the champion of {name} from {_version(expected)} to {_version(now)} "
-            "meanwhile. Run `visiontuner promote` again."
+            f"meanwhile. Run `{next_command('promote', name)}` again."
         )
 
 

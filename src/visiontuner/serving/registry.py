@@ -25,6 +25,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ClassifierError, TrackingError
 from visiontuner.serving.model_parts import model_parts
 from visiontuner.text import one_line
@@ -95,7 +96,8 @@ def log_classifier(
         except (MlflowException, OSError) as error:
             text = one_line(error, 300)
             raise TrackingError(
-                f"MLflow could not take the model: {text} `visiontuner sync` tries again."
+                f"MLflow could not take the model: {text} "
+                f"`{next_command('sync', folder.parent)}` tries again."
             ) from error
     return ModelVersionInfo(
         name=name,

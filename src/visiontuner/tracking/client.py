@@ -28,7 +28,7 @@ _ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 _NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.tracking.request_header.registry")
-_SYNC_LATER = "The journal keeps everything; `visiontuner sync` writes it later."
+_SYNC_LATER = "The journal keeps everything; `visiontuner sync FOLDER` writes it later."
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
 
 
@@ -66,7 +66,7 @@ class Store:
         if must_exist and path is not None and not path.exists():
             raise TrackingRefused(
                 f"There is no MLflow database at {path}; set MLFLOW_TRACKING_URI, or write a "
-                "search into it with `visiontuner sync`."
+                "search into it with `visiontuner sync FOLDER`."
             )
         self.tracking_uri = tracking_uri
         self.advice = advice

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from visiontuner.commands import next_command
 from visiontuner.errors import DataError
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.tracking.client import Store
@@ -57,7 +58,7 @@ def read_evaluation(folder: Path) -> Evaluation:
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise DataError(
             f"{folder} is damaged ({type(error).__name__}). Evaluate again with "
-            f"`visiontuner evaluate {folder.parent}`."
+            f"`{next_command('evaluate', folder.parent)}`."
         ) from None
 
 

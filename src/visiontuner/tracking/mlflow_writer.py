@@ -25,7 +25,8 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from visiontuner.data.files import temporary_folder
+from visiontuner.data.files import (temporary_folder)
+from visiontuner.commands import (next_command)
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.layout import MLFLOW_FILE
@@ -105,7 +106,8 @@ class MlflowWriter:
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = folder
-        self.store = Store(tracking_uri, templates=templates)
+        later = f"The journal keeps everything; `{next_command('sync', folder)}` writes it later."
+        self.store = Store(tracking_uri, advice=later, templates=templates)
         self.plan = SearchPlan()
         self.seconds_spent = 0.0
         self.seconds_figures = 0.0

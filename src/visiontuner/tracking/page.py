@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ExperimentError
 from visiontuner.evaluation.edges import edges
 from visiontuner.experiment import Experiment
@@ -110,7 +111,7 @@ def describe_search(
         outcome=_outcome(record, state, where),
         notes=tuple(notes),
         tiles=tuple(_tiles(record, test)),
-        choice=(test.choice if test and test.choice else tuple(_choice(record))),
+        choice=(test.choice if test and test.choice else tuple(_choice(record, where))),
         test=test,
         not_tested=_not_tested(record, where),
         findings=tuple(_finding_rows(record, findings)),
@@ -195,7 +196,13 @@ def _outcome(record: SearchRecord, state: str, where: Mapping[str, Any]) -> str:
 
 
 def _resume(where: Mapping[str, Any]) -> str:
-    return f"`visiontuner tune --resume {where.get('folder', 'FOLDER')}` goes on."
+    return f"`{_command('tune', '--resume', where=where)}` goes on."
+
+
+def _command(verb: str, *flags: str, where: Mapping[str, Any]) -> str:
+    """About this search, wherever the page is read."""
+    folder = where.get("folder") or "FOLDER"
+    return next_command(verb, *flags, folder, store=where.get("tracking_uri") or "")
 
 
 def _when(record: SearchRecord) -> str:
@@ -237,7 +244,7 @@ def _states(record: SearchRecord) -> str:
     )
 
 
-def _choice(record: SearchRecord) -> Iterable[str]:
+def _choice(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[str]:
     """What can be said about the best trial before an evaluation."""
     ranking = record.ranking()
     if not ranking:
@@ -261,7 +268,8 @@ def _choice(record: SearchRecord) -> Iterable[str]:
     if len(ranking) == 1:
         yield "It is the only one with a result, so there is nothing to compare it with."
     else:
-        yield "`visiontuner evaluate` says which trials cannot be told apart from it."
+        command = _command("evaluate", where=where)
+        yield f"`{command}` says which trials cannot be told apart from it."
     yield from _edges(record)
 
 
@@ -285,7 +293,7 @@ def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:
         return "Not looked at: there is no result to test."
     return (
         "Not looked at yet. After the choice is made, "
-        f"`visiontuner evaluate {where.get('folder', 'FOLDER')}` looks at them once."
+        f"`{_command('evaluate', where=where)}` looks at them once."
     )
 
 
@@ -396,7 +404,7 @@ def _commands(record: SearchRecord, where: Mapping[str, Any]) -> str:
         lines.append(f"pip install visiontuner=={code['version']}")
     lines += [
         "visiontuner tune --experiment experiment.yaml   # the text below",
-        f"visiontuner evaluate {where.get('folder') or 'FOLDER'}",
+        _command("evaluate", where=where),
     ]
     return "\n".join(lines)
 

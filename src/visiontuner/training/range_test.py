@@ -123,7 +123,7 @@ def range_test(
     if not losses:
         raise TrialFailed(
             "The loss is not finite before the first step. Look at the pictures "
-            "(`visiontuner prepare`) and at the backbone's weights."
+            "(`visiontuner prepare --data DATA`) and at the backbone's weights."
         )
     made = tuple(rates[: len(losses)])
     return RangeTest(

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 from visiontuner.journal import TrialRecord
 from visiontuner.locations import SEARCHES, take_project_run, tracking_uri
@@ -111,11 +112,13 @@ def _told(aws: Aws, job: Job, jobs: list[Job], home: Home, result: SearchResult)
         yield f"{result.folder} went on here after that, and is kept as it is."
         return
     if home.kept == "apart":
+        apart = next_command(
+            "attach", job.name, "--output", "OTHER", flags=aws.flags, store="sqlite:///other.db"
+        )
         yield (
             f"{result.folder} went on here, and the job went on without that: the folder is kept "
-            f"as it is. What the job did is in {job.search_folder}; MLFLOW_TRACKING_URI=sqlite:///"
-            f"other.db visiontuner attach {job.name} --output OTHER{aws.flags} brings it home, "
-            "apart."
+            f"as it is. What the job did is in {job.search_folder}; {apart} brings it "
+            "home, apart."
         )
     if result.state != "completed":
         yield f"Go on there: {going_on(aws, job)}"

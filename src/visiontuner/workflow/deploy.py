@@ -8,6 +8,7 @@ from dataclasses import replace as with_values
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.locations import tracking_uri
 from visiontuner.workflow.models import locate_model, model_folder, passed_over
@@ -260,7 +261,7 @@ def _model_facts(located: Path | str) -> tuple[str, dict[str, Any]]:
         if not (located / "MLmodel").is_file():
             raise UserMistake(
                 f"{located} is no MLflow model. Deploy the registered one: "
-                "`visiontuner deploy NAME`."
+                f"`{next_command('deploy', 'NAME')}`."
             )
         return str(located.resolve()), {"visiontuner.model": located.resolve().name}
     registered, version = located.removeprefix("models:/").rsplit("/", 1)

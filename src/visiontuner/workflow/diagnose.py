@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.journal import (
     FILE_NAME,
@@ -80,7 +81,7 @@ def diagnose(target: str | None = None, *, write: bool = False) -> Diagnosis:
         if write:
             raise UserMistake(
                 "--write goes with a run of MLflow; what the rules found in a search is written by "
-                f"the search itself, or by `visiontuner sync {folder}`."
+                f"the search itself, or by `{next_command('sync', folder)}`."
             )
         return diagnose_search(folder)
     assert target is not None

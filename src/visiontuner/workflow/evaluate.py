@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner.commands import next_command
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import SearchFailed, TrackingError, UserMistake
 from visiontuner.experiment import Experiment
@@ -99,7 +100,7 @@ def evaluate_search(
     if record.best is None:
         raise SearchFailed(
             f"{folder} has no trial that could be evaluated. "
-            "`visiontuner diagnose` says what went wrong."
+            f"`{next_command('diagnose', folder)}` says what went wrong."
         )
     return _Evaluation(folder, record, prefer, precision, observer or Silent()).run()
 
@@ -248,7 +249,11 @@ class _Evaluation:
                 classes=(),
                 confusion=np.zeros((len(names), len(names)), dtype=np.int64),
                 threshold=None,
-                notes=(_untested(answers.bad), *notes, *abstention_notes(threshold)),
+                notes=(
+                    _untested(answers.bad, self.experiment.data.source),
+                    *notes,
+                    *abstention_notes(threshold),
+                ),
             )
         return evaluate_predictions(
             logits=answers.logits,
@@ -308,13 +313,14 @@ class _Evaluation:
             return None, str(error)
 
 
-def _untested(bad: Mapping[str, str]) -> str:
+def _untested(bad: Mapping[str, str], source: str) -> str:
     """Why there are no numbers: no test pictures, or none that can be read."""
     why = "There are no test pictures"
     step = "Add a folder `test` beside `train`."
     if bad:
         why = f"None of the {len(bad)} test pictures can be read"
-        step = "Repair them; `visiontuner prepare --all` lists what is wrong with each."
+        command = next_command("prepare", "--all", "--data", source)
+        step = f"Repair them; `{command}` lists what is wrong with each."
     return f"{why}: nothing is known about pictures that played no part in the choice. {step}"
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import SearchRecord
 from visiontuner.workflow.observing import Observer
@@ -75,8 +76,8 @@ def _end(error: ServingError | UserMistake, aws: Aws, job: Job) -> NoReturn:
     kind = ServingError if isinstance(error, ServingError) else UserMistake
     state = "has ended" if job.ended else "runs on"
     raise kind(
-        f"{error} {job.name} {state}, and nothing is lost: `visiontuner attach {job.name}"
-        f"{aws.flags}` goes on here."
+        f"{error} {job.name} {state}, and nothing is lost: "
+        f"`{next_command('attach', job.name, flags=aws.flags)}` goes on here."
     ) from None
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner import provenance
+from visiontuner.commands import next_command
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.files import write_whole
 from visiontuner.errors import UserMistake
@@ -105,10 +105,10 @@ def _note_findings(
     note_findings(observer, found)
     if found:
         source = experiment.data.source
-        words = f"--data {shlex.quote(source)}"
+        subject = ("--data", source)
         if has_secrets(source):
-            words = f"--experiment {shlex.quote(str(folder / EXPERIMENT_FILE))}"
-        observer.note(f"All of it, and what to do: visiontuner prepare {words}")
+            subject = ("--experiment", str(folder / EXPERIMENT_FILE))
+        observer.note(f"All of it, and what to do: {next_command('prepare', *subject)}")
 
 
 def _note_rules_without_recording(experiment: Experiment, observer: Observer) -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake
 from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord, read_events
 from visiontuner.layout import (
@@ -66,7 +67,7 @@ def _from_folder(subject: str) -> Lineage | None:
     own = trace_folder(folder)
     run_id = _parent_run(folder)
     if run_id is None:
-        note = f"This search is not in MLflow yet; `visiontuner sync {folder}` writes it."
+        note = f"This search is not in MLflow yet; `{next_command('sync', folder)}` writes it."
         return replace(own, notes=(*own.notes, note))
     try:
         tracked = trace_run(open_store(), run_id)

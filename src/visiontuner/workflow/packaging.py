@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.commands import next_command
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.errors import ClassifierError
 from visiontuner.experiment import Experiment
@@ -65,7 +66,7 @@ def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
     if weights is None:
         raise ClassifierError(
             f"The weights of {trial.trial_id} are gone from {folder}. "
-            f"`visiontuner evaluate {folder}` trains the trial again."
+            f"`{next_command('evaluate', folder)}` trains the trial again."
         )
     return {"network_weights" if weights.name == NETWORK_FILE else "head_weights": weights}
 

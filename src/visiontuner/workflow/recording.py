@@ -16,8 +16,9 @@ from typing import Any
 
 import visiontuner
 from visiontuner import errors
+from visiontuner.commands import NO_TRACKING
 from visiontuner.errors import TrackingError, VisiontunerError
-from visiontuner.locations import NO_TRACKING
+from visiontuner.locations import (NO_TRACKING)
 from visiontuner.text import (one_line)
 from visiontuner.tracking.plan import (ProjectRun)
 from visiontuner.workflow.observing import Observer

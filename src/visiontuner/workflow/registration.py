@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from visiontuner.commands import next_command
 from visiontuner.errors import ClassifierError
 from visiontuner.journal import SearchRecord
 from visiontuner.layout import CLASSIFIER_FOLDER
@@ -31,7 +32,7 @@ def register_classifier(
     if trial_id is None or trial_id not in run_ids:
         raise ClassifierError(
             f"{folder / CLASSIFIER_FOLDER} is not from this search; "
-            f"`visiontuner tune --resume {folder}` packages it again."
+            f"`{next_command('tune', '--resume', folder)}` packages it again."
         )
     version = log_classifier(
         folder / CLASSIFIER_FOLDER,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from visiontuner.commands import next_command
 from visiontuner.data.objects import split_uri
 from visiontuner.errors import UserMistake
 from visiontuner.experiment import Experiment, parse_yaml
@@ -69,8 +70,9 @@ def require_idle(aws: Aws, search: str) -> None:
 
 def _is_running(aws: Aws, name: str) -> str:
     return (
-        f"{name} is still running this search; follow it with `visiontuner attach {name}"
-        f"{aws.flags}`, or end it with `visiontuner stop {name}{aws.flags}` first."
+        f"{name} is still running this search; follow it with "
+        f"`{next_command('attach', name, flags=aws.flags)}`, or end it with "
+        f"`{next_command('stop', name, flags=aws.flags)}` first."
     )
 
 
@@ -94,9 +96,9 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
     record = record_of(aws, before)
     if before.status == "Completed" and not record.started:
         raise UserMistake(
-            f"{before.name} is completed, and its checkpoints are no longer on S3: `visiontuner "
-            f"attach {before.name}{aws.flags}` brings home what it did. There is nothing to go on "
-            "from."
+            f"{before.name} is completed, and its checkpoints are no longer on S3: "
+            f"`{next_command('attach', before.name, flags=aws.flags)}` brings home what it did. "
+            "There is nothing to go on from."
         )
     if record.best is None or remaining_trials(experiment, record):
         return
@@ -105,7 +107,8 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
         if job.status == "Completed":
             raise UserMistake(
                 f"All {len(record.trials)} trials of {before.search} are done, and {job.name} has "
-                f"packaged the best: `visiontuner attach {job.name}{aws.flags}` brings it home."
+                f"packaged the best: `{next_command('attach', job.name, flags=aws.flags)}` brings "
+                "it home."
             )
 
 

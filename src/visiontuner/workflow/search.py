@@ -7,7 +7,8 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from visiontuner.data.files import disk_problem
+from visiontuner.data.files import (disk_problem)
+from visiontuner.commands import (next_command)
 from visiontuner.errors import (
     DiskError,
     JournalError,
@@ -56,7 +57,8 @@ def run_search(
     """
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserMistake(
-            f"{output} is taken. Choose another --output, or go on with --resume {output}."
+            f"{output} is taken. Choose another --output, or go on with: "
+            f"{next_command('tune', '--resume', output)}"
         )
     folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run = _Run(with_absolute_paths(experiment), folder, on, observer or Silent())
@@ -76,7 +78,9 @@ def resume_search(
     if not path.is_file():
         raise JournalError(f"{folder} is no search folder: it has no {EXPERIMENT_FILE}.")
     if (folder / FILE_NAME).is_file() and SearchRecord.load(folder).is_training:
-        raise JournalError(f"{folder} holds one training: visiontuner train --resume {folder}")
+        raise JournalError(
+            f"{folder} holds one training: {next_command('train', '--resume', folder)}"
+        )
     return _Run(Experiment.load(path), folder, on, observer or Silent()).run()
 
 
@@ -112,7 +116,7 @@ class _Run:
             except KeyboardInterrupt:
                 raise SearchInterrupted(
                     "Stopped after the last trial. "
-                    f"Go on with: visiontuner tune --resume {self.folder}"
+                    f"Go on with: {next_command('tune', '--resume', self.folder)}"
                 ) from None
 
     def _require_what_it_needs(self) -> None:
@@ -216,6 +220,6 @@ def _first_error(record: SearchRecord, folder: Path) -> str:
     if not errors:
         return (
             "The search's time was over before any trial finished. Go on for as long again with: "
-            f"visiontuner tune --resume {folder}"
+            f"{next_command('tune', '--resume', folder)}"
         )
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"

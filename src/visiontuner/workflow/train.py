@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from visiontuner.commands import next_command
 from visiontuner.errors import (
     JournalError,
     SearchFailed,
@@ -89,7 +90,8 @@ def train(
     folder = output or SEARCHES / f"{experiment.name}-train-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserMistake(
-            f"{folder} is taken. Choose another --output, or go on with --resume {folder}."
+            f"{folder} is taken. Choose another --output, or go on with: "
+            f"{next_command('train', '--resume', folder)}"
         )
     observer = observer or SilentTraining()
     if trained_on != "train" and experiment.training.early_stop is not None:
@@ -120,7 +122,7 @@ def resume_training(
         raise JournalError(f"{folder} holds no training: `visiontuner train` begins one.")
     record = SearchRecord.load(folder)
     if record.started and not record.is_training:
-        raise JournalError(f"{folder} holds a search: visiontuner tune --resume {folder}")
+        raise JournalError(f"{folder} holds a search: {next_command('tune', '--resume', folder)}")
     for override in overrides:
         if override.partition("=")[0].strip() not in CHANGEABLE:
             raise UserMistake(
@@ -312,7 +314,7 @@ class _Training:
     @contextmanager
     def _ending_in_order(self, recorder: Recorder, tracking: BackgroundTracking) -> Iterator[None]:
         """Whatever ends a training, its journal and MLflow say so, and a person how to go on."""
-        go_on = f"Go on with: visiontuner train --resume {self.folder}"
+        go_on = f"Go on with: {next_command('train', '--resume', self.folder)}"
         try:
             yield
         except KeyboardInterrupt:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.data.files import temporary_folder
+from visiontuner.data.files import (temporary_folder)
+from visiontuner.commands import (next_command)
 from visiontuner.errors import JournalError, UserMistake, VisiontunerError
 from visiontuner.experiment import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.journal import FILE_NAME, SearchRecord
@@ -170,8 +171,8 @@ def _from_folder(folder: Path) -> Origin:
     best = record.best
     if best is None:
         raise UserMistake(
-            f"{folder} has no usable trial yet. Wait for its end, or `visiontuner diagnose "
-            f"{folder}` says what went wrong."
+            f"{folder} has no usable trial yet. Wait for its end, or "
+            f"`{next_command('diagnose', folder)}` says what went wrong."
         )
     experiment = stage_of(Experiment.load(folder / EXPERIMENT_FILE), best).experiment
     return Origin(

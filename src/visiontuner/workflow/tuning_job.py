@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from visiontuner.commands import next_command
 from visiontuner.errors import TrackingError
 from visiontuner.locations import tracking_uri
 from visiontuner.text import without_secrets
@@ -30,7 +31,7 @@ def write_tuning_job(tuning: TuningJob, *, flags: str) -> tuple[str, ...]:
     from visiontuner.tracking.client import Store
     from visiontuner.tracking.tuning_job import write_foreign_search
 
-    uri, again = tracking_uri(), f"`visiontuner attach {tuning.name}{flags}`"
+    uri, again = tracking_uri(), f"`{next_command('attach', tuning.name, flags=flags)}`"
     if not tuning.jobs:
         raise TrackingError(f"{tuning.name} has trained nothing yet: {again} later.")
     store = Store(uri, advice=f"{again} goes on where it stopped.")
@@ -42,7 +43,7 @@ def write_tuning_job(tuning: TuningJob, *, flags: str) -> tuple[str, ...]:
             lines.append(f"Best: {best.name} with {objective.name} {best.value:.4f}.")
     if tuning.status in ("InProgress", "Stopping"):
         lines.append(f"It is still running: {again} later writes the rest.")
-    lines.append(f"Compare them: visiontuner compare {tuning.name}")
+    lines.append(f"Compare them: {next_command('compare', tuning.name)}")
     return tuple(lines)
 
 

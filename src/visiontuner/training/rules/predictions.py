@@ -128,7 +128,8 @@ def _confident_disagreement(history: TrainingHistory) -> Finding | None:
         severity=severity,
         evidence=f"the model is sure that {count} of {len(rows)} validation labels ({share:.0%}) "
         f"are wrong, most often {predictions.class_names[int(worst.argmax())]}",
-        advice="Look at the most confident mistakes (`visiontuner evaluate`) and correct labels.",
+        advice="Look at the most confident mistakes (`visiontuner evaluate FOLDER`) and correct "
+        "labels.",
     )
 
 

@@ -187,8 +187,8 @@ def initialisation_too_long(history: TrainingHistory) -> Finding | None:
         evidence=f"the first step came after {seconds / 60:.0f} minutes"
         + (f", {prepared / 60:.0f} of them for pictures and features" if prepared else "")
         + (f"; the epochs took {trained_for / 60:.0f}" if trained_for else ""),
-        advice="Bring the pictures to a local disk (visiontuner prepare), keep the cache "
-        "(VISIONTUNER_CACHE) between trainings, or use a smaller model.image_size.",
+        advice="Bring the pictures to a local disk (`visiontuner prepare --data DATA`), keep the "
+        "cache (VISIONTUNER_CACHE) between trainings, or use a smaller model.image_size.",
     )
 
 
