@@ -2,6 +2,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -525,6 +526,35 @@ def test_nobody_is_told_to_come_again_without_a_server(
 def test_a_folder_without_pictures_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UserMistake, match="holds no picture files"):
         find_pictures([str(tmp_path)])
+
+
+def with_own_code(model: Path, to: Path) -> Path:
+    """A copy of an MLflow model folder whose code leaves a file behind when it is run."""
+    shutil.copytree(model, to)
+    for script in to.rglob("*.py"):
+        script.write_text(f"open({str(to / 'ran')!r}, 'w')\n" + script.read_text())
+    return to
+
+
+def test_a_model_folder_is_asked_without_running_the_code_in_it(
+    colour_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    model = with_own_code(colour_model, tmp_path / "model")
+    arguments = ["--model", str(model), "--format", "json", str(folder / "a.png")]
+    done = CliRunner().invoke(query, arguments)
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["label"] == "red"
+    assert not (model / "ran").exists()
+
+
+def test_a_model_without_a_classifier_of_ours_is_refused_and_not_run(
+    colour_model: Path, tmp_path: Path
+) -> None:
+    model = with_own_code(colour_model, tmp_path / "model")
+    shutil.rmtree(model / "artifacts")
+    with pytest.raises(ClassifierError, match="without a classifier of visiontuner"):
+        open_model(model)
+    assert not (model / "ran").exists()
 
 
 def test_a_folder_that_is_no_model_is_a_mistake(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def test_another_temperature_than_the_references_is_found(copy: Path) -> None:
     assert "FAIL  reference pictures" in done.stdout
     assert done.stdout.count("FAIL") == 1
     assert "would fail as an endpoint" in done.stdout
+    assert "the code that came with it runs here" in done.stderr
     assert our_servers() == before
 
 

@@ -44,7 +44,8 @@ def preflight(
     """Serve a model here as its endpoint will, and check what it answers over HTTP.
 
     MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION, NAME@ALIAS, or
-    a folder; without one the newest search's NAME. Exits with 1 if a check fails.
+    a folder; without one the newest search's NAME. The code in it runs here, and its requirements
+    are installed: only for models that you trust. Exits with 1 if a check fails.
 
     \b
     Examples:

@@ -35,7 +35,7 @@ _FEW = 32  # pictures that are answered before anyone wants to see progress
     "--model",
     metavar="MODEL",
     default="none",
-    help="Ask a folder or registered model itself, without a server.",
+    help="Ask a folder or registered model itself, without a server; runs no code in it.",
 )
 @click.option("--region", metavar="REGION", default="auto", help="Of the SageMaker endpoint.")
 @click.option("--assume-role", metavar="ARN", default="none", help="Ask the endpoint as this role.")

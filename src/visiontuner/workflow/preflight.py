@@ -26,6 +26,8 @@ def preflight(
 ) -> PreflightReport:
     """Serve the exact artifact on this machine, ask it over HTTP, and end the server.
 
+    The code that an MLflow model brings is run, as its endpoint will; a note says so.
+
     Args:
         model: NAME, NAME/VERSION, NAME@ALIAS or models:/…, or a model, classifier or search
             folder; the newest search's model, by its NAME, if None.
@@ -53,6 +55,11 @@ def preflight(
         note(f"{name} is the champion; {newer} is newer, and can be named.")
     with model_folder(name) as found, temporary_folder() as temporary:
         folder = _as_mlflow_model(found, temporary / "model")
+        if folder == found:
+            note(
+                f"{name} is served as it is: the code that came with it runs here, and what it "
+                "requires is installed. Only for models that you trust."
+            )
         if container:
             server = _container(folder, image, ready_seconds, note)
         else:

@@ -36,7 +36,8 @@ def query(
         sources: files, folders, http(s) URLs, `-` for standard input.
         endpoint: a SageMaker endpoint's name; exactly one of `endpoint`, `url` and `model`.
         url: of a scoring server.
-        model: a classifier, model or search folder, or a registered model; asked in this process.
+        model: a classifier, model or search folder, or a registered model; its classifier is asked
+            in this process, and no code that comes with it is run.
         region: of the endpoint; the one that AWS's own settings name if None.
         assume_role: ARN of a role to ask the endpoint as.
         threshold: answers below it are not confident; the classifier's own if None.
