@@ -140,6 +140,58 @@ def test_the_same_values_give_the_same_numbers(trained):
     assert epochs(Path("again")) == epochs(home / "searches/a")
 
 
+class StopAtFirstStep(SilentTraining):
+    """Remembers what a person reads before the training begins."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
+        raise KeyboardInterrupt
+
+
+def notes_before(experiment: Experiment, **options: Any) -> list[str]:
+    """What is said of a training that begins in a new folder."""
+    told = StopAtFirstStep()
+    with pytest.raises(SearchInterrupted):
+        train(experiment, output=Path("begun"), observer=told, **options)
+    shutil.rmtree("begun")
+    return told.notes
+
+
+def test_a_training_that_repeats_its_origin_says_so_and_what_would_differ(trained, monkeypatch):
+    home, _ = trained
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+    for text in (str(home / "searches/a"), "models:/colours/1"):
+        origin = find_origin(text)
+        same = one_training(origin.experiment, ["training.workers=0"], origin, where="test")
+        (said,) = [n for n in notes_before(same, origin=origin) if "the same model" in n]
+        assert f"nothing differs from {origin.description}" in said
+        assert "registers it as a new version" in said
+        for words in ("--epochs", "--on train+validation", "--set model.train=last_stage"):
+            assert words in said
+
+
+@pytest.mark.parametrize(
+    ("override", "trained_on"),
+    [
+        ("training.epochs=5", "train"),
+        ("training.learning_rate=0.02", "train"),
+        ("seed=8", "train"),
+        ("data.limit_per_class=3", "train"),
+        ("training.workers=0", "train+validation"),
+    ],
+)
+def test_a_training_that_differs_from_its_origin_says_no_such_thing(trained, override, trained_on):
+    origin = find_origin(str(trained[0] / "searches/a"))
+    other = one_training(origin.experiment, [override], origin, where="test")
+    said = notes_before(other, origin=origin, trained_on=trained_on)
+    assert not [note for note in said if "the same model" in note]
+
+
 class StopAt(SilentTraining):
     """Raises at a step, counted through all epochs that this process trains."""
 

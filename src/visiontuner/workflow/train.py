@@ -35,7 +35,7 @@ from visiontuner.workflow.packaging import is_packaged, package_trial
 from visiontuner.workflow.recording import BackgroundTracking
 from visiontuner.workflow.stores import StoreRecorder
 from visiontuner.workflow.threads import training_threads
-from visiontuner.workflow.train_from import Origin, starting_head
+from visiontuner.workflow.train_from import Origin, one_training, starting_head
 
 if TYPE_CHECKING:
     from visiontuner.search.labels import Stores
@@ -156,6 +156,8 @@ class _Training:
         facts: dict[str, Any] = {"trained_on": trained_on, "from": None}
         if origin is not None:
             self.observer.note(f"Hyperparameters: {origin.description}.")
+            if self._repeats(origin, trained_on):
+                self.observer.note(self._what_would_differ(origin))
             facts["from"] = {"description": origin.description, **origin.facts}
             self._keep_head(origin)
             if trained_on != "train":
@@ -183,6 +185,24 @@ class _Training:
             return self._conclude(recorder, tracking, had_ended=had_ended)
 
     # before the first step
+
+    def _repeats(self, origin: Origin, trained_on: TrainedOn) -> bool:
+        """Whether everything that decides the weights is as it was for the origin's trial."""
+        known = origin.data_digest is not None and origin.complete
+        if not known or trained_on != "train":
+            return False
+        theirs = one_training(origin.experiment, (), origin, where=origin.description)
+        same_pictures = origin.data_digest == self.inputs.dataset.digest
+        return same_pictures and _deciding(theirs) == _deciding(self.experiment)
+
+    def _what_would_differ(self, origin: Origin) -> str:
+        more = {"head": "last_stage", "last_stage": "all"}.get(self.experiment.model.train)
+        network = f", --set model.train={more}" if more else ""
+        return (
+            f"warning: nothing differs from {origin.description}, so this trains the same model "
+            "again and registers it as a new version. It would be another one with --epochs, "
+            f"--on train+validation{network}, or another value with --set."
+        )
 
     def _keep_head(self, origin: Origin) -> None:
         """A copy of the head that the network begins with: the training can then go on alone."""
@@ -402,6 +422,17 @@ class _Training:
                     }
                 },
             )
+
+
+def _deciding(experiment: Experiment) -> dict[str, Any]:
+    """What of an experiment decides the weights, besides the pictures."""
+    unimportant = {name.removeprefix("training.") for name in CHANGEABLE}
+    return {
+        "training": experiment.training.model_dump(exclude=unimportant),
+        "model": experiment.model,
+        "seed": experiment.seed,
+        "objective": experiment.objective,
+    }
 
 
 def _epochs(

@@ -52,6 +52,8 @@ class Origin:
         head_trial: whose head a network may begin with: its own, if it trained nothing else, or
             the one it began with itself.
         model_id: of its logged model, where it has one.
+        data_digest: of its pictures, splits included.
+        complete: it ran all its epochs, and measured them on validation.
     """
 
     description: str
@@ -62,6 +64,8 @@ class Origin:
     folder: Path | None = None
     head_trial: str | None = None
     model_id: str | None = None
+    data_digest: str | None = None
+    complete: bool = False
 
     def head(self) -> Path | None:
         """A trained head for a network to begin with; None if none was kept."""
@@ -183,6 +187,8 @@ def _from_folder(folder: Path) -> Origin:
         class_names=tuple(record.started["data"]["class_names"]),
         folder=folder.resolve(),
         head_trial=best.trial_id if experiment.model.train == "head" else best.starts_from,
+        data_digest=record.started["data"].get("digest"),
+        complete=best.state == "completed" and not record.is_unvalidated,
     )
 
 
@@ -215,6 +221,9 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
         facts=known,
         class_names=tuple((lineage.data or {}).get("class_names") or ()),
         model_id=model.get("model_id"),
+        data_digest=(lineage.data or {}).get("digest"),
+        # A training on validation too has no best value.
+        complete=trial.get("state") == "completed" and bool(trial.get("best")),
     )
 
 
