@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 import click
 
-from visiontuner.text import (shell_word)
-from visiontuner.commands import (DEFAULT_TRACKING_URI, next_command)
+from visiontuner.commands import DEFAULT_TRACKING_URI, next_command
+from visiontuner.text import shell_word
 
 if TYPE_CHECKING:
     from visiontuner.workflow import SearchResult

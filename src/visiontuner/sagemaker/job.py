@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from visiontuner.aws import Aws, AwsRefused
-from visiontuner.data.files import (temporary_folder)
-from visiontuner.commands import (next_command)
+from visiontuner.commands import next_command
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import UserMistake
 from visiontuner.sagemaker import s3
 from visiontuner.sagemaker.cost import Price

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from visiontuner.errors import ClassifierError
 from visiontuner.layout import CLASSIFIER_FOLDER
 from visiontuner.model.classifier import DESCRIPTION, Classifier
-from visiontuner.serving.answers import (MEMORY, Answer, Options, answer)
-from visiontuner.serving.client import (Transport, read_answer)
+from visiontuner.serving.answers import MEMORY, Answer, Options, answer
+from visiontuner.serving.client import Transport
 
 # As many as may decode or wait to decode a large picture: here none is told to come again.
 _AT_A_TIME = threading.BoundedSemaphore(MEMORY.waiting + 1)

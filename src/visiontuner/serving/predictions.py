@@ -13,8 +13,8 @@ import numpy as np
 from mlflow.entities.model_registry import ModelVersion
 from numpy.typing import NDArray
 
-from visiontuner.data.files import (temporary_folder)
-from visiontuner.commands import (next_command)
+from visiontuner.commands import next_command
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import UserMistake
 from visiontuner.layout import EVALUATION_FOLDER, EVALUATION_PREDICTIONS, EVALUATION_REPORT
 from visiontuner.serving.registry import DIGEST_TAG

@@ -25,8 +25,8 @@ from typing import Any
 
 from mlflow.entities import Run
 
-from visiontuner.data.files import (temporary_folder)
-from visiontuner.commands import (next_command)
+from visiontuner.commands import next_command
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError
 from visiontuner.journal import read_events
 from visiontuner.layout import MLFLOW_FILE

@@ -18,9 +18,8 @@ import visiontuner
 from visiontuner import errors
 from visiontuner.commands import NO_TRACKING
 from visiontuner.errors import TrackingError, VisiontunerError
-from visiontuner.locations import (NO_TRACKING)
-from visiontuner.text import (one_line)
-from visiontuner.tracking.plan import (ProjectRun)
+from visiontuner.text import one_line
+from visiontuner.tracking.plan import ProjectRun
 from visiontuner.workflow.observing import Observer
 
 _LINES_KEPT = 20

@@ -7,8 +7,8 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from visiontuner.data.files import (disk_problem)
-from visiontuner.commands import (next_command)
+from visiontuner.commands import next_command
+from visiontuner.data.files import disk_problem
 from visiontuner.errors import (
     DiskError,
     JournalError,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.data.files import (temporary_folder)
-from visiontuner.commands import (next_command)
+from visiontuner.commands import next_command
+from visiontuner.data.files import temporary_folder
 from visiontuner.errors import JournalError, UserMistake, VisiontunerError
 from visiontuner.experiment import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.journal import FILE_NAME, SearchRecord
