@@ -190,7 +190,6 @@ def environment_of(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": job.key("ray"),
-        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "MALLOC_ARENA_MAX": "2",
         # A machine that has gone is noticed after 10 s, not 30.

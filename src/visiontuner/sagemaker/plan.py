@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from visiontuner import NO_TELEMETRY
 from visiontuner.experiment import Experiment
 from visiontuner.sagemaker.cost import Price, billed_seconds, dollars
 from visiontuner.sagemaker.instances import has_own_disk
@@ -150,9 +151,8 @@ class JobPlan:
     def environment(self) -> dict[str, str]:
         """Variables of the container."""
         variables = {
+            **NO_TELEMETRY,
             "VISIONTUNER_CACHE": f"{CHECKPOINTS}/cache",
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "RAY_USAGE_STATS_ENABLED": "0",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             # The list is complete: what a package wants of the image's torch changes nothing.
             "PIP_NO_DEPS": "1",

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Self
 
 from visiontuner.errors import ServingError, UserMistake
+from visiontuner.serving.deployment import QUIET
 from visiontuner.serving.environments import wanted_by
 from visiontuner.serving.server import Served, wait_until_ready
 
 REPOSITORY = "visiontuner-serving"
-# What MLflow's deployment tells the container; `serve` is SageMaker's own argument.
+# What a deployment tells the container; `serve` is SageMaker's own argument.
 VARIABLES = {
+    **QUIET,
     "MLFLOW_DEPLOYMENT_FLAVOR_NAME": "python_function",
     "SERVING_ENVIRONMENT": "SageMaker",
 }

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from visiontuner import NO_TELEMETRY
 from visiontuner.aws_images import Image
 from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
@@ -25,6 +26,8 @@ IMAGE_TAG = "visiontuner.image_digest"
 
 CAPTURE = "data_capture_config"
 DEFAULT_INSTANCE = "ml.m5.large"
+# In the container MLflow is imported before the model, which brings its own copy of this package.
+QUIET = {n: NO_TELEMETRY[n] for n in ("MLFLOW_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY")}
 # MLflow appends "-config-" and 20 letters, and shortens what then exceeds 63.
 NAME_LENGTH = 35
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
@@ -113,8 +116,7 @@ class DeploymentPlan:
             config["instance_type"] = str(self.instance_type)
             config["instance_count"] = str(self.instances)
         config |= {key: json.dumps(value) for key, value in self.more.items()}
-        if self.environment:
-            config["env"] = json.dumps(dict(self.environment))
+        config["env"] = json.dumps({**QUIET, **self.environment})
         return config
 
     def command(self, verb: str = "create") -> str:
