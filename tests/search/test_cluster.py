@@ -1,10 +1,16 @@
-"""What a trial gets of the machines."""
+"""The Ray of a search, and what a trial gets of the machines."""
 
+import ipaddress
+import json
+import os
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import ray
 from ray._private.node import Node
 
 from visiontuner.errors import ExperimentError, SearchFailed
@@ -82,3 +88,83 @@ def test_on_one_machine_ray_starts_no_autoscaler_and_nothing_that_reads_logs():
     assert not {"monitor.py", "log_monitor.py"} & started
     assert "start_monitor" in vars(Node), "Ray's own name has changed: it is started again"
     assert "start_log_monitor" in vars(Node)
+    assert "start_api_server" in vars(Node)
+
+
+def processes_of_ray() -> list[psutil.Process]:
+    """This process and those that it has started."""
+    own = psutil.Process()
+    return [own, *own.children(recursive=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_on_one_machine_ray_listens_on_the_loopback_interface_alone():
+    listening = set()
+    for process in processes_of_ray():
+        with suppress(psutil.Error):
+            listening |= {
+                ipaddress.ip_address(each.laddr.ip)
+                for each in process.net_connections("inet")
+                if each.status == psutil.CONN_LISTEN
+            }
+    assert listening
+    mapped = [getattr(address, "ipv4_mapped", None) or address for address in listening]
+    assert [str(address) for address in mapped if not address.is_loopback] == []
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_no_other_user_opens_rays_folder_and_no_file_tells_its_token():
+    folder = Path(ray.get_runtime_context().get_temp_dir())
+    assert folder.parent.stat().st_mode & 0o777 == 0o700
+    (token,) = {
+        process.environ()["RAY_AUTH_TOKEN"]
+        for process in processes_of_ray()[1:]
+        if process.name() in ("raylet", "gcs_server")
+    }
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert any(path.name.startswith("raylet") for path in files)
+    assert [path for path in files if token.encode() in path.read_bytes()] == []
+    remembered = Path.home() / ".ray/auth_token"
+    assert not remembered.is_file() or token not in remembered.read_text()
+
+
+TWO_SEARCHES = """
+import json, os
+from pathlib import Path
+from visiontuner.search.cluster import RayForSearch
+
+before, seen = dict(os.environ), []
+for _ in range(2):
+    with RayForSearch("local") as ray_of_search:
+        ray_of_search.start()
+        import ray
+
+        folder = Path(ray.get_runtime_context().get_temp_dir()).parent
+        seen.append([os.environ["RAY_AUTH_TOKEN"], folder.is_dir(), str(folder)])
+left = [folder for *_, folder in seen if os.path.exists(folder)]
+changed = sorted(n for n in before.keys() | os.environ if before.get(n) != os.environ.get(n))
+print("\\n" + json.dumps({"seen": seen, "left": left, "changed": changed}))
+"""
+
+
+@pytest.mark.slow
+def test_each_search_of_a_process_has_a_token_and_a_folder_of_its_own(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", TWO_SEARCHES],
+        env=os.environ | {"HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    (token, there, folder), (other_token, other_there, other_folder) = told["seen"]
+    assert there
+    assert other_there
+    assert token != other_token
+    assert folder != other_folder
+    assert told["left"] == []
+    assert set(told["changed"]) <= {"RAY_CLIENT_MODE"}  # Ray's own
+    assert not (tmp_path / ".ray").exists()

@@ -5,11 +5,15 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import secrets
+import shutil
 import signal
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,7 +21,6 @@ from urllib.parse import urlsplit
 
 from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
-from visiontuner.text import one_line
 
 Where = Literal["local", "auto"]
 
@@ -27,7 +30,6 @@ OBJECT_STORE_BYTES = 100 * 1024**2
 # Ray and its workers read these at start. Tune's tables and loggers are replaced by ours.
 _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -38,6 +40,7 @@ _ENVIRONMENT = {
 
 
 _ANSWERS_WITHIN_SECONDS = 10.0
+_LAST_WRITES_SECONDS = 5.0
 _HOW_TO_JOIN = (
     "Start one with `ray start --head` and set RAY_ADDRESS to it (and RAY_AUTH_MODE=token if it "
     "wants its token), or leave out `--on auto` to search on this machine alone."
@@ -70,17 +73,14 @@ class RayForSearch:
 
     def __init__(self, where: Where) -> None:
         self._where = where
-        self._ours = False
-        self._added: list[str] = []
+        self._started: ExitStack | None = None
 
     def __enter__(self) -> RayForSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ours:
-            _shut_down()
-        for key in self._added:
-            os.environ.pop(key, None)
+        if self._started is not None:
+            self._started.close()
 
     @property
     def joins(self) -> bool:
@@ -93,42 +93,119 @@ class RayForSearch:
         Raises:
             SearchFailed: Ray cannot start, or there is no cluster to join.
         """
-        if self._ours:
+        if self._started is not None:
             return
         wanted = dict(_ENVIRONMENT)
         if self.joins and _is_ours(_require_cluster(os.environ.get("RAY_ADDRESS", ""))):
             wanted["RAY_AUTH_MODE"] = "token"
-        self._added = [key for key in wanted if key not in os.environ]
-        os.environ.update({key: wanted[key] for key in self._added})
-        import ray
-        from ray.exceptions import RayError
+        with ExitStack() as started:
+            added = {name: value for name, value in wanted.items() if name not in os.environ}
+            started.enter_context(_environment(added))
+            import ray
+            from ray.exceptions import RayError
 
-        _let_trials_use_waiting_workers()
-        if ray.is_initialized():
+            started.enter_context(_no_runtime_environments())
+            if not ray.is_initialized():
+                try:
+                    self._init(started)
+                except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
+                    why = " ".join(str(error).split())[:200]
+                    raise SearchFailed(
+                        f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
+                        if self.joins
+                        else f"Ray does not start here ({why}). "
+                        "`visiontuner doctor` looks for the reason."
+                    ) from error
+                started.callback(_shut_down)
+            self._started = started.pop_all()
+
+    def _init(self, started: ExitStack) -> None:
+        import ray
+
+        if self.joins:
+            with _own_sigterm():
+                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
             return
-        try:
-            with _own_sigterm(), _without_monitors():
-                self._init()
-        except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-            why = one_line(error, 200)
-            raise SearchFailed(
-                f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
-                if self.joins
-                else f"Ray does not start here ({why}). `visiontuner doctor` looks for the reason."
-            ) from error
-        self._ours = True
+        folder = started.enter_context(_private_folder())
+        started.enter_context(_only_for_this_process())
+        with _own_sigterm(), _without_monitors():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(folder),
+            )
 
-    def _init(self) -> None:
-        import ray
 
-        local = self._where == "local"
-        ray.init(
-            address="local" if local else "auto",
-            include_dashboard=False if local else None,
-            object_store_memory=OBJECT_STORE_BYTES if local else None,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables of this process, and of those that it starts, as they were afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs that no other user can open; gone afterwards.
+
+    Ray opens the folder it is given to everybody (mode 0777), so that is one inside. Its processes
+    may write for a moment after they were told to end.
+    """
+    own = Path(tempfile.mkdtemp(prefix="vt-"))  # mode 0700
+    try:
+        yield own / "ray"
+    finally:
+        end = time.monotonic() + _LAST_WRITES_SECONDS
+        while own.exists() and time.monotonic() < end:
+            shutil.rmtree(own, ignore_errors=True)
+            time.sleep(0.01)
+
+
+@contextmanager
+def _only_for_this_process() -> Iterator[None]:
+    """Have Ray listen on the loopback interface alone, and answer only those with a new token.
+
+    The token is in the environment of this process and of Ray's, never in a file. Ray reads both
+    settings once for a process, which may have run another Ray before: it reads them again.
+    """
+    from ray._private import ray_constants
+
+    loopback = "ENABLE_RAY_CLUSTER"
+    was = getattr(ray_constants, loopback, None)
+    own = {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: bind to 127.0.0.1
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
+    try:
+        with _environment(own):
+            setattr(ray_constants, loopback, False)
+            _read_token_settings_again()
+            yield
+    finally:
+        setattr(ray_constants, loopback, was)
+        _read_token_settings_again()
+
+
+def _read_token_settings_again() -> None:
+    """Where a later Ray has other names for these, a process can run one local search only."""
+    from ray import _raylet
+
+    settings = getattr(_raylet, "Config", None)
+    tokens = getattr(_raylet, "AuthenticationTokenLoader", None)
+    if settings and tokens:
+        settings.initialize("")
+        tokens.instance().reset_cache()
 
 
 def _require_cluster(address: str) -> str | None:
@@ -193,16 +270,19 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextmanager
 def _without_monitors() -> Iterator[None]:
-    """Start neither Ray's autoscaler, which has no machines here, nor what reads its workers' logs.
+    """Start none of Ray's helpers that have nothing to do here.
 
-    Each takes half a second of a core, and the first does not end before it is killed, a second
-    later. Where a later Ray has other names for them, they run.
+    Its autoscaler, which has no machines, and what reads its workers' logs take half a second of a
+    core each, and the first does not end before it is killed, a second later. Its dashboard, which
+    is started even where nobody wants one, asks the machine's network for the cloud it is in. Where
+    a later Ray has other names for them, they run.
     """
     from ray._private.node import Node
 
-    kept = {n: vars(Node)[n] for n in ("start_monitor", "start_log_monitor") if n in vars(Node)}
+    names = ("start_monitor", "start_log_monitor", "start_api_server")
+    kept = {name: vars(Node)[name] for name in names if name in vars(Node)}
     for name in kept:
-        setattr(Node, name, lambda _: None)
+        setattr(Node, name, lambda *_, **__: None)
     try:
         yield
     finally:
@@ -228,18 +308,28 @@ def _shut_down() -> None:
             gc.enable()
 
 
-def _let_trials_use_waiting_workers() -> None:
-    """Ray starts a worker a core at once; let the first trials run in these.
+@contextmanager
+def _no_runtime_environments() -> Iterator[None]:
+    """Have Tune give its actors no environment of their own: workers inherit this process's.
 
-    Tune gives its actors a runtime environment of their own, one variable for a library that is
-    not used here, and for that Ray starts other workers: 2 s before the first epoch. Where a later
-    Ray has no such variable, there is nothing to do.
+    Tune copies AWS's credentials into it, which Ray then writes into logs that everybody can read.
+    For an environment of their own Ray also starts other workers than those that wait, one a core:
+    2 s before the first epoch. Where a later Ray has no such variables, there is nothing to do.
     """
     try:
         from ray.tune.execution import class_cache
     except ImportError:
+        yield
         return
-    getattr(class_cache, "DEFAULT_ENV_VARS", {}).clear()
+    names = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
+    kept = {name: vars(class_cache)[name] for name in names if name in vars(class_cache)}
+    for name, values in kept.items():
+        setattr(class_cache, name, type(values)())
+    try:
+        yield
+    finally:
+        for name, values in kept.items():
+            setattr(class_cache, name, values)
 
 
 def describe_cluster() -> str:
