@@ -9,6 +9,8 @@ ENGINE ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 LISTS := pyproject.toml requirements.txt constraints.txt
+# For `make ui` and `make serving-image`; visiontuner itself switches it off.
+export MLFLOW_DISABLE_TELEMETRY := true
 
 .DEFAULT_GOAL := help
 .PHONY: help install tune test test-container serving-image aws-smoke ui lint bench clean

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -11,7 +12,9 @@ import pytest
 
 from visiontuner import doctor
 from visiontuner.doctor import Check, pair_mismatch, run_checks
-from visiontuner.doctor_store import _schemas, check_store
+from visiontuner.doctor_store import (_schemas, check_store, without_password)
+from visiontuner.errors import (UserMistake)
+from visiontuner.locations import (cache_folder)
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +93,25 @@ def test_ray_token_mode_without_a_token(monkeypatch, tmp_path):
     check = doctor.check_ray()
     assert check.status == "ok"
     assert "s3cret" not in check.detail + check.advice
+
+
+def test_a_user_without_a_home_has_no_ray_token_and_is_asked_for_a_cache(monkeypatch):
+    """As in a container that was started with a user id of its own."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda number: {}[number])  # as for an id without a name
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert doctor.check_ray().status == "error"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    assert doctor.check_ray().status == "ok"
+    with pytest.raises(UserMistake, match="VISIONTUNER_CACHE"):
+        cache_folder()
+
+
+def test_rays_sockets_without_a_folder_are_an_error(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    check = doctor.check_ray()
+    assert check.status == "error"
+    assert check.advice == "Name another: `export TMPDIR=FOLDER`."
 
 
 def test_ray_variables_are_named_without_their_values(monkeypatch):

@@ -1,4 +1,4 @@
-"""A search that joins a Ray cluster of two machines, as inside `ray job submit`."""
+"""A search that joins a cluster of two machines, and a Ray that does not start or is killed."""
 
 import json
 import os
@@ -8,15 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from visiontuner.journal import SearchRecord
+from visiontuner.journal import SearchRecord, is_running
 from visiontuner.sagemaker.processes import Child
 
 pytestmark = pytest.mark.slow
@@ -95,3 +97,76 @@ def test_a_search_joins_the_cluster_and_leaves_it_running(
     assert re.search(rf"Joined the Ray cluster at \S+:{port}: 2 machines, 2 cores\.", done.stdout)
     trials = SearchRecord.load(tmp_path / "search").trials
     assert [trial.state for trial in trials.values()] == ["completed"] * 4
+
+
+def test_a_ray_that_does_not_start_is_one_line_with_the_command_that_goes_on(
+    pictures: Path, small_search: dict[str, Any], shared_cache: Path, tmp_path: Path
+) -> None:
+    experiment = small_search | {"data": {"source": str(pictures)}}
+    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
+    command = [sys.executable, "-m", "visiontuner", "tune", "--output", "my search"]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(
+            [*command, "--experiment", "experiment.yaml"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "RAY_GCS_SERVER_PORT": str(taken.getsockname()[1]),
+                "MLFLOW_TRACKING_URI": "none",
+                "VISIONTUNER_CACHE": str(shared_cache),
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 1
+    (told,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert told.startswith("Error: Ray does not start here (")
+    assert told.endswith("Then go on with: visiontuner tune --resume 'my search'")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_killed_part_of_ray_ends_a_search_with_the_command_that_goes_on(
+    part: str,
+    pictures: Path,
+    small_search: dict[str, Any],
+    shared_cache: Path,
+    tmp_path: Path,
+) -> None:
+    experiment = json.loads(json.dumps(small_search | {"data": {"source": str(pictures)}}))
+    experiment["training"]["epochs"] = 1_000_000  # it lasts until it is killed
+    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
+    command = [sys.executable, "-m", "visiontuner", "tune", "--output", "search"]
+    with (
+        tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as temporary,
+        subprocess.Popen(
+            [*command, "--experiment", "experiment.yaml"],
+            cwd=tmp_path,
+            env={
+                **os.environ,
+                "TMPDIR": temporary,
+                "MLFLOW_TRACKING_URI": "none",
+                "VISIONTUNER_CACHE": str(shared_cache),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as search,
+    ):
+        journal = tmp_path / "search/journal.jsonl"
+        while not (journal.is_file() and '"event": "epoch"' in journal.read_text()):
+            assert search.poll() is None, search.communicate()[0]
+            time.sleep(0.05)
+        (found,) = [p for p in psutil.Process(search.pid).children() if p.name() == part]
+        found.kill()
+        output, _ = search.communicate(timeout=120)
+        assert [path.name for path in Path(temporary).glob("vt-*")] == []
+    assert search.returncode == 1
+    last = output.splitlines()[-1]
+    assert last.startswith("Error: A process of Ray's was killed"), output
+    assert last.endswith("Go on with: visiontuner tune --resume search")
+    assert not is_running(tmp_path / "search")
+    assert SearchRecord.load(tmp_path / "search").trials

@@ -22,8 +22,11 @@ from typing import Any
 
 import psutil
 
+from visiontuner import NO_TELEMETRY
 from visiontuner.doctor_store import Check as Check
 from visiontuner.doctor_store import Status, check_store
+from visiontuner.errors import UserMistake
+from visiontuner.search.cluster import folder_for_sockets, user_has_ray_token
 
 GB = 10**9
 MIB = 2**20
@@ -171,9 +174,17 @@ def check_environment_managers() -> Check:
 
 
 def check_ray() -> Check:
-    """Settings that send Ray elsewhere or lock its workers out. Values are never shown."""
+    """No folder for its sockets, and settings that send it elsewhere or lock its workers out.
+
+    Values of settings are never shown.
+    """
     version = importlib.metadata.version("ray")
-    has_token = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").exists()
+    try:
+        folder_for_sockets()
+    except UserMistake as error:
+        problem, _, advice = str(error).rpartition(". ")
+        return Check(name="ray", status="error", detail=f"{version}; {problem}", advice=advice)
+    has_token = "RAY_AUTH_TOKEN" in os.environ or user_has_ray_token()
     if os.environ.get("RAY_AUTH_MODE") == "token" and not has_token:
         return Check(
             name="ray",
@@ -181,7 +192,7 @@ def check_ray() -> Check:
             detail=f"{version}; RAY_AUTH_MODE asks for a token and there is none",
             advice="Unset RAY_AUTH_MODE, or set the cluster's RAY_AUTH_TOKEN on every node.",
         )
-    known = {*KNOWN_RAY_VARIABLES, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
+    known = {*KNOWN_RAY_VARIABLES, *NO_TELEMETRY, "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"}
     surprises = sorted(n for n in os.environ if n.startswith("RAY_") and n not in known)
     if surprises:
         return Check(

@@ -15,13 +15,23 @@ SEARCHES = Path(SEARCHES_FOLDER)
 
 
 def cache_folder() -> Path:
-    """Features, exported networks, downloads: `VISIONTUNER_CACHE` or the user's cache folder."""
+    """Features, exported networks, downloads: `VISIONTUNER_CACHE` or the user's cache folder.
+
+    Raises:
+        UserMistake: the user has no home, as in a container whose user id has no name.
+    """
     chosen = os.environ.get("VISIONTUNER_CACHE")
     if chosen:
         return Path(chosen).expanduser().resolve()
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))
+    try:
+        return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))
+    except RuntimeError:
+        raise UserMistake(
+            "This user has no home folder for the cache (HOME is not set). "
+            "Name a folder: `export VISIONTUNER_CACHE=FOLDER`."
+        ) from None
 
 
 def writable_cache_folder() -> Path:

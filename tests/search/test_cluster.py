@@ -15,7 +15,7 @@ from ray._private.node import Node
 
 from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
-from visiontuner.search.cluster import RayForSearch, share_out
+from visiontuner.search.cluster import RayForSearch, folder_for_sockets, share_out
 
 LAPTOP = {"CPU": 4.0}
 GPU_MACHINE = {"CPU": 16.0, "GPU": 1.0}
@@ -74,6 +74,18 @@ def test_a_cluster_that_cannot_be_joined_is_said_at_once(address, told, monkeypa
         pytest.raises(SearchFailed, match=told.replace("(", r"\(")),
     ):
         cluster.start()
+
+
+def test_rays_folder_is_elsewhere_where_the_path_for_temporary_files_is_too_long(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", "/var/tmp")
+    assert folder_for_sockets() == Path("/var/tmp")
+    long = tmp_path / ("x" * 51)
+    long.mkdir()
+    for unusable in (str(long), "/no/such/folder", "/dev/null"):
+        monkeypatch.setenv("TMPDIR", unusable)
+        assert folder_for_sockets() == Path("/tmp")
 
 
 @pytest.mark.slow
@@ -135,24 +147,29 @@ import json, os
 from pathlib import Path
 from visiontuner.search.cluster import RayForSearch
 
+import ray  # as the part of a search that runs trials does, before Ray starts
+
 before, seen = dict(os.environ), []
 for _ in range(2):
     with RayForSearch("local") as ray_of_search:
         ray_of_search.start()
-        import ray
-
         folder = Path(ray.get_runtime_context().get_temp_dir()).parent
         seen.append([os.environ["RAY_AUTH_TOKEN"], folder.is_dir(), str(folder)])
+        packed = dict(ray.get_runtime_context().runtime_env)
 left = [folder for *_, folder in seen if os.path.exists(folder)]
 changed = sorted(n for n in before.keys() | os.environ if before.get(n) != os.environ.get(n))
-print("\\n" + json.dumps({"seen": seen, "left": left, "changed": changed}))
+print("\\n" + json.dumps({"seen": seen, "left": left, "changed": changed, "packed": packed}))
 """
 
 
 @pytest.mark.slow
 def test_each_search_of_a_process_has_a_token_and_a_folder_of_its_own(tmp_path):
+    """Below `uv run` too, where Ray would pack the working folder and start workers with uv."""
+    (tmp_path / "run").write_text('"$@"; exit $?')
+    uv_run = ["bash", "-c", 'exec -a uv bash run "$@"', "bash"]
     done = subprocess.run(
-        [sys.executable, "-c", TWO_SEARCHES],
+        [*uv_run, sys.executable, "-c", TWO_SEARCHES],
+        cwd=tmp_path,
         env=os.environ | {"HOME": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -166,5 +183,6 @@ def test_each_search_of_a_process_has_a_token_and_a_folder_of_its_own(tmp_path):
     assert token != other_token
     assert folder != other_folder
     assert told["left"] == []
+    assert told["packed"] == {}
     assert set(told["changed"]) <= {"RAY_CLIENT_MODE"}  # Ray's own
     assert not (tmp_path / ".ray").exists()

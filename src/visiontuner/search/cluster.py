@@ -9,18 +9,22 @@ import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
-from visiontuner.errors import ExperimentError, SearchFailed
+import psutil
+
+from visiontuner.errors import ExperimentError, SearchFailed, UserMistake
 from visiontuner.experiment import Search
+from visiontuner.text import one_line
 
 Where = Literal["local", "auto"]
 
@@ -39,8 +43,16 @@ _ENVIRONMENT = {
 }
 
 
+# Below `uv run` Ray would pack the working folder, pictures and all, and run workers in the copy.
+_UV_RUN = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
+_VITAL = ("raylet", "gcs_server")
+_WATCH_SECONDS = 0.5
 _ANSWERS_WITHIN_SECONDS = 10.0
 _LAST_WRITES_SECONDS = 5.0
+# A socket's path may have 103 bytes (macOS, 107 on Linux), of which Ray's own part takes so many.
+_LONGEST_TMPDIR = 103 - len(
+    "/vt-12345678/ray/session_2026-11-30_23-59-59_123456_4194304/sockets/plasma_store"
+)
 _HOW_TO_JOIN = (
     "Start one with `ray start --head` and set RAY_ADDRESS to it (and RAY_AUTH_MODE=token if it "
     "wants its token), or leave out `--on auto` to search on this machine alone."
@@ -69,10 +81,14 @@ class RayForSearch:
 
     `start` belongs into the thread that stays until the end: the kernel ends Ray's processes with
     the thread that started them.
+
+    Args:
+        on_loss: called when a part of the local Ray was killed, right before this process ends.
     """
 
-    def __init__(self, where: Where) -> None:
+    def __init__(self, where: Where, *, on_loss: Callable[[], None] = lambda: None) -> None:
         self._where = where
+        self._on_loss = on_loss
         self._started: ExitStack | None = None
 
     def __enter__(self) -> RayForSearch:
@@ -102,21 +118,23 @@ class RayForSearch:
             added = {name: value for name, value in wanted.items() if name not in os.environ}
             started.enter_context(_environment(added))
             import ray
-            from ray.exceptions import RayError
 
             started.enter_context(_no_runtime_environments())
+            if _UV_RUN not in os.environ:
+                started.enter_context(_ray_constant(_UV_RUN, False))
             if not ray.is_initialized():
                 try:
                     self._init(started)
-                except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-                    why = " ".join(str(error).split())[:200]
+                except UserMistake:
+                    raise
+                except Exception as error:  # a Ray that is not up in time is a plain Exception
+                    why = one_line(error, 200)
                     raise SearchFailed(
                         f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
                         if self.joins
-                        else f"Ray does not start here ({why}). "
-                        "`visiontuner doctor` looks for the reason."
+                        else f"Ray does not start here ({why}). Is the machine busy or its memory "
+                        "full? `visiontuner doctor` looks for the reason."
                     ) from error
-                started.callback(_shut_down)
             self._started = started.pop_all()
 
     def _init(self, started: ExitStack) -> None:
@@ -125,6 +143,7 @@ class RayForSearch:
         if self.joins:
             with _own_sigterm():
                 ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            started.callback(_shut_down)
             return
         folder = started.enter_context(_private_folder())
         started.enter_context(_only_for_this_process())
@@ -137,6 +156,8 @@ class RayForSearch:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
+        started.callback(_shut_down)
+        started.enter_context(_watched(folder.parent, self._on_loss))
 
 
 @contextmanager
@@ -161,7 +182,7 @@ def _private_folder() -> Iterator[Path]:
     Ray opens the folder it is given to everybody (mode 0777), so that is one inside. Its processes
     may write for a moment after they were told to end.
     """
-    own = Path(tempfile.mkdtemp(prefix="vt-"))  # mode 0700
+    own = Path(tempfile.mkdtemp(prefix="vt-", dir=folder_for_sockets()))  # mode 0700
     try:
         yield own / "ray"
     finally:
@@ -171,6 +192,24 @@ def _private_folder() -> Iterator[Path]:
             time.sleep(0.01)
 
 
+def folder_for_sockets() -> Path:
+    """The folder for temporary files, or another where its path is too long for Ray's sockets.
+
+    Raises:
+        UserMistake: there is none that can be written.
+    """
+    for name in (os.environ.get("TMPDIR") or "/tmp", "/tmp", "/var/tmp", "/dev/shm"):
+        folder = Path(name).absolute()
+        is_short = len(os.fsencode(folder)) <= _LONGEST_TMPDIR
+        if is_short and folder.is_dir() and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UserMistake(
+        "Ray's sockets need a folder that can be written and has a path of at most "
+        f"{_LONGEST_TMPDIR} bytes; neither TMPDIR nor /tmp is one. "
+        "Name another: `export TMPDIR=FOLDER`."
+    )
+
+
 @contextmanager
 def _only_for_this_process() -> Iterator[None]:
     """Have Ray listen on the loopback interface alone, and answer only those with a new token.
@@ -178,23 +217,30 @@ def _only_for_this_process() -> Iterator[None]:
     The token is in the environment of this process and of Ray's, never in a file. Ray reads both
     settings once for a process, which may have run another Ray before: it reads them again.
     """
-    from ray._private import ray_constants
-
-    loopback = "ENABLE_RAY_CLUSTER"
-    was = getattr(ray_constants, loopback, None)
     own = {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: bind to 127.0.0.1
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     try:
-        with _environment(own):
-            setattr(ray_constants, loopback, False)
+        with _environment(own), _ray_constant("ENABLE_RAY_CLUSTER", False):
             _read_token_settings_again()
             yield
     finally:
-        setattr(ray_constants, loopback, was)
         _read_token_settings_again()
+
+
+@contextmanager
+def _ray_constant(name: str, value: object) -> Iterator[None]:
+    """What Ray has read from a variable when it was imported, perhaps before the search began."""
+    from ray._private import ray_constants
+
+    was = getattr(ray_constants, name, None)
+    setattr(ray_constants, name, value)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, was)
 
 
 def _read_token_settings_again() -> None:
@@ -236,13 +282,21 @@ def _require_cluster(address: str) -> str | None:
     return parts.hostname
 
 
+def user_has_ray_token() -> bool:
+    """Whether `ray start` finds a token that this user's earlier clusters left."""
+    try:
+        return Path("~/.ray/auth_token").expanduser().is_file()
+    except RuntimeError:  # no home, as in a container whose user has no name
+        return False
+
+
 def _is_ours(host: str | None) -> bool:
     """Whether the cluster runs on this machine, and this user has a token for clusters here.
 
     `ray start` asks for the token as soon as the user has one, a driver with RAY_ADDRESS does not
     send it unless told to (Ray 2.60). To other machines it goes only if RAY_AUTH_MODE says so.
     """
-    if host is None or not (Path.home() / ".ray" / "auth_token").is_file():
+    if host is None or not user_has_ray_token():
         return False
     try:
         with socket.socket() as own:
@@ -288,6 +342,45 @@ def _without_monitors() -> Iterator[None]:
     finally:
         for name, start in kept.items():
             setattr(Node, name, start)
+
+
+@contextmanager
+def _watched(folder: Path, on_loss: Callable[[], None]) -> Iterator[None]:
+    """End this process as soon as one of Ray's own is killed, by a lack of memory perhaps.
+
+    Ray itself would do so ten seconds later, from within its compiled part and after pages of its
+    logs; nothing can go on without it.
+
+    Args:
+        folder: Ray's own, which is removed.
+        on_loss: called first.
+    """
+    parts = [each for each in psutil.Process().children() if each.name() in _VITAL]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_WATCH_SECONDS):
+            if not all(map(_runs, parts)) and not over.is_set():
+                on_loss()
+                shutil.rmtree(folder, ignore_errors=True)
+                for stream in (sys.stdout, sys.stderr):
+                    stream.flush()
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, name="ray's processes", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _shut_down() -> None:
@@ -351,7 +444,9 @@ def require_room(search: Search) -> None:
 
     Raises:
         ExperimentError: one trial wants more cores than there are.
+        UserMistake: there is no folder for Ray's sockets.
     """
+    folder_for_sockets()
     share_out([{"CPU": os.cpu_count() or 1}], search)
 
 

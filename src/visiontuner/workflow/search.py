@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from visiontuner.experiment import Experiment
 from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord
 from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.locations import SEARCHES, take_project_run, tracking_uri
+from visiontuner.text import one_line
 from visiontuner.workflow.inputs import Inputs, with_absolute_paths
 from visiontuner.workflow.journals import open_journal, read_record
 from visiontuner.workflow.layout import SearchResult, claim_folder
@@ -137,7 +139,7 @@ class _Run:
         """The part of a search that needs Ray; `journal` closes the recorder."""
         from visiontuner.search.cluster import RayForSearch
 
-        with RayForSearch(self.on) as ray:
+        with RayForSearch(self.on, on_loss=self._tell_that_ray_is_gone) as ray:
             recorder = journal.enter_context(closing(self._open_journal(record)))
             tracking.begin(self.folder)
             state: SearchState = "completed"
@@ -153,15 +155,21 @@ class _Run:
                 raise
             return state, recorder
 
+    def _tell_that_ray_is_gone(self) -> None:
+        self.observer.trials_end()
+        self.observer.note(
+            "Error: A process of Ray's was killed, perhaps since memory was full. Nothing that "
+            f"ended is lost. Go on with: {next_command('tune', '--resume', self.folder)}"
+        )
+
     def _interrupted_by_disk(self, error: Exception, recorder: Recorder) -> DiskError:
         """Nothing has failed for good: the search goes on where there is room."""
         best = recorder.record.best
         with suppress(SearchFailed):  # the journal's own disk may be the full one
             recorder.append("search_ended", state="interrupted", best_trial=best and best.trial_id)
-        said = f"{' '.join(str(error).split()).rstrip('.')}."
         return DiskError(
-            f"{said} The search is interrupted, nothing is lost. Make room, then go on with: "
-            f"visiontuner tune --resume {self.folder}"
+            f"{one_line(error, 500).rstrip('.')}. The search is interrupted, nothing is lost. Make "
+            f"room, then go on with: {next_command('tune', '--resume', self.folder)}"
         )
 
     def _open_journal(self, record: SearchRecord) -> Recorder:

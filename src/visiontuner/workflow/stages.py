@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.errors import DataError
+from visiontuner.errors import DataError, SearchFailed
 from visiontuner.journal import read_events
 from visiontuner.workflow.background import beside
 from visiontuner.workflow.inputs import Inputs
@@ -53,7 +54,7 @@ class StageRunner:
         from visiontuner.search.cluster import describe_cluster
 
         if self.ray.joins and not self.inputs.on_cluster:
-            self.ray.start()
+            self._start_ray()
             self.inputs.on_cluster = True
             self.observer.note(describe_cluster())
         # Ray's import and start fill one core for some seconds; the first part of the features,
@@ -66,7 +67,7 @@ class StageRunner:
             # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
             # mistake in it shows there as well.
             threads.append(beside(lambda: self.inputs.backbone))
-            self.ray.start()
+            self._start_ray()
             computed = computing.result()
         except BaseException:  # a Ctrl-C, or a Ray that does not start
             self.inputs.stop(*threads)
@@ -89,6 +90,16 @@ class StageRunner:
             )
         finally:
             self.observer.trials_end()
+
+    def _start_ray(self) -> None:
+        try:
+            self.ray.start()
+        except SearchFailed as error:
+            where = " --on auto" if self.ray.joins else ""
+            folder = shlex.quote(str(self.folder))
+            raise SearchFailed(
+                f"{error} Then go on with: visiontuner tune{where} --resume {folder}"
+            ) from error
 
     def _seconds_left(self) -> float | None:
         return None if self._deadline is None else max(0.1, self._deadline - time.monotonic())
