@@ -12,9 +12,9 @@ import pytest
 
 from visiontuner import doctor
 from visiontuner.doctor import Check, pair_mismatch, run_checks
-from visiontuner.doctor_store import (_schemas, check_store, without_password)
-from visiontuner.errors import (UserMistake)
-from visiontuner.locations import (cache_folder)
+from visiontuner.doctor_store import _schemas, check_store
+from visiontuner.errors import UserMistake
+from visiontuner.locations import cache_folder
 
 
 @pytest.fixture(autouse=True)
