@@ -1,15 +1,18 @@
 """Searches that are stopped or killed at the command line and go on: nothing lost or doubled."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,12 @@ pytestmark = [
 ]
 
 TRIALS = 8
+HELD = Path(__file__).with_name("held_command.py")
+# Three trials have ended, and one is in the middle of its epochs.
+IN_A_TRIAL = (
+    "event and event['event'] == 'epoch' and event['step'] < 60 "
+    "and sum(e['event'] == 'trial_ended' for e in events) >= 3"
+)
 
 
 class Command:
@@ -47,26 +56,31 @@ class Command:
         }
         self.process: subprocess.Popen[str] | None = None
 
-    def start(self, *arguments: str) -> None:
+    def start(self, *arguments: str, moment: str | None = None, **options: Any) -> None:
+        """Begin, to be held at a moment of `held_command.py`."""
+        program = ["-m", "visiontuner"] if moment is None else [HELD, moment, self.home]
         new = ("--experiment", "experiment.yaml", "--output", "search")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "visiontuner", "tune", *(arguments or new)],
+            [sys.executable, *program, "tune", *(arguments or new)],
             cwd=self.home,
             env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
             text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **options},
         )
 
-    def stop(self, number: int, condition: Callable[[], Any]) -> None:
-        """Send a signal to the driver alone as soon as the condition holds."""
+    def wait_until(self, condition: Callable[[], Any]) -> None:
+        """It has not ended before, or the test fails."""
         assert self.process is not None
-        end = time.monotonic() + 240
         while not condition():
-            assert self.process.poll() is None, f"it ended too early:\n{self.process.stdout.read()}"
-            assert time.monotonic() < end, "the moment never came"
+            assert self.process.poll() is None, f"it ended too early:\n{self.end()}"
             time.sleep(0.01)
-        self.process.send_signal(number)
+
+    def hold(self) -> None:
+        """Return when it waits at its moment."""
+        self.wait_until((self.home / "held").exists)
+
+    def let_go(self) -> None:
+        (self.home / "go").write_bytes(b"")
 
     def end(self) -> tuple[int, list[str]]:
         """Exit code and lines."""
@@ -111,6 +125,7 @@ def command(
     experiment["data"] = {"source": str(pictures)}
     experiment["training"]["epochs"] = 60
     experiment["search"]["trials"] = TRIALS
+    os.mkfifo(tmp_path / "go")
     command = Command(tmp_path, shared_cache, experiment, new_database(tmp_path / "mlflow.db"))
     yield command
     if command.process is not None and command.process.poll() is None:
@@ -143,13 +158,20 @@ def assert_whole(command: Command, before: SearchRecord) -> None:
 
 def assert_ends_in_order(command: Command, number: int) -> None:
     """Finished trials stay, running ones are interrupted, the last line says how to go on."""
-    command.start()
-    command.stop(number, lambda: len(command.events("trial_ended")) >= 3)
+    command.start(moment=IN_A_TRIAL)
+    command.hold()
+    command.process.send_signal(number)
+    command.let_go()
     code, lines = command.end()
     assert code == 130
     assert "Traceback" not in "\n".join(lines)
     resume = re.search(r"visiontuner (tune --resume \S*search)$", lines[-1])
     assert resume, lines[-5:]
+    assert_interrupted(command)
+
+
+def assert_interrupted(command: Command) -> None:
+    """In the journal, and in MLflow."""
     before, runs = command.record, command.runs()
     states = {trial.state for trial in before.trials.values()}
     assert states == {"completed", "interrupted"}
@@ -159,26 +181,82 @@ def assert_ends_in_order(command: Command, number: int) -> None:
         assert runs[trial_id].info.status == expected
 
 
-def test_sigterm_ends_a_search_in_order(command):
-    assert_ends_in_order(command, signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_search_in_order(command, number):
+    assert_ends_in_order(command, number)
+
+
+def test_a_search_outlives_its_terminal_and_ends_in_order(command):
+    """What a closed terminal sends is SIGHUP, and what is printed to it fails."""
+    terminal, its_end = pty.openpty()
+    command.start(
+        moment=IN_A_TRIAL,
+        **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(its_end)
+    command.hold()
+    os.close(terminal)
+    command.let_go()
+    assert command.process.wait() == 130
+    assert_interrupted(command)
+
+
+def test_nohup_keeps_a_search_running(command):
+    command.start(
+        moment=IN_A_TRIAL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    command.hold()
+    command.process.send_signal(signal.SIGHUP)
+    command.let_go()
+    code, lines = command.end()
+    assert code == 0, lines
+
+
+@contextmanager
+def ray_that_does_not_start(command: Command) -> Iterator[psutil.Process]:
+    """Ray's first process is stopped until the end, and so is Ray's start."""
+    assert command.process is not None
+    found: list[psutil.Process] = []
+    command.wait_until(lambda: found.extend(gcs_servers(command.process.pid)) or found)
+    found[0].suspend()
+    try:
+        yield found[0]
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            found[0].resume()
+
+
+def gcs_servers(pid: int) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += [child] if child.name() == "gcs_server" else []
+    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_while_ray_starts_ends_a_search_in_order(command, number):
     command.start()
-    command.stop(number, lambda: "gcs_server" in names_of_children(command.process.pid))
+    with ray_that_does_not_start(command):
+        command.process.send_signal(number)
+        command.wait_until(lambda: command.events("search_ended"))
     code, lines = command.end()
     assert code == 130, lines
     assert re.search(r"visiontuner (tune --resume \S*search)$", lines[-1]), lines[-5:]
     assert command.record.ended["state"] == "interrupted"
 
 
-def names_of_children(pid: int) -> set[str]:
-    names = set()
-    for child in psutil.Process(pid).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            names.add(child.name())
-    return names
+def test_a_second_ctrl_c_ends_at_once_whatever_the_search_waits_for(command):
+    command.start()
+    with ray_that_does_not_start(command) as gcs_server:
+        command.process.send_signal(signal.SIGINT)
+        command.wait_until(lambda: command.events("search_ended"))
+        command.process.send_signal(signal.SIGINT)
+        code, lines = command.end()
+        assert code == 130, lines
+        gcs_server.wait(30)
 
 
 def test_a_search_goes_on_after_ctrl_c(command):
@@ -195,11 +273,11 @@ def test_a_search_goes_on_after_ctrl_c(command):
             assert after[trial_id].info.end_time == run.info.end_time
 
 
-# When the driver is killed, from what it has written.
-MOMENTS: dict[str, Callable[[Command, Path], bool]] = {
-    "features": lambda _, cache: any(cache.glob("features/*/shards/*.npy")),
-    "trials": lambda command, _: len(command.events("trial_ended")) >= TRIALS // 2,
-    "packaging": lambda command, _: bool(command.events("search_ended")),
+# When the driver is killed.
+MOMENTS = {
+    "features": "any(cache.glob('features/*/shards/*.npy'))",
+    "trials": f"sum(e['event'] == 'trial_ended' for e in events) >= {TRIALS // 2}",
+    "packaging": "event and event['event'] == 'search_ended'",
 }
 
 
@@ -207,14 +285,14 @@ MOMENTS: dict[str, Callable[[Command, Path], bool]] = {
 def test_a_killed_search_goes_on_and_ends_as_if_nothing_had_happened(
     command, moment, tmp_path, shared_cache
 ):
-    cache = shared_cache
     if moment == "features":
         cache = tmp_path / "cache"
         if (shared_cache / "exports").exists():
             shutil.copytree(shared_cache, cache, ignore=lambda *_: ["features"])
         command.environment["VISIONTUNER_CACHE"] = str(cache)
-    command.start()
-    command.stop(signal.SIGKILL, lambda: MOMENTS[moment](command, cache))
+    command.start(moment=MOMENTS[moment])
+    command.hold()
+    command.process.kill()
     code, _ = command.end()
     assert code == -signal.SIGKILL
     assert not is_running(command.search)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
+from visiontuner import interrupts
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.text import one_line
 
@@ -119,7 +120,10 @@ class Aws:
             ServingError: AWS cannot be reached.
         """
         with explained(method.replace("_", " ")):
-            answer: dict[str, Any] = getattr(self.client(service), method)(**kwargs)
+            ask = partial(getattr(self.client(service), method), **kwargs)
+            # What changes something is waited for: whoever undoes it has to know of it.
+            is_question = method.startswith(("describe_", "get_", "head_", "list_"))
+            answer: dict[str, Any] = interrupts.call(ask) if is_question else ask()
             return answer
 
     def pages(self, service: str, method: str, key: str, /, **kwargs: Any) -> Iterator[Any]:
@@ -153,6 +157,30 @@ class Aws:
             raise UserMistake(
                 f"SageMaker has no region {self.region!r}. Nearest: {', '.join(near)}."
             )
+
+
+@contextmanager
+def ending_uploads() -> Iterator[None]:
+    """End a library's upload to S3 with its next part after a signal; for sessions made within.
+
+    Raises:
+        KeyboardInterrupt: a signal came.
+    """
+    import botocore
+
+    def ask_first(**_: Any) -> None:
+        if interrupts.is_waiting():
+            raise InterruptedError("a signal came")
+
+    def register(session: Any) -> None:
+        session.register("before-send.s3", ask_first)
+
+    botocore.register_initializer(register)
+    try:
+        yield
+    finally:
+        botocore.unregister_initializer(register)
+        interrupts.check()
 
 
 def _as_role(role: str, own: Any, region: str) -> Any:

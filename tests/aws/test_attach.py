@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -504,7 +503,7 @@ def test_next_steps_can_be_pasted_where_another_region_is_the_default(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(following, "time", SimpleNamespace(monotonic=time.monotonic, sleep=press))
+        patch.setattr(following.interrupts, "sleep", press)
         left = steps("attach", job)
     assert left == [f"visiontuner attach {job} {here}", f"visiontuner stop {job} {here}"]
     stopped = steps("stop", job)

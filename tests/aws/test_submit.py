@@ -14,12 +14,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from visiontuner import interrupts
 from visiontuner.cli import main
 from visiontuner.commands import next_command
 from visiontuner.data.storage import upload_folder
@@ -465,7 +465,7 @@ def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(
     def press(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(FOLLOWING, "time", SimpleNamespace(monotonic=time.monotonic, sleep=press))
+    monkeypatch.setattr(interrupts, "sleep", press)
     done = run("attach", job)
     assert done.exit_code == 130
     assert f"{job} runs on. Follow it again: {next_command('attach', job)}" in done.stderr

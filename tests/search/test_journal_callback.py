@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import pytest
 
+from visiontuner import interrupts
 from visiontuner.experiment import Experiment, Training
 from visiontuner.journal import JournalWriter, SearchRecord
-from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.interrupt import EndInOrder
 from visiontuner.search.labels import Stores
 from visiontuner.search.live_rules import LiveRules
 from visiontuner.search.losses import Losses
@@ -261,18 +262,19 @@ def test_a_spent_time_budget_ends_a_search():
 
 def test_an_interrupt_stays_the_reason_when_the_time_runs_out_as_well():
     stopper = EndInOrder(1e-9)
-    stopper.interrupt()
-    assert stopper.stop_all()
+    with interrupts.handled():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopper.stop_all()
+        assert stopper.stop_all()
     assert stopper.reason == "interrupted"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_ends_in_order_and_the_second_at_once(number):
-    before = signal.getsignal(number)
     stopper = EndInOrder(None)
-    with signals_end(stopper):
+    with interrupts.handled():
         os.kill(os.getpid(), number)
         assert stopper.stop_all()
+        os.kill(os.getpid(), number)
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-    assert signal.getsignal(number) is before
+            stopper.stop_all()

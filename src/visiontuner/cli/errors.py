@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from typing import Any
 
 import click
+import psutil
 
+from visiontuner import interrupts
 from visiontuner.errors import VisiontunerError
 from visiontuner.text import printable
 
@@ -30,7 +31,7 @@ class OneLineErrors(click.Command):
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
         try:
-            with _sigterm_is_ctrl_c(), _quiet_without_reader():
+            with interrupts.handled(_leave), _quiet_without_reader():
                 return super().invoke(ctx)
         except VisiontunerError as error:
             if debug:
@@ -92,11 +93,12 @@ def _reader_is_gone() -> bool:
     return bool(poll.poll(0))
 
 
-@contextmanager
-def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """A batch system's SIGTERM ends a command the way Ctrl-C does."""
-    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+def _leave() -> None:
+    """End at once, from another thread: the main one is in a call that no signal wakes."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.terminate()
+    show_cursor = "\033[?25h" if os.isatty(2) else ""  # a live table has hidden it
+    with suppress(OSError):
+        os.write(2, f"{show_cursor}Error: Stopped.\n".encode())
+    os._exit(130)

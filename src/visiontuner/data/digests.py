@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from visiontuner import interrupts
 from visiontuner.data.layout import PictureFile
 
 # Reading waits for the disk and hashing releases the interpreter: more threads than cores pay.
@@ -76,10 +77,15 @@ def _hash(
 
     digests: dict[str, str | OSError] = {}
     with ThreadPoolExecutor(_THREADS) as pool:
-        for done, (file, result) in enumerate(zip(files, pool.map(digest, files), strict=True), 1):
-            digests[file.path] = result
-            if progress is not None:
-                progress(done, len(files))
+        hashed = enumerate(zip(files, pool.map(digest, files), strict=True), 1)
+        try:
+            for done, (file, result) in hashed:
+                digests[file.path] = result
+                interrupts.check()
+                if progress is not None:
+                    progress(done, len(files))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return digests
 
 

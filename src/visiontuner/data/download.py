@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import requests
 import urllib3
 from filelock import FileLock
 
+from visiontuner import interrupts
 from visiontuner.data.archive import explain_write
 from visiontuner.data.digests import file_digest, write_json
 from visiontuner.errors import DataError, DownloadError
@@ -101,7 +101,7 @@ class _Transfer:
                         f"The download of {self.shown} broke off: {error}. "
                         "Run the same command again; it goes on where it stopped."
                     ) from None
-                time.sleep(_BACKOFF_SECONDS[max(failures - 1, 0)])
+                interrupts.sleep(_BACKOFF_SECONDS[max(failures - 1, 0)])
 
     def _request(self, kept: Download | None) -> bool:
         """One request; True if the kept copy is still current."""
@@ -159,6 +159,7 @@ class _Transfer:
             for block in response.raw.stream(_BLOCK, decode_content=False):
                 file.write(block)
                 done += len(block)
+                interrupts.check()
                 if self.progress is not None:
                     self.progress(done, total)
         if total and done != total:

@@ -26,6 +26,7 @@ from typing import Literal, TypeVar
 
 from PIL import Image
 
+from visiontuner import interrupts
 from visiontuner.data.arrays import META, find_damage
 from visiontuner.data.cores import available_cpus
 from visiontuner.data.dataset import ImageDataset, few_levels
@@ -266,9 +267,9 @@ def _map_ahead(
             for item in items:
                 waiting.append(pool.submit(function, item))
                 if len(waiting) > 4 * workers:
-                    yield waiting.popleft().result()
+                    yield interrupts.result(waiting.popleft())
             while waiting:
-                yield waiting.popleft().result()
+                yield interrupts.result(waiting.popleft())
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

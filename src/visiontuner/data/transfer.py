@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import TypeVar
+
+from visiontuner import interrupts
 
 Result = TypeVar("Result")
 
@@ -55,7 +57,7 @@ class Transfers:
         with ThreadPoolExecutor(threads) as pool:
             futures = [pool.submit(one) for one in work]
             try:
-                for future in as_completed(futures):
+                for future in interrupts.as_completed(futures):
                     future.result()
             except BaseException:
                 self._stopped.set()

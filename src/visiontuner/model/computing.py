@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from visiontuner import interrupts
 from visiontuner.data.cores import available_cpus
 from visiontuner.data.images import normalise
 from visiontuner.model.decoding import DecodedBatch, decode_batches
@@ -98,10 +99,10 @@ def _in_lanes(
             waiting.append((batch, executor.submit(_features, batch, backbone, engine)))
             if len(waiting) > engine.lanes + 1:  # one waits, so that no lane does
                 done, features = waiting.popleft()
-                yield done, features.result()
+                yield done, interrupts.result(features)
         while waiting:
             done, features = waiting.popleft()
-            yield done, features.result()
+            yield done, interrupts.result(features)
     finally:
         executor.shutdown(cancel_futures=True)
 

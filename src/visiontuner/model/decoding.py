@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from visiontuner import interrupts
 from visiontuner.data.cores import initialise_worker
 from visiontuner.data.images import Preprocessing, has_few_levels, read_pixels
 from visiontuner.errors import BadImageError, VisiontunerError
@@ -61,7 +62,7 @@ def decode_batches(
                 if paths is None:
                     break
                 waiting.append(executor.submit(decode_batch, root, paths, preprocessing))
-            yield waiting.popleft().result()
+            yield interrupts.result(waiting.popleft())
     except BrokenProcessPool:
         raise VisiontunerError(
             "A process that decodes pictures died (killed, or out of memory). Run the same again: "

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from visiontuner import interrupts
 from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
 from visiontuner.data.digests import file_digest
 from visiontuner.data.files import temporary_folder
@@ -199,6 +200,7 @@ def _download(url: str, write: object, token: str) -> str:
     with requests.get(url, stream=True, timeout=timeout, headers=headers) as response:
         response.raise_for_status()
         for block in response.iter_content(1 << 20):
+            interrupts.check()
             digest.update(block)
             write(block)
     return digest.hexdigest()

@@ -35,6 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from visiontuner.sagemaker.meeting import Gathering, Meeting, MeetingError, Outcome
@@ -263,8 +264,15 @@ def _wait_until_up(ray: Child, job: Job, terminated: threading.Event) -> None:
 
 @contextmanager
 def _terminations() -> Iterator[threading.Event]:
-    terminated = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: terminated.set())
+    """Set by SIGTERM; by a thread, as the handler may interrupt whoever holds the event's lock."""
+    terminated, signals = threading.Event(), SimpleQueue[int]()
+
+    def wait_for_signal() -> None:
+        signals.get()
+        terminated.set()
+
+    threading.Thread(target=wait_for_signal, daemon=True).start()
+    before = signal.signal(signal.SIGTERM, lambda number, _: signals.put(number))
     try:
         yield terminated
     finally:

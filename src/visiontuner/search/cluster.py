@@ -7,13 +7,13 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from visiontuner import interrupts
 from visiontuner.errors import ExperimentError, SearchFailed, UserMistake
 from visiontuner.experiment import Search
 from visiontuner.text import one_line
@@ -79,8 +80,9 @@ class Resources:
 class RayForSearch:
     """A quiet Ray for the length of a context; one that was there before is left running.
 
-    `start` belongs into the thread that stays until the end: the kernel ends Ray's processes with
-    the thread that started them.
+    It starts and ends in a thread of its own. There no signal can break into it, and Ray sets no
+    handler for SIGTERM. The thread stays until the end: the kernel ends Ray's processes with the
+    thread that started them.
 
     Args:
         on_loss: called when a part of the local Ray was killed, right before this process ends.
@@ -89,14 +91,16 @@ class RayForSearch:
     def __init__(self, where: Where, *, on_loss: Callable[[], None] = lambda: None) -> None:
         self._where = where
         self._on_loss = on_loss
-        self._started: ExitStack | None = None
+        self._running: Future[None] | None = None
+        self._ending = threading.Event()
 
     def __enter__(self) -> RayForSearch:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._started is not None:
-            self._started.close()
+        self._ending.set()
+        if self._running is not None:
+            interrupts.result(self._running, in_any_case=True)
 
     @property
     def joins(self) -> bool:
@@ -109,45 +113,58 @@ class RayForSearch:
         Raises:
             SearchFailed: Ray cannot start, or there is no cluster to join.
         """
-        if self._started is not None:
+        if self._running is not None:
             return
+        started: Future[None] = Future()
+        self._running = interrupts.beside(lambda: self._run(started))
+        interrupts.result(started)
+
+    def _run(self, started: Future[None]) -> None:
+        with ExitStack() as running:
+            try:
+                self._start(running)
+            except BaseException as error:
+                started.set_exception(error)
+                return
+            started.set_result(None)
+            self._ending.wait()
+
+    def _start(self, running: ExitStack) -> None:
         wanted = dict(_ENVIRONMENT)
         if self.joins and _is_ours(_require_cluster(os.environ.get("RAY_ADDRESS", ""))):
             wanted["RAY_AUTH_MODE"] = "token"
-        with ExitStack() as started:
-            added = {name: value for name, value in wanted.items() if name not in os.environ}
-            started.enter_context(_environment(added))
-            import ray
+        added = {name: value for name, value in wanted.items() if name not in os.environ}
+        running.enter_context(_environment(added))
+        import ray
 
-            started.enter_context(_no_runtime_environments())
-            if _UV_RUN not in os.environ:
-                started.enter_context(_ray_constant(_UV_RUN, False))
-            if not ray.is_initialized():
-                try:
-                    self._init(started)
-                except UserMistake:
-                    raise
-                except Exception as error:  # a Ray that is not up in time is a plain Exception
-                    why = one_line(error, 200)
-                    raise SearchFailed(
-                        f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
-                        if self.joins
-                        else f"Ray does not start here ({why}). Is the machine busy or its memory "
-                        "full? `visiontuner doctor` looks for the reason."
-                    ) from error
-            self._started = started.pop_all()
+        running.enter_context(_no_runtime_environments())
+        if _UV_RUN not in os.environ:
+            running.enter_context(_ray_constant(_UV_RUN, False))
+        if ray.is_initialized():
+            return
+        try:
+            self._init(running)
+        except UserMistake:
+            raise
+        except Exception as error:  # a Ray that is not up in time is a plain Exception
+            why = one_line(error, 200)
+            raise SearchFailed(
+                f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
+                if self.joins
+                else f"Ray does not start here ({why}). Is the machine busy or its memory "
+                "full? `visiontuner doctor` looks for the reason."
+            ) from error
 
-    def _init(self, started: ExitStack) -> None:
+    def _init(self, running: ExitStack) -> None:
         import ray
 
         if self.joins:
-            with _own_sigterm():
-                ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
-            started.callback(_shut_down)
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+            running.callback(_shut_down)
             return
-        folder = started.enter_context(_private_folder())
-        started.enter_context(_only_for_this_process())
-        with _own_sigterm(), _without_monitors():
+        folder = running.enter_context(_private_folder())
+        running.enter_context(_only_for_this_process())
+        with _without_monitors():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -156,8 +173,8 @@ class RayForSearch:
                 logging_level=logging.ERROR,
                 _temp_dir=str(folder),
             )
-        started.callback(_shut_down)
-        started.enter_context(_watched(folder.parent, self._on_loss))
+        running.callback(_shut_down)
+        running.enter_context(_watched(folder.parent, self._on_loss))
 
 
 @contextmanager
@@ -304,22 +321,6 @@ def _is_ours(host: str | None) -> bool:
     except OSError:
         return False
     return True
-
-
-@contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Ray makes SIGTERM a `sys.exit(15)`; who runs a search wants it to end in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    except SystemExit:  # it came while Ray started
-        raise KeyboardInterrupt from None
-    finally:
-        if before is not None:  # else it was never Python's
-            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -16,12 +16,13 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
+from visiontuner import interrupts
 from visiontuner.data.files import temporary_folder
 from visiontuner.errors import DiskError
 from visiontuner.experiment import Experiment
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.hosts import home_of
-from visiontuner.search.interrupt import EndInOrder, signals_end
+from visiontuner.search.interrupt import EndInOrder
 from visiontuner.search.labels import Stores
 from visiontuner.search.live_rules import LiveRules
 from visiontuner.search.losses import Losses
@@ -64,12 +65,13 @@ def run_trials(
     """
     stopper = EndInOrder(time_budget)
     losses = Losses(end_search=stopper.interrupt)
-    while True:
-        _run_plan(folder, stage, recorder, stopper, losses, stores=stores, cache=cache)
-        if losses.disk_error is not None:
-            raise DiskError(losses.disk_error)
-        if stopper.reason or not losses.take():
-            return stopper.reason or "completed"
+    with interrupts.handled():
+        while True:
+            _run_plan(folder, stage, recorder, stopper, losses, stores=stores, cache=cache)
+            if losses.disk_error is not None:
+                raise DiskError(losses.disk_error)
+            if stopper.reason or not losses.take():
+                return stopper.reason or "completed"
 
 
 def _run_plan(
@@ -102,9 +104,9 @@ def _run_plan(
     weights.prune()  # a kill may have come between a trial's end and this
     _skip_callback_statistics()
     with (
+        _closing_running(recorder, stopper),
         temporary_folder() as scratch,  # for Ray's own records, which are never read again
         _quiet_tune(),
-        signals_end(stopper),
         home_of(folder, [f for f in stores if f is not None]) as home,
     ):
         task = replace(task, home=home)
@@ -129,7 +131,6 @@ def _run_plan(
                 callbacks=[JournalCallback(recorder, rules, weights, losses)],
             ),
         ).fit()
-    _close_running(recorder, stopper)
 
 
 class JournalCallback(Callback):
@@ -255,10 +256,15 @@ def _skip_callback_statistics() -> None:
         usage.tag_callbacks = lambda callbacks: False  # noqa: ARG005
 
 
-def _close_running(recorder: Recorder, stopper: EndInOrder) -> None:
-    for trial_id, trial in list(recorder.record.trials.items()):
-        if trial.state == "running":
-            end_trial(recorder, trial_id, "interrupted", reason=stopper.reason)
+@contextmanager
+def _closing_running(recorder: Recorder, stopper: EndInOrder) -> Iterator[None]:
+    """Trials that still run when Tune ends, in whatever way, are interrupted."""
+    try:
+        yield
+    finally:
+        for trial_id, trial in list(recorder.record.trials.items()):
+            if trial.state == "running":
+                end_trial(recorder, trial_id, "interrupted", reason=stopper.reason)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+from visiontuner import interrupts
 from visiontuner.errors import BadImageError, ServingError
 from visiontuner.serving.answers import Answer, Options
 from visiontuner.serving.client import Busy, Refused, TooLarge, Transport
@@ -47,7 +47,7 @@ def ask_all(
     *,
     workers: int = 4,
     batch_size: int = PICTURES_PER_REQUEST,
-    sleep: Callable[[float], None] = time.sleep,
+    sleep: Callable[[float], None] = interrupts.sleep,
 ) -> Iterator[PictureAnswer]:
     """Answer every picture, in their order; one that cannot be read has an error for an answer.
 
@@ -66,15 +66,15 @@ def ask_all(
         for batch in _batches(pictures, transport, batch_size):
             pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
             if len(pending) > 2 * workers:
-                yield from pending.popleft().result()
+                yield from interrupts.result(pending.popleft())
         while pending:
-            yield from pending.popleft().result()
+            yield from interrupts.result(pending.popleft())
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def patiently(
-    ask: Callable[[], list[Answer]], sleep: Callable[[float], None] = time.sleep
+    ask: Callable[[], list[Answer]], sleep: Callable[[float], None] = interrupts.sleep
 ) -> list[Answer]:
     """Ask again, up to five times, while the other side is busy or the connection breaks.
 

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from visiontuner.aws import Aws, explained
+from visiontuner.aws import Aws, ending_uploads, explained
 from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, VisiontunerError
 from visiontuner.serving.deployment import DEPLOYMENT_TAG, DeploymentPlan
@@ -110,7 +110,13 @@ def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     from visiontuner.serving.registry import fluent_uris, quiet
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
-    with _mlflows_environment(plan.region), quiet(), fluent_uris(tracking_uri), explained("deploy"):
+    with (
+        ending_uploads(),
+        _mlflows_environment(plan.region),
+        quiet(),
+        fluent_uris(tracking_uri),
+        explained("deploy"),
+    ):
         try:
             client = mlflow.deployments.get_deploy_client(plan.target)  # type: ignore[no-untyped-call]
             getattr(client, method)(plan.name, model_uri=plan.model_uri, config=config)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from visiontuner import interrupts
 from visiontuner.aws import Aws, AwsRefused
 from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
@@ -201,7 +202,7 @@ def poll(name: str, note: Note, doing: str = "Waiting for") -> Iterator[float]:
     began = noted = time.monotonic()
     for count in range(10**9):
         yield time.monotonic() - began
-        time.sleep(min(_FIRST_POLL_SECONDS * 1.3 ** min(count, 20), _LONGEST_POLL_SECONDS))
+        interrupts.sleep(min(_FIRST_POLL_SECONDS * 1.3 ** min(count, 20), _LONGEST_POLL_SECONDS))
         if time.monotonic() - noted > _NOTE_SECONDS:
             noted = time.monotonic()
             note(f"{doing} {name}: {noted - began:.0f} s.")

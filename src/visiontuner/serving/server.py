@@ -17,6 +17,7 @@ from typing import IO, Protocol, Self
 import psutil
 import requests
 
+from visiontuner import interrupts
 from visiontuner.errors import ServingError
 from visiontuner.serving.environments import Environment
 
@@ -178,7 +179,7 @@ def wait_until_ready(server: Served, what: str, began: float, *, runs: Callable[
         if answers_ping(server.url):
             server.started_seconds = time.monotonic() - began
             return
-        time.sleep(_POLL_SECONDS)
+        interrupts.sleep(_POLL_SECONDS)
     raise ServingError(
         f"{what} was not ready after {server.ready_seconds:g} s: {server.last_lines()}"
     )

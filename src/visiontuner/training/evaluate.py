@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from visiontuner import interrupts
 from visiontuner.float32 import full_float32
 from visiontuner.training.batches import Batches
 from visiontuner.training.metrics import Scores, score
@@ -37,6 +38,7 @@ def evaluate(
 
 
 def _answer(network: nn.Module, inputs: Tensor, sizes: list[int]) -> Tensor:
+    interrupts.check()
     if inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
     if len(sizes) == 1:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from visiontuner import interrupts
 from visiontuner.training.epoch import EpochMetrics
 from visiontuner.training.metrics import Scores
 from visiontuner.training.optimisation import learning_rate_of
@@ -61,6 +62,7 @@ def train_epoch(
     samples, steps, before, step_losses = 0, 0, (epoch - 1) * steps_per_epoch, []
     watch = take_step.watch
     for inputs, labels in batches:
+        interrupts.check()
         steps += 1
         watch.spent_on("data")
         watch.step_begins(before + steps, inputs)

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visiontuner import interrupts
 from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake
 from visiontuner.journal import TrialRecord
@@ -65,14 +66,16 @@ def attach(
         tuning = patiently(lambda: find_tuning_job(aws, name), watching, poll_seconds)
         if tuning is None:
             raise
-        return Attached(lines=write_tuning_job(tuning, flags=aws.flags))
+        with interrupts.in_order():
+            return Attached(lines=write_tuning_job(tuning, flags=aws.flags))
     if not job.search:
         raise UserMistake(
             f"{name} was not submitted by visiontuner, and is no tuning job: there is no search to "
             "bring home."
         )
     job = follow_job(aws, job, logs=logs, observer=watching, poll_seconds=poll_seconds)
-    return _bring_home(aws, job, output or SEARCHES / job.search, watching)
+    with interrupts.in_order():
+        return _bring_home(aws, job, output or SEARCHES / job.search, watching)
 
 
 # Bringing home

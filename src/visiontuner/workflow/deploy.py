@@ -8,6 +8,7 @@ from dataclasses import replace as with_values
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner import interrupts
 from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.locations import tracking_uri
@@ -221,7 +222,8 @@ def deploy(
     with model_folder(plan.model_uri) as folder:
         reference = Reference.read(folder)
     act = endpoint.update if update else endpoint.create
-    act(aws, plan, reference, tracking_uri=tracking_uri(), note=note)
+    with interrupts.in_order():
+        act(aws, plan, reference, tracking_uri=tracking_uri(), note=note)
 
 
 def undeploy(
@@ -244,7 +246,9 @@ def undeploy(
     from visiontuner.aws import Aws
     from visiontuner.serving import endpoint_removal
 
-    return endpoint_removal.undeploy(Aws(region, assume_role), name, artifacts=artifacts, note=note)
+    aws = Aws(region, assume_role)
+    with interrupts.in_order():
+        return endpoint_removal.undeploy(aws, name, artifacts=artifacts, note=note)
 
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
+from visiontuner import interrupts
 from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.journal import SearchRecord
@@ -60,7 +61,7 @@ def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_secon
 
     try:
         while not (job := patiently(look, observer, poll_seconds)).ended:
-            time.sleep(poll_seconds)
+            interrupts.sleep(poll_seconds)
     except (ServingError, UserMistake) as error:
         _end(error, aws, job)
     except KeyboardInterrupt:
@@ -115,7 +116,7 @@ def patiently(
                 raise
             if is_first:
                 observer.note(f"{error} Asking again for {PATIENCE_SECONDS / 60:.0f} minutes.")
-        time.sleep(poll_seconds)
+        interrupts.sleep(poll_seconds)
 
 
 class _Watch:

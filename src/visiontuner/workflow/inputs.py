@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from visiontuner import interrupts
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.errors import SearchInterrupted
 from visiontuner.experiment import Experiment
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from visiontuner.model.description import BackboneDescription
     from visiontuner.model.engine import Engine
     from visiontuner.model.features import FeatureSet
+
+T = TypeVar("T")
 
 # A batch of pictures, or at the beginning a network's export.
 _STOPS_WITHIN_SECONDS = 15.0
@@ -45,6 +48,7 @@ class Inputs:
         self.on_cluster = False  # whether Ray's other machines help with features
         self._loading = threading.Lock()  # asked for beside other work, and once is enough
         self._backbone: Backbone | None = None
+        self._working: list[Future[Any]] = []
         self._stopped = False
 
     @cached_property
@@ -131,16 +135,23 @@ class Inputs:
         )
         return store, round(time.monotonic() - began, 3)
 
-    def stop(self, *working: Future[Any]) -> None:
-        """End what loads, computes features or decodes in other threads; what is done is kept.
+    def beside(self, call: Callable[[], T]) -> Future[T]:
+        """Load, compute features or decode in another thread, until `stop` or `close`."""
+        self._working.append(interrupts.beside(call))
+        return self._working[-1]
 
-        A thread that is inside the network when Python ends takes the process down with it.
-        """
+    def stop(self) -> None:
+        """End what `beside` began, at the next batch; what is done is kept."""
         self._stopped = True
-        wait(working, _STOPS_WITHIN_SECONDS)
+
+    def close(self) -> None:
+        """Stop and wait: a thread inside the network takes the process down as Python ends."""
+        self.stop()
+        wait(self._working, _STOPS_WITHIN_SECONDS)
 
     def _progress(self, what: str) -> Callable[[int, int], None]:
         def tell(done: int, total: int) -> None:
+            interrupts.check()
             if self._stopped:
                 raise SearchInterrupted(f"{what}: stopped at {done} of {total} pictures.")
             self.observer.progress(what, done, total, "pictures")

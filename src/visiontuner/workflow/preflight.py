@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from visiontuner import interrupts
 from visiontuner.data.files import temporary_folder
 from visiontuner.locations import writable_cache_folder
 from visiontuner.workflow.models import locate_model, model_folder, passed_over
@@ -62,8 +63,9 @@ def preflight(
             )
         if container:
             server = _container(folder, image, ready_seconds, note)
-        else:
-            server = _process(folder, env_manager, ready_seconds, note)
+            with interrupts.in_order():  # Docker's engine keeps what nobody removes
+                return run_preflight(folder, server, name=name, note=note)
+        server = _process(folder, env_manager, ready_seconds, note)
         return run_preflight(folder, server, name=name, note=note)
 
 

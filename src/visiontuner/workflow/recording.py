@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 
 import visiontuner
-from visiontuner import errors
+from visiontuner import errors, interrupts
 from visiontuner.commands import NO_TRACKING
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.text import one_line
@@ -90,8 +90,8 @@ class BackgroundTracking:
         """Write the rest, once; returns why not everything is in MLflow, or None."""
         self.begin_to_close(timeout_seconds=timeout_seconds)
         if not self._closed:
+            self._closed = True  # whoever does not wait for the answer is not asked to again
             answer = self._answer(timeout_seconds)
-            self._closed = True
             self._problem, self.seconds = answer["problem"], answer.get("seconds", {})
         return self._problem
 
@@ -146,7 +146,7 @@ class BackgroundTracking:
     def _answer(self, timeout: float | None) -> dict[str, Any]:
         """The next answer, or what stands for that of a process that died or does not answer."""
         try:
-            answer = self._answers.get(timeout=timeout and timeout + _GRACE_SECONDS)
+            answer = interrupts.get(self._answers, timeout and timeout + _GRACE_SECONDS)
         except Empty:
             return {"problem": "MLflow's writer does not answer."}
         if answer is None:

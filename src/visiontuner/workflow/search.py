@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner import interrupts
 from visiontuner.commands import next_command
 from visiontuner.data.files import disk_problem
 from visiontuner.errors import (
@@ -102,6 +103,8 @@ class _Run:
         from visiontuner.search.stages import remaining_trials
 
         with (
+            interrupts.handled(),
+            closing(self.inputs),
             BackgroundTracking(self.tracking_uri, self.project_run, self.observer) as tracking,
             ExitStack() as journal,
         ):
@@ -111,6 +114,7 @@ class _Run:
             self._require_what_it_needs()
             if not is_named:
                 self.folder = claim_folder(self.folder)
+            journal.enter_context(interrupts.in_order())
             state, recorder = self._run_trials(record, remaining, tracking, journal)
             try:
                 return self._conclude(state, recorder, tracking)
@@ -152,6 +156,9 @@ class _Run:
                     raise self._interrupted_by_disk(error, recorder) from None
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
+            # Before Ray ends, which takes seconds that a signal may not leave.
+            best = recorder.record.best
+            recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
             return state, recorder
 
     def _tell_that_ray_is_gone(self) -> None:
@@ -179,10 +186,9 @@ class _Run:
     def _conclude(
         self, state: SearchState, recorder: Recorder, tracking: BackgroundTracking
     ) -> SearchResult:
-        best = recorder.record.best
-        recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
         if state == "interrupted":
             return self._result(state, recorder, tracking.close(timeout_seconds=10))
+        best = recorder.record.best
         if best is None:
             raise SearchFailed(_first_error(recorder.record, self.folder))
         tracking.begin_to_close()
@@ -200,14 +206,17 @@ class _Run:
         if self._had_ended and is_packaged(self.folder, record):
             return self.folder / CLASSIFIER_FOLDER  # and perhaps evaluated since
         self.observer.note(f"Packaging {best.trial_id} as a classifier.")
-        return package_trial(
-            self.folder,
-            best,
-            experiment=self.experiment,
-            dataset=self.inputs.dataset,
-            backbone=self.inputs.backbone,
-            cache=self.inputs.cache,
+        packaging = self.inputs.beside(
+            lambda: package_trial(
+                self.folder,
+                best,
+                experiment=self.experiment,
+                dataset=self.inputs.dataset,
+                backbone=self.inputs.backbone,
+                cache=self.inputs.cache,
+            )
         )
+        return interrupts.result(packaging)
 
     def _result(
         self, state: SearchState, recorder: Recorder, problem: str | None, **parts: Any

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 import time
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from visiontuner import interrupts
+from visiontuner.commands import next_command
 from visiontuner.errors import DataError, SearchFailed
 from visiontuner.journal import read_events
-from visiontuner.workflow.background import beside
 from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.stores import StoreRecorder
 from visiontuner.workflow.validation import ValidationAnswers
@@ -59,19 +58,18 @@ class StageRunner:
             self.observer.note(describe_cluster())
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
-        computing = beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
-        threads: list[Future[Any]] = [computing]
+        computing = self.inputs.beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
+        # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
+        # mistake in it shows there as well.
+        self.inputs.beside(lambda: self.inputs.backbone)
         try:
-            from visiontuner.search.run import run_trials
-
-            # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
-            # mistake in it shows there as well.
-            threads.append(beside(lambda: self.inputs.backbone))
             self._start_ray()
-            computed = computing.result()
+            computed = interrupts.result(computing)
         except BaseException:  # a Ctrl-C, or a Ray that does not start
-            self.inputs.stop(*threads)
+            self.inputs.stop()
             raise
+        from visiontuner.search.run import run_trials
+
         stores = self._stores.record(*computed)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
@@ -95,11 +93,9 @@ class StageRunner:
         try:
             self.ray.start()
         except SearchFailed as error:
-            where = " --on auto" if self.ray.joins else ""
-            folder = shlex.quote(str(self.folder))
-            raise SearchFailed(
-                f"{error} Then go on with: visiontuner tune{where} --resume {folder}"
-            ) from error
+            on = ["--on", "auto"] if self.ray.joins else []
+            command = next_command("tune", *on, "--resume", self.folder)
+            raise SearchFailed(f"{error} Then go on with: {command}") from error
 
     def _seconds_left(self) -> float | None:
         return None if self._deadline is None else max(0.1, self._deadline - time.monotonic())

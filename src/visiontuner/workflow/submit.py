@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from visiontuner import interrupts
 from visiontuner.experiment import Experiment
 from visiontuner.locations import tracking_uri
 from visiontuner.workflow.job_options import DEFAULT_INSTANCE, JobOptions
@@ -112,7 +113,8 @@ def submit_job(
     if plan.resumed is not None:  # once more: a question may have been open for hours
         require_idle(aws, plan.search)
     upload_pictures(aws, plan, note=note, progress=progress)
-    return submit(aws, plan, note=note)
+    with interrupts.in_order():  # the name of a job that was created is told
+        return submit(aws, plan, note=note)
 
 
 def _what_to_run(

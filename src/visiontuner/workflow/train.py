@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from visiontuner import interrupts
 from visiontuner.commands import next_command
 from visiontuner.errors import (
     JournalError,
@@ -175,6 +176,9 @@ class _Training:
             self.folder, self.experiment, self.inputs.dataset, record, self.observer, **facts
         )
         with (
+            interrupts.handled(),
+            interrupts.in_order(),
+            closing(self.inputs),
             closing(recorder),
             BackgroundTracking(self.tracking_uri, self.project_run, self.observer) as tracking,
         ):
@@ -273,11 +277,13 @@ class _Training:
         """What is trained on, ready and in the journal."""
         stores = StoreRecorder(self.inputs, recorder)
         if not self.experiment.trains_on_pictures:
-            return stores.record(*self.inputs.features())
+            computing = self.inputs.beside(self.inputs.features)
+            return stores.record(*interrupts.result(computing))
         dataset = self.inputs.dataset
         if recorder.record.is_unvalidated:
             dataset = dataset.with_validation_in_train()
-        return stores.record(*self.inputs.pictures(dataset))
+        decoding = self.inputs.beside(lambda: self.inputs.pictures(dataset))
+        return stores.record(*interrupts.result(decoding))
 
     def _warn(self) -> None:
         """What of the settings a training alone does not show."""
