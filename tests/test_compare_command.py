@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +62,26 @@ def one_line(*arguments: str) -> str:
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("Error: ")
     return line
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1:strict"},
+    ],
+)
+def test_what_the_output_cannot_hold_is_spelt_out(environment):
+    write_search("a", [0.8, 0.9])
+    done = subprocess.run(
+        [sys.executable, "-m", "visiontuner", "compare"],
+        env={**os.environ, **environment},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2190 best" in done.stdout
 
 
 def test_the_newest_search_best_first_its_best_row_marked():
