@@ -213,13 +213,10 @@ def _take_number() -> tuple[IO[str], int]:
 
 
 def _end_all(namespace: str) -> None:
-    deadline = time.monotonic() + 10
     while pids := _ip("netns", "pids", namespace).split():
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
-        if time.monotonic() > deadline:
-            raise OSError(f"{namespace} does not end: {pids}")
         time.sleep(0.05)
 
 

@@ -13,7 +13,8 @@ Training jobs really run (`training_jobs.py`), or are directed by a test (`stand
 What a test can ask for:
     a role whose name holds `unpassable`            the caller may not pass it
     instance type ml.p3.16xlarge                    the account's quota is 0
-    the container's variable STAND_IN_HANG=SECONDS  never answers, and is given up after so long
+    the container's variable STAND_IN_HANG=SECONDS  never answers, and is given up after so long,
+                                    or STAND_IN_HANG=PATH  as soon as there is such a file
     the container's variable STAND_IN_VANISH=1      someone deletes the endpoint meanwhile
     an access key that begins with AKIAEXPIRED      credentials that have expired
 """
@@ -121,6 +122,15 @@ SERVERS = Servers()
 URLS: dict[tuple[str, str], str] = {}  # of scoring servers, by region and endpoint
 
 
+def _wait(until: str) -> None:
+    """For so many seconds, or until a file is there."""
+    if "/" not in until:
+        time.sleep(float(until))
+        return
+    while not Path(until).exists():
+        time.sleep(0.02)
+
+
 def _start(response: Any, name: str, config_name: str, failed: Callable[[str], None]) -> None:
     """What SageMaker does behind a create or an update, in a thread."""
     backend = response.sagemaker_backend
@@ -133,9 +143,9 @@ def _start(response: Any, name: str, config_name: str, failed: Callable[[str], N
             del backend.endpoints[name]
             return
         try:
-            hang = float(container["Environment"].get(HANG, 0))
+            hang = container["Environment"].get(HANG)
             if hang:
-                time.sleep(hang)
+                _wait(hang)
                 raise VisiontunerError("It hangs.")
             bucket, key = container["ModelDataUrl"].removeprefix("s3://").split("/", 1)
             URLS[region, name] = SERVERS.url(

@@ -90,7 +90,7 @@ def run(
                 while not (tmp_path / "ready").exists():
                     time.sleep(0.02)
                 terminated.set()
-            return [host.result(30) for host in hosts]
+            return [host.result() for host in hosts]
 
     return run
 

@@ -54,7 +54,7 @@ def run_child(folder: Path, *, kill_at: int | None = None, **given) -> int:
         kwargs={"init_globals": {"FOLDER": folder, "KILL_AT": kill_at, **given}},
     )
     child.start()
-    child.join(120)
+    child.join()
     assert child.exitcode is not None
     return child.exitcode
 
