@@ -158,9 +158,12 @@ def assert_whole(command: Command, before: SearchRecord) -> None:
 
 def assert_ends_in_order(command: Command, number: int) -> None:
     """Finished trials stay, running ones are interrupted, the last line says how to go on."""
-    command.start(moment=IN_A_TRIAL)
+    command.start(moment=IN_A_TRIAL, start_new_session=True)
     command.hold()
-    command.process.send_signal(number)
+    if number == signal.SIGHUP:  # a shell sends it to all that it started
+        os.killpg(command.process.pid, number)
+    else:
+        command.process.send_signal(number)
     command.let_go()
     code, lines = command.end()
     assert code == 130

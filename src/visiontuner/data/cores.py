@@ -18,8 +18,9 @@ def available_cpus() -> int:
 
 def initialise_worker() -> None:
     """Called first in every worker process: it leaves Ctrl-C to its parent and ends with it."""
-    # Ctrl-C reaches the whole process group; the parent answers it.
+    # They reach the whole process group; the parent answers them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -120,6 +121,9 @@ class RayForSearch:
         interrupts.result(started)
 
     def _run(self, started: Future[None]) -> None:
+        # A shell sends it to all that it started as its terminal closes. Ray's processes inherit
+        # this thread's mask, and end with the search.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         with ExitStack() as running:
             try:
                 self._start(running)
