@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import signal
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import ray
 from ray._private.node import Node
 
+from visiontuner import interrupts
 from visiontuner.errors import ExperimentError, SearchFailed
 from visiontuner.experiment import Search
 from visiontuner.search.cluster import RayForSearch, folder_for_sockets, share_out
@@ -86,6 +88,21 @@ def test_rays_folder_is_elsewhere_where_the_path_for_temporary_files_is_too_long
     for unusable in (str(long), "/no/such/folder", "/dev/null"):
         monkeypatch.setenv("TMPDIR", unusable)
         assert folder_for_sockets() == Path("/tmp")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::ResourceWarning")
+def test_sigterm_is_taken_back_from_ray_when_it_has_started_and_when_it_has_ended():
+    """In C++ Ray sets a handler of its own, and in the end none: the process would die of it."""
+    with interrupts.handled():
+        with RayForSearch("local") as ray:
+            ray.start()
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(KeyboardInterrupt):
+                interrupts.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
 
 
 @pytest.mark.slow
