@@ -97,8 +97,9 @@ def take() -> bool:
     """Whether a signal came since the last time; False outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
         return False
-    is_new = _received.count > _received.answered
-    _received.answered = _received.count
+    count = _received.count  # read once: another signal may come between any two lines
+    is_new = count > _received.answered
+    _received.answered = count
     return is_new
 
 
