@@ -247,7 +247,8 @@ def test_a_signal_while_ray_starts_ends_a_search_in_order(command, number):
         command.wait_until(lambda: command.events("search_ended"))
     code, lines = command.end()
     assert code == 130, lines
-    assert re.search(r"visiontuner (tune --resume \S*search)$", lines[-1]), lines[-5:]
+    # Ray may complain, on the standard error, of the process that was stopped.
+    assert any(re.search(r"visiontuner tune --resume \S*search$", line) for line in lines), lines
     assert command.record.ended["state"] == "interrupted"
 
 
