@@ -24,8 +24,8 @@ from visiontuner.cli import main
 from visiontuner.commands import next_command
 from visiontuner.data.archive import extract
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving.deployment import (endpoint_name)
-from visiontuner.serving import (endpoint)
+from visiontuner.serving import endpoint
+from visiontuner.serving.deployment import endpoint_name
 from visiontuner.serving.endpoint_listing import Endpoint
 from visiontuner.serving.endpoint_parts import Parts
 from visiontuner.serving.endpoint_states import delete_endpoint, roll_back

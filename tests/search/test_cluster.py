@@ -3,9 +3,9 @@
 import ipaddress
 import json
 import os
+import signal
 import subprocess
 import sys
-import signal
 from contextlib import suppress
 from pathlib import Path
 
