@@ -11,7 +11,7 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
+from urllib.parse import (unquote, urlsplit, urlunsplit)
 
 import requests
 
@@ -60,11 +60,11 @@ def check_store(tracking_uri: str) -> Check:
 
 
 def _check_sqlite(uri: str) -> Check:
-    # sqlite:///relative.db, sqlite:////absolute.db
-    text = unquote(urlsplit(uri).path)[1:]
-    if not text:
+    from visiontuner.tracking.client import sqlite_file
+
+    path = sqlite_file(uri)
+    if path is None:
         return _check("error", f"{uri} is in memory only", "Use sqlite:///mlflow.db.")
-    path = Path(text)
     if not path.exists():
         return _check_new_file(path)
     if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):

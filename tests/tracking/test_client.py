@@ -1,9 +1,12 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import mlflow.db
 import pytest
+import sqlalchemy
 
-from visiontuner.tracking.client import Store, create_database
+from visiontuner.tracking.client import Store, TrackingRefused, create_database, sqlite_file
 
 
 def names(folder: Path) -> list[str]:
@@ -59,3 +62,61 @@ def test_without_room_for_a_template_the_database_is_made_all_the_same(tmp_path)
     (tmp_path / "templates").write_text("no folder")
     store = Store(f"sqlite:///{tmp_path}/mlflow.db", templates=tmp_path / "templates")
     assert [e.name for e in store.call("search_experiments")] == ["Default"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"),
+    [
+        ("sqlite:///runs.db", "runs.db"),
+        ("sqlite+pysqlite:///runs.db", "runs.db"),
+        ("sqlite:///runs.db?timeout=20", "runs.db"),
+        ("sqlite:///my%20runs.db", "my runs.db"),
+        ("sqlite:///100%25.db", "100%.db"),
+        ("sqlite:///what%3F.db", "what?.db"),
+        ("sqlite:///a#b.db", "a#b.db"),
+        ("sqlite:///file:my%2520runs.db?mode=rwc&uri=true", "my runs.db"),
+        ("sqlite:///file:runs?mode=memory&uri=true", None),
+        ("sqlite:///:memory:", None),
+        ("sqlite://", None),
+        ("https://host/sqlite:///runs.db", None),
+    ],
+)
+def test_a_uri_names_the_file_that_sqlalchemy_opens(uri, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sqlite_file(uri) == (None if name is None else tmp_path / name)
+    if name is not None:
+        engine = sqlalchemy.create_engine(uri)
+        with engine.connect() as connection:
+            connection.execute(sqlalchemy.text("CREATE TABLE t (x INT)"))
+        engine.dispose()
+        assert names(tmp_path) == [name]
+
+
+def test_what_is_no_database_uri_is_refused():
+    with pytest.raises(TrackingRefused, match="no database URI"):
+        Store("sqlite:/mlflow.db")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["runs.db?timeout=20", "my%20runs.db"])
+def test_four_searches_at_once_make_one_database(name, tmp_path):
+    """MLflow alone leaves a database that lacks tables when several processes make it at once."""
+    folder = tmp_path / "100% mine?"
+    folder.mkdir()
+    ask = f"""
+from visiontuner.tracking.client import Store
+print([e.name for e in Store("sqlite:///{name}").call("search_experiments")])
+"""
+    searches = [
+        subprocess.Popen(
+            [sys.executable, "-c", ask],
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(4)
+    ]
+    told = [search.communicate(timeout=240) for search in searches]
+    assert [out for out, _ in told] == ["['Default']\n"] * 4, told
+    assert len(names(folder)) == 1

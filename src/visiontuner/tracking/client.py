@@ -11,11 +11,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import mlflow.version
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError
 
 from visiontuner.errors import TrackingError
 from visiontuner.text import one_line, shell_word, without_secrets
@@ -112,7 +116,7 @@ class Store:
 
 def check_tracking_uri(tracking_uri: str) -> None:
     """Refuse what cannot work before anything is tried; touches no network."""
-    scheme, separator, rest = tracking_uri.partition(":")
+    scheme, separator, _ = tracking_uri.partition(":")
     if tracking_uri == "databricks":
         return
     if not separator or scheme.lower() == "file":
@@ -120,8 +124,8 @@ def check_tracking_uri(tracking_uri: str) -> None:
             f"MLflow's file store ({without_secrets(tracking_uri)}) is not supported; "
             "set MLFLOW_TRACKING_URI to sqlite:///mlflow.db or to a server."
         )
-    path = rest.removeprefix("///").split("?")[0]
-    if scheme.lower().startswith("sqlite") and path and not Path(path).absolute().parent.is_dir():
+    path = sqlite_file(tracking_uri)
+    if path is not None and not path.parent.is_dir():
         # MLflow itself would retry for minutes before it says so.
         raise TrackingRefused(
             f"The folder of MLflow's database {path} does not exist; create it first."
@@ -154,10 +158,14 @@ def create_database(tracking_uri: str, *, templates: Path | None = None) -> None
 
 
 def _migrate(path: Path) -> None:
+    """Make an empty database by way of a temporary folder, whose name needs no quoting in a URI."""
     from mlflow.db import upgrade
 
     assert upgrade.callback is not None
-    upgrade.callback(f"sqlite:///{path}")
+    with TemporaryDirectory(prefix="visiontuner-") as folder:
+        made = Path(folder, "mlflow.db")
+        upgrade.callback(f"sqlite:///{made}")
+        shutil.copyfile(made, path)
 
 
 def _template(folder: Path) -> Path:
@@ -190,10 +198,30 @@ def _give_name(fresh: Path, path: Path) -> None:
 
 
 def sqlite_file(tracking_uri: str) -> Path | None:
-    """`sqlite:///mlflow.db` -> its absolute path; None for what is no plain file."""
-    prefix, path = "sqlite:///", tracking_uri.removeprefix("sqlite:///")
-    plain = tracking_uri.startswith(prefix) and path and path != ":memory:" and "?" not in path
-    return Path(path).absolute() if plain else None
+    """The file that a SQLite URI names, absolute; None for a database in memory or elsewhere.
+
+    The URI is read as SQLAlchemy reads it for MLflow: `%20` is a space, and `?timeout=20` an option
+    that belongs to no file name.
+
+    Raises:
+        TrackingRefused: it is no database URI.
+    """
+    if not re.match(r"sqlite\b", tracking_uri, re.IGNORECASE):
+        return None
+    try:
+        url = make_url(tracking_uri)
+    except ArgumentError as error:
+        raise TrackingRefused(
+            f"{without_secrets(tracking_uri)} is no database URI ({error}); "
+            "set MLFLOW_TRACKING_URI to sqlite:///mlflow.db, for example."
+        ) from None
+    name = url.database or ":memory:"
+    if str(url.query.get("uri", "")).lower() in ("true", "1") and name.startswith("file:"):
+        # SQLite's own URI in SQLAlchemy's: SQLite decodes it once more.
+        name = unquote(urlsplit(name).path)
+        if url.query.get("mode") == "memory":
+            name = ":memory:"
+    return None if name == ":memory:" else Path(name).absolute()
 
 
 def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> TrackingError:
