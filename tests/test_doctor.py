@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import json
 import sqlite3
 import threading
 from collections.abc import Sequence
@@ -269,15 +270,19 @@ def test_unknown_store():
 
 @pytest.fixture
 def serve():
-    """Start a server that answers every GET the same; returns its address."""
+    """Start a server with one answer for `/version` and one for MLflow's API."""
     servers = []
 
-    def start(status, body):
+    def start(version, api=(200, "{}")):
         class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
+            def _answer(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                status, body = version if self.path == "/version" else api
                 self.send_response(status)
                 self.end_headers()
                 self.wfile.write(body.encode())
+
+            do_GET = do_POST = _answer  # noqa: N815
 
             def log_message(self, *args):
                 pass
@@ -294,21 +299,39 @@ def serve():
 
 
 @pytest.mark.parametrize(
-    ("answer", "body", "status", "words"),
+    ("answer", "status", "words"),
     [
-        (200, version("mlflow"), "ok", "runs MLflow"),
-        (200, "3.0.1", "ok", "runs MLflow 3.0.1, this is"),
-        (200, "2.22.0", "error", "runs MLflow 2.22.0"),
-        (401, "", "error", "refuses: 401"),
-        (403, "", "error", "refuses: 403"),
-        (404, "", "error", "no MLflow server"),
-        (200, "<html>hello</html>", "error", "no MLflow server"),
+        ((200, version("mlflow")), "ok", "runs MLflow"),
+        ((200, "3.0.1"), "ok", "runs MLflow 3.0.1, this is"),
+        ((200, "2.22.0"), "error", "runs MLflow 2.22.0"),
+        ((404, ""), "ok", "does not tell its version"),
+        ((200, "<html>hello</html>"), "ok", "does not tell its version"),
     ],
 )
-def test_server_is_asked_for_its_version(serve, answer, body, status, words):
-    check = check_store(serve(answer, body) + "/")
+def test_server_is_asked_for_its_version(serve, answer, status, words):
+    check = check_store(serve(answer) + "/")
     assert check.status == status
     assert words in check.detail
+
+
+HOST = "Invalid Host header - possible DNS rebinding attack detected"
+DENIED = json.dumps({"error_code": "PERMISSION_DENIED", "message": "ask Ada for the role editor"})
+
+
+@pytest.mark.parametrize(
+    ("api", "words"),
+    [
+        ((401, "You are not authenticated."), ["401", "You are not authenticated.", "USERNAME"]),
+        ((403, HOST), ["403", HOST, "--allowed-hosts"]),
+        ((403, DENIED), ["403", "ask Ada for the role editor", "USERNAME"]),
+        ((404, "<html>no such page</html>"), ["no such page"]),
+        ((200, "<html>a shop</html>"), ["a shop"]),
+    ],
+)
+def test_server_is_really_asked_and_its_own_words_are_told(serve, api, words):
+    check = check_store(serve((200, version("mlflow")), api))
+    assert check.status == "error"
+    assert all(word in check.detail for word in words), check.detail
 
 
 def test_server_that_is_away(free_port):
@@ -317,6 +340,13 @@ def test_server_that_is_away(free_port):
     assert "does not answer" in check.detail
     assert "s3cret" not in check.detail
     assert "sync" in check.advice
+
+
+def test_database_whose_driver_is_missing(serve):
+    address = serve((200, "")).removeprefix("http://")
+    check = check_store(f"mssql+nosuchdriver://user:s3cret@{address}/mlflow")
+    assert check.status == "error"
+    assert "s3cret" not in check.detail + check.advice
 
 
 def test_database_server_that_is_away(free_port):

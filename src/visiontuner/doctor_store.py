@@ -15,7 +15,9 @@ from urllib.parse import (unquote, urlsplit, urlunsplit)
 
 import requests
 
-from visiontuner.text import without_secrets
+from visiontuner.text import (without_secrets)
+from visiontuner.errors import (TrackingError)
+from visiontuner.redaction import (without_secrets)
 
 Status = Literal["ok", "warning", "error"]
 
@@ -34,7 +36,7 @@ class Check:
 
 
 def check_store(tracking_uri: str) -> Check:
-    """Look at the store without changing it; the network is given 3 seconds."""
+    """Look at the store without changing it: an address that does not answer costs 3 seconds."""
     kind = tracking_uri.partition(":")[0].partition("+")[0].lower()
     shown = without_secrets(tracking_uri)
     if kind == "sqlite":
@@ -137,27 +139,23 @@ def _schemas() -> tuple[set[str], str]:
 
 def _check_server(uri: str, shown: str) -> Check:
     try:
-        answer = requests.get(
-            uri.rstrip("/") + "/version", timeout=NETWORK_SECONDS, headers=_authorization()
-        )
+        answer = requests.get(uri.rstrip("/") + "/version", timeout=NETWORK_SECONDS)
     except requests.RequestException as error:
         return _check(
             "error",
             f"{shown} does not answer ({type(error).__name__})",
             "Start it (`mlflow server`), or search anyway and `visiontuner sync FOLDER` later.",
         )
-    if answer.status_code in (401, 403):
-        return _check(
-            "error",
-            f"{shown} refuses: {answer.status_code}",
-            "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or "
-            "MLFLOW_TRACKING_TOKEN; for a 403 on an open server see its --allowed-hosts.",
-        )
+    from visiontuner.tracking.client import Store
+
+    try:
+        # Who may read the version may not have the right credentials, or the right host name.
+        Store(uri, advice="Check the address.").call("search_experiments", max_results=1)
+    except TrackingError as error:
+        return _check("error", str(error), "A search would go on; `visiontuner sync` needs it.")
     version = answer.text.strip()[:20]
     if answer.status_code != 200 or not re.match(r"\d+\.\d+", version):
-        return _check(
-            "error", f"{shown} is no MLflow server ({answer.status_code})", "Check the address."
-        )
+        return _check("ok", f"{shown} answers; it does not tell its version")
     # Within one major version MLflow's own promise holds: the API is the same.
     if version.partition(".")[0] != _client().partition(".")[0]:
         return _check(
@@ -170,11 +168,6 @@ def _check_server(uri: str, shown: str) -> Check:
     return _check("ok", f"{shown} runs MLflow {version}")
 
 
-def _authorization() -> dict[str, str]:
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
-
-
 def _check_database(uri: str, shown: str, default_port: int) -> Check:
     parts = urlsplit(uri)
     host, port = parts.hostname or "localhost", parts.port or default_port
@@ -185,7 +178,41 @@ def _check_database(uri: str, shown: str, default_port: int) -> Check:
         return _check(
             "error", f"{shown}: {host}:{port} does not answer ({reason})", "Start the database."
         )
-    return _check("ok", f"{shown} answers; its schema was not looked at")
+    return _ask_database(uri, shown)
+
+
+def _ask_database(uri: str, shown: str) -> Check:
+    """Sign in and look for MLflow's schema; nothing is made."""
+    import sqlalchemy
+
+    try:
+        engine = sqlalchemy.create_engine(uri)
+        try:
+            with engine.connect() as connection:
+                tables = sqlalchemy.inspect(connection).get_table_names()
+                query = sqlalchemy.text("SELECT version_num FROM alembic_version")
+                found = connection.scalar(query) if "alembic_version" in tables else None
+        finally:
+            engine.dispose()
+    except ModuleNotFoundError as error:
+        return _check("error", f"{shown} needs the package {error.name}", "Install it.")
+    except sqlalchemy.exc.SQLAlchemyError as error:
+        reason = without_secrets(" ".join(str(error).split("(Background")[0].split())[:200])
+        return _check("error", f"{shown} refuses: {reason}", "Check the address and the user.")
+    known, newest = _schemas()
+    if found in (None, newest):
+        return _check("ok", f"{shown} answers, MLflow {_client()}")
+    if found in known:
+        return _check(
+            "error",
+            f"{shown} was made by an older MLflow than {_client()}",
+            "Back it up, then `mlflow db upgrade` with this address.",
+        )
+    return _check(
+        "error",
+        f"{shown} was made by a newer MLflow than {_client()}",
+        "Update MLflow here, or name another database.",
+    )
 
 
 def _client() -> str:

@@ -3,10 +3,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import pytest
 from mlflow import MlflowClient
 
 from visiontuner.errors import TrackingError
-from visiontuner.tracking.client import TrackingRefused, explain, quiet_and_impatient
+from visiontuner.tracking.client import Store, TrackingRefused, explain, limited
 from visiontuner.tracking.follow import WriterThread
 from visiontuner.tracking.mlflow_writer import MlflowWriter
 
@@ -87,7 +90,7 @@ def test_nothing_is_lost_while_the_server_is_away(
     server.start()
     search, notices = new_search(), list[str]()
     search.begin()
-    writer = MlflowWriter(search.folder, tracking_uri=server.uri, draw=False)
+    writer = MlflowWriter(search.folder, tracking_uri=server.uri, draw=False, live=True)
     thread = WriterThread(writer, interval_seconds=0.1, share=1.0, notice=notices.append)
     search.trial(1)
     wait_until(lambda: "t0001" in writer.run_ids)
@@ -134,12 +137,77 @@ def test_a_server_that_never_answered_is_not_waited_for(new_search: Callable[...
 
 
 def test_the_environment_is_as_before_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
-    monkeypatch.delenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", raising=False)
-    with quiet_and_impatient(), quiet_and_impatient():
+    names = ("MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with limited(3):
+        with limited(60):
+            assert [os.environ[name] for name in names] == ["60", "0"]
         assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
-    assert "MLFLOW_HTTP_REQUEST_MAX_RETRIES" not in os.environ
+    assert not set(names) & set(os.environ)
+
+
+def test_the_users_own_limits_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "77", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    with limited(3), limited(120):
+        assert {name: os.environ[name] for name in own} == own
+    assert {name: os.environ[name] for name in own} == own
+
+
+class SlowServer:
+    """Answers a question after as many seconds as it was told, and remembers none."""
+
+    def __init__(self, seconds: float) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            def _answer(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                time.sleep(seconds)
+                with suppress(OSError):  # nobody waits for it any more
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(b"{}")
+
+            do_GET = do_POST = do_PUT = _answer  # noqa: N815
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.uri = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> "SlowServer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def test_only_a_live_writer_is_in_a_hurry_and_never_with_artifacts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("visiontuner.tracking.client.LIVE_SECONDS", 1)
+    with SlowServer(2.0) as server:
+        with pytest.raises(TrackingError, match="timed out"):
+            Store(server.uri, live=True).call("search_experiments")
+        assert Store(server.uri).call("search_experiments") == []
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+        assert Store(server.uri, live=True).call("search_experiments") == []
+        monkeypatch.delenv("MLFLOW_HTTP_REQUEST_TIMEOUT")
+        limits = list[str]()
+        monkeypatch.setattr(
+            MlflowClient,
+            "log_artifacts",
+            lambda *_: limits.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]),
+        )
+        store = Store(server.uri, live=True)
+        store.call("log_artifacts", "run", "folder")
+        store.deadline = time.monotonic() + 30
+        store.call("log_artifacts", "run", "folder")
+    assert limits[0] == "120"
+    assert 20 <= int(limits[1]) <= 30, "no longer than until the deadline"
 
 
 def test_errors_name_the_next_step_and_no_password() -> None:

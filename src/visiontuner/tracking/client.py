@@ -1,4 +1,4 @@
-"""Calls to MLflow: they fail fast, say little, and end in errors that name the next step."""
+"""Calls to MLflow: they end in time, say little, and fail with errors that name the next step."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow.version
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
+from mlflow.exceptions import MlflowException, RestException
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
 from visiontuner.errors import TrackingError
 from visiontuner.text import one_line, shell_word, without_secrets
 
-# Read by MLflow at each call. Without them one call to a server that is away blocks a minute.
+# MLflow reads these at each call. The user's own values win.
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+# With MLflow's own seven one call to a server that is away blocks for minutes.
+_NO_RETRIES = "0"
 _ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "3",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
+LIVE_SECONDS = 3
+"""For one answer while a search is followed live: the next try is seconds away."""
+PATIENT_SECONDS = 120
+"""For one answer to someone who waits for it, and for any artifact; MLflow's own default."""
+_ARTIFACT_METHODS = ("log_artifact", "log_artifacts", "log_text", "download_artifacts")
 _NOISY_LOGGERS = ("alembic", "mlflow.store.db.utils", "mlflow.tracking.request_header.registry")
 _SYNC_LATER = "The journal keeps everything; `visiontuner sync FOLDER` writes it later."
 _REFUSALS = ("PERMISSION_DENIED", "UNAUTHENTICATED", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
@@ -51,6 +58,7 @@ class Store:
         tracking_uri: `sqlite:///…` or another database URL, `http(s)://…`, `databricks`.
         advice: what to do while MLflow is away; a sentence.
         must_exist: for who only reads: do not make a new SQLite database.
+        live: give an answer that is no artifact 3 seconds: what fails is tried again soon.
         templates: where an empty database is kept, to copy for the next new one.
 
     Raises:
@@ -63,6 +71,7 @@ class Store:
         *,
         advice: str = _SYNC_LATER,
         must_exist: bool = False,
+        live: bool = False,
         templates: Path | None = None,
     ) -> None:
         check_tracking_uri(tracking_uri)
@@ -76,6 +85,7 @@ class Store:
         self.advice = advice
         self.deadline: float | None = None
         self.calls = 0
+        self._live = live
         self._templates = templates
         self._client: MlflowClient | None = None
 
@@ -87,7 +97,8 @@ class Store:
             TrackingError: MLflow is away or failed.
             OutOfTime: `deadline` (of `time.monotonic`) has passed; nothing was called.
         """
-        return self._ask(lambda client: getattr(client, method)(*args, **kwargs))
+        quick = self._live and method not in _ARTIFACT_METHODS
+        return self._ask(lambda client: getattr(client, method)(*args, **kwargs), quick=quick)
 
     def download(self, artifact_uri: str, folder: Path) -> Path:
         """Bring a file or folder of artifacts into an existing folder, under its own name.
@@ -100,11 +111,15 @@ class Store:
         to = {"dst_path": str(folder), "tracking_uri": self.tracking_uri}
         return Path(self._ask(lambda _: download_artifacts(artifact_uri=artifact_uri, **to)))
 
-    def _ask(self, question: Callable[[MlflowClient], Any]) -> Any:
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise OutOfTime("The time for writing to MLflow is up.")
+    def _ask(self, question: Callable[[MlflowClient], Any], *, quick: bool = False) -> Any:
+        seconds: float = LIVE_SECONDS if quick else PATIENT_SECONDS
+        if self.deadline is not None:
+            left = self.deadline - time.monotonic()
+            if left < 0:
+                raise OutOfTime("The time for writing to MLflow is up.")
+            seconds = max(LIVE_SECONDS, min(seconds, left))
         self.calls += 1
-        with quiet_and_impatient():
+        with limited(seconds):
             try:
                 if self._client is None:
                     create_database(self.tracking_uri, templates=self._templates)
@@ -235,11 +250,12 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
             f"The MLflow database at {where} has another version's schema; back it up and run "
             f"`mlflow db upgrade {uri}`, or set MLFLOW_TRACKING_URI to another one."
         )
-    if re.search(r"\b(error code|status code|HTTP) ?:? ?(401|403)\b", text):
-        return TrackingRefused(
-            f"MLflow at {where} refuses these credentials; set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN."
-        )
+    refused = _refusal(error, text)
+    if refused is not None:
+        status, words = refused
+        said = f": {without_secrets(words)}" if words else ""
+        said += "" if said.endswith((".", "!")) else "."
+        return TrackingRefused(f"MLflow at {where} refuses ({status}){said} {_way_in(words)}")
     code = getattr(error, "error_code", "")
     if code == "RESOURCE_DOES_NOT_EXIST":
         return TrackingRefused(f"MLflow at {where} has no such run or experiment: {short}")
@@ -251,6 +267,33 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
     return TrackingError(f"MLflow at {where} cannot be reached or failed: {short} {advice}")
 
 
+_CREDENTIALS = (
+    "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, to those "
+    "of someone who may do this."
+)
+
+
+def _refusal(error: Exception, text: str) -> tuple[int, str] | None:
+    """The HTTP status by which a server says that it does not let us in, and its own words."""
+    by_name = {"UNAUTHENTICATED": 401, "PERMISSION_DENIED": 403}
+    found = re.search(r"\b(?:error code|status code|HTTP) ?:? ?(401|403)\b", text) or re.search(
+        r"\b(401|403) Client Error\b", text
+    )
+    if isinstance(error, RestException) and error.error_code in by_name:
+        return by_name[error.error_code], str(error.json.get("message", ""))[:300]
+    if found is None:
+        return None
+    body = re.search(r"Response (?:body|text): '?(.*?)'?$", text)
+    words = re.sub(r"<[^>]*>", " ", body[1]) if body else ""
+    return int(found[1]), " ".join(words.split())[:300]
+
+
+def _way_in(words: str) -> str:
+    if "host header" in words.lower():
+        return "Start the server with --allowed-hosts and the name in this address, or use another."
+    return _CREDENTIALS
+
+
 def _network_reason(text: str) -> str | None:
     """The end of a chain of nested exceptions, which is what says something."""
     known = r"\[Errno -?\d+\] ([A-Z][\w ]+)|(too many \d+ error responses|\w+ timed out)"
@@ -258,32 +301,43 @@ def _network_reason(text: str) -> str | None:
     return (found[1] or found[2]) if found else None
 
 
-_patience = threading.Lock()
-_inside = 0
+_limits_lock = threading.Lock()
+_limits: list[int] = []
 _saved: dict[str, str | None] = {}
 
 
 @contextmanager
-def quiet_and_impatient() -> Iterator[None]:
+def limited(seconds: float) -> Iterator[None]:
     """MLflow's settings for our calls only; the environment is as before when the last one ends.
 
-    Calls from several threads share one setting, so that none restores it under another.
+    Calls from several threads share one environment: the longest of their limits holds.
+
+    Args:
+        seconds: for one answer, where the user's MLFLOW_HTTP_REQUEST_TIMEOUT says nothing.
     """
-    global _inside
-    with _patience:
-        if _inside == 0:
-            _saved.update({name: os.environ.get(name) for name in _ENVIRONMENT})
+    with _limits_lock:
+        if not _limits:
+            names = (*_ENVIRONMENT, _RETRIES, _TIMEOUT)
+            _saved.update({name: os.environ.get(name) for name in names})
             os.environ.update(_ENVIRONMENT)
+            os.environ.setdefault(_RETRIES, _NO_RETRIES)
             for name in _NOISY_LOGGERS:
                 logging.getLogger(name).addFilter(_is_important)
-        _inside += 1
+        _limits.append(round(seconds))
+        _set_timeout()
     try:
         yield
     finally:
-        with _patience:
-            _inside -= 1
-            if _inside == 0:
+        with _limits_lock:
+            _limits.remove(round(seconds))
+            if _limits:
+                _set_timeout()
+            else:
                 _restore()
+
+
+def _set_timeout() -> None:
+    os.environ[_TIMEOUT] = _saved[_TIMEOUT] or str(max(_limits))
 
 
 def _restore() -> None:

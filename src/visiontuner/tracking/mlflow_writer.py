@@ -87,6 +87,7 @@ class MlflowWriter:
         project_run: the run that `mlflow run` opened, to adopt as the parent if it is one
             (`runs.why_not_adopted`). Its name and its final status stay MLflow's.
         draw: False leaves the figures and the search's page out.
+        live: beside a search that runs: an MLflow that does not answer at once is asked again soon.
         templates: of new databases, see `client.create_database`.
         notice: called with the reason why `project_run` is left alone.
 
@@ -102,12 +103,13 @@ class MlflowWriter:
         experiment_name: str | None = None,
         project_run: ProjectRun | None = None,
         draw: bool = True,
+        live: bool = False,
         templates: Path | None = None,
         notice: Callable[[str], None] | None = None,
     ) -> None:
         self.folder = folder
         later = f"The journal keeps everything; `{next_command('sync', folder)}` writes it later."
-        self.store = Store(tracking_uri, advice=later, templates=templates)
+        self.store = Store(tracking_uri, advice=later, live=live, templates=templates)
         self.plan = SearchPlan()
         self.seconds_spent = 0.0
         self.seconds_figures = 0.0

@@ -73,6 +73,7 @@ class TrackingProcess:
                 tracking_uri=self._uri,
                 project_run=None if run is None else ProjectRun(**run),
                 draw=settings["draw"],
+                live=True,
                 templates=writable_cache_folder() / "databases",
                 notice=self._notice,
             )
