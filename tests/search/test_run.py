@@ -268,6 +268,23 @@ def test_a_resumed_search_equals_an_uninterrupted_one(search, algorithm):
         assert len({str(c) for c in half.configurations()}) == 8
 
 
+def test_a_resumed_search_prunes_as_a_whole_one_does(search, tmp_path):
+    """One trial at a time, so that both meet the same scores in the same order."""
+    options = {"trials": 12, "epochs": 9, "scheduler": "asha", "objective": "validation_loss"}
+    options["cpus_per_trial"] = 2
+    whole, half = search(**options), search(**options)
+    whole.folder = tmp_path / "whole"
+    assert whole.run() == "completed"
+    assert half.run(after(4, "trial_ended")) == "interrupted"
+    assert half.run(after(4, "trial_ended")) == "interrupted"
+    assert half.run() == "completed"
+    states = {name: trial.state for name, trial in whole.trials.items()}
+    assert set(states.values()) == {"completed", "stopped_early"}
+    assert {name: trial.state for name, trial in half.trials.items()} == states
+    for name, trial in half.trials.items():
+        assert [e.step for e in trial.epochs] == [e.step for e in whole.trials[name].epochs]
+
+
 def test_every_searched_value_reaches_the_training(search):
     space = {
         "learning_rate": {"values": [0.25]},

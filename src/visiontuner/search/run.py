@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import (Iterator, Sequence)
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from ray import tune
@@ -16,10 +19,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
-from visiontuner import interrupts
-from visiontuner.data.files import temporary_folder
-from visiontuner.errors import DiskError
-from visiontuner.experiment import Experiment
+from visiontuner import (interrupts)
+from visiontuner.data.files import (temporary_folder)
+from visiontuner.errors import (DiskError)
+from visiontuner.experiment import (Experiment)
+from visiontuner.journal import (SearchRecord)
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.hosts import home_of
 from visiontuner.search.interrupt import EndInOrder
@@ -116,7 +120,7 @@ def _run_plan(
                 metric=experiment.objective,
                 mode=experiment.mode,
                 search_alg=searcher,
-                scheduler=_scheduler(experiment),
+                scheduler=_scheduler(stage, recorder.record),
                 num_samples=plan.remaining,
                 # Without it Tune asks for one trial at a time, and one worker does all the work.
                 max_concurrent_trials=resources.concurrent_trials,
@@ -236,16 +240,81 @@ def _ray_trial_id(trial: Trial) -> str:
     return str(trial.trial_id)
 
 
-def _scheduler(experiment: Experiment) -> TrialScheduler | None:
-    rungs = Rungs.of(experiment)
-    if rungs is None:
-        return None
-    return ASHAScheduler(
-        time_attr="epoch",
-        max_t=rungs.last,
-        grace_period=rungs.first,
-        reduction_factor=rungs.factor,
-    )
+class ResumedAsha(ASHAScheduler):
+    """ASHA over a whole search, however often it was resumed.
+
+    Its trials go by the journal's ids, and the scores of earlier runs count at its rungs: without
+    them the first trials after a resume would all be among the best.
+
+    Args:
+        scores: trial id, epoch and objective, in the order of their epochs.
+    """
+
+    def __init__(self, rungs: Rungs, scores: Sequence[tuple[str, int, float]]) -> None:
+        super().__init__(
+            time_attr="epoch",
+            max_t=rungs.last,
+            grace_period=rungs.first,
+            reduction_factor=rungs.factor,
+        )
+        self._scores = scores
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Ray's call before the first trial: from now on scores can be compared."""
+        if not super().set_search_properties(metric, mode, **spec):
+            return False
+        nobody: Any = None  # no controller yet, and ASHA asks it nothing
+        for trial_id, epoch, score in self._scores:
+            known = _named(trial_id)
+            super().on_trial_add(nobody, known)
+            super().on_trial_result(nobody, known, {"epoch": epoch, str(metric): score})
+        return True
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_add(tune_controller, _by_journal(trial))
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, _by_journal(trial), result)
+        return decision
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        super().on_trial_complete(tune_controller, _by_journal(trial), result)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        super().on_trial_remove(tune_controller, _by_journal(trial))
+
+
+def _named(trial_id: str) -> Any:
+    """All that ASHA asks of a trial: a name, here the journal's."""
+    return SimpleNamespace(trial_id=trial_id)
+
+
+def _by_journal(trial: Trial) -> Any:
+    return _named(trial.config["trial_id"])
+
+
+def _scheduler(stage: Stage, record: SearchRecord) -> TrialScheduler | None:
+    rungs = Rungs.of(stage.experiment)
+    return None if rungs is None else ResumedAsha(rungs, _scores(stage, record))
+
+
+def _scores(stage: Stage, record: SearchRecord) -> list[tuple[str, int, float]]:
+    """What the trials of a stage reported in earlier runs.
+
+    The last epoch of a trial that has not ended is left out: a kill may have come before ASHA's
+    decision on it, so it is judged when it is reported again.
+    """
+    scores = []
+    for trial in record.trials.values():
+        if trial.stage == stage.name:
+            epochs = [*trial.earlier_epochs, *trial.epochs]
+            last = None if trial.finished else max((e.step for e in epochs), default=None)
+            scores += [
+                (epoch.time, trial.trial_id, epoch.step, epoch.metrics[record.objective])
+                for epoch in epochs
+                if epoch.step != last
+            ]
+    return [(trial_id, step, value) for _, trial_id, step, value in sorted(scores)]
 
 
 def _skip_callback_statistics() -> None:
