@@ -11,13 +11,12 @@ import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-from urllib.parse import (unquote, urlsplit, urlunsplit)
+from urllib.parse import urlsplit
 
 import requests
 
-from visiontuner.text import (without_secrets)
-from visiontuner.errors import (TrackingError)
-from visiontuner.redaction import (without_secrets)
+from visiontuner.errors import TrackingError
+from visiontuner.text import without_secrets
 
 Status = Literal["ok", "warning", "error"]
 

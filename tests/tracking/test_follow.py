@@ -103,6 +103,7 @@ def test_nothing_is_lost_while_the_server_is_away(
     server.start()
     wait_until(lambda: thread.problem is None)
     server.freeze()
+    search.trial(3)
     search.finish()
     wait_until(lambda: thread.problem)
     with ThreadPoolExecutor(1) as pool:
@@ -114,11 +115,55 @@ def test_nothing_is_lost_while_the_server_is_away(
     for notice, words in zip(notices, told, strict=True):
         assert words in notice
     client = MlflowClient(server.uri)
-    for trial_id, steps in (("t0001", [1, 2, 3]), ("t0002", [1, 2])):
+    for trial_id, steps in (("t0001", [1, 2, 3]), ("t0002", [1, 2]), ("t0003", [1, 2, 3])):
         run_id = writer.run_ids[trial_id]
         history = client.get_metric_history(run_id, "validation_loss")
         assert [m.step for m in history] == steps
         assert client.get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.fixture
+def slow_store(
+    new_search: Callable[..., Any],
+    new_database: Callable[[Path], str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> MlflowWriter:
+    """Of a search whose writing takes many times as long as one call to MLflow, a second."""
+    search = new_search()
+    search.begin()
+    for number in range(1, 31):
+        search.trial(number, epochs=1)
+    search.finish()
+    call = Store.call
+
+    def slow_call(self: Store, *args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.05)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(Store, "call", slow_call)
+    monkeypatch.setattr("visiontuner.tracking.mlflow_writer._PROGRESS_SECONDS", 0.0)
+    uri = new_database(tmp_path / "mlflow.db")
+    return MlflowWriter(search.folder, tracking_uri=uri, draw=False)
+
+
+def test_a_store_that_answers_has_all_the_time_it_takes(slow_store: MlflowWriter) -> None:
+    progress = list[tuple[int, int]]()
+    thread = WriterThread(
+        slow_store, interval_seconds=3600, progress=lambda *done: progress.append(done)
+    )
+    assert thread.close(timeout=1.0)
+    assert thread.problem is None
+    assert progress == sorted(progress)
+    assert progress[-1] == (30, 30)
+
+
+def test_a_search_that_was_stopped_leaves_the_rest(slow_store: MlflowWriter) -> None:
+    thread = WriterThread(slow_store, interval_seconds=3600)
+    assert not thread.close(timeout=1.0, hard=True)
+    assert thread.problem == "The time for writing to MLflow is up."
+    assert slow_store.parent_run_id is not None
+    assert slow_store.catch_up().complete
 
 
 def test_a_server_that_never_answered_is_not_waited_for(new_search: Callable[..., Any]) -> None:

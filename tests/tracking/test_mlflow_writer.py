@@ -478,6 +478,59 @@ def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store
     assert writer.seconds_figures > 0
 
 
+def test_numbers_do_not_wait_for_artifacts_that_cannot_be_stored(
+    new_search: NewSearch, store: Any, tmp_path: Path
+) -> None:
+    """Everything else is there, the runs say what they lack, and a later writing adds it."""
+    search, uri, whole = new_search(), store(), store("whole")
+    (tmp_path / "artifacts").touch()  # a file where there should be a folder
+    MlflowClient(uri).create_experiment("pictures", str(tmp_path / "artifacts"))
+    search.begin()
+    search.trial(1)
+    search.trial(2, epochs=1, state="failed", error="loss is NaN")
+    for number in range(3, 8):
+        search.trial(number)
+    with MlflowWriter(search.folder, tracking_uri=uri) as writer:
+        progress = writer.catch_up()
+        assert "the artifacts of 7 runs" in str(progress.problem)
+        search.finish()
+        progress = writer.catch_up()
+    assert not progress.complete
+    assert "All numbers are in MLflow, but not the artifacts of 8 runs." in str(progress.problem)
+    write(search.folder, whole, draw=True)
+    held, expected = contents(uri), contents(whole)
+    for name, run in held.items():
+        assert "Not a directory" in run["tags"].pop("visiontuner.missing_artifacts")
+        assert (run["artifacts"], run["figures"]) == ([], [])
+        for kind in ("status", "times", "tags", "parent", "params", "history", "inputs"):
+            assert run[kind] == expected[name][kind]
+
+    (tmp_path / "artifacts").unlink()
+    with MlflowWriter(search.folder, tracking_uri=uri) as writer:
+        assert writer.catch_up().complete
+    assert contents(uri) == expected
+
+
+def test_artifacts_are_tried_again_when_the_search_ends(
+    new_search: NewSearch, store: Any, tmp_path: Path
+) -> None:
+    search, uri = new_search(), store()
+    (tmp_path / "artifacts").touch()
+    MlflowClient(uri).create_experiment("pictures", str(tmp_path / "artifacts"))
+    search.begin()
+    search.trial(1)
+    with MlflowWriter(search.folder, tracking_uri=uri) as writer:
+        assert writer.catch_up().problem is not None
+        (tmp_path / "artifacts").unlink()
+        search.trial(2)
+        search.finish()
+        assert writer.catch_up().complete
+    held = contents(uri)
+    assert held["t0001"]["figures"] == held["t0002"]["figures"] == ["figures/curves.png"]
+    assert "experiment.yaml" in held["pictures-20261122"]["artifacts"]
+    assert not any("visiontuner.missing_artifacts" in run["tags"] for run in held.values())
+
+
 def test_of_many_trials_the_first_the_best_and_the_long_ones_get_a_figure(
     new_search: NewSearch, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

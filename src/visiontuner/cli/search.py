@@ -69,10 +69,15 @@ def sync(folder: Path | None) -> None:
       visiontuner sync
       MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner sync searches/digits-20261122-1541
     """
+    from visiontuner.console import SearchConsole
     from visiontuner.locations import newest_search
     from visiontuner.workflow import sync_search
 
-    result = sync_search(folder or newest_search())
+    console = SearchConsole()
+    try:
+        result = sync_search(folder or newest_search(), observer=console)
+    finally:
+        console.close()
     click.echo(f"{result.folder}: {len(result.record.trials)} trials are in {result.tracking_uri}.")
     if result.model:
         click.echo(f"The best one is registered as {result.model}.")

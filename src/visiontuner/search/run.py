@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
-import tempfile
-from collections.abc import (Iterator, Sequence)
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,11 +17,10 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.stopper import CombinedStopper
 
-from visiontuner import (interrupts)
-from visiontuner.data.files import (temporary_folder)
-from visiontuner.errors import (DiskError)
-from visiontuner.experiment import (Experiment)
-from visiontuner.journal import (SearchRecord)
+from visiontuner import interrupts
+from visiontuner.data.files import temporary_folder
+from visiontuner.errors import DiskError
+from visiontuner.journal import SearchRecord
 from visiontuner.search.cluster import resources_for
 from visiontuner.search.hosts import home_of
 from visiontuner.search.interrupt import EndInOrder

@@ -61,6 +61,9 @@ class Store:
         live: give an answer that is no artifact 3 seconds: what fails is tried again soon.
         templates: where an empty database is kept, to copy for the next new one.
 
+    `deadline`, of `time.monotonic`: no call starts after it, and none lasts much longer. Each
+    answer puts it off to `patience` seconds from then, if that is set.
+
     Raises:
         TrackingRefused: for a file store, or a folder for the database that is not there.
     """
@@ -84,6 +87,7 @@ class Store:
         self.tracking_uri = tracking_uri
         self.advice = advice
         self.deadline: float | None = None
+        self.patience: float | None = None
         self.calls = 0
         self._live = live
         self._templates = templates
@@ -124,9 +128,12 @@ class Store:
                 if self._client is None:
                     create_database(self.tracking_uri, templates=self._templates)
                     self._client = MlflowClient(self.tracking_uri, self.tracking_uri)
-                return question(self._client)
+                answer = question(self._client)
             except Exception as error:  # MLflow lets its backends' own exceptions of any type out
                 raise explain(error, self.tracking_uri, self.advice) from error
+        if self.deadline is not None and self.patience is not None:
+            self.deadline = time.monotonic() + self.patience
+        return answer
 
 
 def check_tracking_uri(tracking_uri: str) -> None:

@@ -117,9 +117,9 @@ def write_findings(tracking_uri: str, run_id: str, findings: Sequence[Finding]) 
         TrackingError: MLflow is away or refuses.
     """
     store = Store(tracking_uri, advice=_ADVICE)
-    store.call("log_text", run_id, findings_text(findings), "findings.json")
     names = ", ".join(sorted({finding.rule for finding in findings}))
     store.call("log_batch", run_id, tags=[RunTag("visiontuner.findings", names)])
+    store.call("log_text", run_id, findings_text(findings), "findings.json")
 
 
 class _Classes:

@@ -5,7 +5,9 @@ the difference. It can do so late, again, elsewhere, or after a kill at any mome
 
 - runs are created together with the tags they are found by, and looked for before they are created;
 - MLflow stores a point with the same key, time, step and value once, and these are the journal's;
-- a run gets its final status last, so that one that has it needs nothing more.
+- a run gets its final status last, so that one that has it needs nothing more;
+- a run whose artifacts MLflow did not take says so by a tag, and gets them another time: numbers,
+  which come first, never wait for artifacts.
 
 `mlflow.json` in the search folder tells people and other commands where the runs are. The writer
 itself reads nothing from it.
@@ -18,7 +20,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ from visiontuner.journal import read_events
 from visiontuner.layout import MLFLOW_FILE
 from visiontuner.text import without_secrets
 from visiontuner.tracking import runs
-from visiontuner.tracking.client import Store
+from visiontuner.tracking.client import OutOfTime, Store, explain
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,
@@ -50,30 +53,46 @@ from visiontuner.training.recording.records import find_recording
 
 LOCK_FILE = "mlflow.lock"
 
+MISSING_ARTIFACTS = "visiontuner.missing_artifacts"
+"""On a run whose artifacts MLflow did not take: why. A later `sync` writes them and removes it."""
+
 _PARENT = "mlflow.parentRunId"
 _NAME = "mlflow.runName"
+_EXPERIMENT_FILE = "experiment.yaml"
+_MOST_FAILURES = 3  # in a row, before the rest of the artifacts is left for later
+_REASON_LENGTH = 500
+_PROGRESS_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """What one `catch_up` did.
 
-    `complete`: the search is over, and all of its journal is in MLflow.
+    `complete`: the search is over, and all of its journal is in MLflow; the artifacts too, unless
+    `problem` says why not.
     """
 
     events: int
     complete: bool
+    problem: str | None = None
 
 
 @dataclass(kw_only=True)
 class _Held:
-    """What MLflow is known to hold of one run."""
+    """What MLflow is known to hold of one run.
+
+    `recorded`: the points of its recording; `described`: its experiment file was sent, perhaps in
+    vain; `missing`: it lacks artifacts, and says so.
+    """
 
     run_id: str
     status: str
     tags: dict[str, str]
     points: int = 0
     params: bool = False
+    recorded: bool = False
+    described: bool = False
+    missing: bool = False
 
 
 class MlflowWriter:
@@ -125,6 +144,8 @@ class MlflowWriter:
         self._parent: _Held | None = None
         self._trials: dict[str, _Held] = {}
         self._found = False
+        self._failures = 0  # artifacts in a row
+        self._artifact_problem: TrackingError | None = None
         self._lock: int | None = None
         self._memory = ""
 
@@ -144,6 +165,7 @@ class MlflowWriter:
         search_is_over: bool = False,
         deadline: float | None = None,
         figure_seconds: float = math.inf,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Progress:
         """Write everything the journal has and MLflow has not. Repeating it changes nothing.
 
@@ -153,6 +175,7 @@ class MlflowWriter:
             deadline: of `time.monotonic`; no call to MLflow starts after it.
             figure_seconds: while the search runs, once figures took that long, those that are
                 left wait for a later call, and the final status of their runs with them.
+            progress: called every second with how many of how many trials are written.
 
         Raises:
             JournalError: the folder has no readable journal.
@@ -163,6 +186,7 @@ class MlflowWriter:
         began, drawn = time.monotonic(), self.seconds_figures
         self.store.deadline = deadline
         self._figures_until = drawn + figure_seconds
+        self._failures, self._artifact_problem = 0, None
         try:
             self._take_lock()
             events = self._read()
@@ -170,8 +194,9 @@ class MlflowWriter:
                 self.plan.interrupt_running()
             if not self.plan.started:
                 return Progress(events=events, complete=False)
-            self._write()
-            return Progress(events=events, complete=self.plan.over)
+            self._write(_every_second(progress))
+            problem = self._missing()
+            return Progress(events=events, complete=self.plan.over and not problem, problem=problem)
         except BaseException:
             # The server may have done what it could not answer: look again before creating.
             self._found = False
@@ -199,7 +224,7 @@ class MlflowWriter:
         self._offset = read.offset
         return len(read.events)
 
-    def _write(self) -> None:
+    def _write(self, progress: Callable[[int, int], None]) -> None:
         if not self._found:
             self._find_runs()
             self._look_at_project_run()
@@ -209,9 +234,27 @@ class MlflowWriter:
             self._parent = self._open_parent()
         if not self._parent.params:
             self._describe(self._parent)
-        for trial in self.plan.trials.values():
-            self._write_trial(trial)
-        self._write_parent(self._parent)
+        trials = list(self.plan.trials.values())
+        for done, trial in enumerate(trials, start=1):
+            self._write_numbers(trial)
+            progress(done // 2, len(trials))
+        self._write_search_numbers(self._parent)
+        self._send_experiment(self._parent)
+        for done, trial in enumerate(trials, start=1):
+            self._end_trial(trial)
+            progress((len(trials) + done) // 2, len(trials))
+        self._end_search(self._parent)
+
+    def _missing(self) -> str | None:
+        """Which artifacts MLflow did not take, and why, for a person."""
+        held = [*self._trials.values(), *filter(None, [self._parent])]
+        count = sum(one.missing for one in held)
+        if self._artifact_problem is None or not count:
+            return None
+        runs_ = "1 run" if count == 1 else f"{count} runs"
+        return (
+            f"All numbers are in MLflow, but not the artifacts of {runs_}. {self._artifact_problem}"
+        )
 
     # Finding and opening runs
 
@@ -254,6 +297,8 @@ class MlflowWriter:
             tags=dict(run.data.tags),
             points=len(plan.points) if complete and plan.over else 0,
             params=set(plan.params()) <= set(run.data.params),
+            described=True,  # and once more with the search's other files
+            missing=MISSING_ARTIFACTS in run.data.tags,
         )
 
     def _open_parent(self) -> _Held:
@@ -304,7 +349,6 @@ class MlflowWriter:
     def _describe(self, parent: _Held) -> None:
         """What the search is; the parameters come last and mark it as done."""
         run_id, data = parent.run_id, self.plan.started.get("data") or {}
-        self.store.call("log_text", run_id, self.plan.experiment().to_yaml(), "experiment.yaml")
         if data.get("digest"):
             self.store.call("log_inputs", run_id, datasets=[runs.dataset_input(data)])
         # Any other state is the last thing that a search's run gets.
@@ -313,7 +357,8 @@ class MlflowWriter:
         parent.params = True
         parent.tags.update(tags)
 
-    def _write_trial(self, trial: TrialPlan) -> None:
+    def _write_numbers(self, trial: TrialPlan) -> None:
+        """A trial's run with everything that is no artifact, but its final status."""
         held = self._trials.get(trial.trial_id)
         tags = trial.tags()
         if held is None:
@@ -322,26 +367,40 @@ class MlflowWriter:
             self._trials[trial.trial_id] = held
         if trial.status == "RUNNING" and held.status != "RUNNING":
             self._set_status(held, "RUNNING")
+            held.recorded = False
         changed = _changed(tags, held.tags)
         if held.points < len(trial.points) or not held.params or changed:
             params = {} if held.params else trial.params()
             self._log_batch(held.run_id, trial.points[held.points :], params, changed)
             held.points, held.params = len(trial.points), True
             held.tags.update(tags)
-        may_end = self.plan.over or self.seconds_figures < self._figures_until
-        if held.status != trial.status and may_end:
-            folder = self.folder / "trials" / trial.trial_id
-            recording = find_recording(folder)
+        if held.status != trial.status and not held.recorded:
+            recording = find_recording(self._folder_of(trial))
             if recording is not None:
                 epoch, time = max(trial.steps, default=0), trial.ended or trial.last_seen
                 self._log_batch(held.run_id, points_of(recording, time=time, epoch=epoch))
-            self._log_files(held.run_id, lambda: self._files.of_trial(self.plan, trial, recording))
+            held.recorded = True
+
+    def _end_trial(self, trial: TrialPlan) -> None:
+        """The artifacts of a trial that has ended, then its final status."""
+        held = self._trials[trial.trial_id]
+        may_end = self.plan.over or self.seconds_figures < self._figures_until
+        again = held.missing and self.plan.over
+        if not may_end or (held.status == trial.status and not again):
+            return
+
+        def files() -> dict[str, bytes]:
+            return self._files.of_trial(self.plan, trial, find_recording(self._folder_of(trial)))
+
+        if self._draw:
+            self._log_files(held, files)
+        if held.status != trial.status:
             self._set_status(held, trial.status, trial.ended)
 
-    def _write_parent(self, parent: _Held) -> None:
-        """The search's own curve; once it is over its figures, status and, last, its state."""
+    def _write_search_numbers(self, parent: _Held) -> None:
+        """The search's own curve, and what came out; all but its state."""
         tags = self.plan.tags()
-        state = tags.pop(STATE)
+        del tags[STATE]
         best = self._trials.get(tags.get("visiontuner.best_trial", ""))
         if best is not None:
             tags["visiontuner.best_run_id"] = best.run_id
@@ -350,15 +409,35 @@ class MlflowWriter:
             self._log_batch(parent.run_id, points, tags=changed)
             parent.points = len(self.plan.points)
             parent.tags.update(changed)
-        if parent.tags.get(STATE) != state:
+
+    def _send_experiment(self, parent: _Held) -> None:
+        """The experiment file, while the search runs; at its end it comes with the other files."""
+        if parent.described or self.plan.over:
+            return
+        parent.described = True
+        with self._without_artifact():
+            text = self.plan.experiment().to_yaml()
+            self.store.call("log_text", parent.run_id, text, _EXPERIMENT_FILE)
+
+    def _end_search(self, parent: _Held) -> None:
+        """Once the search is over its files, its state and its status."""
+        state = self.plan.state
+        if parent.tags.get(STATE) != state or (parent.missing and self.plan.over):
             if self.plan.over:
-                self._log_files(
-                    parent.run_id, lambda: self._files.of_search(self.plan, self._known_places())
-                )
+                self._log_files(parent, self._search_files)
             self._log_batch(parent.run_id, tags={STATE: state})
             parent.tags[STATE] = state
         if parent.status != self.plan.status and not self._is_adopted(parent):
             self._set_status(parent, self.plan.status, self.plan.last_seen)
+
+    def _search_files(self) -> dict[str, bytes]:
+        files = {_EXPERIMENT_FILE: self.plan.experiment().to_yaml().encode()}
+        if self._draw:
+            files |= self._files.of_search(self.plan, self._known_places())
+        return files
+
+    def _folder_of(self, trial: TrialPlan) -> Path:
+        return self.folder / "trials" / trial.trial_id
 
     def _log_batch(
         self,
@@ -378,21 +457,41 @@ class MlflowWriter:
 
     # Figures and the page
 
-    def _log_files(self, run_id: str, make: Callable[[], dict[str, bytes]]) -> None:
-        if not self._draw:
-            return
+    def _log_files(self, held: _Held, make: Callable[[], dict[str, bytes]]) -> None:
+        """A run's files; one that MLflow does not take leaves a tag and no error."""
         began = time.monotonic()
-        try:
-            with temporary_folder() as folder:
+        failures = self._failures
+        with self._without_artifact(), temporary_folder() as folder:
+            if failures < _MOST_FAILURES:
                 files = make()
                 for name, content in files.items():
                     path = folder / name
                     path.parent.mkdir(exist_ok=True)
                     path.write_bytes(content)
                 if files:
-                    self.store.call("log_artifacts", run_id, folder)
-        finally:
-            self.seconds_figures += time.monotonic() - began
+                    self.store.call("log_artifacts", held.run_id, str(folder))
+                self._failures = 0
+        self.seconds_figures += time.monotonic() - began
+        failed = self._failures > failures or failures >= _MOST_FAILURES
+        if failed:
+            reason = str(self._artifact_problem)[:_REASON_LENGTH]
+            self._log_batch(held.run_id, tags={MISSING_ARTIFACTS: reason})
+        elif held.missing:
+            self.store.call("delete_tag", held.run_id, MISSING_ARTIFACTS)
+        held.missing = failed
+
+    @contextmanager
+    def _without_artifact(self) -> Iterator[None]:
+        """Go on without an artifact that cannot be made or stored."""
+        try:
+            yield
+        except OutOfTime:
+            raise
+        except TrackingError as error:
+            self._failures, self._artifact_problem = self._failures + 1, error
+        except OSError as error:  # no room for it here
+            problem = explain(error, self.store.tracking_uri)
+            self._failures, self._artifact_problem = self._failures + 1, problem
 
     # The folder
 
@@ -438,6 +537,7 @@ def _held_trial(run: Run, trial: TrialPlan) -> _Held:
         trial.status != "RUNNING"
         and run.info.status == trial.status
         and not _changed(trial.tags(), tags)
+        and MISSING_ARTIFACTS not in tags
     )
     return _Held(
         run_id=run.info.run_id,
@@ -446,7 +546,21 @@ def _held_trial(run: Run, trial: TrialPlan) -> _Held:
         tags=tags,
         points=len(trial.points) if complete else 0,
         params=set(trial.params()) <= set(run.data.params),
+        missing=MISSING_ARTIFACTS in tags,
     )
+
+
+def _every_second(tell: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+    """Passes on one call a second, from the first second's end on: what is short needs no bar."""
+    told = time.monotonic()
+
+    def tell_sometimes(done: int, total: int) -> None:
+        nonlocal told
+        if tell is not None and time.monotonic() - told >= _PROGRESS_SECONDS:
+            told = time.monotonic()
+            tell(done, total)
+
+    return tell_sometimes
 
 
 def _changed(wanted: Mapping[str, str], held: Mapping[str, str]) -> dict[str, str]:

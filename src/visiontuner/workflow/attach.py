@@ -93,7 +93,7 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
         progress=lambda done, total: observer.progress("Bringing home", done, total, "B"),
         note=observer.note,
     )
-    result = sync_search(folder, project_run=take_project_run(), notice=observer.note)
+    result = sync_search(folder, project_run=take_project_run(), observer=observer)
     jobs = patiently(lambda: jobs_of(aws, job), observer)
     _log_costs(folder, home, jobs)
     return Attached(

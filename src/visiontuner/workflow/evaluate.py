@@ -308,7 +308,7 @@ class _Evaluation:
     def _track(self) -> tuple[str | None, str | None]:
         self.observer.note("Writing to MLflow.")
         try:
-            return sync_search(self.folder).model, None
+            return sync_search(self.folder, observer=self.observer).model, None
         except TrackingError as error:
             return None, str(error)
 

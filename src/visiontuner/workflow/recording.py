@@ -80,15 +80,20 @@ class BackgroundTracking:
             self._begun, self._asked_to_close, self._closed = True, False, False
             self._send({"folder": str(folder.absolute()), **self._settings})
 
-    def begin_to_close(self, *, timeout_seconds: float = 60) -> None:
+    def begin_to_close(self, *, timeout_seconds: float = 60, hard: bool = False) -> None:
         """Have the rest written, while the search has other things to do."""
         if not self._asked_to_close:
             self._asked_to_close = True
-            self._send({"do": "close", "timeout": timeout_seconds})
+            self._send({"do": "close", "timeout": timeout_seconds, "hard": hard})
 
-    def close(self, *, timeout_seconds: float = 60) -> str | None:
-        """Write the rest, once; returns why not everything is in MLflow, or None."""
-        self.begin_to_close(timeout_seconds=timeout_seconds)
+    def close(self, *, timeout_seconds: float = 60, hard: bool = False) -> str | None:
+        """Write the rest, once; returns why not everything is in MLflow, or None.
+
+        Args:
+            timeout_seconds: how long MLflow may be silent before the rest is left to `sync`.
+            hard: leave it after so many seconds even if MLflow answers.
+        """
+        self.begin_to_close(timeout_seconds=timeout_seconds, hard=hard)
         if not self._closed:
             self._closed = True  # whoever does not wait for the answer is not asked to again
             answer = self._answer(timeout_seconds)
@@ -145,10 +150,15 @@ class BackgroundTracking:
 
     def _answer(self, timeout: float | None) -> dict[str, Any]:
         """The next answer, or what stands for that of a process that died or does not answer."""
-        try:
-            answer = interrupts.get(self._answers, timeout and timeout + _GRACE_SECONDS)
-        except Empty:
-            return {"problem": "MLflow's writer does not answer."}
+        while True:
+            try:
+                answer = interrupts.get(self._answers, timeout and timeout + _GRACE_SECONDS)
+            except Empty:
+                return {"problem": "MLflow's writer does not answer."}
+            if answer is None or "progress" not in answer:
+                break
+            done, total = answer["progress"]
+            self._observer.progress("Writing to MLflow", done, total, "trials")
         if answer is None:
             self._answers.put(None)  # nor will it answer the next question
             last = next((line for line in reversed(self._last_words) if line), "it said nothing")

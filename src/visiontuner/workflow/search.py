@@ -187,7 +187,7 @@ class _Run:
         self, state: SearchState, recorder: Recorder, tracking: BackgroundTracking
     ) -> SearchResult:
         if state == "interrupted":
-            return self._result(state, recorder, tracking.close(timeout_seconds=10))
+            return self._result(state, recorder, tracking.close(timeout_seconds=10, hard=True))
         best = recorder.record.best
         if best is None:
             raise SearchFailed(_first_error(recorder.record, self.folder))

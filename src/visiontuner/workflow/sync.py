@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from visiontuner.errors import TrackingError
 from visiontuner.journal import SearchRecord, is_running
 from visiontuner.layout import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EVALUATION_REPORT
 from visiontuner.locations import tracking_uri
 from visiontuner.tracking.plan import ProjectRun
 from visiontuner.workflow.layout import SearchResult
+from visiontuner.workflow.observing import Observer, Silent
 from visiontuner.workflow.registration import register_classifier
 
 if TYPE_CHECKING:
@@ -18,10 +20,7 @@ if TYPE_CHECKING:
 
 
 def sync_search(
-    folder: Path,
-    *,
-    project_run: ProjectRun | None = None,
-    notice: Callable[[str], None] | None = None,
+    folder: Path, *, project_run: ProjectRun | None = None, observer: Observer | None = None
 ) -> SearchResult:
     """Write a search's journal into MLflow, model and registration included.
 
@@ -31,17 +30,25 @@ def sync_search(
     Args:
         project_run: the run that `mlflow run` opened, to adopt as the search's own if MLflow
             holds none of it yet.
-        notice: called with the reason why that run is left alone.
+        observer: told how far it is, and why that run is left alone.
 
     Raises:
         JournalError: the folder holds no search, or it is still running elsewhere.
-        TrackingError: MLflow is away or refuses.
+        TrackingError: MLflow is away or refuses; or it has all numbers and does not take artifacts.
     """
     from visiontuner.tracking.mlflow_writer import MlflowWriter
 
+    observer = observer or Silent()
     record, uri = SearchRecord.load(folder), tracking_uri()
-    with MlflowWriter(folder, tracking_uri=uri, project_run=project_run, notice=notice) as writer:
-        writer.catch_up(search_is_over=not is_running(folder))
+    with MlflowWriter(
+        folder, tracking_uri=uri, project_run=project_run, notice=observer.note
+    ) as writer:
+        written = writer.catch_up(
+            search_is_over=not is_running(folder),
+            progress=lambda done, total: observer.progress(
+                "Writing to MLflow", done, total, "trials"
+            ),
+        )
         run_ids, parent_run_id = writer.run_ids, writer.parent_run_id
     classifier = folder / CLASSIFIER_FOLDER
     state: SearchState = record.ended["state"] if record.ended else "interrupted"
@@ -49,6 +56,8 @@ def sync_search(
     if classifier.is_dir() and record.best is not None:
         evaluation = _log_evaluation(folder, run_ids, parent_run_id, uri)
         model = register_classifier(folder, record, run_ids, uri, tags=evaluation)
+    if written.problem is not None:
+        raise TrackingError(written.problem)
     return SearchResult(
         folder=folder,
         record=record,
@@ -81,10 +90,11 @@ def _log_evaluation(
 
     evaluation = read_evaluation(folder / EVALUATION_FOLDER)
     store = Store(uri)
+    if parent_run_id is not None:
+        store.call("set_tag", parent_run_id, TEST_LOOKS, str(evaluation.looks))
     log_evaluation(store, evaluation, run_id=run_ids[evaluation.trial_id])
     if parent_run_id is not None:
         store.call("log_artifact", parent_run_id, str(write_page(folder)))
-        store.call("set_tag", parent_run_id, TEST_LOOKS, str(evaluation.looks))
     if evaluation.classifier_digest != classifier_digest(folder / CLASSIFIER_FOLDER):
         return {}  # packaged again since: another artifact
     return version_tags(evaluation)

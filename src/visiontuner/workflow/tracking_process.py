@@ -3,7 +3,9 @@
 It is told and it answers in lines of JSON, on its standard input and output:
 
     {"folder": …, "uri": …, "project_run": …, "draw": …}    first, what to write and where
-    {"do": "close", "timeout": seconds}     -> {"problem": null or why not everything is in MLflow,
+    {"do": "close", "timeout": seconds, "hard": …}
+                                            -> {"progress": [done, total]} every second, then
+                                               {"problem": null or why not everything is in MLflow,
                                                 "seconds": {"writing": …, "figures": …, "cpu": …}}
     {"do": "register"}                      -> {"model": "models:/NAME/VERSION"}
                                                or {"problem": …, "error": "TrackingError"}
@@ -58,7 +60,8 @@ class TrackingProcess:
 
     def do(self, order: Mapping[str, Any]) -> None:
         if order["do"] == "close":
-            self._tell({"problem": self._close(order["timeout"]), "seconds": self._seconds()})
+            problem = self._close(order["timeout"], hard=order["hard"])
+            self._tell({"problem": problem, "seconds": self._seconds()})
         else:
             self._tell(self._register())
 
@@ -81,12 +84,12 @@ class TrackingProcess:
             self._problem = str(error)
             self._notice(self._problem)
             return
-        self._thread = WriterThread(self._writer, notice=self._notice)
+        self._thread = WriterThread(self._writer, notice=self._notice, progress=self._progress)
 
-    def _close(self, timeout: float) -> str | None:
+    def _close(self, timeout: float, *, hard: bool) -> str | None:
         if self._thread is None:
             return self._problem
-        if self._thread.close(timeout):
+        if self._thread.close(timeout, hard=hard):
             return None
         return self._thread.problem or "MLflow does not hold everything yet."
 
@@ -112,6 +115,9 @@ class TrackingProcess:
 
     def _notice(self, text: str) -> None:
         self._tell({"notice": text})
+
+    def _progress(self, done: int, total: int) -> None:
+        self._tell({"progress": [done, total]})
 
 
 def _kind(error: VisiontunerError) -> str:

@@ -345,7 +345,7 @@ class _Training:
             yield
         except KeyboardInterrupt:
             where = self._interrupt(recorder, "stopped")
-            tracking.close(timeout_seconds=10)
+            tracking.close(timeout_seconds=10, hard=True)
             raise SearchInterrupted(f"Stopped{where}; nothing is lost. {go_on}") from None
         except VisiontunerError as error:
             self._interrupt(recorder, str(error))
