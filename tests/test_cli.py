@@ -302,6 +302,13 @@ def test_resume_goes_on_in_the_folder(searches):
     assert searches[0]["on"] == "auto"
 
 
+def test_resume_takes_another_time_budget(searches):
+    changed = ["--set", "search.time_budget=2h"]
+    assert call("tune", "--resume", "searches/x", *changed).exit_code == 0
+    assert searches[0]["overrides"] == ["search.time_budget=2h"]
+    assert call("tune", "--resume", "job", "--on", "sagemaker", *changed).exit_code == 2
+
+
 # How a search ends
 
 

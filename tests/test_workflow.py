@@ -246,6 +246,20 @@ def test_a_search_that_another_process_runs_is_refused(finished, store, tmp_path
         other.close()
 
 
+def test_a_budget_too_short_for_any_trial_can_be_raised(experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    folder = tmp_path / "search"
+    with pytest.raises(SearchFailed) as failure:
+        run_search(experiment(search={"time_budget": 0.001}), output=folder)
+    way_out = f"visiontuner tune --resume {folder} --set search.time_budget=1s"
+    assert str(failure.value).endswith(way_out)
+    with pytest.raises(UserMistake, match=r"only search\.time_budget can be set"):
+        resume_search(folder, overrides=["search.trials=1"])
+    result = resume_search(folder, overrides=["search.time_budget=null"])
+    assert result.state == "completed"
+    assert {trial.state for trial in result.record.trials.values()} == {"completed"}
+
+
 def test_folders_that_nobody_named_have_names_of_their_own(tmp_path):
     wanted = tmp_path / "searches" / "dogs-20261129-100000"
     assert [claim_folder(wanted).name for _ in range(3)] == [

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     "--resume",
     metavar="FOLDER|JOB",
     default="none",
-    help="Go on with the search in a folder; with --on sagemaker with that of a training job, by "
-    "its name. The new job has that one's options: name those that change; `off` leaves one out.",
+    help="Go on with the search in a folder, perhaps with --set search.time_budget=…; with --on "
+    "sagemaker with that of a training job, by its name. The new job has that one's options: name "
+    "those that change; `off` leaves one out.",
 )
 @click.option(
     "--on",
@@ -62,6 +63,7 @@ def tune(
       visiontuner tune --data photos/ --backbone resnet50 --trials 32
       visiontuner tune --experiment experiments/dog_breeds.yaml --set training.epochs=5
       visiontuner tune --resume searches/digits-20261122-154100
+      visiontuner tune --resume searches/digits-20261122-154100 --set search.time_budget=2h
       visiontuner tune --data s3://my-bucket/photos --on sagemaker --instances 4 --max-cost 20
     """
     if on != "sagemaker":
@@ -74,8 +76,8 @@ def tune(
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     if resume not in NOT_GIVEN:
         # A job's search may come home to another folder than the one of the job before.
-        fixed = [data] if on == "sagemaker" else [data, output]
-        changed = [*given, *given_values(overrides), *given_values(fixed)]
+        fixed = [data, *overrides] if on == "sagemaker" else [data, output]
+        changed = [*given, *given_values(fixed)]
         if changed or experiment not in NOT_GIVEN:
             _refuse_changes_on_resume()
         chosen = None
@@ -86,17 +88,29 @@ def tune(
     if on == "sagemaker":
         run_on_sagemaker(chosen, job, resume=None if chosen else resume, output=folder)
     else:
-        _run_here(chosen, on=on, resume=resume, output=folder)
+        _run_here(chosen, on=on, resume=resume, output=folder, overrides=given_values(overrides))
 
 
-def _run_here(experiment: Experiment | None, *, on: str, resume: str, output: Path | None) -> None:
+def _run_here(
+    experiment: Experiment | None,
+    *,
+    on: str,
+    resume: str,
+    output: Path | None,
+    overrides: list[str],
+) -> None:
     from visiontuner.console import SearchConsole
     from visiontuner.workflow import resume_search, run_search
 
     console = SearchConsole()
     try:
         if experiment is None:
-            result = resume_search(Path(resume), on=on, observer=console)  # type: ignore[arg-type]
+            result = resume_search(
+                Path(resume),
+                overrides=overrides,
+                on=on,  # type: ignore[arg-type]
+                observer=console,
+            )
         else:
             result = run_search(experiment, output=output, on=on, observer=console)  # type: ignore[arg-type]
     finally:
@@ -106,6 +120,6 @@ def _run_here(experiment: Experiment | None, *, on: str, resume: str, output: Pa
 
 def _refuse_changes_on_resume() -> None:
     raise UserMistake(
-        "--resume goes on with the search as it was; leave the other flags out, "
-        "or start a new search with them."
+        "--resume goes on with the search as it was, but for --set search.time_budget=…; leave the "
+        "other flags out, or start a new search with them."
     )

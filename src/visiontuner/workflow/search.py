@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack, closing, suppress
+import math
+import os
+from contextlib import (ExitStack, closing, suppress)
+from collections.abc import (Sequence)
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
 
 Where = Literal["local", "auto"]
+CHANGEABLE = "search.time_budget"
+"""What `--set` may change with `--resume`: no trial depends on it."""
 
 
 def run_search(
@@ -68,14 +73,28 @@ def run_search(
 
 
 def resume_search(
-    folder: Path, *, on: Where = "local", observer: Observer | None = None
+    folder: Path,
+    *,
+    overrides: Sequence[str] = (),
+    on: Where = "local",
+    observer: Observer | None = None,
 ) -> SearchResult:
     """Go on with a search after any death: finished trials stay, the others run.
 
+    Args:
+        overrides: `search.time_budget=…`, for this time; `null` takes it away.
+
     Raises:
         JournalError: the folder holds no search, or another process is running it.
-        UserMistake: the pictures are not those the search began with.
+        UserMistake: the pictures are not those the search began with, or an override would make
+            another search of it.
     """
+    for override in overrides:
+        if override.partition("=")[0].strip() != CHANGEABLE:
+            raise UserMistake(
+                "--resume goes on with the search as it was, and "
+                f"{override!r} would make another one of it; only {CHANGEABLE} can be set."
+            )
     path = folder / EXPERIMENT_FILE
     if not path.is_file():
         raise JournalError(f"{folder} is no search folder: it has no {EXPERIMENT_FILE}.")
@@ -83,7 +102,7 @@ def resume_search(
         raise JournalError(
             f"{folder} holds one training: {next_command('train', '--resume', folder)}"
         )
-    return _Run(Experiment.load(path), folder, on, observer or Silent()).run()
+    return _Run(Experiment.load(path, overrides), folder, on, observer or Silent()).run()
 
 
 class _Run:
@@ -190,7 +209,9 @@ class _Run:
             return self._result(state, recorder, tracking.close(timeout_seconds=10, hard=True))
         best = recorder.record.best
         if best is None:
-            raise SearchFailed(_first_error(recorder.record, self.folder))
+            raise SearchFailed(
+                _first_error(recorder.record, self.folder, self.experiment.search.time_budget)
+            )
         tracking.begin_to_close()
         classifier = self._package(best, recorder.record)
         problem = tracking.close()
@@ -231,11 +252,12 @@ class _Run:
         )
 
 
-def _first_error(record: SearchRecord, folder: Path) -> str:
+def _first_error(record: SearchRecord, folder: Path, budget: float | None) -> str:
     errors = [trial.error for trial in record.trials.values() if trial.error]
     if not errors:
+        more = ("--set", f"{CHANGEABLE}={math.ceil(10 * (budget or 60))}s")
         return (
-            "The search's time was over before any trial finished. Go on for as long again with: "
-            f"{next_command('tune', '--resume', folder)}"
+            "The search's time was over before any trial finished, and trials begin again. Give it "
+            f"more, or all it takes (null): {next_command('tune', '--resume', folder, *more)}"
         )
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
