@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import os
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Sequence

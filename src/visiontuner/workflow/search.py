@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 import math
-import os
-from contextlib import (ExitStack, closing, suppress)
-from collections.abc import (Sequence)
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
