@@ -19,8 +19,8 @@ from typing import Any
 
 import psutil
 
+from visiontuner.commands import NO_TRACKING
 from visiontuner.experiment import QUICKSTART, Experiment
-from visiontuner.locations import NO_TRACKING
 from visiontuner.workflow import run_search, search
 from visiontuner.workflow.recording import BackgroundTracking
 

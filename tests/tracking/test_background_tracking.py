@@ -14,8 +14,8 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
+from visiontuner.commands import NO_TRACKING
 from visiontuner.errors import ClassifierError
-from visiontuner.locations import NO_TRACKING
 from visiontuner.tracking.mlflow_writer import LOCK_FILE
 from visiontuner.workflow.observing import Silent
 from visiontuner.workflow.recording import BackgroundTracking
