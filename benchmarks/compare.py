@@ -52,7 +52,7 @@ def command(folder: Path, *arguments: str) -> float:
 
 def write_search(folder: Path, *, runs: int, epochs: int) -> None:
     """A journal like that of a search, with numbers that repeat."""
-    from visiontuner.experiment import Experiment
+    from visiontuner.experiment.schema import Experiment
     from visiontuner.journal import JournalWriter
 
     now = [1_700_000_000.0]
@@ -94,7 +94,7 @@ def metrics(top: float, step: int) -> dict[str, float]:
 
 
 def write_to_mlflow(folder: Path, tracking_uri: str) -> None:
-    from visiontuner.tracking.mlflow_writer import MlflowWriter
+    from visiontuner.tracking.writer import MlflowWriter
 
     with MlflowWriter(folder, tracking_uri=tracking_uri, draw=False) as writer:
         writer.catch_up()

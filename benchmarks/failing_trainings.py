@@ -11,19 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visiontuner.data.arrays import PictureStore, prepare_pictures
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
-from visiontuner.data.picture_store import PictureStore, prepare_pictures
+from visiontuner.diagnostics.history import Curve, TrainingHistory
+from visiontuner.diagnostics.recorder import Recorder
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import AUGMENTATIONS, NO_AUGMENTATION, Training
-from visiontuner.locations import writable_cache_folder
-from visiontuner.model.backbone import load_backbone
+from visiontuner.experiment.schema import AUGMENTATIONS, NO_AUGMENTATION, Training
+from visiontuner.model.backbones import load_backbone
 from visiontuner.model.network import Network, build_network, parameter_groups
-from visiontuner.training.batches import Batches
-from visiontuner.training.fit import Fit, linear_head
-from visiontuner.training.pictures import PictureBatches
-from visiontuner.training.recording.recorder import Recorder
-from visiontuner.training.rules import Curve, TrainingHistory
+from visiontuner.paths import writable_cache_folder
+from visiontuner.training.batches import Batches, PictureBatches
+from visiontuner.training.loop import Fit, linear_head
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SEED = 7

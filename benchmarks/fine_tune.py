@@ -80,7 +80,7 @@ def _best(folder: Path) -> dict[str, Any]:
 
 
 def _rows(measured: list[dict[str, Any]]) -> list[Row]:
-    from visiontuner.evaluation.significance import paired_test
+    from visiontuner.evaluation.intervals import paired_test
 
     network = [float(row["network"]["correct"].mean()) for row in measured]
     head = [float(row["head"]["correct"].mean()) for row in measured]

@@ -118,10 +118,9 @@ def timed(
 
 def our_loop(network: str, steps: int, device: torch.device) -> Callable[[Iterable[Batch]], int]:
     """Visiontuner's epoch, everything trained, as `model.train: all` has it."""
-    from visiontuner.experiment import Training
-    from visiontuner.training.fit import make_optimizer, make_schedule
-    from visiontuner.training.step import TrainingStep
-    from visiontuner.training.train_epoch import train_epoch
+    from visiontuner.experiment.schema import Training
+    from visiontuner.training.loop import TrainingStep, train_epoch
+    from visiontuner.training.optimisation import make_optimizer, make_schedule
 
     module = make_network(network).to(device)
     settings = Training(optimizer="sgd", learning_rate=0.01, precision="bf16")
@@ -182,11 +181,11 @@ def from_files(
     """Images/s of each epoch over JPEG files, after the first one."""
     import torch
 
+    from visiontuner.data.arrays import prepare_pictures
     from visiontuner.data.dataset import load_dataset
     from visiontuner.data.images import Preprocessing
-    from visiontuner.data.picture_store import prepare_pictures
-    from visiontuner.experiment import AUGMENTATIONS
-    from visiontuner.training.pictures import PictureBatches
+    from visiontuner.experiment.schema import AUGMENTATIONS
+    from visiontuner.training.batches import PictureBatches
 
     write_files(folder / "pictures", files, side=size * 2)
     imagenet = Preprocessing(

@@ -29,11 +29,11 @@ CLASSES = 4
 def measure(*, photographs: int = 128, epochs: int = 3, batch: int = 32) -> dict[str, Any]:
     import torch
 
+    from visiontuner.data.arrays import prepare_pictures
     from visiontuner.data.dataset import load_dataset
     from visiontuner.data.images import Preprocessing
-    from visiontuner.data.picture_store import prepare_pictures
-    from visiontuner.experiment import AUGMENTATIONS
-    from visiontuner.training.pictures import PictureBatches
+    from visiontuner.experiment.schema import AUGMENTATIONS
+    from visiontuner.training.batches import PictureBatches
 
     with scratch() as folder:
         megabytes = take_photographs(folder / "photographs", photographs)

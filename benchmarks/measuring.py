@@ -256,7 +256,7 @@ def memory_of(pid: int) -> Memory | None:
 
 def describe_run() -> dict[str, Any]:
     """Machine, date and commit: without them a number says nothing."""
-    from visiontuner.provenance import describe_code
+    from visiontuner.workflow.run import describe_code
 
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),

@@ -23,8 +23,8 @@ import onnxruntime
 
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing, normalise, read_pixels
-from visiontuner.model.backbone import load_backbone
-from visiontuner.model.export import export_backbone
+from visiontuner.model.backbones import load_backbone
+from visiontuner.model.onnx import export_backbone
 
 BATCH = 16
 

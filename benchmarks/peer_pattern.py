@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, transforms
 
-from visiontuner.model.backbone import load_backbone
+from visiontuner.model.backbones import load_backbone
 
 NETWORK = "efficientnet_lite0"
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from visiontuner.data.arrays import FeatureSet
 from visiontuner.journal import SearchRecord, read_events
-from visiontuner.model.store import FeatureSet
 
 
 def main() -> None:

@@ -12,19 +12,18 @@ import numpy as np
 import torch
 from measuring import Row, report
 
-from visiontuner.experiment import Training
-from visiontuner.model.backbone import load_backbone
+from visiontuner.diagnostics.history import Recording
+from visiontuner.diagnostics.recorder import MOST_STEPS as MOST_TIMES
+from visiontuner.diagnostics.recorder import Recorder, StepTimes
+from visiontuner.diagnostics.system import MOST_SAMPLES, SystemSampler
+from visiontuner.diagnostics.tensors import MOST_STEPS
+from visiontuner.experiment.schema import Training
+from visiontuner.model.backbones import load_backbone
 from visiontuner.model.network import Network, Train, build_network, parameter_groups
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.fit import Fit, linear_head, make_optimizer, make_schedule
-from visiontuner.training.recording.recorder import Recorder
-from visiontuner.training.recording.records import Recording
-from visiontuner.training.recording.steps import MOST_STEPS as MOST_TIMES
-from visiontuner.training.recording.steps import StepTimes
-from visiontuner.training.recording.system import MOST_SAMPLES, SystemSampler
-from visiontuner.training.recording.tensors import MOST_STEPS
-from visiontuner.training.step import TrainingStep
-from visiontuner.training.watch import Part, Watch
+from visiontuner.training.callbacks import Part, Watch
+from visiontuner.training.loop import Fit, TrainingStep, linear_head
+from visiontuner.training.optimisation import make_optimizer, make_schedule
 
 NETWORKS: tuple[tuple[str, Train], ...] = (
     ("resnet18", "all"),

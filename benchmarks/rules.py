@@ -131,10 +131,12 @@ def diagnose(
     """Train a head for real; its findings, and the seconds that the rules took."""
     import torch
 
+    from visiontuner.diagnostics.history import Curve, Predictions, TrainingHistory
+    from visiontuner.diagnostics.rules import diagnose_history
     from visiontuner.errors import TrialFailed
-    from visiontuner.experiment import Training
-    from visiontuner.training.fit import FeatureBatches, fit, linear_head
-    from visiontuner.training.rules import Curve, Predictions, TrainingHistory, diagnose_history
+    from visiontuner.experiment.schema import Training
+    from visiontuner.training.batches import FeatureBatches
+    from visiontuner.training.loop import fit, linear_head
 
     training = Training(**settings)
     batches = [
@@ -170,8 +172,9 @@ def _best_rate(train: Split, valid: Split, classes: tuple[str, ...], epochs: int
     """The rate with the highest validation accuracy of any epoch, as a search would rank it."""
     import torch
 
-    from visiontuner.experiment import Training
-    from visiontuner.training.fit import FeatureBatches, fit, linear_head
+    from visiontuner.experiment.schema import Training
+    from visiontuner.training.batches import FeatureBatches
+    from visiontuner.training.loop import fit, linear_head
 
     best: dict[float, float] = {}
     for rate in RATES:
@@ -186,7 +189,7 @@ def _best_rate(train: Split, valid: Split, classes: tuple[str, ...], epochs: int
 
 
 def _sets() -> Iterator[tuple[str, Split, Split, tuple[str, ...]]]:
-    from visiontuner.experiment import QUICKSTART, Experiment
+    from visiontuner.experiment.schema import QUICKSTART, Experiment
 
     yield "quickstart", *_features(Experiment.parse(QUICKSTART))
     folder = Path(os.environ.get(PHOTOS, "")) / "dogs24"
@@ -196,12 +199,11 @@ def _sets() -> Iterator[tuple[str, Split, Split, tuple[str, ...]]]:
 
 def _features(experiment: Any) -> tuple[Split, Split, tuple[str, ...]]:
     """Computed once by the package's own code, and kept in its cache."""
-    from visiontuner.locations import writable_cache_folder
-    from visiontuner.model.backbone import load_backbone
-    from visiontuner.model.engine import make_engine
+    from visiontuner.model.backbones import load_backbone
     from visiontuner.model.features import compute_features
-    from visiontuner.workflow.observing import Silent
-    from visiontuner.workflow.pictures import load_data
+    from visiontuner.model.onnx import make_engine
+    from visiontuner.paths import writable_cache_folder
+    from visiontuner.workflow.inputs import Silent, load_data
 
     cache, model = writable_cache_folder(), experiment.model
     backbone = load_backbone(

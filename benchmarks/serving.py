@@ -83,7 +83,7 @@ def make_pictures(folder: Path) -> list[Path]:
 
 def install(model: Path, folder: Path) -> Any:
     """The clean environment, with nothing in the installer's cache."""
-    from visiontuner.serving.environments import clean_environment
+    from visiontuner.serving.server import clean_environment
 
     before = {name: os.environ.get(name) for name in ("UV_CACHE_DIR", "PIP_NO_CACHE_DIR")}
     os.environ.update(UV_CACHE_DIR=str(folder / "uv"), PIP_NO_CACHE_DIR="1")
@@ -202,7 +202,7 @@ class Client:
 def measure_starts(model: Path, folder: Path, times: int) -> tuple[str, dict[str, list[float]]]:
     """Seconds from the start to the first answer, in turn; of containers or of servers."""
     from visiontuner.errors import UserMistake
-    from visiontuner.serving.container import require_engine
+    from visiontuner.serving.preflight import require_engine
 
     other = small_sklearn_model(folder / "sklearn")
     bodies = {"ours": first_request(model), "scikit-learn": SKLEARN_REQUEST}
@@ -240,13 +240,13 @@ mlflow.sklearn.save_model(
 
 
 def first_request(model: Path) -> bytes:
-    from visiontuner.serving.reference import Reference
+    from visiontuner.serving.client import Reference
 
     return next(islice(Reference.read(model).bodies(), 1))
 
 
 def containers(model: Path, other: Path) -> dict[str, Callable[[], Any]]:
-    from visiontuner.serving.container import Container, build_image
+    from visiontuner.serving.preflight import Container, build_image
 
     ours, its = build_image(model), build_image(other)
     return {
@@ -256,8 +256,7 @@ def containers(model: Path, other: Path) -> dict[str, Callable[[], Any]]:
 
 
 def servers(model: Path, other: Path, folder: Path) -> dict[str, Callable[[], Any]]:
-    from visiontuner.serving.environments import clean_environment
-    from visiontuner.serving.server import ScoringServer
+    from visiontuner.serving.server import ScoringServer, clean_environment
 
     ours, its = (clean_environment(one, folder / "cache") for one in (model, other))
     return {

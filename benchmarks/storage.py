@@ -52,8 +52,7 @@ def _uploads(pictures: Path, url: str) -> dict[str, float]:
     """The ways in turn, round by round: other work on the machine meets all of them."""
     import boto3
 
-    from visiontuner.data.s3 import connect
-    from visiontuner.data.storage import upload_folder
+    from visiontuner.io.s3 import connect, upload_folder
 
     client, ours = boto3.client("s3"), connect()
     client.create_bucket(Bucket=BUCKET)
@@ -78,7 +77,7 @@ def _uploads(pictures: Path, url: str) -> dict[str, float]:
 
 
 def _downloads(folder: Path) -> dict[str, float]:
-    from visiontuner.data.storage import download_folder
+    from visiontuner.io.s3 import download_folder
 
     seconds: dict[str, float] = {}
     for what in ("download_folder", "download again"):
@@ -132,8 +131,7 @@ def _prepare(folder: Path, url: str) -> list[bytes]:
     """The very requests that `upload_folder` makes, signed and with checksums, and not sent."""
     from botocore.awsrequest import AWSPreparedRequest, AWSResponse
 
-    from visiontuner.data.s3 import connect
-    from visiontuner.data.storage import upload_folder
+    from visiontuner.io.s3 import connect, upload_folder
 
     made: list[bytes] = []
     host = urlsplit(url).netloc

@@ -30,7 +30,7 @@ def measure(
 ) -> dict[str, Any]:
     import failing_trainings as trainings
 
-    from visiontuner.locations import writable_cache_folder
+    from visiontuner.paths import writable_cache_folder
 
     flowers, seconds = photographs("flowers5"), []
     with scratch() as folder:
@@ -54,7 +54,7 @@ def _judged(case: Any, store: Any, folder: Path, seconds: list[float]) -> list[d
     """What all rules on recordings say of one training."""
     import failing_trainings as trainings
 
-    from visiontuner.training.rules import RECORDED_RULES, diagnose_recording
+    from visiontuner.diagnostics.rules import RECORDED_RULES, diagnose_recording
 
     history = trainings.train(case, store, folder, every_steps=EVERY_STEPS)
     gc.collect()  # what leaked is no longer of use

@@ -11,15 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.lib.format import open_memmap
 
-from visiontuner.data.files import write_json
-from visiontuner.experiment import Experiment
+from visiontuner.data.arrays import FeatureSet, array_path, samples_path, write_meta
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import write_json
 from visiontuner.journal import JournalWriter, SearchRecord
-from visiontuner.model.store import FeatureSet, array_path, samples_path, write_meta
-from visiontuner.search.cluster import RayForSearch
-from visiontuner.search.labels import Stores
-from visiontuner.search.recorder import Recorder
+from visiontuner.search.live import Recorder
+from visiontuner.search.plan import Stores, stages_of
+from visiontuner.search.ray_cluster import RayForSearch
 from visiontuner.search.run import run_trials
-from visiontuner.search.stages import stages_of
 
 CLASSES = tuple(f"class{number}" for number in range(10))
 FEATURE_DIM = 1280

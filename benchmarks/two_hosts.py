@@ -128,7 +128,7 @@ def search_on(count: int, folder: Path, experiment: dict[str, Any]) -> Path:
             (ml / "input/config/resourceconfig.json").write_text(json.dumps(resources))
             shutil.copytree(folder / "cache", ml / "checkpoints/cache")
             with (place / f"{name}.log").open("wb") as log:
-                command = f"cd {code} && exec {sys.executable} -m visiontuner.sagemaker.cluster"
+                command = f"cd {code} && exec {sys.executable} -m visiontuner.aws.container"
                 environment = {
                     "HOME": "/opt/ml/tmp",
                     "TRAINING_JOB_NAME": "benchmark",

@@ -19,10 +19,11 @@ from typing import Any
 
 import psutil
 
-from visiontuner.commands import NO_TRACKING
-from visiontuner.experiment import QUICKSTART, Experiment
-from visiontuner.workflow import run_search, search
-from visiontuner.workflow.recording import BackgroundTracking
+from visiontuner.experiment.schema import QUICKSTART, Experiment
+from visiontuner.text import NO_TRACKING
+from visiontuner.workflow import tune
+from visiontuner.workflow.sync import BackgroundTracking
+from visiontuner.workflow.tune import run_search
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def measure_into(seconds: dict[str, float], *, everything: bool) -> None:
             finally:
                 seconds["model"] = time.monotonic() - began
 
-    search.BackgroundTracking = Noted  # type: ignore[misc]
+    tune.BackgroundTracking = Noted  # type: ignore[misc]
 
 
 if __name__ == "__main__":

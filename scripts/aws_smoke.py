@@ -16,8 +16,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.options import NOT_GIVEN
+from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 
 # What the endpoint may still cost after its time to come into service: asking and deleting.
@@ -99,8 +98,8 @@ def ask(name: str, model_uri: str, region: str) -> None:
     Raises:
         ServingError: it does not answer them all.
     """
-    from visiontuner.serving.reference import Reference
-    from visiontuner.workflow.models import model_folder
+    from visiontuner.serving.client import Reference
+    from visiontuner.workflow.promote import model_folder
     from visiontuner.workflow.query import query
 
     with model_folder(model_uri) as folder:

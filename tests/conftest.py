@@ -101,7 +101,7 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
     """Makes empty MLflow databases and gives their URIs; MLflow itself takes seconds for each."""
-    from visiontuner.tracking.client import create_database
+    from visiontuner.tracking.store import create_database
 
     ready = tmp_path_factory.mktemp("database") / "mlflow.db"
     create_database(f"sqlite:///{ready}")
@@ -116,7 +116,7 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], s
 @pytest.fixture(scope="module")
 def running_ray() -> Iterator[None]:
     """One Ray for a module: a search uses the one that is there."""
-    from visiontuner.search.cluster import RayForSearch
+    from visiontuner.search.ray_cluster import RayForSearch
 
     with RayForSearch("local") as ray:
         ray.start()

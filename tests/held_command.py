@@ -14,8 +14,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from visiontuner.cli import main
-from visiontuner.console import SearchConsole
+from visiontuner.cli.console import SearchConsole
+from visiontuner.cli.main import main
 from visiontuner.journal import Event
 
 MOMENT = compile(sys.argv[1] if __name__ == "__main__" else "False", "moment", "eval")

@@ -14,11 +14,11 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner import workflow
-from visiontuner.cli import main
+from visiontuner.cli.main import main
 from visiontuner.errors import TrackingError, UserMistake
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.workflow import sync, tune
 
 COMMANDS = ("tune", "prepare", "sync", "backbones", "doctor")
 
@@ -100,7 +100,7 @@ HEAVY = (
 def test_help_imports_nothing_heavy(arguments):
     code = (
         "import json, sys\n"
-        "from visiontuner.cli import main\n"
+        "from visiontuner.cli.main import main\n"
         f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
         "print('\\n' + json.dumps(sorted({n.split('.')[0] for n in sys.modules})))"
@@ -213,9 +213,9 @@ def searches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         asked.append({"first": first, **options})
         return finished_search()
 
-    monkeypatch.setattr(workflow, "run_search", remember)
-    monkeypatch.setattr(workflow, "resume_search", remember)
-    monkeypatch.setattr(workflow, "sync_search", remember)
+    monkeypatch.setattr(tune, "run_search", remember)
+    monkeypatch.setattr(tune, "resume_search", remember)
+    monkeypatch.setattr(sync, "sync_search", remember)
     return asked
 
 
@@ -313,7 +313,7 @@ def test_resume_takes_another_time_budget(searches):
 
 
 def ends(monkeypatch: pytest.MonkeyPatch, result: Any) -> Result:
-    monkeypatch.setattr(workflow, "run_search", lambda *_, **__: result)
+    monkeypatch.setattr(tune, "run_search", lambda *_, **__: result)
     return call("tune")
 
 
@@ -351,7 +351,7 @@ def test_what_was_said_during_the_search_is_not_said_again(monkeypatch):
         observer.note("It is away.")
         return finished_search(tracking_problem="It is away.", model=None)
 
-    monkeypatch.setattr(workflow, "run_search", search)
+    monkeypatch.setattr(tune, "run_search", search)
     output = call("tune").output
     assert output.count("It is away.") == 1
     assert "Not everything is in MLflow.\n" in output
@@ -370,7 +370,7 @@ def test_each_error_has_its_exit_code(monkeypatch, error, code, told):
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(workflow, "run_search", fail)
+    monkeypatch.setattr(tune, "run_search", fail)
     result = call("tune")
     assert result.exit_code == code
     assert told in one_line(result)

@@ -13,10 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 from rich.console import Console
 
-from visiontuner.cli.compare import compare as command
-from visiontuner.cli.compare_table import print_runs
+from visiontuner.cli.console import print_runs
+from visiontuner.cli.judge import compare as command
 from visiontuner.evaluation.compare import default_columns
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter
 from visiontuner.workflow.compare import compare, load_runs
 

@@ -6,8 +6,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from visiontuner.console import ROWS, SafeConsole, SearchConsole
-from visiontuner.experiment import Experiment
+from visiontuner.cli.console import ROWS, SafeConsole, SearchConsole
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.text import safe_output
 

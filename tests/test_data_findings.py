@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from visiontuner.data.dataset import ImageDataset, load_dataset
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, read_events
-from visiontuner.tracking.html import write_page
-from visiontuner.workflow import Silent
+from visiontuner.tracking.page import write_page
 from visiontuner.workflow.diagnose import diagnose
-from visiontuner.workflow.journals import open_journal, read_record
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.run import open_journal, read_record
 
 
 class Notes(Silent):

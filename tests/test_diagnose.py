@@ -8,11 +8,11 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
-from visiontuner.cli.diagnose import diagnose as command
+from visiontuner.cli.judge import diagnose as command
 from visiontuner.errors import UserMistake
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter
-from visiontuner.tracking.history import read_history
+from visiontuner.tracking.reading import read_history
 from visiontuner.workflow.diagnose import diagnose
 
 pytestmark = [

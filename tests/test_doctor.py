@@ -11,11 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from visiontuner import doctor
-from visiontuner.doctor import Check, pair_mismatch, run_checks
-from visiontuner.doctor_store import _schemas, check_store
 from visiontuner.errors import UserMistake
-from visiontuner.locations import cache_folder
+from visiontuner.paths import cache_folder
+from visiontuner.workflow import doctor
+from visiontuner.workflow.doctor import Check, _schemas, check_store, pair_mismatch, run_checks
 
 
 @pytest.fixture(autouse=True)

@@ -16,20 +16,16 @@ from click.testing import CliRunner
 from mlflow import MlflowClient
 from PIL import Image
 
-from visiontuner.cli import main
-from visiontuner.cli.evaluate import evaluate as command
+from visiontuner.cli.judge import evaluate as command
+from visiontuner.cli.main import main
 from visiontuner.errors import DataError, SearchFailed, UserMistake, VisiontunerError
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.classifier_files import recalibrate
-from visiontuner.workflow import (
-    EvaluationResult,
-    evaluate_search,
-    resume_search,
-    run_search,
-    sync_search,
-)
+from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
+from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.tune import resume_search, run_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 

@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from visiontuner.errors import ExperimentError
-from visiontuner.experiment import (
-    SEARCHABLE,
-    Experiment,
-    Range,
-    Values,
-    apply_overrides,
-    parse_duration,
-)
+from visiontuner.experiment.reading import apply_overrides
+from visiontuner.experiment.schema import SEARCHABLE, Experiment, Range, Values, parse_duration
 
 
 def mistake(raw, *overrides):

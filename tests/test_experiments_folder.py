@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "experiments").glob("*.yaml"))
 

@@ -22,7 +22,7 @@ import yaml
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, is_running, read_events
 from visiontuner.search.space import draw_beforehand
 

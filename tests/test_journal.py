@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from visiontuner.errors import JournalError, SearchFailed
 from visiontuner.journal import (
-    FILE_NAME,
     EpochRecord,
     Finding,
     JournalWriter,
@@ -22,6 +21,7 @@ from visiontuner.journal import (
     best_epoch,
     read_events,
 )
+from visiontuner.paths import JOURNAL_FILE
 
 FIRST = {"learning_rate": 0.003, "batch_size": 128}
 
@@ -146,7 +146,7 @@ def test_journal_torn_at_every_byte_reads_as_its_whole_lines(writer, folder, tmp
     torn = tmp_path / "torn"
     torn.mkdir()
     for length in range(len(content) + 1):
-        (torn / FILE_NAME).write_bytes(content[:length])
+        (torn / JOURNAL_FILE).write_bytes(content[:length])
         read = read_events(torn)
         whole = content[:length].count(b"\n")
         assert read.events == events[:whole]
@@ -160,7 +160,7 @@ def test_appending_after_a_tear_at_every_byte_leaves_whole_lines(writer, folder,
     torn = tmp_path / "torn"
     torn.mkdir()
     for length in range(len(content) + 1):
-        (torn / FILE_NAME).write_bytes(content[:length])
+        (torn / JOURNAL_FILE).write_bytes(content[:length])
         again = JournalWriter(torn, "s1", clock=lambda: 99.0)
         resumed = again.append("search_resumed")
         again.close()
@@ -211,10 +211,10 @@ def test_journal_cut_at_any_byte_reads_as_a_prefix_of_its_events(tmp_path_factor
     writer = JournalWriter(folder, "s1", clock=lambda: 5.0)
     written = [writer.append(**event) for event in events]
     writer.close()
-    content = (folder / FILE_NAME).read_bytes()
+    content = (folder / JOURNAL_FILE).read_bytes()
     assert repr(read_events(folder).events) == repr(written)  # repr: NaN is not equal to itself
     length = data.draw(st.integers(0, len(content)))
-    (folder / FILE_NAME).write_bytes(content[:length])
+    (folder / JOURNAL_FILE).write_bytes(content[:length])
     read = read_events(folder).events
     assert repr(read) == repr(written[: len(read)])
     assert len(read) == content[:length].count(b"\n")

@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from torch import nn
 
-from visiontuner.cli import main
-from visiontuner.cli.lr_find import sparkline
+from visiontuner.cli.main import main
+from visiontuner.cli.search import sparkline
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Experiment, Range, Training, default_space
+from visiontuner.experiment.schema import Experiment, Range, Training, default_space
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.fit import linear_head
-from visiontuner.training.range_test import STOP_AT, geometric, range_test, smooth, suggest
+from visiontuner.training.loop import linear_head
+from visiontuner.training.lr_range import STOP_AT, geometric, range_test, smooth, suggest
 
 
 def clusters(samples: int = 300, batch_size: int = 32) -> FeatureBatches:

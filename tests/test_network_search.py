@@ -15,12 +15,14 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from visiontuner.experiment import Experiment
+from visiontuner.diagnostics.history import Recording
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, SearchRecord, read_events
-from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE
-from visiontuner.training.recording.records import Recording
-from visiontuner.workflow import Silent, evaluate_search, resume_search, run_search
+from visiontuner.search.plan import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE
 from visiontuner.workflow.diagnose import diagnose_search
+from visiontuner.workflow.evaluate import evaluate_search
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.tune import resume_search, run_search
 
 pytestmark = [
     pytest.mark.slow,

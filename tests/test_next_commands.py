@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from visiontuner.cli import main
-from visiontuner.commands import next_command
+from visiontuner.cli.main import main
+from visiontuner.text import next_command
 
 # What needs no subject.
 ALONE = ("backbones", "doctor", "endpoints", "jobs")

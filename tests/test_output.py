@@ -28,7 +28,7 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from PIL import Image
 
-from visiontuner.cli import main
+from visiontuner.cli.main import main
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 

@@ -18,8 +18,8 @@ from typing import Any
 import psutil
 import pytest
 
+from visiontuner.aws.container import Child
 from visiontuner.journal import SearchRecord, is_running
-from visiontuner.sagemaker.processes import Child
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ import yaml
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
-from visiontuner.cli import main
-from visiontuner.experiment import Experiment
+from visiontuner.cli.main import main
+from visiontuner.diagnostics.history import STEP_PARTS, Recording
+from visiontuner.diagnostics.rules import RECORDED_RULES
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, read_events
-from visiontuner.training.recording.records import STEP_PARTS, Recording
-from visiontuner.training.rules import RECORDED_RULES
 from visiontuner.workflow.diagnose import diagnose
 
 pytestmark = pytest.mark.slow

@@ -16,7 +16,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from visiontuner.experiment import QUICKSTART, Experiment
+from visiontuner.experiment.schema import QUICKSTART, Experiment
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -74,7 +74,7 @@ def test_every_constraint_is_exact():
 
 
 def test_torch_and_torchvision_are_pinned_as_a_pair():
-    from visiontuner.doctor import pair_mismatch
+    from visiontuner.workflow.doctor import pair_mismatch
 
     assert pair_mismatch(pins()["torch"], pins()["torchvision"]) is None
 
@@ -83,7 +83,7 @@ def test_torch_and_torchvision_are_pinned_as_a_pair():
 
 
 def commands() -> dict[str, click.Command]:
-    from visiontuner.cli import main
+    from visiontuner.cli.main import main
 
     assert isinstance(main, click.Group)
     return main.commands

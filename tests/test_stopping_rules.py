@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from visiontuner.data.dataset import load_dataset
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
-from visiontuner.workflow.journals import open_journal
-from visiontuner.workflow.observing import Silent
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.run import open_journal
 
 
 class Notes(Silent):

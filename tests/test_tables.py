@@ -1,6 +1,5 @@
-from visiontuner.console import make_console
-from visiontuner.doctor import Check
-from visiontuner.tables import print_checks
+from visiontuner.cli.console import make_console, print_checks
+from visiontuner.workflow.doctor import Check
 
 
 def test_a_table_in_a_pipe_keeps_long_lines_whole(capsys):

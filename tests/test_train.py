@@ -19,9 +19,8 @@ from mlflow import MlflowClient
 from PIL import Image
 from safetensors.numpy import load_file
 
-from visiontuner.cli import main
-from visiontuner.cli.training_console import TrainingConsole
-from visiontuner.commands import next_command
+from visiontuner.cli.console import TrainingConsole
+from visiontuner.cli.main import main
 from visiontuner.errors import (
     CheckpointError,
     JournalError,
@@ -29,12 +28,18 @@ from visiontuner.errors import (
     SearchInterrupted,
     UserMistake,
 )
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
-from visiontuner.workflow import resume_search
-from visiontuner.workflow.train import SilentTraining, resume_training, train
-from visiontuner.workflow.train_from import find_origin, one_training
+from visiontuner.text import next_command
+from visiontuner.workflow.train import (
+    SilentTraining,
+    find_origin,
+    one_training,
+    resume_training,
+    train,
+)
+from visiontuner.workflow.tune import resume_search
 
 pytestmark = pytest.mark.slow
 
@@ -370,12 +375,12 @@ import json, os, random, signal, sys
 from pathlib import Path
 import mlflow.store.tracking.sqlalchemy_store
 from visiontuner.errors import SearchInterrupted
-from visiontuner.experiment import Experiment
-from visiontuner.search import head_trial, live_rules, network_trial
-from visiontuner.tracking import follow, mlflow_writer
-from visiontuner.workflow import resume_search
+from visiontuner.experiment.schema import Experiment
+from visiontuner.search import trial as head_trial, live as live_rules, trial as network_trial
+from visiontuner.tracking import writer as follow, writer as mlflow_writer
+from visiontuner.workflow.tune import resume_search
 from visiontuner.workflow.train import SilentTraining, resume_training, train
-from visiontuner.workflow.train_from import one_training
+from visiontuner.workflow.train import one_training
 
 class Killed(SilentTraining):
     def __init__(self, step): self.left = step

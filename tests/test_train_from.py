@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from visiontuner.cli.origin import choose_training
-from visiontuner.experiment import Experiment
-from visiontuner.workflow.train_from import find_origin
+from visiontuner.cli.search import choose_training
+from visiontuner.experiment.schema import Experiment
+from visiontuner.workflow.train import find_origin
 
 STAGED = {
     "name": "dogs",

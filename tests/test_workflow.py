@@ -15,26 +15,16 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from visiontuner.errors import (
-    DataError,
-    ExperimentError,
-    JournalError,
-    SearchFailed,
-    UserMistake,
-)
-from visiontuner.experiment import Experiment
+from visiontuner.errors import DataError, ExperimentError, JournalError, SearchFailed, UserMistake
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
 from visiontuner.search.space import draw_beforehand
-from visiontuner.workflow import (
-    SearchResult,
-    Silent,
-    prepare,
-    resume_search,
-    run_search,
-    sync_search,
-)
-from visiontuner.workflow.layout import claim_folder
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.prepare import prepare
+from visiontuner.workflow.run import SearchResult, claim_folder
+from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.tune import resume_search, run_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 

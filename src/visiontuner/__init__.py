@@ -1,5 +1,7 @@
 """Fine-tune an image classifier, see every trial in MLflow, and serve the best one."""
 
+from __future__ import annotations
+
 import os
 
 NO_TELEMETRY = {

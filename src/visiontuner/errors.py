@@ -4,6 +4,8 @@ Every message is one or two sentences: the value, the rule it breaks and the nex
 line prints the message alone and exits with `exit_code`: 2 for a user's mistake, 1 for a failure.
 """
 
+from __future__ import annotations
+
 
 class VisiontunerError(Exception):
     """Anything visiontuner raises on purpose."""

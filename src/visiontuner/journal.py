@@ -29,16 +29,52 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from visiontuner.errors import JournalError, SearchFailed
-from visiontuner.plain_json import encode_json
+from visiontuner.io.files import encode_json
+from visiontuner.paths import JOURNAL_FILE, SEARCHES
 from visiontuner.text import hide_secrets
 
+# Where things are when nobody says: the cache, the tracking store, the searches.
+
+
+def newest_search(searches: Path = SEARCHES) -> Path:
+    """The search folder whose journal was written last.
+
+    Raises:
+        JournalError: there is none.
+    """
+    journals = list(searches.glob(f"*/{JOURNAL_FILE}"))
+    if not journals:
+        raise JournalError(f"There is no search in {searches}/ yet; `visiontuner tune` makes one.")
+    return max(journals, key=lambda journal: journal.stat().st_mtime).parent
+
+
+# The numbers of one epoch, without torch: the driver of a search reads them, workers make them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochMetrics:
+    """The numbers of one epoch; `docs/tracking.md` describes each."""
+
+    train_loss: float
+    train_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    validation_macro_f1: float
+    learning_rate: float
+    gradient_norm: float
+    epoch_seconds: float
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+
 SCHEMA_VERSION = 1
-FILE_NAME = "journal.jsonl"
 
 Event = dict[str, Any]
 TrialState = Literal["running", "completed", "stopped_early", "failed", "interrupted"]
@@ -77,7 +113,7 @@ class JournalWriter:
     def __init__(
         self, folder: Path, search_id: str, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self.path = folder / FILE_NAME
+        self.path = folder / JOURNAL_FILE
         self._search_id = search_id
         self._clock = clock
         try:
@@ -127,7 +163,7 @@ class JournalWriter:
 
 def is_running(folder: Path) -> bool:
     """Whether a process is writing this search's journal now; a dead one's lock is gone."""
-    path = folder / FILE_NAME
+    path = folder / JOURNAL_FILE
     if not path.exists():
         return False
     descriptor = os.open(path, os.O_RDWR)
@@ -153,14 +189,14 @@ def read_events(folder: Path, offset: int = 0) -> Read:
     Raises:
         JournalError: there is no journal, or a line in its middle is damaged.
     """
-    path = folder / FILE_NAME
+    path = folder / JOURNAL_FILE
     try:
         with path.open("rb") as file:
             file.seek(offset)
             content = file.read()
     except OSError as error:
         raise JournalError(
-            f"{folder} is no search folder: cannot read {FILE_NAME} ({error.strerror})."
+            f"{folder} is no search folder: cannot read {JOURNAL_FILE} ({error.strerror})."
         ) from None
     end = content.rfind(b"\n") + 1
     events = [_parse(line, path) for line in content[:end].split(b"\n") if line.strip()]

@@ -1,20 +1,25 @@
-"""Text that leaves the process: secrets hidden, control characters escaped, CSV rows.
-
-`without_secrets` is the only redaction and `printable` the only escaping. Whatever a command writes
-to its standard output and error passes both (`safe_output`), journals and MLflow the first one.
-"""
+"""What leaves the process: hidden secrets, printable text, CSV cells, commands to copy."""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
+import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TextIO
+
+# Text that leaves the process: secrets hidden, control characters escaped, CSV rows.
+#
+# `without_secrets` is the only redaction and `printable` the only escaping. Whatever a command
+# writes to its standard output and error passes both (`safe_output`), journals and MLflow the
+# first one.
+
 
 HIDDEN = "***"
 """Stands for a secret."""
@@ -183,3 +188,34 @@ def safe_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+# The next step as a command that can be pasted into a shell.
+
+
+DEFAULT_TRACKING_URI = "sqlite:///mlflow.db"
+NO_TRACKING = "none"
+"""As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
+
+# They neither read nor write MLflow.
+_WITHOUT_STORE = ("doctor", "endpoints", "jobs", "prepare", "query", "stop", "undeploy")
+
+
+def next_command(
+    verb: str, *arguments: str | Path, flags: str = "", store: str | None = None
+) -> str:
+    """A `visiontuner` command with its subject, and the MLflow store if it is not the default.
+
+    Args:
+        arguments: as they are; they are quoted for the shell here. A subject that nobody knows is a
+            word in capitals, such as FOLDER: without one, a command would take the newest search.
+        flags: which AWS account and region, as `Aws.flags` has them.
+        store: the MLflow store; the one of this process if None.
+    """
+    command = shlex.join(["visiontuner", verb, *map(str, arguments)]) + flags
+    uri = os.environ.get("MLFLOW_TRACKING_URI") if store is None else store
+    # A search without tracking goes on without it; anything else needs a store.
+    silent = uri == NO_TRACKING and verb not in ("tune", "train")
+    if not uri or uri == DEFAULT_TRACKING_URI or silent or verb in _WITHOUT_STORE:
+        return command
+    return f"MLFLOW_TRACKING_URI={shell_word(uri, 'MLFLOW_TRACKING_URI')} {command}"

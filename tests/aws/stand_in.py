@@ -55,10 +55,9 @@ from moto.sagemaker.responses import SageMakerResponse
 from moto.sagemakerruntime.responses import SageMakerRuntimeResponse
 from werkzeug.serving import make_server
 
-from visiontuner.data.archive import extract
 from visiontuner.errors import VisiontunerError
-from visiontuner.serving.environments import local_environment
-from visiontuner.serving.server import ScoringServer
+from visiontuner.io.download import extract
+from visiontuner.serving.server import ScoringServer, local_environment
 
 NO_QUOTA = "ml.p3.16xlarge"
 HANG, VANISH = "STAND_IN_HANG", "STAND_IN_VANISH"

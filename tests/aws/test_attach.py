@@ -15,18 +15,18 @@ import pytest
 from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 
-from visiontuner import aws as aws_module
-from visiontuner.cli import main
-from visiontuner.commands import next_command
-from visiontuner.data import s3 as s3_module
-from visiontuner.data import transfer
+from visiontuner.aws import job as home
+from visiontuner.cli.main import main
 from visiontuner.errors import ServingError, UserMistake
-from visiontuner.journal import FILE_NAME
-from visiontuner.sagemaker import home
-from visiontuner.tracking import runs as tracked_runs
-from visiontuner.workflow import following
-from visiontuner.workflow.attach import attach
-from visiontuner.workflow.observing import Silent
+from visiontuner.io import aws as aws_module
+from visiontuner.io import s3 as s3_module
+from visiontuner.io import s3 as transfer
+from visiontuner.paths import JOURNAL_FILE
+from visiontuner.text import next_command
+from visiontuner.tracking import store as tracked_runs
+from visiontuner.workflow import jobs as following
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.jobs import attach
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def said(result: Result) -> str:
 
 
 def journal(*folders: Any) -> list[bytes]:
-    return [(Path(folder) / FILE_NAME).read_bytes() for folder in folders]
+    return [(Path(folder) / JOURNAL_FILE).read_bytes() for folder in folders]
 
 
 def test_a_search_that_went_on_here_is_not_replaced_by_one_that_went_on_in_the_job(
@@ -68,7 +68,7 @@ def test_a_search_that_went_on_here_is_not_replaced_by_one_that_went_on_in_the_j
     begun.trial(1)
     here = shutil.copytree(begun.folder, tmp_path / "searches/colours-1")
     begun.start(2)
-    (here / FILE_NAME).write_bytes(begun.journal.path.read_bytes())
+    (here / JOURNAL_FILE).write_bytes(begun.journal.path.read_bytes())
     begun.journal.close()
     there = new_search("there")
     there.begin()
@@ -104,7 +104,7 @@ def test_a_search_that_only_went_on_here_is_kept_and_that_is_said(
     search.trial(2)
     search.finish()
     here = tmp_path / "searches/colours-1"
-    shutil.copy(search.journal.path, here / FILE_NAME)
+    shutil.copy(search.journal.path, here / JOURNAL_FILE)
     kept = run("attach", job)
     assert kept.exit_code == 0, kept.output
     assert "searches/colours-1 went on here after that, and is kept as it is." in kept.stdout
@@ -122,7 +122,7 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     jobs.keep_checkpoints(search.folder)
     jobs.direct(job, status="Stopped", seconds=60)
     run("attach", job)
-    with (tmp_path / "searches/colours-1" / FILE_NAME).open("ab") as file:
+    with (tmp_path / "searches/colours-1" / JOURNAL_FILE).open("ab") as file:
         file.write(b'{"event": "trial_st')
     search.trial(2)
     search.finish()

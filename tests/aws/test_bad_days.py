@@ -23,11 +23,12 @@ from click.testing import CliRunner, Result
 from mlflow import MlflowClient
 from PIL import Image
 
-from visiontuner.cli import main
-from visiontuner.commands import next_command
-from visiontuner.data.storage import upload_folder
-from visiontuner.journal import FILE_NAME, SearchRecord, read_events
-from visiontuner.sagemaker import source
+from visiontuner.aws import request as source
+from visiontuner.cli.main import main
+from visiontuner.io.s3 import upload_folder
+from visiontuner.journal import SearchRecord, read_events
+from visiontuner.paths import JOURNAL_FILE
+from visiontuner.text import next_command
 
 pytestmark = [
     pytest.mark.slow,
@@ -157,7 +158,7 @@ class Jobs:
         described = self.sagemaker.describe_training_job(TrainingJobName=self.name)
         prefix = described["CheckpointConfig"]["S3Uri"].removeprefix(f"s3://{BUCKET}/")
         try:
-            body = self.s3.get_object(Bucket=BUCKET, Key=f"{prefix}/search/{FILE_NAME}")["Body"]
+            body = self.s3.get_object(Bucket=BUCKET, Key=f"{prefix}/search/{JOURNAL_FILE}")["Body"]
         except self.s3.exceptions.NoSuchKey:
             return []
         return [json.loads(line) for line in body.read().split(b"\n")[:-1]]

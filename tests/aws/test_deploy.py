@@ -20,17 +20,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.cli import main
-from visiontuner.commands import next_command
-from visiontuner.data.archive import extract
+from visiontuner.aws import endpoint
+from visiontuner.aws.endpoint import Endpoint, Parts, delete_endpoint, endpoint_name, roll_back
+from visiontuner.cli.main import main
+from visiontuner.io.download import extract
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving import endpoint
-from visiontuner.serving.deployment import endpoint_name
-from visiontuner.serving.endpoint_listing import Endpoint
-from visiontuner.serving.endpoint_parts import Parts
-from visiontuner.serving.endpoint_states import delete_endpoint, roll_back
 from visiontuner.serving.preflight import PreflightReport
-from visiontuner.workflow.models import model_folder
+from visiontuner.text import next_command
+from visiontuner.workflow.promote import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
 

@@ -13,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError
 from click.testing import CliRunner, Result
 
-from visiontuner.cli import main
+from visiontuner.cli.main import main
 from visiontuner.errors import ServingError
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import Refused, SageMakerTransport

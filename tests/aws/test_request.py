@@ -8,13 +8,12 @@ import boto3
 import pytest
 from botocore.stub import Stubber
 
-from visiontuner import aws_account
-from visiontuner.aws import Aws
+from visiontuner.aws import account as aws_account
+from visiontuner.aws import request
+from visiontuner.aws.request import JobPlan, Pictures, Price
 from visiontuner.errors import JobFailed
-from visiontuner.experiment import Experiment
-from visiontuner.sagemaker import request
-from visiontuner.sagemaker.cost import Price
-from visiontuner.sagemaker.plan import JobPlan, Pictures
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.aws import Aws
 
 # The SageMaker SDK's own, from its own imports.
 pytestmark = [

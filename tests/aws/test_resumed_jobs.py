@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.cli import main
-from visiontuner.commands import next_command
+from visiontuner.cli.main import main
 from visiontuner.errors import UserMistake
-from visiontuner.journal import FILE_NAME, JournalWriter
-from visiontuner.workflow import JobOptions, plan_job, submit_job
+from visiontuner.journal import JournalWriter
+from visiontuner.paths import JOURNAL_FILE
+from visiontuner.text import next_command
+from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 
 # The SageMaker SDK's own, from its own imports.
 pytestmark = [
@@ -101,7 +102,7 @@ def keep_journal(account: Any, folder: Path, *, finished: int) -> None:
         journal.append("epoch", **trial, step=1, metrics={"validation_accuracy": 0.5})
         journal.append("trial_ended", **trial, state="completed", best_epoch=1, best_value=0.5)
     journal.close()
-    key, content = f"{ROOT}/checkpoints/search/{FILE_NAME}", (folder / FILE_NAME).read_bytes()
+    key, content = f"{ROOT}/checkpoints/search/{JOURNAL_FILE}", (folder / JOURNAL_FILE).read_bytes()
     account.client("s3").put_object(Bucket="photos", Key=key, Body=content)
 
 

@@ -20,21 +20,22 @@ import pytest
 from click.testing import CliRunner, Result
 
 from visiontuner import interrupts
-from visiontuner.cli import main
-from visiontuner.commands import next_command
-from visiontuner.data.storage import upload_folder
-from visiontuner.experiment import Experiment
-from visiontuner.journal import FILE_NAME, SearchRecord
-from visiontuner.workflow import run_search
-from visiontuner.workflow.attach import attach, training_seconds
-from visiontuner.workflow.observing import Silent
+from visiontuner.cli.main import main
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.s3 import upload_folder
+from visiontuner.journal import SearchRecord
+from visiontuner.paths import JOURNAL_FILE
+from visiontuner.text import next_command
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.jobs import attach, training_seconds
+from visiontuner.workflow.tune import run_search
 
 # The SageMaker SDK's own, from its own imports; and what Ray's leave behind.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
 ]
-FOLLOWING = sys.modules["visiontuner.workflow.following"]
+FOLLOWING = sys.modules["visiontuner.workflow.jobs"]
 REGION = "eu-west-1"
 IMAGE = "123456789012.dkr.ecr.eu-west-1.amazonaws.com/directed:1"
 FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")
@@ -145,7 +146,7 @@ def keep_checkpoints(account: Any, job: str, search: Path, *, upto: int | None =
     for path in search.rglob("*"):
         if path.is_file() and path.parent.name != "classifier" and "mlflow." not in path.name:
             content = path.read_bytes()
-            if path.name == FILE_NAME and upto is not None:
+            if path.name == JOURNAL_FILE and upto is not None:
                 content = b"".join(content.splitlines(keepends=True)[:upto])
             key = f"{prefix}/search/{path.relative_to(search)}"
             s3.put_object(Bucket=bucket, Key=key, Body=content)
@@ -377,7 +378,7 @@ def test_an_attached_search_is_in_mlflow_what_a_local_one_is(
     done = run("attach", job)
     assert done.exit_code == 0, done.output
     folder = next((tmp_path / "searches").iterdir())
-    assert (folder / FILE_NAME).read_bytes() == (finished / FILE_NAME).read_bytes()
+    assert (folder / JOURNAL_FILE).read_bytes() == (finished / JOURNAL_FILE).read_bytes()
     assert "2 x ml.g5.xlarge ran 30 min, cost $2.00" in done.stdout
     assert "MLflow model: models:/colours/1" in done.stdout
     here = _runs(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -624,7 +625,7 @@ def test_trial_seconds_leave_interruptions_out(finished: Path) -> None:
 def test_help_and_local_commands_do_not_import_the_sdk() -> None:
     for arguments in (["--help"], ["tune", "--help"], ["query", "--help"]):
         script = (
-            "import sys; from visiontuner.cli import main\n"
+            "import sys; from visiontuner.cli.main import main\n"
             f"try: main({arguments!r})\n"
             "except SystemExit: print(sorted({'sagemaker', 'boto3'} & set(sys.modules)))"
         )

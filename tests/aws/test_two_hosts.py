@@ -180,7 +180,7 @@ class Job:
     def start(self) -> Path:
         """A new job on the same checkpoints; the folder of its hosts."""
         name = f"search-{secrets.token_hex(4)}"
-        command = "cd /opt/ml/input/data/code && exec python -m visiontuner.sagemaker.cluster"
+        command = "cd /opt/ml/input/data/code && exec python -m visiontuner.aws.container"
         self.sagemaker.create_training_job(
             TrainingJobName=name,
             RoleArn="arn:aws:iam::123456789012:role/training",

@@ -20,14 +20,19 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from visiontuner.cli.preflight import preflight
+from visiontuner.cli.serve import preflight
 from visiontuner.errors import ServingError
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.answers import Answer, Options
-from visiontuner.serving.client import decode_answers, encode_request
-from visiontuner.serving.container import Container, build_image, docker, memory_of, require_engine
-from visiontuner.serving.http_client import HttpTransport
-from visiontuner.serving.preflight import run_preflight
+from visiontuner.serving.client import HttpTransport, decode_answers, encode_request
+from visiontuner.serving.preflight import (
+    Container,
+    build_image,
+    docker,
+    memory_of,
+    require_engine,
+    run_preflight,
+)
 from visiontuner.serving.server import Served, wait_until_ready
 
 WANTED = "VISIONTUNER_CONTAINER_TESTS"

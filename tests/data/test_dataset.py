@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visiontuner.data import digests, layout
+from visiontuner.data import dataset as layout
 from visiontuner.data.dataset import SPLITS, load_dataset
-from visiontuner.data.objects import files_in
+from visiontuner.data.images import picture_extensions
 from visiontuner.errors import DataError
+from visiontuner.io import files as digests
+from visiontuner.io.s3 import files_in
 
 
 def draw(path: Path, seed: int = 0) -> Path:
@@ -351,7 +353,7 @@ def test_images_in_formats_that_are_not_read_are_counted_and_their_class_is_name
 
 
 def test_heic_names_the_package_that_reads_it(root, cache, monkeypatch):
-    read = layout.picture_extensions()
+    read = picture_extensions()
     monkeypatch.setattr(
         layout, "picture_extensions", lambda: {e: f for e, f in read.items() if e[:3] != ".he"}
     )

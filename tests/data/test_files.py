@@ -6,12 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from visiontuner.data.files import temporary_folder
+from visiontuner.io.files import temporary_folder
 
 CHILD = """
 import sys
 from pathlib import Path
-from visiontuner.data.files import temporary_folder
+from visiontuner.io.files import temporary_folder
 
 with temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "half").write_text("written")

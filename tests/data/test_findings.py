@@ -14,10 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
-from visiontuner.data import inspection
+from visiontuner.data import findings as inspection
 from visiontuner.data.dataset import load_dataset
-from visiontuner.data.duplicates import near_pairs
-from visiontuner.data.findings import SizeRange, inspect_dataset, summarise
+from visiontuner.data.findings import SizeRange, inspect_dataset, near_pairs, summarise
 from visiontuner.errors import VisiontunerError
 
 
@@ -226,7 +225,7 @@ CHILD = """
     import sys, time
     from pathlib import Path
     from visiontuner.data.dataset import load_dataset
-    from visiontuner.data.inspection import inspect_pictures
+    from visiontuner.data.findings import inspect_pictures
 
     def told(done, total):
         print("decoding", flush=True)

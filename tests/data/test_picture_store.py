@@ -15,9 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from visiontuner.data.dataset import ImageDataset, Sample
-from visiontuner.data.images import Preprocessing, read_pixels
-from visiontuner.data.picture_store import (
+from visiontuner.data.arrays import (
     PictureStore,
     StoredPictures,
     make_view,
@@ -25,6 +23,8 @@ from visiontuner.data.picture_store import (
     store_folder,
     view_side,
 )
+from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.images import Preprocessing, read_pixels
 from visiontuner.errors import BadImageError, DataError, VisiontunerError
 
 SMALL = Preprocessing(
@@ -214,8 +214,7 @@ def expected_of(dataset: ImageDataset, number: int) -> np.ndarray:
 def test_findings_are_those_of_the_features(
     make_set: MakeSet, prepare: Prepare, tmp_path: Path
 ) -> None:
-    from visiontuner.model.description import BackboneDescription
-    from visiontuner.model.features import compute_features
+    from visiontuner.model.features import BackboneDescription, compute_features
 
     class Zeros:
         description = "zeros"

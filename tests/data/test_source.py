@@ -21,12 +21,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from visiontuner.data import archive as archive_module
-from visiontuner.data import download as download_module
-from visiontuner.data.dataset import load_dataset
-from visiontuner.data.digits import write_digits
-from visiontuner.data.source import fetch_source
+from visiontuner.data.dataset import archive_findings, fetch_source, load_dataset, write_digits
 from visiontuner.errors import DataError, DownloadError
+from visiontuner.io import download as archive_module
+from visiontuner.io import download as download_module
 
 
 @pytest.fixture
@@ -310,7 +308,7 @@ def unpacked_classes(tmp_path: Path, content: bytes, suffix: str = "zip") -> set
 
 def names_warned_of(tmp_path: Path) -> list[str]:
     (folder,) = (tmp_path / "cache" / "archives").iterdir()
-    return [finding.evidence for finding in archive_module.archive_findings(folder)]
+    return [finding.evidence for finding in archive_findings(folder)]
 
 
 @pytest.mark.parametrize(

@@ -22,14 +22,23 @@ from click.testing import CliRunner
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
-from visiontuner.cli import main
-from visiontuner.data import s3 as s3_module
-from visiontuner.data import storage as storage_module
-from visiontuner.data import transfer as transfer_module
-from visiontuner.data.objects import PART_BYTES, files_in, has_content_of, places, split_uri
-from visiontuner.data.source import fetch_source
-from visiontuner.data.storage import INCOMING, Moved, download_folder, upload_folder
+from visiontuner.cli.main import main
+from visiontuner.data.dataset import fetch_source
 from visiontuner.errors import DataError, DownloadError, ServingError, UserMistake
+from visiontuner.io import s3 as s3_module
+from visiontuner.io import s3 as storage_module
+from visiontuner.io import s3 as transfer_module
+from visiontuner.io.s3 import (
+    INCOMING,
+    PART_BYTES,
+    Moved,
+    download_folder,
+    files_in,
+    has_content_of,
+    places,
+    upload_folder,
+)
+from visiontuner.paths import split_uri
 
 BUCKET = "photos"
 URI = f"s3://{BUCKET}/set one"

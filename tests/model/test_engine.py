@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from visiontuner.errors import ExportError
-from visiontuner.model import engine as engine_module
-from visiontuner.model.backbone import Backbone
-from visiontuner.model.engine import OnnxEngine, TorchEngine, make_engine
-from visiontuner.model.export import _key, export_backbone
+from visiontuner.model import onnx as engine_module
+from visiontuner.model.backbones import Backbone
+from visiontuner.model.onnx import OnnxEngine, TorchEngine, _key, export_backbone, make_engine
 
 
 def _images(count: int, size: int = 64) -> np.ndarray:

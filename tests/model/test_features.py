@@ -15,15 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from visiontuner.data import arrays as shards_module
+from visiontuner.data.arrays import FeatureSet, decode_batches
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import BadImageError, DataError, VisiontunerError
-from visiontuner.model import shards as shards_module
-from visiontuner.model.backbone import Backbone
-from visiontuner.model.decoding import decode_batches
+from visiontuner.model.backbones import Backbone
 from visiontuner.model.features import compute_features, store_folder
-from visiontuner.model.store import FeatureSet
-from visiontuner.search.labels import read_labels
+from visiontuner.search.plan import read_labels
 
 MakeDataset = Callable[..., ImageDataset]
 
@@ -348,7 +347,7 @@ def test_damaged_store_is_named(
 def test_trials_read_features_without_torch() -> None:
     code = """
         import sys
-        import visiontuner.model.store, visiontuner.model.decoding, visiontuner.model.classifier
+        import visiontuner.data.arrays, visiontuner.data.arrays, visiontuner.model.classifier
         sys.exit("torch" in sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

@@ -6,7 +6,7 @@ import sys
 PROGRAM = """
 import sys, torch
 {first}
-from visiontuner.model.light_imports import import_timm, import_torchvision
+from visiontuner.workarounds.torch import import_timm, import_torchvision
 torchvision, timm = import_torchvision(), import_timm()
 print("torch._dynamo" in sys.modules)
 assert sys.modules["torchvision"] is torchvision and sys.modules["timm"] is timm

@@ -13,16 +13,19 @@ from torch.nn import functional
 
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import BackboneError, ClassifierError, VisiontunerError
-from visiontuner.experiment import Training
-from visiontuner.model.backbone import Backbone, load_backbone
-from visiontuner.model.network import Network, Train, build_network, parameter_groups
-from visiontuner.model.network_files import (
+from visiontuner.experiment.schema import Training
+from visiontuner.model.backbones import Backbone, load_backbone
+from visiontuner.model.network import (
+    Network,
+    Train,
+    build_network,
+    find_stages,
     load_head,
     load_network,
+    parameter_groups,
     save_network,
     trained_amount,
 )
-from visiontuner.model.stages import find_stages
 from visiontuner.model.weights import digest_weights, fit_state_dict, read_state_dict
 
 CLASSES = ("ant", "bee", "cat")

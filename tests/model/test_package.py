@@ -18,7 +18,7 @@ from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import BadImageError, ClassifierError, DataError, ExportError
 from visiontuner.model import package as package_module
-from visiontuner.model.backbone import Backbone
+from visiontuner.model.backbones import Backbone
 from visiontuner.model.classifier import Classifier, softmax
 from visiontuner.model.package import package_classifier
 

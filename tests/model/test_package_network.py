@@ -16,12 +16,18 @@ from torch.nn import functional
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import BackboneError, ClassifierError, ExportError
-from visiontuner.experiment import Training
+from visiontuner.experiment.schema import Training
 from visiontuner.model import package as package_module
-from visiontuner.model.backbone import Backbone, load_backbone
+from visiontuner.model.backbones import Backbone, load_backbone
 from visiontuner.model.classifier import Classifier
-from visiontuner.model.network import Network, Train, build_network, parameter_groups
-from visiontuner.model.network_files import load_network, save_network
+from visiontuner.model.network import (
+    Network,
+    Train,
+    build_network,
+    load_network,
+    parameter_groups,
+    save_network,
+)
 from visiontuner.model.package import package_classifier
 from visiontuner.model.weights import digest_weights
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from visiontuner.model.traceable import easily_traced
+from visiontuner.model.onnx import easily_traced
 
 
 class Net(nn.Module):

@@ -20,17 +20,14 @@ from mlflow.entities import Run
 
 from visiontuner.journal import SearchRecord
 from visiontuner.model.classifier import Classifier
-from visiontuner.workflow import (
-    compare,
-    diagnose,
-    evaluate_search,
-    promote,
-    resume_search,
-    resume_training,
-    sync_search,
-    trace,
-)
-from visiontuner.workflow.verify import verify
+from visiontuner.workflow.compare import compare
+from visiontuner.workflow.diagnose import diagnose
+from visiontuner.workflow.evaluate import evaluate_search
+from visiontuner.workflow.lineage import trace, verify
+from visiontuner.workflow.promote import promote
+from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.train import resume_training
+from visiontuner.workflow.tune import resume_search
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray", "old_searches")]
 

@@ -16,10 +16,16 @@ from typing import Any
 
 import pytest
 
-from visiontuner.sagemaker import cluster
-from visiontuner.sagemaker.cluster import Job, by_number, environment_of, tune_arguments
-from visiontuner.sagemaker.meeting import Gathering, Meeting, MeetingError, Outcome
-from visiontuner.sagemaker.processes import Child, last_line
+from visiontuner.aws import container as cluster
+from visiontuner.aws.container import (
+    Child,
+    Job,
+    by_number,
+    environment_of,
+    last_line,
+    tune_arguments,
+)
+from visiontuner.aws.rendezvous import Gathering, Meeting, MeetingError, Outcome
 
 # Two addresses of this machine, so that both hosts can listen.
 HEAD, WORKER = "127.0.0.1", "127.0.0.2"
@@ -263,5 +269,5 @@ def test_hosts_need_nothing_but_the_standard_library() -> None:
     """It says why requirements are missing only if it needs none itself."""
     code = "import sys; sys.path[:] = [p for p in sys.path if 'site-packages' not in p];"
     code += f"sys.path.insert(0, {str(Path(cluster.__file__).parents[2])!r});"
-    code += "import visiontuner.sagemaker.cluster"
+    code += "import visiontuner.aws.container"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from visiontuner.aws.request import awss_version, find_image
 from visiontuner.errors import UserMistake
-from visiontuner.sagemaker.surroundings import awss_version, find_image
 
 # The SageMaker SDK's own, from its own imports.
 pytestmark = [

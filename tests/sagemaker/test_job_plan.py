@@ -10,20 +10,24 @@ from typing import Any
 
 import pytest
 
-from visiontuner.data.archive import ARCHIVE_SUFFIXES
-from visiontuner.data.objects import split_uri
+from visiontuner.aws.job import advice_on, paid_seconds
+from visiontuner.aws.request import (
+    JobPlan,
+    Pictures,
+    Price,
+    as_channel,
+    has_own_disk,
+    limit_seconds,
+    reachable_tracking,
+    requirements,
+    shares,
+    words_for,
+)
 from visiontuner.errors import UserMistake
-from visiontuner.experiment import Experiment
-from visiontuner.locations import at_hand
-from visiontuner.sagemaker.cost import Price, limit_seconds, shares
-from visiontuner.sagemaker.instances import has_own_disk
-from visiontuner.sagemaker.job import advice_on, paid_seconds
-from visiontuner.sagemaker.plan import JobPlan, Pictures, words_for
-from visiontuner.sagemaker.reach import reachable_tracking
-from visiontuner.sagemaker.source import requirements
-from visiontuner.sagemaker.surroundings import as_channel
-from visiontuner.workflow.observing import Silent
-from visiontuner.workflow.pictures import load_data
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.download import ARCHIVE_SUFFIXES
+from visiontuner.paths import at_hand, split_uri
+from visiontuner.workflow.inputs import Silent, load_data
 from visiontuner.workflow.submit import JobOptions, plan_job
 
 

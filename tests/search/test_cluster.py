@@ -16,8 +16,8 @@ from ray._private.node import Node
 
 from visiontuner import interrupts
 from visiontuner.errors import ExperimentError, SearchFailed
-from visiontuner.experiment import Search
-from visiontuner.search.cluster import RayForSearch, folder_for_sockets, share_out
+from visiontuner.experiment.schema import Search
+from visiontuner.search.ray_cluster import RayForSearch, folder_for_sockets, share_out
 
 LAPTOP = {"CPU": 4.0}
 GPU_MACHINE = {"CPU": 16.0, "GPU": 1.0}
@@ -162,7 +162,7 @@ def test_no_other_user_opens_rays_folder_and_no_file_tells_its_token():
 TWO_SEARCHES = """
 import json, os
 from pathlib import Path
-from visiontuner.search.cluster import RayForSearch
+from visiontuner.search.ray_cluster import RayForSearch
 
 import ray  # as the part of a search that runs trials does, before Ray starts
 

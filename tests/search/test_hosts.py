@@ -10,22 +10,21 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 
-from visiontuner.data.arrays import commit_folder
+from visiontuner.data.arrays import Shard, commit_folder
 from visiontuner.data.dataset import Sample
-from visiontuner.experiment import Experiment, Model
-from visiontuner.model.computing import ShardRows
-from visiontuner.model.shards import Shard
-from visiontuner.search import hosts
-from visiontuner.search.feature_workers import FeatureWorkers, _FeatureWorker
-from visiontuner.search.hosts import (
+from visiontuner.diagnostics.history import RECORDING_FILE
+from visiontuner.experiment.schema import Experiment, Model
+from visiontuner.model.features import ShardRows
+from visiontuner.search import remote as hosts
+from visiontuner.search.plan import CHECKPOINT_FOLDER, HEAD_FILE, Home, TrialTask
+from visiontuner.search.remote import (
     CheckpointsHome,
-    Home,
+    FeatureWorkers,
+    _FeatureWorker,
     at_this_machine,
     home_of,
     send_home,
 )
-from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, TrialTask
-from visiontuner.training.recording.records import RECORDING_FILE
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 

@@ -9,20 +9,18 @@ from typing import Any, cast
 import pytest
 
 from visiontuner import interrupts
-from visiontuner.experiment import Experiment, Training
+from visiontuner.experiment.schema import Experiment, Training
 from visiontuner.journal import JournalWriter, SearchRecord
-from visiontuner.search.interrupt import EndInOrder
-from visiontuner.search.labels import Stores
-from visiontuner.search.live_rules import LiveRules
-from visiontuner.search.losses import Losses
-from visiontuner.search.recorder import Recorder, end_trial, findings_of
-from visiontuner.search.rule_stopper import RuleStopper
-from visiontuner.search.run import (
-    JournalCallback,
-    failure_line,
+from visiontuner.search.live import LiveRules, Recorder, end_trial, findings_of
+from visiontuner.search.plan import (
+    CHECKPOINT_FOLDER,
+    HEAD_FILE,
+    NETWORK_FILE,
+    Stores,
+    WeightsOnDisk,
+    settings_of,
 )
-from visiontuner.search.trial import CHECKPOINT_FOLDER, HEAD_FILE, NETWORK_FILE, settings_of
-from visiontuner.search.weights import WeightsOnDisk
+from visiontuner.search.run import EndInOrder, JournalCallback, Losses, RuleStopper, failure_line
 
 RAY_TRACEBACK = """
 ray::ImplicitFunc.train() (pid=1, ip=127.0.0.1)

@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from visiontuner.data.arrays import PictureStore, prepare_pictures
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
-from visiontuner.data.picture_store import PictureStore, prepare_pictures
 from visiontuner.errors import DataError
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord, read_events
-from visiontuner.search.labels import Stores
-from visiontuner.search.trial import LOGITS_FILE, NETWORK_FILE, SCORES_FILE
-from visiontuner.workflow import Silent
+from visiontuner.search.plan import LOGITS_FILE, NETWORK_FILE, SCORES_FILE, Stores
 from visiontuner.workflow.diagnose import diagnose_search
-from visiontuner.workflow.inputs import Inputs
-from visiontuner.workflow.validation import ValidationAnswers
+from visiontuner.workflow.inputs import Inputs, Silent
+from visiontuner.workflow.run import ValidationAnswers
 
 SECONDS = {"t0001": 3.0, "t0002": 2.0, "t0003": 1.0}
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from visiontuner.search.losses import MOST_LOSSES, Losses
+from visiontuner.search.run import MOST_LOSSES, Losses
 
 UNAVAILABLE = (
     "Failure # 1 (occurred at 2026-11-22_22-54-35)\nThe actor f62d1b99 is unavailable: The actor "

@@ -1,6 +1,6 @@
 from typing import Any
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.search.plan import make_plan, trial_name
 from visiontuner.search.space import draw_beforehand

@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from visiontuner.data.files import write_json
+from visiontuner.data.arrays import FeatureSet, array_path, samples_path, write_meta
 from visiontuner.errors import DiskError
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import write_json
 from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
-from visiontuner.model.store import FeatureSet, array_path, samples_path, write_meta
-from visiontuner.search.labels import Stores
-from visiontuner.search.run import Recorder, run_trials
+from visiontuner.search.live import Recorder
+from visiontuner.search.plan import (
+    HEAD_FILE,
+    LOGITS_FILE,
+    SCORES_FILE,
+    WEIGHTS_KEPT,
+    Stores,
+    stages_of,
+)
+from visiontuner.search.run import run_trials
 from visiontuner.search.space import draw_beforehand
-from visiontuner.search.stages import stages_of
-from visiontuner.search.trial import HEAD_FILE, LOGITS_FILE, SCORES_FILE
-from visiontuner.search.weights import WEIGHTS_KEPT
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
 

@@ -3,8 +3,8 @@
 import pytest
 from ray.tune.schedulers import ASHAScheduler
 
-from visiontuner.experiment import Experiment
-from visiontuner.search.rungs import Rungs
+from visiontuner.experiment.schema import Experiment
+from visiontuner.search.plan import Rungs
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 3, 8, 9, 10, 20, 27, 54, 100])

@@ -2,10 +2,10 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.search.plan import make_plan
-from visiontuner.search.searcher import PlanSearcher
+from visiontuner.search.run import PlanSearcher
 
 
 def experiment(trials: int, algorithm: str = "random", **search: Any) -> Experiment:

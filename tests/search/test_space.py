@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.search.space import Suggester, clean, draw_beforehand, to_distributions
 
 EVERYTHING = {

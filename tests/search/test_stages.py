@@ -4,16 +4,16 @@ from typing import Any
 
 import pytest
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
-from visiontuner.search.space import draw_beforehand
-from visiontuner.search.stages import (
+from visiontuner.search.plan import (
     plan_stage,
     remaining_trials,
     stage_of,
     stages_of,
     starting_heads,
 )
+from visiontuner.search.space import draw_beforehand
 
 SPACE = {
     "learning_rate": {"low": 1e-4, "high": 1e-1, "scale": "log"},

@@ -8,18 +8,20 @@ import pytest
 import torch
 from torch import nn
 
-from visiontuner.experiment import Experiment
-from visiontuner.search.trial import TrialTask
-from visiontuner.search.worker import after_epoch, recorded, to_report
-from visiontuner.training.fit import FeatureBatches, Fit
-from visiontuner.training.recording.records import Recording
+from visiontuner.diagnostics.history import Recording
+from visiontuner.experiment.schema import Experiment
+from visiontuner.search.plan import TrialTask
+from visiontuner.search.trial import after_epoch, recorded, to_report
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import Fit
 
 _TRIAL = """
 import sys
 import torch
-from visiontuner.experiment import Training
-from visiontuner.search.worker import prepare_worker
-from visiontuner.training.fit import FeatureBatches, fit, linear_head
+from visiontuner.experiment.schema import Training
+from visiontuner.search.trial import prepare_worker
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import fit, linear_head
 
 if sys.argv[1] == "prepared":
     prepare_worker(1)

@@ -17,9 +17,8 @@ from safetensors.numpy import save_file
 
 from visiontuner.data.images import Preprocessing
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving.environments import local_environment
 from visiontuner.serving.registry import save_classifier
-from visiontuner.serving.server import ScoringServer
+from visiontuner.serving.server import ScoringServer, local_environment
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
 

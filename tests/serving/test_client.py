@@ -15,17 +15,23 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from visiontuner.aws import Aws
-from visiontuner.cli.query import query
+from visiontuner.aws.endpoint import check_answers
+from visiontuner.cli.serve import query
 from visiontuner.errors import ClassifierError, ServingError, UserMistake
+from visiontuner.io.aws import Aws
 from visiontuner.serving.answers import Options
-from visiontuner.serving.batching import PictureAnswer, ask_all
-from visiontuner.serving.client import SageMakerTransport, Transport, decode_answers
-from visiontuner.serving.endpoint_states import check_answers
-from visiontuner.serving.http_client import HttpTransport
-from visiontuner.serving.local import open_model
-from visiontuner.serving.pictures import Picture, find_pictures
-from visiontuner.serving.reference import Reference
+from visiontuner.serving.client import (
+    HttpTransport,
+    Picture,
+    PictureAnswer,
+    Reference,
+    SageMakerTransport,
+    Transport,
+    ask_all,
+    decode_answers,
+    find_pictures,
+    open_model,
+)
 from visiontuner.serving.server import ScoringServer
 
 OPTIONS = Options(top_k=2)

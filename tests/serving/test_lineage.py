@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from visiontuner.cli.lineage import lineage as command
+from visiontuner.cli.judge import lineage as command
 from visiontuner.data.dataset import load_dataset
 from visiontuner.errors import UserMistake
-from visiontuner.experiment import Experiment
-from visiontuner.provenance import describe_code, describe_machine
+from visiontuner.experiment.schema import Experiment
 from visiontuner.serving.registry import classifier_digest, log_classifier
-from visiontuner.tracking.client import Store
+from visiontuner.tracking.store import Store
 from visiontuner.workflow.lineage import trace
+from visiontuner.workflow.run import describe_code, describe_machine
 
 pytestmark = [
     # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates,

@@ -8,12 +8,10 @@ import psutil
 import pytest
 from click.testing import CliRunner
 
-from visiontuner.cli.preflight import preflight
+from visiontuner.cli.serve import preflight
 from visiontuner.errors import ClassifierError, ServingError
-from visiontuner.serving.environments import clean_environment, local_environment
-from visiontuner.serving.instances import recommend
-from visiontuner.serving.preflight import PreflightReport, run_preflight
-from visiontuner.serving.server import ScoringServer
+from visiontuner.serving.preflight import PreflightReport, recommend, run_preflight
+from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
 
 CHECKS = [
     "ping",

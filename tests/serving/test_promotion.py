@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
-from visiontuner.cli.promote import promote as command
+from visiontuner.cli.judge import promote as command
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.serving.promotion import Promotion, promote
-from visiontuner.serving.versions import ModelReference, find_version
-from visiontuner.tracking.client import Store
+from visiontuner.serving.registry import ModelReference, find_version
+from visiontuner.tracking.store import Store
 
 pytestmark = [
     # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates,

@@ -23,10 +23,9 @@ from visiontuner.errors import BusyError
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving import answers
 from visiontuner.serving.answers import BadRequest, Options, answer
-from visiontuner.serving.environments import local_environment
-from visiontuner.serving.malformed import MALFORMED
+from visiontuner.serving.preflight import MALFORMED
 from visiontuner.serving.registry import save_classifier
-from visiontuner.serving.server import ScoringServer
+from visiontuner.serving.server import ScoringServer, local_environment
 
 JSON = "application/json"
 # softmax of 4 * (220 / 255 - 0.5) / 0.5 = 2.902 and twice 4 * (20 / 255 - 0.5) / 0.5 = -3.373

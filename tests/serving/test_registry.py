@@ -16,7 +16,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput
 
 from visiontuner.errors import ClassifierError, TrackingError
-from visiontuner.serving import model_parts, registry
+from visiontuner.serving import registry
+from visiontuner.serving import registry as model_parts
 from visiontuner.serving.registry import classifier_digest, log_classifier
 
 

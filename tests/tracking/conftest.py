@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter
 
 START = 1_700_000_000.0

@@ -14,12 +14,11 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 
-from visiontuner.commands import NO_TRACKING
 from visiontuner.errors import ClassifierError
-from visiontuner.tracking.mlflow_writer import LOCK_FILE
-from visiontuner.workflow.observing import Silent
-from visiontuner.workflow.recording import BackgroundTracking
-from visiontuner.workflow.sync import sync_search
+from visiontuner.text import NO_TRACKING
+from visiontuner.tracking.writer import LOCK_FILE
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.sync import BackgroundTracking, sync_search
 
 
 class Notes(Silent):
@@ -156,8 +155,8 @@ def test_the_writer_ends_with_its_search(finished: Any, uri: str) -> None:
     script = f"""
         import os, sys, time
         from pathlib import Path
-        from visiontuner.workflow.observing import Silent
-        from visiontuner.workflow.recording import BackgroundTracking
+        from visiontuner.workflow.inputs import Silent
+        from visiontuner.workflow.sync import BackgroundTracking
 
         tracking = BackgroundTracking({uri!r}, None, Silent())
         tracking.begin(Path({str(finished.folder)!r}))

@@ -6,7 +6,7 @@ import mlflow.db
 import pytest
 import sqlalchemy
 
-from visiontuner.tracking.client import Store, TrackingRefused, create_database, sqlite_file
+from visiontuner.tracking.store import Store, TrackingRefused, create_database, sqlite_file
 
 
 def names(folder: Path) -> list[str]:
@@ -104,7 +104,7 @@ def test_four_searches_at_once_make_one_database(name, tmp_path):
     folder = tmp_path / "100% mine?"
     folder.mkdir()
     ask = f"""
-from visiontuner.tracking.client import Store
+from visiontuner.tracking.store import Store
 print([e.name for e in Store("sqlite:///{name}").call("search_experiments")])
 """
     searches = [

@@ -14,15 +14,20 @@ from visiontuner.evaluation.calibration import (
     risk_coverage,
 )
 from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
-from visiontuner.tracking import figures
-from visiontuner.tracking.figures.evaluation import confusion_matrix, most_confused, per_class
-from visiontuner.tracking.figures.names import readable
+from visiontuner.tracking.figures.evaluation import (
+    confusion_matrix,
+    contact_sheet,
+    evaluation_figures,
+    most_confused,
+    per_class,
+)
+from visiontuner.tracking.figures.parts import readable, to_png
 
 THRESHOLD = ChosenThreshold(wanted_precision=0.95, value=0.6, precision=0.96, coverage=0.8)
 
 
 def drawn(figure: Figure) -> Image.Image:
-    image = Image.open(io.BytesIO(figures.to_png(figure)))
+    image = Image.open(io.BytesIO(to_png(figure)))
     low, high = image.convert("L").getextrema()
     assert low < 128 < high, "the figure is blank"
     return image
@@ -51,7 +56,7 @@ def evaluated(
         resamples=50,
     )
     probabilities = probabilities_of(logits, 1.3)
-    return report, figures.evaluation_figures(
+    return report, evaluation_figures(
         report,
         reliability(probabilities_of(logits), labels),
         reliability(probabilities, labels),
@@ -198,7 +203,7 @@ def test_a_contact_sheet_shows_every_picture_whole(count: int) -> None:
     colours: list[Any] = [(250, 0, 0), (0, 120, 0)]
     pictures = [Image.new("RGB", (40 + 50 * (i % 2), 60), colours[i % 2]) for i in range(count)]
     captions = [("true $1", "犬" if i % 2 else "wrong", 0.987) for i in range(count)]
-    figure = figures.contact_sheet(pictures, captions)
+    figure = contact_sheet(pictures, captions)
     image = drawn(figure).convert("RGB")
     rows = -(-count // 6)
     assert image.size == (12 + 180 * min(6, count), 12 + 220 * rows)
@@ -215,14 +220,14 @@ def test_arrays_and_odd_modes_can_be_on_a_contact_sheet() -> None:
         Image.new("P", (3, 3)),
         Image.new("RGBA", (3, 3)),
     ]
-    drawn(figures.contact_sheet(pictures, [("a", "b", 1.0)] * 4))
+    drawn(contact_sheet(pictures, [("a", "b", 1.0)] * 4))
 
 
 def test_a_contact_sheet_needs_a_caption_for_each_picture() -> None:
     with pytest.raises(ValueError, match="1 pictures and 0 captions"):
-        figures.contact_sheet([Image.new("L", (2, 2))], [])
+        contact_sheet([Image.new("L", (2, 2))], [])
     with pytest.raises(ValueError, match="0 pictures"):
-        figures.contact_sheet([], [])
+        contact_sheet([], [])
 
 
 def test_drawing_leaves_no_global_state() -> None:

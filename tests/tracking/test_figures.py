@@ -12,8 +12,15 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from visiontuner.journal import SearchRecord
-from visiontuner.tracking import figures
-from visiontuner.tracking.importance import importances
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import (
+    best_so_far,
+    importances,
+    learning_rate_batch_size_map,
+    parallel_coordinates,
+    search_figures,
+    trial_curves,
+)
 
 NewSearch = Callable[..., Any]
 
@@ -23,7 +30,7 @@ def record_of(search: Any) -> SearchRecord:
 
 
 def drawn(figure: Figure) -> Image.Image:
-    image = Image.open(io.BytesIO(figures.to_png(figure))).convert("L")
+    image = Image.open(io.BytesIO(to_png(figure))).convert("L")
     low, high = image.getextrema()
     assert (low, high)[0] < 128 < high, "the figure is blank"
     return image
@@ -37,7 +44,7 @@ def test_every_figure_can_be_drawn_for_any_number_of_trials(
     search.begin()
     for number in range(1, trials + 1):
         search.trial(number, epochs=2)
-    found = figures.search_figures(record_of(search))
+    found = search_figures(record_of(search))
     expected = {"all_curves", "best_so_far", "learning_rate_batch_size", "parallel_coordinates"}
     assert set(found) == (expected | {"importance"} if trials >= 8 else expected)
     for figure in found.values():
@@ -49,11 +56,11 @@ def test_a_search_without_a_usable_trial_draws_what_it_has(new_search: NewSearch
     search.begin()
     search.trial(1, state="failed", best_value=None, best_epoch=None, error="loss is NaN")
     record = record_of(search)
-    assert set(figures.search_figures(record)) == {"all_curves", "best_so_far"}
-    for figure in figures.search_figures(record).values():
+    assert set(search_figures(record)) == {"all_curves", "best_so_far"}
+    for figure in search_figures(record).values():
         drawn(figure)
-    assert figures.learning_rate_batch_size_map(record) is None
-    assert figures.parallel_coordinates(record) is None
+    assert learning_rate_batch_size_map(record) is None
+    assert parallel_coordinates(record) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
@@ -66,7 +73,7 @@ def test_values_that_are_no_numbers_leave_gaps_in_a_curve(
     for step in (1, 2, 3):
         search.epoch(1, step, validation_loss=value if step == 2 else 1.0)
     search.end(1)
-    figure = figures.trial_curves(record_of(search).trials["t0001"])
+    figure = trial_curves(record_of(search).trials["t0001"])
     drawn(figure)
     validation = figure.axes[0].get_lines()[1]
     assert list(validation.get_xdata()) == [1, 3]
@@ -76,7 +83,7 @@ def test_a_trials_best_epoch_is_marked(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()
     search.trial(1, epochs=3, best_epoch=2)
-    figure = figures.trial_curves(record_of(search).trials["t0001"])
+    figure = trial_curves(record_of(search).trials["t0001"])
     legend = figure.axes[0].get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -95,8 +102,8 @@ def test_a_trial_drawn_into_anothers_figure_is_the_same_picture(new_search: NewS
     trials = list(record_of(search).trials.values())
     figure = None
     for trial in [*trials, *reversed(trials)]:
-        figure = figures.trial_curves(trial, into=figure)
-        assert figures.to_png(figure) == figures.to_png(figures.trial_curves(trial))
+        figure = trial_curves(trial, into=figure)
+        assert to_png(figure) == to_png(trial_curves(trial))
 
 
 def test_the_map_needs_both_values(new_search: NewSearch) -> None:
@@ -107,8 +114,8 @@ def test_the_map_needs_both_values(new_search: NewSearch) -> None:
     )
     search.end(1)
     record = record_of(search)
-    assert figures.learning_rate_batch_size_map(record) is None
-    assert figures.parallel_coordinates(record) is not None
+    assert learning_rate_batch_size_map(record) is None
+    assert parallel_coordinates(record) is not None
 
 
 def test_choices_and_numbers_share_the_parallel_coordinates(new_search: NewSearch) -> None:
@@ -122,7 +129,7 @@ def test_choices_and_numbers_share_the_parallel_coordinates(new_search: NewSearc
             configuration={"optimizer": optimizer, "weight_decay": 0.01 * number, "dropout": 0.0},
         )
         search.end(number)
-    figure = figures.parallel_coordinates(record_of(search))
+    figure = parallel_coordinates(record_of(search))
     assert figure is not None
     drawn(figure)
 
@@ -132,7 +139,7 @@ def test_best_so_far_never_gets_worse(new_search: NewSearch) -> None:
     search.begin()
     for number, value in enumerate([0.5, 0.9, 0.4], 1):
         search.trial(number, best_value=value)
-    figure = figures.best_so_far(record_of(search))
+    figure = best_so_far(record_of(search))
     (line,) = figure.axes[0].get_lines()
     assert list(line.get_ydata()) == [0.5, 0.5, 0.4]
 
@@ -167,7 +174,7 @@ def test_importance_does_without_scikit_learn_and_leaves_it_to_others(
         import sys
         from pathlib import Path
         from visiontuner.journal import SearchRecord
-        from visiontuner.tracking.importance import importances
+        from visiontuner.tracking.figures.search import importances
 
         assert importances(SearchRecord.load(Path(sys.argv[1])))
         assert "sklearn" not in sys.modules
@@ -183,5 +190,5 @@ def test_drawing_leaves_no_global_state(new_search: NewSearch) -> None:
     search.begin()
     search.trial(1)
     before = dict(mpl.rcParams)
-    figures.search_figures(record_of(search))
+    search_figures(record_of(search))
     assert dict(mpl.rcParams) == before

@@ -17,9 +17,8 @@ import pytest
 from mlflow import MlflowClient
 
 from visiontuner.errors import TrackingError
-from visiontuner.tracking.client import Store, TrackingRefused, explain, limited
-from visiontuner.tracking.follow import WriterThread
-from visiontuner.tracking.mlflow_writer import MlflowWriter
+from visiontuner.tracking.store import Store, TrackingRefused, explain, limited
+from visiontuner.tracking.writer import MlflowWriter, WriterThread
 
 
 class Server:
@@ -142,7 +141,7 @@ def slow_store(
         return call(self, *args, **kwargs)
 
     monkeypatch.setattr(Store, "call", slow_call)
-    monkeypatch.setattr("visiontuner.tracking.mlflow_writer._PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr("visiontuner.tracking.writer._PROGRESS_SECONDS", 0.0)
     uri = new_database(tmp_path / "mlflow.db")
     return MlflowWriter(search.folder, tracking_uri=uri, draw=False)
 
@@ -233,7 +232,7 @@ class SlowServer:
 def test_only_a_live_writer_is_in_a_hurry_and_never_with_artifacts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("visiontuner.tracking.client.LIVE_SECONDS", 1)
+    monkeypatch.setattr("visiontuner.tracking.store.LIVE_SECONDS", 1)
     with SlowServer(2.0) as server:
         with pytest.raises(TrackingError, match="timed out"):
             Store(server.uri, live=True).call("search_experiments")

@@ -22,7 +22,7 @@ from visiontuner.evaluation.calibration import ChosenThreshold
 from visiontuner.evaluation.report import evaluate_predictions
 from visiontuner.journal import Finding, SearchRecord
 from visiontuner.text import printable
-from visiontuner.tracking.html import PAGE_FILE, search_page, write_page
+from visiontuner.tracking.page import PAGE_FILE, search_page, write_page
 
 NewSearch = Callable[..., Any]
 
@@ -366,7 +366,8 @@ def test_classes_are_counted_by_split(new_search: NewSearch) -> None:
 
 
 def test_the_experiment_can_be_read_back_from_the_page(new_search: NewSearch) -> None:
-    from visiontuner.experiment import Experiment, read_experiment
+    from visiontuner.experiment.reading import read_experiment
+    from visiontuner.experiment.schema import Experiment
 
     search = new_search(training={"epochs": 3}, name="a & b")
     search.begin()

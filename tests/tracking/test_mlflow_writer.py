@@ -9,10 +9,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError
-from visiontuner.layout import MLFLOW_FILE
-from visiontuner.tracking.client import Store, TrackingRefused
-from visiontuner.tracking.mlflow_writer import MlflowWriter
+from visiontuner.paths import MLFLOW_FILE
 from visiontuner.tracking.plan import ProjectRun
+from visiontuner.tracking.store import Store, TrackingRefused
+from visiontuner.tracking.writer import MlflowWriter
 
 NewSearch = Callable[..., Any]
 

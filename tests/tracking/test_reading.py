@@ -16,12 +16,11 @@ import pytest
 from mlflow import MlflowClient
 
 from visiontuner.errors import TrackingError, UserMistake
-from visiontuner.evaluation.compare import default_columns, sort, table
-from visiontuner.evaluation.journal_runs import runs_of_record
+from visiontuner.evaluation.compare import default_columns, runs_of_record, sort, table
 from visiontuner.journal import SearchRecord
-from visiontuner.tracking.client import TrackingRefused
-from visiontuner.tracking.mlflow_writer import MlflowWriter
 from visiontuner.tracking.reading import Reader
+from visiontuner.tracking.store import TrackingRefused
+from visiontuner.tracking.writer import MlflowWriter
 
 # MLflow 3.17 uses an option that SQLAlchemy 2.1 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated")

@@ -6,14 +6,9 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from visiontuner.tracking.figures import recording_figures, to_png
-from visiontuner.tracking.figures.recording import layer_map
-from visiontuner.training.recording.records import (
-    Recording,
-    StepRecord,
-    SystemRecord,
-    TensorRecord,
-)
+from visiontuner.diagnostics.history import Recording, StepRecord, SystemRecord, TensorRecord
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.recording import layer_map, recording_figures
 
 
 def tensors(layers: int = 3, steps: int = 4, **values: Any) -> TensorRecord:

@@ -7,21 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from visiontuner.experiment import SEARCHABLE
+from visiontuner.diagnostics.history import Recording, StepRecord, SystemRecord
+from visiontuner.diagnostics.rules import RECORDED_RULES
+from visiontuner.diagnostics.system import SystemSampler
+from visiontuner.experiment.schema import SEARCHABLE
 from visiontuner.journal import read_events
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
-from visiontuner.tracking.evaluation import (
+from visiontuner.tracking.figures.recording import EXPLAINS, points_of
+from visiontuner.tracking.plan import SearchPlan, TrialPlan
+from visiontuner.tracking.writer import (
     EVALUATION_DIGEST,
     TEST_LOOKS,
     Evaluation,
     metrics,
     version_tags,
 )
-from visiontuner.tracking.plan import SearchPlan, TrialPlan
-from visiontuner.tracking.recordings import EXPLAINS, points_of
-from visiontuner.training.recording.records import Recording, StepRecord, SystemRecord
-from visiontuner.training.recording.system import SystemSampler
-from visiontuner.training.rules import RECORDED_RULES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "tracking.md"
 

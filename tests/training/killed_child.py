@@ -12,11 +12,11 @@ from multiprocessing import forkserver
 import torch
 from torch import nn
 
-from visiontuner.data.stored_pictures import PictureStore
-from visiontuner.experiment import Augmentation, Training
+from visiontuner.data.arrays import PictureStore
+from visiontuner.experiment.schema import Augmentation, Training
+from visiontuner.training.batches import FeatureBatches, PictureBatches
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
-from visiontuner.training.fit import FeatureBatches, Fit
-from visiontuner.training.pictures import PictureBatches
+from visiontuner.training.loop import Fit
 
 FOLDER, STORE, WORKERS, KILL_AT = (
     globals()[name] for name in ("FOLDER", "STORE", "WORKERS", "KILL_AT")

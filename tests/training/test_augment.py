@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from visiontuner.data.images import Preprocessing, crop_pixels
-from visiontuner.experiment import AUGMENTATIONS, NO_AUGMENTATION, Augmentation
+from visiontuner.experiment.schema import AUGMENTATIONS, NO_AUGMENTATION, Augmentation
 from visiontuner.training.augment import Augmenter, mix
 
 SIZE = 32

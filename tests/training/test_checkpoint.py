@@ -7,9 +7,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from visiontuner.errors import CheckpointError, TrialFailed
-from visiontuner.experiment import Training
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
-from visiontuner.training.fit import FeatureBatches, Fit, linear_head
+from visiontuner.training.loop import Fit, linear_head
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

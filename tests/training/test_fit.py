@@ -6,15 +6,10 @@ import torch
 from torch import nn
 
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Training
-from visiontuner.training.fit import (
-    FeatureBatches,
-    evaluate,
-    fit,
-    linear_head,
-    make_optimizer,
-    make_schedule,
-)
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import evaluate, fit, linear_head
+from visiontuner.training.optimisation import make_optimizer, make_schedule
 
 FEATURES, CLASSES = 6, 3
 # How long an epoch took is the only thing that may differ.

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from visiontuner.data.arrays import prepare_pictures
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
-from visiontuner.data.picture_store import prepare_pictures
 
 CHILD = Path(__file__).with_name("killed_child.py")
 # Its 33 training pictures by 8 are 5 steps an epoch, 4 where the last single one joins.
@@ -47,7 +47,7 @@ def store(tmp_path_factory) -> Path:
 def run_child(folder: Path, *, kill_at: int | None = None, **given) -> int:
     """Its exit code. Children come from a server that has imported torch once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "visiontuner.training.pictures"])
+    context.set_forkserver_preload(["torch", "visiontuner.training.batches"])
     child = context.Process(
         target=runpy.run_path,
         args=(str(CHILD),),

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Training
-from visiontuner.training.micro_batches import MicroBatches, is_out_of_memory
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import MicroBatches, is_out_of_memory
+from visiontuner.training.loop import TrainingStep
 from visiontuner.training.optimisation import make_optimizer, make_schedule
-from visiontuner.training.step import TrainingStep
 
 HUGE = 1 << 50  # bytes; more than any machine's address space grants
 

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from visiontuner.errors import ExperimentError, TrialFailed
-from visiontuner.experiment import Training
-from visiontuner.training.fit import FeatureBatches, Fit, evaluate, fit
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import Fit, evaluate, fit, total_weight, training_loss
 from visiontuner.training.metrics import balanced_class_weights
-from visiontuner.training.step import total_weight, training_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

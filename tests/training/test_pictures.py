@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visiontuner.data.arrays import PictureStore, prepare_pictures
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.images import Preprocessing, normalise, read_pixels
-from visiontuner.data.picture_store import PictureStore, prepare_pictures
 from visiontuner.errors import DataError, TrialFailed
-from visiontuner.experiment import AUGMENTATIONS, NO_AUGMENTATION, Augmentation
-from visiontuner.training import picture_workers
-from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.pictures import PictureBatches
+from visiontuner.experiment.schema import AUGMENTATIONS, NO_AUGMENTATION, Augmentation
+from visiontuner.training import batches as picture_workers
+from visiontuner.training.batches import FeatureBatches, PictureBatches
 
 SMALL = Preprocessing(
     resize=36, size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), interpolation="bilinear"
@@ -317,9 +316,9 @@ def test_workers_end_with_their_training_and_know_nothing_of_its_script(
                 runs.write("once more ")
 
             import psutil, torch
-            from visiontuner.data.picture_store import PictureStore
-            from visiontuner.experiment import AUGMENTATIONS
-            from visiontuner.training.pictures import PictureBatches
+            from visiontuner.data.arrays import PictureStore
+            from visiontuner.experiment.schema import AUGMENTATIONS
+            from visiontuner.training.batches import PictureBatches
 
             store = PictureStore.open(Path({str(store.folder)!r}))
             batches = PictureBatches(

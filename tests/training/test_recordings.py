@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from visiontuner.training.recording.records import (
+from visiontuner.diagnostics.history import (
     Recording,
     StepRecord,
     SystemRecord,

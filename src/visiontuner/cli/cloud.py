@@ -1,4 +1,4 @@
-"""The flags of a training job, and what `tune --on sagemaker` does with them."""
+"""The commands around training jobs, and the flags of a job."""
 
 from __future__ import annotations
 
@@ -10,14 +10,120 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.job_options import is_on, read_options
-from visiontuner.cli.options import NOT_GIVEN
-from visiontuner.commands import next_command
+from visiontuner.cli.console import print_result
+from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
 from visiontuner.errors import UserMistake
+from visiontuner.text import next_command
 
 if TYPE_CHECKING:
-    from visiontuner.experiment import Experiment
+    from visiontuner.aws.job import Job
+    from visiontuner.experiment.schema import Experiment
+    from visiontuner.workflow.submit import JobOptions
+
+
+# A job's flags, as words -> what they stand for.
+
+
+OFF = "off"
+"""Leaves out what a job that is resumed had."""
+_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, OFF: False}
+
+
+def read_options(job: dict[str, Any], resume: str | None) -> JobOptions:
+    """What `cloud.job_flags` say.
+
+    Raises:
+        UserMistake: a word that is none of those a flag takes.
+    """
+    from visiontuner.workflow.submit import JobOptions
+
+    text = {key: _given(value) for key, value in job.items() if isinstance(value, str)}
+    instances = _whole("--instances", text["instances"])
+    if instances is not None and not 1 <= instances <= 100:
+        raise UserMistake(f"--instances takes a number from 1 to 100, got {instances}.")
+    return JobOptions(
+        instances=instances,
+        instance_type=text["instance_type"],
+        image=text["image"],
+        image_version=text["image_version"],
+        role=text["role"],
+        bucket=text["bucket"],
+        region=text["region"],
+        assume_role=text["assume_role"],
+        spot=is_on("--spot", job["spot"]),
+        max_run=text["max_run"],
+        max_cost=_number("--max-cost", text["max_cost"]),
+        price=_number("--price", text["price"]),
+        volume=_whole("--volume", text["volume"]),
+        warm_pool=_or_empty(text["warm_pool"]),
+        subnets=_listed(text["subnets"]),
+        security_groups=_listed(text["security_groups"]),
+        kms_key=_or_empty(text["kms_key"]),
+        tags=dict(_pair(tag) for tag in job["tags"]),
+        upload=text["upload"],
+        resume=resume,
+    )
+
+
+def _given(text: str) -> str | None:
+    return None if text in NOT_GIVEN else text
+
+
+def _or_empty(text: str | None) -> str | None:
+    return "" if text == OFF else text
+
+
+def _listed(text: str | None) -> tuple[str, ...] | None:
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    return tuple(part for part in parts if part not in ("", OFF))
+
+
+def is_on(flag: str, text: str) -> bool | None:
+    """What `yes_or_no` was told; None if it was not given.
+
+    Raises:
+        UserMistake: it is neither yes nor no.
+    """
+    if text in NOT_GIVEN:
+        return None
+    if text.lower() not in _SWITCH:
+        raise UserMistake(f"{flag} takes true or off, got {text!r}.")
+    return _SWITCH[text.lower()]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserMistake(f"--tag takes KEY=VALUE, got {text!r}.")
+    return key, value
+
+
+def _whole(flag: str, text: str | None) -> int | None:
+    value = _number(flag, text)
+    if value is not None and value != int(value):
+        raise UserMistake(f"{flag} takes a whole number, got {text!r}.")
+    return None if value is None else int(value)
+
+
+def _number(flag: str, text: str | None) -> float | None:
+    """A flag's number, or None if it was not given.
+
+    Raises:
+        UserMistake: it is none from 0.
+    """
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = -1.0
+    if value is not None and not 0 <= value < 1e6:
+        raise UserMistake(f"{flag} takes a number from 0, got {text!r}.")
+    return value
+
+
+# The flags of a training job, and what `tune --on sagemaker` does with them.
+
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -182,7 +288,7 @@ def run_on_sagemaker(
         click.echo(json.dumps(dry_run(aws, plan), indent=2, default=str))
         return
     _ask(is_on("--yes", job["yes"]))
-    from visiontuner.console import SearchConsole
+    from visiontuner.cli.console import SearchConsole
 
     console = SearchConsole()
     try:
@@ -199,7 +305,6 @@ def run_on_sagemaker(
         click.echo(f"Follow it:     {next_command('attach', name, flags=aws.flags)}")
         click.echo(f"End it early:  {next_command('stop', name, flags=aws.flags)}")
         return
-    from visiontuner.cli.attach import follow_and_print
 
     follow_and_print(name, region=plan.region, assume_role=options.assume_role, output=output)
 
@@ -211,3 +316,179 @@ def _ask(yes: bool | None) -> None:
         raise UserMistake("Nobody is here to say yes: add --yes, or --dry-run to look only.")
     if not click.confirm("Start it?", err=True):
         raise click.exceptions.Exit(1)
+
+
+# The command that follows a training job and brings its search home.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("job")
+@click.option("--output", metavar="FOLDER", default="auto", help="Default: searches/SEARCH.")
+@click.option(
+    "--logs",
+    type=click.Choice(["start", "all", "none"]),
+    default="start",
+    show_default=True,
+    help="The hosts' log lines: until trials begin, all, or none.",
+)
+@with_flags(REGION_FLAGS)
+def attach(job: str, output: str, logs: str, region: str, assume_role: str) -> None:
+    """Follow a training job; once it has ended, bring its search home and into MLflow.
+
+    Nothing is trained again: the journal is replayed, and the classifier that the job packaged is
+    registered. JOB may be a classic hyperparameter tuning job as well: each of its training jobs
+    becomes an MLflow run.
+
+    \b
+    Examples:
+      visiontuner attach visiontuner-dogs-20261122154100
+      MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner attach my-tuning-job
+    """
+    follow_and_print(
+        job,
+        region=None if region in NOT_GIVEN else region,
+        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+        output=None if output in NOT_GIVEN else Path(output),
+        logs=logs,
+    )
+
+
+def follow_and_print(
+    name: str,
+    *,
+    region: str | None,
+    assume_role: str | None,
+    output: Path | None,
+    logs: str = "start",
+) -> None:
+    """Follow, bring home, print; Ctrl-C leaves the job running and says so."""
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.io.aws import account_flags
+    from visiontuner.workflow.jobs import LeftRunning
+    from visiontuner.workflow.jobs import attach as follow
+
+    console, flags = SearchConsole(), account_flags(region, assume_role)
+    try:
+        came = follow(
+            name,
+            region=region,
+            assume_role=assume_role,
+            output=output,
+            logs=logs,  # type: ignore[arg-type]
+            observer=console,
+        )
+    except KeyboardInterrupt as left:
+        console.close()
+        again = next_command("attach", name, flags=flags)
+        if isinstance(left, LeftRunning):
+            click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
+            click.echo(f"End it: {next_command('stop', name, flags=flags)}", err=True)
+        else:
+            click.echo(f"\nStopped. Nothing is lost, go on with: {again}", err=True)
+        raise click.exceptions.Exit(130) from None
+    finally:
+        console.close()
+    for line in came.lines:
+        click.echo(line)
+    try:
+        if came.result is not None:
+            print_result(came.result, said=console.said)
+    except click.exceptions.Exit:  # a search that was broken off looks interrupted
+        if not came.failed:
+            raise
+    if came.failed:
+        raise click.exceptions.Exit(1)
+
+
+# The command that lists our training jobs.
+
+
+_COLOURS = {"Completed": "green", "Failed": "red", "Stopped": "magenta", "Stopping": "yellow"}
+
+
+@click.command(cls=OneLineErrors)
+@with_flags(REGION_FLAGS)
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
+def jobs(region: str, assume_role: str, form: str) -> None:
+    """List the training jobs that visiontuner submitted in a region, the newest first.
+
+    \b
+    Example:
+      visiontuner jobs --region eu-west-1
+    """
+    from visiontuner.workflow.jobs import jobs as find
+
+    found = find(
+        None if region in NOT_GIVEN else region, None if assume_role in NOT_GIVEN else assume_role
+    )
+    if form == "json":
+        click.echo(json.dumps([_row(job) for job in found], indent=2))
+    elif found:
+        _print(found)
+    else:
+        click.echo("None. `visiontuner tune --on sagemaker` submits one.")
+
+
+def _row(job: Job) -> dict[str, Any]:
+    return {
+        "name": job.name,
+        "status": job.status,
+        "stage": job.stage,
+        "reason": job.reason,
+        "search": job.search,
+        "created": job.created.isoformat(),
+        "instance_type": job.instance_type,
+        "instances": job.instances,
+        "spot": job.spot,
+        "seconds": job.seconds,
+        "cost": job.cost,
+    }
+
+
+def _print(found: list[Job]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from visiontuner.cli.console import make_console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("job", "state", "search", "runs on", "age", "ran", "cost so far"):
+        table.add_column(heading)
+    for job in found:
+        state = job.status if job.status == job.stage else f"{job.status}: {job.stage}"
+        table.add_row(
+            Text(job.name),
+            Text(state, style=_COLOURS.get(job.status, "cyan")),
+            Text(job.search),
+            f"{job.instances} x {job.instance_type}{', spot' if job.spot else ''}",
+            f"{job.age_hours:.1f} h",
+            f"{job.seconds / 60:.0f} min",
+            "not known" if job.cost is None else f"${job.cost:,.2f}",
+        )
+    make_console().print(table)
+
+
+# The command that ends a training job.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("job")
+@with_flags(REGION_FLAGS)
+def stop(job: str, region: str, assume_role: str) -> None:
+    """End a training job in order; what it has done is kept.
+
+    \b
+    Example:
+      visiontuner stop visiontuner-dogs-20261122154100
+    """
+    from visiontuner.workflow.jobs import stop as end
+
+    flags = end(
+        job,
+        None if region in NOT_GIVEN else region,
+        None if assume_role in NOT_GIVEN else assume_role,
+    )
+    click.echo(f"{job} is being stopped; its search ends in order within two minutes.")
+    resumed = next_command("tune", "--on", "sagemaker", "--resume", job, flags=flags)
+    click.echo(f"Bring home what it did:  {next_command('attach', job, flags=flags)}")
+    click.echo(f"Go on with it later:     {resumed}")

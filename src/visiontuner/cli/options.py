@@ -1,15 +1,118 @@
-"""What several commands are told: which experiment, and the words for "not given"."""
+"""What several commands are told, and how a command ends when it fails."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+import select
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import psutil
+
+from visiontuner import interrupts
+from visiontuner.errors import VisiontunerError
+from visiontuner.text import printable
 
 if TYPE_CHECKING:
-    from visiontuner.experiment import Experiment
+    from visiontuner.experiment.schema import Experiment
+
+
+# How a command ends when it fails: one line, and an exit code that says whose fault it was.
+
+
+class OneLineErrors(click.Command):
+    """Prints an error as one line and exits with its code; `--debug` shows the traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if (empty := _named_empty(args)) and not ctx.resilient_parsing:
+            raise _Failure(
+                f"{empty} is empty. Name something (is a shell variable unset?) or leave it out.", 2
+            )
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        debug = bool(ctx.find_root().params.get("debug"))
+        try:
+            with interrupts.handled(_leave), _quiet_without_reader():
+                return super().invoke(ctx)
+        except VisiontunerError as error:
+            if debug:
+                raise
+            raise _Failure(printable(str(error)), error.exit_code) from None
+        except KeyboardInterrupt:
+            raise _Failure("Stopped.", 130) from None
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if debug:
+                raise
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise _Failure(f"{printable(text)} (the traceback: visiontuner --debug …)", 1) from None
+
+
+class _Failure(click.ClickException):
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+
+def _named_empty(args: Sequence[str]) -> str | None:
+    """The flag that was given an empty text, or else the argument; None if there is none.
+
+    Taken for "not given", an unset shell variable would mean other pictures or another search.
+    """
+    for before, word in pairwise(["", *args]):
+        name, is_given, value = word.partition("=")
+        if not word:
+            return before if before.startswith("-") else "An argument"
+        if name.startswith("--") and is_given and not value:
+            return name
+    return None
+
+
+@contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Whoever reads our output may end before us, as `head` does: there is nobody to tell."""
+    try:
+        yield
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise  # it was another pipe
+        raise click.exceptions.Exit(1) from None
+    finally:
+        if _reader_is_gone():  # or Python complains at exit of what it cannot write any more
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+
+
+def _reader_is_gone() -> bool:
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout, 0)  # nothing but what is always told: errors
+    except (ValueError, OSError):  # no file
+        return False
+    return bool(poll.poll(0))
+
+
+def _leave() -> None:
+    """End at once, from another thread: the main one is in a call that no signal wakes."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            child.terminate()
+    show_cursor = "\033[?25h" if os.isatty(2) else ""  # a live table has hidden it
+    with suppress(OSError):
+        os.write(2, f"{show_cursor}Error: Stopped.\n".encode())
+    os._exit(130)
+
+
+# What several commands are told: which experiment, and the words for "not given".
+
 
 NOT_GIVEN = ("auto", "none")
 """Words that MLproject passes for a parameter that was not given."""
@@ -53,7 +156,8 @@ def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
 
     The file, or without one the quickstart; own pictures alone get the general defaults.
     """
-    from visiontuner.experiment import QUICKSTART, read_experiment
+    from visiontuner.experiment.reading import read_experiment
+    from visiontuner.experiment.schema import QUICKSTART
 
     own_data = data not in NOT_GIVEN
     if experiment not in NOT_GIVEN:
@@ -67,7 +171,7 @@ def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
 
 def load_experiment(experiment: str, data: str, overrides: Sequence[str]) -> Experiment:
     """What `experiment_options` say, checked."""
-    from visiontuner.experiment import Experiment
+    from visiontuner.experiment.schema import Experiment
 
     raw, where = read_raw(experiment, data)
     return Experiment.parse(raw, overrides, where=where)

@@ -1,15 +1,64 @@
-"""Commands around a search: prepare, sync, backbones, doctor."""
+"""The commands that train: tune, train, lr-find, prepare, sync, backbones, doctor."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from visiontuner.cli.errors import OneLineErrors
-from visiontuner.cli.options import NOT_GIVEN, experiment_options, given_values, load_experiment
-from visiontuner.commands import next_command
+from visiontuner.cli.cloud import JobCommand, job_flags, only_for_sagemaker, run_on_sagemaker
+from visiontuner.cli.console import print_artifacts, print_result
+from visiontuner.cli.options import (
+    NOT_GIVEN,
+    OneLineErrors,
+    experiment_options,
+    given_values,
+    load_experiment,
+    read_raw,
+)
 from visiontuner.errors import UserMistake
+from visiontuner.text import next_command
+
+if TYPE_CHECKING:
+    from visiontuner.cli.console import TrainingConsole
+    from visiontuner.experiment.schema import Domain, Experiment
+    from visiontuner.workflow.lr_find import FoundLearningRate
+    from visiontuner.workflow.run import SearchResult
+    from visiontuner.workflow.train import Origin
+
+
+# The experiment of one training: a file's, or all of the trial's that it begins from.
+
+
+def choose_training(
+    experiment: str, data: str, overrides: Sequence[str], origin: str
+) -> tuple[Experiment, Origin | None]:
+    """What `experiment_options` and `--from` say together, checked.
+
+    With both, the file says which pictures and which network, and the origin only its values.
+    Without a file all is the origin's; other pictures make another model of it, with their name.
+    """
+    from visiontuner.experiment.schema import Experiment
+    from visiontuner.workflow.train import find_origin, one_training
+
+    raw, where = read_raw(experiment, data)
+    own, other_pictures = experiment not in NOT_GIVEN, data not in NOT_GIVEN
+    found = None
+    if origin not in NOT_GIVEN:
+        named = own or other_pictures
+        found = find_origin(origin, name=Experiment.parse(raw, where=where).name if named else None)
+        if not own:
+            pictures = {"data": raw["data"], "name": None} if other_pictures else {}
+            raw, where = {**found.experiment, **pictures}, origin
+    return one_training(raw, given_values(overrides), found, where=where), found
+
+
+# Commands around a search: prepare, sync, backbones, doctor.
 
 
 @click.command(cls=OneLineErrors)
@@ -37,9 +86,8 @@ def prepare(
     """
     chosen = load_experiment(experiment, data, list(given_values(overrides)))
 
-    from visiontuner.console import SearchConsole, make_console
-    from visiontuner.tables import print_dataset
-    from visiontuner.workflow import prepare as look
+    from visiontuner.cli.console import SearchConsole, make_console, print_dataset
+    from visiontuner.workflow.prepare import prepare as look
 
     console = SearchConsole()
     try:
@@ -69,9 +117,9 @@ def sync(folder: Path | None) -> None:
       visiontuner sync
       MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner sync searches/digits-20261122-1541
     """
-    from visiontuner.console import SearchConsole
-    from visiontuner.locations import newest_search
-    from visiontuner.workflow import sync_search
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.journal import newest_search
+    from visiontuner.workflow.sync import sync_search
 
     console = SearchConsole()
     try:
@@ -97,7 +145,7 @@ def backbones(contains: str) -> None:
       visiontuner backbones resnet
       visiontuner backbones timm:convnext
     """
-    from visiontuner.model.backbone import list_backbones
+    from visiontuner.model.backbones import list_backbones
 
     found = list_backbones(contains)
     if not found:
@@ -123,12 +171,423 @@ def doctor() -> None:
     Example:
       visiontuner doctor
     """
-    from visiontuner.console import make_console
-    from visiontuner.doctor import run_checks
-    from visiontuner.locations import cache_folder, tracking_uri
-    from visiontuner.tables import print_checks
+    from visiontuner.cli.console import make_console, print_checks
+    from visiontuner.paths import cache_folder, tracking_uri
+    from visiontuner.workflow.doctor import run_checks
 
     checks = run_checks(cache=cache_folder(), tracking_uri=tracking_uri())
     print_checks(make_console(), checks)
     if any(check.status == "error" for check in checks):
         raise click.exceptions.Exit(1)
+
+
+# The command that searches: here, on a Ray cluster, or on SageMaker.
+
+
+@click.command(cls=JobCommand)
+@experiment_options
+@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option("--trials", metavar="N", default="auto", help="How many configurations to try.")
+@click.option("--algorithm", metavar="random|optuna|grid", default="auto", help="How to choose.")
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    default="auto",
+    help="The search folder. Default: searches/NAME-TIME.",
+)
+@click.option(
+    "--resume",
+    metavar="FOLDER|JOB",
+    default="none",
+    help="Go on with the search in a folder, perhaps with --set search.time_budget=…; with --on "
+    "sagemaker with that of a training job, by its name. The new job has that one's options: name "
+    "those that change; `off` leaves one out.",
+)
+@click.option(
+    "--on",
+    type=click.Choice(["local", "auto", "sagemaker"]),
+    default="local",
+    show_default=True,
+    help="This machine, the Ray cluster it is in, or machines that SageMaker starts.",
+)
+@job_flags
+def tune(
+    experiment: str,
+    data: str,
+    overrides: tuple[str, ...],
+    backbone: str,
+    trials: str,
+    algorithm: str,
+    output: str,
+    resume: str,
+    on: str,
+    **job: Any,
+) -> None:
+    """Search hyperparameters; every trial becomes an MLflow run, the best one a model.
+
+    \b
+    Examples:
+      visiontuner tune
+      visiontuner tune --data photos/ --backbone resnet50 --trials 32
+      visiontuner tune --experiment experiments/dog_breeds.yaml --set training.epochs=5
+      visiontuner tune --resume searches/digits-20261122-154100
+      visiontuner tune --resume searches/digits-20261122-154100 --set search.time_budget=2h
+      visiontuner tune --data s3://my-bucket/photos --on sagemaker --instances 4 --max-cost 20
+    """
+    if on != "sagemaker":
+        only_for_sagemaker(job)
+    flags = {
+        "model.backbone": backbone,
+        "search.trials": trials,
+        "search.algorithm": algorithm,
+    }
+    given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
+    if resume not in NOT_GIVEN:
+        # A job's search may come home to another folder than the one of the job before.
+        fixed = [data, *overrides] if on == "sagemaker" else [data, output]
+        changed = [*given, *given_values(fixed)]
+        if changed or experiment not in NOT_GIVEN:
+            _refuse_changes_on_resume()
+        chosen = None
+    else:
+        chosen = load_experiment(experiment, data, [*given, *given_values(overrides)])
+
+    folder = None if output in NOT_GIVEN else Path(output)
+    if on == "sagemaker":
+        run_on_sagemaker(chosen, job, resume=None if chosen else resume, output=folder)
+    else:
+        _run_here(chosen, on=on, resume=resume, output=folder, overrides=given_values(overrides))
+
+
+def _run_here(
+    experiment: Experiment | None,
+    *,
+    on: str,
+    resume: str,
+    output: Path | None,
+    overrides: list[str],
+) -> None:
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.workflow.tune import resume_search, run_search
+
+    console = SearchConsole()
+    try:
+        if experiment is None:
+            result = resume_search(
+                Path(resume),
+                overrides=overrides,
+                on=on,  # type: ignore[arg-type]
+                observer=console,
+            )
+        else:
+            result = run_search(experiment, output=output, on=on, observer=console)  # type: ignore[arg-type]
+    finally:
+        console.close()
+    print_result(result, said=console.said)
+
+
+def _refuse_changes_on_resume() -> None:
+    raise UserMistake(
+        "--resume goes on with the search as it was, but for --set search.time_budget=…; leave the "
+        "other flags out, or start a new search with them."
+    )
+
+
+# The command `train`: one training with given or with the best found hyperparameters.
+
+
+@click.command(cls=OneLineErrors)
+@experiment_options
+@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option("--epochs", metavar="N", default="auto", help="The same as --set training.epochs=N.")
+@click.option(
+    "--from",
+    "origin",
+    metavar="SEARCH|RUN|MODEL",
+    default="none",
+    help="Take the hyperparameters of a search's best trial, of a run, of `champion` or a model.",
+)
+@click.option(
+    "--on",
+    "trained_on",
+    type=click.Choice(["train", "train+validation"]),
+    default="train",
+    show_default=True,
+    help="Which pictures. Of train+validation the last epoch counts.",
+)
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    default="auto",
+    help="The training's folder. Default: searches/NAME-train-TIME.",
+)
+@click.option(
+    "--trace",
+    metavar="FIRST-LAST",
+    is_flag=False,
+    flag_value="3-5",
+    default="none",
+    help="Write a profiler's trace of these steps, for Perfetto. Without a value: 3-5.",
+)
+@click.option("--resume", metavar="FOLDER", default="none", help="Go on with an earlier training.")
+def train(resume: str, output: str, **asked: Any) -> None:
+    """Train once, without a search; the model registers like any other.
+
+    The folder is a search folder with one trial: evaluate, diagnose, promote and deploy take it.
+    After any interruption --resume goes on from the last whole epoch, with the same numbers.
+
+    \b
+    Examples:
+      visiontuner train --data photos/ --set training.learning_rate=0.003
+      visiontuner train --from searches/photos-20261122-154100 --epochs 60
+      visiontuner train --from champion --set model.train=last_stage
+      visiontuner train --from searches/photos-20261122-154100 --on train+validation
+      visiontuner train --data photos/ --set model.train=all --trace 100-104
+      visiontuner train --resume searches/photos-train-20261122-161500
+    """
+    if resume not in NOT_GIVEN:
+        _refuse_changes(output=output, **{k: v for k, v in asked.items() if k != "overrides"})
+
+    from visiontuner.cli.console import TrainingConsole
+
+    console = TrainingConsole()
+    try:
+        if resume not in NOT_GIVEN:
+            from visiontuner.workflow.train import resume_training
+
+            changed = given_values(asked["overrides"])
+            result = resume_training(Path(resume), overrides=changed, observer=console)
+        else:
+            result = _begin(console, output, **asked)
+    finally:
+        console.close()
+    _print_result(result, said=console.said)
+
+
+def _begin(
+    console: TrainingConsole,
+    output: str,
+    *,
+    experiment: str,
+    data: str,
+    overrides: tuple[str, ...],
+    backbone: str,
+    epochs: str,
+    origin: str,
+    trained_on: str,
+    trace: str,
+) -> SearchResult:
+    traced = None if trace in NOT_GIVEN else _steps(trace)
+    flags = {"model.backbone": backbone, "training.epochs": epochs}
+    given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
+    chosen, found = choose_training(experiment, data, [*given, *overrides], origin)
+
+    from visiontuner.workflow.train import train as run
+
+    return run(
+        chosen,
+        origin=found,
+        trained_on=trained_on,  # type: ignore[arg-type]  # click checked it
+        output=None if output in NOT_GIVEN else Path(output),
+        trace_steps=traced,
+        observer=console,
+    )
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """`3-5` -> (3, 5); one step may stand alone."""
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and (last or first).isdigit()):
+        raise UserMistake(f"--trace {text!r}: write the steps as 3-5, the first step is 1.")
+    steps = int(first), int(last or first)
+    if not 1 <= steps[0] <= steps[1]:
+        raise UserMistake(f"--trace {text!r}: the first step is 1, and none comes before it.")
+    return steps
+
+
+def _refuse_changes(*, trained_on: str, **texts: str) -> None:
+    if given_values(list(texts.values())) or trained_on != "train":
+        raise UserMistake(
+            "--resume goes on with the training as it was; leave the other flags out, or start a "
+            "new one with them."
+        )
+
+
+def _print_result(result: SearchResult, *, said: set[str]) -> None:
+    record, best = result.record, result.best
+    assert best is not None
+    if record.is_unvalidated:
+        click.echo(f"\nTrained on train and validation; the last epoch, {best.best_epoch}, counts.")
+        calibrated = record.started.get("calibration")
+        click.echo(
+            f"  temperature and threshold: those of {calibrated['fitted_on']}"
+            if calibrated
+            else "  temperature and threshold: not set; no picture is left to fit them on"
+        )
+    else:
+        click.echo(f"\n{record.objective} {best.best_value:.4f} in epoch {best.best_epoch}")
+    print_artifacts(result, said=said)
+    if not result.tracking_problem:
+        command = next_command("evaluate", result.folder)
+        click.echo(f"\nNext, look at the test pictures: {command}")
+
+
+# The command `lr-find`: where a search for the learning rate belongs.
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+_WIDTH = 60
+
+
+@click.command("lr-find", cls=OneLineErrors)
+@experiment_options
+@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option(
+    "--from",
+    "origin",
+    metavar="SEARCH|RUN|MODEL",
+    default="none",
+    help="For what `train --from` would train, a network from the trained head where there is one.",
+)
+@click.option("--low", metavar="RATE", default="auto", help="Learning rate to begin with: 1e-6.")
+@click.option("--high", metavar="RATE", default="auto", help="Learning rate to end with: 10.")
+@click.option("--steps", metavar="N", default="auto", help="Default: 200, on pictures 100.")
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    default="auto",
+    help="Where the curve goes. Default: lr-find/NAME-TIME.",
+)
+def lr_find(
+    experiment: str,
+    data: str,
+    overrides: tuple[str, ...],
+    backbone: str,
+    origin: str,
+    low: str,
+    high: str,
+    steps: str,
+    output: str,
+) -> None:
+    """Train once with a growing learning rate, and suggest a range to search.
+
+    The loss first stays where it is, then falls, then explodes (the learning rate range test,
+    Smith 2017). A few seconds on features; nothing of the training is kept but its curve.
+
+    \b
+    Examples:
+      visiontuner lr-find --data photos/
+      visiontuner lr-find --data photos/ --set model.train=last_stage --set training.batch_size=64
+      visiontuner lr-find --from searches/photos-20261122-154100 --set model.train=last_stage
+    """
+    given = [] if backbone in NOT_GIVEN else [f"model.backbone={backbone}"]
+    given += given_values(overrides)
+    found_origin = None
+    if origin in NOT_GIVEN:
+        chosen = load_experiment(experiment, data, given)
+    else:
+        chosen, found_origin = choose_training(experiment, data, given, origin)
+    rates = {name: _number(f"--{name}", value) for name, value in (("low", low), ("high", high))}
+    count = _number("--steps", steps)
+
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.workflow.lr_find import find_learning_rate
+
+    console = SearchConsole()
+    try:
+        found = find_learning_rate(
+            chosen,
+            origin=found_origin,
+            output=None if output in NOT_GIVEN else Path(output),
+            steps=None if count is None else int(count),
+            observer=console,
+            on_step=lambda step, steps, *_: console.progress("Steps", step, steps, "steps"),
+            **rates,
+        )
+    finally:
+        console.close()
+    _print(found, _space_around(found, chosen) if found_origin is None else None)
+
+
+def _print(found: FoundLearningRate, space: str | None) -> None:
+    """The curve and what to do with it; `space` are the flags that search around it."""
+    curve, suggestion = found.curve, found.curve.suggestion
+    click.echo(f"\nTraining loss of {found.subject}:")
+    click.echo(sparkline(curve.smoothed))
+    click.echo(axis(curve.learning_rates[0], curve.learning_rates[-1]))
+    click.echo(f"  curve: {found.figure}")
+    if suggestion is None:
+        click.echo("\nThe loss never fell: nothing to suggest. Try --high, or more --steps.")
+        return
+    click.echo(f"\nSuggested learning rate: {suggestion.learning_rate:g}")
+    if space is None:
+        rate = _yaml(suggestion.learning_rate)
+        click.echo(f"To train with it:        --set training.learning_rate={rate}")
+    else:
+        click.echo(f"To search around it:     {space}")
+
+
+def _space_around(found: FoundLearningRate, experiment: Experiment) -> str | None:
+    """Flags that search around the suggestion, and everything else that is searched as before."""
+    suggestion = found.curve.suggestion
+    if suggestion is None:
+        return None
+    rates = f"{{low: {_yaml(suggestion.low)}, high: {_yaml(suggestion.high)}, scale: log}}"
+    space = {"learning_rate": rates}
+    # A space that begins with one name holds no other: the default's have to be said.
+    if "space" not in experiment.search.model_fields_set:
+        others = {n: d for n, d in experiment.search.space.items() if n != "learning_rate"}
+        space |= {name: _flow(domain) for name, domain in others.items()}
+    settings = [shlex.quote(f"search.space.{name}={domain}") for name, domain in space.items()]
+    return " ".join(f"--set {setting}" for setting in settings)
+
+
+def _flow(domain: Domain) -> str:
+    """On one line of YAML."""
+    import yaml
+
+    raw = domain.model_dump(mode="json")
+    return yaml.safe_dump(raw, default_flow_style=True, sort_keys=False, width=10_000).strip()
+
+
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+    """A curve as one line of bars; each is the mean of its share of the values.
+
+    What lies above the first value, a loss that explodes, is as high as the first.
+    """
+    width = min(width, len(values))
+    edges = [round(place * len(values) / width) for place in range(width + 1)]
+    means = [
+        math.fsum(values[start:end]) / (end - start) for start, end in itertools.pairwise(edges)
+    ]
+    low, high = min(means), max(values[0], min(means))
+    span = (high - low) or 1.0
+    heights = [min(1.0, (mean - low) / span) for mean in means]
+    return "".join(_BARS[round(height * (len(_BARS) - 1))] for height in heights)
+
+
+def axis(low: float, high: float, width: int = _WIDTH) -> str:
+    """The learning rates at both ends, under a sparkline."""
+    left, right = f"{low:.0e}", f"{high:.0e}"
+    return left + " " * max(1, width - len(left) - len(right)) + right
+
+
+def _number(flag: str, text: str) -> float | None:
+    if text in NOT_GIVEN:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    whole = flag != "--steps" or value == int(value) if math.isfinite(value) else False
+    if not whole:
+        kind = "a whole number" if flag == "--steps" else "a number such as 1e-6"
+        raise UserMistake(f"{flag} must be {kind}, got {text!r}.")
+    return value
+
+
+def _yaml(value: float) -> str:
+    """As YAML 1.1 reads it as a number: an exponent needs a dot before it."""
+    text = f"{value:g}"
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}.0e{exponent}" if e and "." not in mantissa else text

@@ -1,25 +1,844 @@
-"""A folder of pictures -> `ImageDataset`: files, labels, class names, splits and one digest.
-
-A picture's split, where the folders leave it open, depends on nothing but its content: the same
-picture never lands in two splits, and adding one moves no other.
-"""
+"""A source of images -> `ImageDataset`: files, labels, class names, splits and one digest."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
+import mimetypes
+import os
+import re
+import stat
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
 
-from visiontuner.data.archive import archive_findings
-from visiontuner.data.digests import content_digests
-from visiontuner.data.layout import LAYOUTS, Layout, PictureFile, read_layout
-from visiontuner.data.layout_findings import layout_findings
-from visiontuner.data.listing import ListedFinding, listed
+import numpy as np
+from PIL import Image
+
+from visiontuner.data.images import picture_extensions
 from visiontuner.errors import DataError
-from visiontuner.journal import Finding
+from visiontuner.io.download import (
+    _NAMES_NOTE,
+    ARCHIVE_SUFFIXES,
+    download,
+    extract,
+    is_archive_name,
+    whole_folder,
+)
+from visiontuner.io.files import (
+    _OUR_MARKS,
+    PictureFile,
+    content_digests,
+    file_digest,
+    file_state,
+    is_folder,
+    is_made_by_commands,
+    locked,
+    scan_folder,
+)
+from visiontuner.journal import Finding, Severity
+from visiontuner.paths import split_uri
+from visiontuner.text import HIDDEN, next_command, printable, without_secrets
+
+# Unpack a zip or tar so that nothing lands outside the target folder.
+#
+# Old archives do not say how the names of their files are encoded. That is decided for the whole
+# archive: UTF-8 if all names are, else the encoding in which they read most like words.
+
+
+def archive_findings(folder: Path) -> list[Finding]:
+    """What is worth a word about an archive that was unpacked into a folder."""
+    try:
+        note = json.loads((folder / _NAMES_NOTE).read_text(encoding="utf-8"))
+        encoding, count, examples = note["encoding"], note["count"], ", ".join(note["examples"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [
+        Finding(
+            rule="names_without_encoding",
+            severity="warning",
+            evidence=f"the archive does not say how its names are encoded; {count} of them were "
+            f"read as {encoding} ({examples if examples.isprintable() else ascii(examples)})",
+            advice="Look at the class names. If they are wrong, unpack the archive yourself "
+            "(`unzip -O ENCODING`) and give the folder.",
+        )
+    ]
+
+
+# Findings about many files or names: a line that counts them, and all of them.
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedFinding(Finding):
+    """A finding whose evidence names the first of `items`; the journal keeps the evidence alone."""
+
+    items: tuple[str, ...]
+
+
+def listed(
+    rule: str, severity: Severity, items: Sequence[str], what: str, advice: str
+) -> ListedFinding | None:
+    """A finding about some paths or names, with their number and the first as an example."""
+    if not items:
+        return None
+    evidence = f"{len(items)} ({items[0]}{', …' if len(items) > 1 else ''}): {what}"
+    return ListedFinding(
+        rule=rule, severity=severity, evidence=evidence, advice=advice, items=tuple(items)
+    )
+
+
+# Which picture files a folder holds, in which split and class; file contents are not read.
+#
+# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
+# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
+# that only wrap another one are descended. A folder that is called like a split is one, never a
+# class. What visiontuner and MLflow write where a command runs is no data.
+
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+# `training_set`, `Test Data`, `seg_train`: what stands beside the word says nothing.
+_FILLERS = frozenset({"set", "data", "dataset", "images", "pictures", "seg"})
+LAYOUTS = (
+    "Expected train/, valid/ and test/ with one folder per class in each, or one folder per class."
+)
+# Image formats that Pillow has no name for, and some that it can only write or not always open.
+_OTHER_FORMATS = {
+    ".avif": "AVIF",
+    ".dcm": "DICOM",
+    ".djvu": "DjVu",
+    ".exr": "OpenEXR",
+    ".hdr": "Radiance HDR",
+    ".heic": "HEIC",
+    ".heics": "HEIC",
+    ".heif": "HEIC",
+    ".hif": "HEIC",
+    ".jxl": "JPEG XL",
+    ".jxr": "JPEG XR",
+    ".svg": "SVG",
+    ".wdp": "JPEG XR",
+    ".xcf": "XCF",
+    **dict.fromkeys((".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2"), "camera RAW"),
+}
+# What Pillow has an ending for and nobody would call an image.
+_NO_IMAGE_FORMATS = frozenset({"BUFR", "GRIB", "HDF5", "MPEG", "PDF"})
+# How image files begin, whatever they are called.
+_SIGNATURES = (
+    (re.compile(rb"\xff\xd8\xff"), "JPEG"),
+    (re.compile(rb"\x89PNG\r\n"), "PNG"),
+    (re.compile(rb"GIF8[79]a"), "GIF"),
+    (re.compile(rb"BM.{4}\0{4}", re.DOTALL), "BMP"),
+    (re.compile(rb"RIFF.{4}WEBP", re.DOTALL), "WEBP"),
+    (re.compile(rb"II\*\0|MM\0\*"), "TIFF"),
+    (re.compile(rb".{4}ftypavi[fs]", re.DOTALL), "AVIF"),
+    (re.compile(rb".{4}ftyp(?:hei|hev|mif1|msf1)", re.DOTALL), "HEIC"),
+)
+
+
+Reason = Literal["format", "place", "ending"]
+"""Why an image is left out: not to be read here, in no class folder, called like no image."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """An image that is in no split."""
+
+    path: str  # posix, relative to the layout's root
+    format: str
+    reason: Reason
+
+
+@dataclass(kw_only=True)
+class Layout:
+    """What a look at the folders alone tells; paths are posix and relative to `root`."""
+
+    root: Path
+    split_folders: dict[str, str] = field(default_factory=dict)  # folder -> split
+    files: list[PictureFile] = field(default_factory=list)
+    empty_classes: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    left_out_classes: list[str] = field(default_factory=list)  # folders of such images alone
+    ignored: list[str] = field(default_factory=list)  # what is no image
+    broken_links: list[str] = field(default_factory=list)
+    beside_splits: dict[str, int] = field(default_factory=dict)  # folder -> images in it
+    formats: Mapping[str, str] = field(default_factory=dict)  # ending -> format that is read
+    # Class folders with pictures -> the folders right below them that hold some.
+    class_folders: dict[str, list[str]] = field(default_factory=dict)
+
+
+def read_layout(root: Path) -> Layout:
+    """Find the pictures under a folder.
+
+    Raises:
+        DataError: the folder is missing, not a folder, empty, unreadable or no image data set.
+    """
+    if not root.exists():
+        raise DataError(f"There is no folder {root}. Check data.source.")
+    if not root.is_dir():
+        raise DataError(f"{root} is a file, not a folder of pictures. {LAYOUTS}")
+    given, root = root, _unwrap(root)
+    layout = Layout(root=root, split_folders=_split_folders(root), formats=picture_extensions())
+    for above in root.parents:
+        if above.is_relative_to(given):
+            _read_loose(layout, above)
+    if layout.split_folders:
+        _read_beside(layout)
+        for name, split in layout.split_folders.items():
+            folder = _unwrap_split(root, name)
+            _refuse_splits_in_split(root / folder)
+            _read_classes(layout, folder, split)
+    else:
+        _read_classes(layout, "", None)
+        for name, below in layout.class_folders.items():
+            if any(map(_split_named, below)):
+                _refuse_splits_in_class(root, name)
+    _check(layout)
+    return layout
+
+
+def _unwrap(root: Path) -> Path:
+    """Descend folders that hold one other folder of folders (`dogImages/train/…`)."""
+    while True:
+        folders = _folders(root)
+        if len(folders) != 1 or _split_folders(root) or not _folders(root / folders[0]):
+            return root
+        root = root / folders[0]
+
+
+def _split_folders(root: Path) -> dict[str, str]:
+    """Folder name -> split, or nothing where no folder is called like one."""
+    found = _named_like_splits(root)
+    if not found:
+        return {}
+    classes = (
+        f" If {next(iter(found))} is a class, put the folders of all classes into a folder train."
+        if len(found) < len(_folders(root))
+        else ""
+    )
+    train = [name for name, split in found.items() if split == "train"]
+    if not train:
+        raise DataError(f"{root} has {', '.join(found)} but no train folder. {LAYOUTS}{classes}")
+    if not _folders(root / train[0]):
+        raise DataError(f"{root / train[0]} holds no class folders. {LAYOUTS}{classes}")
+    for split in set(found.values()):
+        names = [name for name, other in found.items() if other == split]
+        if len(names) > 1:
+            raise DataError(
+                f"{root} has {' and '.join(names)}, which mean the same split; keep one of them."
+            )
+    return found
+
+
+def _named_like_splits(folder: Path) -> dict[str, str]:
+    return {name: split for name in _folders(folder) if (split := _split_named(name))}
+
+
+def _refuse_splits_in_class(root: Path, name: str) -> None:
+    """`data/train/CLASS/…` beside another folder, and `CLASS/train/…`."""
+    folder = root / name
+    found = _named_like_splits(folder)
+    if any(split == "train" and _folders(folder / child) for child, split in found.items()):
+        others = ", ".join(other for other in _folders(root) if other != name)
+        raise DataError(
+            f"{folder} holds splits ({', '.join(found)}), and beside it lies {others}. "
+            f"Give {folder} as data.source, or take {others} away."
+        )
+    if found and len(found) == len(_folders(folder)):
+        child = next(iter(found))
+        raise DataError(
+            f"{folder} holds {', '.join(found)}: splits go above the classes, "
+            f"{child}/{name}/… and not {name}/{child}/…. If {child} is no split, rename it."
+        )
+
+
+def _refuse_splits_in_split(folder: Path) -> None:
+    """`train/train/…` beside `train/valid/…`; one class may be called like a split here."""
+    found = _named_like_splits(folder)
+    if len(set(found.values())) > 1:
+        raise DataError(
+            f"{folder} holds {', '.join(found)}, which are called like splits and would be "
+            f"classes. If they are splits, give {folder} as data.source; if not, rename them."
+        )
+
+
+def _split_named(folder: str) -> str | None:
+    """The split that a folder's name stands for, if it is any's."""
+    words = [word for word in re.split(r"[\W_]+", folder.lower()) if word and word not in _FILLERS]
+    return _SPLIT_WORDS.get(words[0].removesuffix("set")) if len(words) == 1 else None
+
+
+def _unwrap_split(root: Path, folder: str) -> str:
+    """Descend a split's folder that holds nothing but itself once more (`test_set/test_set/…`)."""
+    children = _folders(root / folder)
+    if len(children) == 1 and _split_named(children[0]) == _split_named(Path(folder).name):
+        return _unwrap_split(root, f"{folder}/{children[0]}")
+    return folder
+
+
+def _read_beside(layout: Layout) -> None:
+    """What lies beside the splits' folders is left out, and worth a warning if it is images."""
+    _read_loose(layout, layout.root)
+    for name in _children(layout.root):
+        path = layout.root / name
+        if name in layout.split_folders or not path.is_dir():
+            continue
+        if images := _count_images(layout, path):
+            layout.beside_splits[name] = images
+        else:
+            layout.ignored.append(name)
+
+
+def _count_images(layout: Layout, folder: Path) -> int:
+    try:
+        return sum(
+            _image_format(layout, entry.name) is not None for entry, _ in _walk(folder, "", ())
+        )
+    except DataError:  # not to be read, and nobody asked for it
+        return 0
+
+
+def _read_loose(layout: Layout, folder: Path) -> None:
+    """Files right in a folder that should hold folders of classes or splits."""
+    prefix = os.path.relpath(folder, layout.root)
+    for entry in scan_folder(folder):
+        if not is_folder(entry):
+            relative = entry.name if prefix == "." else f"{prefix}/{entry.name}"
+            _leave_out(layout, entry, relative, in_class=False)
+
+
+def _leave_out(layout: Layout, entry: os.DirEntry[str], relative: str, *, in_class: bool) -> None:
+    """Remember a file that is not used, as an image or as none."""
+    known = _image_format(layout, entry.name)
+    called_so = known is not None
+    if known is None and mimetypes.guess_type(entry.name)[0] is None:
+        known = _format_by_content(entry)
+    if known is None:
+        if not relative.startswith("../"):  # a README above the data set is nobody's concern
+            layout.ignored.append(relative)
+    elif known not in layout.formats.values():
+        layout.left_out.append(LeftOut(relative, known, "format"))
+    else:
+        reason: Reason = "place" if called_so or not in_class else "ending"
+        layout.left_out.append(LeftOut(relative, known, reason))
+
+
+def _image_format(layout: Layout, name: str) -> str | None:
+    """The image format that a file name's ending stands for, read here or not."""
+    ending = _file_ending(name)
+    if ending in layout.formats:
+        return layout.formats[ending]
+    known = _OTHER_FORMATS.get(ending) or Image.registered_extensions().get(ending)
+    return None if known in _NO_IMAGE_FORMATS else known
+
+
+def _file_ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
+def _format_by_content(entry: os.DirEntry[str]) -> str | None:
+    try:
+        if not stat.S_ISREG(entry.stat().st_mode):
+            return None
+        with open(entry.path, "rb") as file:  # noqa: PTH123
+            head = file.read(16)
+    except OSError:
+        return None
+    return next((known for start, known in _SIGNATURES if start.match(head)), None)
+
+
+def _read_classes(layout: Layout, folder: str, split: str | None) -> None:
+    prefix = f"{folder}/" if folder else ""
+    _read_loose(layout, layout.root / folder)
+    for name in _children(layout.root / folder):
+        path = layout.root / folder / name
+        if not path.is_dir():
+            continue
+        class_name = _class_name(path)
+        before, left_out = len(layout.files), len(layout.left_out)
+        for entry, relative in _walk(path, prefix + name, ()):
+            _add_file(layout, entry, relative, class_name, split)
+        if found := layout.files[before:]:
+            layout.class_folders[prefix + name] = _subfolders(found, prefix + name)
+        elif len(layout.left_out) > left_out:
+            layout.left_out_classes.append(prefix + name)
+        else:
+            layout.empty_classes.append(prefix + name)
+
+
+def _subfolders(files: Iterable[PictureFile], class_folder: str) -> list[str]:
+    """The folders right below a class folder that hold pictures."""
+    below = (file.path.removeprefix(f"{class_folder}/").split("/") for file in files)
+    return sorted({parts[0] for parts in below if len(parts) > 1})
+
+
+def _add_file(
+    layout: Layout, entry: os.DirEntry[str], relative: str, class_name: str, split: str | None
+) -> None:
+    if _file_ending(entry.name) not in layout.formats:
+        _leave_out(layout, entry, relative, in_class=True)
+        return
+    try:
+        status = entry.stat()
+    except OSError:
+        layout.broken_links.append(relative)
+        return
+    if not stat.S_ISREG(status.st_mode):
+        layout.ignored.append(relative)
+        return
+    layout.files.append(PictureFile(relative, class_name, split, file_state(status)))
+
+
+def _walk(
+    folder: Path | str, relative: str, above: tuple[tuple[int, int], ...]
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Files below a folder in a stable order, links followed."""
+    status = os.stat(folder)  # noqa: PTH116 - called for every folder of a large tree
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise DataError(f"{folder} is a link to a folder above it; remove it.")
+    entries = scan_folder(folder)
+    if any(entry.name in _OUR_MARKS for entry in entries):
+        return
+    for entry in entries:
+        path = f"{relative}/{entry.name}"
+        if is_folder(entry):
+            yield from _walk(entry.path, path, (*above, identity))
+        else:
+            yield entry, path
+
+
+def _children(folder: Path) -> list[str]:
+    return [
+        e.name
+        for e in scan_folder(folder)
+        if not (is_folder(e) and is_made_by_commands(Path(e.path)))
+    ]
+
+
+def _folders(folder: Path) -> list[str]:
+    return [
+        e.name
+        for e in scan_folder(folder)
+        if is_folder(e) and not is_made_by_commands(Path(e.path))
+    ]
+
+
+def _class_name(folder: Path) -> str:
+    # macOS stores é as two characters, Linux as one: the same class in two splits.
+    name = unicodedata.normalize("NFC", folder.name)
+    if printable(name) != name:
+        raise DataError(
+            f"The class folder {printable(str(folder))} has an unreadable name; rename it."
+        )
+    return name
+
+
+def left_out_formats(files: Iterable[LeftOut]) -> str:
+    """Images by format, most first: `118 HEIC, 2 JPEG XL`."""
+    counts = Counter(file.format for file in files)
+    return ", ".join(f"{number} {known}" for known, number in counts.most_common())
+
+
+def why_not_read(files: Iterable[LeftOut]) -> str:
+    """What is said of images whose format is not read here."""
+    heic = any(file.format == "HEIC" for file in files)
+    return "not read here" + (" (HEIC needs the package pillow-heif)" if heic else "")
+
+
+def _check(layout: Layout) -> None:
+    names = sorted({file.class_name for file in layout.files})
+    unread = [file for file in layout.left_out if file.reason == "format"]
+    hint = f" Left out: {left_out_formats(unread)}, {why_not_read(unread)}." if unread else ""
+    if not names:
+        seen = [*(file.path for file in layout.left_out), *layout.ignored]
+        such = f" (it holds files such as {seen[0]})" if seen else ""
+        raise DataError(f"{layout.root} holds no pictures in class folders{such}.{hint} {LAYOUTS}")
+    if len(names) == 1:
+        raise DataError(
+            f"{layout.root} has only one class, {names[0]}; a classifier needs at least two."
+            f"{hint} {LAYOUTS}"
+        )
+
+
+# What the folders of a data set alone say about it -> findings.
+
+
+_NAMED = 3
+
+
+def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
+    """Everything that is worth a word; `unreadable` are files that could not be opened."""
+    findings: list[Finding | None] = [
+        listed(
+            "ignored_files",
+            "info",
+            layout.ignored,
+            "left out: no image in a class folder",
+            "Nothing to do, unless they should be images.",
+        ),
+        *_left_out_images(layout),
+        listed(
+            "classes_left_out",
+            "error",
+            _left_out_classes(layout),
+            "all images of these classes were left out, so that the classes are missing",
+            "Bring their images into a format that is read.",
+        ),
+        listed(
+            "folders_beside_splits",
+            "warning",
+            [f"{folder}: {number} images" for folder, number in layout.beside_splits.items()],
+            "left out: not the folder of a split, and it holds images",
+            "Name the splits' folders train, valid and test.",
+        ),
+        listed(
+            "broken_links",
+            "warning",
+            layout.broken_links,
+            "left out: the link's target is gone",
+            "Restore the targets or remove the links.",
+        ),
+        listed(
+            "unreadable_files",
+            "warning",
+            unreadable,
+            "left out: the file cannot be opened",
+            "Check the files' permissions.",
+        ),
+        listed(
+            "empty_class_folders",
+            "warning",
+            layout.empty_classes,
+            "no pictures in the folder",
+            "Add pictures or remove the folders.",
+        ),
+    ]
+    findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
+    findings += _splits_without_classes(layout)
+    return [finding for finding in findings if finding is not None]
+
+
+def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
+    """Images that are in no split, by reason, with their formats."""
+    for rule, reason, why, advice in (
+        (
+            "formats_not_read",
+            "format",
+            why_not_read(layout.left_out),
+            "Save them as JPEG or PNG, or install what reads them.",
+        ),
+        (
+            "images_outside_classes",
+            "place",
+            "in no class folder",
+            "Put each into the folder of its class, train/CLASS/… for example.",
+        ),
+        (
+            "images_without_ending",
+            "ending",
+            "called like no image",
+            "Rename them, to end in .jpg or .png for example.",
+        ),
+    ):
+        files = [file for file in layout.left_out if file.reason == reason]
+        yield listed(
+            rule,
+            "warning",
+            [file.path for file in files],
+            f"images left out: {left_out_formats(files)}, {why}",
+            advice,
+        )
+
+
+def _left_out_classes(layout: Layout) -> list[str]:
+    """Class folders all of whose images were left out, where no other split has the class."""
+    learned = {file.class_name for file in layout.files}
+    return [folder for folder in layout.left_out_classes if Path(folder).name not in learned]
+
+
+def _splits_without_classes(layout: Layout) -> list[Finding]:
+    """What becomes of validation and test where their folders give no images."""
+    given = {file.split for file in layout.files}
+    folders = {split: folder for folder, split in layout.split_folders.items()}
+    found = []
+    for split, instead in (
+        ("validation", "10 % of train are used for validation"),
+        ("test", "there is nothing to test on"),
+    ):
+        if "train" not in given or split in given:
+            continue
+        if split in folders:
+            found.append(
+                Finding(
+                    rule="split_without_classes",
+                    severity="warning",
+                    evidence=f"{folders[split]} holds no images in class folders: {instead}",
+                    advice=f"Sort its images into {folders[split]}/CLASS/….",
+                )
+            )
+        elif split == "validation":
+            found.append(
+                Finding(
+                    rule="no_validation_folder",
+                    severity="info",
+                    evidence=f"there is no validation folder: {instead}",
+                    advice="Nothing to do; add a valid folder to choose the pictures yourself.",
+                )
+            )
+    return found
+
+
+def _same_subfolders(layout: Layout) -> Finding | None:
+    """Every class folder holds the same folders: then those are the classes, most often."""
+    names, *others = layout.class_folders.values()
+    if len(names) < 2 or any(other != names for other in others):
+        return None
+    return Finding(
+        rule="same_subfolders_in_every_class",
+        severity="warning",
+        evidence=(
+            f"every class folder ({_some(list(layout.class_folders))}) holds the same folders "
+            f"({_some(names)}), whose pictures are taken together"
+        ),
+        advice=(
+            "If those are the classes, name the folders above them train, valid and test, or look "
+            "at one of these alone."
+        ),
+    )
+
+
+def _merged_subfolders(layout: Layout) -> Finding | None:
+    merged = [
+        f"{folder}: {_some(names)}"
+        for folder, names in layout.class_folders.items()
+        if len(names) > 1
+    ]
+    return listed(
+        "merged_subfolders",
+        "warning",
+        merged,
+        "the folders in a class folder are taken together as one class",
+        "If they are classes of their own, put them beside the others.",
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+# The built-in data set: scikit-learn's 1,797 handwritten digits as pictures.
+
+
+# Part of the folder's name: another way of drawing them is another data set.
+_VERSION = 1
+_SIDE = 32  # pixels; the originals are 8 x 8, drawn four times as large
+_FOLDERS = (("valid", 0.1), ("test", 0.1))
+
+
+def write_digits(cache: Path) -> Path:
+    """Write the digits once, as train/, valid/ and test/ with a folder for each of "0" to "9".
+
+    A tenth of each digit is for validation and a tenth for the test, chosen by content.
+
+    Returns:
+        The folder; calls at the same time, in other processes too, end with the same one.
+
+    Raises:
+        DataError: the cache cannot be written.
+    """
+    target = cache / "datasets" / f"digits-{_VERSION}"
+    if target.is_dir():
+        return target
+    with whole_folder(target) as folder:
+        _write(folder)
+    return target
+
+
+def _write(folder: Path) -> None:
+    from sklearn.datasets import load_digits  # a second to import, needed once
+
+    digits = load_digits()
+    levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), values 0 to 16
+    for digit in range(10):
+        indices = [int(i) for i in np.flatnonzero(digits.target == digit)]
+        # By content, not by order: neighbours in the original were written by the same person.
+        indices.sort(key=lambda i: hashlib.sha256(levels[i].tobytes()).digest())
+        for name, members in _split(indices).items():
+            place = folder / name / str(digit)
+            place.mkdir(parents=True)
+            for index in members:
+                picture = Image.fromarray(levels[index])
+                picture = picture.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+                picture.save(place / f"{index:04}.png")
+
+
+def _split(indices: list[int]) -> dict[str, list[int]]:
+    parts, start = {}, 0
+    for name, fraction in _FOLDERS:
+        end = start + round(fraction * len(indices))
+        parts[name] = indices[start:end]
+        start = end
+    return {"train": indices[start:], **parts}
+
+
+# `data.source` -> a local folder: a folder, an archive, either on S3, a URL, or the digits.
+#
+# What is downloaded or unpacked lies under the cache and is used again by the next call.
+
+
+_SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]*)://")
+
+
+def fetch_source(
+    source: str,
+    *,
+    cache: Path,
+    sha256: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Path:
+    """Bring a data source onto this machine.
+
+    Args:
+        source: a folder, the path or http(s) URL of a zip or tar archive, an `s3://BUCKET/KEY` of
+            either, or `digits`.
+        cache: where archives are unpacked and downloads are kept.
+        sha256: what the archive must hash to, hexadecimal.
+        progress: called with (bytes so far, bytes in all; 0 if the server does not say).
+        note: told when S3 does not answer and is asked again.
+
+    Returns:
+        A folder for `load_dataset`.
+
+    Raises:
+        DataError: the source does not exist, is of an unknown kind, or is a damaged archive.
+        DownloadError: the download did not end, or its content is not what `sha256` promises.
+        ServingError: S3 cannot be reached.
+    """
+    scheme = _SCHEME.match(source)
+    if scheme and HIDDEN in source:
+        raise DataError(
+            f"{source} is an address whose secret was left out where it was written down. Give "
+            "the whole one with --data."
+        )
+    if source == "digits" and not Path(source).is_dir():
+        return write_digits(cache)
+    if scheme and scheme[1].lower() in ("http", "https"):
+        return _fetch_url(source, cache, sha256, progress)
+    if scheme and scheme[1].lower() == "s3":
+        return _fetch_s3(source, cache, sha256, progress, note)
+    if scheme and scheme[1].lower() == "file":
+        source = urlsplit(source).path
+    elif scheme:
+        raise DataError(_unknown_scheme(source, scheme[1].lower()))
+    return _open_path(Path(source).expanduser(), cache, sha256)
+
+
+def _fetch_url(
+    url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
+) -> Path:
+    archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
+    folder = cache / "archives" / _folder_name(archive.path.name, archive.sha256)
+    if not folder.is_dir() and file_digest(archive.path) != archive.sha256:
+        archive.path.unlink()  # not what came: damaged since, and a tar would not show it
+        return _fetch_url(url, cache, sha256, progress)
+    return extract(archive.path, folder)
+
+
+def _fetch_s3(
+    uri: str,
+    cache: Path,
+    sha256: str | None,
+    progress: Callable[[int, int], None] | None,
+    note: Callable[[str], None] | None,
+) -> Path:
+    """What lies on S3, here; of what was here already only what changed comes."""
+    from visiontuner.io.s3 import WholeCopy, download_file, download_folder
+
+    bucket, key = split_uri(uri)
+    name = key.rstrip("/").rpartition("/")[2]
+    place = cache / "s3" / hashlib.sha256(f"{bucket}/{key.rstrip('/')}".encode()).hexdigest()[:16]
+    with locked(place):
+        memory = place / ".memory.json"
+        if is_archive_name(name):
+            with WholeCopy(place / name, note):
+                download_file(uri, place, memory=memory, progress=progress, note=note)
+            return _open_path(place / name, cache, sha256)
+        folder = place / (name or bucket)
+        with WholeCopy(folder, note):
+            moved = download_folder(
+                uri, folder, memory=memory, mirror=True, progress=progress, note=note
+            )
+            if not moved.files + moved.skipped:
+                command = next_command("prepare", "--data", "FOLDER", "--upload", uri)
+                raise DataError(
+                    f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring "
+                    f"pictures there: `{command}`."
+                )
+    return folder
+
+
+def _open_path(path: Path, cache: Path, sha256: str | None) -> Path:
+    if path.is_dir():
+        return path
+    if not path.exists():
+        raise DataError(_missing(path))
+    if not path.is_file() or not is_archive_name(path.name):
+        raise DataError(
+            f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})."
+        )
+    digest = file_digest(path)
+    if sha256 is not None and digest != sha256.lower():
+        raise DataError(f"{path} has SHA-256 {digest}, not {sha256.lower()} as data.sha256 says.")
+    return extract(path, cache / "archives" / _folder_name(path.name, digest))
+
+
+def _folder_name(name: str, key: str) -> str:
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", name.split(".")[0])[:40]
+    # 2: folders without it may hold names that were read as cp437 whatever they were.
+    return f"{stem or 'archive'}-{key[:16]}-2"
+
+
+def _unknown_scheme(source: str, scheme: str) -> str:
+    near = difflib.get_close_matches(scheme, ["http", "https", "file", "s3"], n=1)
+    hint = f" Did you mean {near[0]}://?" if near else ""
+    return (
+        f"{without_secrets(source)} has an unknown scheme.{hint} Use a folder, an archive, "
+        "http(s)://, s3:// or digits."
+    )
+
+
+def _missing(path: Path) -> str:
+    near = difflib.get_close_matches(str(path), ["digits"], n=1)
+    parent = path.parent
+    if not near and parent.is_dir():
+        names = [p.name for p in parent.iterdir() if p.is_dir() or is_archive_name(p.name)]
+        near = [str(parent / n) for n in difflib.get_close_matches(path.name, names, n=2)]
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return (
+        f"There is no data at {path}.{hint} "
+        "data.source is a folder, an archive (path or URL), s3://BUCKET/FOLDER or digits."
+    )
+
+
+# A folder of pictures -> `ImageDataset`: files, labels, class names, splits and one digest.
+#
+# A picture's split, where the folders leave it open, depends on nothing but its content: the same
+# picture never lands in two splits, and adding one moves no other.
+
 
 SPLITS = ("train", "validation", "test")
 

@@ -1,19 +1,27 @@
-"""Which trial of a search is kept: the best one, or one that cannot be told apart from it."""
+"""Which trial of a search is kept, and whether the search space was large enough."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.evaluation.bootstrap import CONFIDENCE, resampled_sums, sign_flipped_sums
 from visiontuner.evaluation.calibration import picture_losses
-from visiontuner.evaluation.significance import SIGNIFICANCE_LEVEL
-from visiontuner.experiment import Objective
-from visiontuner.journal import SearchRecord
+from visiontuner.evaluation.intervals import (
+    CONFIDENCE,
+    SIGNIFICANCE_LEVEL,
+    resampled_sums,
+    sign_flipped_sums,
+)
+from visiontuner.experiment.schema import INTEGERS, Domain, Objective, Range, Space, Values
+from visiontuner.journal import SearchRecord, TrialRecord
+
+# Which trial of a search is kept: the best one, or one that cannot be told apart from it.
+
 
 Preference = Literal["best", "cheapest"]
 
@@ -182,3 +190,206 @@ def _tied_words(others: int) -> str:
     if not others:
         return "no other trial is tied with it"
     return f"{others} other{'s' if others > 1 else ''} cannot be told apart from it"
+
+
+# Where the best trial lies at the edge of the search space, and where to search next.
+
+
+Side = Literal["lower", "upper"]
+
+# Of the range's span, on its own scale.
+_EDGE_SHARE = 0.05
+_MIN_VALUES = 3
+_NEW_VALUES = 2
+# Values that about double or more go on by factors, others by steps.
+_DOUBLING = 1.9
+_ABOVE_ZERO = 1e-12
+# How far a suggestion may go: beyond it the value is not allowed, or no longer makes sense.
+_LIMITS: dict[str, tuple[float, float]] = {
+    "learning_rate": (_ABOVE_ZERO, math.inf),
+    "weight_decay": (0.0, math.inf),
+    "dropout": (0.0, 0.9),
+    "label_smoothing": (0.0, 0.9),
+    "batch_size": (1, math.inf),
+    "epochs": (1, math.inf),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EdgeFinding:
+    """A searched value whose optimum may lie outside what was searched.
+
+    Args:
+        value: the best trial's.
+        searched: the domain, in words.
+        next: what to search next, as `search.space` has it in the experiment file.
+        firm: False if a trial away from this edge is tied with the best: there may be nothing to
+            gain.
+    """
+
+    name: str
+    value: float
+    side: Side
+    searched: str
+    next: str
+    firm: bool
+
+    @property
+    def sentence(self) -> str:
+        sentence = (
+            f"{self.name}: the best value {self.value:.3g} lies at the {self.side} edge of "
+            f"{self.searched}; search {self.next} next"
+        )
+        return f"{sentence}." if self.firm else f"{sentence}, though others do as well."
+
+
+def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> list[EdgeFinding]:
+    """Searched values of the best trial that lie at an edge of the search space.
+
+    A range has its edges in the outer 5 % of its span, on its own scale; a list of three or more
+    numbers in its lowest and highest one. A trial of a second stage counts as the one it began
+    with. Where nothing can lie beyond (dropout 0, a batch of all
+    training pictures) there is no finding.
+
+    Args:
+        space: `experiment.search.space`.
+        tied: trials that cannot be told apart from the best one.
+    """
+    best = record.best and _searched(record, record.best)
+    if best is None:
+        return []
+    rivals = [_searched(record, record.trials[name]) for name in tied if name in record.trials]
+    found = []
+    for name, domain in space.items():
+        side = _side(domain, best, name)
+        if side is None:
+            continue
+        following = _next(domain, side, _limits(name, record), whole=name in INTEGERS)
+        if following is not None:
+            found.append(
+                EdgeFinding(
+                    name=name,
+                    value=float(best.configuration[name]),
+                    side=side,
+                    searched=str(domain),
+                    next=_yaml(following),
+                    firm=all(_side(domain, rival, name) == side for rival in rivals),
+                )
+            )
+    return found
+
+
+def _searched(record: SearchRecord, trial: TrialRecord) -> TrialRecord:
+    """The trial whose values were searched: of one of a second stage, the one it started from."""
+    return record.trials.get(trial.starts_from or "", trial)
+
+
+def _side(domain: Domain, trial: TrialRecord, name: str) -> Side | None:
+    """At which edge of the domain a trial's value lies."""
+    value = trial.configuration.get(name)
+    if isinstance(value, str) or value is None:
+        return None
+    if isinstance(domain, Range):
+        share = _share_of_span(domain, float(value))
+    else:
+        numbers = _numbers(domain)
+        if len(numbers) < _MIN_VALUES or value not in numbers:
+            return None
+        share = numbers.index(value) / (len(numbers) - 1)
+        if 0 < share < 1:
+            return None
+    if share <= _EDGE_SHARE:
+        return "lower"
+    return "upper" if share >= 1 - _EDGE_SHARE else None
+
+
+def _share_of_span(domain: Range, value: float) -> float:
+    low, high = domain.low, domain.high
+    if domain.scale == "log":
+        value, low, high = math.log(max(value, low)), math.log(low), math.log(high)
+    return (value - low) / (high - low)
+
+
+def _numbers(domain: Values) -> list[float]:
+    """The values in order; empty if one of them is a word."""
+    numbers = [value for value in domain.values if not isinstance(value, str)]
+    return sorted(numbers) if len(numbers) == len(domain.values) else []
+
+
+def _limits(name: str, record: SearchRecord) -> tuple[float, float]:
+    low, high = _LIMITS.get(name, (-math.inf, math.inf))
+    if name == "batch_size":
+        counts = record.started.get("data", {}).get("counts", {})
+        high = float(counts.get("train") or math.inf)
+    return low, high
+
+
+def _next(domain: Domain, side: Side, limits: tuple[float, float], *, whole: bool) -> Domain | None:
+    """The domain to search next, with the edge in its middle; None if nothing lies beyond."""
+    if isinstance(domain, Range):
+        edge = domain.low if side == "lower" else domain.high
+        candidate: Domain | None = _next_range(domain, edge, limits, whole=whole)
+    else:
+        numbers = _numbers(domain)
+        edge = numbers[0] if side == "lower" else numbers[-1]
+        candidate = _next_values(numbers, side, limits, whole=whole)
+    reach = _extreme(candidate, side)
+    beyond = reach is not None and (reach < edge if side == "lower" else reach > edge)
+    return candidate if beyond else None
+
+
+def _next_range(
+    domain: Range, edge: float, limits: tuple[float, float], *, whole: bool
+) -> Range | None:
+    """A decade to both sides on a log scale, else half the span; never wider than before."""
+    scale: Literal["linear", "log"] = domain.scale
+    low, high = edge - (domain.high - domain.low) / 2, edge + (domain.high - domain.low) / 2
+    if scale == "log" or (low <= 0 and limits[0] == _ABOVE_ZERO):
+        factor = min(10.0, domain.high / domain.low)
+        scale, low, high = "log", edge / factor, edge * factor
+    low, high = max(low, limits[0]), min(high, limits[1])
+    if whole:
+        low, high = round(low), round(high)
+    return Range(low=low, high=high, scale=scale) if low < high else None
+
+
+def _next_values(
+    numbers: list[float], side: Side, limits: tuple[float, float], *, whole: bool
+) -> Values:
+    """The last two values and two beyond, which go on as the last two do: times, or plus."""
+    inner, edge = (numbers[1], numbers[0]) if side == "lower" else (numbers[-2], numbers[-1])
+    times = min(inner, edge) > 0 and max(inner / edge, edge / inner) >= _DOUBLING
+    beyond = [
+        edge * (edge / inner) ** n if times else edge + (edge - inner) * n
+        for n in range(1, _NEW_VALUES + 1)
+    ]
+    if whole:
+        beyond = [round(value) for value in beyond if value >= 1]
+    allowed = {float(f"{value:.4g}") for value in beyond if limits[0] <= value <= limits[1]}
+    kept = sorted({inner, edge, *(int(v) if whole else v for v in allowed)})
+    return Values(values=tuple(kept))
+
+
+def _extreme(domain: Domain | None, side: Side) -> float | None:
+    if domain is None:
+        return None
+    if isinstance(domain, Range):
+        return domain.low if side == "lower" else domain.high
+    numbers = _numbers(domain)
+    return numbers[0] if side == "lower" else numbers[-1]
+
+
+def _yaml(domain: Domain) -> str:
+    if isinstance(domain, Values):
+        return f"{{values: [{', '.join(_number(float(v)) for v in domain.values)}]}}"
+    scale = ", scale: log" if domain.scale == "log" else ""
+    return f"{{low: {_number(domain.low)}, high: {_number(domain.high)}{scale}}}"
+
+
+def _number(value: float) -> str:
+    """As YAML reads it as a number: an exponent needs a dot before it."""
+    text = f"{value:.4g}"
+    if "e" in text and "." not in text:
+        mantissa, exponent = text.split("e")
+        return f"{mantissa}.0e{exponent}"
+    return text

@@ -1,24 +1,111 @@
-"""Runs side by side: summaries of runs in, a pandas table out. No files, no MLflow.
-
-A run is one trial of a search or a run of any other tool. Rows keep the order in which runs were
-given until `sort`; the index of a row is the run's position in that order, through all of these
-functions.
-"""
+"""Runs and searches side by side: summaries in, pandas tables out. No MLflow."""
 
 from __future__ import annotations
 
+import ast
 import difflib
+import json
 import math
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from itertools import combinations
+from typing import Any, Literal
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from visiontuner.errors import UserMistake
+from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.text import csv_row, shown
+
+# Tables of runs as CSV, Markdown and JSON, and one cell as a person reads it.
+
+
+_MARKDOWN = re.compile(r"([\\`*\[\]|~!])")
+_LONGEST_CELL = 60
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Every value in full, with a header; see `text.csv_row`."""
+    columns = [
+        [value if isinstance(value, float) else _plain(value) for value in frame[name]]
+        for name in frame.columns
+    ]
+    return csv_row(frame.columns) + "".join(map(csv_row, zip(*columns, strict=True)))
+
+
+def to_json(frame: pd.DataFrame) -> str:
+    """A list of objects; what is missing or not finite is null, times are ISO 8601 in UTC."""
+    columns = {name: [_plain(value) for value in frame[name]] for name in frame.columns}
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return json.dumps(records, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """A table as GitHub shows it, values as in the terminal; nothing in them acts as markup."""
+    aligned = ["---" if _is_text(frame[name]) else "---:" for name in frame.columns]
+    rows = [
+        [_unmarked(cell(value, name)) for name, value in zip(frame.columns, row, strict=True)]
+        for row in frame.itertuples(index=False, name=None)
+    ]
+    lines = [[_unmarked(cell(name, "")) for name in frame.columns], aligned, *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(value: object, column: str) -> str:
+    """One value in a few characters: no control characters, no more digits than they are worth."""
+    if value is None or value is pd.NaT or value is pd.NA:
+        return "–"
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%d %H:%M")
+    if isinstance(value, float):
+        return _decimal(value, column)
+    text = shown(str(value), keep="").strip()
+    return text if len(text) <= _LONGEST_CELL else text[: _LONGEST_CELL - 1] + "…"
+
+
+def _decimal(value: float, column: str) -> str:
+    if math.isnan(value):
+        return "–"
+    if column == "seconds":
+        return f"{value:,.1f}"
+    if column.startswith(("best_", "validation_", "test_", "train_")) and 1e-3 <= abs(value) < 1e3:
+        return f"{value:.4f}"
+    return f"{value:.4g}"
+
+
+def _is_text(column: pd.Series) -> bool:
+    return not (
+        pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column)
+    )
+
+
+def _unmarked(text: str) -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return _MARKDOWN.sub(r"\\\1", text)
+
+
+def _plain(value: Any) -> object:
+    if value is pd.NaT or value is pd.NA:
+        return None
+    if isinstance(value, pd.Timestamp):
+        return value.strftime("%Y-%m-%dT%H:%M:%SZ")
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return value if isinstance(value, str) else int(value)
+
+
+# Runs side by side: summaries of runs in, a pandas table out. No files, no MLflow.
+#
+# A run is one trial of a search or a run of any other tool. Rows keep the order in which runs were
+# given until `sort`; the index of a row is the run's position in that order, through all of these
+# functions.
+
 
 Mode = Literal["min", "max"]
 
@@ -291,3 +378,340 @@ def _worth_a_column(frame: pd.DataFrame, name: str) -> bool:
 
 def _empty(series: pd.Series) -> bool:
     return bool(series.isna().all() or (series.astype("string").fillna("") == "").all())
+
+
+# `learning_rate < 0.01 and batch_size == 64`: rows by a condition that cannot run code.
+#
+# Python's own parser reads the condition, everything but comparisons of columns with plain values
+# is refused, and pandas sees a condition over names that were made here.
+
+
+_LONGEST = 2000
+_DEEPEST = 50
+_PLACEHOLDER = "column_{}"
+
+
+def where(frame: pd.DataFrame, condition: str) -> pd.DataFrame:
+    """The rows for which a condition holds; a gap fulfils no comparison but `!=`.
+
+    Args:
+        frame: any frame; columns whose names are no Python names are put in backticks.
+        condition: columns and values joined by `<`, `<=`, `>`, `>=`, `==`, `!=`, `in [..]`,
+            `not in [..]`, `and`, `or`, `not` and parentheses.
+
+    Raises:
+        UserMistake: it is something else, names no column, or compares text with a number.
+    """
+    checked = _Checked(frame, condition)
+    plain = frame.set_axis([_PLACEHOLDER.format(i) for i in range(frame.shape[1])], axis=1)
+    plain = plain[[name for name in plain.columns if name in checked.used]]
+    plain = plain.apply(_comparable)
+    try:
+        kept = plain.query(checked.text, engine="python", local_dict={}, global_dict={})
+    except (TypeError, ValueError, SyntaxError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise UserMistake(
+            f"--where {condition!r} compares what does not compare ({reason}); "
+            "put text in quotes, and numbers not."
+        ) from None
+    return frame.loc[kept.index]
+
+
+def _comparable(values: pd.Series) -> pd.Series:
+    if isinstance(values.dtype, pd.DatetimeTZDtype):
+        # A time in a condition has no zone: it is UTC.
+        return pd.Series(values.dt.tz_localize(None))
+    # An integer column with gaps would answer "unknown", and `not` would keep that.
+    return values.astype("float64") if isinstance(values.dtype, pd.Int64Dtype) else values
+
+
+class _Checked:
+    """A condition as pandas may have it: `text` over placeholders, `used` names them."""
+
+    def __init__(self, frame: pd.DataFrame, condition: str) -> None:
+        self._frame, self._condition = frame, condition
+        self._quoted: dict[str, str] = {}
+        self.used: set[str] = set()
+        if len(condition) > _LONGEST:
+            raise UserMistake(f"--where is longer than {_LONGEST:,} characters; shorten it.")
+        text = re.sub(r"`([^`\n]+)`", self._take_quoted, condition)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # '\d' in a text is no news for anybody
+                tree = ast.parse(text.strip(), mode="eval")
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            raise self._refuse("is no condition") from None
+        self.text = ast.unparse(self._joined(tree.body, depth=0))
+
+    def _take_quoted(self, match: re.Match[str]) -> str:
+        name = f"_quoted_{len(self._quoted)}"
+        self._quoted[name] = match.group(1)
+        return name
+
+    def _joined(self, node: ast.expr, depth: int) -> ast.expr:
+        if depth > _DEEPEST:
+            raise self._refuse("is nested too deeply")
+        if isinstance(node, ast.BoolOp):
+            values = [self._joined(value, depth + 1) for value in node.values]
+            return ast.BoolOp(op=node.op, values=values)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ast.UnaryOp(op=node.op, operand=self._joined(node.operand, depth + 1))
+        if isinstance(node, ast.Compare):
+            return self._comparison(node)
+        raise self._refuse("holds more than comparisons")
+
+    def _comparison(self, node: ast.Compare) -> ast.expr:
+        sides = [node.left, *node.comparators]
+        members = any(isinstance(op, ast.In | ast.NotIn) for op in node.ops)
+        if members and (len(sides) > 2 or not isinstance(sides[1], ast.List | ast.Tuple)):
+            raise self._refuse("needs a list after `in`, as in batch_size in [32, 64]")
+        if any(isinstance(op, ast.Is | ast.IsNot) for op in node.ops):
+            raise self._refuse("holds `is`; use == or !=")
+        if not any(isinstance(side, ast.Name) for side in (sides[:1] if members else sides)):
+            raise self._refuse("compares without naming a column")
+        left, *others = [self._side(side) for side in sides]
+        return ast.Compare(left=left, ops=node.ops, comparators=others)
+
+    def _side(self, node: ast.expr) -> ast.expr:
+        if isinstance(node, ast.Name):
+            return self._column(node.id)
+        if isinstance(node, ast.List | ast.Tuple):
+            return ast.List(elts=[self._value(item) for item in node.elts], ctx=ast.Load())
+        return self._value(node)
+
+    def _column(self, written: str) -> ast.Name:
+        name = known_column(self._frame, self._quoted.get(written, written))
+        placeholder = _PLACEHOLDER.format(list(self._frame.columns).index(name))
+        self.used.add(placeholder)
+        return ast.Name(id=placeholder, ctx=ast.Load())
+
+    def _value(self, node: ast.expr) -> ast.expr:
+        sign = 1
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            sign, node = (-1 if isinstance(node.op, ast.USub) else 1), node.operand
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                raise self._refuse("puts a sign before text")
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            return node
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            return ast.Constant(value=sign * node.value)
+        raise self._refuse("compares with something that is neither a column nor a plain value")
+
+    def _refuse(self, why: str) -> UserMistake:
+        return UserMistake(
+            f"--where {self._condition[:80]!r} {why}; write it like "
+            "\"learning_rate < 0.01 and optimizer == 'adamw'\", odd names in backticks."
+        )
+
+
+# The trials of a search's journal as rows of a comparison: no MLflow needed.
+
+
+def runs_of_record(record: SearchRecord, *, name: str, running: bool) -> list[RunSummary]:
+    """One summary a trial, the same that MLflow's runs of this search give.
+
+    Args:
+        name: shown as the search's.
+        running: whether some process is still at it; if none is, its open trials are interrupted.
+    """
+    experiment = record.started.get("experiment")
+    settings = flat(experiment) if isinstance(experiment, Mapping) else {}
+    data = record.started.get("data")
+    digest = str(data.get("digest") or "") if isinstance(data, Mapping) else ""
+    return [
+        _summary(record, trial, name=name, running=running, settings=settings, digest=digest)
+        for trial in record.trials.values()
+    ]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """`{"training": {"epochs": 5}}` -> `{"training.epochs": "5"}`, named as MLflow's parameters."""
+    held: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            held |= flat(value, f"{prefix}{key}.")
+        else:
+            held[f"{prefix}{key}" if prefix else f"experiment.{key}"] = (
+                "null" if value is None else str(value)
+            )
+    return held
+
+
+def _summary(
+    record: SearchRecord,
+    trial: TrialRecord,
+    *,
+    name: str,
+    running: bool,
+    settings: Mapping[str, str],
+    digest: str,
+) -> RunSummary:
+    over = not running or record.ended is not None
+    state = "interrupted" if trial.state == "running" and over else trial.state
+    last = trial.epochs[-1] if trial.epochs else None
+    ended = trial.ended
+    if state == "interrupted" and ended is None:
+        ended = last.time if last else trial.started
+    return RunSummary(
+        run=trial.trial_id,
+        state=state,
+        search=name,
+        params={**trial.configuration, **settings},
+        metrics=dict(last.metrics) if last else {},
+        objective=record.objective,
+        best_value=trial.best_value,
+        best_epoch=trial.best_epoch,
+        epochs=len({epoch.step for epoch in trial.epochs}),
+        started=trial.started,
+        ended=ended,
+        search_started=record.started.get("time"),
+        findings=tuple(sorted({finding.rule for finding in trial.findings})),
+        reason=trial.error or trial.reason or "",
+        trial_id=trial.trial_id,
+        search_id=record.search_id,
+        data_digest=digest,
+    )
+
+
+# Searches side by side: how good each was after how many seconds and trials.
+
+
+_MOST_TOLD = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchProgress:
+    """The best so far of one search, a point for each trial that ended, in the order they did.
+
+    `seconds` are wall time since the search began (features included, and pauses before a resume),
+    `best` is NaN until a trial ended in order. All three have shape (num_trials,), float64 but
+    for the names.
+    """
+
+    name: str
+    objective: str
+    seconds: NDArray[np.float64]
+    values: NDArray[np.float64]
+    best: NDArray[np.float64]
+    trials: tuple[str, ...]
+
+    @property
+    def mode(self) -> Mode:
+        return mode_of(self.objective)
+
+    @property
+    def final(self) -> float:
+        return float(self.best[-1]) if len(self.best) else math.nan
+
+    def reached(self, value: float) -> int | None:
+        """The first position at which the best so far is at least as good as a value."""
+        at_least = self.best <= value if self.mode == "min" else self.best >= value
+        return int(np.argmax(at_least)) if at_least.any() else None
+
+
+def search_progress(runs: Sequence[RunSummary]) -> list[SearchProgress]:
+    """One for each search that has an ended trial and says what it optimised."""
+    groups: dict[tuple[str, str], list[RunSummary]] = {}
+    for run in runs:
+        if run.trial_id:
+            groups.setdefault((run.search_id, run.search), []).append(run)
+    found = [_progress(name, members) for (_, name), members in groups.items()]
+    return [progress for progress in found if progress is not None]
+
+
+def describe_progress(searches: Sequence[SearchProgress]) -> list[str]:
+    """A sentence for each search, the best first, then how each pair of the best three compares."""
+    if len({search.objective for search in searches}) > 1:
+        told = [_outcome(search) for search in searches[:_MOST_TOLD]]
+        return [*told, *_rest(searches), "They optimised different things, so none is ahead."]
+    ranked = sorted(searches, key=_rank)
+    told = [_outcome(search) for search in ranked[:_MOST_TOLD]] + _rest(ranked)
+    pairs = [
+        _comparison(a, b) for a, b in combinations(ranked[:3], 2) if _comparable_searches(a, b)
+    ]
+    if pairs:
+        pairs.append("One search each: whether a difference is more than chance is not said here.")
+    return told + pairs
+
+
+def _progress(name: str, runs: Sequence[RunSummary]) -> SearchProgress | None:
+    objective = next((run.objective for run in runs if run.objective), None)
+    ended = sorted(
+        (r for r in runs if r.ended is not None and r.state not in ("running", "interrupted")),
+        key=lambda r: (r.ended or 0.0, r.trial_id),
+    )
+    if objective is None or not ended:
+        return None
+    starts = [r.started if r.search_started is None else r.search_started for r in runs]
+    began = min((start for start in starts if start is not None), default=ended[0].ended or 0.0)
+    values = np.array([_value(run) for run in ended], dtype=float)
+    keep_better = np.fmin if mode_of(objective) == "min" else np.fmax
+    return SearchProgress(
+        name=name,
+        objective=objective,
+        seconds=np.array([max(0.0, (run.ended or began) - began) for run in ended]),
+        values=values,
+        best=keep_better.accumulate(values),
+        trials=tuple(run.trial_id for run in ended),
+    )
+
+
+def _value(run: RunSummary) -> float:
+    usable = run.state in IN_ORDER and run.best_value is not None and math.isfinite(run.best_value)
+    return float(run.best_value) if usable and run.best_value is not None else math.nan
+
+
+def _outcome(search: SearchProgress) -> str:
+    count, last = len(search.trials), _seconds(search.seconds[-1])
+    head = f"{search.name}: {_trials(count)} in {last}"
+    position = search.reached(search.final)
+    if position is None:
+        return f"{head}, none of them ended in order."
+    when = _seconds(search.seconds[position])
+    return (
+        f"{head}, best {search.objective} {search.final:.4f} ({search.trials[position]}) "
+        f"after {when} and {_trials(position + 1)}."
+    )
+
+
+def _rest(searches: Sequence[SearchProgress]) -> list[str]:
+    left = len(searches) - _MOST_TOLD
+    return [f"And {left} more."] if left > 0 else []
+
+
+def _rank(search: SearchProgress) -> tuple[bool, float, float]:
+    """Best in the end first, the sooner of equals; last those without a result."""
+    if not _has_result(search):
+        return (True, 0.0, 0.0)
+    value = search.final if search.mode == "min" else -search.final
+    return (False, value, float(search.seconds[search.reached(search.final) or 0]))
+
+
+def _comparable_searches(leader: SearchProgress, other: SearchProgress) -> bool:
+    return _has_result(leader) and _has_result(other)
+
+
+def _has_result(search: SearchProgress) -> bool:
+    return math.isfinite(search.final)
+
+
+def _comparison(leader: SearchProgress, other: SearchProgress) -> str:
+    gap = abs(leader.final - other.final)
+    position = leader.reached(other.final)
+    needed = other.reached(other.final)
+    assert position is not None
+    assert needed is not None
+    end = f"ends {gap:.4f} better than" if gap else "ends as good as"
+    return (
+        f"{leader.name} {end} {other.name}; it reached {other.final:.4f} after "
+        f"{_seconds(leader.seconds[position])} and {_trials(position + 1)}, {other.name} after "
+        f"{_seconds(other.seconds[needed])} and {_trials(needed + 1)}."
+    )
+
+
+def _trials(count: int) -> str:
+    return f"{count:,} trial" + ("" if count == 1 else "s")
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value < 180 else f"{value / 60:.1f} min"

@@ -11,8 +11,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.evaluation.bootstrap import Interval, resampled_sums
 from visiontuner.evaluation.calibration import ChosenThreshold, probabilities_of
+from visiontuner.evaluation.intervals import Interval, resampled_sums
 from visiontuner.evaluation.scores import (
     METRICS,
     ClassScore,
@@ -21,15 +21,6 @@ from visiontuner.evaluation.scores import (
     score_answers,
     score_classes,
 )
-
-__all__ = [
-    "METRICS",
-    "ClassScore",
-    "EvaluationReport",
-    "Interval",
-    "Threshold",
-    "evaluate_predictions",
-]
 
 _FEW_PICTURES = 30
 _NAMES_IN_A_NOTE = 5

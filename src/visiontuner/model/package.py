@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from visiontuner.data.files import temporary_folder
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import ClassifierError, ExportError, VisiontunerError
-from visiontuner.model.backbone import Backbone
+from visiontuner.io.files import temporary_folder
+from visiontuner.model.backbones import Backbone
 from visiontuner.model.classifier import (
     DESCRIPTION,
     NETWORK,
@@ -28,18 +28,19 @@ from visiontuner.model.classifier import (
 )
 from visiontuner.model.classifier_files import (
     reference_document,
+    reference_pictures,
     replace_folder,
     write_json,
 )
-from visiontuner.model.export import export_backbone, exported_once, save_onnx
-from visiontuner.model.network import Train, build_network
-from visiontuner.model.network_files import (
+from visiontuner.model.network import (
+    Train,
+    build_network,
     load_network,
     read_tensors,
     trained_amount,
     write_tensors,
 )
-from visiontuner.model.reference import reference_pictures
+from visiontuner.model.onnx import export_backbone, exported_once, save_onnx
 from visiontuner.model.weights import digest_weights
 
 # What ONNX Runtime's logits may differ from torch's.

@@ -1,14 +1,178 @@
-"""Which configurations are still to run: from the experiment and what the journal already holds."""
+"""What a search will run: its stages, its trials, what a worker is handed; without Ray or torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
-from visiontuner.experiment import Configuration, Experiment
-from visiontuner.journal import SearchRecord, StageName
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontuner.data.arrays import FeatureSet, PictureStore, array_path, find_damage, has_checksums
+from visiontuner.errors import DataError
+from visiontuner.experiment.schema import Configuration, Experiment, Stages, Training
+from visiontuner.journal import Event, SearchRecord, StageName, TrialRecord
 from visiontuner.search.space import clean, draw_beforehand
+
+# The labels of the validation pictures, from whatever the trials of a search were trained on.
+
+
+class ValidationLabels(NamedTuple):
+    """Labels int64 (N,), in the order of the trials' logits, and the class names."""
+
+    labels: NDArray[np.int64]
+    class_names: tuple[str, ...]
+
+
+def read_labels(*, features: Path | None = None, pictures: Path | None = None) -> ValidationLabels:
+    """From the first store that is named and still there; both hold the same pictures in order.
+
+    They are verified first, but in a store of an earlier version, which has nothing to do it by.
+
+    Raises:
+        DataError: none is there and as it was written.
+    """
+    if features is not None:
+        try:
+            _verify_labels(features)
+            store = FeatureSet.open(features)
+            return ValidationLabels(store.split("validation").labels, store.class_names)
+        except DataError:
+            if pictures is None:
+                raise
+    if pictures is None:
+        raise DataError("The journal says nothing of what its trials were trained on.")
+    _verify_labels(pictures)
+    prepared = PictureStore.open(pictures)
+    return ValidationLabels(prepared.split("validation").labels, prepared.class_names)
+
+
+def _verify_labels(folder: Path) -> None:
+    if has_checksums(folder):
+        damage = find_damage(folder, [array_path(folder, "validation", "labels").name])
+        if damage is not None:
+            raise DataError(f"The labels in {folder} {damage}. Search again to write them anew.")
+
+
+class Stores(NamedTuple):
+    """Where the features and the pictures of a search lie, as far as it has them."""
+
+    features: Path | None
+    pictures: Path | None
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> Stores:
+        """As a search's journal names them last."""
+        found: dict[str, Path] = {}
+        for event in events:
+            if event["event"] in ("features_ready", "pictures_ready") and event.get("folder"):
+                found[event["event"]] = Path(str(event["folder"]))
+        return cls(found.get("features_ready"), found.get("pictures_ready"))
+
+    @property
+    def are_verified(self) -> bool:
+        """Whether all that is named is there and as it was written; this reads all of it."""
+        return all(find_damage(folder) is None for folder in self if folder is not None)
+
+    def read_labels(self) -> ValidationLabels:
+        return read_labels(features=self.features, pictures=self.pictures)
+
+
+# The epochs after which ASHA compares trials, for who stops them and for who is stopped.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rungs:
+    """Asynchronous successive halving (Li et al. 2018): of its trials, one in three goes on.
+
+    With 20 epochs, trials are compared after 2, 6 and 18.
+
+    Args:
+        first: epochs before a trial may be stopped.
+        last: epochs of the longest trial.
+    """
+
+    first: int
+    last: int
+    factor: int = 3
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> Rungs | None:
+        """Those of a search; None where every trial runs to its end."""
+        if experiment.search.scheduler == "none":
+            return None
+        domain = experiment.search.space.get("epochs")
+        values = getattr(domain, "values", None) or (getattr(domain, "high", None),)
+        epochs = int(max(values)) if domain is not None else experiment.training.epochs
+        return cls(first=max(1, epochs // 9), last=epochs)
+
+    def __contains__(self, epoch: int) -> bool:
+        rung = self.first
+        while rung < epoch:
+            rung *= self.factor
+        return rung == epoch <= self.last
+
+
+# What one Ray worker is handed. Without torch: the driver need not wait for its import.
+
+
+HEAD_FILE = "head.safetensors"
+NETWORK_FILE = "network.safetensors"
+LOGITS_FILE = "validation_logits.npy"
+SCORES_FILE = "validation_scores.npz"
+CHECKPOINT_FOLDER = "checkpoint"
+
+TrainedOn = Literal["train", "train+validation"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialTask:
+    """What all trials share; paths are absolute, since workers run in folders of their own.
+
+    Args:
+        features_folder: what heads are trained on.
+        threads: of one trial's arithmetic.
+        pictures_folder: a `PictureStore`; if it is given, trials run the network on it.
+        cache: where the network's weights are kept; needed with pictures.
+        start_heads: by trial id the trained head (safetensors) that a network begins with.
+        checkpoints: keep the whole state of a running training in `trials/ID/checkpoint` after
+            every epoch, and go on from there. Whoever runs the trial removes it at the end.
+        trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
+            weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
+        trace_steps: the first and the last step of which a profiler's trace is written.
+        home: where these paths are, in a cluster of several machines.
+    """
+
+    experiment: Experiment
+    search_folder: Path
+    threads: int
+    features_folder: Path | None = None
+    pictures_folder: Path | None = None
+    cache: Path | None = None
+    start_heads: Mapping[str, Path] = field(default_factory=dict)
+    checkpoints: bool = False
+    trained_on: TrainedOn = "train"
+    trace_steps: tuple[int, int] | None = None
+    home: Home | None = None
+
+    def keeps(self, *, is_best: bool) -> bool:
+        """Whether an epoch's files replace those of the epochs before it."""
+        return is_best or self.trained_on != "train"
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """Where the files of a trial's best epoch lie."""
+        return self.search_folder / "trials" / trial_id
+
+
+def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:
+    """The experiment's training settings with a trial's own values in place."""
+    return Training.model_validate({**training.model_dump(), **configuration})
+
+
+# Which configurations are still to run: from the experiment and what the journal already holds.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,3 +264,250 @@ def trial_name(number: int) -> str:
 def highest_number(trial_ids: Iterable[str]) -> int:
     """`t0001`, `t0012` -> 12; 0 for none."""
     return max((int(trial_id[1:]) for trial_id in trial_ids), default=0)
+
+
+# The stages of a search: one, or heads on features first and the best of them as networks then.
+#
+# Both stages share one journal and one row of trial ids. What the second one runs follows from the
+# first one's trials alone, so that a search that is resumed goes on with the same list.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of a search.
+
+    Args:
+        name: None where there is only one.
+        experiment: what its trials run.
+        search: the experiment of the whole search.
+    """
+
+    name: StageName | None
+    experiment: Experiment
+    search: Experiment
+
+    @property
+    def on_pictures(self) -> bool:
+        """Whether its trials run the network; otherwise they train heads on features."""
+        return self.experiment.trains_on_pictures
+
+
+def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
+    """The stages of a search in their order."""
+    if experiment.search.stages is None:
+        return (Stage(name=None, experiment=experiment, search=experiment),)
+    return (
+        Stage(name="head", experiment=experiment.head_stage(), search=experiment),
+        Stage(name="network", experiment=experiment.network_stage(), search=experiment),
+    )
+
+
+def stage_of(experiment: Experiment, trial: TrialRecord) -> Stage:
+    """The stage that a trial belongs to."""
+    return stage_named(experiment, trial.stage)
+
+
+def stage_named(experiment: Experiment, name: str | None) -> Stage:
+    """The stage of a search that a trial says it is of; the first if it says nothing."""
+    stages = stages_of(experiment)
+    return next((stage for stage in stages if stage.name == name), stages[0])
+
+
+def plan_stage(stage: Stage, record: SearchRecord) -> Plan:
+    """What of a stage has not finished; the second one is known when the first one has ended."""
+    if stage.name == "network":
+        return _plan_networks(stage.search, record)
+    return make_plan(stage.experiment, record.searching(), stage=stage.name)
+
+
+def remaining_trials(experiment: Experiment, record: SearchRecord) -> int:
+    """How many trials are still to run, all stages together.
+
+    As long as the first of two stages runs, the second one counts with the most that it may have.
+    """
+    stages = stages_of(experiment)
+    first = plan_stage(stages[0], record).remaining
+    if len(stages) == 1:
+        return first
+    if first:
+        return first + _settings(experiment).best + len(experiment.first_trials())
+    return plan_stage(stages[1], record).remaining
+
+
+def make_task(
+    folder: Path,
+    stage: Stage,
+    *,
+    stores: Stores,
+    cache: Path,
+    threads: int,
+    starts: Mapping[str, str] | None = None,
+    checkpoints: bool = False,
+) -> TrialTask:
+    """What the trials of a stage are handed.
+
+    Args:
+        starts: by trial id the trial of the first stage whose head it begins with.
+    """
+    search_folder = folder.resolve()
+    pictures = stores.pictures if stage.on_pictures else None
+    features = None if stage.on_pictures else stores.features
+    return TrialTask(
+        experiment=stage.experiment,
+        search_folder=search_folder,
+        threads=threads,
+        features_folder=features and features.resolve(),
+        pictures_folder=pictures and pictures.resolve(),
+        cache=cache.resolve(),
+        start_heads={
+            trial_id: search_folder / "trials" / head / HEAD_FILE
+            for trial_id, head in (starts or {}).items()
+        },
+        checkpoints=checkpoints,
+    )
+
+
+def starting_heads(experiment: Experiment, record: SearchRecord) -> list[TrialRecord]:
+    """The head trials that the second stage goes on with: the best, then those of `first`."""
+    if experiment.search.stages is None:
+        return []
+    heads = [trial for trial in record.ranking() if trial.stage == "head"]
+    space = experiment.search.space
+    first = [clean(c, space) for c in experiment.first_trials()]
+    best = heads[: _settings(experiment).best]
+    return [*best, *(t for t in heads if t not in best and t.configuration in first)]
+
+
+def _plan_networks(experiment: Experiment, record: SearchRecord) -> Plan:
+    heads = starting_heads(experiment, record)
+    offset = highest_number(record.searching().trials)
+    planned = [
+        PlannedTrial(
+            trial_id=trial_name(offset + position),
+            attempt=_attempts(record, trial_name(offset + position)) + 1,
+            configuration=_network_configuration(experiment, head.configuration),
+            stage="network",
+            starts_from=head.trial_id,
+        )
+        for position, head in enumerate(heads, start=1)
+    ]
+    waiting = [p for p in planned if not _is_finished(record, p.trial_id)]
+    begun = [p for p in waiting if p.attempt > 1]
+    return Plan(
+        known=(*begun, *(p for p in waiting if p.attempt == 1)),
+        suggestions=0,
+        next_number=offset + len(heads) + 1,
+        stage="network",
+    )
+
+
+def _network_configuration(experiment: Experiment, head: Configuration) -> Configuration:
+    """The head's values; epochs and, if it has one, the learning rate are the stage's own."""
+    stages = _settings(experiment)
+    configuration = dict(head)
+    if "epochs" in configuration:
+        configuration["epochs"] = stages.epochs
+    if stages.learning_rate is not None:
+        configuration["learning_rate"] = stages.learning_rate
+    return configuration
+
+
+def _settings(experiment: Experiment) -> Stages:
+    return experiment.search.stages or Stages()
+
+
+def _attempts(record: SearchRecord, trial_id: str) -> int:
+    return record.trials[trial_id].attempt if trial_id in record.trials else 0
+
+
+def _is_finished(record: SearchRecord, trial_id: str) -> bool:
+    return trial_id in record.trials and record.trials[trial_id].finished
+
+
+# Which trials' weights and logits stay on the disk: those of the best, and of what still runs.
+
+
+WEIGHTS_KEPT = 5
+
+
+class WeightsOnDisk:
+    """Takes the weights of ended trials off the disk that are not among the best of their stage.
+
+    Their validation logits go with them, where the scores are there that every trial keeps.
+    A running or interrupted trial keeps its own, so that there are never more than `keep` and those
+    of the running ones; in the first of two stages also the heads that the second begins with.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        experiment: Experiment,
+        record: SearchRecord,
+        *,
+        keep: int = WEIGHTS_KEPT,
+    ) -> None:
+        self._folder = folder
+        self._experiment = experiment
+        self._record = record
+        self._keep = keep
+        self._removed: set[str] = set()  # many trials end: each is looked at once
+
+    def prune(self) -> None:
+        """To be called when a trial has ended, and before the first one begins."""
+        kept = self._kept()
+        for trial in self._record.trials.values():
+            if not trial.finished or trial.trial_id in self._removed:
+                continue
+            folder = self._folder / "trials" / trial.trial_id
+            shutil.rmtree(folder / CHECKPOINT_FOLDER, ignore_errors=True)
+            for half_written in folder.glob(".*.part"):  # by a worker that was killed
+                half_written.unlink(missing_ok=True)
+            if trial.trial_id not in kept:
+                scored = (folder / SCORES_FILE).is_file()  # not by an earlier version
+                for name in (HEAD_FILE, NETWORK_FILE, *([LOGITS_FILE] if scored else [])):
+                    (folder / name).unlink(missing_ok=True)
+                self._removed.add(trial.trial_id)
+
+    def _kept(self) -> set[str]:
+        kept = {trial.trial_id for trial in starting_heads(self._experiment, self._record)}
+        ranking = self._record.ranking()
+        for stage in {trial.stage for trial in ranking}:
+            of_stage = [trial.trial_id for trial in ranking if trial.stage == stage]
+            kept |= set(of_stage[: self._keep])
+        return kept
+
+
+def kept_weights(folder: Path, trial_id: str) -> Path | None:
+    """The head or the network of a trial's best epoch, if it is among those kept."""
+    for name in (NETWORK_FILE, HEAD_FILE):
+        path = folder / "trials" / trial_id / name
+        if path.is_file():
+            return path
+    return None
+
+
+# Trials on other machines than the search's own.
+#
+# A search has its folder and its features on the driver's machine, its home. A worker elsewhere
+# sees neither: it first fetches the files it lacks, once for all trials of its machine, and what a
+# trial writes travels home before its report does. One small actor at home reads and writes for
+# all.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Home:
+    """The driver's machine: where it is in the cluster, and who reads and writes files there.
+
+    Args:
+        search: another text for every run of a search.
+    """
+
+    node_id: str
+    files: Any  # handle of the actor `_Files`
+    search: str
+
+    @property
+    def is_here(self) -> bool:
+        import ray
+
+        return ray.get_runtime_context().get_node_id() == self.node_id

@@ -4,37 +4,220 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
 
 from ray import tune
-from ray.tune import Callback
+from ray.tune import Callback, Stopper
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
+from ray.tune.search import Searcher
 from ray.tune.stopper import CombinedStopper
 
 from visiontuner import interrupts
-from visiontuner.data.files import temporary_folder
 from visiontuner.errors import DiskError
-from visiontuner.journal import SearchRecord
-from visiontuner.search.cluster import resources_for
-from visiontuner.search.hosts import home_of
-from visiontuner.search.interrupt import EndInOrder
-from visiontuner.search.labels import Stores
-from visiontuner.search.live_rules import LiveRules
-from visiontuner.search.losses import Losses
-from visiontuner.search.recorder import Recorder, end_trial, findings_of
-from visiontuner.search.rule_stopper import RuleStopper
-from visiontuner.search.rungs import Rungs
-from visiontuner.search.searcher import PlanSearcher
-from visiontuner.search.stages import Stage, make_task, plan_stage
-from visiontuner.search.trial import run_trial
-from visiontuner.search.weights import WeightsOnDisk
-from visiontuner.training.epoch import EpochMetrics
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import disk_problem, temporary_folder
+from visiontuner.journal import EpochMetrics, Finding, SearchRecord, best_epoch
+from visiontuner.search.live import LiveRules, Recorder, end_trial, findings_of
+from visiontuner.search.plan import (
+    Plan,
+    PlannedTrial,
+    Rungs,
+    Stage,
+    Stores,
+    WeightsOnDisk,
+    make_task,
+    plan_stage,
+    trial_name,
+)
+from visiontuner.search.ray_cluster import resources_for
+from visiontuner.search.remote import home_of
+from visiontuner.search.space import Suggester
+from visiontuner.search.worker import run_trial
+from visiontuner.workarounds.ray import skip_callback_statistics
+
+# Trials that end through no fault of their own: their worker died, or a disk is full or broken.
+
+
+# So Ray writes of an actor whose process or machine has gone. What a trial itself raised begins
+# with `ray::`, and an actor that could not even be made would fail anywhere.
+_LOST = re.compile(r"(?:Failure # \d+ .*\n)?The actor (?!died because of an error)")
+MOST_LOSSES = 3
+
+
+class Losses:
+    """Counts the workers that each trial has lost in this run of the search.
+
+    Args:
+        end_search: called when a disk fails a trial: it would fail the next ones as well.
+
+    Attributes:
+        disk_error: the first error that said so.
+    """
+
+    def __init__(self, end_search: Callable[[], None] = lambda: None) -> None:
+        self._end_search = end_search
+        self.disk_error: str | None = None
+        self._lost: Counter[str] = Counter()
+        self._waiting = False
+
+    def begins_again(self, trial_id: str, told: str) -> bool:
+        """Whether a trial of which Ray told this lost its worker and is to run again.
+
+        A trial that has lost as many as `MOST_LOSSES` is taken to be what ends them.
+        """
+        if not _LOST.match(told):
+            return False
+        self._lost[trial_id] += 1
+        again = self._lost[trial_id] < MOST_LOSSES
+        self._waiting = self._waiting or again
+        return again
+
+    def is_of_disk(self, traceback: str, error: str) -> bool:
+        """Whether a disk is why a trial failed; the search then ends, to be resumed."""
+        if disk_problem(traceback) is None:
+            return False
+        self.disk_error = self.disk_error or error
+        self._end_search()
+        return True
+
+    def take(self) -> bool:
+        """Whether a trial waits to run again since this was asked last."""
+        waiting, self._waiting = self._waiting, False
+        return waiting
+
+
+# Signals and the time budget: reasons to end a search in order.
+
+
+Reason = Literal["interrupted", "time_budget"]
+
+
+class EndInOrder(Stopper):
+    """Asked by Ray Tune ten times a second whether the whole search ends now.
+
+    The first signal ends it in order; another one does so at once, with a KeyboardInterrupt.
+    """
+
+    def __init__(self, time_budget_seconds: float | None) -> None:
+        self._deadline = time.monotonic() + time_budget_seconds if time_budget_seconds else None
+        self.reason: Reason | None = None
+
+    def __call__(self, trial_id: str, result: dict[str, object]) -> bool:
+        return False  # never one trial alone
+
+    def interrupt(self) -> None:
+        """End the whole search in order, as a signal does."""
+        self.reason = "interrupted"
+
+    def stop_all(self) -> bool:
+        if interrupts.take():
+            if self.reason == "interrupted":
+                raise KeyboardInterrupt
+            self.reason = "interrupted"
+        if self.reason is None and self._deadline and time.monotonic() > self._deadline:
+            self.reason = "time_budget"
+        return self.reason is not None
+
+
+# Lets Ray Tune end a trial when a diagnostic rule says so.
+
+
+class RuleStopper(Stopper):
+    """Asked by Ray Tune after every result whether a rule ends that trial."""
+
+    def __init__(self, rules: LiveRules, metrics: tuple[str, ...]) -> None:
+        self._rules: LiveRules | None = rules
+        self._metrics = metrics
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_rules": None, "_metrics": self._metrics}  # an open journal stays here
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        if self._rules is None or "epoch" not in result:
+            return False
+        metrics = {name: float(result[name]) for name in self._metrics}
+        found = [Finding(**finding) for finding in result.get("findings", ())]
+        trial_id = result["config"]["trial_id"]
+        return self._rules.stops(trial_id, int(result["epoch"]), metrics, found)
+
+    def stop_all(self) -> bool:
+        return False  # never the whole search
+
+
+# A plan as Ray Tune's search algorithm.
+
+
+class PlanSearcher(Searcher):
+    """Hands a plan to Ray Tune, one trial at a time, and tells Optuna how trials ended.
+
+    Ray's own trial ids are forgotten here: `trial_id` in the config is the journal's.
+    """
+
+    def __init__(self, plan: Plan, experiment: Experiment, record: SearchRecord) -> None:
+        super().__init__(metric=experiment.objective, mode=experiment.mode)
+        self._known = deque(plan.known)
+        self._suggestions_left = plan.suggestions
+        self._next_number = plan.next_number
+        self._stage = plan.stage
+        self._record = record
+        self._running: dict[str, PlannedTrial] = {}
+        self._suggester: Suggester | None = None
+        if experiment.search.algorithm == "optuna" and plan.suggestions:
+            ended = [t for t in record.trials.values() if t.finished]
+            self._suggester = Suggester(experiment, trials_told=len(ended))
+            for trial in ended:
+                self._suggester.tell(trial.trial_id, trial.configuration, trial.best_value)
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | None:
+        planned = self._next()
+        if planned is None:
+            return Searcher.FINISHED  # type: ignore[return-value]  # Ray's word for "no more"
+        self._running[trial_id] = planned
+        return planned.to_config()
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        planned = self._running.pop(trial_id, None)
+        if planned is None or self._suggester is None:
+            return
+        self._suggester.tell(
+            planned.trial_id, planned.configuration, None if error else self._value(planned)
+        )
+
+    def _value(self, planned: PlannedTrial) -> float | None:
+        """The best objective so far: Ray tells the searcher before the journal closes the trial."""
+        record = self._record.trials.get(planned.trial_id)
+        best = record and best_epoch(record.epochs, self._record.objective, self._record.mode)
+        return best.metrics[self._record.objective] if best else None
+
+    def _next(self) -> PlannedTrial | None:
+        if self._known:
+            return self._known.popleft()
+        if self._suggester is None or self._suggestions_left == 0:
+            return None
+        self._suggestions_left -= 1
+        name = trial_name(self._next_number)
+        self._next_number += 1
+        configuration = self._suggester.ask(name)
+        return PlannedTrial(
+            trial_id=name, attempt=1, configuration=configuration, stage=self._stage
+        )
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: a search is resumed from its journal, never from Ray's snapshot."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, see `save`."""
+
 
 METRICS = tuple(EpochMetrics.__dataclass_fields__)
 
@@ -103,7 +286,7 @@ def _run_plan(
     rules = LiveRules(folder, experiment, stores.read_labels, recorder)
     weights = WeightsOnDisk(folder, stage.search, recorder.record)
     weights.prune()  # a kill may have come between a trial's end and this
-    _skip_callback_statistics()
+    skip_callback_statistics()
     with (
         _closing_running(recorder, stopper),
         temporary_folder() as scratch,  # for Ray's own records, which are never read again
@@ -312,14 +495,6 @@ def _scores(stage: Stage, record: SearchRecord) -> list[tuple[str, int, float]]:
                 if epoch.step != last
             ]
     return [(trial_id, step, value) for _, trial_id, step, value in sorted(scores)]
-
-
-def _skip_callback_statistics() -> None:
-    """Ray counts its callbacks for statistics that are off here, importing three trackers: 2 s."""
-    with suppress(ImportError):
-        from ray.air._internal import usage
-
-        usage.tag_callbacks = lambda callbacks: False  # noqa: ARG005
 
 
 @contextmanager

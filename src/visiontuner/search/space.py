@@ -14,7 +14,7 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from visiontuner.experiment import INTEGERS, Configuration, Domain, Experiment, Values
+from visiontuner.experiment.schema import INTEGERS, Configuration, Domain, Experiment, Values
 
 
 def to_distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:

@@ -1,89 +1,56 @@
-"""What one Ray worker is handed. Without torch: the driver need not wait for its import."""
+"""What a Ray worker runs: one configuration of a head, or of the network itself."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import closing
-from dataclasses import dataclass, field, replace
+import functools
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from visiontuner import garbage
-from visiontuner.experiment import Experiment, Training
+import numpy as np
+import torch
+from torch import nn
+
+from visiontuner.data.arrays import FeatureSet, PictureStore
+from visiontuner.diagnostics.history import RECORDING_FILE
+from visiontuner.experiment.schema import NO_AUGMENTATION, Experiment, Training
+from visiontuner.journal import Finding
+from visiontuner.model.backbones import Backbone, load_backbone
+from visiontuner.model.network import (
+    Network,
+    build_network,
+    load_head,
+    parameter_groups,
+    save_head,
+    save_network,
+    whole_file,
+)
+from visiontuner.search.plan import (
+    CHECKPOINT_FOLDER,
+    HEAD_FILE,
+    LOGITS_FILE,
+    NETWORK_FILE,
+    SCORES_FILE,
+    Rungs,
+    TrainedOn,
+    TrialTask,
+    settings_of,
+)
+from visiontuner.training.batches import FeatureBatches, PictureBatches
+from visiontuner.training.callbacks import Watch, Watches
+from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
 
 if TYPE_CHECKING:
-    from visiontuner.search.hosts import Home
-
-HEAD_FILE = "head.safetensors"
-NETWORK_FILE = "network.safetensors"
-LOGITS_FILE = "validation_logits.npy"
-SCORES_FILE = "validation_scores.npz"
-CHECKPOINT_FOLDER = "checkpoint"
-
-TrainedOn = Literal["train", "train+validation"]
+    from visiontuner.diagnostics.history import Recording
+    from visiontuner.diagnostics.recorder import Recorder
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrialTask:
-    """What all trials share; paths are absolute, since workers run in folders of their own.
-
-    Args:
-        features_folder: what heads are trained on.
-        threads: of one trial's arithmetic.
-        pictures_folder: a `PictureStore`; if it is given, trials run the network on it.
-        cache: where the network's weights are kept; needed with pictures.
-        start_heads: by trial id the trained head (safetensors) that a network begins with.
-        checkpoints: keep the whole state of a running training in `trials/ID/checkpoint` after
-            every epoch, and go on from there. Whoever runs the trial removes it at the end.
-        trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
-            weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
-        trace_steps: the first and the last step of which a profiler's trace is written.
-        home: where these paths are, in a cluster of several machines.
-    """
-
-    experiment: Experiment
-    search_folder: Path
-    threads: int
-    features_folder: Path | None = None
-    pictures_folder: Path | None = None
-    cache: Path | None = None
-    start_heads: Mapping[str, Path] = field(default_factory=dict)
-    checkpoints: bool = False
-    trained_on: TrainedOn = "train"
-    trace_steps: tuple[int, int] | None = None
-    home: Home | None = None
-
-    def keeps(self, *, is_best: bool) -> bool:
-        """Whether an epoch's files replace those of the epochs before it."""
-        return is_best or self.trained_on != "train"
-
-    def trial_folder(self, trial_id: str) -> Path:
-        """Where the files of a trial's best epoch lie."""
-        return self.search_folder / "trials" / trial_id
-
-
-def run_trial(config: dict[str, Any], task: TrialTask) -> None:
-    """Train one configuration; `config` holds `trial_id` and `configuration`."""
-    if task.home is not None:
-        from visiontuner.search.hosts import at_this_machine
-
-        with at_this_machine(task, config["trial_id"]) as here:
-            _train(config, here)
-    else:
-        _train(config, task)
-
-
-def _train(config: dict[str, Any], task: TrialTask) -> None:
-    if task.pictures_folder is not None:
-        with garbage.left_alone():
-            from visiontuner.search.network_trial import train_network
-
-        train_network(config, task)
-    else:
-        with garbage.left_alone():
-            from visiontuner.search.head_trial import train_head
-
-        train_head(config, task)
+# What one Ray worker is handed. Without torch: the driver need not wait for its import.
 
 
 def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
@@ -96,17 +63,504 @@ def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> 
     unrecorded = task.experiment.model_copy(update={"training": training})
     task = replace(task, experiment=unrecorded)
     if task.pictures_folder is not None:
-        from visiontuner.search import network_trial
-
-        epochs = network_trial.train_epochs(config, task)
+        epochs = train_network_epochs(config, task)
     else:
-        from visiontuner.search import head_trial
-
-        epochs = head_trial.train_epochs(config, task)
+        epochs = train_head_epochs(config, task)
     with closing(epochs):
         next(result for result in epochs if result.epoch == best_epoch)
 
 
-def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:
-    """The experiment's training settings with a trial's own values in place."""
-    return Training.model_validate({**training.model_dump(), **configuration})
+# What every trial does in its worker, whatever it trains.
+
+
+def prepare_worker(threads: int) -> None:
+    """Set the number of threads, and keep the compiler out.
+
+    For every trial: OpenMP keeps the number by thread, and Ray gives each trial a thread of its
+    own.
+    """
+    torch.set_num_threads(threads)
+    _leave_the_compiler_out()
+
+
+def run_epochs(
+    training: Fit, folder: Path, task: TrialTask, class_names: Sequence[str]
+) -> Iterator[EpochResult]:
+    """The epochs of a training; with `task.checkpoints` from the one after its checkpoint on.
+
+    The state after an epoch is written when the next one is asked for: what the caller did with the
+    epoch, its line in a journal for one, is done by then.
+
+    Raises:
+        CheckpointError: the checkpoint is of another network, other classes or other settings.
+    """
+    checkpoint = folder / CHECKPOINT_FOLDER
+    model = task.experiment.model.model_dump(mode="json")
+    made_for = {f"model.{name}": value for name, value in model.items()}
+    made_for |= {"trained_on": task.trained_on, "class_names": list(class_names)}
+    if task.checkpoints and (checkpoint / CHECKPOINT_FILE).is_file():
+        training.load_state_dict(load_checkpoint(checkpoint, made_for=made_for))
+    send = _sender(task, folder.name)
+    for result in training.epochs():
+        yield result
+        if task.checkpoints and not training.finished:  # else there would be nothing to go on with
+            save_checkpoint(checkpoint, training.state_dict(), made_for=made_for)
+            send()
+
+
+def _sender(task: TrialTask, trial_id: str) -> Callable[[], None]:
+    """Brings checkpoints to where the search is, if that is another machine."""
+    if task.home is None or not task.checkpoints:
+        return lambda: None
+    from visiontuner.search.remote import CheckpointsHome
+
+    return CheckpointsHome(task, trial_id, clock=time.monotonic).send
+
+
+@contextmanager
+def recorded(
+    task: TrialTask, folder: Path, network: nn.Module, *, began: float, **facts: Any
+) -> Iterator[Recorder | None]:
+    """Records a training into its trial's folder while it lasts; None where nothing is to be.
+
+    Args:
+        facts: of `Recorder`.
+    """
+    every_steps = task.experiment.record_every_steps
+    if not every_steps:
+        yield None
+        return
+    from visiontuner.diagnostics.recorder import Recorder
+
+    recorder = Recorder(folder, network, every_steps=every_steps, began=began, **facts)
+    with closing(recorder):
+        yield recorder
+
+
+@contextmanager
+def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterator[Watch]:
+    """Who watches the training: the recorder, and whoever traces some of its steps."""
+    if task.trace_steps is None:
+        yield recorder or Watch()
+        return
+    from visiontuner.diagnostics.recorder import Trace
+
+    with closing(Trace(folder, *task.trace_steps)) as trace:
+        # Around the recorder: what it does in a step is in the trace.
+        yield Watches([trace, recorder]) if recorder is not None else trace
+
+
+def after_epoch(
+    result: EpochResult, recorder: Recorder | None, task: TrialTask, *, is_last: bool
+) -> EpochResult:
+    """The same result, once what was recorded is on the disk and asked by the rules.
+
+    Before the report: what reads the file when the trial has ended then finds all of it.
+    """
+    if recorder is None:
+        return result
+    from visiontuner.diagnostics.history import TrainingHistory
+    from visiontuner.diagnostics.rules import LASTING_RECORDED, diagnose_recording
+
+    recording = recorder.recording()
+    rules = tuple(dict.fromkeys([*LASTING_RECORDED, *task.experiment.rules.stop_on]))
+    found = diagnose_recording(TrainingHistory(recording=recording), rules)
+    errors = [finding for finding in found if finding.severity == "error"]
+    recorder.save(now=is_last or _may_be_stopped(task.experiment, result.epoch))
+    return replace(result, findings=(*errors, *_incomplete(recording, result.epoch)))
+
+
+def _may_be_stopped(experiment: Experiment, epoch: int) -> bool:
+    """Whether the driver may end a trial with this epoch: nothing is then written afterwards."""
+    rungs = Rungs.of(experiment)
+    return bool(experiment.rules.stop_on) or (rungs is not None and epoch in rungs)
+
+
+def _incomplete(recording: Recording, epoch: int) -> list[Finding]:
+    """What was not recorded, as one finding."""
+    notes = [*(recording.tensors.notes if recording.tensors else ())]
+    notes += [recording.about["problem"]] if "problem" in recording.about else []
+    if not notes:
+        return []
+    return [
+        Finding(
+            rule="recording_incomplete",
+            severity="info",
+            evidence="not recorded: " + "; ".join(notes)[:1000],
+            advice="The training is the same without it; the rules pass over what is missing.",
+            step=epoch,
+        )
+    ]
+
+
+def save_answers(
+    folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor
+) -> None:
+    """An epoch's validation logits and scores, each whole; none of pictures that were trained on.
+
+    The scores stay with every trial, the logits with those whose weights do (`WeightsOnDisk`).
+
+    Args:
+        labels: int64, shape (num_validation,).
+    """
+    if task.trained_on != "train":
+        return
+    logits, labels = result.validation_logits, labels.cpu()
+    with whole_file(folder / LOGITS_FILE) as temporary, temporary.open("wb") as file:
+        np.save(file, logits.numpy(), allow_pickle=False)
+    correct = (logits.argmax(dim=1) == labels).to(torch.uint8)
+    log_loss = nn.functional.cross_entropy(logits, labels, reduction="none")
+    with whole_file(folder / SCORES_FILE) as temporary, temporary.open("wb") as file:
+        np.savez(file, correct=correct.numpy(), log_loss=log_loss.numpy())
+
+
+def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
+    """Tell Ray of an epoch, once the files of the best one are where the search is."""
+    from ray import tune
+
+    if task.home is not None:
+        from visiontuner.search.remote import send_home
+
+        everything = task.keeps(is_best=result.is_best)
+        send_home(task, trial_id, only=None if everything else RECORDING_FILE)
+    tune.report(to_report(result))
+
+
+def to_report(result: EpochResult) -> dict[str, Any]:
+    """What Ray carries to the driver."""
+    steps = [list(step) for step in result.step_losses]
+    return {
+        **result.metrics.to_dict(),
+        "epoch": result.epoch,
+        "step_losses": steps,
+        "notes": list(result.notes),
+        "findings": [asdict(finding) for finding in result.findings],
+    }
+
+
+def _leave_the_compiler_out() -> None:
+    """Keep torch.optim from importing torch's compiler: 4 s a worker, for code that never compiles.
+
+    `Optimizer.add_param_group` and others are wrapped so that the compiler, once imported, stays
+    out of them; the first call imports it for that. Telling the wrapper that this is done already
+    leaves the very same functions.
+    """
+    optimizer = torch.optim.Optimizer
+    for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"):
+        wrapped = getattr(getattr(optimizer, name), "__wrapped__", None)
+        if wrapped is not None and not hasattr(wrapped, "__dynamo_disable"):
+            wrapped.__dynamo_disable = wrapped
+    # `step` imports it to tell it where not to look; what is inside is the same without.
+    for kind in (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD):
+        kind.step = torch.no_grad()(inspect.unwrap(kind.step))  # type: ignore[method-assign]
+
+
+# One configuration of a head, trained on the shared features, in a Ray worker.
+#
+# A worker writes only into its trial's own folder and reports numbers to Ray; it never touches the
+# journal or MLflow.
+
+
+def train_head(config: dict[str, Any], task: TrialTask) -> None:
+    """Train one configuration and report every epoch; the best one is on disk before its report."""
+    # A scheduler ends the trial inside a report: what is recorded of it has to be written then.
+    with closing(train_head_epochs(config, task)) as results:
+        for result in results:
+            report(result, task, config["trial_id"])
+
+
+def train_head_epochs(
+    config: dict[str, Any], task: TrialTask, *, on_step: Callable[[StepDone], None] | None = None
+) -> Generator[EpochResult, None, None]:
+    """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
+
+    With `task.checkpoints` a training that finds a checkpoint goes on from there.
+
+    Raises:
+        TrialFailed: the loss is not finite.
+        CheckpointError: the checkpoint is of other classes or settings.
+        VisiontunerError: a file cannot be written.
+    """
+    assert task.features_folder is not None
+    began = time.perf_counter()
+    prepare_worker(task.threads)
+    settings = settings_of(task.experiment.training, config["configuration"])
+    start = start_head(
+        task.features_folder, settings, seed=task.experiment.seed, trained_on=task.trained_on
+    )
+    folder = task.trial_folder(config["trial_id"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        recorded(task, folder, start.head, began=began) as recorder,
+        watched(task, folder, recorder) as watch,
+    ):
+        training = Fit(
+            start.head,
+            start.train,
+            start.validation,
+            settings,
+            num_classes=len(start.class_names),
+            seed=task.experiment.seed,
+            objective=task.experiment.objective,
+            mode=task.experiment.mode,
+            on_step=on_step,
+            watch=watch,
+        )
+        for result in run_epochs(training, folder, task, start.class_names):
+            if task.keeps(is_best=result.is_best):
+                # Before the report: a scheduler may end the trial inside it.
+                save_best_head(folder, result, task, labels=start.validation.labels)
+            yield after_epoch(result, recorder, task, is_last=training.finished)
+
+
+@dataclass(frozen=True)
+class HeadStart:
+    """A head before its first step, and what it is trained and evaluated on."""
+
+    head: torch.nn.Sequential
+    train: FeatureBatches
+    validation: FeatureBatches
+    class_names: tuple[str, ...]
+
+
+def start_head(
+    features_folder: Path, settings: Training, *, seed: int, trained_on: TrainedOn = "train"
+) -> HeadStart:
+    """On features; where validation is trained on as well, the first batches hold both splits."""
+    features = _open_features(features_folder)
+    train, validation = features.tensors
+    if trained_on != "train":
+        train = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
+    head = linear_head(
+        features.feature_dim,
+        len(features.class_names),
+        dropout=settings.dropout,
+        seed=seed,
+    )
+    return HeadStart(
+        head.to(train[1].device),
+        FeatureBatches(*train, batch_size=settings.batch_size),
+        FeatureBatches(*validation, batch_size=settings.batch_size),
+        features.class_names,
+    )
+
+
+def save_best_head(
+    folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor
+) -> None:
+    """The epoch's validation answers and head weights, each file whole or not there."""
+    assert isinstance(result.network, torch.nn.Sequential)
+    save_head(result.network[1], folder / HEAD_FILE)
+    save_answers(folder, result, task, labels=labels)
+
+
+@dataclass(frozen=True)
+class _WorkerFeatures:
+    tensors: tuple[tuple[torch.Tensor, torch.Tensor], ...]
+    feature_dim: int
+    class_names: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=1)
+def _open_features(folder: Path) -> _WorkerFeatures:
+    """Mapped once a worker process, whatever the number of trials it runs."""
+    features = FeatureSet.open(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    splits = [features.split(name) for name in ("train", "validation")]
+    return _WorkerFeatures(
+        tuple(
+            (torch.from_numpy(s.features).to(device), torch.from_numpy(s.labels).to(device))
+            for s in splits
+        ),
+        features.feature_dim,
+        features.class_names,
+    )
+
+
+# One configuration of the network itself, trained on pictures: in a Ray worker, or without Ray.
+#
+# A worker writes only into its trial's own folder: the best epoch's weights and validation logits,
+# and while it runs a checkpoint. It never touches the journal or MLflow.
+
+
+# Pictures evaluated at a time: the numbers do not depend on it, memory does.
+_EVALUATION_BATCH = 64
+
+
+def train_network(config: dict[str, Any], task: TrialTask) -> None:
+    """Train one configuration and report every epoch; the best one is on disk before its report."""
+    # A scheduler ends the trial inside a report: the processes that decode have to end with it.
+    with closing(train_network_epochs(config, task)) as results:
+        for result in results:
+            report(result, task, config["trial_id"])
+
+
+def train_network_epochs(
+    config: dict[str, Any], task: TrialTask, *, on_step: Callable[[StepDone], None] | None = None
+) -> Generator[EpochResult, None, None]:
+    """Train one configuration; an epoch that is the best so far is on disk when it is yielded.
+
+    With `task.checkpoints` the state after an epoch is written when the next one is asked for, and
+    a training that finds a checkpoint yields from the epoch after it on, with the numbers that it
+    would have given without the interruption (on the CPU in fp32).
+
+    Raises:
+        TrialFailed: the loss is not finite, or one picture is too much for the memory.
+        CheckpointError: the checkpoint is of another network or other classes.
+        VisiontunerError: a file cannot be written.
+    """
+    assert task.pictures_folder is not None
+    began = time.perf_counter()
+    prepare_worker(task.threads)
+    experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
+    settings = settings_of(experiment.training, config["configuration"])
+    device, num_classes = training_device(), len(pictures.class_names)
+    assert task.cache is not None
+    network = start_network(
+        experiment,
+        settings,
+        num_classes=num_classes,
+        cache=task.cache,
+        head=task.start_heads.get(config["trial_id"]),
+    ).to(device)
+    folder = task.trial_folder(config["trial_id"])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        closing(train_batches(pictures, experiment, settings, device)) as train,
+        closing(_validation_batches(pictures, settings, device)) as validation,
+        recorded(
+            task, folder, network, began=began, workers=train.workers, about=_about(pictures)
+        ) as recorder,
+        watched(task, folder, recorder) as watch,
+    ):
+        train.watch = watch
+        training = Fit(
+            network,
+            train,
+            validation,
+            settings,
+            num_classes=num_classes,
+            seed=experiment.seed,
+            objective=experiment.objective,
+            mode=experiment.mode,
+            parameter_groups=parameter_groups(network, settings),
+            on_step=on_step,
+            watch=watch,
+        )
+        for result in run_epochs(training, folder, task, pictures.class_names):
+            if task.keeps(is_best=result.is_best):
+                # Before the report: a scheduler may end the trial inside it.
+                save_best_network(
+                    folder,
+                    result,
+                    task,
+                    class_names=pictures.class_names,
+                    labels=validation.labels,
+                )
+            noted = replace(result, notes=(*result.notes, *train.take_notes()))
+            yield after_epoch(noted, recorder, task, is_last=training.finished)
+
+
+def save_best_network(
+    folder: Path,
+    result: EpochResult,
+    task: TrialTask,
+    *,
+    class_names: Sequence[str],
+    labels: torch.Tensor,
+) -> None:
+    """The epoch's answers and weights, each file whole or not there.
+
+    Where the head alone is trained it alone is kept: its backbone is the one that is cached.
+    """
+    network = _network(result)
+    if task.experiment.model.train != "head":
+        save_network(network, folder / NETWORK_FILE, class_names=class_names)
+    else:
+        save_head(network.head[1], folder / HEAD_FILE)
+    save_answers(folder, result, task, labels=labels)
+
+
+def _about(pictures: PictureStore) -> dict[str, Any]:
+    """What a recording says of what enters the network."""
+    preprocessing = pictures.preprocessing
+    return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
+
+
+def _network(result: EpochResult) -> Network:
+    assert isinstance(result.network, Network)
+    return result.network
+
+
+def training_device() -> torch.device:
+    """The first GPU that this process sees, made ready for a training; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Batches have the same shape in every step: the time to find the fastest algorithm pays.
+    torch.backends.cudnn.benchmark = True
+    # What the trial before in this process held; other trials on this GPU can use it meanwhile.
+    torch.cuda.empty_cache()
+    return torch.device("cuda")
+
+
+def start_network(
+    experiment: Experiment,
+    settings: Training,
+    *,
+    num_classes: int,
+    cache: Path,
+    head: Path | None = None,
+) -> Network:
+    """The network before its first step; `head` is a trained one that it begins with."""
+    backbone = _load_backbone(experiment, cache)
+    network = build_network(
+        backbone,
+        linear_head(
+            backbone.feature_dim, num_classes, dropout=settings.dropout, seed=experiment.seed
+        ),
+        train=experiment.model.train,
+        freeze_batch_norm=settings.freeze_batch_norm,
+    )
+    if head is not None:
+        load_head(network, head)
+    return network
+
+
+def _load_backbone(experiment: Experiment, cache: Path) -> Backbone:
+    model = experiment.model
+    return _loaded(model.backbone, model.weights, model.image_size, cache)
+
+
+@functools.lru_cache(maxsize=1)
+def _loaded(name: str, weights: str, image_size: int | None, cache: Path) -> Backbone:
+    """Read once a worker process; `build_network` copies it."""
+    return load_backbone(name, weights=weights, image_size=image_size, cache=cache)
+
+
+def train_batches(
+    pictures: PictureStore, experiment: Experiment, settings: Training, device: torch.device
+) -> PictureBatches:
+    return PictureBatches(
+        pictures.split("train"),
+        preprocessing=pictures.preprocessing,
+        augmentation=experiment.augmentation,
+        num_classes=len(pictures.class_names),
+        batch_size=settings.batch_size,
+        workers=settings.workers,
+        device=device,
+    )
+
+
+def _validation_batches(
+    pictures: PictureStore, settings: Training, device: torch.device
+) -> PictureBatches:
+    at_once = settings.micro_batch_size or settings.batch_size
+    return PictureBatches(
+        pictures.split("validation"),
+        preprocessing=pictures.preprocessing,
+        augmentation=NO_AUGMENTATION,
+        num_classes=len(pictures.class_names),
+        batch_size=min(at_once, _EVALUATION_BATCH),
+        workers=settings.workers,
+        device=device,
+    )

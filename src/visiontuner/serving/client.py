@@ -1,23 +1,146 @@
-"""What every way to a model has in common, and the way to a SageMaker endpoint.
-
-A transport answers one batch of pictures, or says why it cannot; patience, batches and the order of
-answers are `batching.ask_all`'s. `http_client.py` has the way to a scoring server's URL.
-"""
+"""Ways to ask a model what is on images: an endpoint, a server, a model in this process."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import io
 import json
+import random
+import sys
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, Protocol
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, Self
+from urllib.parse import urlsplit
 
-from visiontuner.aws import default_region, explained, is_busy
-from visiontuner.errors import ServingError
-from visiontuner.serving.answers import Answer, Options
+import numpy as np
+import requests
+
+from visiontuner import interrupts
+from visiontuner.data.images import decode_image, picture_extensions
+from visiontuner.errors import BadImageError, ClassifierError, ServingError, UserMistake
+from visiontuner.io.aws import default_region, explained, is_busy
+from visiontuner.model.classifier import DESCRIPTION, Classifier
+from visiontuner.paths import CLASSIFIER_FOLDER
+from visiontuner.serving.answers import MAX_BYTES, MEMORY, Answer, Options, answer
 from visiontuner.text import one_line, without_secrets
+
+# Which pictures a query is about: files, folders, URLs and standard input, read one at a time.
+
+
+_TIMEOUT_SECONDS = (10, 60)  # to connect, between two blocks
+_BLOCK = 1 << 16
+# The shorter side, pixels, and JPEG quality; every network here sees less than 600 pixels.
+_SMALLER = ((1024, 92), (768, 85), (512, 80), (256, 70))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """One picture of a query; `read` gives its content or raises BadImageError."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def find_pictures(sources: Sequence[str]) -> list[Picture]:
+    """Files, folders (with all below them), http(s) URLs, and `-` for standard input.
+
+    A file that is not there is found out by reading it, so that it does not hold up the others.
+
+    Raises:
+        UserMistake: a folder holds no picture, or `-` is given twice.
+    """
+    if list(sources).count("-") > 1:
+        raise UserMistake("`-`, standard input, holds one picture; give it once.")
+    return [picture for source in sources for picture in _pictures(source)]
+
+
+def shrink(content: bytes, max_bytes: int) -> bytes:
+    """The same picture as a JPEG of at most so many bytes, still more than a network sees.
+
+    Raises:
+        BadImageError: it cannot be read, or not be made so small.
+    """
+    for side, quality in _SMALLER:
+        image = decode_image(content, target=side)
+        scale = min(1.0, side / min(image.size))
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        )
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        if buffer.tell() <= max_bytes:
+            return buffer.getvalue()
+    raise BadImageError(f"{len(content):,} bytes cannot be reduced to the {max_bytes:,} allowed.")
+
+
+def _pictures(source: str) -> Iterator[Picture]:
+    if source == "-":
+        yield Picture(name="-", read=_read_stdin)
+    elif source.startswith(("http://", "https://")):
+        yield Picture(name=without_secrets(source), read=partial(_read_url, source))
+    elif (folder := Path(source)).is_dir():
+        yield from _below(folder)
+    else:
+        yield Picture(name=source, read=partial(_read_file, Path(source)))
+
+
+def _below(folder: Path) -> list[Picture]:
+    endings = picture_extensions()
+    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    if not paths:
+        raise UserMistake(f"{folder} holds no picture files.")
+    return [Picture(name=str(path), read=partial(_read_file, path)) for path in paths]
+
+
+def _read_file(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadImageError(_too_large(path.stat().st_size))
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImageError(f"Cannot read it: {error.strerror}.") from None
+
+
+def _read_stdin() -> bytes:
+    content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise BadImageError(_too_large(len(content)))
+    return content
+
+
+def _read_url(url: str) -> bytes:
+    try:
+        with requests.get(url, stream=True, timeout=_TIMEOUT_SECONDS) as response:
+            response.raise_for_status()
+            content = b""
+            for block in response.iter_content(_BLOCK):
+                content += block
+                if len(content) > MAX_BYTES:
+                    raise BadImageError(_too_large(len(content)))
+            return content
+    except requests.HTTPError as error:
+        status = error.response.status_code
+        raise BadImageError(f"Cannot fetch it: the server answers {status}.") from None
+    except requests.RequestException as error:
+        raise BadImageError(f"Cannot fetch it: {type(error).__name__}.") from None
+
+
+def _too_large(length: int) -> str:
+    return f"It has {length / 1e6:,.1f} MB or more; at most {MAX_BYTES / 1e6:,.0f} MB are read."
+
+
+# What every way to a model has in common, and the way to a SageMaker endpoint.
+#
+# A transport answers one batch of pictures, or says why it cannot; patience, batches and the order
+# of answers are `batching.ask_all`'s. `http_client.py` has the way to a scoring server's URL.
+
 
 # InvokeEndpoint takes 6,291,456 bytes, and 4,194,304 for a serverless endpoint.
 REQUEST_BYTES = 6_000_000
@@ -234,3 +357,380 @@ def reason_in(content: bytes) -> str:
     with contextlib.suppress(ValueError, LookupError, TypeError):
         text = str(json.loads(text)["message"])
     return one_line(text.rpartition("\nError: ")[2], 300) or "no reason given"
+
+
+# The way to a scoring server's URL.
+
+
+_NO_URL = (
+    requests.exceptions.InvalidURL,
+    requests.exceptions.InvalidSchema,
+    requests.exceptions.MissingSchema,
+)
+_BROKEN = (requests.ConnectionError, requests.exceptions.ChunkedEncodingError)
+
+
+class HttpTransport:
+    """MLflow's scoring server behind a URL, such as `http://127.0.0.1:5000`."""
+
+    def __init__(self, url: str, *, body_limit: int = REQUEST_BYTES) -> None:
+        self.url = url.rstrip("/").removesuffix("/invocations")
+        self.body_limit = body_limit
+        self._shown = without_secrets(self.url)
+        try:
+            host = urlsplit(url).hostname
+        except ValueError:
+            raise self._no_url() from None
+        # A proxy cannot reach this machine's own loopback.
+        self._direct = host in ("127.0.0.1", "localhost", "::1")
+        self._local = threading.local()
+        self._has_answered = False
+
+    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
+        return decode_answers(self._send(encode_request(contents, options)), len(contents))
+
+    def _send(self, body: bytes) -> bytes:
+        try:
+            response = self._session().post(
+                f"{self.url}/invocations",
+                data=body,
+                headers={"Content-Type": "application/json"},
+                timeout=TIMEOUT_SECONDS,
+            )
+        except _NO_URL:
+            raise self._no_url() from None
+        except requests.ReadTimeout:
+            raise Refused("no answer in time") from None
+        except requests.RequestException as error:
+            self._broken(error)
+        self._has_answered = True
+        if response.status_code == 200:
+            return response.content
+        reason = reason_in(response.content)
+        if response.status_code in BUSY:
+            raise Busy(reason, _seconds(response.headers.get("Retry-After")))
+        if response.status_code == TOO_LARGE:
+            self.body_limit = lowered(self.body_limit, body)
+            raise TooLarge(reason)
+        if response.status_code in REFUSED:
+            raise Refused(reason)
+        raise ServingError(f"{self._shown} answers {response.status_code}: {reason}")
+
+    def _no_url(self) -> ServingError:
+        return ServingError(f"{self._shown!r} is no URL; try http://127.0.0.1:5000.")
+
+    def _broken(self, error: requests.RequestException) -> NoReturn:
+        """What breaks is worth another try, but not an address where nothing ever answered."""
+        if is_untrusted(error) or not isinstance(error, _BROKEN):
+            raise ServingError(f"Cannot ask {self._shown}: {type(error).__name__}.") from None
+        if isinstance(error, requests.exceptions.ProxyError):
+            raise Busy("the proxy does not let it through") from None
+        nobody = "NewConnectionError" in str(error) or "NameResolutionError" in str(error)
+        if nobody and not self._has_answered:
+            raise ServingError(
+                f"Nothing answers at {self._shown}. Start it: mlflow models serve -m "
+                "models:/NAME@champion --env-manager local --port 5000"
+            ) from None
+        raise Busy("the connection broke") from None
+
+    def _session(self) -> requests.Session:
+        # A session is one thread's; each keeps its connection.
+        if not hasattr(self._local, "session"):
+            self._local.session = requests.Session()
+            self._local.session.trust_env = not self._direct
+        session: requests.Session = self._local.session
+        return session
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        return max(0.0, float(value)) if value else None
+    except ValueError:
+        return None
+
+
+# Ask a model in this process, without a server.
+
+
+# As many as may decode or wait to decode a large picture: here none is told to come again.
+_AT_A_TIME = threading.BoundedSemaphore(MEMORY.waiting + 1)
+
+
+def open_model(folder: Path) -> Transport:
+    """A classifier folder, or the one in an MLflow model. No code that the model brings is run.
+
+    Raises:
+        ClassifierError: the folder is neither, or damaged.
+    """
+    if (folder / DESCRIPTION).is_file():
+        return ClassifierFolder(folder)
+    if not (folder / "MLmodel").is_file():
+        raise ClassifierError(
+            f"{folder} is no model: it has neither {DESCRIPTION} nor MLmodel. "
+            "A search leaves one in its folder, classifier/."
+        )
+    inside = folder / "artifacts" / CLASSIFIER_FOLDER
+    if (inside / DESCRIPTION).is_file():
+        return ClassifierFolder(inside)
+    raise ClassifierError(
+        f"{folder} is an MLflow model without a classifier of visiontuner. Its own code is not run "
+        "here; serve it with `mlflow models serve` if you trust it, and ask it with --url."
+    )
+
+
+class ClassifierFolder:
+    """The artifact itself; neither MLflow nor torch is imported."""
+
+    body_limit = sys.maxsize
+
+    def __init__(self, folder: Path) -> None:
+        self._classifier = Classifier.load(folder)
+
+    def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
+        with _AT_A_TIME:
+            return answer(self._classifier, contents, options)
+
+
+# Ask about many pictures: in batches, several under way, answered in the order of the pictures.
+
+
+PICTURES_PER_REQUEST = 16
+
+_REQUEST_OVERHEAD = 300  # bytes of a request besides its pictures
+_BACKOFF_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
+_LONGEST_WAIT_SECONDS = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureAnswer:
+    """The answer for one picture.
+
+    Args:
+        picture: its path or URL, or `-`.
+        reduced: it was sent smaller than it is, to fit into a request.
+    """
+
+    picture: str
+    answer: Answer
+    reduced: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"picture": self.picture, **self.answer.to_dict(), "reduced": self.reduced}
+
+
+def ask_all(
+    transport: Transport,
+    pictures: Iterable[Picture],
+    options: Options,
+    *,
+    workers: int = 4,
+    batch_size: int = PICTURES_PER_REQUEST,
+    sleep: Callable[[float], None] = interrupts.sleep,
+) -> Iterator[PictureAnswer]:
+    """Answer every picture, in their order; one that cannot be read has an error for an answer.
+
+    Args:
+        options: `on_error` is always "report" here.
+        workers: requests under way at a time.
+        batch_size: most pictures a request.
+
+    Raises:
+        ServingError: nothing answers, or it stays busy; what was answered before has been given.
+    """
+    options = Options(top_k=options.top_k, threshold=options.threshold, on_error="report")
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="query")
+    pending: deque[Future[list[PictureAnswer]]] = deque()
+    try:
+        for batch in _batches(pictures, transport, batch_size):
+            pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
+            if len(pending) > 2 * workers:
+                yield from interrupts.result(pending.popleft())
+        while pending:
+            yield from interrupts.result(pending.popleft())
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def patiently(
+    ask: Callable[[], list[Answer]], sleep: Callable[[float], None] = interrupts.sleep
+) -> list[Answer]:
+    """Ask again, up to five times, while the other side is busy or the connection breaks.
+
+    Raises:
+        ServingError: it stays so.
+        Refused: the other side does not take this batch.
+    """
+    for delay in _BACKOFF_SECONDS:
+        try:
+            return ask()
+        except Busy as error:
+            # Spread out, or all workers would come back at the same moment.
+            wait = error.after_seconds or random.uniform(delay / 2, delay)
+            sleep(min(wait, _LONGEST_WAIT_SECONDS))
+    try:
+        return ask()
+    except Busy as error:
+        tries = len(_BACKOFF_SECONDS) + 1
+        raise ServingError(f"Given up after {tries} tries: {error}. Try again later.") from None
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A picture as it will be sent, or the reason why it cannot be."""
+
+    name: str
+    content: bytes = b""
+    error: str | None = None
+    reduced: bool = False
+
+
+def _batches(
+    pictures: Iterable[Picture], transport: Transport, batch_size: int
+) -> Iterator[list[_Read]]:
+    batch: list[_Read] = []
+    length = 0
+    for picture in pictures:
+        limit = _room(transport)  # may be less than it was
+        one = _fitting(_read(picture), limit)
+        if batch and (len(batch) == batch_size or length + _sent(one) > limit):
+            yield batch
+            batch, length = [], 0
+        batch.append(one)
+        length += _sent(one)
+    if batch:
+        yield batch
+
+
+def _room(transport: Transport) -> int:
+    return transport.body_limit - _REQUEST_OVERHEAD
+
+
+def _read(picture: Picture) -> _Read:
+    try:
+        content = picture.read()
+        if not content:
+            raise BadImageError("It is empty.")
+        return _Read(picture.name, content)
+    except BadImageError as error:
+        return _Read(picture.name, error=str(error))
+
+
+def _fitting(one: _Read, limit: int) -> _Read:
+    """The picture itself, or a smaller one that needs at most `limit` bytes of a request."""
+    if one.error is not None or _sent(one) <= limit:
+        return one
+    try:
+        return replace(one, content=shrink(one.content, (limit - 8) // 4 * 3 - 3), reduced=True)
+    except BadImageError as error:
+        return _Read(one.name, error=str(error))
+
+
+def _sent(one: _Read) -> int:
+    """Bytes in the request: base64, and a row's brackets, quotes and comma."""
+    return (len(one.content) + 2) // 3 * 4 + 6
+
+
+def _ask_batch(
+    transport: Transport, batch: Sequence[_Read], options: Options, sleep: Callable[[float], None]
+) -> list[PictureAnswer]:
+    asked = [one for one in batch if one.error is None]
+    answers = iter(_ask_in_parts(transport, asked, options, sleep))
+    return [next(answers) if one.error is None else _failed(one, one.error) for one in batch]
+
+
+def _ask_in_parts(
+    transport: Transport, asked: Sequence[_Read], options: Options, sleep: Callable[[float], None]
+) -> list[PictureAnswer]:
+    """A batch that is refused is asked in halves: one bad picture must not take others with it."""
+    if not asked:
+        return []
+    try:
+        contents = [one.content for one in asked]
+        answers = patiently(lambda: transport.ask(contents, options), sleep)
+        return [
+            PictureAnswer(picture=one.name, answer=answer, reduced=one.reduced)
+            for one, answer in zip(asked, answers, strict=True)
+        ]
+    except Refused as error:
+        if len(asked) == 1:
+            smaller = _fitting(asked[0], _room(transport))
+            if not isinstance(error, TooLarge) or smaller is asked[0]:
+                return [_failed(asked[0], str(error))]
+            return _ask_batch(transport, [smaller], options, sleep)
+    half = len(asked) // 2
+    return [
+        answer
+        for part in (asked[:half], asked[half:])
+        for answer in _ask_in_parts(transport, part, options, sleep)
+    ]
+
+
+def _failed(one: _Read, reason: str) -> PictureAnswer:
+    return PictureAnswer(picture=one.name, answer=Answer(error=reason), reduced=one.reduced)
+
+
+# The pictures that a model was packaged with, and its own answers to them.
+
+
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the artifact itself answered when it was packaged.
+
+    Args:
+        pictures: the contents of N picture files.
+        probabilities: float64, shape (N, C), in the order of `class_names`.
+    """
+
+    class_names: list[str]
+    pictures: list[bytes]
+    probabilities: np.ndarray[Any, np.dtype[np.float64]]
+
+    @classmethod
+    def read(cls, model: Path) -> Self:
+        """From an MLflow model folder.
+
+        Raises:
+            ClassifierError: it holds no readable reference pictures.
+        """
+        folder = model / "artifacts" / CLASSIFIER_FOLDER
+        try:
+            names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
+            raw = json.loads((folder / "reference.json").read_text("utf-8"))["pictures"]
+            pictures = [base64.b64decode(picture["image"]) for picture in raw]
+            recorded = np.array([picture["probabilities"] for picture in raw], dtype=np.float64)
+            if recorded.shape != (len(pictures), len(names)) or not pictures:
+                raise ValueError("no pictures, or other classes")
+        except OSError as error:
+            raise ClassifierError(
+                f"{model} is no MLflow model of visiontuner ({error.strerror}: {error.filename})."
+            ) from None
+        except (ValueError, LookupError, TypeError) as error:
+            raise ClassifierError(
+                f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
+                "Package the classifier again."
+            ) from None
+        return cls(names, pictures, recorded)
+
+    def options(self) -> Options:
+        """Ask with these to compare: every class is listed."""
+        return Options(top_k=len(self.class_names))
+
+    def bodies(self) -> Iterator[bytes]:
+        """Requests with one picture each, without end."""
+        return cycle([encode_request([picture], Options()) for picture in self.pictures])
+
+    def difference(self, answers: Sequence[Sequence[Mapping[str, Any]]]) -> float:
+        """The largest difference of a probability; NaN if classes or pictures are missing.
+
+        Args:
+            answers: for each picture the `top_k` of its answer.
+        """
+        answered = [{c["label"]: c["probability"] for c in top} for top in answers]
+        got = np.array([[row.get(name, np.nan) for name in self.class_names] for row in answered])
+        if got.shape != self.probabilities.shape:
+            return float("nan")
+        return float(np.abs(got - self.probabilities).max())

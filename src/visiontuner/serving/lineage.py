@@ -19,13 +19,17 @@ import yaml
 from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
-from visiontuner.data.files import temporary_folder
 from visiontuner.errors import TrackingError, UserMistake
-from visiontuner.layout import CLASSIFIER_FOLDER, EXPERIMENT_FILE
-from visiontuner.serving.predictions import read_report
-from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
-from visiontuner.serving.registry import DIGEST_TAG
-from visiontuner.serving.versions import Mlflow, is_missing, logged_model_id, versions_of_run
+from visiontuner.io.files import temporary_folder
+from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
+from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG, read_report
+from visiontuner.serving.registry import (
+    DIGEST_TAG,
+    Mlflow,
+    is_missing,
+    logged_model_id,
+    versions_of_run,
+)
 from visiontuner.text import one_line
 
 Facts = dict[str, Any]

@@ -1,14 +1,17 @@
-"""Log a classifier folder as an MLflow model, once, and register it.
-
-Each step looks for what an earlier attempt left behind, so that a kill between two of them is made
-good by calling again.
-"""
+"""A classifier folder as an MLflow model: logged once, registered, found by its version."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import importlib.metadata
+import importlib.util
+import json
 import logging
 import os
+import re
+import shutil
+import sys
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,19 +19,144 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlflow
+import pandas as pd
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model
+from mlflow.models import Model, ModelSignature
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array, Object, Property
 
-from visiontuner.commands import next_command
-from visiontuner.errors import ClassifierError, TrackingError
-from visiontuner.serving.model_parts import model_parts
-from visiontuner.text import one_line
+import visiontuner
+from visiontuner.errors import ClassifierError, TrackingError, UserMistake
+from visiontuner.io.files import temporary_folder
+from visiontuner.paths import CLASSIFIER_FOLDER
+from visiontuner.text import next_command, one_line
+from visiontuner.workarounds.mlflow import requirements_taken_on_trust
+
+# What MLflow needs to make a model of a classifier folder: code, signature, requirements.
+
+
+# `serving/pyfunc.py` and all that it imports of visiontuner; it travels with the model.
+_PYFUNC = "serving/pyfunc.py"
+CODE = (
+    "__init__.py",
+    "errors.py",
+    "data/__init__.py",
+    "data/images.py",
+    "model/__init__.py",
+    "model/classifier.py",
+    "serving/__init__.py",
+    "serving/answers.py",
+)
+# mlflow-skinny serves as well as mlflow and is half a gigabyte smaller.
+_REQUIREMENTS = ("mlflow-skinny", "onnxruntime", "pillow", "numpy", "pandas")
+_EXAMPLES = 2
+
+
+@contextmanager
+def model_parts(folder: Path) -> Iterator[dict[str, Any]]:
+    """What MLflow needs to make a model of a classifier folder."""
+    with temporary_folder() as temporary, _importable(str(temporary)):
+        code, script = _stage_code(temporary)
+        if folder.resolve().name != CLASSIFIER_FOLDER:
+            # MLflow names an artifact after its folder; what reads the model goes by this name.
+            folder = Path(shutil.copytree(folder, temporary / CLASSIFIER_FOLDER))
+        yield {
+            "python_model": str(script),
+            "artifacts": {CLASSIFIER_FOLDER: str(folder)},
+            "code_paths": [str(code)],
+            "signature": signature(),
+            "input_example": (_example(folder), {"top_k": 5}),
+            "pip_requirements": requirements(),
+        }
+
+
+def requirements() -> list[str]:
+    """What the served model needs, pinned to what is installed here."""
+    packages = list(_REQUIREMENTS)
+    if importlib.util.find_spec("pillow_heif"):  # what training reads the endpoint reads
+        packages.append("pillow-heif")
+    return [f"{package}=={importlib.metadata.version(package)}" for package in packages]
+
+
+def signature() -> ModelSignature:
+    """A column of picture files in; label, probability, confidence and the top k out."""
+    choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                # None for a picture that could not be read, where `on_error` is "report".
+                ColSpec(DataType.string, "label", required=False),
+                ColSpec(DataType.double, "probability", required=False),
+                ColSpec(DataType.boolean, "confident", required=False),
+                ColSpec(Array(choice), "top_k"),
+                ColSpec(DataType.string, "error", required=False),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("top_k", DataType.long, 5),
+                ParamSpec("threshold", DataType.double, None),
+                ParamSpec("on_error", DataType.string, "fail"),
+            ]
+        ),
+    )
+
+
+def _stage_code(folder: Path) -> tuple[Path, Path]:
+    """The package that travels with the model, and the script that MLflow runs.
+
+    The package is named after its content, not `visiontuner`: MLflow puts a loaded model's code
+    first on the module path, and a process that loads a model keeps its own, whole visiontuner.
+    """
+    source = Path(visiontuner.__file__).parent
+    texts = {name: (source / name).read_text(encoding="utf-8") for name in (*CODE, _PYFUNC)}
+    digest = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    package = f"visiontuner_{digest[:12]}"
+    for name, text in texts.items():
+        path = folder / package / name if name != _PYFUNC else folder / Path(name).name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = re.sub(r"^from visiontuner\.", f"from {package}.", text, flags=re.MULTILINE)
+        path.write_text(text, encoding="utf-8")
+    return folder / package, folder / Path(_PYFUNC).name
+
+
+@contextmanager
+def _importable(folder: str) -> Iterator[None]:
+    """MLflow runs the script once while it logs, and adds to the module path."""
+    before = list(sys.path)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _example(folder: Path) -> pd.DataFrame:
+    """Two real pictures: the first of the reference."""
+    try:
+        reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
+        contents = [base64.b64decode(p["image"]) for p in reference["pictures"][:_EXAMPLES]]
+        if not contents:
+            raise ValueError("it has none")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ClassifierError(
+            f"{folder}/reference.json has no picture to show as an example: {error}."
+        ) from None
+    return pd.DataFrame({"image": contents})
+
+
+# Log a classifier folder as an MLflow model, once, and register it.
+#
+# Each step looks for what an earlier attempt left behind, so that a kill between two of them is
+# made good by calling again.
+
 
 CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
@@ -182,7 +310,7 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
         tags=dict(tags),
         params=run.data.params,
     )
-    with model_parts(folder) as parts, _requirements_taken_on_trust():
+    with model_parts(folder) as parts, requirements_taken_on_trust():
         Model.log(
             artifact_path=None,
             flavor=mlflow.pyfunc,
@@ -191,27 +319,6 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
             **parts,
         )
     return str(model.model_id)
-
-
-@contextmanager
-def _requirements_taken_on_trust() -> Iterator[None]:
-    """Spare MLflow a look through every file of every installed package: two thirds of the logging.
-
-    It would compare the requirements with what is installed, and they were made from that. Where a
-    later MLflow has another name for it, it looks.
-    """
-    from mlflow.utils import requirements_utils
-
-    name = "_check_requirement_satisfied"
-    check = getattr(requirements_utils, name, None)
-    if check is None:
-        yield
-        return
-    setattr(requirements_utils, name, lambda _: None)
-    try:
-        yield
-    finally:
-        setattr(requirements_utils, name, check)
 
 
 def _link_dataset(client: MlflowClient, run: Run, model_id: str) -> None:
@@ -305,3 +412,142 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+# Versions of registered models: which one a text names, and where its classifier lies.
+
+
+CHAMPION = "champion"
+
+_PREFIX = "models:/"
+
+
+class Mlflow(Protocol):
+    """Whom to ask: `tracking.client.Store`; its errors are `TrackingError`s in one line."""
+
+    tracking_uri: str
+
+    def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any: ...
+    def download(self, artifact_uri: str, folder: Path) -> Path: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelReference:
+    """A registered model, and a version by number or alias; the newest if neither is given."""
+
+    name: str
+    version: str | None = None
+    alias: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> ModelReference:
+        """`NAME`, `NAME/VERSION` or `NAME@ALIAS`, each also with `models:/` in front.
+
+        Raises:
+            UserMistake: it is none of these.
+        """
+        plain = text.removeprefix(_PREFIX).strip("/")
+        name, slash, version = plain.partition("/")
+        name, at, alias = (name, "", "") if slash else plain.partition("@")
+        if not name or ":" in plain or (slash and not version.isdecimal()) or (at and not alias):
+            raise UserMistake(
+                f"{text!r} is no model. Name one as NAME, NAME/VERSION, NAME@ALIAS or "
+                "models:/NAME/VERSION."
+            )
+        return cls(name=name, version=version or None, alias=alias or None)
+
+
+def find_version(mlflow: Mlflow, reference: ModelReference) -> ModelVersion:
+    """The version that is meant; without number and alias the newest.
+
+    Raises:
+        UserMistake: there is no such model, version or alias.
+        TrackingError: MLflow is away or refuses.
+    """
+    name, held = reference.name, aliases(mlflow, reference.name)
+    number = reference.version
+    if reference.alias:
+        number = held.get(reference.alias)
+        if number is None:
+            known = ", ".join(sorted(held)) or "none"
+            raise UserMistake(f"Model {name!r} has no alias {reference.alias!r}; it has: {known}.")
+    if number is None:
+        # The alias follows the newest version; who set it by hand means that one.
+        pointed = get_version(mlflow, name, held[CHALLENGER]) if CHALLENGER in held else None
+        found = pointed or _newest(mlflow, name)
+    else:
+        found = get_version(mlflow, name, number)
+    if found is None:
+        raise UserMistake(
+            f"Model {name!r} has no version {number}; its versions: {_listed(mlflow, name)}."
+            if number
+            else f"Model {name!r} has no version yet; `visiontuner tune` registers one."
+        )
+    return found
+
+
+def get_version(mlflow: Mlflow, name: str, number: str) -> ModelVersion | None:
+    """One version with its aliases; None if it is not there or deleted."""
+    try:
+        version: ModelVersion = mlflow.call("get_model_version", name, str(number))
+    except TrackingError as error:
+        if is_missing(error):
+            return None
+        raise
+    return version
+
+
+def aliases(mlflow: Mlflow, name: str) -> dict[str, str]:
+    """Version numbers by alias; an alias may point to a version that was deleted.
+
+    Raises:
+        UserMistake: there is no such model.
+    """
+    try:
+        model = mlflow.call("get_registered_model", name)
+    except TrackingError as error:
+        if is_missing(error):
+            raise UserMistake(
+                f"MLflow has no model {name!r}. It has: {_listed_models(mlflow)}. "
+                "`visiontuner tune` registers one."
+            ) from None
+        raise
+    return {alias: str(number) for alias, number in model.aliases.items()}
+
+
+def versions_of_run(mlflow: Mlflow, run_id: str) -> list[ModelVersion]:
+    """What was registered from a run, oldest first."""
+    found = mlflow.call("search_model_versions", f"run_id = '{run_id}'")
+    return sorted(found, key=lambda v: (v.name, int(v.version)))
+
+
+def logged_model_id(version: ModelVersion) -> str | None:
+    """The id of the logged model behind a version; None for one that came another way."""
+    source = str(version.source or "")
+    behind = source.removeprefix(_PREFIX) if source.startswith(f"{_PREFIX}m-") else None
+    return version.model_id or behind
+
+
+def is_missing(error: TrackingError) -> bool:
+    """Whether MLflow answered that there is no such thing."""
+    return getattr(error.__cause__, "error_code", None) == "RESOURCE_DOES_NOT_EXIST"
+
+
+def _newest(mlflow: Mlflow, name: str) -> ModelVersion | None:
+    numbers = _numbers(mlflow, name)
+    return get_version(mlflow, name, str(numbers[-1])) if numbers else None
+
+
+def _numbers(mlflow: Mlflow, name: str) -> list[int]:
+    quote = '"' if "'" in name else "'"
+    found = mlflow.call("search_model_versions", f"name = {quote}{name}{quote}")
+    return sorted(int(version.version) for version in found)
+
+
+def _listed(mlflow: Mlflow, name: str) -> str:
+    return ", ".join(map(str, _numbers(mlflow, name))) or "none"
+
+
+def _listed_models(mlflow: Mlflow) -> str:
+    names = [model.name for model in mlflow.call("search_registered_models", max_results=6)]
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "") or "none"

@@ -1,22 +1,194 @@
-"""What a search's page says: the record of a search -> words, numbers and rows. No HTML here."""
+"""One page about a search that needs nothing else: no server, no network, no MLflow."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
-from visiontuner.commands import next_command
+from visiontuner.diagnostics.history import find_recording, history_of_trial
+from visiontuner.diagnostics.rules import diagnose_history
 from visiontuner.errors import ExperimentError
-from visiontuner.evaluation.edges import edges
-from visiontuner.experiment import Experiment
-from visiontuner.journal import Finding, SearchRecord, TrialRecord
-from visiontuner.tracking.figures.parts import LABELS, count
-from visiontuner.tracking.page_evaluation import TestPart, describe_test, percent
+from visiontuner.evaluation.choice import edges
+from visiontuner.experiment.schema import Experiment
+from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord, is_running, read_events
+from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
+from visiontuner.text import next_command, shown
+from visiontuner.tracking.figures.parts import LABELS, count, to_png
+from visiontuner.tracking.figures.recording import Explained
+from visiontuner.tracking.figures.search import search_figures
+
+if TYPE_CHECKING:
+    from visiontuner.evaluation.intervals import Interval
+    from visiontuner.evaluation.report import EvaluationReport
+    from visiontuner.evaluation.scores import ClassScore, Threshold
+
+
+# What a search's page says about the test pictures: an evaluation -> words and rows.
+
+
+METRICS = {
+    "accuracy": "Accuracy",
+    "top5_accuracy": "Accuracy among the first five answers",
+    "macro_f1": "Macro F1",
+    "nll": "Negative log-likelihood, after temperature",
+    "nll_uncalibrated": "Negative log-likelihood, before",
+    "ece": "Expected calibration error, after temperature",
+    "ece_uncalibrated": "Expected calibration error, before",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricRow:
+    label: str
+    value: str
+    interval: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestPart:
+    """Everything that the page says about the test pictures."""
+
+    accuracy: str
+    accuracy_detail: str
+    summary: str
+    notes: tuple[str, ...]
+    metrics: tuple[MetricRow, ...]
+    threshold: str
+    classes: tuple[ClassScore, ...]
+    pairs: tuple[Mapping[str, Any], ...]
+    mistakes: tuple[Mapping[str, Any], ...]
+    choice: tuple[str, ...]
+
+
+def describe_test(evaluation: Mapping[str, Any]) -> TestPart:
+    """Put what `evaluation/report.json` holds into words.
+
+    Raises:
+        ValueError: it is no evaluation.
+    """
+    from visiontuner.evaluation.report import EvaluationReport  # scipy: only where there is one
+
+    report = EvaluationReport.from_dict(evaluation)
+    accuracy = report.metrics.get("accuracy")
+    return TestPart(
+        accuracy=percent(accuracy.value) if accuracy else "",
+        accuracy_detail=f"{_interval(accuracy)} on {report.num_pictures:,} pictures"
+        if accuracy
+        else "",
+        summary=_summary(report, evaluation),
+        notes=report.notes,
+        metrics=tuple(_metric_rows(report.metrics)),
+        threshold=_threshold(report.threshold) if report.threshold else "",
+        classes=tuple(sorted(report.classes, key=_weakest_first)),
+        pairs=tuple(_complete(evaluation.get("confused_pairs"), _PAIR)),
+        mistakes=tuple(_complete(evaluation.get("mistakes"), _MISTAKE)),
+        choice=tuple(_choice(evaluation)),
+    )
+
+
+def percent(value: float | None, decimals: int = 1) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.{decimals}%}"
+
+
+_PAIR = ("true", "predicted", "count", "share")
+_MISTAKE = ("path", "true", "predicted", "probability")
+
+
+def _complete(rows: object, keys: Sequence[str]) -> Iterable[Mapping[str, Any]]:
+    """Rows that hold every key; another version's rows are passed over."""
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, Mapping) and all(key in row for key in keys):
+            yield row
+
+
+def _summary(report: EvaluationReport, evaluation: Mapping[str, Any]) -> str:
+    looks = evaluation.get("looks") or 1
+    trial = evaluation.get("trial_id") or "the best trial"
+    text = f"{trial}, its probabilities calibrated on validation (T = {report.temperature:.3g})"
+    if report.num_pictures:
+        text += f", on {report.num_pictures:,} pictures that no choice was made with."
+    else:
+        text += "; no test picture was looked at."
+    if looks != 1:
+        text += (
+            f" This was look number {looks} at these pictures: the best of several looks is too "
+            "good to be true."
+        )
+    if evaluation.get("model"):
+        text += f" Registered as {evaluation['model']}."
+    return text
+
+
+def _metric_rows(metrics: Mapping[str, Interval]) -> Iterable[MetricRow]:
+    for name, interval in metrics.items():
+        yield MetricRow(
+            label=METRICS.get(name, name),
+            value=_number(name, interval.value),
+            interval=f"{_number(name, interval.low)} to {_number(name, interval.high)}",
+        )
+
+
+def _number(name: str, value: float) -> str:
+    return f"{value:.3f}" if name.startswith("nll") else percent(value)
+
+
+def _interval(interval: Interval) -> str:
+    return f"{percent(interval.low)} to {percent(interval.high)}"
+
+
+def _threshold(threshold: Threshold) -> str:
+    wanted = percent(threshold.wanted_precision)
+    if threshold.value is None or threshold.precision is None:
+        return (
+            f"A precision of {wanted} was wanted; no confidence reached it on validation with "
+            "enough pictures, so every answer abstains."
+            if threshold.value is None
+            else f"A precision of {wanted} was wanted; no test picture reached the confidence "
+            f"{threshold.value:.3f} that gave it on validation."
+        )
+    return (
+        f"Answers with a confidence of at least {threshold.value:.3f}, chosen on validation for a "
+        f"precision of {wanted}, are right in {percent(threshold.precision.value)} of the cases "
+        f"({_interval(threshold.precision)}) and cover {percent(threshold.coverage.value)} of the "
+        f"test pictures ({_interval(threshold.coverage)})."
+    )
+
+
+def _weakest_first(score: ClassScore) -> tuple[bool, float, str]:
+    return math.isnan(score.f1), score.f1 if not math.isnan(score.f1) else 0.0, score.name
+
+
+def _choice(evaluation: Mapping[str, Any]) -> Iterable[str]:
+    """The choice with its reason, ties, and what the edges of the space suggest."""
+    choice = evaluation.get("choice")
+    if isinstance(choice, Mapping):
+        if choice.get("reason"):
+            yield str(choice["reason"])
+        tied = [str(trial) for trial in choice.get("tied") or () if trial != choice.get("chosen")]
+        if tied:
+            yield f"Cannot be told apart from it on the validation pictures: {', '.join(tied)}."
+    edges = evaluation.get("edges")
+    for edge in edges if isinstance(edges, list) else ():
+        yield str(edge.get("sentence", edge)) if isinstance(edge, Mapping) else str(edge)
+
+
+# What a search's page says: the record of a search -> words, numbers and rows. No HTML here.
+
 
 _WEIGHT = {"error": 0, "warning": 1, "info": 2}
 _NAMED_TRIALS = 6
@@ -111,7 +283,7 @@ def describe_search(
         outcome=_outcome(record, state, where),
         notes=tuple(notes),
         tiles=tuple(_tiles(record, test)),
-        choice=(test.choice if test and test.choice else tuple(_choice(record, where))),
+        choice=(test.choice if test and test.choice else tuple(_choice_lines(record, where))),
         test=test,
         not_tested=_not_tested(record, where),
         findings=tuple(_finding_rows(record, findings)),
@@ -244,7 +416,7 @@ def _states(record: SearchRecord) -> str:
     )
 
 
-def _choice(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[str]:
+def _choice_lines(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[str]:
     """What can be said about the best trial before an evaluation."""
     ranking = record.ranking()
     if not ranking:
@@ -476,3 +648,263 @@ def _some(names: Sequence[str]) -> str:
     shown = ", ".join(names[:_NAMED_TRIALS])
     rest = len(names) - _NAMED_TRIALS
     return f"{shown} and {rest} more" if rest > 0 else shown
+
+
+# One page about a search that needs nothing else: no server, no network, no MLflow.
+#
+# `page.py` puts the words and numbers together, `report/` holds the template with its style and
+# its script. Every value is escaped. The page carries a content security policy that lets it load
+# nothing and run no script but its own, so that a class called `<script>` stays a name.
+
+
+PAGE_FILE = "report.html"
+
+_WIDE = ("confusion", "confused_pairs", "per_class", "mistakes")
+_CAPTIONS = {
+    "all_curves": "Learning curves of all trials",
+    "best_so_far": "Best objective so far against time",
+    "learning_rate_batch_size": "Learning rate against batch size, coloured by the objective",
+    "parallel_coordinates": "Every trial's searched values and its outcome",
+    "importance": "How much each searched value decided",
+    "reliability": "Confidence against accuracy, before and after temperature scaling",
+    "risk_coverage": "Share of wrong answers against the share of answered pictures",
+    "confusion": "Confusion matrix: true classes in rows, predicted ones in columns",
+    "confused_pairs": "The most confused pairs of classes",
+    "per_class": "Recall and precision of the weakest classes",
+    "mistakes": "The pictures that were most confidently taken for another class",
+}
+
+
+def write_page(
+    folder: Path,
+    *,
+    figures: Mapping[str, bytes] | None = None,
+    state: str | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `report.html` into a search folder, whole or not at all.
+
+    Args:
+        folder: the search folder; `evaluation/` in it is shown if it is there.
+        figures: PNG by name, as `search_figures` names them; None: they are drawn.
+        state: how the search ended, if the caller knows better than the journal.
+        where: where MLflow holds it, as in `mlflow.json`; None: that file.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        JournalError: the folder holds no search.
+    """
+    events = read_events(folder).events
+    record = SearchRecord.of(events)
+    _apply_rules(record, folder)
+    if figures is None:
+        figures = {n: to_png(f) for n, f in search_figures(record).items()}
+    if state is None and record.ended is None:
+        state = "running" if is_running(folder) else "interrupted"
+    evaluation, problem = _read_evaluation(folder)
+    facts = {
+        "folder": str(folder),
+        **(_read_json(folder / MLFLOW_FILE) if where is None else where),
+    }
+    text = search_page(
+        record,
+        figures=figures,
+        explain=Explained(folder),
+        evaluation=evaluation,
+        evaluation_figures=_read_figures(folder / EVALUATION_FOLDER) if evaluation else {},
+        findings=data_findings(events),
+        where={**_features(events), **facts},
+        state=state,
+        notes=[problem] if problem else [],
+    )
+    return _write_whole(folder / PAGE_FILE, text)
+
+
+def search_page(
+    record: SearchRecord,
+    *,
+    figures: Mapping[str, bytes],
+    explain: Callable[[str | None, str], bytes | None] = lambda _trial, _rule: None,
+    evaluation: Mapping[str, Any] | None = None,
+    evaluation_figures: Mapping[str, bytes] | None = None,
+    findings: Sequence[Finding] = (),
+    where: Mapping[str, Any] | None = None,
+    state: str | None = None,
+    notes: Sequence[str] = (),
+) -> str:
+    """The page as HTML text that can be encoded as UTF-8.
+
+    Args:
+        figures: of the search, PNG by name, in the order in which they are shown.
+        explain: the figure for a trial's finding, PNG, by the trial's id and the rule.
+        evaluation: what `evaluation/report.json` holds; None: not evaluated yet.
+        evaluation_figures: PNG by name.
+        findings: about the data or the search as a whole; those of trials are in the record.
+        where: what is known of the places: `folder`, `tracking_uri`, `parent_run_id`, `runs` (run
+            id by trial id), `engine`, `weights_digest`.
+        state: of the search; None: what the journal says.
+        notes: sentences for the head of the page.
+
+    Raises:
+        ValueError: `evaluation` is no evaluation.
+    """
+    page = describe_search(
+        record,
+        evaluation=evaluation,
+        findings=findings,
+        where=where or {},
+        state=state,
+        notes=notes,
+    )
+    text = _render(page, figures, explain, evaluation_figures or {})
+    # A file name that is not UTF-8 holds halves of surrogate pairs.
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def data_findings(events: Sequence[Event]) -> list[Finding]:
+    """Findings about the data or the whole search: those that name no trial."""
+    fields = Finding.__dataclass_fields__
+    return [
+        Finding(**{name: event.get(name) for name in fields})  # type: ignore[arg-type]
+        for event in events
+        if event["event"] == "finding" and not event.get("trial_id")
+    ]
+
+
+def _apply_rules(record: SearchRecord, folder: Path) -> None:
+    """Add what the rules say of each trial's curves and recording, if the journal has not."""
+    for trial in record.trials.values():
+        known = {finding.rule for finding in trial.findings}
+        recording = find_recording(folder / "trials" / trial.trial_id)
+        found = diagnose_history(history_of_trial(record, trial, recording=recording))
+        trial.findings += [finding for finding in found if finding.rule not in known]
+
+
+def _render(
+    page: PageData,
+    figures: Mapping[str, bytes],
+    explain: Callable[[str | None, str], bytes | None],
+    test: Mapping[str, bytes],
+) -> str:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters.update(
+        code=_code, data_uri=_data_uri, percent=_percent, label=label, score=_score, short=_short,
+        seconds=_seconds,
+    )  # fmt: skip
+    style, script = _asset("report.css"), _asset("report.js")
+    return environment.from_string(_asset("report.html.j2")).render(
+        page=page,
+        test=page.test,
+        trials=page.trials,
+        findings=page.findings,
+        search_figures=figures,
+        explain=explain,
+        test_figures=test,
+        captions=_CAPTIONS,
+        wide=_WIDE,
+        style=style,
+        script=script,
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+
+
+def _shown(value: object) -> object:
+    """The page is made to be passed on."""
+    return shown(value) if type(value) is str else value
+
+
+def _data_uri(png: bytes) -> Markup:
+    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+
+
+def _code(text: str) -> Markup:
+    """A sentence of our own: what stands in backticks is a command."""
+    return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(_shown(text)))))
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None or math.isnan(value) else f"{value:.1%}"
+
+
+def _score(value: float | None, is_loss: bool) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if is_loss or not math.isfinite(value) else f"{value:.2%}"
+
+
+def _short(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:,.1f}"
+
+
+@lru_cache
+def _asset(name: str) -> str:
+    return files("visiontuner.tracking").joinpath("report", name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> Markup:
+    """What a content security policy knows an inline style or script by."""
+    digest = hashlib.sha256(text.encode()).digest()
+    return Markup("sha256-" + base64.b64encode(digest).decode("ascii"))
+
+
+def _read_evaluation(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """What `evaluate` left in the search folder, or why it cannot be shown."""
+    path = folder / EVALUATION_FOLDER / EVALUATION_REPORT
+    if not path.exists():
+        return None, None
+    from visiontuner.evaluation.report import EvaluationReport
+
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        EvaluationReport.from_dict(raw)
+    except (OSError, ValueError, TypeError) as error:
+        return None, f"The evaluation in {path} cannot be read ({error}); evaluate again."
+    return raw, None
+
+
+def _read_figures(folder: Path) -> dict[str, bytes]:
+    order = list(_CAPTIONS)
+    paths = sorted(
+        folder.glob("*.png"),
+        key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem),
+    )
+    return {path.stem: path.read_bytes() for path in paths}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # MLflow was away, or a kill came first: the page does without
+    return raw if isinstance(raw, dict) else {}
+
+
+def _features(events: Sequence[Event]) -> dict[str, Any]:
+    kinds = ("features_ready", "pictures_ready")
+    found = next((event for event in events if event["event"] in kinds), {})
+    return {name: found.get(name) for name in ("backbone", "weights_digest", "engine")}
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(path)
+    finally:
+        fresh.unlink(missing_ok=True)
+    return path

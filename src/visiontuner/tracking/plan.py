@@ -11,12 +11,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from visiontuner.experiment import Experiment
+from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, TrialState
+
+# Where things are when nobody says: the cache, the tracking store, the searches.
+
+
+def take_project_run() -> ProjectRun | None:
+    """`MLFLOW_RUN_ID`, out of the environment: Ray's workers must not inherit it.
+
+    It may be left over from anything: `MlflowWriter` looks at the run before it adopts it.
+    """
+    run_id = os.environ.pop("MLFLOW_RUN_ID", None)
+    if not run_id:
+        return None
+    return ProjectRun(run_id=run_id, experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID"))
+
 
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from visiontuner.data.images import Preprocessing, crop_pixels
-from visiontuner.experiment import Augmentation
+from visiontuner.experiment.schema import Augmentation
 
 # Inception's limits (Szegedy et al. 2015), as in torchvision's own recipes.
 _ASPECT_RATIOS = (3 / 4, 4 / 3)

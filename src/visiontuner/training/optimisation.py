@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from visiontuner.errors import ExperimentError
-from visiontuner.experiment import Training
+from visiontuner.experiment.schema import Training
 
 ParameterGroup = dict[str, Any]
 """`params`, and what differs from the optimizer's defaults: `lr`, `weight_decay`, a `name`."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import JournalError, UserMistake
-from visiontuner.journal import FILE_NAME, SearchRecord, TrialRecord, is_running
-from visiontuner.locations import newest_search, tracking_uri
+from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
+from visiontuner.paths import JOURNAL_FILE, tracking_uri
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,7 @@ def compare(
         TrackingError: MLflow is away or refuses; never for search folders.
     """
     from visiontuner.evaluation.compare import sort as sort_rows
-    from visiontuner.evaluation.where import where as keep
+    from visiontuner.evaluation.compare import where as keep
 
     frame = sort_rows(load_runs(targets).frame, sort, reverse=reverse)
     return (keep(frame, where) if where else frame).reset_index(drop=True)
@@ -99,8 +99,8 @@ def draw_curves(
     Raises:
         UserMistake: none of the runs has a curve, or the file cannot be written.
     """
-    from visiontuner.tracking.figures.compare import MOST_CURVES, Curve, learning_curves
     from visiontuner.tracking.figures.parts import to_png
+    from visiontuner.tracking.figures.search import MOST_CURVES, Curve, learning_curves
 
     drawn, names = list(rows)[:MOST_CURVES], list(metrics) or _usual_metrics(comparison, rows)
     labels = _labels([comparison.runs[i] for i in drawn])
@@ -132,9 +132,9 @@ def draw_searches(comparison: Comparison, file: Path) -> None:
     Raises:
         UserMistake: no search has an ended trial, or the file cannot be written.
     """
-    from visiontuner.evaluation.progress import search_progress
-    from visiontuner.tracking.figures.compare import searches_side_by_side
+    from visiontuner.evaluation.compare import search_progress
     from visiontuner.tracking.figures.parts import to_png
+    from visiontuner.tracking.figures.search import searches_side_by_side
 
     searches = search_progress(comparison.runs)
     if not searches:
@@ -144,7 +144,7 @@ def draw_searches(comparison: Comparison, file: Path) -> None:
 
 def describe_searches(comparison: Comparison) -> list[str]:
     """How searches compare, in sentences; empty for fewer than two."""
-    from visiontuner.evaluation.progress import describe_progress, search_progress
+    from visiontuner.evaluation.compare import describe_progress, search_progress
 
     searches = search_progress(comparison.runs)
     return describe_progress(searches) if len(searches) > 1 else []
@@ -178,7 +178,7 @@ class _Sources:
             self._add_from_mlflow(str(target))
 
     def _add_journal(self, folder: Path) -> None:
-        from visiontuner.evaluation.journal_runs import runs_of_record
+        from visiontuner.evaluation.compare import runs_of_record
 
         record = SearchRecord.load(folder)
         name = folder.resolve().name
@@ -206,15 +206,17 @@ class _Sources:
 def _search_folders(path: Path) -> list[Path]:
     """A search folder, or all of those in a folder; none if it is no folder at all."""
     try:
-        if (path / FILE_NAME).is_file():
+        if (path / JOURNAL_FILE).is_file():
             return [path]
         if not path.is_dir():
             return []
     except OSError:  # a name longer than any file's
         return []
-    inside = sorted(journal.parent for journal in path.glob(f"*/{FILE_NAME}"))
+    inside = sorted(journal.parent for journal in path.glob(f"*/{JOURNAL_FILE}"))
     if not inside and ("/" in str(path) or str(path) in (".", "..")):
-        raise JournalError(f"{path} is no search folder and holds none; a search has {FILE_NAME}.")
+        raise JournalError(
+            f"{path} is no search folder and holds none; a search has {JOURNAL_FILE}."
+        )
     return inside
 
 

@@ -9,18 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner import interrupts
-from visiontuner.commands import next_command
 from visiontuner.errors import ServingError, UserMistake
-from visiontuner.locations import tracking_uri
-from visiontuner.workflow.models import locate_model, model_folder, passed_over
+from visiontuner.paths import tracking_uri
+from visiontuner.text import next_command
 from visiontuner.workflow.preflight import preflight as run_preflight
-from visiontuner.workflow.promote import open_store
+from visiontuner.workflow.promote import locate_model, model_folder, open_store, passed_over
 
 if TYPE_CHECKING:
-    from visiontuner.aws import Aws
-    from visiontuner.serving.deployment import DeploymentPlan
-    from visiontuner.serving.endpoint_listing import Endpoint
-    from visiontuner.serving.endpoint_running import Running
+    from visiontuner.aws.endpoint import DeploymentPlan, Endpoint, Running
+    from visiontuner.io.aws import Aws
 
 Note = Callable[[str], None]
 
@@ -81,20 +78,22 @@ def plan_deployment(
         ServingError: AWS refuses or cannot be reached.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.aws import Aws
-    from visiontuner.aws_account import find_bucket, find_role
-    from visiontuner.serving.deployment import (
+    from visiontuner.aws.account import find_bucket, find_role
+    from visiontuner.aws.endpoint import (
         CAPTURE,
         DEFAULT_INSTANCE,
         DeploymentPlan,
         capture_everything,
+        check_free,
+        deployed_model,
         endpoint_name,
+        find_image,
+        find_running,
+        instance_types,
+        mlflows_bucket,
     )
-    from visiontuner.serving.endpoint_listing import deployed_model
-    from visiontuner.serving.endpoint_running import find_running
-    from visiontuner.serving.endpoint_states import check_free
-    from visiontuner.serving.instances import check_instance_type
-    from visiontuner.serving.surroundings import find_image, instance_types, mlflows_bucket
+    from visiontuner.io.aws import Aws
+    from visiontuner.serving.preflight import check_instance_type
 
     _check_choices(options)
     aws = Aws(options.region, options.assume_role)
@@ -138,7 +137,7 @@ def plan_deployment(
 
 def _check_choices(options: DeployOptions) -> None:
     """What is wrong whatever the account holds."""
-    from visiontuner.serving.deployment import capture_everything, ttl_hours
+    from visiontuner.aws.endpoint import capture_everything, ttl_hours
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
@@ -168,8 +167,8 @@ def _priced_and_tagged(
     aws: Aws, plan: DeploymentPlan, options: DeployOptions, facts: Mapping[str, Any]
 ) -> DeploymentPlan:
     """What it costs an hour, as far as that is known, and the tags of its lineage."""
-    from visiontuner.aws_account import hourly_price
-    from visiontuner.serving.deployment import make_tags
+    from visiontuner.aws.account import hourly_price
+    from visiontuner.aws.endpoint import make_tags
 
     price = options.price
     if price is None and plan.instance_type:
@@ -202,9 +201,9 @@ def deploy(
     Raises:
         ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
     """
-    from visiontuner.serving import endpoint
-    from visiontuner.serving.instances import shortage
-    from visiontuner.serving.reference import Reference
+    from visiontuner.aws import endpoint
+    from visiontuner.serving.client import Reference
+    from visiontuner.serving.preflight import shortage
 
     if preflight:
         report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
@@ -243,8 +242,8 @@ def undeploy(
         UserMistake: there is no such endpoint, and nothing is left of one.
         ServingError: AWS refuses or cannot be reached.
     """
-    from visiontuner.aws import Aws
-    from visiontuner.serving import endpoint_removal
+    from visiontuner.aws import endpoint as endpoint_removal
+    from visiontuner.io.aws import Aws
 
     aws = Aws(region, assume_role)
     with interrupts.in_order():
@@ -253,8 +252,8 @@ def undeploy(
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in a region, oldest first."""
-    from visiontuner.aws import Aws
-    from visiontuner.serving.endpoint_listing import list_endpoints
+    from visiontuner.aws.endpoint import list_endpoints
+    from visiontuner.io.aws import Aws
 
     return list_endpoints(Aws(region, assume_role))
 

@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.commands import next_command
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.journal import (
-    FILE_NAME,
     Finding,
     SearchRecord,
     TrialRecord,
     is_running,
+    newest_search,
     read_events,
 )
-from visiontuner.locations import newest_search, tracking_uri
+from visiontuner.paths import JOURNAL_FILE, tracking_uri
+from visiontuner.text import next_command
 
 if TYPE_CHECKING:
-    from visiontuner.tracking.history import RunHistory
-    from visiontuner.training.recording.records import Recording
-    from visiontuner.training.rules import Predictions, SimilarRuns, TrainingHistory
+    from visiontuner.diagnostics.history import Predictions, Recording, TrainingHistory
+    from visiontuner.diagnostics.rules_search import SimilarRuns
+    from visiontuner.tracking.reading import RunHistory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def diagnose_search(folder: Path) -> Diagnosis:
     Raises:
         JournalError: the folder holds no search.
     """
-    from visiontuner.training.rules import SimilarRuns
+    from visiontuner.diagnostics.rules_search import SimilarRuns
 
     events = read_events(folder).events
     record = SearchRecord.of(events)
@@ -109,7 +109,7 @@ def diagnose_search(folder: Path) -> Diagnosis:
         for event in events
         if event["event"] == "finding" and not event.get("trial_id")
     )
-    notes = [f"This search still runs; {FILE_NAME} so far."] if running else []
+    notes = [f"This search still runs; {JOURNAL_FILE} so far."] if running else []
     if not runs:
         notes.append("It has no trials yet.")
     return Diagnosis(target=str(folder), runs=runs, notes=(*notes, *files.notes), data=data)
@@ -123,7 +123,8 @@ def _diagnose_trial(
     *,
     running: bool,
 ) -> DiagnosedRun:
-    from visiontuner.training.rules import diagnose_history, history_of_trial, most_severe_first
+    from visiontuner.diagnostics.history import history_of_trial
+    from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
 
     alive = running and trial.state == "running"
     history = history_of_trial(
@@ -170,7 +171,7 @@ class _TrialFiles:
         self._open(events)
 
     def predictions_of(self, trial: TrialRecord) -> Predictions | None:
-        from visiontuner.training.rules import Predictions
+        from visiontuner.diagnostics.history import Predictions
 
         path = self._folder / "trials" / trial.trial_id / "validation_logits.npy"
         if self._labels is None or not trial.epochs or not path.is_file():
@@ -182,7 +183,7 @@ class _TrialFiles:
             return None
 
     def recording_of(self, trial: TrialRecord) -> Recording | None:
-        from visiontuner.training.recording.records import RECORDING_FILE, Recording
+        from visiontuner.diagnostics.history import RECORDING_FILE, Recording
 
         path = self._folder / "trials" / trial.trial_id / RECORDING_FILE
         if not path.is_file():
@@ -194,7 +195,7 @@ class _TrialFiles:
             return None
 
     def _open(self, events: Sequence[dict[str, Any]]) -> None:
-        from visiontuner.search.labels import Stores
+        from visiontuner.search.plan import Stores
 
         stores = Stores.of(events)
         if stores.features is None and stores.pictures is None:
@@ -210,8 +211,8 @@ class _TrialFiles:
 
 
 def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
-    from visiontuner.tracking.history import read_histories, write_findings
-    from visiontuner.training.rules import SimilarRuns
+    from visiontuner.diagnostics.rules_search import SimilarRuns
+    from visiontuner.tracking.reading import read_histories, write_findings
 
     uri, similar = tracking_uri(), SimilarRuns()
     histories = read_histories(uri, target)
@@ -229,7 +230,7 @@ def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
 
 
 def _diagnose_run(run: RunHistory, similar: SimilarRuns) -> DiagnosedRun:
-    from visiontuner.training.rules import diagnose_history, most_severe_first
+    from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
 
     repeated = None if run.running else similar.add(run.name, run.history)
     found = [*diagnose_history(run.history), *([repeated] if repeated else [])]

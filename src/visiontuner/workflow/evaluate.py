@@ -7,39 +7,268 @@ writes it into MLflow; the calibrated classifier becomes a new registered versio
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from visiontuner.commands import next_command
-from visiontuner.data.dataset import ImageDataset
-from visiontuner.errors import SearchFailed, TrackingError, UserMistake
-from visiontuner.experiment import Experiment
-from visiontuner.journal import SearchRecord, TrialRecord, is_running
-from visiontuner.layout import (
-    CLASSIFIER_FOLDER,
-    EVALUATION_FOLDER,
-    EXPERIMENT_FILE,
+import numpy as np
+from numpy.typing import NDArray
+
+from visiontuner.data.arrays import decode_batches
+from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.errors import (
+    BadImageError,
+    SearchFailed,
+    TrackingError,
+    UserMistake,
+    VisiontunerError,
 )
-from visiontuner.locations import newest_search, tracking_uri
-from visiontuner.workflow.evaluation_files import count_look, looks_so_far, write_evaluation
-from visiontuner.workflow.inputs import Inputs
-from visiontuner.workflow.observing import NAMED, Observer, Silent
-from visiontuner.workflow.packaging import is_packaged, package_trial, packaged_trial
-from visiontuner.workflow.pictures import require_same_data
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import temporary_folder
+from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
+from visiontuner.model.classifier import Classifier
+from visiontuner.paths import (
+    CLASSIFIER_FOLDER,
+    EVALUATION_CLASSES,
+    EVALUATION_FOLDER,
+    EVALUATION_PREDICTIONS,
+    EVALUATION_REPORT,
+    EXPERIMENT_FILE,
+    TEST_LOOKS_FILE,
+    tracking_uri,
+)
+from visiontuner.text import csv_row, next_command
+from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
+from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial, packaged_trial
 from visiontuner.workflow.sync import sync_search
-from visiontuner.workflow.validation import ValidationAnswers
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
     from visiontuner.evaluation.report import EvaluationReport
-    from visiontuner.model.answers import Answers
-    from visiontuner.model.classifier import Classifier
+    from visiontuner.evaluation.scores import Mistake
+
+
+# A classifier over many pictures of a data set: what an evaluation looks at. No torch.
+
+
+_BATCH_SIZE = 4  # see engine.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """The raw answers for the pictures that could be read, in order.
+
+    Args:
+        logits: float64, shape (N, num_classes), before the temperature.
+        samples: the N pictures.
+        bad: path -> why it could not be read.
+    """
+
+    logits: NDArray[np.float64]
+    samples: tuple[Sample, ...]
+    bad: dict[str, str]
+
+
+def answer_pictures(
+    classifier: Classifier,
+    root: Path,
+    samples: Sequence[Sample],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Run the very artifact over pictures; the next batch is decoded meanwhile.
+
+    Args:
+        root: what the samples' paths are relative to.
+        progress: called with (pictures done, pictures in all).
+    """
+    starts = range(0, len(samples), _BATCH_SIZE)
+    batches = [samples[start : start + _BATCH_SIZE] for start in starts]
+    rows = [np.empty((0, len(classifier.class_names)))]
+    good: list[Sample] = []
+    bad: dict[str, str] = {}
+    paths = [[sample.path for sample in batch] for batch in batches]
+    decoded = decode_batches(root, paths, classifier.preprocessing, workers=0)
+    with closing(decoded):
+        for batch, pixels in zip(batches, decoded, strict=True):
+            if pixels.good:
+                rows.append(classifier.logits(pixels.pixels))
+            good += [batch[position] for position in pixels.good]
+            bad |= {batch[position].path: reason for position, reason in pixels.bad.items()}
+            if progress is not None:
+                progress(len(good) + len(bad), len(samples))
+    return Answers(logits=np.concatenate(rows), samples=tuple(good), bad=bad)
+
+
+# What an evaluation leaves in FOLDER/evaluation; the folder appears whole.
+#
+# report.json          numbers with intervals, choice, mistakes, how many looks
+# predictions.npz      probabilities (N, C), labels, content digests, paths; for paired tests
+# classes.csv          one line a class
+# *.png                reliability, risk and coverage, confusion, mistakes
+
+
+# Sides of the pictures on the contact sheet, in pixels.
+_THUMBNAIL = 224
+
+
+def looks_so_far(folder: Path) -> int:
+    """How many times a search's test pictures were looked at."""
+    files = (folder / TEST_LOOKS_FILE, folder / EVALUATION_FOLDER / EVALUATION_REPORT)
+    return max(map(_read_looks, files))
+
+
+def count_look(folder: Path) -> int:
+    """Write down one more look, so that it counts whatever becomes of its evaluation.
+
+    Raises:
+        VisiontunerError: the folder cannot be written.
+    """
+    looks = looks_so_far(folder) + 1
+    path = folder / TEST_LOOKS_FILE
+    try:
+        fresh = path.with_suffix(".part")  # a kill must not leave half of it
+        fresh.write_text(json.dumps({"looks": looks}) + "\n", encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {path} ({error.strerror}). Make room.") from None
+    return looks
+
+
+def _read_looks(file: Path) -> int:
+    try:
+        return int(json.loads(file.read_text(encoding="utf-8"))["looks"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0
+
+
+def write_evaluation(
+    folder: Path,
+    *,
+    report: EvaluationReport,
+    facts: Mapping[str, Any],
+    answers: Answers,
+    root: Path,
+    mistakes: int,
+) -> None:
+    """Write the folder of an evaluation in place of an older one.
+
+    Args:
+        facts: plain JSON values, written beside the report's own.
+        root: what the samples' paths are relative to.
+        mistakes: how many of the most confidently wrong pictures to show.
+
+    Raises:
+        VisiontunerError: the folder cannot be written.
+    """
+    from visiontuner.model.classifier_files import replace_folder, write_json
+
+    folder = folder.absolute()
+    try:
+        with temporary_folder(folder.parent) as temporary:
+            temporary.chmod(0o755)
+            more = _write_test(temporary, report, answers, root, mistakes)
+            write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
+            replace_folder(temporary, folder)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+
+
+def _write_test(
+    folder: Path, report: EvaluationReport, answers: Answers, root: Path, count: int
+) -> dict[str, Any]:
+    """Tables and figures over the test pictures; returns what the report says of them."""
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from visiontuner.evaluation.calibration import probabilities_of
+    from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
+
+    if not answers.samples:
+        return {"mistakes": [], "confused_pairs": []}
+    labels = np.array([sample.label for sample in answers.samples])
+    probabilities = probabilities_of(answers.logits, report.temperature)
+    np.savez_compressed(
+        folder / EVALUATION_PREDICTIONS,
+        probabilities=probabilities.astype(np.float32),
+        labels=labels,
+        digests=np.array([sample.digest for sample in answers.samples]),
+        paths=np.array([sample.path for sample in answers.samples]),
+    )
+    rows = [
+        {k: v for k, v in asdict(score).items() if not isinstance(v, dict)}
+        for score in report.classes
+    ]
+    table = [tuple(rows[0]), *(row.values() for row in rows)]
+    (folder / EVALUATION_CLASSES).write_text("".join(map(csv_row, table)), encoding="utf-8")
+    wrong = confident_mistakes(probabilities, labels, report.class_names, count)
+    _draw(folder, report, answers, probabilities, labels)
+    _draw_mistakes(folder, wrong, answers, root)
+    return {
+        "mistakes": [
+            {
+                "path": answers.samples[mistake.index].path,
+                "true": mistake.true,
+                "predicted": mistake.predicted,
+                "probability": mistake.probability,
+            }
+            for mistake in wrong
+        ],
+        "confused_pairs": [
+            asdict(pair) for pair in confused_pairs(report.confusion, report.class_names)
+        ],
+    }
+
+
+def _draw(
+    folder: Path,
+    report: EvaluationReport,
+    answers: Answers,
+    probabilities: NDArray[np.float64],
+    labels: NDArray[np.int64],
+) -> None:
+    from visiontuner.evaluation.calibration import probabilities_of, reliability, risk_coverage
+    from visiontuner.tracking.figures.evaluation import evaluation_figures
+    from visiontuner.tracking.figures.parts import to_png
+
+    figures = evaluation_figures(
+        report,
+        reliability(probabilities_of(answers.logits), labels),
+        reliability(probabilities, labels),
+        risk_coverage(probabilities, labels),
+    )
+    for name, figure in figures.items():
+        (folder / f"{name}.png").write_bytes(to_png(figure))
+
+
+def _draw_mistakes(folder: Path, wrong: Sequence[Mistake], answers: Answers, root: Path) -> None:
+    from visiontuner.data.images import decode_image
+    from visiontuner.tracking.figures.evaluation import contact_sheet
+    from visiontuner.tracking.figures.parts import to_png
+
+    pictures: list[Image] = []
+    captions: list[tuple[str, str, float]] = []
+    for mistake in wrong:
+        try:
+            picture = decode_image(root / answers.samples[mistake.index].path, target=_THUMBNAIL)
+        except BadImageError:  # it was there a minute ago
+            continue
+        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        pictures.append(picture)
+        captions.append((mistake.true, mistake.predicted, mistake.probability))
+    if pictures:
+        (folder / "mistakes.png").write_bytes(to_png(contact_sheet(pictures, captions)))
+
 
 Prefer = Literal["best", "cheapest"]
 
@@ -126,7 +355,7 @@ class _Evaluation:
         self.validation = ValidationAnswers(folder, record, self.experiment, inputs=self.inputs)
 
     def run(self) -> EvaluationResult:
-        from visiontuner.evaluation.edges import edges
+        from visiontuner.evaluation.choice import edges
 
         dataset = self.inputs.dataset
         require_same_data(self.record, dataset)
@@ -209,7 +438,6 @@ class _Evaluation:
         return Classifier.load(self.folder / CLASSIFIER_FOLDER)
 
     def _answer(self, dataset: ImageDataset) -> Answers:
-        from visiontuner.model.answers import answer_pictures
 
         return answer_pictures(
             self._classifier,

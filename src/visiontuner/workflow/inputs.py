@@ -1,32 +1,138 @@
-"""What one training in this process needs: pictures, network, features or decoded pictures."""
+"""What one training in this process needs: images, network, features or decoded images."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from tempfile import gettempdir
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from visiontuner import interrupts
-from visiontuner.data.dataset import ImageDataset, Sample
-from visiontuner.errors import SearchInterrupted
-from visiontuner.experiment import Experiment
-from visiontuner.locations import writable_cache_folder
-from visiontuner.workflow.observing import Observer
-from visiontuner.workflow.pictures import load_data
+from visiontuner.data.dataset import (
+    ImageDataset,
+    Sample,
+    fetch_source,
+    find_emptied_classes,
+    load_dataset,
+)
+from visiontuner.errors import SearchInterrupted, UserMistake
+from visiontuner.experiment.schema import Experiment
+from visiontuner.journal import Event, Finding, SearchRecord
+from visiontuner.paths import at_hand, writable_cache_folder
 
 if TYPE_CHECKING:
-    from visiontuner.data.picture_store import PictureStore
-    from visiontuner.model.backbone import Backbone
-    from visiontuner.model.computing import Machines
-    from visiontuner.model.description import BackboneDescription
-    from visiontuner.model.engine import Engine
-    from visiontuner.model.features import FeatureSet
+    from visiontuner.data.arrays import FeatureSet, PictureStore
+    from visiontuner.model.backbones import Backbone
+    from visiontuner.model.features import BackboneDescription, Engine, Machines
+    from visiontuner.search.live import Recorder
+    from visiontuner.search.plan import Stores
+
+
+# Who watches the work.
+
+
+NAMED = 5  # of a thousand unreadable pictures
+
+
+class Observer(Protocol):
+    """Who watches a search: `console.SearchConsole` at the command line."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
+    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def trials_end(self) -> None: ...
+
+
+class Silent:
+    """An Observer that shows nothing."""
+
+    def note(self, text: str) -> None: ...
+    def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
+    def trials_begin(self, record: SearchRecord, total: int) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def trials_end(self) -> None: ...
+
+
+def note_findings(observer: Observer, findings: Sequence[Finding]) -> None:
+    """The first few findings, a line each, and how many more there are."""
+    for finding in findings[:NAMED]:
+        observer.note(f"{finding.severity}: {finding.evidence.rstrip('.')}.")
+    if len(findings) > NAMED:
+        observer.note(f"… and {len(findings) - NAMED} more; the journal names them all.")
+
+
+# How many threads one training in this process gets.
+
+
+def training_threads(experiment: Experiment) -> int:
+    """All cores for a network; for a head as many as a trial of a search has.
+
+    The number of threads decides the order of sums, and with it the last digits: a head that is
+    trained alone is then the same as the one that a search trained.
+    """
+    from visiontuner.data.arrays import available_cpus
+
+    if experiment.trains_on_pictures:
+        return available_cpus()
+    return int(experiment.search.cpus_per_trial) or 1
+
+
+# From an experiment to its pictures.
+
+
+def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
+    data, cache = experiment.data, writable_cache_folder()
+    source = at_hand(data.source)
+    root = fetch_source(
+        source,
+        # In a job the cache goes to S3, file by file; an archive that lies beside it need not.
+        cache=cache if source == data.source else Path(gettempdir()) / "visiontuner",
+        sha256=data.sha256,
+        progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
+        note=observer.note,
+    )
+    dataset = load_dataset(
+        root,
+        limit_per_class=data.limit_per_class,
+        cache=cache,
+        progress=lambda done, total: observer.progress("Reading", done, total, "files"),
+    )
+    counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
+    observer.note(f"{len(dataset.class_names)} classes; pictures: {counts}.")
+    return dataset
+
+
+def describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
+    return {
+        "source": experiment.data.source,
+        "root": str(dataset.root.resolve()),
+        "digest": dataset.digest,
+        "class_names": list(dataset.class_names),
+        "counts": {name: len(samples) for name, samples in dataset.splits.items()},
+        # By split, in the order of the class names.
+        "class_counts": {name: list(dataset.counts(name)) for name in dataset.splits},
+    }
+
+
+def require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
+    began_with = record.started.get("data", {}).get("digest")
+    if began_with != dataset.digest:
+        raise UserMistake(
+            f"The pictures in {dataset.root} are not those this search began with "
+            f"(digest {dataset.digest[:12]} instead of {str(began_with)[:12]}). "
+            "Start a new search, or bring the old pictures back."
+        )
+
+
+# What one training in this process needs: pictures, network, features or decoded pictures.
+
 
 T = TypeVar("T")
 
@@ -57,7 +163,7 @@ class Inputs:
 
     def readable(self, split: str) -> list[Sample]:
         """The pictures of a split that can be decoded; each is, once."""
-        from visiontuner.data.inspection import inspect_pictures
+        from visiontuner.data.findings import inspect_pictures
 
         samples = self.dataset.splits[split]
         facts = inspect_pictures(
@@ -70,7 +176,7 @@ class Inputs:
     @property
     def backbone(self) -> Backbone:
         """The network itself: torch and its libraries take seconds to import."""
-        from visiontuner.model.backbone import load_backbone
+        from visiontuner.model.backbones import load_backbone
 
         model = self.experiment.model
         with self._loading:
@@ -86,7 +192,7 @@ class Inputs:
     @cached_property
     def description(self) -> BackboneDescription:
         """The network without loading it, where it is known from before."""
-        from visiontuner.model.description import describe_backbone
+        from visiontuner.model.features import describe_backbone
 
         model = self.experiment.model
         return describe_backbone(
@@ -121,7 +227,7 @@ class Inputs:
 
     def pictures(self, dataset: ImageDataset | None = None) -> tuple[PictureStore, float]:
         """The pictures, decoded once, and the seconds it took."""
-        from visiontuner.data.picture_store import prepare_pictures
+        from visiontuner.data.arrays import prepare_pictures
 
         began = time.monotonic()
         store = prepare_pictures(
@@ -169,7 +275,7 @@ class Inputs:
         }
 
     def _machines(self) -> AbstractContextManager[Machines | None]:
-        from visiontuner.search.feature_workers import feature_workers
+        from visiontuner.search.remote import feature_workers
 
         experiment = self.experiment
         return feature_workers(
@@ -177,7 +283,7 @@ class Inputs:
         )
 
     def _engine(self) -> Engine:
-        from visiontuner.model.engine import make_engine
+        from visiontuner.model.onnx import make_engine
 
         engine = make_engine(
             self.backbone, precision=self.experiment.training.precision, cache=self.cache
@@ -195,3 +301,61 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     if model.weights not in ("default", "none") and weights.exists():
         model = model.model_copy(update={"weights": str(weights.resolve())})
     return experiment.model_copy(update={"data": data, "model": model})
+
+
+# What trials train on, as the journal names it.
+
+
+class StoreRecorder:
+    """Writes what features and decoded pictures are ready, and what is wrong with some."""
+
+    def __init__(self, inputs: Inputs, recorder: Recorder) -> None:
+        self._inputs = inputs
+        self._recorder = recorder
+        self._known_findings: set[str] = set()
+
+    def record(self, store: FeatureSet | PictureStore, seconds: float) -> Stores:
+        """Either kind; `seconds` is how long it took to get it."""
+        from visiontuner.data.arrays import FeatureSet
+        from visiontuner.search.plan import Stores
+
+        self._record_emptied_classes(store)
+        if isinstance(store, FeatureSet):
+            self._record_features(store, seconds)
+            return Stores(features=store.folder, pictures=None)
+        self._record_pictures(store, seconds)
+        return Stores(features=None, pictures=store.folder)
+
+    def record_findings(self, findings: Iterable[Finding]) -> None:
+        """Features and pictures are made of the same files: what is wrong with one is said once."""
+        new = [finding for finding in findings if finding.evidence not in self._known_findings]
+        self._known_findings |= {finding.evidence for finding in new}
+        for finding in new:
+            self._recorder.append("finding", **finding.to_dict())
+        note_findings(self._inputs.observer, new)
+
+    def _record_emptied_classes(self, store: FeatureSet | PictureStore) -> None:
+        """Before the unreadable pictures themselves, which may be many."""
+        readable = {name: store.split(name).labels.tolist() for name in ("train", "validation")}
+        self.record_findings(find_emptied_classes(self._inputs.dataset, readable))
+
+    def _record_features(self, features: FeatureSet, seconds: float) -> None:
+        self._recorder.append(
+            "features_ready",
+            **self._inputs.facts(features.folder, features.computed, seconds),
+            feature_dim=features.feature_dim,
+            engine=features.engine,
+        )
+        if not features.computed:
+            self._inputs.observer.note("Features: all in the cache, nothing to compute.")
+        self.record_findings(features.findings)
+
+    def _record_pictures(self, pictures: PictureStore, seconds: float) -> None:
+        self._recorder.append(
+            "pictures_ready",
+            **self._inputs.facts(pictures.folder, pictures.computed, seconds),
+            feature_dim=self._inputs.description.feature_dim,
+        )
+        if not pictures.computed:
+            self._inputs.observer.note("Pictures: all decoded in the cache.")
+        self.record_findings(pictures.findings)

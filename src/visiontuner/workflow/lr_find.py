@@ -11,20 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import UserMistake
-from visiontuner.experiment import Experiment
-from visiontuner.layout import RANGE_TEST_FILE, RANGE_TESTS_FOLDER
-from visiontuner.workflow.inputs import Inputs
-from visiontuner.workflow.journals import write_experiment
-from visiontuner.workflow.observing import Observer, Silent
-from visiontuner.workflow.threads import training_threads
-from visiontuner.workflow.train_from import Origin, starting_head
+from visiontuner.experiment.schema import Experiment
+from visiontuner.paths import RANGE_TEST_FILE, RANGE_TESTS_FOLDER
+from visiontuner.workflow.inputs import Inputs, Observer, Silent, training_threads
+from visiontuner.workflow.run import write_experiment
+from visiontuner.workflow.train import Origin, starting_head
 
 if TYPE_CHECKING:
     from torch import nn
 
     from visiontuner.training.batches import Batches
+    from visiontuner.training.lr_range import RangeTest
     from visiontuner.training.optimisation import ParameterGroup
-    from visiontuner.training.range_test import RangeTest
 
 FOLDER = Path(RANGE_TESTS_FOLDER)
 FIGURE_FILE = "range_test.png"
@@ -79,7 +77,7 @@ def find_learning_rate(
         UserMistake: the folder is taken, or a value is wrong.
         TrialFailed: the loss is not finite at the first step.
     """
-    from visiontuner.training.range_test import HIGHEST, LOWEST, range_test
+    from visiontuner.training.lr_range import HIGHEST, LOWEST, range_test
 
     observer = observer or Silent()
     folder = output or FOLDER / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -128,7 +126,7 @@ class _Start:
 
 def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
     """As a trial begins; `stack` ends the processes that decode."""
-    from visiontuner.search.worker import prepare_worker
+    from visiontuner.search.trial import prepare_worker
 
     prepare_worker(training_threads(inputs.experiment))
     if not inputs.experiment.trains_on_pictures:
@@ -138,7 +136,7 @@ def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
 
 
 def _start_on_features(inputs: Inputs) -> _Start:
-    from visiontuner.search.head_trial import start_head
+    from visiontuner.search.trial import start_head
 
     features, _ = inputs.features()
     start = start_head(features.folder, inputs.experiment.training, seed=inputs.experiment.seed)
@@ -147,7 +145,7 @@ def _start_on_features(inputs: Inputs) -> _Start:
 
 def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _Start:
     from visiontuner.model.network import parameter_groups
-    from visiontuner.search.network_trial import start_network, train_batches, training_device
+    from visiontuner.search.trial import start_network, train_batches, training_device
 
     experiment, device = inputs.experiment, training_device()
     settings = experiment.training
@@ -167,8 +165,8 @@ def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _
 
 
 def _write(found: FoundLearningRate, experiment: Experiment) -> None:
-    from visiontuner.tracking.figures import to_png
-    from visiontuner.tracking.figures.range_test import range_test_curve
+    from visiontuner.tracking.figures.parts import to_png
+    from visiontuner.tracking.figures.search import range_test_curve
 
     curve, suggestion = found.curve, found.curve.suggestion
     figure = range_test_curve(

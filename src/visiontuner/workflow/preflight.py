@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from visiontuner import interrupts
-from visiontuner.data.files import temporary_folder
-from visiontuner.locations import writable_cache_folder
-from visiontuner.workflow.models import locate_model, model_folder, passed_over
+from visiontuner.io.files import temporary_folder
+from visiontuner.paths import writable_cache_folder
+from visiontuner.workflow.promote import locate_model, model_folder, passed_over
 
 if TYPE_CHECKING:
     from visiontuner.serving.preflight import PreflightReport
@@ -45,8 +45,7 @@ def preflight(
         ServingError: it cannot be installed or served at all.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.container import require_engine
-    from visiontuner.serving.preflight import run_preflight
+    from visiontuner.serving.preflight import require_engine, run_preflight
 
     if container:
         require_engine()
@@ -72,7 +71,7 @@ def preflight(
 def _container(
     folder: Path, image: str | None, ready_seconds: float, note: Callable[[str], None]
 ) -> Served:
-    from visiontuner.serving.container import Container, build_image
+    from visiontuner.serving.preflight import Container, build_image
 
     found = image or build_image(folder, note=note)
     return Container(folder, found, ready_seconds=ready_seconds)
@@ -81,8 +80,7 @@ def _container(
 def _process(
     folder: Path, env_manager: str, ready_seconds: float, note: Callable[[str], None]
 ) -> Served:
-    from visiontuner.serving.environments import clean_environment, local_environment
-    from visiontuner.serving.server import ScoringServer
+    from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
 
     if env_manager == "local":
         environment = local_environment()

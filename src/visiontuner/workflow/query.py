@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
-from visiontuner.workflow.models import model_folder
+from visiontuner.workflow.promote import model_folder
 
 if TYPE_CHECKING:
-    from visiontuner.serving.batching import PictureAnswer
-    from visiontuner.serving.client import Transport
+    from visiontuner.serving.client import PictureAnswer, Transport
 
 LOCAL_SERVER = "http://127.0.0.1:5000"
 
@@ -49,9 +48,7 @@ def query(
         ServingError: nothing answers.
     """
     from visiontuner.serving.answers import BadRequest, Options
-    from visiontuner.serving.batching import ask_all
-    from visiontuner.serving.client import REQUEST_BYTES
-    from visiontuner.serving.pictures import find_pictures
+    from visiontuner.serving.client import REQUEST_BYTES, ask_all, find_pictures
 
     if [endpoint, url, model].count(None) != 2:
         raise UserMistake("Name an endpoint, a server's URL or a model: one of them.")
@@ -77,10 +74,8 @@ def _way(
     assume_role: str | None,
     limit: int,
 ) -> Iterator[Transport]:
-    from visiontuner.aws import Aws
-    from visiontuner.serving.client import SageMakerTransport
-    from visiontuner.serving.http_client import HttpTransport
-    from visiontuner.serving.local import open_model
+    from visiontuner.io.aws import Aws
+    from visiontuner.serving.client import HttpTransport, SageMakerTransport, open_model
 
     if model is not None:
         with model_folder(model) as folder:

@@ -4,20 +4,361 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from visiontuner import interrupts
-from visiontuner.experiment import Experiment
-from visiontuner.locations import tracking_uri
-from visiontuner.workflow.job_options import DEFAULT_INSTANCE, JobOptions
-from visiontuner.workflow.job_pictures import check_source, find_pictures, upload_pictures
-from visiontuner.workflow.resumed_job import require_idle, resume_job
+from visiontuner.errors import UserMistake
+from visiontuner.experiment.reading import parse_yaml
+from visiontuner.experiment.schema import Experiment, parse_duration
+from visiontuner.io.s3 import files_in
+from visiontuner.paths import split_folder, split_uri, tracking_uri
+from visiontuner.text import next_command
 
 if TYPE_CHECKING:
-    from visiontuner.aws import Aws
-    from visiontuner.sagemaker.plan import JobPlan
+    from visiontuner.aws.job import Job, Submitted
+    from visiontuner.aws.request import JobPlan, Pictures
+    from visiontuner.io.aws import Aws
+
+
+# What a user may choose of a training job.
+
+
+DEFAULT_INSTANCE = "ml.g5.xlarge"
+DEFAULT_MAX_RUN = "2h"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """What a user may choose; None: found, or a default, or with `resume` as that job had it.
+
+    What is empty and not None is left out, even if the job that is resumed had it.
+
+    Args:
+        image: URL of a training image in ECR; AWS's PyTorch image if None.
+        image_version: of PyTorch in AWS's image, as `2.8`; the newest if None.
+        role: name or ARN of the role that the job runs as.
+        bucket: for everything the job keeps; by default SageMaker's of this account and region.
+        max_run: how long the job may run, as `2h`.
+        max_cost: US dollars; shortens `max_run`.
+        price: US dollars for an hour of one instance.
+        volume: GB of each machine's disk; by the size of the pictures if None.
+        warm_pool: how long machines stay for a next job, as `30m`.
+        tags: with `resume` beside those of that job.
+        upload: `s3://BUCKET/FOLDER`, where pictures of this machine are brought.
+        resume: a job of ours; its search goes on from its checkpoints.
+    """
+
+    instances: int | None = None
+    instance_type: str | None = None
+    image: str | None = None
+    image_version: str | None = None
+    role: str | None = None
+    bucket: str | None = None
+    region: str | None = None
+    assume_role: str | None = None
+    spot: bool | None = None
+    max_run: str | None = None
+    max_cost: float | None = None
+    price: float | None = None
+    volume: int | None = None
+    warm_pool: str | None = None
+    subnets: tuple[str, ...] | None = None
+    security_groups: tuple[str, ...] | None = None
+    kms_key: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    upload: str | None = None
+    resume: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image and self.image_version:
+            raise UserMistake("--image-version is of AWS's image: leave it or --image out.")
+
+    @property
+    def max_run_seconds(self) -> float:
+        """Raises UserMistake: it is no time."""
+        return _seconds("--max-run", self.max_run or DEFAULT_MAX_RUN)
+
+    @property
+    def warm_pool_seconds(self) -> float:
+        """Raises UserMistake: it is no time."""
+        return _seconds("--warm-pool", self.warm_pool) if self.warm_pool else 0.0
+
+
+def _seconds(flag: str, text: str) -> float:
+    try:
+        seconds = parse_duration(text)
+    except ValueError:
+        seconds = 0.0
+    if not isinstance(seconds, float) or seconds < 60:
+        raise UserMistake(
+            f"{flag} takes a time such as 30m or 2h, of a minute at least, got {text!r}."
+        )
+    return seconds
+
+
+# The pictures of a job: on S3, brought there, or fetched by the job itself.
+
+
+def check_source(experiment: Experiment, upload: str | None) -> None:
+    """Refuse what a job could not read, before AWS is asked for anything.
+
+    Args:
+        upload: `s3://BUCKET/FOLDER`, where pictures of this machine are brought.
+
+    Raises:
+        UserMistake: pictures or weights of this machine, or no pictures that could be uploaded.
+    """
+    from visiontuner.aws.request import check_no_apostrophe
+
+    source, weights = experiment.data.source, experiment.model.weights
+    check_no_apostrophe("The data source", source)
+    check_no_apostrophe("--upload", upload or "")
+    if weights not in ("default", "none") and "://" not in weights:
+        raise UserMistake(
+            f"model.weights is {weights}, a file of this machine; bring it to S3 or to an https "
+            "server and name that."
+        )
+    if not _is_elsewhere(source):
+        _check_folder(source, upload)
+    elif upload is not None:
+        raise UserMistake(
+            f"--upload brings pictures of this machine to S3, and the data source is {source}: "
+            "leave --upload out, or name a folder as --data."
+        )
+
+
+def _check_folder(source: str, upload: str | None) -> None:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise UserMistake(f"There is no data at {source}; name a folder, or s3://BUCKET/FOLDER.")
+    if upload is None:
+        raise UserMistake(
+            f"{source} is on this machine, where a job cannot read it. Add --upload "
+            f"s3://BUCKET/{path.resolve().name}, or name pictures that are on S3 already."
+        )
+    if not path.is_dir():
+        raise UserMistake(f"--upload takes a folder, and {source} is a file: unpack it first.")
+
+
+def _is_elsewhere(source: str) -> bool:
+    return source == "digits" or source.split("://")[0].lower() in ("s3", "http", "https")
+
+
+def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictures | None:
+    """What a job reads from S3; None if it fetches its pictures itself.
+
+    Raises:
+        UserMistake: there is nothing, no such bucket, or one in another region.
+    """
+    from visiontuner.aws.request import Pictures, as_channel, size_on_s3
+
+    source = experiment.data.source
+    if source.lower().startswith("s3://"):
+        uri = as_channel(source)
+        return Pictures(uri=uri, size=size_on_s3(aws, uri))
+    if _is_elsewhere(source):
+        return None
+    return _to_upload(aws, Path(source).expanduser().resolve(), upload or "")
+
+
+def _to_upload(aws: Aws, folder: Path, upload: str) -> Pictures:
+    from visiontuner.aws.request import Pictures, require_bucket
+    from visiontuner.io.s3 import connect, explained, list_files
+
+    bucket, prefix = split_folder(upload)
+    uri = f"s3://{bucket}/{prefix}"
+    require_bucket(aws, uri)
+    files = files_in(folder)
+    with explained(bucket, "read"):
+        there = list_files(connect(aws.session, aws.region), bucket, prefix)
+    return Pictures(
+        uri=uri,
+        size=sum(path.stat().st_size for path in files.values()),
+        upload=folder,
+        others=len({remote.name for remote in there} - files.keys()),
+    )
+
+
+def upload_pictures(
+    aws: Aws,
+    plan: JobPlan,
+    *,
+    note: Callable[[str], None],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Bring the pictures where the job reads them, as far as they are not there."""
+    if plan.pictures is None or plan.pictures.upload is None:
+        return
+    from visiontuner.io.s3 import connect, upload_folder
+
+    moved = upload_folder(
+        plan.pictures.upload,
+        plan.pictures.uri,
+        client=connect(aws.session, aws.region),
+        kms_key=plan.kms_key,
+        progress=progress,
+        note=note,
+    )
+    note(
+        f"Uploaded {moved.files:,} pictures to {plan.pictures.uri}; {moved.skipped:,} were "
+        "there already."
+    )
+
+
+# Another job for the search of an earlier one: on the same checkpoints, with the same options.
+
+
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """A search that goes on: its name, its experiment, and what the next job has to be."""
+
+    search: str
+    experiment: Experiment
+    options: JobOptions
+
+
+def resume_job(aws: Aws, name: str, options: JobOptions) -> Resumed:
+    """What a job needs that goes on with the search of an earlier one.
+
+    Raises:
+        UserMistake: there is no such job, it ran no search of ours, a job is running that search
+            now, or nothing of it is left to do.
+    """
+    from visiontuner.aws.job import describe, submitted_with
+
+    if options.upload:
+        raise UserMistake("--resume goes on with the pictures it began with: leave --upload out.")
+    before = describe(aws, name)
+    if not before.ended:
+        raise UserMistake(_is_running(aws, before.name))
+    experiment = _experiment(aws, before)
+    require_idle(aws, before.search)
+    _require_unfinished(aws, before, experiment)
+    bucket = split_uri(before.checkpoints or "")[0]
+    if options.bucket not in (None, bucket):
+        raise UserMistake(
+            f"The checkpoints of {before.name} are in the bucket {bucket!r}: leave --bucket out."
+        )
+    chosen = _as_before(replace(options, bucket=bucket), before, submitted_with(aws, before))
+    return Resumed(search=before.search, experiment=experiment, options=chosen)
+
+
+def require_idle(aws: Aws, search: str) -> None:
+    """Two jobs on the same checkpoints would write over each other.
+
+    Raises:
+        UserMistake: a job is running the search.
+    """
+    from visiontuner.aws.job import running_job
+
+    running = running_job(aws, search)
+    if running is not None:
+        raise UserMistake(_is_running(aws, running.name))
+
+
+def _is_running(aws: Aws, name: str) -> str:
+    return (
+        f"{name} is still running this search; follow it with "
+        f"`{next_command('attach', name, flags=aws.flags)}`, or end it with "
+        f"`{next_command('stop', name, flags=aws.flags)}` first."
+    )
+
+
+def _experiment(aws: Aws, before: Job) -> Experiment:
+    from visiontuner.aws import job as s3
+    from visiontuner.aws.job import EXPERIMENT
+
+    root = (before.checkpoints or "").removesuffix("/checkpoints")
+    content = s3.get(aws, f"{root}/{EXPERIMENT}") if before.search and root else None
+    if content is None:
+        raise UserMistake(f"{before.name} has no search of ours to go on with.")
+    return Experiment.parse(parse_yaml(content))
+
+
+def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
+    """A local `tune --resume` of a search that is done trains nothing either."""
+    from visiontuner.aws.job import jobs_of, record_of
+    from visiontuner.search.plan import remaining_trials
+
+    record = record_of(aws, before)
+    if before.status == "Completed" and not record.started:
+        raise UserMistake(
+            f"{before.name} is completed, and its checkpoints are no longer on S3: "
+            f"`{next_command('attach', before.name, flags=aws.flags)}` brings home what it did. "
+            "There is nothing to go on from."
+        )
+    if record.best is None or remaining_trials(experiment, record):
+        return
+    # Only a job that completed has packaged the best trial.
+    for job in [before, *jobs_of(aws, before)]:
+        if job.status == "Completed":
+            raise UserMistake(
+                f"All {len(record.trials)} trials of {before.search} are done, and {job.name} has "
+                f"packaged the best: `{next_command('attach', job.name, flags=aws.flags)}` brings "
+                "it home."
+            )
+
+
+def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOptions:
+    """With what the earlier job had, where nothing else is asked for."""
+    from visiontuner.aws.request import has_own_disk
+
+    # The one excludes the other: what is asked for now wins.
+    spot = bool(before.spot and not options.warm_pool)
+    warm_pool = f"{submitted.warm_pool_seconds}s" if submitted.warm_pool_seconds else None
+    kind = options.instance_type or before.instance_type
+    same_type = kind == before.instance_type
+    subnets, security_groups = _network(options, submitted)
+    own_disk = has_own_disk(before.instance_type) or has_own_disk(kind)
+    return replace(
+        _with_image(options, before, same_type=same_type),
+        instances=options.instances or before.instances,
+        instance_type=kind,
+        role=options.role or submitted.role,
+        spot=spot if options.spot is None else options.spot,
+        max_run=options.max_run or f"{submitted.max_run_seconds}s",
+        price=before.price.per_hour if options.price is None and same_type else options.price,
+        volume=options.volume or (None if own_disk else before.disk_gb or None),
+        warm_pool=_chosen(options.warm_pool, None if options.spot else warm_pool),
+        subnets=subnets,
+        security_groups=security_groups,
+        kms_key=_chosen(options.kms_key, submitted.kms_key),
+        tags={**submitted.tags, **options.tags},
+    )
+
+
+def _network(
+    options: JobOptions, submitted: Submitted
+) -> tuple[tuple[str, ...] | None, tuple[str, ...] | None]:
+    """Subnets and security groups; without the ones the others mean nothing."""
+    if () in (options.subnets, options.security_groups):
+        return options.subnets or (), options.security_groups or ()
+    return (
+        _chosen(options.subnets, submitted.subnets),
+        _chosen(options.security_groups, submitted.security_groups),
+    )
+
+
+def _with_image(options: JobOptions, before: Job, *, same_type: bool) -> JobOptions:
+    """With the same image; of AWS's own with the one that fits machines with or without GPUs."""
+    from visiontuner.aws.request import awss_version
+
+    if options.image or options.image_version:
+        return options
+    version = awss_version(before.image)
+    if same_type or version is None:
+        return replace(options, image=before.image)
+    return replace(options, image_version=version)
+
+
+def _chosen(now: Option | None, before: Option | None) -> Option | None:
+    return before if now is None else now
 
 
 def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, JobPlan]:
@@ -30,12 +371,16 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         UserMistake: something is missing or cannot work.
         ServingError: AWS refuses or cannot be reached.
     """
-    from visiontuner.aws import Aws
-    from visiontuner.aws_account import find_bucket, find_role, hourly_price
-    from visiontuner.sagemaker.cost import Price, limit_seconds
-    from visiontuner.sagemaker.plan import JobPlan
-    from visiontuner.sagemaker.reach import reachable_tracking
-    from visiontuner.sagemaker.surroundings import check_quota, find_image
+    from visiontuner.aws.account import find_bucket, find_role, hourly_price
+    from visiontuner.aws.request import (
+        JobPlan,
+        Price,
+        check_quota,
+        find_image,
+        limit_seconds,
+        reachable_tracking,
+    )
+    from visiontuner.io.aws import Aws
 
     _ = options.max_run_seconds, options.warm_pool_seconds  # a mistake is told before AWS is asked
     if experiment is not None:
@@ -91,7 +436,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
     """The request that `submit_job` would send, checked; nothing is made or uploaded."""
-    from visiontuner.sagemaker.job import dry_run as look
+    from visiontuner.aws.job import dry_run as look
 
     return look(aws, plan)
 
@@ -108,7 +453,7 @@ def submit_job(
     Raises:
         ServingError: AWS refuses: quota, capacity, role.
     """
-    from visiontuner.sagemaker.job import submit
+    from visiontuner.aws.job import submit
 
     if plan.resumed is not None:  # once more: a question may have been open for hours
         require_idle(aws, plan.search)

@@ -28,15 +28,14 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from visiontuner import garbage
 from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.journal import SearchRecord
-from visiontuner.locations import writable_cache_folder
+from visiontuner.paths import writable_cache_folder
 from visiontuner.tracking.plan import ProjectRun
+from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:
-    from visiontuner.tracking.follow import WriterThread
-    from visiontuner.tracking.mlflow_writer import MlflowWriter
+    from visiontuner.tracking.writer import MlflowWriter, WriterThread
 
 # Trials go first: on busy cores this process gets a third of what one of theirs gets.
 _NICE = 5
@@ -66,8 +65,7 @@ class TrackingProcess:
             self._tell(self._register())
 
     def _open(self, settings: Mapping[str, Any]) -> None:
-        from visiontuner.tracking.follow import WriterThread
-        from visiontuner.tracking.mlflow_writer import MlflowWriter
+        from visiontuner.tracking.writer import MlflowWriter, WriterThread
 
         run = settings["project_run"]
         try:
@@ -102,7 +100,7 @@ class TrackingProcess:
         return seconds
 
     def _register(self) -> dict[str, Any]:
-        from visiontuner.workflow.registration import register_classifier
+        from visiontuner.workflow.run import register_classifier
 
         assert self._writer is not None
         try:
@@ -134,7 +132,7 @@ def main() -> None:
     orders: SimpleQueue[dict[str, Any]] = SimpleQueue()
     threading.Thread(target=_read_into, args=(orders,), daemon=True).start()
     # Seconds, in which nobody has to know yet what is to be written.
-    importlib.import_module("visiontuner.tracking.mlflow_writer")
+    importlib.import_module("visiontuner.tracking.writer")
     process = TrackingProcess(orders.get(), tell)
     while True:
         process.do(orders.get())

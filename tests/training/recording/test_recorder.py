@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visiontuner.experiment import Training
+from visiontuner.diagnostics.history import Recording
+from visiontuner.diagnostics.recorder import Recorder
+from visiontuner.experiment.schema import Training
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.fit import Fit
-from visiontuner.training.recording.recorder import Recorder
-from visiontuner.training.recording.records import Recording
-from visiontuner.training.watch import Watch, Watches
+from visiontuner.training.callbacks import Watch, Watches
+from visiontuner.training.loop import Fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

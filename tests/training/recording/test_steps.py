@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from visiontuner.training.recording.records import STEP_PARTS
-from visiontuner.training.recording.steps import StepTimes
+from visiontuner.diagnostics.history import STEP_PARTS
+from visiontuner.diagnostics.recorder import StepTimes
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from visiontuner.training.recording import recorder as recording
-from visiontuner.training.recording.gpu import Gpu
-from visiontuner.training.recording.recorder import Recorder
-from visiontuner.training.recording.system import SystemSampler
+from visiontuner.diagnostics import recorder as recording
+from visiontuner.diagnostics.recorder import Recorder
+from visiontuner.diagnostics.system import Gpu, SystemSampler
 
 CPU = torch.device("cpu")
 

@@ -10,14 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from visiontuner.experiment import Training
+from visiontuner.diagnostics import tensors as statistics
+from visiontuner.diagnostics.history import TENSOR_STATISTICS, TensorRecord
+from visiontuner.diagnostics.tensors import TensorRecorder, find_layers
+from visiontuner.experiment.schema import Training
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.fit import Fit
-from visiontuner.training.recording import statistics
-from visiontuner.training.recording.layers import find_layers
-from visiontuner.training.recording.records import TENSOR_STATISTICS, TensorRecord
-from visiontuner.training.recording.tensors import TensorRecorder
-from visiontuner.training.watch import Watch
+from visiontuner.training.callbacks import Watch
+from visiontuner.training.loop import Fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -240,7 +239,7 @@ def test_the_norm_of_an_update_is_the_whole_weights():
     """Of 2^18 values every fourth is looked at, and all move by 0.1."""
     before = torch.zeros(2**18)
     sample = statistics.evenly(before)
-    moved = statistics.change(sample, statistics.evenly(before + 0.1), before.numel())
+    moved = statistics.update_statistics(sample, statistics.evenly(before + 0.1), before.numel())
     named = dict(zip(statistics.CHANGE, moved.tolist(), strict=True))
     assert len(sample) == 2**16
     assert named["update_norm"] == pytest.approx(0.1 * 2**9, rel=1e-4)

@@ -6,24 +6,24 @@ from typing import Any
 import numpy as np
 import pytest
 
-from visiontuner.journal import Finding
-from visiontuner.training.recording.records import (
+from visiontuner.diagnostics.history import (
     STEP_PARTS,
+    Curve,
     Recording,
     StepRecord,
     SystemRecord,
     TensorRecord,
+    TrainingHistory,
 )
-from visiontuner.training.rules import (
+from visiontuner.diagnostics.rules import (
     LASTING_RECORDED,
     RECORDED_RULES,
     RULES,
-    STOPPING_RULES,
-    Curve,
-    TrainingHistory,
-    UnequalHosts,
     diagnose_recording,
 )
+from visiontuner.diagnostics.rules_search import UnequalHosts
+from visiontuner.experiment.schema import STOPPING_RULES
+from visiontuner.journal import Finding
 
 LAYERS = {"first": "Conv2d", "norm": "BatchNorm2d", "relu": "ReLU", "head": "Linear"}
 STEPS = (1, 50, 100, 150)

@@ -10,23 +10,25 @@ import pytest
 import torch
 from torch.nn import functional
 
-from visiontuner.errors import ExperimentError
-from visiontuner.experiment import STOPPING_RULES, Experiment
-from visiontuner.journal import EpochRecord, Finding, SearchRecord, TrialRecord
-from visiontuner.training.metrics import balanced_class_weights
-from visiontuner.training.rules import (
-    LASTING_RULES,
-    RECORDED_RULES,
-    RULES,
+from visiontuner.diagnostics.history import (
     Curve,
     Predictions,
     TrainingHistory,
+    history_of_trial,
+    loss_bounds,
+)
+from visiontuner.diagnostics.rules import (
+    LASTING_RULES,
+    RECORDED_RULES,
+    RULES,
     diagnose_curves,
     diagnose_history,
-    history_of_trial,
-    similar_across_runs,
 )
-from visiontuner.training.rules.loss_bounds import loss_bounds
+from visiontuner.diagnostics.rules_search import similar_across_runs
+from visiontuner.errors import ExperimentError
+from visiontuner.experiment.schema import STOPPING_RULES, Experiment
+from visiontuner.journal import EpochRecord, Finding, SearchRecord, TrialRecord
+from visiontuner.training.metrics import balanced_class_weights
 
 GUESS = math.log(10)  # 2.303
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
+from visiontuner.diagnostics.history import TrainingHistory
+from visiontuner.diagnostics.recorder import Recorder
+from visiontuner.diagnostics.rules import RECORDED_RULES, diagnose_recording
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Training
-from visiontuner.training.fit import FeatureBatches, Fit
-from visiontuner.training.recording.recorder import Recorder
-from visiontuner.training.rules import RECORDED_RULES, TrainingHistory, diagnose_recording
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import Fit
 
 CLASSES, SIZE = 4, 24
 MEAN, STD = 0.45, 0.25

@@ -13,10 +13,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from visiontuner.diagnostics.history import Curve, Predictions, TrainingHistory
+from visiontuner.diagnostics.rules import diagnose_history
 from visiontuner.errors import TrialFailed
-from visiontuner.experiment import Training
-from visiontuner.training.fit import FeatureBatches, fit, linear_head
-from visiontuner.training.rules import Curve, Predictions, TrainingHistory, diagnose_history
+from visiontuner.experiment.schema import Training
+from visiontuner.training.batches import FeatureBatches
+from visiontuner.training.loop import fit, linear_head
 
 CLASSES = tuple("0123456789")
 BEST = 0.01  # of 0.0003 to 0.1; 0.97 in validation

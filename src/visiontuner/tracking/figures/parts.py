@@ -3,14 +3,48 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+# Names of classes as a figure can show them: they come from folders, so they hold anything.
+
+
+def readable(names: Sequence[str], length: int = 24) -> list[str]:
+    """Names that matplotlib's font can draw, cut to `length` characters.
+
+    A name of which the font lacks half or more becomes `class 12`, its place in the list.
+    """
+    return [drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+
+
+def drawable(name: str, length: int) -> str:
+    """What the font has of a name, cut to `length` characters; nothing if that is half or less."""
+    name = " ".join(name.split())
+    kept = "".join(letter for letter in name if ord(letter) in _letters())
+    if 2 * len(kept) <= len(name):
+        return ""
+    return kept if len(kept) <= length else kept[: length - 1] + "…"
+
+
+def literally(texts: Iterable[Text]) -> None:
+    """A dollar in a name is a dollar, and no formula."""
+    for text in texts:
+        text.set_parse_math(False)
+
+
+@lru_cache
+def _letters() -> frozenset[int]:
+    return frozenset(code for code in get_font(findfont("DejaVu Sans")).get_charmap() if code >= 32)
+
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BCC2", "#33373D"
 _DPI = 90

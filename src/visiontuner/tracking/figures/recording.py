@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -11,8 +13,19 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+from PIL import Image
 
-from visiontuner.tracking.figures.inputs import network_inputs
+from visiontuner.diagnostics.history import (
+    RECORDING_FILE,
+    STEP_PARTS,
+    TRACE_FILE,
+    Recording,
+    StepRecord,
+    SystemRecord,
+    TensorRecord,
+    find_recording,
+)
+from visiontuner.tracking.figures.evaluation import picture_sheet
 from visiontuner.tracking.figures.parts import (
     BLUE,
     GREEN,
@@ -26,13 +39,184 @@ from visiontuner.tracking.figures.parts import (
     panels,
     plot_line,
 )
-from visiontuner.training.recording.records import (
-    STEP_PARTS,
-    Recording,
-    StepRecord,
-    SystemRecord,
-    TensorRecord,
-)
+from visiontuner.tracking.plan import Point
+
+# Pictures as they enter the network.
+
+
+_MOST = 8
+
+
+def network_inputs(record: TensorRecord, about: Mapping[str, Any]) -> Figure | None:
+    """Some of the first recorded batch, cropped and changed as the network saw them.
+
+    Args:
+        about: `mean` and `std` by channel turn input into pixels again; without them the range of
+            the values does.
+    """
+    inputs = record.inputs[:_MOST].astype(np.float32)
+    if inputs.ndim != 4 or not inputs.size:
+        return None
+    pixels = _pixels(inputs, about)
+    captions = [
+        (f"mean {_number(float(one.mean()))}, std {_number(float(one.std()))}", "")
+        for one in np.nan_to_num(inputs)
+    ]
+    figure = picture_sheet(
+        [Image.fromarray(one) for one in pixels], captions, title_lines=2, columns=4
+    )
+    _title(figure, record)
+    return figure
+
+
+def _title(figure: Figure, record: TensorRecord) -> None:
+    mean, std = (
+        ", ".join(_number(float(value)) for value in np.nanmean(values, axis=0))
+        for values in (record.input_mean, record.input_std)
+    )
+    low, high = float(np.nanmin(record.input_min)), float(np.nanmax(record.input_max))
+    height = figure.get_figheight()
+    for line, (text, weight) in enumerate((
+        ("What enters the network", "bold"),
+        (f"By channel over all recorded steps: mean {mean}, standard deviation {std}; "
+         f"from {_number(low)} to {_number(high)}", "normal"),
+    )):  # fmt: skip
+        figure.text(
+            0.015,
+            1 - (0.2 + 0.19 * line) / height,
+            text,
+            fontsize=10.5 - 2.5 * line,
+            color=INK,
+            weight=weight,
+        )
+
+
+def _pixels(inputs: NDArray[np.float32], about: Mapping[str, Any]) -> NDArray[np.uint8]:
+    """(N, C, H, W) -> uint8 (N, H, W, 3)."""
+    mean, std = about.get("mean"), about.get("std")
+    if mean and std and len(mean) == inputs.shape[1]:
+        shape = (1, -1, 1, 1)
+        inputs = inputs * np.reshape(std, shape) + np.reshape(mean, shape)
+    else:
+        low, high = float(np.nanmin(inputs)), float(np.nanmax(inputs))
+        inputs = (inputs - low) / max(high - low, 1e-9)
+    channels = inputs if inputs.shape[1] == 3 else np.repeat(inputs[:, :1], 3, axis=1)
+    clipped = np.clip(np.nan_to_num(channels), 0, 1) * 255
+    return np.ascontiguousarray(clipped.round().astype(np.uint8).transpose(0, 2, 3, 1))
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+# What was recorded of a trial -> what MLflow and the page show of it.
+
+
+EXPLAINS: Mapping[str, str] = {
+    "exploding_gradient": "gradient_norms",
+    "exploding_tensor": "gradient_norms",
+    "vanishing_gradient": "gradient_norms",
+    "all_zero": "gradient_norms",
+    "unchanged_tensor": "update_ratios",
+    "weight_update_ratio": "update_ratios",
+    "poor_weight_initialisation": "output_spread",
+    "tensor_variance": "output_spread",
+    "saturated_activation": "output_spread",
+    "dead_relu": "dead_units",
+    "check_input_images": "network_inputs",
+    "low_gpu_use": "system_use",
+    "cpu_bottleneck": "system_use",
+    "memory_increase": "system_use",
+    "workload_imbalance": "system_use",
+    "io_bottleneck": "step_times",
+    "batch_size_too_small": "step_times",
+    "initialisation_too_long": "step_times",
+    "step_outliers": "step_times",
+}
+"""By rule: which figure of a recording shows what it saw."""
+
+# Of each of ten names: MLflow takes 800 points a call, and a chart shows no more.
+_MOST_POINTS = 200
+
+
+def points_of(recording: Recording, *, time: int, epoch: int) -> list[Point]:
+    """The machine's use under MLflow's own names, and what the steps took.
+
+    Args:
+        time: of the latter, in milliseconds since the epoch.
+        epoch: their step, the trial's last epoch.
+    """
+    summary = [Point(name, value, time, epoch) for name, value in _summary(recording)]
+    return [*_system_points(recording), *summary]
+
+
+def files_of(trial_folder: Path, recording: Recording) -> dict[str, bytes]:
+    """Artifacts by path: figures, the recording itself, and the trace if one was made."""
+    drawn = {f"figures/{name}.png": png for name, png in draw(recording).items()}
+    kept = [trial_folder / name for name in (RECORDING_FILE, TRACE_FILE)]
+    return drawn | {path.name: path.read_bytes() for path in kept if path.is_file()}
+
+
+def draw(recording: Recording) -> dict[str, bytes]:
+    """Every figure of a recording, PNG by name."""
+    from visiontuner.tracking.figures.parts import to_png
+
+    return {n: to_png(f) for n, f in recording_figures(recording).items()}
+
+
+class Explained:
+    """The figure that explains a finding, where the trial was recorded; drawn when it is asked for.
+
+    Args:
+        folder: of the search.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._drawn: dict[str, Mapping[str, bytes]] = {}
+
+    def __call__(self, trial_id: str | None, rule: str) -> bytes | None:
+        """PNG; None where nothing was recorded that shows it."""
+        if trial_id is None or rule not in EXPLAINS:
+            return None
+        if trial_id not in self._drawn:
+            recording = find_recording(self._folder / "trials" / trial_id)
+            self._drawn[trial_id] = draw(recording) if recording else {}
+        return self._drawn[trial_id].get(EXPLAINS[rule])
+
+
+def _system_points(recording: Recording) -> Iterator[Point]:
+    """As MLflow's own monitor would have logged them; a step is a second from the first on."""
+    system = recording.system
+    if system is None or not len(system.times):
+        return
+    every = -(-len(system.times) // _MOST_POINTS)
+    for row in range(0, len(system.times), every):
+        moment = float(system.times[row])
+        for name, values in system.values.items():
+            if np.isfinite(values[row]):
+                yield Point(
+                    f"system/{name}",
+                    round(float(values[row]), 1),
+                    round(moment * 1000),
+                    round(moment - float(system.times[0])),
+                )
+
+
+def _summary(recording: Recording) -> Iterator[tuple[str, float]]:
+    steps = recording.steps
+    if steps is not None and len(steps.steps):
+        yield "startup_seconds", float(steps.startup_seconds)
+        total = steps.seconds.sum(axis=1)
+        yield "step_seconds", float(np.median(total))
+        if total.sum() > 0:
+            waited = steps.seconds[:, STEP_PARTS.index("data")].sum()
+            yield "data_wait_share", float(waited / total.sum())
+    if recording.system is not None:
+        memory = recording.system.of("process_memory_megabytes")
+        if np.isfinite(memory).any():
+            yield "process_memory_peak_megabytes", float(np.nanmax(memory))
+
 
 Values = NDArray[np.floating[Any]]
 

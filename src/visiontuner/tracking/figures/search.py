@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
-from typing import Any, cast
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.evaluation.compare import SearchProgress, mode_of
+from visiontuner.journal import SearchRecord, TrialRecord, best_epoch
+from visiontuner.text import csv_row
 from visiontuner.tracking.figures.parts import (
     BLUE,
+    GREEN,
     GREY,
     INK,
     LABELS,
@@ -23,6 +28,8 @@ from visiontuner.tracking.figures.parts import (
     add_legend,
     as_percent,
     count,
+    cut,
+    describe,
     finite,
     label_axes,
     panels,
@@ -31,7 +38,305 @@ from visiontuner.tracking.figures.parts import (
     short,
     whole_steps,
 )
-from visiontuner.tracking.importance import importances
+from visiontuner.workarounds.sklearn import without_package
+
+# Which searched value decided the outcome: PED-ANOVA over the finished trials, by Optuna.
+#
+# Not fANOVA: its forest needs scikit-learn, whose import alone costs 2 s at the end of a search.
+
+
+MIN_TRIALS = 8
+# A search has tens of trials: the best quarter of 16 is four, the usual tenth is one or two.
+_BEST_SHARE = 0.25
+
+
+def importances(record: SearchRecord) -> dict[str, float]:
+    """How much each searched value decides whether a trial is among the best quarter.
+
+    Returns:
+        Fractions that sum to 1, by name; empty under 8 finished trials with finite values, or where
+        nothing varied.
+
+    Source: Watanabe et al. 2023, https://arxiv.org/abs/2304.10255
+    """
+    trials = [t for t in record.searching().ranking() if math.isfinite(t.best_value or 0.0)]
+    trials = sorted(trials, key=lambda trial: trial.trial_id)
+    names = [
+        name
+        for name in (trials[0].configuration if trials else {})
+        if all(name in trial.configuration for trial in trials)
+        and len({trial.configuration[name] for trial in trials}) > 1
+    ]
+    varied = len({trial.best_value for trial in trials}) > 1
+    if len(trials) < MIN_TRIALS or not names or not varied:
+        return {}
+    return _ped_anova(trials, names, record.mode)
+
+
+def _ped_anova(trials: list[TrialRecord], names: list[str], mode: str) -> dict[str, float]:
+    import optuna
+    from optuna.trial import create_trial
+
+    with without_package("sklearn"):
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Optuna's own notices
+            study = optuna.create_study(direction="minimize" if mode == "min" else "maximize")
+            domains = {name: _domain([t.configuration[name] for t in trials]) for name in names}
+            for trial in trials:
+                params: Mapping[str, Any] = {n: trial.configuration[n] for n in names}
+                study.add_trial(
+                    create_trial(params=dict(params), distributions=domains, value=trial.best_value)
+                )
+            evaluator = PedAnovaImportanceEvaluator(target_quantile=_BEST_SHARE)
+            shares = get_param_importances(study, evaluator=evaluator)
+            return {name: float(share) for name, share in shares.items()}
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+
+
+def _domain(values: list[Any]) -> Any:
+    """The domain that the values came from, as far as they show it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
+    if len(distinct) <= 6 or not all(isinstance(value, int | float) for value in distinct):
+        return CategoricalDistribution(distinct)
+    low, high = float(distinct[0]), float(distinct[-1])
+    return FloatDistribution(low, high, log=low > 0 and high / low > 20)
+
+
+# The numbers behind a search's figures, as files: what a chart shows, others can compute with.
+
+
+def search_numbers(record: SearchRecord) -> dict[str, str]:
+    """File name -> text.
+
+    Returns:
+        `importance.json`: fractions that sum to 1 by searched value, if there is that figure;
+        `learning_rate_batch_size.csv`: a row for each usable trial, best first, if both were
+        searched.
+    """
+    files = {}
+    shares, ranking = importances(record), record.ranking()
+    if shares:
+        content = {
+            "objective": record.objective,
+            "method": "PED-ANOVA over the best quarter",
+            "trials": len(ranking),
+            "importance": shares,
+        }
+        files["importance.json"] = json.dumps(content, indent=1) + "\n"
+    names = ["learning_rate", "batch_size"]
+    rows = [
+        [t.trial_id, *(t.configuration[name] for name in names), t.best_value]
+        for t in ranking
+        if t.configuration.keys() >= set(names)
+    ]
+    if rows:
+        table = [["trial_id", *names, record.objective], *rows]
+        files["learning_rate_batch_size.csv"] = "".join(map(csv_row, table))
+    return files
+
+
+# Figures of one trial.
+
+
+def trial_curves(
+    trial: TrialRecord, objective: str = "validation_accuracy", *, into: Figure | None = None
+) -> Figure:
+    """Loss and accuracy of one trial by epoch, training and validation, its best epoch marked.
+
+    Args:
+        into: a figure that this function made, to show this trial instead: two thirds of the time.
+    """
+    title = cut(f"{trial.trial_id}   {describe(trial.configuration)}")
+    figure, (left, right) = panels(2, title) if into is None else _emptied(into, title)
+    best = trial.best_epoch
+    if best is None and trial.epochs:
+        found = best_epoch(trial.epochs, objective, "min" if objective.endswith("loss") else "max")
+        best = found.step if found else None
+    for axes, name in ((left, "loss"), (right, "accuracy")):
+        plot_line(axes, *trial.curve(f"train_{name}"), colour=ORANGE, label="Training")
+        plot_line(axes, *trial.curve(f"validation_{name}"), colour=BLUE, label="Validation")
+        label_axes(axes, "Epoch", name.capitalize())
+        whole_steps(axes, [epoch.step for epoch in trial.epochs])
+        if best is not None:
+            axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label=f"Best epoch {best}")
+    for axes in (left, right):
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))  # tick labels are most of the drawing
+    as_percent(right)
+    add_legend(left, "upper right")
+    return figure
+
+
+def _emptied(figure: Figure, title: str) -> tuple[Figure, list[Axes]]:
+    """The same axes, ticks and labels with nothing drawn in them; these take the time."""
+    figure.texts[0].set_text(title)
+    for axes in figure.axes:
+        for line in [*axes.lines]:
+            line.remove()
+        legend = axes.get_legend()
+        if legend is not None:
+            legend.remove()
+        axes.relim()
+        axes.autoscale(enable=True)
+    return figure, figure.axes
+
+
+# Several runs, or several searches, in one figure.
+
+
+# Okabe and Ito's colours, without the yellow that vanishes on white; then again, dashed.
+_COLOURS = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", INK)
+_DASHES = ("-", "--", ":")
+MOST_CURVES = len(_COLOURS) * len(_DASHES)
+
+
+class Curve(NamedTuple):
+    """One run's values of one metric by step."""
+
+    label: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+def learning_curves(curves: Mapping[str, Sequence[Curve]]) -> Figure:
+    """The curves of several runs, one panel for each metric; a run keeps its colour.
+
+    Args:
+        curves: metric -> its curves, at most `MOST_CURVES`; every panel holds the same runs in the
+            same order, an empty curve where a run has none.
+    """
+    runs = max((len(drawn) for drawn in curves.values()), default=0)
+    figure, row = panels(max(1, len(curves)), f"Learning curves of {count(runs, 'run')}")
+    _make_room(figure, runs)
+    for axes, (metric, drawn) in zip(row, curves.items(), strict=False):
+        for position, curve in enumerate(drawn):
+            _plot(axes, position, curve)
+        label_axes(axes, "Epoch", _label(metric))
+        whole_steps(axes, [step for curve in drawn for step in curve.steps])
+        if _is_fraction(metric, [value for curve in drawn for value in curve.values]):
+            as_percent(axes)
+    _legend_below(figure, row)
+    return figure
+
+
+def searches_side_by_side(searches: Sequence[SearchProgress]) -> Figure:
+    """The best so far of several searches, by seconds and by trials."""
+    figure, (left, right) = panels(2, "Best so far of " + _searches(len(searches)))
+    _make_room(figure, len(searches), columns=1)
+    longest = max((float(s.seconds.max(initial=0.0)) for s in searches), default=0.0)
+    scale, unit = (60.0, "min") if longest > 180 else (1.0, "s")
+    for position, search in enumerate(searches):
+        numbers = np.arange(1, len(search.best) + 1, dtype=float)
+        for axes, x in ((left, search.seconds / scale), (right, numbers)):
+            _step(axes, position, x, search)
+    objective = searches[0].objective if searches else ""
+    label_axes(left, f"Time since the start ({unit})", _label(objective))
+    label_axes(right, "Trials ended", "")
+    left.set_xlim(left=0)
+    whole_steps(right, [float(len(s.best)) for s in searches] + [1.0])
+    if _is_fraction(objective, [float(v) for s in searches for v in s.best]):
+        as_percent(left)
+        as_percent(right)
+    _legend_below(figure, [left, right], columns=1)
+    return figure
+
+
+def _plot(axes: Axes, position: int, curve: Curve) -> None:
+    x, y = finite(curve.steps, curve.values)
+    # An empty line still takes its place in the legend: the run is there, its curve is not.
+    axes.plot(
+        x, y, **_style(position), marker="o" if len(x) == 1 else None, markersize=4,
+        label=cut(curve.label, 60),
+    )  # fmt: skip
+
+
+def _step(axes: Axes, position: int, x: np.ndarray, search: SearchProgress) -> None:
+    best_x, best = finite(x.tolist(), search.best.tolist())
+    single_x, single = finite(x.tolist(), search.values.tolist())
+    style = _style(position)
+    axes.step(best_x, best, where="post", label=cut(search.name, 80), **style)
+    axes.scatter(single_x, single, s=12, color=style["color"], alpha=0.35, edgecolors="none")
+
+
+def _style(position: int) -> dict[str, Any]:
+    dash = _DASHES[position // len(_COLOURS) % len(_DASHES)]
+    return {"color": _COLOURS[position % len(_COLOURS)], "linestyle": dash, "linewidth": 1.6}
+
+
+def _label(metric: str) -> str:
+    return LABELS.get(metric, cut(metric, 40))
+
+
+def _is_fraction(metric: str, values: Sequence[float]) -> bool:
+    """Of other tools' metrics nobody knows the unit: between 0 and 1 and more is better."""
+    _, known = finite(range(len(values)), values)
+    return mode_of(metric) == "max" and bool(len(known)) and 0 <= known.min() <= known.max() <= 1
+
+
+def _searches(number: int) -> str:
+    return f"{number} search" + ("" if number == 1 else "es")
+
+
+def _make_room(figure: Figure, entries: int, columns: int = 3) -> None:
+    """Taller by the lines of a legend below the axes, so that it hides no curve."""
+    width, height = figure.get_size_inches()
+    extra = 0.2 * -(-entries // columns) + 0.1  # inches: 8.5 points and some air a line
+    figure.set_size_inches(width, height + extra)
+    figure.subplots_adjust(
+        bottom=(0.16 * height + extra) / (height + extra),
+        top=1 - 0.14 * height / (height + extra),
+    )
+    for text in figure.texts:
+        text.set_y(1 - 0.065 * height / (height + extra))
+
+
+def _legend_below(figure: Figure, row: Sequence[Axes], columns: int = 3) -> None:
+    handles, labels = row[0].get_legend_handles_labels()
+    if handles:
+        figure.legend(
+            handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False,
+            handlelength=2.6,
+        )  # fmt: skip
+
+
+# The curve of a learning rate range test.
+
+
+def range_test_curve(
+    title: str,
+    learning_rates: Sequence[float],
+    losses: Sequence[float],
+    smoothed: Sequence[float],
+    *,
+    suggested: tuple[float, float, float] | None,
+) -> Figure:
+    """Loss over the learning rate on a log scale, every step and smoothed.
+
+    Args:
+        suggested: lowest, best and highest learning rate of the suggestion, if there is one.
+    """
+    figure, (axes,) = panels(1, cut(title))
+    axes.plot(learning_rates, losses, color=GREY, linewidth=1, label="Each step")
+    axes.plot(learning_rates, smoothed, color=BLUE, linewidth=1.8, label="Smoothed")
+    if suggested is not None:
+        low, best, high = suggested
+        axes.axvspan(low, high, color=GREEN, alpha=0.12, label=f"{short(low)} to {short(high)}")
+        axes.axvline(best, color=GREEN, linewidth=1.4, linestyle="--", label=short(best))
+    axes.set_xscale("log")
+    # A loss that explodes must not flatten the fall.
+    first, lowest = smoothed[0], min(smoothed)
+    room = max(first - lowest, 0.05 * first)
+    axes.set_ylim(lowest - 0.05 * room, max(first, min(max(losses), first + 0.3 * room)))
+    label_axes(axes, "Learning rate", "Training loss")
+    add_legend(axes)
+    return figure
 
 
 def search_figures(record: SearchRecord) -> dict[str, Figure]:

@@ -1,0 +1,1 @@
+"""SageMaker: what an account needs, endpoints, and training jobs."""

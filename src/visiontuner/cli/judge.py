@@ -1,0 +1,634 @@
+"""The commands that judge: evaluate, compare, diagnose, promote, lineage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
+from visiontuner.errors import UserMistake
+from visiontuner.text import next_command
+from visiontuner.workarounds import python as garbage
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.text import Text
+    from rich.tree import Tree
+
+    from visiontuner.evaluation.intervals import Interval
+    from visiontuner.evaluation.report import EvaluationReport
+    from visiontuner.journal import Finding
+    from visiontuner.serving.lineage import Facts, Lineage
+    from visiontuner.serving.promotion import Promotion
+    from visiontuner.workflow.compare import Comparison
+    from visiontuner.workflow.diagnose import DiagnosedRun, Diagnosis
+    from visiontuner.workflow.evaluate import EvaluationResult
+    from visiontuner.workflow.lineage import LineageCheck
+
+
+# The command evaluate: choose, calibrate, look at the test pictures once.
+
+
+_NAMED_TRIALS = 6
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("search", metavar="[SEARCH]", default="auto")
+@click.option(
+    "--prefer",
+    type=click.Choice(["best", "cheapest"]),
+    default="best",
+    show_default=True,
+    help="Keep the best trial, or of those tied with it the one that trained fastest.",
+)
+@click.option(
+    "--precision",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="How many of the confident answers shall be right; sets the confidence threshold.",
+)
+def evaluate(search: str, prefer: str, precision: float) -> None:
+    """Test the chosen model on pictures that played no part in the choice.
+
+    The trials that cannot be told apart from the best are named; temperature and confidence
+    threshold are fitted on validation and become part of the model, which is registered as a new
+    version. Then the test pictures are looked at, and how many times that was done is counted.
+    SEARCH is a search folder, by default the newest.
+
+    \b
+    Examples:
+      visiontuner evaluate
+      visiontuner evaluate --prefer cheapest
+      visiontuner evaluate searches/dog-breeds-20261122-154100 --precision 0.99
+    """
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.workflow.evaluate import evaluate_search
+
+    console = SearchConsole()
+    try:
+        result = evaluate_search(
+            None if search in NOT_GIVEN else Path(search),
+            prefer=prefer,  # type: ignore[arg-type]
+            precision=precision,
+            observer=console,
+        )
+    finally:
+        console.close()
+    _print(result)
+
+
+def _print(result: EvaluationResult) -> None:
+    choice, report = result.choice, result.report
+    click.echo(f"\nChosen: {choice.chosen}")
+    others = [trial for trial in choice.tied if trial != choice.best]
+    if others:
+        named = ", ".join(others[:_NAMED_TRIALS]) + (", …" if len(others) > _NAMED_TRIALS else "")
+        click.echo(f"  not to be told apart from {choice.best} on validation: {named}")
+    for edge in result.edges:
+        click.echo(f"  {edge}")
+    if report.metrics:
+        _print_test(report, result.looks)
+    for note in report.notes:
+        click.echo(f"  note: {note}")
+    click.echo(f"\nAll of it: {result.folder / 'evaluation'} and {result.folder / 'report.html'}")
+    if result.model:
+        click.echo(f"The calibrated model is {result.model} (in {result.tracking_uri}).")
+        if report.metrics:
+            command = next_command("promote", result.model)
+            click.echo(f"\nNext, make it the champion if it is better: {command}")
+    if result.tracking_problem:
+        click.echo(f"\nNot everything is in MLflow: {result.tracking_problem}")
+        click.echo(f"Nothing is lost. Write it later: {next_command('sync', result.folder)}")
+
+
+def _print_test(report: EvaluationReport, looks: int) -> None:
+    metrics = report.metrics
+    click.echo(f"\nTest, {report.num_pictures:,} pictures (95 % interval):")
+    for name, label in (
+        ("accuracy", "accuracy"),
+        ("top5_accuracy", "top-5 accuracy"),
+        ("macro_f1", "macro F1"),
+    ):
+        if name in metrics:
+            click.echo(f"  {label:<16} {_percent(metrics[name])}")
+    for name, what in (("nll", "negative log-likelihood"), ("ece", "expected calibration error")):
+        before, after = metrics[f"{name}_uncalibrated"], metrics[name]
+        click.echo(
+            f"  {what:<27} {after.value:.4f} ({after.low:.4f} to {after.high:.4f}); "
+            f"{before.value:.4f} before temperature {report.temperature:.3g}"
+        )
+    threshold = report.threshold
+    if threshold is not None and threshold.value is not None and threshold.precision is not None:
+        click.echo(
+            f"  answers above {threshold.value:.3f}: {_percent(threshold.precision)} right "
+            f"(wanted {threshold.wanted_precision:.0%}), on {threshold.coverage.value:.1%} of "
+            "the pictures"
+        )
+    if looks > 1:
+        click.echo(
+            f"  This was look {looks} at the test pictures: the more looks, the less they prove."
+        )
+
+
+def _percent(interval: Interval) -> str:
+    return f"{interval.value:.1%} ({interval.low:.1%} to {interval.high:.1%})"
+
+
+# visiontuner compare: runs side by side.
+
+
+_FORMATS = ("text", "csv", "markdown", "json")
+_SUFFIXES = {".csv": "csv", ".md": "markdown", ".json": "json"}
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("targets", nargs=-1, metavar="[RUN|SEARCH]...")
+@click.option("--sort", metavar="COLUMN", default="auto", help="Default: the objective.")
+@click.option("--reverse", is_flag=True, help="Worst first.")
+@click.option("--where", metavar="CONDITION", default="none", help="Only some runs; see below.")
+@click.option(
+    "--columns", metavar="A,B,…", default="auto", help="Columns by name or pattern, as test_*."
+)
+@click.option("--top", metavar="N", default="auto", help="Only the first N runs.")
+@click.option(
+    "--format",
+    "form",
+    metavar="|".join(_FORMATS),
+    default="auto",
+    help="Default: text, or what the name of --output says. csv and json hold every column.",
+)
+@click.option("--output", metavar="FILE", default="none", help="Write the table to a file.")
+@click.option("--curves", metavar="FILE.png", default="none", help="Draw their learning curves.")
+@click.option(
+    "--metric", "metrics", metavar="NAME", multiple=True, help="What --curves draws. Repeatable."
+)
+@click.option(
+    "--figure", metavar="FILE.png", default="none", help="Draw searches: best so far by time."
+)
+def compare(
+    targets: tuple[str, ...],
+    sort: str,
+    reverse: bool,
+    where: str,
+    columns: str,
+    top: str,
+    form: str,
+    output: str,
+    curves: str,
+    metrics: tuple[str, ...],
+    figure: str,
+) -> None:
+    """Compare runs: parameters, best value, epochs, time, findings; the best first.
+
+    A target is a search folder, an MLflow run id (a search's run means its trials), the name of an
+    experiment or search in MLflow, or models:/NAME/VERSION. Without one: the newest search in
+    searches/. MLflow is looked for at MLFLOW_TRACKING_URI; search folders need none.
+
+    --where compares columns with values: <, <=, >, >=, ==, !=, in [..], joined by and, or, not.
+    Names that are no Python names are put in backticks.
+
+    \b
+    Examples:
+      visiontuner compare
+      visiontuner compare --where "learning_rate < 0.01 and batch_size == 64" --top 5
+      visiontuner compare dog-breeds --sort validation_loss --output runs.csv
+      visiontuner compare searches/a searches/b --figure ab.png --curves curves.png
+    """
+    form, output_file = _form(form, output)
+    curves_file, figure_file = _picture(curves, "--curves"), _picture(figure, "--figure")
+    count = _count(top)
+    with garbage.left_alone():
+        from visiontuner.workflow.compare import draw_curves, draw_searches, load_runs
+
+        comparison = load_runs([target for target in targets if target not in NOT_GIVEN])
+        frame = _chosen(comparison, where, sort, reverse=reverse)[:count]
+        told = [*comparison.notes]
+        if len(comparison.runs) and frame.empty:
+            told.append("No run fulfils --where.")
+        told += _print_comparison(comparison, frame, form, columns, output_file)
+        for note in told:
+            click.echo(note, err=form != "text" or output_file is not None)
+        if curves_file:
+            names = [name for name in metrics if name not in NOT_GIVEN]
+            for note in draw_curves(comparison, list(frame.index), names, curves_file):
+                click.echo(note, err=True)
+            click.echo(f"Learning curves: {curves_file}", err=True)
+        if figure_file:
+            draw_searches(comparison, figure_file)
+            click.echo(f"Best so far: {figure_file}", err=True)
+
+
+def _chosen(comparison: Comparison, where: str, sort: str, *, reverse: bool) -> pd.DataFrame:
+    from visiontuner.evaluation.compare import sort as sort_rows
+    from visiontuner.evaluation.compare import where as keep
+
+    by = None if sort in NOT_GIVEN else sort
+    frame = sort_rows(comparison.frame, by, reverse=reverse)
+    return frame if where in NOT_GIVEN else keep(frame, where)
+
+
+def _print_comparison(
+    comparison: Comparison, frame: pd.DataFrame, form: str, columns: str, output: Path | None
+) -> list[str]:
+    """The table to where it belongs; sentences to say after it."""
+    from visiontuner.evaluation.compare import default_columns, pick_columns
+
+    whole = form in ("csv", "json")
+    if columns not in NOT_GIVEN:
+        names = pick_columns(frame, [name.strip() for name in columns.split(",") if name.strip()])
+    else:
+        names = list(frame.columns) if whole else default_columns(comparison.frame)
+    if form == "text":
+        return _print_text(comparison, frame, names, output)
+    from visiontuner.evaluation import compare as formats
+
+    text = getattr(formats, f"to_{form}")(frame[names])
+    if output is None:
+        click.echo(text, nl=False)
+        return []
+    return _written(output, text, frame)
+
+
+def _print_text(
+    comparison: Comparison, frame: pd.DataFrame, names: list[str], output: Path | None
+) -> list[str]:
+    import io
+
+    from visiontuner.cli.console import SafeConsole, print_runs
+    from visiontuner.workflow.compare import describe_searches
+
+    told: list[str] = []
+    if output is None:
+        console = SafeConsole()
+        if not console.is_terminal:
+            console = SafeConsole(width=_WIDE)
+        if len(frame):
+            told = print_runs(console, frame, names)
+    else:
+        page = io.StringIO()
+        print_runs(SafeConsole(file=page, width=_WIDE), frame, names)
+        told = _written(output, _without_trailing_spaces(page.getvalue()), frame)
+    return [*told, *describe_searches(comparison)]
+
+
+_WIDE = 10_000  # a file has no width: nothing is cut
+
+
+def _without_trailing_spaces(text: str) -> str:
+    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+
+
+def _written(output: Path, text: str, frame: pd.DataFrame) -> list[str]:
+    from visiontuner.workflow.compare import write_file
+
+    write_file(output, text.encode("utf-8", errors="replace"))
+    return [f"{len(frame):,} run{'' if len(frame) == 1 else 's'} in {output}."]
+
+
+def _form(form: str, output: str) -> tuple[str, Path | None]:
+    file = None if output in NOT_GIVEN else Path(output)
+    if form in NOT_GIVEN:
+        return (_SUFFIXES.get(file.suffix.lower(), "text") if file else "text"), file
+    if form not in _FORMATS:
+        raise UserMistake(f"--format {form!r} is none of {', '.join(_FORMATS)}.")
+    return form, file
+
+
+def _picture(value: str, flag: str) -> Path | None:
+    if value in NOT_GIVEN:
+        return None
+    if Path(value).suffix.lower() != ".png":
+        raise UserMistake(f"{flag} writes PNG; {value!r} must end in .png.")
+    return Path(value)
+
+
+def _count(top: str) -> int | None:
+    if top in NOT_GIVEN:
+        return None
+    if not (top.isascii() and top.isdigit() and int(top[:9]) > 0):
+        raise UserMistake(f"--top must be a whole number >= 1, not {top!r}.")
+    return int(top[:9])
+
+
+# `visiontuner diagnose`: parsing and printing.
+
+
+_COLOURS = {"error": "red", "warning": "yellow", "info": "cyan"}
+_ORDER = {"error": 0, "warning": 1, "info": 2}
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("target", metavar="[RUN|FOLDER]", default="auto")
+@click.option("--write", is_flag=True, help="Put the findings on the MLflow runs: tag, artifact.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def diagnose(target: str, write: bool, as_json: bool) -> None:
+    """Say what went wrong in a training, why, and what to change.
+
+    RUN is an MLflow run id, of any tool (a parent run means its children), or an experiment's
+    name; FOLDER a search folder. Default: the newest search. Rules: docs/rules.md.
+
+    \b
+    Examples:
+      visiontuner diagnose
+      visiontuner diagnose searches/digits-20261122-154100 --json
+      visiontuner diagnose 0f3c9a… --write
+    """
+    from visiontuner.workflow.diagnose import diagnose as look
+
+    diagnosis = look(None if target in NOT_GIVEN else target, write=write)
+    if as_json:
+        click.echo(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        _print_findings(diagnosis)
+
+
+def _print_findings(diagnosis: Diagnosis) -> None:
+    from rich.table import Table
+
+    from visiontuner.cli.console import SafeConsole
+
+    console = SafeConsole()
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("trial", "finding", "evidence and advice"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "trial")
+    rows = [(run.name, finding) for run in diagnosis.runs for finding in run.findings]
+    rows += [("data", finding) for finding in diagnosis.data]
+    for name, finding in sorted(rows, key=lambda row: _ORDER[row[1].severity]):
+        table.add_row(name, _rule(finding), _said(finding))
+    if rows:
+        console.print(table)
+    for run in diagnosis.runs:
+        if run.note:
+            click.echo(f"{run.name}: {run.note}")
+    for note in diagnosis.notes:
+        click.echo(note)
+    click.echo(_summary(diagnosis.runs, diagnosis.target))
+
+
+def _rule(finding: Finding) -> Text:
+    from rich.text import Text
+
+    return Text(f"{finding.rule}\n{finding.severity}", style=_COLOURS[finding.severity])
+
+
+def _said(finding: Finding) -> Text:
+    from rich.text import Text
+
+    where = f" (epoch {finding.step})" if finding.step is not None else ""
+    text = Text(f"{finding.evidence.rstrip('.')}{where}.\n")
+    return text.append(finding.advice, style="dim")
+
+
+def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
+    errors = sum(bool(run.errors) for run in runs)
+    quiet = sum(not run.findings for run in runs)
+    trainings = "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
+    return f"{target}: {trainings}, {errors} with errors, {quiet} with nothing to say."
+
+
+# `visiontuner promote`: parsing and printing.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("model", default="auto")
+@click.option("--force", is_flag=True, help="Whatever the test says, or if there can be none.")
+@click.option("--dry-run", is_flag=True, help="Show the test and the decision; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def promote(model: str, force: bool, dry_run: bool, as_json: bool) -> None:
+    """Make a version the champion, if it is better on the same test pictures beyond noise.
+
+    MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION. Default: the newest version
+    of the newest search's model. The reason is written on the version either way.
+
+    \b
+    Examples:
+      visiontuner promote
+      visiontuner promote dog-breeds --dry-run
+      visiontuner promote models:/dog-breeds/3 --force
+    """
+    from visiontuner.workflow.promote import promote as decide
+
+    decided = decide(None if model in NOT_GIVEN else model, force=force, dry_run=dry_run)
+    if as_json:
+        click.echo(json.dumps({**decided.to_dict(), "dry_run": dry_run}, indent=1))
+    else:
+        _print_decision(decided, dry_run=dry_run)
+
+
+def _print_decision(decided: Promotion, *, dry_run: bool) -> None:
+    name, number = decided.name, decided.challenger
+    click.echo(f"{name}: version {number}" + _against(decided))
+    for version, accuracy in (
+        (number, decided.accuracy),
+        (decided.champion, decided.champion_accuracy),
+    ):
+        if accuracy is not None:
+            click.echo(f"  version {version:<4} test accuracy {_interval(accuracy)}")
+    if decided.test is not None:
+        test = decided.test
+        click.echo(f"  difference   {_interval(test.difference, '+')}")
+        click.echo(
+            f"  only version {number} is right on {test.only_a:,} pictures, only version "
+            f"{decided.champion} on {test.only_b:,}; p = {test.p_value:.2g}"
+        )
+    word = {"promoted": "Promoted", "kept": "Kept", "unchanged": "Unchanged"}[decided.decision]
+    click.echo(f"{'Would be ' + word.lower() if dry_run else word}. {decided.reason}")
+    if decided.decision == "promoted" and not dry_run:
+        click.echo(f"It answers as models:/{name}@champion.")
+    elif decided.decision == "kept":
+        click.echo(f"The champion stays version {decided.champion}.")
+
+
+def _against(decided: Promotion) -> str:
+    if decided.champion is None:
+        return ", and no champion yet"
+    if decided.decision == "unchanged":
+        return ""
+    return f" against the champion, version {decided.champion}"
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
+    return (
+        f"{interval.value:{sign}.4f}  (95 %: {interval.low:{sign}.4f} to {interval.high:{sign}.4f})"
+    )
+
+
+# `visiontuner lineage`: parsing and printing.
+
+
+_NAMES_SHOWN = 5
+_PIPE_WIDTH = 2000
+_STATES = {"ok": "ok", "differs": "differs", "unknown": "cannot be checked"}
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("subject", metavar="[MODEL|RUN|FOLDER|endpoint:NAME]", default="auto")
+@click.option(
+    "--verify", is_flag=True, help="Compute digests and answers again; exit 1 if any differs."
+)
+@click.option("--region", metavar="REGION", default="auto", help="Of an endpoint.")
+@click.option(
+    "--assume-role", metavar="ARN", default="none", help="Look at an endpoint as this role."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: bool) -> None:
+    """Say where a model comes from: trial, search, experiment, pictures, code, machine.
+
+    MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION; RUN the id of a trial's or a
+    search's MLflow run; FOLDER a search folder; endpoint:NAME a SageMaker endpoint. Default: the
+    newest search.
+
+    \b
+    Examples:
+      visiontuner lineage
+      visiontuner lineage dog-breeds@champion
+      visiontuner lineage models:/dog-breeds/3 --verify
+      visiontuner lineage endpoint:dog-breeds
+    """
+    from visiontuner.workflow.lineage import trace
+
+    traced = trace(
+        None if subject in NOT_GIVEN else subject,
+        region=None if region in NOT_GIVEN else region,
+        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+    )
+    checks = _verify(traced) if verify else []
+    if as_json:
+        click.echo(_as_json(traced, checks if verify else None))
+    else:
+        _print_lineage(traced, checks)
+    if any(check.state == "differs" for check in checks):
+        raise click.exceptions.Exit(1)
+
+
+def _verify(traced: Lineage) -> list[LineageCheck]:
+    from visiontuner.workflow.lineage import verify
+
+    return verify(traced)
+
+
+def _as_json(traced: Lineage, checks: Sequence[LineageCheck] | None) -> str:
+    raw = traced.to_dict()
+    if checks is not None:
+        raw["checks"] = [asdict(check) for check in checks]
+    return json.dumps(raw, indent=1)
+
+
+def _print_lineage(traced: Lineage, checks: Sequence[LineageCheck]) -> None:
+    from visiontuner.cli.console import SafeConsole
+
+    # In a pipe a fact stays in its line.
+    width = None if sys.stdout.isatty() else _PIPE_WIDTH
+    SafeConsole(width=width).print(_tree(traced))
+    for note in traced.notes:
+        click.echo(f"note: {note}")
+    for check in checks:
+        click.echo(f"{check.what}: {_STATES[check.state]} ({check.detail})")
+
+
+def _tree(traced: Lineage) -> Tree:
+    """Each step hangs on the one that it made; what nobody knows is left out."""
+    from rich.text import Text
+    from rich.tree import Tree
+
+    # Text: names of classes, models and folders may hold rich's own [markup].
+    root = node = Tree(Text("lineage"), hide_root=True)
+    for title, section, lines in (
+        ("model", traced.model, _model_lines),
+        ("trial", traced.trial, _trial_lines),
+        ("search", traced.search, _search_lines),
+    ):
+        if section is None:
+            continue
+        node = node.add(Text(f"{title} {_headline(title, section)}"))
+        for line in lines(section, traced):
+            node.add(Text(line))
+    return root
+
+
+def _headline(title: str, facts: Facts) -> str:
+    if title == "model":
+        aliases = ", ".join(facts.get("aliases") or ())
+        return f"{facts.get('uri')}" + (f" ({aliases})" if aliases else "")
+    known = facts.get("trial_id" if title == "trial" else "name")
+    run_id = f"run {facts['run_id']}" if facts.get("run_id") else "not in MLflow"
+    return f"{known} ({facts.get('state')}, {run_id})"
+
+
+def _model_lines(model: Facts, traced: Lineage) -> Iterator[str]:
+    digest = _short(model.get("classifier_digest"))
+    yield f"registered {model.get('registered')}, classifier {digest}"
+    if model.get("temperature") is not None:
+        threshold = model.get("threshold")
+        said = "not set" if threshold is None else f"{threshold:.4g}"
+        if model.get("abstains"):
+            said = "out of reach: every answer abstains"
+        yield f"temperature {model['temperature']:.4g}, threshold {said}"
+    yield from _evaluation_lines(traced.evaluation)
+    if model.get("promotion"):
+        yield f"{model['promotion']}: {model.get('promotion_reason')}"
+
+
+def _evaluation_lines(evaluation: Facts | None) -> Iterator[str]:
+    if evaluation is None:
+        yield "not evaluated on test pictures yet"
+        return
+    looks = f"looked at {evaluation.get('looks')} time(s)"
+    if evaluation.get("accuracy") is None:
+        yield f"evaluated without test accuracy, {looks}"
+        return
+    interval = f"95 %: {evaluation['low']:.4f} to {evaluation['high']:.4f}"
+    same = "" if evaluation.get("same_classifier") is not False else "; before its calibration"
+    yield (
+        f"test accuracy {evaluation['accuracy']:.4f} ({interval}) on {evaluation['pictures']:,} "
+        f"pictures, {looks}{same}"
+    )
+
+
+def _trial_lines(trial: Facts, traced: Lineage) -> Iterator[str]:
+    yield ", ".join(f"{key} {value}" for key, value in trial["configuration"].items())
+    for key, value in trial["best"].items():
+        yield f"{key} {value} in epoch {trial.get('best_epoch')}"
+    if traced.model is None:
+        yield from _evaluation_lines(traced.evaluation)
+
+
+def _search_lines(search: Facts, traced: Lineage) -> Iterator[str]:
+    yield f"started {search.get('started')}, objective {search.get('objective')}"
+    yield f"experiment: {search.get('experiment_file') or 'file not found'}"
+    network, data = traced.network or {}, traced.data or {}
+    yield (
+        f"network: {network.get('backbone')}, weights {_short(network.get('weights_digest'))}, "
+        f"{network.get('engine')}"
+    )
+    yield f"data: {data.get('source')}, digest {_short(data.get('digest'))}"
+    yield f"pictures: {_counts(data)}"
+    yield from _origin_lines(traced)
+
+
+def _origin_lines(traced: Lineage) -> Iterator[str]:
+    code, environment = traced.code or {}, traced.environment or {}
+    changes = {True: " with changes", False: ""}.get(code.get("dirty"), "")  # type: ignore[arg-type]
+    commit = f", commit {_short(code.get('commit'))}{changes}" if code.get("commit") else ""
+    yield f"code: visiontuner {code.get('version')}{commit}"
+    yield f"machine: {environment.get('host')}, {environment.get('platform')}"
+    packages = environment.get("packages") or {}
+    yield "packages: " + (", ".join(f"{k} {v}" for k, v in packages.items()) or "not recorded")
+
+
+def _counts(data: Facts) -> str:
+    counts = ", ".join(f"{count:,} {name}" for name, count in (data.get("counts") or {}).items())
+    names = data.get("class_names") or ()
+    shown = ", ".join(names[:_NAMES_SHOWN]) + (", …" if len(names) > _NAMES_SHOWN else "")
+    return (counts or "not recorded") + (f"; {len(names)} classes: {shown}" if names else "")
+
+
+def _short(digest: Any) -> str:
+    return str(digest)[:12] if digest else "unknown"

@@ -1,0 +1,567 @@
+"""The commands that serve: preflight, deploy, query and their kin."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
+from visiontuner.errors import UserMistake
+from visiontuner.text import csv_row, next_command, printable
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from visiontuner.aws.endpoint import Endpoint
+    from visiontuner.serving.client import PictureAnswer
+    from visiontuner.serving.preflight import PreflightReport
+
+
+# The command that checks a model before it is deployed.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("model", default="auto")
+@click.option(
+    "--env-manager",
+    type=click.Choice(["uv", "local"]),
+    default="uv",
+    show_default=True,
+    help="A clean environment from the model's requirements, or this one.",
+)
+@click.option("--container", is_flag=True, help="In SageMaker's container; needs a Docker engine.")
+@click.option(
+    "--image",
+    metavar="NAME",
+    default="auto",
+    help="Of the container; by default MLflow builds one for the model's requirements.",
+)
+@click.option(
+    "--ready-seconds",
+    type=click.FloatRange(1, 3600),
+    default=120,
+    show_default=True,
+    help="How long the server may take to start.",
+)
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
+def preflight(
+    model: str, env_manager: str, container: bool, image: str, ready_seconds: float, form: str
+) -> None:
+    """Serve a model here as its endpoint will, and check what it answers over HTTP.
+
+    MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION, NAME@ALIAS, or
+    a folder; without one the newest search's NAME. The code in it runs here, and its requirements
+    are installed: only for models that you trust. Exits with 1 if a check fails.
+
+    \b
+    Examples:
+      visiontuner preflight
+      visiontuner preflight dogs@challenger
+      visiontuner preflight models:/dogs/3 --env-manager local
+      visiontuner preflight dogs --container
+    """
+    from visiontuner.workflow.preflight import preflight as check
+
+    report = check(
+        None if model in NOT_GIVEN else model,
+        env_manager=env_manager,  # type: ignore[arg-type]  # one of click's choices
+        container=container or image not in NOT_GIVEN,
+        image=None if image in NOT_GIVEN else image,
+        ready_seconds=ready_seconds,
+        note=lambda text: click.echo(text, err=True),
+    )
+    if form == "json":
+        click.echo(json.dumps(report.to_dict(), indent=2))
+    else:
+        _print_report(report)
+    if not report.passed:
+        raise click.exceptions.Exit(1)
+
+
+def _print_report(report: PreflightReport) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from visiontuner.cli.console import SafeConsole
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for check in report.checks:
+        passed = check.status == "ok"
+        mark = Text("pass" if passed else "FAIL", style="green" if passed else "bold red")
+        table.add_row(mark, Text(check.name), Text(check.detail))
+    console = SafeConsole()
+    console.print(table)
+    console.print(
+        f"\nOne picture a request: p50 {report.p50_ms:.0f} ms, p95 {report.p95_ms:.0f} ms, "
+        f"p99 {report.p99_ms:.0f} ms; {report.memory_mb:,.0f} MB of memory."
+    )
+    console.print(report.recommendation, soft_wrap=True)
+    console.print(
+        f"{report.model} is ready to be deployed."
+        if report.passed
+        else f"{report.model} would fail as an endpoint.",
+        style="bold",
+        soft_wrap=True,
+    )
+
+
+# The commands that put a model behind a SageMaker endpoint, swap it, list and remove endpoints.
+
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_WHERE = (
+    click.option(
+        "--region", metavar="REGION", default="auto", help="By default that of AWS's settings."
+    ),
+    click.option("--assume-role", metavar="ARN", default="none", help="Act as this role."),
+)
+_HOW = (
+    *_WHERE,
+    click.option("--role", metavar="NAME|ARN", default="auto", help="What the endpoint runs as."),
+    click.option("--image", metavar="URL", default="auto", help="Serving image in ECR."),
+    click.option(
+        "--bucket", metavar="NAME", default="auto", help="For the model; by default MLflow's."
+    ),
+    click.option("--ttl", metavar="TIME", default="none", help="How long it is needed, as 8h."),
+    click.option("--price", metavar="USD", default="auto", help="Of one instance for an hour."),
+    click.option(
+        "--env", "environment", metavar="KEY=VALUE", multiple=True, help="For the container."
+    ),
+    click.option(
+        "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
+    ),
+    click.option(
+        "--env-manager",
+        type=click.Choice(["uv", "local"]),
+        default="uv",
+        help="Of the preflight: a clean environment, or this one.",
+    ),
+    click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
+    click.option(
+        "--dry-run", is_flag=True, help="Print MLflow's command and the cost; do nothing."
+    ),
+)
+
+
+def _options(decorators: tuple[Decorator, ...]) -> Decorator:
+    def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("model", default="auto")
+@click.option(
+    "--name", metavar="NAME", default="auto", help="Of the endpoint; by default the model's."
+)
+@click.option("--instance-type", default="auto", help="Default: ml.m5.large.")
+@click.option("--instances", type=click.IntRange(1, 100), help="How many. Default: 1.")
+@click.option(
+    "--serverless", metavar="MB", default="none", help="Instead of instances: 1024 to 6144."
+)
+@click.option(
+    "--data-capture", metavar="S3", default="none", help="Keep requests and answers there."
+)
+@_options(_HOW)
+def deploy(model: str, **given: Any) -> None:
+    """Put a model behind a SageMaker endpoint, through MLflow's own client.
+
+    MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION or NAME@ALIAS;
+    without one the newest search's NAME. What a failure or Ctrl-C leaves behind is taken away.
+
+    \b
+    Examples:
+      visiontuner deploy --dry-run                   what would happen, and MLflow's command for it
+      visiontuner deploy dogs@champion --ttl 8h
+      visiontuner deploy dogs --serverless 2048 --name dogs-test
+    """
+    _run(model, given, update=False)
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("name")
+@click.argument("model", default="auto")
+@_options(_HOW)
+def update(name: str, model: str, **given: Any) -> None:
+    """Put another model behind an endpoint, without a pause.
+
+    MODEL as in `deploy`; without one the NAME of the model that the endpoint serves. The old
+    model answers until the new one is healthy, and again if the new one answers the
+    pictures that it was packaged with differently.
+
+    \b
+    Examples:
+      visiontuner update dogs                        the champion of its model
+      visiontuner update dogs dogs@challenger
+    """
+    _run(model, given | {"name": name}, update=True)
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("name")
+@_options(_WHERE)
+@click.option("--artifacts", is_flag=True, help="Delete the uploaded model archive too.")
+def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
+    """Delete an endpoint, its configuration and its model.
+
+    Where the endpoint is gone already, what is left of it is deleted.
+
+    \b
+    Example:
+      visiontuner undeploy dogs --artifacts
+    """
+    from visiontuner.workflow.deploy import undeploy as remove
+
+    kept = remove(
+        name,
+        region=_given(region),
+        assume_role=_given(assume_role),
+        artifacts=artifacts,
+        note=_note,
+    )
+    click.echo(f"{name} is gone.")
+    for archive, command in kept.items():
+        click.echo(f"Kept {archive}; this deletes it too: {command}")
+
+
+@click.command(cls=OneLineErrors)
+@_options(_WHERE)
+@click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
+def endpoints(region: str, assume_role: str, form: str) -> None:
+    """List the endpoints that visiontuner deployed in a region: age, cost, model, time left.
+
+    \b
+    Example:
+      visiontuner endpoints --region eu-west-1
+    """
+    from visiontuner.io.aws import account_flags
+    from visiontuner.workflow.deploy import endpoints as find
+
+    where = _given(region), _given(assume_role)
+    found = find(*where)
+    if form == "json":
+        click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
+    elif found:
+        _print_endpoints(found, account_flags(*where))
+    else:
+        command = next_command("deploy", "MODEL", flags=account_flags(*where))
+        click.echo(f"None. `{command}` makes one.")
+
+
+def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
+    from visiontuner.workflow.deploy import DeployOptions, plan_deployment
+    from visiontuner.workflow.deploy import deploy as act
+
+    dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
+    options = DeployOptions(**_read(given))
+    aws, plan = plan_deployment(_given(model), options, updated=update)
+    for line in plan.lines():
+        click.echo(line, err=True)
+    if dry_run:
+        click.echo(plan.command("update" if update else "create"))
+        return
+    preflight = env_manager if check else None
+    act(aws, plan, preflight=preflight, update=update, note=_note)
+    click.echo(f"{plan.name} serves {plan.model_uri}.")
+    click.echo(f"Ask it:    {next_command('query', plan.name, 'PICTURE', flags=aws.flags)}")
+    click.echo(f"Remove it: {next_command('undeploy', plan.name, flags=aws.flags)}")
+
+
+def _read(given: dict[str, Any]) -> dict[str, Any]:
+    """Options as `DeployOptions` takes them."""
+    read: dict[str, Any] = {key: _given(v) if isinstance(v, str) else v for key, v in given.items()}
+    read["environment"] = dict(_pair(text) for text in given["environment"])
+    read["price"] = _number("--price", read["price"])
+    serverless = _number("--serverless", read.pop("serverless", None))
+    return read | {"serverless_mb": None if serverless is None else int(serverless)}
+
+
+def _given(text: str) -> str | None:
+    return None if text in NOT_GIVEN else text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserMistake(f"--env takes KEY=VALUE, got {text!r}.")
+    return key, value
+
+
+def _number(flag: str, text: str | None) -> float | None:
+    try:
+        number = None if text is None else float(text)
+    except ValueError:
+        number = -1.0
+    if number is not None and not 0 <= number < 1e6:
+        raise UserMistake(f"{flag} takes a number from 0, got {text!r}.")
+    return number
+
+
+def _note(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _print_endpoints(found: list[Endpoint], flags: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from visiontuner.cli.console import make_console
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):
+        table.add_column(heading)
+    for endpoint in found:
+        life = _life(endpoint, flags)
+        table.add_row(
+            Text(endpoint.name),
+            Text(endpoint.state),
+            Text(endpoint.model),
+            f"{endpoint.age_hours:.1f} h",
+            _cost(endpoint),
+            Text(life, style="red" if endpoint.overdue else ""),
+        )
+    make_console().print(table)
+    for endpoint in found:
+        for tag, value in endpoint.unreadable.items():
+            _note(f"?: {endpoint.name} has the tag {tag}={value!r}, which cannot be read.")
+
+
+def _cost(endpoint: Endpoint) -> str:
+    from visiontuner.aws.endpoint import PRICE_TAG
+
+    if endpoint.cost is None:
+        return "?" if PRICE_TAG in endpoint.unreadable else "not known"
+    return f"${endpoint.cost:,.2f}"
+
+
+def _life(endpoint: Endpoint, flags: str) -> str:
+    from visiontuner.aws.endpoint import TTL_TAG
+
+    if endpoint.ttl_hours is None:
+        return "?" if TTL_TAG in endpoint.unreadable else ""
+    life = f"{endpoint.ttl_hours:.3g} h"
+    if not endpoint.overdue:
+        return life
+    return f"{life}, passed: {next_command('undeploy', endpoint.name, flags=flags)}"
+
+
+# The command that asks a model what is on pictures.
+
+
+_FIELDS = ("picture", "label", "probability", "confident", "top_k", "error", "reduced")
+_SHOWN_CHOICES = 3
+_ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_FEW = 32  # pictures that are answered before anyone wants to see progress
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("names", metavar="[NAME|URL] PICTURE…", nargs=-1, required=True)
+@click.option("--local", is_flag=True, help="Ask a server or a model on this machine.")
+@click.option("--url", metavar="URL", default="auto", help="With --local. Default: port 5000 here.")
+@click.option(
+    "--model",
+    metavar="MODEL",
+    default="none",
+    help="Ask a folder or registered model itself, without a server; runs no code in it.",
+)
+@click.option("--region", metavar="REGION", default="auto", help="Of the SageMaker endpoint.")
+@click.option("--assume-role", metavar="ARN", default="none", help="Ask the endpoint as this role.")
+@click.option("--top-k", type=int, default=5, show_default=True, help="How many classes to list.")
+@click.option("--threshold", metavar="P", default="auto", help="Abstain below this probability.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["table", "json", "csv"]),
+    default="table",
+    show_default=True,
+    help="For a person, or for a program; json is one object a line.",
+)
+@click.option("--workers", type=click.IntRange(1, 64), default=4, help="Requests at a time.")
+@click.option(
+    "--request-mb",
+    type=click.FloatRange(0.01, 25),
+    default=6.0,
+    show_default=True,
+    help="Largest request; an endpoint that takes less is sent less.",
+)
+def query(
+    names: tuple[str, ...],
+    local: bool,
+    url: str,
+    model: str,
+    region: str,
+    assume_role: str,
+    top_k: int,
+    threshold: str,
+    form: str,
+    workers: int,
+    request_mb: float,
+) -> None:
+    """Ask what is on pictures: files, folders, URLs, or - for standard input.
+
+    NAME is a SageMaker endpoint; with --local, --url or --model there is none to name.
+    Exits with 1 if a picture could not be read; the others are answered.
+
+    \b
+    Examples:
+      visiontuner query dog-breeds photo.jpg folder/ https://example.org/dog.png
+      visiontuner query --local photo.jpg                      a server on port 5000
+      visiontuner query --model models:/dogs@champion folder/ --format csv > answers.csv
+      cat photo.jpg | visiontuner query --model searches/dogs-20261122-1541 -
+    """
+    where, sources = _where(names, local, url, model)
+
+    from visiontuner.cli.console import SearchConsole
+    from visiontuner.workflow.query import query as ask
+
+    console = SearchConsole(_stderr_console())
+
+    def progress(label: str, done: int, total: int, unit: str) -> None:
+        if total > _FEW:
+            console.progress(label, done, total, unit)
+
+    answers = ask(
+        sources,
+        **where,
+        region=None if region in NOT_GIVEN else region,
+        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+        top_k=top_k,
+        threshold=_probability(threshold),
+        workers=workers,
+        request_bytes=round(request_mb * 1e6),
+        progress=progress,
+    )
+    write = {"table": _print_table, "json": _print_json, "csv": _print_csv}[form]
+    try:
+        failed = write(answers)
+    finally:
+        console.close()
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+def _where(
+    names: Sequence[str], local: bool, url: str, model: str
+) -> tuple[dict[str, str], Sequence[str]]:
+    """Whom to ask, as an argument of `workflow.query`, and the pictures."""
+    if model not in NOT_GIVEN:
+        return {"model": model}, names
+    if url not in NOT_GIVEN:
+        return {"url": url}, names
+    if local:
+        from visiontuner.workflow.query import LOCAL_SERVER
+
+        return {"url": LOCAL_SERVER}, names
+    first, *pictures = names
+    if pictures and first.startswith(("http://", "https://")):
+        return {"url": first}, pictures
+    # A folder of this name is no picture: endpoints are named after the folder of their pictures.
+    if not pictures or not _ENDPOINT_NAME.fullmatch(first) or Path(first).is_file():
+        raise UserMistake(
+            "Name an endpoint or a URL, then pictures; or --local or --model, then pictures. "
+            "`visiontuner query --help` has examples."
+        )
+    return {"endpoint": first}, pictures
+
+
+def _probability(text: str) -> float | None:
+    try:
+        return None if text in NOT_GIVEN else float(text)
+    except ValueError:
+        raise UserMistake(f"--threshold must be a number in [0, 1], got {text!r}.") from None
+
+
+def _stderr_console() -> Any:
+    from visiontuner.cli.console import SafeConsole
+
+    return SafeConsole(stderr=True, soft_wrap=True)
+
+
+def _print_table(answers: Iterable[PictureAnswer]) -> int:
+    """Returns how many pictures failed; what was answered before an error is shown first."""
+    shown: list[PictureAnswer] = []
+    try:
+        shown.extend(answers)
+    finally:
+        _show_table(shown)
+    return sum(one.answer.error is not None for one in shown)
+
+
+def _show_table(shown: Sequence[PictureAnswer]) -> None:
+    from rich.table import Table
+
+    from visiontuner.cli.console import SafeConsole
+
+    if not shown:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in ("picture", "label"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("", justify="right", no_wrap=True)
+    table.add_column("or", style="dim")
+    folder = _common_folder([one.picture for one in shown])
+    for one in shown:
+        table.add_row(*_table_row(one, folder))
+    console = SafeConsole()
+    if folder:
+        console.print(f"In {printable(folder)}")
+    console.print(table)
+    if unsure := sum(one.answer.confident is False for one in shown):
+        console.print(f"{unsure} not sure.")
+    if reduced := sum(one.reduced for one in shown):
+        console.print(f"{reduced} sent smaller than they are, to fit into a request.")
+    if failed := sum(one.answer.error is not None for one in shown):
+        console.print(f"{failed} not answered.", style="red")
+
+
+def _table_row(one: PictureAnswer, folder: str) -> tuple[Text | str, ...]:
+    from rich.text import Text
+
+    answer, picture = one.answer, Text(printable(one.picture.removeprefix(folder)))
+    if answer.error is not None:
+        return picture, Text(answer.error, style="red"), "", ""
+    others = ", ".join(
+        f"{choice['label']} {choice['probability']:.1%}"
+        for choice in answer.top_k[1:_SHOWN_CHOICES]
+    )
+    label = f"{answer.label}" + ("" if answer.confident else " (not sure)")
+    style = "bold" if answer.confident else "yellow"
+    return picture, Text(label, style=style), f"{answer.probability:.1%}", Text(others)
+
+
+def _common_folder(pictures: Sequence[str]) -> str:
+    """The folder that all pictures are in, with a slash; empty if they are not."""
+    folders = {picture.rpartition("/")[0] for picture in pictures}
+    if len(pictures) < 2 or not all(folder.startswith("/") for folder in folders):
+        return ""
+    return os.path.commonpath(folders).rstrip("/") + "/"
+
+
+def _print_json(answers: Iterable[PictureAnswer]) -> int:
+    failed = 0
+    for one in answers:
+        failed += one.answer.error is not None
+        click.echo(json.dumps(one.to_dict(), ensure_ascii=False))
+    return failed
+
+
+def _print_csv(answers: Iterable[PictureAnswer]) -> int:
+    failed = 0
+    click.echo(csv_row(_FIELDS), nl=False)
+    for one in answers:
+        failed += one.answer.error is not None
+        row = one.to_dict()
+        row["top_k"] = "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row["top_k"])
+        click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
+    return failed

@@ -1,0 +1,189 @@
+"""Intervals by bootstrap, and whether two classifiers differ beyond noise."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+from scipy.sparse import csr_array
+
+# Intervals by drawing the pictures again, with replacement.
+#
+# Everything that is resampled is a sum over pictures, or is made of such sums: accuracy, a mean
+# loss, the counts behind F1. So a resample is a row of weights (how often each picture was drawn),
+# and all sums of all resamples are one product of matrices.
+#
+# Source: Efron and Tibshirani 1993, chapters 6 and 13 (the percentile interval).
+
+
+CONFIDENCE = 0.95
+# 100 x 10,000 weights are 8 MB; more at once is no faster.
+_RESAMPLES_AT_ONCE = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A value with its bootstrap 95 % interval; `low <= value <= high`."""
+
+    value: float
+    low: float
+    high: float
+
+    def to_dict(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high}
+
+
+def resampled_sums(
+    columns: NDArray[np.float64] | csr_array, *, seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """Sums of each column over pictures that were drawn with replacement.
+
+    The same seed draws the same pictures, whatever the columns.
+
+    Args:
+        columns: float64, shape (N, K), dense or sparse.
+
+    Returns:
+        float64, shape (resamples, K).
+    """
+    draws = _weights(columns.shape[0], seed=seed, resamples=resamples)
+    return np.concatenate([weights @ columns for weights in draws])
+
+
+def sign_flipped_sums(
+    columns: NDArray[np.float64], *, seed: int, resamples: int
+) -> NDArray[np.float64]:
+    """Sums of each column with every picture's sign drawn anew: what a difference is by chance.
+
+    Args:
+        columns: float64, shape (N, K), differences on each picture.
+
+    Returns:
+        float64, shape (resamples, K).
+    """
+    generator = np.random.default_rng(seed)
+    parts = []
+    for rows in _portions(resamples):
+        signs = generator.integers(2, size=(rows, len(columns))) * 2.0 - 1
+        parts.append(signs @ columns)
+    return np.concatenate(parts)
+
+
+def percentile_interval(value: float, samples: NDArray[np.float64]) -> Interval:
+    """The middle 95 % of the resampled values, as far as needed widened to hold `value`.
+
+    A calibration error or a macro F1 is biased under resampling, and its percentiles can miss the
+    value itself. Resamples for which it is undefined (NaN) are left out.
+
+    Args:
+        samples: float64, shape (resamples,).
+    """
+    known = samples[np.isfinite(samples)]
+    if not len(known):
+        return Interval(value=value, low=value, high=value)
+    tail = (1 - CONFIDENCE) / 2
+    low, high = np.quantile(known, [tail, 1 - tail])
+    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+
+
+def fraction_interval(hits: int, total: int, samples: NDArray[np.float64]) -> Interval:
+    """As `percentile_interval`, for `hits` of `total` pictures.
+
+    Where all or none are hits no resample differs, and 5 of 5 would be certain. There it is the
+    exact binomial interval instead.
+
+    Source: Clopper and Pearson 1934
+    """
+    if 0 < hits < total:
+        return percentile_interval(hits / total, samples)
+    exact = stats.binomtest(hits, total).proportion_ci(CONFIDENCE, method="exact")
+    return Interval(value=hits / total, low=float(exact.low), high=float(exact.high))
+
+
+def _weights(num_pictures: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+    """How often each picture was drawn, shape (some resamples, num_pictures), until all came."""
+    generator = np.random.default_rng(seed)
+    for rows in _portions(resamples):
+        drawn = generator.integers(num_pictures, size=(rows, num_pictures))
+        drawn += np.arange(rows)[:, None] * num_pictures
+        counts = np.bincount(drawn.ravel(), minlength=rows * num_pictures)
+        yield counts.reshape(rows, num_pictures).astype(np.float64)
+
+
+def _portions(resamples: int) -> list[int]:
+    whole, rest = divmod(resamples, _RESAMPLES_AT_ONCE)
+    return [_RESAMPLES_AT_ONCE] * whole + [rest] * (rest > 0)
+
+
+# Is one classifier better than another on the same pictures, or is it noise?
+
+
+SIGNIFICANCE_LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedTest:
+    """Two classifiers, a and b, on the same pictures.
+
+    Args:
+        difference: accuracy of a minus accuracy of b, a fraction in [-1, 1].
+        only_a, only_b: pictures that only one of them named rightly.
+        p_value: of the exact McNemar test, two-sided.
+    """
+
+    difference: Interval
+    only_a: int
+    only_b: int
+    p_value: float
+
+    @property
+    def a_is_better(self) -> bool:
+        """By both measures: the interval excludes 0 and p < 0.05."""
+        return self.difference.low > 0 and self.p_value < SIGNIFICANCE_LEVEL
+
+    @property
+    def b_is_better(self) -> bool:
+        return self.difference.high < 0 and self.p_value < SIGNIFICANCE_LEVEL
+
+    @property
+    def tied(self) -> bool:
+        """The pictures cannot tell the two apart; that is not to say that they are equal."""
+        return not (self.a_is_better or self.b_is_better)
+
+
+def paired_test(
+    correct_a: NDArray[np.bool_],
+    correct_b: NDArray[np.bool_],
+    *,
+    seed: int = 7,
+    resamples: int = 2000,
+) -> PairedTest:
+    """Compare two classifiers by the pictures on which only one of them is right.
+
+    Args:
+        correct_a, correct_b: bool, shape (N,), for the same pictures in the same order.
+
+    Raises:
+        ValueError: no pictures, or not the same number of them.
+
+    Source: McNemar 1947; Dietterich 1998, https://doi.org/10.1162/089976698300017197
+    """
+    a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
+    if a.ndim != 1 or a.shape != b.shape or not len(a):
+        raise ValueError(f"needs the same pictures, at least one, got {a.shape} and {b.shape}")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    # Drawing pictures again is drawing these three counts: the pictures within one are alike.
+    shares = np.array([only_a, only_b, len(a) - only_a - only_b]) / len(a)
+    drawn = np.random.default_rng(seed).multinomial(len(a), shares, size=resamples)
+    discordant = only_a + only_b
+    return PairedTest(
+        difference=percentile_interval(
+            (only_a - only_b) / len(a), (drawn[:, 0] - drawn[:, 1]) / len(a)
+        ),
+        only_a=only_a,
+        only_b=only_b,
+        p_value=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
+    )

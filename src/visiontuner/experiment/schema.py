@@ -1,0 +1,654 @@
+"""YAML -> Experiment, checked at the door and trusted afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import unquote
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from visiontuner.errors import ExperimentError
+from visiontuner.experiment.reading import (
+    apply_overrides,
+    explain,
+    nearest,
+    read_experiment,
+    told,
+    write_yaml,
+)
+from visiontuner.text import without_secrets
+
+# The sections of an experiment file: which pictures, which network, how it is trained.
+
+
+STOPPING_RULES = (
+    "not_a_number",
+    "exploding_gradient",
+    "learning_rate_too_high",
+    "learning_rate_too_low",
+    "loss_not_decreasing",
+    "overfit",
+    "overtraining",
+    "label_noise",
+    "exploding_tensor",
+    "vanishing_gradient",
+    "all_zero",
+    "unchanged_tensor",
+    "weight_update_ratio",
+    "poor_weight_initialisation",
+    "tensor_variance",
+    "saturated_activation",
+    "dead_relu",
+    "check_input_images",
+    "low_gpu_use",
+    "cpu_bottleneck",
+    "io_bottleneck",
+    "memory_increase",
+)
+"""Diagnostic rules that can stop a trial: those that see something while it runs."""
+_DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([smhd])\s*$")
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def parse_duration(text: object) -> object:
+    """`"30m"` -> 1800.0 seconds; a number is taken as seconds."""
+    if isinstance(text, str):
+        match = _DURATION.match(text)
+        if match is None:
+            raise ValueError("must be a duration such as 90s, 30m or 2h")
+        return float(match[1]) * _SECONDS[match[2]]
+    return text
+
+
+Seconds = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the experiment file: immutable, finite numbers only, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _reads_as_yaml(cls, value: object, info: ValidationInfo) -> object:
+        """YAML reads `off` and `no` as false, and pydantic would count true as 1.
+
+        Other readers of YAML than ours take 1e-4 for text.
+        """
+        field = cls.model_fields[info.field_name or ""]
+        if _takes_numbers(field.annotation):
+            value = _read_exponents(value)
+        if isinstance(value, bool) and field.annotation is not bool:
+            word = "true" if value else "false"
+            raise ValueError(f"got {word}; YAML reads yes, no, on and off so: put a word in quotes")
+        return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    return annotation in (int, float) or any(map(_takes_numbers, get_args(annotation)))
+
+
+def _read_exponents(value: object) -> object:
+    if isinstance(value, list):
+        return [_read_exponents(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _read_exponents(item) for key, item in value.items()}
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+class Data(Section):
+    """Which pictures: `source` is a folder, an archive (path or URL), or `digits`."""
+
+    source: Annotated[str, Field(min_length=1)] = "digits"
+    sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-fA-F]{64}$", description="be 64 hexadecimal digits"
+    )
+    limit_per_class: PositiveInt | None = None
+    on_bad_image: Literal["skip", "fail"] = "skip"
+
+
+class Model(Section):
+    """Which pretrained network, and how much of it is trained."""
+
+    backbone: Annotated[str, Field(min_length=1)] = "efficientnet_lite0"
+    weights: Annotated[str, Field(min_length=1)] = "default"
+    image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
+    train: Literal["head", "last_stage", "all"] = "head"
+
+
+class Augmentation(Section):
+    """Random changes to a training picture; those of validation and test are never changed.
+
+    `crop_scale` is the smallest share of the picture's area that a random crop takes, 1 for the
+    fixed crop of evaluation; `flip` and `erasing` are probabilities; `mixup` and `cutmix` are the
+    alpha of their Beta distribution, 0 for without.
+    """
+
+    crop_scale: Annotated[float, Field(gt=0, le=1)] = 0.35
+    flip: Annotated[float, Field(ge=0, le=1)] = 0.5
+    policy: Literal["none", "randaugment", "trivial"] = "none"
+    erasing: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0)] = 0.0
+    cutmix: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def is_off(self) -> bool:
+        """Whether a training picture is the same in every epoch, as evaluation reads it."""
+        return self == NO_AUGMENTATION
+
+
+NO_AUGMENTATION = Augmentation(crop_scale=1, flip=0)
+AUGMENTATIONS: Mapping[str, Augmentation] = {
+    "none": NO_AUGMENTATION,
+    "light": Augmentation(),
+    "strong": Augmentation(crop_scale=0.2, policy="trivial", erasing=0.1, mixup=0.2),
+}
+"""What `training.augmentation` may be in one word."""
+
+
+class Training(Section):
+    """How one trial trains, where the search space says nothing else."""
+
+    epochs: PositiveInt = 20
+    learning_rate: Annotated[float, Field(gt=0)] = 0.003
+    batch_size: PositiveInt = 128
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    momentum: Fraction = 0.9
+    label_smoothing: Fraction = 0.0
+    dropout: Fraction = 0.0
+    class_weights: Literal["none", "balanced"] = "none"
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup_fraction: Fraction = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    early_stop: PositiveInt | None = None
+    log_every_steps: PositiveInt | None = None
+    record_every_steps: Annotated[int, Field(ge=0)] | None = None
+    gradient_clip: Annotated[float, Field(gt=0)] | None = None
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    augmentation: Augmentation | None = None
+    micro_batch_size: PositiveInt | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
+    backbone_learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
+    freeze_batch_norm: bool = False
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _read_augmentation(cls, raw: object) -> object:
+        if not isinstance(raw, str):
+            return raw
+        if raw not in AUGMENTATIONS:
+            words = ", ".join(AUGMENTATIONS)
+            raise ValueError(f"must be {words} or a section with crop_scale, flip, …, got {raw!r}")
+        return AUGMENTATIONS[raw]
+
+
+class Rules(Section):
+    """Diagnostic rules that end a trial when they find an error; `docs/rules.md` describes them."""
+
+    stop_on: tuple[str, ...] = ()
+
+    @field_validator("stop_on", mode="before")
+    @classmethod
+    def _name_rules(cls, raw: object) -> object:
+        if raw is None:
+            return ()
+        if not isinstance(raw, list | tuple):
+            raise told(f"rules.stop_on must be a list of rules, got {raw!r}")
+        for name in raw:
+            if name not in STOPPING_RULES:
+                raise told(
+                    f"rules.stop_on: no rule {name!r} that can stop a trial; "
+                    f"{nearest(name, STOPPING_RULES)}"
+                )
+        return raw
+
+
+# What is searched: the space, its first configurations, by which algorithm and with what.
+
+
+Configuration = dict[str, float | int | str]
+"""One trial's searched values by name, `{"learning_rate": 0.003, "batch_size": 128}`."""
+
+SEARCHABLE = (
+    "learning_rate",
+    "batch_size",
+    "weight_decay",
+    "dropout",
+    "label_smoothing",
+    "optimizer",
+    "epochs",
+    "backbone_learning_rate_factor",
+)
+INTEGERS = ("batch_size", "epochs")
+LARGEST_GRID = 100_000
+
+
+class Values(Section):
+    """A choice: `{values: [32, 64, 128]}`."""
+
+    values: Annotated[tuple[float | int | str, ...], Field(min_length=1)]
+
+    @field_validator("values", mode="before")
+    @classmethod
+    def _hold_no_booleans(cls, raw: object) -> object:
+        if isinstance(raw, list | tuple) and any(isinstance(value, bool) for value in raw):
+            raise ValueError(f"must hold numbers or words, got {list(raw)}")
+        return raw
+
+    def holds(self, value: object) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.values))
+
+
+class Range(Section):
+    """An interval, both ends included: `{low: 1.0e-4, high: 1.0e-1, scale: log}`."""
+
+    low: float
+    high: float
+    scale: Literal["linear", "log"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_an_interval(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be < high, got {self.low:g} and {self.high:g}")
+        if self.scale == "log" and self.low <= 0:
+            raise ValueError(f"low must be > 0 on a log scale, got {self.low:g}")
+        return self
+
+    def holds(self, value: object) -> bool:
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
+Domain = Values | Range
+Space = Mapping[str, Domain]
+
+
+def default_space() -> dict[str, Domain]:
+    """Learning rate and batch size, as wide as a head on frozen features needs them."""
+    return {
+        "learning_rate": Range(low=1e-4, high=1e-1, scale="log"),
+        "batch_size": Values(values=(32, 64, 128, 256)),
+    }
+
+
+class Stages(Section):
+    """A search in two stages: first heads on features, then the best of them with the network.
+
+    The second stage begins with the trained head of the first; it takes the `best` trials and those
+    of `search.first`, and trains what `model.train` names for `epochs` epochs. `learning_rate` is
+    its own for all of them; null keeps each trial's.
+    """
+
+    best: PositiveInt = 3
+    epochs: PositiveInt = 5
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+
+
+class Search(Section):
+    """What is searched, by which algorithm, with which resources."""
+
+    trials: PositiveInt = 16
+    algorithm: Literal["random", "optuna", "grid"] = "optuna"
+    scheduler: Literal["none", "asha"] = "asha"
+    time_budget: Seconds | None = None
+    space: dict[str, Domain] = Field(default_factory=default_space)
+    first: tuple[Configuration, ...] | None = None
+    cpus_per_trial: Annotated[float, Field(gt=0)] = 1
+    gpus_per_trial: Annotated[float, Field(ge=0)] = 0.25
+    stages: Stages | None = None
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _read_space(cls, raw: object) -> object:
+        if not isinstance(raw, Mapping) or not raw:
+            raise ValueError("must name at least one of " + ", ".join(SEARCHABLE))
+        return {name: _read_domain(name, domain) for name, domain in raw.items()}
+
+    @field_validator("first", mode="before")
+    @classmethod
+    def _read_first(cls, raw: object) -> object:
+        if raw is None:
+            return None
+        if not isinstance(raw, list | tuple):
+            raise ValueError(f"must be a list of configurations, got {raw!r}")
+        return [_read_configuration(index, item) for index, item in enumerate(raw)]
+
+    @model_validator(mode="after")
+    def _first_fits_space(self) -> Self:
+        first = self.first or ()
+        for index, configuration in enumerate(first):
+            _check_configuration(f"search.first[{index}]", configuration, self.space)
+            if configuration in first[:index]:
+                raise told(f"search.first[{index}]: repeats an earlier configuration")
+        if len(first) > self.trials:
+            raise told(
+                f"search.trials must be >= {len(first)}, the number of configurations in "
+                f"search.first, got {self.trials}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grid_has_no_range(self) -> Self:
+        ranges = [name for name, domain in self.space.items() if isinstance(domain, Range)]
+        if self.algorithm == "grid" and ranges:
+            raise told(
+                f"search.space.{ranges[0]}: a grid needs {{values: [...]}}, not a range; "
+                "or use algorithm: random"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grid_can_be_run(self) -> Self:
+        counts = [
+            len(domain.values) for domain in self.space.values() if isinstance(domain, Values)
+        ]
+        if self.algorithm == "grid" and math.prod(counts) > LARGEST_GRID:
+            raise told(
+                f"search.space has {math.prod(counts):,} combinations, and a grid runs all of "
+                "them; leave values out, or use algorithm: random and search.trials"
+            )
+        return self
+
+
+def _read_domain(name: object, raw: object) -> Domain:
+    """One entry of the search space; its values obey the rule that `training` has for the name."""
+    if name not in SEARCHABLE:
+        raise told(f"search.space: {name!r} cannot be searched; {nearest(name, SEARCHABLE)}")
+    where = f"search.space.{name}"
+    if isinstance(raw, Section):
+        raw = raw.model_dump()
+    if not isinstance(raw, Mapping):
+        raise told(
+            f"{where} must be {{low: …, high: …, scale: log}} or {{values: [...]}}, got {raw!r}"
+        )
+    if "values" in raw and len(raw) > 1:
+        others = ", ".join(sorted(str(key) for key in raw if key != "values"))
+        raise told(f"{where} has values and {others}; write either values or low and high")
+    kind: type[Range | Values] = Values if "values" in raw else Range
+    try:
+        domain = kind.model_validate(raw)
+    except ValidationError as error:
+        raise told(explain(error, kind, where.split("."))) from None
+    if isinstance(domain, Values):
+        return Values(values=_read_choices(where, str(name), domain.values))
+    if name == "optimizer":
+        raise told(f"{where} needs {{values: [...]}}: optimizers have no order")
+    for bound in (domain.low, domain.high):
+        _read_value(where, str(name), bound)
+    return domain
+
+
+def _read_choices(
+    where: str, name: str, values: Sequence[float | int | str]
+) -> tuple[float | int | str, ...]:
+    choices = tuple(_read_value(where, name, value) for value in values)
+    if len(set(choices)) < len(choices):
+        raise told(f"{where}: the same value twice in {list(choices)}")
+    return choices
+
+
+def _read_configuration(index: int, raw: object) -> Configuration:
+    where = f"search.first[{index}]"
+    if not isinstance(raw, Mapping):
+        raise told(f"{where} must hold a value for each searched name, got {raw!r}")
+    for name in raw:
+        if name not in SEARCHABLE:
+            raise told(f"{where}: {name!r} cannot be searched; {nearest(name, SEARCHABLE)}")
+    return {name: _read_value(f"{where}.{name}", name, value) for name, value in raw.items()}
+
+
+def _read_value(where: str, name: str, value: object) -> float | int | str:
+    """A searched value as `training` reads the same name: 64.0 is the batch size 64."""
+    try:
+        training = Training.model_validate({name: value})
+    except ValidationError as error:
+        raise told(explain(error, Training).replace(name, where, 1)) from None
+    read: float | int | str = getattr(training, name)
+    return read
+
+
+def _check_configuration(where: str, configuration: Configuration, space: Space) -> None:
+    for name, value in configuration.items():
+        if name not in space:
+            raise told(f"{where}: {name} is not in search.space; add it there")
+        if not space[name].holds(value):
+            raise told(f"{where}.{name} must be in search.space ({space[name]}), got {value!r}")
+    missing = [name for name in space if name not in configuration]
+    if missing:
+        raise told(
+            f"{where}: gives no value for {', '.join(missing)}; "
+            "add one, or leave search.first empty"
+        )
+
+
+# YAML -> Experiment, checked at the door and trusted afterwards.
+
+
+Objective = Literal["validation_accuracy", "validation_macro_f1", "validation_loss"]
+_NAME_LENGTH = 100  # characters
+# A search's folder is called after it, with a time, and a folder's name holds 255 bytes.
+_NAME_BYTES = 200
+
+QUICKSTART: Mapping[str, Any] = {
+    "name": "quickstart",
+    "data": {"source": "digits"},
+    "model": {"image_size": 96},
+}
+"""What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
+
+
+def _check_experiment_name(name: str) -> str:
+    if (
+        not name[:1].isalnum()
+        or not all(map(_fits_in_name, name))
+        or len(name) > _NAME_LENGTH
+        or len(name.encode()) > _NAME_BYTES
+    ):
+        raise told(
+            f"name must start with a letter or digit and hold up to {_NAME_LENGTH} letters, "
+            f"digits, spaces and _.- ({_NAME_BYTES} bytes), got {name!r}"
+        )
+    return name
+
+
+class Experiment(Section):
+    """One experiment: data, model, training, search. Commented examples are in `experiments/`."""
+
+    name: Annotated[str, AfterValidator(_check_experiment_name)]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 7
+    objective: Objective = "validation_accuracy"
+    data: Data = Data()
+    model: Model = Model()
+    training: Training = Training()
+    search: Search = Search()
+    rules: Rules = Rules()
+
+    @property
+    def mode(self) -> Literal["min", "max"]:
+        """Which direction of the objective is better."""
+        return "min" if self.objective == "validation_loss" else "max"
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """`training.augmentation`; where that is null, light if more than the head is trained."""
+        if self.training.augmentation is not None:
+            return self.training.augmentation
+        return NO_AUGMENTATION if self.model.train == "head" else AUGMENTATIONS["light"]
+
+    @property
+    def trains_on_pictures(self) -> bool:
+        """Whether trials run the network in every step, instead of a head on features."""
+        return self.model.train != "head" or not self.augmentation.is_off
+
+    @property
+    def record_every_steps(self) -> int:
+        """Steps between two recordings of tensors, 0 for none of anything.
+
+        Where that is null a network is recorded every 50th step, and a head on features never:
+        its trials take seconds.
+        """
+        if self.training.record_every_steps is not None:
+            return self.training.record_every_steps
+        return 50 if self.trains_on_pictures else 0
+
+    def head_stage(self) -> Experiment:
+        """The first of two stages: heads on features, over the whole space."""
+        return self._changed(
+            model={"train": "head"}, training={"augmentation": None}, search={"stages": None}
+        )
+
+    def network_stage(self) -> Experiment:
+        """The second of two stages: a few trials that train the network, each to its end."""
+        stages = self.search.stages or Stages()
+        return self._changed(
+            training={"epochs": stages.epochs}, search={"stages": None, "scheduler": "none"}
+        )
+
+    def _changed(self, **sections: Mapping[str, object]) -> Experiment:
+        changes = {
+            name: getattr(self, name).model_copy(update=dict(values))
+            for name, values in sections.items()
+        }
+        return self.model_copy(update=changes)
+
+    @model_validator(mode="after")
+    def _has_something_to_train(self) -> Self:
+        if self.model.train != "head":
+            return self
+        network_only = {
+            "training.layer_decay": self.training.layer_decay is not None,
+            "training.freeze_batch_norm": self.training.freeze_batch_norm,
+            "search.stages": self.search.stages is not None,
+        }
+        for name, given in network_only.items():
+            if given:
+                raise told(
+                    f"{name} is for training the network; set model.train to last_stage or all, "
+                    "or leave it out"
+                )
+        return self
+
+    def first_trials(self) -> list[Configuration]:
+        """`search.first`; where that is null the values under `training`, if the space holds them.
+
+        Without the defaults among its trials a search can lose to them.
+        """
+        if self.search.first is not None:
+            return list(self.search.first)
+        space = self.search.space
+        defaults: Configuration = {name: getattr(self.training, name) for name in space}
+        fits = all(domain.holds(defaults[name]) for name, domain in space.items())
+        return [defaults] if fits and self.search.algorithm != "grid" else []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_after_the_data(cls, raw: object) -> object:
+        if isinstance(raw, Mapping) and raw.get("name") is None:
+            data = raw.get("data") or {}
+            source = str(data.get("source", "digits")) if isinstance(data, Mapping) else "digits"
+            return {**raw, "name": _default_name(source)}
+        return raw
+
+    @field_validator("data", "model", "training", "search", "rules", mode="before")
+    @classmethod
+    def _empty_section_is_default(cls, raw: object) -> object:
+        """A section whose every line is commented out reads as null."""
+        return {} if raw is None else raw
+
+    @classmethod
+    def load(cls, path: Path | str, overrides: Sequence[str] = ()) -> Experiment:
+        """Read an experiment file and apply `section.key=value` overrides to it.
+
+        Raises:
+            ExperimentError: naming the key, the value and the rule it breaks.
+        """
+        return cls.parse(read_experiment(Path(path)), overrides, where=str(path))
+
+    @classmethod
+    def parse(
+        cls, raw: Mapping[str, Any], overrides: Sequence[str] = (), *, where: str = "experiment"
+    ) -> Experiment:
+        """Check a nested mapping; the same rules and errors as `load`."""
+        try:
+            return cls.model_validate(apply_overrides(raw, overrides))
+        except RecursionError:
+            raise ExperimentError(
+                f"{where} holds a list or keys that hold themselves (`&a [*a]`). Write them out."
+            ) from None
+        except ValidationError as error:
+            raise ExperimentError(f"{where}: {explain(error, cls)}") from None
+
+    def to_yaml(self) -> str:
+        """The complete experiment with every default spelled out; `load` reads it back."""
+        return write_yaml(self.model_dump(mode="json"))
+
+    def flatten(self) -> dict[str, str]:
+        """Dotted names to text, `{"training.epochs": "20", …}`, as MLflow parameters need them."""
+        return dict(_flatten("", self.model_dump(mode="json")))
+
+
+def _default_name(source: str) -> str:
+    """The name of the data's folder or archive, as an MLflow experiment and model can be called.
+
+    Where something of it is lost, a digest of it keeps the names of two folders apart.
+    """
+    if "://" in source:  # neither a signed URL's query nor a user's password is a name
+        source = unquote(re.split(r"[?#]", without_secrets(source), maxsplit=1)[0])
+    else:
+        source = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 - no links
+    last = unicodedata.normalize("NFC", source.rstrip("/").rsplit("/", 1)[-1])
+    last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
+    name = "".join(letter if _fits_in_name(letter) else "\0" for letter in last)
+    name = re.sub(r"\0+", "-", name).strip("-. ")
+    while name and not name[0].isalnum():
+        name = name[1:]
+    if name and name == last and len(name) <= _NAME_LENGTH and len(name.encode()) <= _NAME_BYTES:
+        return name
+    digest = hashlib.sha256((last or source).encode(errors="surrogateescape")).hexdigest()[:6]
+    room = name[: _NAME_LENGTH - 7].encode()[: _NAME_BYTES - 7].decode(errors="ignore")
+    return f"{room.rstrip('-. ') or 'images'}-{digest}"
+
+
+def _fits_in_name(letter: str) -> bool:
+    """Letters, their marks and digits of any script, and what MLflow and folders take besides."""
+    return unicodedata.category(letter)[0] in "LMN" or letter in "_. -"
+
+
+def _flatten(prefix: str, value: object) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        return [
+            row
+            for key, item in value.items()
+            for row in _flatten(f"{prefix}.{key}" if prefix else str(key), item)
+        ]
+    if isinstance(value, float) and math.isfinite(value):
+        return [(prefix, repr(value))]
+    return [(prefix, "null" if value is None else str(value))]

@@ -1,0 +1,145 @@
+"""Where things lie: the cache, the searches, and the name of every file of a search folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from visiontuner.errors import DataError, UserMistake
+from visiontuner.text import DEFAULT_TRACKING_URI, without_secrets
+
+# What lies where, by name; a search folder's parts have the same names in MLflow's artifacts.
+
+
+# Where the commands run:
+SEARCHES_FOLDER = "searches"
+RANGE_TESTS_FOLDER = "lr-find"
+# In the folder of a range test:
+RANGE_TEST_FILE = "range_test.json"
+# In the cache folder:
+CACHE_MARK_FILE = ".writable"
+# In a search folder, beside its journal:
+EXPERIMENT_FILE = "experiment.yaml"
+MLFLOW_FILE = "mlflow.json"  # where in MLflow its runs are
+CLASSIFIER_FOLDER = "classifier"
+EVALUATION_FOLDER = "evaluation"
+TEST_LOOKS_FILE = "test_looks.json"  # beside the evaluation, which may not get written after a look
+# In the evaluation folder:
+EVALUATION_REPORT = "report.json"
+EVALUATION_PREDICTIONS = "predictions.npz"
+EVALUATION_CLASSES = "classes.csv"
+
+
+# Where things are when nobody says: the cache, the tracking store, the searches.
+
+
+SEARCHES = Path(SEARCHES_FOLDER)
+
+
+def cache_folder() -> Path:
+    """Features, exported networks, downloads: `VISIONTUNER_CACHE` or the user's cache folder.
+
+    Raises:
+        UserMistake: the user has no home, as in a container whose user id has no name.
+    """
+    chosen = os.environ.get("VISIONTUNER_CACHE")
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    import platformdirs
+
+    try:
+        return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))
+    except RuntimeError:
+        raise UserMistake(
+            "This user has no home folder for the cache (HOME is not set). "
+            "Name a folder: `export VISIONTUNER_CACHE=FOLDER`."
+        ) from None
+
+
+def writable_cache_folder() -> Path:
+    """The cache folder, made if it is not there.
+
+    Raises:
+        UserMistake: nothing can be written there.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CACHE_MARK_FILE).touch()
+    except OSError as error:
+        raise UserMistake(
+            f"Cannot write the cache folder {folder}: {error.strerror}. "
+            "Set VISIONTUNER_CACHE to another one."
+        ) from None
+    return folder
+
+
+def tracking_uri() -> str:
+    """Where MLflow is: `MLFLOW_TRACKING_URI` or a database in this folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_TRACKING_URI
+
+
+def at_hand(source: str) -> str:
+    """A data source that SageMaker laid beside a training job, as the folder where it lies.
+
+    `VISIONTUNER_CHANNEL` is `SOURCE=FOLDER`. Any other source stays as it is.
+    """
+    channel, _, folder = os.environ.get("VISIONTUNER_CHANNEL", "").rpartition("=")
+    return folder if channel and channel == source else source
+
+
+# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
+
+
+_URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,62})(?:/(.*))?", re.DOTALL | re.IGNORECASE)
+
+
+# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """`s3://BUCKET/KEY` -> bucket and key; the key may be empty.
+
+    Raises:
+        DataError: it is no such address.
+    """
+    match = _URI.fullmatch(uri)
+    if match is None:
+        raise DataError(f"{without_secrets(uri)!r} is no place on S3; write s3://BUCKET/FOLDER.")
+    return match[1], match[2] or ""
+
+
+# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
+
+
+def split_folder(uri: str) -> tuple[str, str]:
+    """`s3://BUCKET/FOLDER` -> bucket and prefix: empty, or with a slash at its end."""
+    bucket, key = split_uri(uri)
+    key = key.rstrip("/")
+    return bucket, f"{key}/" if key else ""
+
+
+# The append-only record of a search: the contract between search and tracking.
+#
+# `journal.jsonl` holds one JSON object a line. A line is whole or it is ignored: a kill may tear
+# the last one. Every line has `schema_version`, `event`, `search_id` and `time` (seconds since the
+# epoch); lines about a trial have `trial_id` and `attempt`. The events and what else they carry:
+#
+#    search_started   experiment, data, code, machine      the first line; of a single training also
+#                     trained_on and from (where its hyperparameters come from)
+#    search_resumed   code, machine                        one for each `--resume`
+#    features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
+#    pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
+#    trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
+#    epoch            step (1 is the first epoch), metrics
+#    finding          rule, severity, step, evidence, advice
+#    trial_ended      state, best_epoch, best_value, error, reason, host
+#    search_ended     state, best_trial, error
+#
+# No line holds a password or a signature of a URL: what a search needs of them is in its
+# experiment file, which then is its owner's alone.
+#
+# `SearchRecord` folds the lines into the state of the search: a pure function of what was read.
+
+JOURNAL_FILE = "journal.jsonl"

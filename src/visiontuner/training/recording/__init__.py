@@ -1,1 +1,0 @@
-"""What a training records of itself beside its metrics: tensors, step times, use of the machine."""

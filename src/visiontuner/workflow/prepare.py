@@ -1,0 +1,80 @@
+"""Look at every image of a data set before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from visiontuner.data.dataset import ImageDataset
+from visiontuner.experiment.schema import Experiment
+from visiontuner.journal import Finding
+from visiontuner.paths import split_folder, writable_cache_folder
+from visiontuner.workflow.inputs import Observer, Silent, load_data
+
+if TYPE_CHECKING:
+    from visiontuner.data.findings import DatasetSummary
+    from visiontuner.io.s3 import Moved
+
+
+# From an experiment to its pictures.
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What `prepare` found."""
+
+    dataset: ImageDataset
+    summary: DatasetSummary
+    findings: list[Finding]
+    uploaded: Moved | None = None
+
+
+# From an experiment to its pictures.
+
+
+def prepare(
+    experiment: Experiment, *, upload: str | None = None, observer: Observer | None = None
+) -> Prepared:
+    """Fetch the pictures and look at every one of them.
+
+    Args:
+        upload: `s3://BUCKET/FOLDER`, where they are brought afterwards.
+
+    Raises:
+        UserMistake: the pictures cannot be read, or S3 does not take them.
+        ServingError: S3 stays away.
+    """
+    from visiontuner.data.findings import inspect_dataset, summarise
+
+    observer = observer or Silent()
+    if upload is not None:
+        split_folder(upload)  # a wrong address is said before anything is done
+    dataset = load_data(experiment, observer)
+    findings = inspect_dataset(
+        dataset,
+        cache=writable_cache_folder(),
+        progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
+    )
+    prepared = Prepared(
+        dataset=dataset,
+        summary=summarise(dataset, cache=writable_cache_folder()),
+        findings=[*dataset.findings, *findings],
+    )
+    if upload is None:
+        return prepared
+    return replace(prepared, uploaded=_upload(dataset.root, upload, observer))
+
+
+# From an experiment to its pictures.
+
+
+def _upload(root: Path, uri: str, observer: Observer) -> Moved:
+    from visiontuner.io.s3 import upload_folder
+
+    return upload_folder(
+        root,
+        uri,
+        progress=lambda done, total: observer.progress("Uploading", done, total, "B"),
+        note=observer.note,
+    )

@@ -1,0 +1,400 @@
+"""A search from the pictures to the registered model."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from visiontuner import interrupts
+from visiontuner.errors import (
+    DataError,
+    DiskError,
+    JournalError,
+    SearchFailed,
+    SearchInterrupted,
+    TrackingError,
+    UserMistake,
+)
+from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import disk_problem
+from visiontuner.journal import SearchRecord, TrialRecord, read_events
+from visiontuner.paths import (
+    CLASSIFIER_FOLDER,
+    EXPERIMENT_FILE,
+    JOURNAL_FILE,
+    SEARCHES,
+    tracking_uri,
+)
+from visiontuner.text import next_command, one_line
+from visiontuner.tracking.plan import take_project_run
+from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder, with_absolute_paths
+from visiontuner.workflow.run import (
+    SearchResult,
+    ValidationAnswers,
+    claim_folder,
+    is_packaged,
+    open_journal,
+    package_trial,
+    read_record,
+)
+from visiontuner.workflow.sync import BackgroundTracking
+
+if TYPE_CHECKING:
+    from visiontuner.search.live import Recorder
+    from visiontuner.search.plan import Plan, Stage, Stores
+    from visiontuner.search.ray_cluster import RayForSearch
+    from visiontuner.search.run import SearchState
+
+
+# The stages of a search, one after the other: what their trials train on, then the trials.
+
+
+class StageRunner:
+    """Runs what a search's journal does not hold yet."""
+
+    def __init__(self, inputs: Inputs, folder: Path, recorder: Recorder, ray: RayForSearch) -> None:
+        self.inputs = inputs
+        self.folder = folder
+        self.recorder = recorder
+        self.ray = ray
+        self.observer = inputs.observer
+        self._stores = StoreRecorder(inputs, recorder)
+        budget = inputs.experiment.search.time_budget
+        self._deadline = None if budget is None else time.monotonic() + budget
+
+    def run(self) -> SearchState:
+        """All stages; the first one that does not complete is the last."""
+        from visiontuner.search.plan import plan_stage, stages_of
+
+        state: SearchState = "completed"
+        for stage in stages_of(self.inputs.experiment):
+            plan = plan_stage(stage, self.recorder.record)
+            if plan.remaining:
+                state = self._run_stage(stage, plan)
+            if state != "completed":
+                break
+        return state
+
+    def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
+        from visiontuner.search.ray_cluster import describe_cluster
+
+        if self.ray.joins and not self.inputs.on_cluster:
+            self._start_ray()
+            self.inputs.on_cluster = True
+            self.observer.note(describe_cluster())
+        # Ray's import and start fill one core for some seconds; the first part of the features,
+        # writing the network as ONNX, the other.
+        computing = self.inputs.beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
+        # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
+        # mistake in it shows there as well.
+        self.inputs.beside(lambda: self.inputs.backbone)
+        try:
+            self._start_ray()
+            computed = interrupts.result(computing)
+        except BaseException:  # a Ctrl-C, or a Ray that does not start
+            self.inputs.stop()
+            raise
+        from visiontuner.search.run import run_trials
+
+        stores = self._stores.record(*computed)
+        if stage.name == "network":
+            self._prepare_heads(plan, stores)
+        record = self.recorder.record
+        finished = sum(trial.finished for trial in record.trials.values())
+        self.observer.note(describe_stage(stage, finished, plan.remaining))
+        self.observer.trials_begin(record, finished + plan.remaining)
+        try:
+            return run_trials(
+                self.folder,
+                stage,
+                self.recorder,
+                stores=stores,
+                cache=self.inputs.cache,
+                time_budget=self._seconds_left(),
+            )
+        finally:
+            self.observer.trials_end()
+
+    def _start_ray(self) -> None:
+        try:
+            self.ray.start()
+        except SearchFailed as error:
+            on = ["--on", "auto"] if self.ray.joins else []
+            command = next_command("tune", *on, "--resume", self.folder)
+            raise SearchFailed(f"{error} Then go on with: {command}") from error
+
+    def _seconds_left(self) -> float | None:
+        return None if self._deadline is None else max(0.1, self._deadline - time.monotonic())
+
+    # the second stage
+
+    def _prepare_heads(self, plan: Plan, stores: Stores) -> None:
+        """The heads that networks begin with: on the disk, and of the same pictures."""
+        self._require_same_pictures(stores)
+        record = self.recorder.record
+        answers = ValidationAnswers(self.folder, record, self.inputs.experiment, inputs=self.inputs)
+        for planned in plan.known:
+            if planned.starts_from is None:
+                continue
+            said = answers.restore(record.trials[planned.starts_from])
+            if said:
+                self.observer.note(said)
+
+    def _require_same_pictures(self, stores: Stores) -> None:
+        """Logits of both stages are compared picture by picture."""
+        import numpy as np
+
+        from visiontuner.search.plan import Stores, read_labels
+
+        features = Stores.of(read_events(self.folder).events).features
+        try:
+            heads = read_labels(features=features)
+        except DataError:
+            return  # gone from the cache: the digest of the data is the same
+        if not np.array_equal(heads.labels, stores.read_labels().labels):
+            raise DataError(
+                "Other pictures can be read now than when the heads were trained. "
+                "Bring the pictures back as they were, or start a new search."
+            )
+
+
+def describe_stage(stage: Stage, finished: int, remaining: int) -> str:
+    """What is about to run, in one line."""
+    search, model = stage.experiment.search, stage.experiment.model
+    done = f"{finished} trials are finished, " if finished else ""
+    if stage.name == "network":
+        return (
+            f"{done}{remaining} go on with the network (model.train: {model.train}) for "
+            f"{stage.experiment.training.epochs} epochs."
+        )
+    names = " and ".join(name.replace("_", " ") for name in search.space)
+    scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
+    how = "grid: every combination" if search.algorithm == "grid" else search.algorithm
+    return f"{done}{remaining} trials over {names} to run ({how}{scheduler})."
+
+
+Where = Literal["local", "auto"]
+CHANGEABLE = "search.time_budget"
+"""What `--set` may change with `--resume`: no trial depends on it."""
+
+
+def run_search(
+    experiment: Experiment,
+    *,
+    output: Path | None = None,
+    on: Where = "local",
+    observer: Observer | None = None,
+) -> SearchResult:
+    """Search, write every trial to MLflow, package and register the best.
+
+    Args:
+        output: a new folder for the search; default: `searches/NAME-TIME` here.
+        on: `local` starts a Ray on this machine, `auto` joins the cluster it is in.
+
+    Raises:
+        UserMistake: the folder is taken, or data or backbone do not fit the experiment.
+        SearchFailed: no trial was usable; the message has the first trial's error.
+    """
+    if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserMistake(
+            f"{output} is taken. Choose another --output, or go on with: "
+            f"{next_command('tune', '--resume', output)}"
+        )
+    folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = _Run(with_absolute_paths(experiment), folder, on, observer or Silent())
+    return run.run(is_named=output is not None)
+
+
+def resume_search(
+    folder: Path,
+    *,
+    overrides: Sequence[str] = (),
+    on: Where = "local",
+    observer: Observer | None = None,
+) -> SearchResult:
+    """Go on with a search after any death: finished trials stay, the others run.
+
+    Args:
+        overrides: `search.time_budget=…`, for this time; `null` takes it away.
+
+    Raises:
+        JournalError: the folder holds no search, or another process is running it.
+        UserMistake: the pictures are not those the search began with, or an override would make
+            another search of it.
+    """
+    for override in overrides:
+        if override.partition("=")[0].strip() != CHANGEABLE:
+            raise UserMistake(
+                "--resume goes on with the search as it was, and "
+                f"{override!r} would make another one of it; only {CHANGEABLE} can be set."
+            )
+    path = folder / EXPERIMENT_FILE
+    if not path.is_file():
+        raise JournalError(f"{folder} is no search folder: it has no {EXPERIMENT_FILE}.")
+    if (folder / JOURNAL_FILE).is_file() and SearchRecord.load(folder).is_training:
+        raise JournalError(
+            f"{folder} holds one training: {next_command('train', '--resume', folder)}"
+        )
+    return _Run(Experiment.load(path, overrides), folder, on, observer or Silent()).run()
+
+
+class _Run:
+    """One run of a search, from the pictures to the registered model."""
+
+    def __init__(self, experiment: Experiment, folder: Path, on: Where, observer: Observer) -> None:
+        self.experiment = experiment
+        self.folder = folder
+        self.on = on
+        self.observer = observer
+        self.inputs = Inputs(experiment, observer)
+        self.tracking_uri = tracking_uri()
+        self.project_run = take_project_run()
+
+    def run(self, *, is_named: bool = True) -> SearchResult:
+        """Everything; a folder that nobody has named gets a name that nobody else has taken."""
+        from visiontuner.search.plan import remaining_trials
+
+        with (
+            interrupts.handled(),
+            closing(self.inputs),
+            BackgroundTracking(self.tracking_uri, self.project_run, self.observer) as tracking,
+            ExitStack() as journal,
+        ):
+            record = read_record(self.folder, self.inputs.dataset)
+            remaining = remaining_trials(self.experiment, record)
+            self._had_ended = record.best is not None and not remaining
+            self._require_what_it_needs()
+            if not is_named:
+                self.folder = claim_folder(self.folder)
+            journal.enter_context(interrupts.in_order())
+            state, recorder = self._run_trials(record, remaining, tracking, journal)
+            try:
+                return self._conclude(state, recorder, tracking)
+            except KeyboardInterrupt:
+                raise SearchInterrupted(
+                    "Stopped after the last trial. "
+                    f"Go on with: {next_command('tune', '--resume', self.folder)}"
+                ) from None
+
+    def _require_what_it_needs(self) -> None:
+        """What cannot work ends here, before there is a folder or a run to clean up."""
+        from visiontuner.search.ray_cluster import require_room
+
+        _ = self.inputs.description
+        if self.on == "local":
+            require_room(self.experiment.search)
+
+    def _run_trials(
+        self,
+        record: SearchRecord,
+        remaining: int,
+        tracking: BackgroundTracking,
+        journal: ExitStack,
+    ) -> tuple[SearchState, Recorder]:
+        """The part of a search that needs Ray; `journal` closes the recorder."""
+        from visiontuner.search.ray_cluster import RayForSearch
+
+        with RayForSearch(self.on, on_loss=self._tell_that_ray_is_gone) as ray:
+            recorder = journal.enter_context(closing(self._open_journal(record)))
+            tracking.begin(self.folder)
+            state: SearchState = "completed"
+            try:
+                if remaining:
+                    state = StageRunner(self.inputs, self.folder, recorder, ray).run()
+            except KeyboardInterrupt:
+                state = "interrupted"
+            except Exception as error:
+                if disk_problem(error) is not None:
+                    raise self._interrupted_by_disk(error, recorder) from None
+                recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
+                raise
+            # Before Ray ends, which takes seconds that a signal may not leave.
+            best = recorder.record.best
+            recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
+            return state, recorder
+
+    def _tell_that_ray_is_gone(self) -> None:
+        self.observer.trials_end()
+        self.observer.note(
+            "Error: A process of Ray's was killed, perhaps since memory was full. Nothing that "
+            f"ended is lost. Go on with: {next_command('tune', '--resume', self.folder)}"
+        )
+
+    def _interrupted_by_disk(self, error: Exception, recorder: Recorder) -> DiskError:
+        """Nothing has failed for good: the search goes on where there is room."""
+        best = recorder.record.best
+        with suppress(SearchFailed):  # the journal's own disk may be the full one
+            recorder.append("search_ended", state="interrupted", best_trial=best and best.trial_id)
+        return DiskError(
+            f"{one_line(error, 500).rstrip('.')}. The search is interrupted, nothing is lost. Make "
+            f"room, then go on with: {next_command('tune', '--resume', self.folder)}"
+        )
+
+    def _open_journal(self, record: SearchRecord) -> Recorder:
+        return open_journal(
+            self.folder, self.experiment, self.inputs.dataset, record, self.observer
+        )
+
+    def _conclude(
+        self, state: SearchState, recorder: Recorder, tracking: BackgroundTracking
+    ) -> SearchResult:
+        if state == "interrupted":
+            return self._result(state, recorder, tracking.close(timeout_seconds=10, hard=True))
+        best = recorder.record.best
+        if best is None:
+            raise SearchFailed(
+                _first_error(recorder.record, self.folder, self.experiment.search.time_budget)
+            )
+        tracking.begin_to_close()
+        classifier = self._package(best, recorder.record)
+        problem = tracking.close()
+        model = None
+        if problem is None:
+            try:
+                model = tracking.register()
+            except TrackingError as error:
+                problem = str(error)
+        return self._result(state, recorder, problem, classifier=classifier, model=model)
+
+    def _package(self, best: TrialRecord, record: SearchRecord) -> Path:
+        if self._had_ended and is_packaged(self.folder, record):
+            return self.folder / CLASSIFIER_FOLDER  # and perhaps evaluated since
+        self.observer.note(f"Packaging {best.trial_id} as a classifier.")
+        packaging = self.inputs.beside(
+            lambda: package_trial(
+                self.folder,
+                best,
+                experiment=self.experiment,
+                dataset=self.inputs.dataset,
+                backbone=self.inputs.backbone,
+                cache=self.inputs.cache,
+            )
+        )
+        return interrupts.result(packaging)
+
+    def _result(
+        self, state: SearchState, recorder: Recorder, problem: str | None, **parts: Any
+    ) -> SearchResult:
+        return SearchResult(
+            folder=self.folder,
+            record=recorder.record,
+            state=state,
+            tracking_uri=self.tracking_uri,
+            tracking_problem=problem,
+            **parts,
+        )
+
+
+def _first_error(record: SearchRecord, folder: Path, budget: float | None) -> str:
+    errors = [trial.error for trial in record.trials.values() if trial.error]
+    if not errors:
+        more = ("--set", f"{CHANGEABLE}={math.ceil(10 * (budget or 60))}s")
+        return (
+            "The search's time was over before any trial finished, and trials begin again. Give it "
+            f"more, or all it takes (null): {next_command('tune', '--resume', folder, *more)}"
+        )
+    return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
