@@ -6,6 +6,8 @@ import os
 import re
 from pathlib import Path
 
+import platformdirs
+
 from visiontuner.errors import DataError, UserMistake
 from visiontuner.text import DEFAULT_TRACKING_URI, without_secrets
 
@@ -46,7 +48,6 @@ def cache_folder() -> Path:
     chosen = os.environ.get("VISIONTUNER_CACHE")
     if chosen:
         return Path(chosen).expanduser().resolve()
-    import platformdirs
 
     try:
         return Path(platformdirs.user_cache_dir("visiontuner", appauthor=False))

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import requests
+
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws, AwsRefused
 
@@ -240,7 +242,6 @@ def _find(aws: Aws, match: re.Match[str], where: dict[str, str]) -> dict[str, An
 
 def _platform(aws: Aws, where: dict[str, str], manifest: dict[str, Any]) -> str | None:
     """`linux/amd64`, or None if neither the manifest nor its configuration can say."""
-    import requests
 
     if "manifests" in manifest:
         platforms = [

@@ -17,12 +17,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
+import mlflow.version
+from mlflow.exceptions import MlflowException
+
 from visiontuner import interrupts
 from visiontuner.aws.account import OCI_TYPES, PLATFORM, Image, look_up_image, registry
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws, AwsRefused, ending_uploads, explained
 from visiontuner.serving.client import TOLERANCE, Reference, Refused, SageMakerTransport, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
+from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
 from visiontuner.text import next_command, one_line
 
@@ -111,7 +115,6 @@ def find_image(aws: Aws, wanted: str | None) -> Image:
         UserMistake: it is not there, in another region, for another processor, or of a format that
             SageMaker refuses.
     """
-    import mlflow.version
 
     url = wanted or os.environ.get(IMAGE_VARIABLE)
     image = look_up_image(
@@ -1066,9 +1069,6 @@ def update(
 def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     """MLflow's deployment client starts it; the waiting is ours."""
     import mlflow.deployments
-    from mlflow.exceptions import MlflowException
-
-    from visiontuner.serving.registry import fluent_uris, quiet
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
     with (

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
+import visiontuner
 from visiontuner import NO_TELEMETRY
 from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_image
 from visiontuner.errors import JobFailed, ServingError, UserMistake
@@ -217,7 +220,6 @@ def write_source(folder: Path, *, experiment: str, job: JobFile) -> Path:
     Returns:
         The archive, named after its content.
     """
-    import visiontuner
 
     also = (SAGEMAKER_MLFLOW,) if (job.tracking_uri or "").startswith("arn:") else ()
     texts = {
@@ -712,7 +714,6 @@ def find_image(
 
 def _exact_version(known: list[str], version: str | None) -> str:
     """The newest of the known ones, or of those that a version stands for, as 2.8.0 of 2.8."""
-    from packaging.version import Version
 
     # 2.10 and 2.10.0 are the same: the longer name is the exact one.
     ordered = sorted(known, key=lambda text: (Version(text), len(text)))
@@ -1007,7 +1008,6 @@ def _validate(boto: Any, params: dict[str, Any]) -> None:
     Raises:
         JobFailed: naming every rule that is broken.
     """
-    from botocore.validate import ParamValidator
 
     model = boto.client("sagemaker").meta.service_model.operation_model("CreateTrainingJob")
     report = ParamValidator().validate(params, model.input_shape)

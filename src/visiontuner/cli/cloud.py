@@ -9,16 +9,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
+from rich.text import Text
 
-from visiontuner.cli.console import print_result
+from visiontuner.cli.console import SearchConsole, make_console, print_result
 from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
 from visiontuner.errors import UserMistake
+from visiontuner.io.aws import account_flags
 from visiontuner.text import next_command
+from visiontuner.workflow.jobs import LeftRunning
+from visiontuner.workflow.jobs import attach as follow
+from visiontuner.workflow.jobs import jobs as find
+from visiontuner.workflow.jobs import stop as end
+from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
 
 if TYPE_CHECKING:
     from visiontuner.aws.job import Job
     from visiontuner.experiment.schema import Experiment
-    from visiontuner.workflow.submit import JobOptions
 
 
 # A job's flags, as words -> what they stand for.
@@ -35,7 +42,6 @@ def read_options(job: dict[str, Any], resume: str | None) -> JobOptions:
     Raises:
         UserMistake: a word that is none of those a flag takes.
     """
-    from visiontuner.workflow.submit import JobOptions
 
     text = {key: _given(value) for key, value in job.items() if isinstance(value, str)}
     instances = _whole("--instances", text["instances"])
@@ -278,7 +284,6 @@ def run_on_sagemaker(
     output: Path | None,
 ) -> None:
     """Say what is going to happen, ask, submit, follow, bring home."""
-    from visiontuner.workflow.submit import dry_run, plan_job, submit_job
 
     options = read_options(job, resume)
     aws, plan = plan_job(experiment, options)
@@ -288,7 +293,6 @@ def run_on_sagemaker(
         click.echo(json.dumps(dry_run(aws, plan), indent=2, default=str))
         return
     _ask(is_on("--yes", job["yes"]))
-    from visiontuner.cli.console import SearchConsole
 
     console = SearchConsole()
     try:
@@ -362,10 +366,6 @@ def follow_and_print(
     logs: str = "start",
 ) -> None:
     """Follow, bring home, print; Ctrl-C leaves the job running and says so."""
-    from visiontuner.cli.console import SearchConsole
-    from visiontuner.io.aws import account_flags
-    from visiontuner.workflow.jobs import LeftRunning
-    from visiontuner.workflow.jobs import attach as follow
 
     console, flags = SearchConsole(), account_flags(region, assume_role)
     try:
@@ -416,7 +416,6 @@ def jobs(region: str, assume_role: str, form: str) -> None:
     Example:
       visiontuner jobs --region eu-west-1
     """
-    from visiontuner.workflow.jobs import jobs as find
 
     found = find(
         None if region in NOT_GIVEN else region, None if assume_role in NOT_GIVEN else assume_role
@@ -446,11 +445,6 @@ def _row(job: Job) -> dict[str, Any]:
 
 
 def _print(found: list[Job]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from visiontuner.cli.console import make_console
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("job", "state", "search", "runs on", "age", "ran", "cost so far"):
         table.add_column(heading)
@@ -481,7 +475,6 @@ def stop(job: str, region: str, assume_role: str) -> None:
     Example:
       visiontuner stop visiontuner-dogs-20261122154100
     """
-    from visiontuner.workflow.jobs import stop as end
 
     flags = end(
         job,

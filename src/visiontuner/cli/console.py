@@ -485,8 +485,6 @@ def print_runs(console: Console, frame: pd.DataFrame, columns: Sequence[str]) ->
     Returns:
         Sentences about what is not shown; only a terminal leaves anything out.
     """
-    from rich.table import Table
-    from rich.text import Text
 
     from visiontuner.evaluation.compare import best_row, cell
 

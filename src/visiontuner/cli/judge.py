@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
 
+from visiontuner.cli.console import SafeConsole, SearchConsole, print_runs
 from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
 from visiontuner.errors import UserMistake
 from visiontuner.text import next_command
@@ -18,8 +23,6 @@ from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.text import Text
-    from rich.tree import Tree
 
     from visiontuner.evaluation.intervals import Interval
     from visiontuner.evaluation.report import EvaluationReport
@@ -68,7 +71,6 @@ def evaluate(search: str, prefer: str, precision: float) -> None:
       visiontuner evaluate --prefer cheapest
       visiontuner evaluate searches/dog-breeds-20261122-154100 --precision 0.99
     """
-    from visiontuner.cli.console import SearchConsole
     from visiontuner.workflow.evaluate import evaluate_search
 
     console = SearchConsole()
@@ -259,9 +261,6 @@ def _print_comparison(
 def _print_text(
     comparison: Comparison, frame: pd.DataFrame, names: list[str], output: Path | None
 ) -> list[str]:
-    import io
-
-    from visiontuner.cli.console import SafeConsole, print_runs
     from visiontuner.workflow.compare import describe_searches
 
     told: list[str] = []
@@ -350,10 +349,6 @@ def diagnose(target: str, write: bool, as_json: bool) -> None:
 
 
 def _print_findings(diagnosis: Diagnosis) -> None:
-    from rich.table import Table
-
-    from visiontuner.cli.console import SafeConsole
-
     console = SafeConsole()
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("trial", "finding", "evidence and advice"):
@@ -373,14 +368,10 @@ def _print_findings(diagnosis: Diagnosis) -> None:
 
 
 def _rule(finding: Finding) -> Text:
-    from rich.text import Text
-
     return Text(f"{finding.rule}\n{finding.severity}", style=_COLOURS[finding.severity])
 
 
 def _said(finding: Finding) -> Text:
-    from rich.text import Text
-
     where = f" (epoch {finding.step})" if finding.step is not None else ""
     text = Text(f"{finding.evidence.rstrip('.')}{where}.\n")
     return text.append(finding.advice, style="dim")
@@ -522,8 +513,6 @@ def _as_json(traced: Lineage, checks: Sequence[LineageCheck] | None) -> str:
 
 
 def _print_lineage(traced: Lineage, checks: Sequence[LineageCheck]) -> None:
-    from visiontuner.cli.console import SafeConsole
-
     # In a pipe a fact stays in its line.
     width = None if sys.stdout.isatty() else _PIPE_WIDTH
     SafeConsole(width=width).print(_tree(traced))
@@ -535,8 +524,6 @@ def _print_lineage(traced: Lineage, checks: Sequence[LineageCheck]) -> None:
 
 def _tree(traced: Lineage) -> Tree:
     """Each step hangs on the one that it made; what nobody knows is left out."""
-    from rich.text import Text
-    from rich.tree import Tree
 
     # Text: names of classes, models and folders may hold rich's own [markup].
     root = node = Tree(Text("lineage"), hide_root=True)

@@ -9,18 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import psutil
 
 from visiontuner import interrupts
 from visiontuner.errors import VisiontunerError
+from visiontuner.experiment.reading import read_experiment
+from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.text import printable
-
-if TYPE_CHECKING:
-    from visiontuner.experiment.schema import Experiment
-
 
 # How a command ends when it fails: one line, and an exit code that says whose fault it was.
 
@@ -156,8 +154,6 @@ def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
 
     The file, or without one the quickstart; own pictures alone get the general defaults.
     """
-    from visiontuner.experiment.reading import read_experiment
-    from visiontuner.experiment.schema import QUICKSTART
 
     own_data = data not in NOT_GIVEN
     if experiment not in NOT_GIVEN:
@@ -171,7 +167,6 @@ def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
 
 def load_experiment(experiment: str, data: str, overrides: Sequence[str]) -> Experiment:
     """What `experiment_options` say, checked."""
-    from visiontuner.experiment.schema import Experiment
 
     raw, where = read_raw(experiment, data)
     return Experiment.parse(raw, overrides, where=where)

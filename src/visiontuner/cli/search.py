@@ -10,9 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import yaml
 
 from visiontuner.cli.cloud import JobCommand, job_flags, only_for_sagemaker, run_on_sagemaker
-from visiontuner.cli.console import print_artifacts, print_result
+from visiontuner.cli.console import (
+    SearchConsole,
+    TrainingConsole,
+    make_console,
+    print_artifacts,
+    print_checks,
+    print_dataset,
+    print_result,
+)
 from visiontuner.cli.options import (
     NOT_GIVEN,
     OneLineErrors,
@@ -22,11 +31,20 @@ from visiontuner.cli.options import (
     read_raw,
 )
 from visiontuner.errors import UserMistake
+from visiontuner.experiment.schema import Experiment
+from visiontuner.journal import newest_search
+from visiontuner.paths import cache_folder, tracking_uri
 from visiontuner.text import next_command
+from visiontuner.workflow.doctor import run_checks
+from visiontuner.workflow.lr_find import find_learning_rate
+from visiontuner.workflow.prepare import prepare as look
+from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.train import find_origin, one_training
+from visiontuner.workflow.train import train as run
+from visiontuner.workflow.tune import resume_search, run_search
 
 if TYPE_CHECKING:
-    from visiontuner.cli.console import TrainingConsole
-    from visiontuner.experiment.schema import Domain, Experiment
+    from visiontuner.experiment.schema import Domain
     from visiontuner.workflow.lr_find import FoundLearningRate
     from visiontuner.workflow.run import SearchResult
     from visiontuner.workflow.train import Origin
@@ -43,8 +61,6 @@ def choose_training(
     With both, the file says which pictures and which network, and the origin only its values.
     Without a file all is the origin's; other pictures make another model of it, with their name.
     """
-    from visiontuner.experiment.schema import Experiment
-    from visiontuner.workflow.train import find_origin, one_training
 
     raw, where = read_raw(experiment, data)
     own, other_pictures = experiment not in NOT_GIVEN, data not in NOT_GIVEN
@@ -86,9 +102,6 @@ def prepare(
     """
     chosen = load_experiment(experiment, data, list(given_values(overrides)))
 
-    from visiontuner.cli.console import SearchConsole, make_console, print_dataset
-    from visiontuner.workflow.prepare import prepare as look
-
     console = SearchConsole()
     try:
         prepared = look(chosen, upload=None if upload in NOT_GIVEN else upload, observer=console)
@@ -117,9 +130,6 @@ def sync(folder: Path | None) -> None:
       visiontuner sync
       MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner sync searches/digits-20261122-1541
     """
-    from visiontuner.cli.console import SearchConsole
-    from visiontuner.journal import newest_search
-    from visiontuner.workflow.sync import sync_search
 
     console = SearchConsole()
     try:
@@ -171,9 +181,6 @@ def doctor() -> None:
     Example:
       visiontuner doctor
     """
-    from visiontuner.cli.console import make_console, print_checks
-    from visiontuner.paths import cache_folder, tracking_uri
-    from visiontuner.workflow.doctor import run_checks
 
     checks = run_checks(cache=cache_folder(), tracking_uri=tracking_uri())
     print_checks(make_console(), checks)
@@ -267,9 +274,6 @@ def _run_here(
     output: Path | None,
     overrides: list[str],
 ) -> None:
-    from visiontuner.cli.console import SearchConsole
-    from visiontuner.workflow.tune import resume_search, run_search
-
     console = SearchConsole()
     try:
         if experiment is None:
@@ -348,8 +352,6 @@ def train(resume: str, output: str, **asked: Any) -> None:
     if resume not in NOT_GIVEN:
         _refuse_changes(output=output, **{k: v for k, v in asked.items() if k != "overrides"})
 
-    from visiontuner.cli.console import TrainingConsole
-
     console = TrainingConsole()
     try:
         if resume not in NOT_GIVEN:
@@ -381,8 +383,6 @@ def _begin(
     flags = {"model.backbone": backbone, "training.epochs": epochs}
     given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
     chosen, found = choose_training(experiment, data, [*given, *overrides], origin)
-
-    from visiontuner.workflow.train import train as run
 
     return run(
         chosen,
@@ -490,9 +490,6 @@ def lr_find(
     rates = {name: _number(f"--{name}", value) for name, value in (("low", low), ("high", high))}
     count = _number("--steps", steps)
 
-    from visiontuner.cli.console import SearchConsole
-    from visiontuner.workflow.lr_find import find_learning_rate
-
     console = SearchConsole()
     try:
         found = find_learning_rate(
@@ -544,7 +541,6 @@ def _space_around(found: FoundLearningRate, experiment: Experiment) -> str | Non
 
 def _flow(domain: Domain) -> str:
     """On one line of YAML."""
-    import yaml
 
     raw = domain.model_dump(mode="json")
     return yaml.safe_dump(raw, default_flow_style=True, sort_keys=False, width=10_000).strip()

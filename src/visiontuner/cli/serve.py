@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.table import Table
+from rich.text import Text
 
+from visiontuner.cli.console import SafeConsole, SearchConsole, make_console
 from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
 from visiontuner.errors import UserMistake
+from visiontuner.io.aws import account_flags
 from visiontuner.text import csv_row, next_command, printable
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from visiontuner.aws.endpoint import Endpoint
     from visiontuner.serving.client import PictureAnswer
     from visiontuner.serving.preflight import PreflightReport
@@ -86,11 +88,6 @@ def preflight(
 
 
 def _print_report(report: PreflightReport) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from visiontuner.cli.console import SafeConsole
-
     table = Table(box=None, pad_edge=False, show_header=False)
     for check in report.checks:
         passed = check.status == "ok"
@@ -245,7 +242,6 @@ def endpoints(region: str, assume_role: str, form: str) -> None:
     Example:
       visiontuner endpoints --region eu-west-1
     """
-    from visiontuner.io.aws import account_flags
     from visiontuner.workflow.deploy import endpoints as find
 
     where = _given(region), _given(assume_role)
@@ -313,11 +309,6 @@ def _note(text: str) -> None:
 
 
 def _print_endpoints(found: list[Endpoint], flags: str) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from visiontuner.cli.console import make_console
-
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):
         table.add_column(heading)
@@ -421,8 +412,6 @@ def query(
       cat photo.jpg | visiontuner query --model searches/dogs-20261122-1541 -
     """
     where, sources = _where(names, local, url, model)
-
-    from visiontuner.cli.console import SearchConsole
     from visiontuner.workflow.query import query as ask
 
     console = SearchConsole(_stderr_console())
@@ -483,8 +472,6 @@ def _probability(text: str) -> float | None:
 
 
 def _stderr_console() -> Any:
-    from visiontuner.cli.console import SafeConsole
-
     return SafeConsole(stderr=True, soft_wrap=True)
 
 
@@ -499,10 +486,6 @@ def _print_table(answers: Iterable[PictureAnswer]) -> int:
 
 
 def _show_table(shown: Sequence[PictureAnswer]) -> None:
-    from rich.table import Table
-
-    from visiontuner.cli.console import SafeConsole
-
     if not shown:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -526,8 +509,6 @@ def _show_table(shown: Sequence[PictureAnswer]) -> None:
 
 
 def _table_row(one: PictureAnswer, folder: str) -> tuple[Text | str, ...]:
-    from rich.text import Text
-
     answer, picture = one.answer, Text(printable(one.picture.removeprefix(folder)))
     if answer.error is not None:
         return picture, Text(answer.error, style="red"), "", ""

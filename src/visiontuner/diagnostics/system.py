@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import psutil
+import pynvml
 import torch
 
 from visiontuner.diagnostics.history import SystemRecord
@@ -39,7 +40,6 @@ class Gpu:
             Exception: NVML's own kinds, made when it is imported: it is not installed, finds no
                 driver, or does not know the device.
         """
-        import pynvml
 
         pynvml.nvmlInit()
         uuid = torch.cuda.get_device_properties(device).uuid

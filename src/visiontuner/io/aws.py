@@ -9,6 +9,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
+import boto3
+import botocore
+from botocore.config import Config
+from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
+from botocore.exceptions import BotoCoreError, ClientError
+
 from visiontuner import interrupts
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.text import one_line
@@ -81,8 +87,6 @@ class Aws:
     """
 
     def __init__(self, region: str | None = None, assume_role: str | None = None) -> None:
-        import boto3
-
         self.assume_role = assume_role
         self._clients: dict[tuple[str, str], Any] = {}
         with explained("read AWS's settings"):
@@ -105,7 +109,6 @@ class Aws:
 
     def session_in_region(self) -> Any:
         """A boto3 session for libraries that ask it for its region; as the same caller."""
-        import boto3
 
         if self.assume_role is None:
             return boto3.Session(region_name=self.region)
@@ -134,7 +137,6 @@ class Aws:
 
     def client(self, service: str, region: str | None = None, *, patient: bool = True) -> Any:
         """boto3's, one for each service; who is not patient asks once and not for long."""
-        from botocore.config import Config
 
         where = (service, region or self.region)
         if where not in self._clients:
@@ -166,7 +168,6 @@ def ending_uploads() -> Iterator[None]:
     Raises:
         KeyboardInterrupt: a signal came.
     """
-    import botocore
 
     def ask_first(**_: Any) -> None:
         if interrupts.is_waiting():
@@ -185,7 +186,6 @@ def ending_uploads() -> Iterator[None]:
 
 def _as_role(role: str, own: Any, region: str) -> Any:
     """A boto3 session as a role; its keys last an hour, and are renewed with the caller's own."""
-    from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
 
     fetcher = AssumeRoleCredentialFetcher(
         partial(own.client, region_name=region),
@@ -199,7 +199,6 @@ def _as_role(role: str, own: Any, region: str) -> Any:
 
 
 def _session(credentials: Any, region: str | None = None) -> Any:
-    import boto3
     import botocore.session
 
     session = botocore.session.get_session()
@@ -213,7 +212,6 @@ def account_flags(region: str | None, assume_role: str | None) -> str:
     Raises:
         UserMistake: AWS's settings cannot be read.
     """
-    import boto3
 
     with explained("read AWS's settings"):
         return _flags(region or default_region(boto3.Session()), assume_role)
@@ -232,7 +230,6 @@ def _flags(region: str, assume_role: str | None) -> str:
 @contextmanager
 def explained(doing: str) -> Iterator[None]:
     """boto3's errors in the block become ours, in one line without credentials."""
-    from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
@@ -269,7 +266,6 @@ def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
 
 def _renewal() -> str:
     """What to do about the caller's credentials that have expired, by where they are from."""
-    import boto3
 
     own = boto3.Session()
     credentials = own.get_credentials()

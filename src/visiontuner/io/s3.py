@@ -19,8 +19,24 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, TypeVar
 
+import boto3
+from botocore.config import Config
+from botocore.exceptions import (
+    ClientError,
+    FlexibleChecksumError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseStreamingError,
+    SSLError,
+)
+from botocore.exceptions import ConnectionError as NotConnected
+from s3transfer.manager import TransferConfig, TransferManager
+from s3transfer.subscribers import BaseSubscriber
+
 from visiontuner import interrupts
 from visiontuner.errors import DataError, DownloadError, ServingError
+from visiontuner.io.aws import AwsRefused, is_busy
+from visiontuner.io.aws import explained as aws_explained
 from visiontuner.io.download import explain_write
 from visiontuner.io.files import file_digest, file_state, is_no_data, write_cached_json, write_json
 from visiontuner.paths import split_folder, split_uri
@@ -211,8 +227,6 @@ def connect(session: Any = None, region: str | None = None) -> Any:
     Raises:
         UserMistake: AWS's settings cannot be read.
     """
-    import boto3
-    from botocore.config import Config
 
     from visiontuner.io.aws import explained
 
@@ -249,7 +263,6 @@ def list_files(client: Any, bucket: str, prefix: str) -> list[RemoteFile]:
 
 def head(client: Any, bucket: str, key: str) -> Mapping[str, Any]:
     """What S3 says of an object; nothing if it is not there."""
-    from botocore.exceptions import ClientError
 
     try:
         answer: Mapping[str, Any] = client.head_object(Bucket=bucket, Key=key)
@@ -262,7 +275,6 @@ def head(client: Any, bucket: str, key: str) -> Mapping[str, Any]:
 
 def read(client: Any, bucket: str, key: str) -> bytes | None:
     """A small object's content; None if it is not there."""
-    from botocore.exceptions import ClientError
 
     try:
         with client.get_object(Bucket=bucket, Key=key)["Body"] as body:
@@ -276,16 +288,6 @@ def read(client: Any, bucket: str, key: str) -> bytes | None:
 
 def is_passing(error: Exception) -> bool:
     """Whether an error is one of the connection or of a busy S3: asking again may help."""
-    from botocore.exceptions import (
-        ClientError,
-        HTTPClientError,
-        IncompleteReadError,
-        ResponseStreamingError,
-        SSLError,
-    )
-    from botocore.exceptions import ConnectionError as NotConnected
-
-    from visiontuner.io.aws import is_busy
 
     if isinstance(error, ClientError):
         return is_busy(error.response) or error.response["Error"]["Code"] == _DAMAGED
@@ -298,7 +300,6 @@ def is_passing(error: Exception) -> bool:
 
 def is_out_of_reach(error: BaseException) -> bool:
     """Whether S3 could not be asked at all; what it refuses is another matter."""
-    from visiontuner.io.aws import AwsRefused
 
     return isinstance(error, ServingError) and not isinstance(error, AwsRefused)
 
@@ -314,9 +315,6 @@ def explained(bucket: str, doing: str) -> Iterator[None]:
         UserMistake: no bucket, no permission, another region, no credentials.
         ServingError: S3 cannot be reached, or refuses for another reason.
     """
-    from botocore.exceptions import ClientError
-
-    from visiontuner.io.aws import explained as aws_explained
 
     with aws_explained(f"{doing} s3://{bucket}"):
         try:
@@ -660,8 +658,6 @@ class _Upload:
         )
 
     def _put_parts(self, path: Path, key: str, digest: str) -> None:
-        from s3transfer.manager import TransferConfig, TransferManager
-
         config = TransferConfig(
             multipart_threshold=PART_BYTES,
             multipart_chunksize=PART_BYTES,
@@ -674,8 +670,6 @@ class _Upload:
 
 
 def _watch(transfers: Transfers) -> Any:
-    from s3transfer.subscribers import BaseSubscriber
-
     class Watch(BaseSubscriber):  # type: ignore[misc, unused-ignore]
         def on_progress(self, future: Any, bytes_transferred: int, **_: Any) -> None:
             transfers.advance(bytes_transferred)
@@ -774,7 +768,6 @@ class _Downloads:
 
     def _write(self, answer: Mapping[str, Any], part: Path, begun: int) -> bool:
         """Add what comes to a file; whether the file is what S3 holds then."""
-        from botocore.exceptions import FlexibleChecksumError, IncompleteReadError
 
         size, is_right = begun + answer["ContentLength"], True
         try:
@@ -795,7 +788,6 @@ class _Downloads:
 
     def _ask(self, remote: RemoteFile, begun: int) -> Mapping[str, Any] | None:
         """The object's rest, None if it is not the object any more whose beginning is here."""
-        from botocore.exceptions import ClientError
 
         rest = {"Range": f"bytes={begun}-", "IfMatch": f'"{remote.etag}"'} if begun else {}
         try:

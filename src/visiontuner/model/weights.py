@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visiontuner import interrupts
 from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
 from visiontuner.errors import BackboneError
-from visiontuner.io.files import file_digest, temporary_folder
+from visiontuner.io.files import file_digest, locked, temporary_folder
 from visiontuner.text import without_secrets
 
 StateDict = OrderedDict[str, Tensor]
@@ -65,7 +65,6 @@ def read_weights(source: str, *, cache: Path) -> StateDict:
 
 def _from_s3(uri: str, cache: Path) -> Path:
     """The file, which comes again only when it changed on S3."""
-    from visiontuner.io.files import locked
     from visiontuner.io.s3 import download_file
 
     folder = cache / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]

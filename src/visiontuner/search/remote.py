@@ -20,7 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from visiontuner.data.arrays import Precision, Shard, find_damage, has_checksums
 from visiontuner.experiment.schema import Model
 from visiontuner.io.files import temporary_folder
+from visiontuner.model.backbones import load_backbone
 from visiontuner.model.features import ShardRows, compute_shards, decoding_workers
+from visiontuner.model.onnx import make_engine
 from visiontuner.search.plan import CHECKPOINT_FOLDER, Home
 
 if TYPE_CHECKING:
@@ -327,9 +329,6 @@ class _FeatureWorker:
     """One machine's network, or that of one of its GPUs."""
 
     def __init__(self, root: Path, model: dict[str, Any], precision: Precision) -> None:
-        from visiontuner.model.backbones import load_backbone
-        from visiontuner.model.onnx import make_engine
-
         if not root.is_dir():
             raise FileNotFoundError(root)
         settings = Model.model_validate(model)

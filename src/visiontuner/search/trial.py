@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from visiontuner.data.arrays import FeatureSet, PictureStore
-from visiontuner.diagnostics.history import RECORDING_FILE
+from visiontuner.diagnostics.history import RECORDING_FILE, TrainingHistory
+from visiontuner.diagnostics.recorder import Recorder, Trace
+from visiontuner.diagnostics.rules import LASTING_RECORDED, diagnose_recording
 from visiontuner.experiment.schema import NO_AUGMENTATION, Experiment, Training
 from visiontuner.journal import Finding
 from visiontuner.model.backbones import Backbone, load_backbone
@@ -47,7 +49,6 @@ from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
 
 if TYPE_CHECKING:
     from visiontuner.diagnostics.history import Recording
-    from visiontuner.diagnostics.recorder import Recorder
 
 
 # What one Ray worker is handed. Without torch: the driver need not wait for its import.
@@ -130,7 +131,6 @@ def recorded(
     if not every_steps:
         yield None
         return
-    from visiontuner.diagnostics.recorder import Recorder
 
     recorder = Recorder(folder, network, every_steps=every_steps, began=began, **facts)
     with closing(recorder):
@@ -143,7 +143,6 @@ def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterato
     if task.trace_steps is None:
         yield recorder or Watch()
         return
-    from visiontuner.diagnostics.recorder import Trace
 
     with closing(Trace(folder, *task.trace_steps)) as trace:
         # Around the recorder: what it does in a step is in the trace.
@@ -159,8 +158,6 @@ def after_epoch(
     """
     if recorder is None:
         return result
-    from visiontuner.diagnostics.history import TrainingHistory
-    from visiontuner.diagnostics.rules import LASTING_RECORDED, diagnose_recording
 
     recording = recorder.recording()
     rules = tuple(dict.fromkeys([*LASTING_RECORDED, *task.experiment.rules.stop_on]))

@@ -19,8 +19,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol, Self
 from urllib.parse import urlsplit
 
+import boto3
 import numpy as np
 import requests
+from botocore import exceptions
+from botocore.config import Config
+from botocore.exceptions import BotoCoreError, ClientError
 
 from visiontuner import interrupts
 from visiontuner.data.images import decode_image, picture_extensions
@@ -194,9 +198,6 @@ class SageMakerTransport:
         body_limit: int = REQUEST_BYTES,
         session: Any = None,
     ) -> None:
-        import boto3
-        from botocore.config import Config
-
         # Retries are ours: the same for every transport.
         connect, read = TIMEOUT_SECONDS
         config = Config(
@@ -215,8 +216,6 @@ class SageMakerTransport:
         return decode_answers(self._send(encode_request(contents, options)), len(contents))
 
     def _send(self, body: bytes) -> bytes:
-        from botocore import exceptions
-
         if len(body) > SERVERLESS_BYTES and self._is_serverless:
             self.body_limit = min(self.body_limit, SERVERLESS_BYTES)
             raise TooLarge(f"a serverless endpoint takes {SERVERLESS_BYTES / 1e6:.0f} MB")
@@ -257,8 +256,6 @@ class SageMakerTransport:
 
     @cached_property
     def _has_serverless_variant(self) -> bool:
-        from botocore.exceptions import BotoCoreError, ClientError
-
         try:
             described = self._control().describe_endpoint(EndpointName=self.endpoint)
         except (BotoCoreError, ClientError):

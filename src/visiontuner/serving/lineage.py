@@ -21,6 +21,7 @@ from mlflow.entities.model_registry import ModelVersion
 
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.io.files import temporary_folder
+from visiontuner.model.classifier import read_threshold
 from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG, read_report
 from visiontuner.serving.registry import (
@@ -207,7 +208,6 @@ def _packaged(mlflow: Mlflow, version: ModelVersion) -> Lineage:
 
 def _answering(described: Facts) -> Facts:
     """What a classifier.json says of its answers."""
-    from visiontuner.model.classifier import read_threshold  # imports ONNX Runtime
 
     facts = {key: described.get(key) for key in ("class_names", "temperature", "threshold")}
     with suppress(ValueError, TypeError, KeyError):  # damaged: shown as it is

@@ -24,6 +24,7 @@ from visiontuner.diagnostics.history import find_recording, history_of_trial
 from visiontuner.diagnostics.rules import diagnose_history
 from visiontuner.errors import ExperimentError
 from visiontuner.evaluation.choice import edges
+from visiontuner.evaluation.report import EvaluationReport
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord, is_running, read_events
 from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
@@ -34,7 +35,6 @@ from visiontuner.tracking.figures.search import search_figures
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval
-    from visiontuner.evaluation.report import EvaluationReport
     from visiontuner.evaluation.scores import ClassScore, Threshold
 
 
@@ -81,7 +81,6 @@ def describe_test(evaluation: Mapping[str, Any]) -> TestPart:
     Raises:
         ValueError: it is no evaluation.
     """
-    from visiontuner.evaluation.report import EvaluationReport  # scipy: only where there is one
 
     report = EvaluationReport.from_dict(evaluation)
     accuracy = report.metrics.get("accuracy")
@@ -867,7 +866,6 @@ def _read_evaluation(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     path = folder / EVALUATION_FOLDER / EVALUATION_REPORT
     if not path.exists():
         return None, None
-    from visiontuner.evaluation.report import EvaluationReport
 
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

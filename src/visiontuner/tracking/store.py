@@ -19,6 +19,8 @@ from urllib.parse import unquote, urlsplit
 
 import mlflow.version
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.db import upgrade
 from mlflow.entities import Dataset, DatasetInput, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException, RestException
 from sqlalchemy.engine import make_url
@@ -119,7 +121,6 @@ class Store:
         Raises:
             TrackingError: as `call`.
         """
-        from mlflow.artifacts import download_artifacts
 
         to = {"dst_path": str(folder), "tracking_uri": self.tracking_uri}
         return Path(self._ask(lambda _: download_artifacts(artifact_uri=artifact_uri, **to)))
@@ -190,7 +191,6 @@ def create_database(tracking_uri: str, *, templates: Path | None = None) -> None
 
 def _migrate(path: Path) -> None:
     """Make an empty database by way of a temporary folder, whose name needs no quoting in a URI."""
-    from mlflow.db import upgrade
 
     assert upgrade.callback is not None
     with TemporaryDirectory(prefix="visiontuner-") as folder:

@@ -26,8 +26,10 @@ from visiontuner.journal import read_events
 from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.text import next_command, without_secrets
 from visiontuner.tracking import store as runs
+from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.recording import files_of, points_of
-from visiontuner.tracking.figures.search import search_numbers
+from visiontuner.tracking.figures.search import search_figures, search_numbers, trial_curves
+from visiontuner.tracking.page import write_page
 from visiontuner.tracking.plan import (
     KIND,
     SEARCH_ID,
@@ -64,8 +66,6 @@ class RunFiles:
         self, plan: SearchPlan, trial: TrialPlan, recording: Recording | None
     ) -> dict[str, bytes]:
         """A trial's curves, and the figures of what was recorded of it."""
-        from visiontuner.tracking.figures.parts import to_png
-        from visiontuner.tracking.figures.search import trial_curves
 
         record, files = plan.record.trials[trial.trial_id], dict[str, bytes]()
         if record.epochs and trial.has_curves:
@@ -83,9 +83,6 @@ class RunFiles:
         Args:
             places: where its runs are.
         """
-        from visiontuner.tracking.figures.parts import to_png
-        from visiontuner.tracking.figures.search import search_figures
-        from visiontuner.tracking.page import write_page
 
         drawn = {n: to_png(f) for n, f in search_figures(plan.record).items()}
         page = write_page(self._folder, figures=drawn, state=plan.state, where=places)

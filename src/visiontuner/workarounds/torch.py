@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.utils import is_compile_supported
 
 # torchvision and timm without torch's compiler.
 #
@@ -62,8 +63,6 @@ def _compiler_waits() -> Iterator[None]:
 
 
 def _is_compile_supported(device_type: str) -> bool:
-    from torch._dynamo.utils import is_compile_supported
-
     return bool(is_compile_supported(device_type))
 
 

@@ -9,14 +9,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import JournalError, UserMistake
+from visiontuner.evaluation.compare import (
+    describe_progress,
+    notes,
+    runs_of_record,
+    search_progress,
+    table,
+)
+from visiontuner.evaluation.compare import sort as sort_rows
+from visiontuner.evaluation.compare import where as keep
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
 from visiontuner.paths import JOURNAL_FILE, tracking_uri
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import (
+    MOST_CURVES,
+    Curve,
+    learning_curves,
+    searches_side_by_side,
+)
+from visiontuner.tracking.reading import Reader
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from visiontuner.evaluation.compare import RunSummary
-    from visiontuner.tracking.reading import Reader
 
 GetCurve = Callable[[str], tuple[list[int], list[float]]]
 
@@ -59,8 +75,6 @@ def compare(
         UserMistake: a target, column or condition that does not exist or fit.
         TrackingError: MLflow is away or refuses; never for search folders.
     """
-    from visiontuner.evaluation.compare import sort as sort_rows
-    from visiontuner.evaluation.compare import where as keep
 
     frame = sort_rows(load_runs(targets).frame, sort, reverse=reverse)
     return (keep(frame, where) if where else frame).reset_index(drop=True)
@@ -68,7 +82,6 @@ def compare(
 
 def load_runs(targets: str | Path | Sequence[str | Path] = ()) -> Comparison:
     """What `compare` compares, with its curves within reach; arguments and errors as there."""
-    from visiontuner.evaluation.compare import notes, table
 
     if isinstance(targets, str | Path):
         targets = [targets]
@@ -99,8 +112,6 @@ def draw_curves(
     Raises:
         UserMistake: none of the runs has a curve, or the file cannot be written.
     """
-    from visiontuner.tracking.figures.parts import to_png
-    from visiontuner.tracking.figures.search import MOST_CURVES, Curve, learning_curves
 
     drawn, names = list(rows)[:MOST_CURVES], list(metrics) or _usual_metrics(comparison, rows)
     labels = _labels([comparison.runs[i] for i in drawn])
@@ -132,9 +143,6 @@ def draw_searches(comparison: Comparison, file: Path) -> None:
     Raises:
         UserMistake: no search has an ended trial, or the file cannot be written.
     """
-    from visiontuner.evaluation.compare import search_progress
-    from visiontuner.tracking.figures.parts import to_png
-    from visiontuner.tracking.figures.search import searches_side_by_side
 
     searches = search_progress(comparison.runs)
     if not searches:
@@ -144,7 +152,6 @@ def draw_searches(comparison: Comparison, file: Path) -> None:
 
 def describe_searches(comparison: Comparison) -> list[str]:
     """How searches compare, in sentences; empty for fewer than two."""
-    from visiontuner.evaluation.compare import describe_progress, search_progress
 
     searches = search_progress(comparison.runs)
     return describe_progress(searches) if len(searches) > 1 else []
@@ -178,8 +185,6 @@ class _Sources:
             self._add_from_mlflow(str(target))
 
     def _add_journal(self, folder: Path) -> None:
-        from visiontuner.evaluation.compare import runs_of_record
-
         record = SearchRecord.load(folder)
         name = folder.resolve().name
         for run in runs_of_record(record, name=name, running=is_running(folder)):
@@ -189,8 +194,6 @@ class _Sources:
 
     def _add_from_mlflow(self, target: str) -> None:
         if self._reader is None:
-            from visiontuner.tracking.reading import Reader
-
             self._reader = Reader(tracking_uri())
         found = self._reader.runs(target.removeprefix("runs:/"))
         for run in found:

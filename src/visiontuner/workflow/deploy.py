@@ -9,15 +9,36 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner import interrupts
+from visiontuner.aws import endpoint
+from visiontuner.aws import endpoint as endpoint_removal
+from visiontuner.aws.account import find_bucket, find_role, hourly_price
+from visiontuner.aws.endpoint import (
+    CAPTURE,
+    DEFAULT_INSTANCE,
+    DeploymentPlan,
+    capture_everything,
+    check_free,
+    deployed_model,
+    endpoint_name,
+    find_image,
+    find_running,
+    instance_types,
+    list_endpoints,
+    make_tags,
+    mlflows_bucket,
+    ttl_hours,
+)
 from visiontuner.errors import ServingError, UserMistake
+from visiontuner.io.aws import Aws
 from visiontuner.paths import tracking_uri
+from visiontuner.serving.client import Reference
+from visiontuner.serving.preflight import check_instance_type, shortage
 from visiontuner.text import next_command
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import locate_model, model_folder, open_store, passed_over
 
 if TYPE_CHECKING:
-    from visiontuner.aws.endpoint import DeploymentPlan, Endpoint, Running
-    from visiontuner.io.aws import Aws
+    from visiontuner.aws.endpoint import Endpoint, Running
 
 Note = Callable[[str], None]
 
@@ -78,22 +99,6 @@ def plan_deployment(
         ServingError: AWS refuses or cannot be reached.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.aws.account import find_bucket, find_role
-    from visiontuner.aws.endpoint import (
-        CAPTURE,
-        DEFAULT_INSTANCE,
-        DeploymentPlan,
-        capture_everything,
-        check_free,
-        deployed_model,
-        endpoint_name,
-        find_image,
-        find_running,
-        instance_types,
-        mlflows_bucket,
-    )
-    from visiontuner.io.aws import Aws
-    from visiontuner.serving.preflight import check_instance_type
 
     _check_choices(options)
     aws = Aws(options.region, options.assume_role)
@@ -137,7 +142,6 @@ def plan_deployment(
 
 def _check_choices(options: DeployOptions) -> None:
     """What is wrong whatever the account holds."""
-    from visiontuner.aws.endpoint import capture_everything, ttl_hours
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
@@ -167,8 +171,6 @@ def _priced_and_tagged(
     aws: Aws, plan: DeploymentPlan, options: DeployOptions, facts: Mapping[str, Any]
 ) -> DeploymentPlan:
     """What it costs an hour, as far as that is known, and the tags of its lineage."""
-    from visiontuner.aws.account import hourly_price
-    from visiontuner.aws.endpoint import make_tags
 
     price = options.price
     if price is None and plan.instance_type:
@@ -201,9 +203,6 @@ def deploy(
     Raises:
         ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
     """
-    from visiontuner.aws import endpoint
-    from visiontuner.serving.client import Reference
-    from visiontuner.serving.preflight import shortage
 
     if preflight:
         report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
@@ -242,8 +241,6 @@ def undeploy(
         UserMistake: there is no such endpoint, and nothing is left of one.
         ServingError: AWS refuses or cannot be reached.
     """
-    from visiontuner.aws import endpoint as endpoint_removal
-    from visiontuner.io.aws import Aws
 
     aws = Aws(region, assume_role)
     with interrupts.in_order():
@@ -252,8 +249,6 @@ def undeploy(
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in a region, oldest first."""
-    from visiontuner.aws.endpoint import list_endpoints
-    from visiontuner.io.aws import Aws
 
     return list_endpoints(Aws(region, assume_role))
 

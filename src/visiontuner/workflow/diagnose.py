@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from visiontuner.diagnostics.history import RECORDING_FILE, Predictions, Recording, history_of_trial
+from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
+from visiontuner.diagnostics.rules_search import SimilarRuns
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.journal import (
     Finding,
@@ -18,11 +21,12 @@ from visiontuner.journal import (
     read_events,
 )
 from visiontuner.paths import JOURNAL_FILE, tracking_uri
+from visiontuner.search.plan import Stores
 from visiontuner.text import next_command
+from visiontuner.tracking.reading import read_histories, write_findings
 
 if TYPE_CHECKING:
-    from visiontuner.diagnostics.history import Predictions, Recording, TrainingHistory
-    from visiontuner.diagnostics.rules_search import SimilarRuns
+    from visiontuner.diagnostics.history import TrainingHistory
     from visiontuner.tracking.reading import RunHistory
 
 
@@ -94,7 +98,6 @@ def diagnose_search(folder: Path) -> Diagnosis:
     Raises:
         JournalError: the folder holds no search.
     """
-    from visiontuner.diagnostics.rules_search import SimilarRuns
 
     events = read_events(folder).events
     record = SearchRecord.of(events)
@@ -123,9 +126,6 @@ def _diagnose_trial(
     *,
     running: bool,
 ) -> DiagnosedRun:
-    from visiontuner.diagnostics.history import history_of_trial
-    from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
-
     alive = running and trial.state == "running"
     history = history_of_trial(
         record,
@@ -171,8 +171,6 @@ class _TrialFiles:
         self._open(events)
 
     def predictions_of(self, trial: TrialRecord) -> Predictions | None:
-        from visiontuner.diagnostics.history import Predictions
-
         path = self._folder / "trials" / trial.trial_id / "validation_logits.npy"
         if self._labels is None or not trial.epochs or not path.is_file():
             return None
@@ -183,8 +181,6 @@ class _TrialFiles:
             return None
 
     def recording_of(self, trial: TrialRecord) -> Recording | None:
-        from visiontuner.diagnostics.history import RECORDING_FILE, Recording
-
         path = self._folder / "trials" / trial.trial_id / RECORDING_FILE
         if not path.is_file():
             return None
@@ -195,8 +191,6 @@ class _TrialFiles:
             return None
 
     def _open(self, events: Sequence[dict[str, Any]]) -> None:
-        from visiontuner.search.plan import Stores
-
         stores = Stores.of(events)
         if stores.features is None and stores.pictures is None:
             return
@@ -211,9 +205,6 @@ class _TrialFiles:
 
 
 def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
-    from visiontuner.diagnostics.rules_search import SimilarRuns
-    from visiontuner.tracking.reading import read_histories, write_findings
-
     uri, similar = tracking_uri(), SimilarRuns()
     histories = read_histories(uri, target)
     runs = tuple(_diagnose_run(run, similar) for run in histories)
@@ -230,8 +221,6 @@ def _diagnose_runs(target: str, *, write: bool) -> Diagnosis:
 
 
 def _diagnose_run(run: RunHistory, similar: SimilarRuns) -> DiagnosedRun:
-    from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
-
     repeated = None if run.running else similar.add(run.name, run.history)
     found = [*diagnose_history(run.history), *([repeated] if repeated else [])]
     earlier = sorted(set(run.findings) - {finding.rule for finding in found})

@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 import psutil
 import requests
+import sqlalchemy
 
 from visiontuner import NO_TELEMETRY
 from visiontuner.errors import TrackingError, UserMistake
@@ -199,7 +200,6 @@ def _check_database(uri: str, shown: str, default_port: int) -> Check:
 
 def _ask_database(uri: str, shown: str) -> Check:
     """Sign in and look for MLflow's schema; nothing is made."""
-    import sqlalchemy
 
     try:
         engine = sqlalchemy.create_engine(uri)

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from visiontuner.data.arrays import decode_batches
 from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.images import decode_image
 from visiontuner.errors import (
     BadImageError,
     SearchFailed,
@@ -29,10 +30,15 @@ from visiontuner.errors import (
     UserMistake,
     VisiontunerError,
 )
+from visiontuner.evaluation.calibration import probabilities_of, reliability, risk_coverage
+from visiontuner.evaluation.choice import edges
+from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
+from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
 from visiontuner.model.classifier import Classifier
+from visiontuner.model.classifier_files import recalibrate, replace_folder, write_json
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_CLASSES,
@@ -43,7 +49,10 @@ from visiontuner.paths import (
     TEST_LOOKS_FILE,
     tracking_uri,
 )
+from visiontuner.serving.registry import classifier_digest
 from visiontuner.text import csv_row, next_command
+from visiontuner.tracking.figures.evaluation import contact_sheet, evaluation_figures
+from visiontuner.tracking.figures.parts import to_png
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial, packaged_trial
 from visiontuner.workflow.sync import sync_search
@@ -53,7 +62,6 @@ if TYPE_CHECKING:
 
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
-    from visiontuner.evaluation.report import EvaluationReport
     from visiontuner.evaluation.scores import Mistake
 
 
@@ -170,7 +178,6 @@ def write_evaluation(
     Raises:
         VisiontunerError: the folder cannot be written.
     """
-    from visiontuner.model.classifier_files import replace_folder, write_json
 
     folder = folder.absolute()
     try:
@@ -187,12 +194,6 @@ def _write_test(
     folder: Path, report: EvaluationReport, answers: Answers, root: Path, count: int
 ) -> dict[str, Any]:
     """Tables and figures over the test pictures; returns what the report says of them."""
-    from dataclasses import asdict
-
-    import numpy as np
-
-    from visiontuner.evaluation.calibration import probabilities_of
-    from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 
     if not answers.samples:
         return {"mistakes": [], "confused_pairs": []}
@@ -237,10 +238,6 @@ def _draw(
     probabilities: NDArray[np.float64],
     labels: NDArray[np.int64],
 ) -> None:
-    from visiontuner.evaluation.calibration import probabilities_of, reliability, risk_coverage
-    from visiontuner.tracking.figures.evaluation import evaluation_figures
-    from visiontuner.tracking.figures.parts import to_png
-
     figures = evaluation_figures(
         report,
         reliability(probabilities_of(answers.logits), labels),
@@ -252,10 +249,6 @@ def _draw(
 
 
 def _draw_mistakes(folder: Path, wrong: Sequence[Mistake], answers: Answers, root: Path) -> None:
-    from visiontuner.data.images import decode_image
-    from visiontuner.tracking.figures.evaluation import contact_sheet
-    from visiontuner.tracking.figures.parts import to_png
-
     pictures: list[Image] = []
     captions: list[tuple[str, str, float]] = []
     for mistake in wrong:
@@ -355,8 +348,6 @@ class _Evaluation:
         self.validation = ValidationAnswers(folder, record, self.experiment, inputs=self.inputs)
 
     def run(self) -> EvaluationResult:
-        from visiontuner.evaluation.choice import edges
-
         dataset = self.inputs.dataset
         require_same_data(self.record, dataset)
         choice = self.validation.choose(self.prefer)
@@ -409,7 +400,6 @@ class _Evaluation:
 
     def _calibrate(self, temperature: float, threshold: ChosenThreshold | None) -> None:
         """Temperature and threshold into the classifier; its reference is answered anew."""
-        from visiontuner.model.classifier_files import recalibrate
 
         if self.record.is_unvalidated:
             return  # it was packaged with what it took over, if there was something
@@ -433,12 +423,10 @@ class _Evaluation:
     @cached_property
     def _classifier(self) -> Classifier:
         """As it is served: with the temperature that was just set."""
-        from visiontuner.model.classifier import Classifier
 
         return Classifier.load(self.folder / CLASSIFIER_FOLDER)
 
     def _answer(self, dataset: ImageDataset) -> Answers:
-
         return answer_pictures(
             self._classifier,
             dataset.root,
@@ -459,14 +447,6 @@ class _Evaluation:
         threshold: ChosenThreshold | None,
         notes: Sequence[str],
     ) -> EvaluationReport:
-        import numpy as np
-
-        from visiontuner.evaluation.report import (
-            EvaluationReport,
-            abstention_notes,
-            evaluate_predictions,
-        )
-
         names = self._classifier.class_names
         if not answers.samples:
             return EvaluationReport(
@@ -505,8 +485,6 @@ class _Evaluation:
         looks: int,
         threshold: ChosenThreshold | None,
     ) -> None:
-        from visiontuner.serving.registry import classifier_digest
-
         facts: dict[str, Any] = {
             "looks": looks,
             "time": round(time.time(), 3),

@@ -14,6 +14,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from visiontuner import interrupts
+from visiontuner.data.arrays import FeatureSet, available_cpus, prepare_pictures
 from visiontuner.data.dataset import (
     ImageDataset,
     Sample,
@@ -21,17 +22,19 @@ from visiontuner.data.dataset import (
     find_emptied_classes,
     load_dataset,
 )
+from visiontuner.data.findings import inspect_pictures
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, Finding, SearchRecord
+from visiontuner.model.features import compute_features, describe_backbone
 from visiontuner.paths import at_hand, writable_cache_folder
+from visiontuner.search.plan import Stores
 
 if TYPE_CHECKING:
-    from visiontuner.data.arrays import FeatureSet, PictureStore
+    from visiontuner.data.arrays import PictureStore
     from visiontuner.model.backbones import Backbone
     from visiontuner.model.features import BackboneDescription, Engine, Machines
     from visiontuner.search.live import Recorder
-    from visiontuner.search.plan import Stores
 
 
 # Who watches the work.
@@ -77,7 +80,6 @@ def training_threads(experiment: Experiment) -> int:
     The number of threads decides the order of sums, and with it the last digits: a head that is
     trained alone is then the same as the one that a search trained.
     """
-    from visiontuner.data.arrays import available_cpus
 
     if experiment.trains_on_pictures:
         return available_cpus()
@@ -163,7 +165,6 @@ class Inputs:
 
     def readable(self, split: str) -> list[Sample]:
         """The pictures of a split that can be decoded; each is, once."""
-        from visiontuner.data.findings import inspect_pictures
 
         samples = self.dataset.splits[split]
         facts = inspect_pictures(
@@ -192,7 +193,6 @@ class Inputs:
     @cached_property
     def description(self) -> BackboneDescription:
         """The network without loading it, where it is known from before."""
-        from visiontuner.model.features import describe_backbone
 
         model = self.experiment.model
         return describe_backbone(
@@ -209,7 +209,6 @@ class Inputs:
 
     def features(self) -> tuple[FeatureSet, float]:
         """The features of training and validation pictures, and the seconds they took."""
-        from visiontuner.model.features import compute_features
 
         began = time.monotonic()
         features = compute_features(
@@ -227,7 +226,6 @@ class Inputs:
 
     def pictures(self, dataset: ImageDataset | None = None) -> tuple[PictureStore, float]:
         """The pictures, decoded once, and the seconds it took."""
-        from visiontuner.data.arrays import prepare_pictures
 
         began = time.monotonic()
         store = prepare_pictures(
@@ -316,8 +314,6 @@ class StoreRecorder:
 
     def record(self, store: FeatureSet | PictureStore, seconds: float) -> Stores:
         """Either kind; `seconds` is how long it took to get it."""
-        from visiontuner.data.arrays import FeatureSet
-        from visiontuner.search.plan import Stores
 
         self._record_emptied_classes(store)
         if isinstance(store, FeatureSet):

@@ -10,7 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
 
 from visiontuner import interrupts
+from visiontuner.aws.job import (
+    JournalTail,
+    LogTail,
+    advice_on,
+    bring_home,
+    describe,
+    find_jobs,
+    find_tuning_job,
+    going_on,
+    is_noise,
+    jobs_of,
+    why_ended,
+)
+from visiontuner.aws.job import stop as end
+from visiontuner.aws.request import dollars, shares
 from visiontuner.errors import ServingError, TrackingError, UserMistake
+from visiontuner.io.aws import Aws, AwsRefused
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.paths import SEARCHES, tracking_uri
 from visiontuner.text import next_command, without_secrets
@@ -21,7 +37,6 @@ from visiontuner.workflow.sync import sync_search
 
 if TYPE_CHECKING:
     from visiontuner.aws.job import Home, Job, TunedJob, TuningJob
-    from visiontuner.io.aws import Aws
     from visiontuner.tracking.writer import ForeignSearch, ForeignTrial
 
 
@@ -30,8 +45,6 @@ if TYPE_CHECKING:
 
 def jobs(region: str | None = None, assume_role: str | None = None) -> list[Job]:
     """Ours in a region, the newest first."""
-    from visiontuner.aws.job import find_jobs
-    from visiontuner.io.aws import Aws
 
     return find_jobs(Aws(region, assume_role))
 
@@ -45,9 +58,6 @@ def stop(name: str, region: str | None = None, assume_role: str | None = None) -
     Raises:
         UserMistake: there is no such job, it is not ours, or it has ended.
     """
-    from visiontuner.aws.job import describe
-    from visiontuner.aws.job import stop as end
-    from visiontuner.io.aws import Aws
 
     aws = Aws(region, assume_role)
     end(aws, describe(aws, name))
@@ -76,7 +86,6 @@ def find_job(aws: Aws, name: str, *, observer: Observer, poll_seconds: float) ->
         UserMistake: there is none of that name.
         ServingError: AWS refuses, or stays out of reach.
     """
-    from visiontuner.aws.job import describe
 
     return patiently(lambda: describe(aws, name), observer, poll_seconds)
 
@@ -89,7 +98,6 @@ def follow_job(aws: Aws, job: Job, *, logs: Logs, observer: Observer, poll_secon
             said.
         LeftRunning: the user has seen enough.
     """
-    from visiontuner.aws.job import describe
 
     if job.ended and logs != "all":
         return job
@@ -131,7 +139,6 @@ class _Patience:
 
     def ends_with(self, error: ServingError) -> bool:
         """Whether a failure will not pass, or has come again for too long."""
-        from visiontuner.io.aws import AwsRefused
 
         now = time.monotonic()
         self.since = now if self.since is None else self.since
@@ -164,8 +171,6 @@ class _Watch:
     """What has been shown of a job so far."""
 
     def __init__(self, aws: Aws, job: Job, logs: Logs, observer: Observer) -> None:
-        from visiontuner.aws.job import JournalTail, LogTail
-
         self._observer = observer
         self._logs = logs
         self._lines = LogTail(aws, job.name)
@@ -193,7 +198,6 @@ class _Watch:
 
     def _show_lines(self, job: Job) -> None:
         """Not worth an end: who may not read logs, or cannot, follows without them."""
-        from visiontuner.aws.job import is_noise
 
         try:
             for host, line in self._lines.new_lines():
@@ -218,8 +222,6 @@ class _Watch:
 
 
 def _so_far(job: Job) -> str:
-    from visiontuner.aws.request import dollars
-
     if not job.seconds:
         return ""
     cost = f", {dollars(job.cost)} so far" if job.cost is not None else ""
@@ -378,8 +380,6 @@ def attach(
         JobFailed: the job ended before its search began.
         ServingError: AWS refuses, or stays out of reach.
     """
-    from visiontuner.aws.job import find_tuning_job
-    from visiontuner.io.aws import Aws
 
     watching, aws = observer or Silent(), Aws(region, assume_role)
     try:
@@ -404,8 +404,6 @@ def attach(
 
 
 def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attached:
-    from visiontuner.aws.job import bring_home, jobs_of
-
     folder.parent.mkdir(parents=True, exist_ok=True)
     home = bring_home(
         aws,
@@ -425,8 +423,6 @@ def _bring_home(aws: Aws, job: Job, folder: Path, observer: Observer) -> Attache
 
 
 def _told(aws: Aws, job: Job, jobs: list[Job], home: Home, result: SearchResult) -> Iterable[str]:
-    from visiontuner.aws.job import advice_on, going_on, why_ended
-
     yield _summary(job, jobs, home, result.folder)
     why = why_ended(aws, job)
     if why:
@@ -448,8 +444,6 @@ def _told(aws: Aws, job: Job, jobs: list[Job], home: Home, result: SearchResult)
 
 
 def _summary(job: Job, jobs: list[Job], home: Home, folder: Path) -> str:
-    from visiontuner.aws.request import dollars
-
     seconds = sum(one.seconds for one in jobs)
     several = f" in {len(jobs)} jobs" if len(jobs) > 1 else ""
     where = f"are in {folder}" if home.kept is None else "were there"
@@ -461,7 +455,6 @@ def _summary(job: Job, jobs: list[Job], home: Home, folder: Path) -> str:
 
 
 def _log_costs(folder: Path, home: Home, jobs: list[Job]) -> None:
-    from visiontuner.aws.request import shares
     from visiontuner.tracking.store import Store
     from visiontuner.tracking.writer import Costs, log_costs
 

@@ -10,10 +10,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from visiontuner.aws.endpoint import deployed_model
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake, VisiontunerError
 from visiontuner.experiment.schema import Experiment
+from visiontuner.io.aws import Aws
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search, read_events
+from visiontuner.model.classifier import Classifier
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
@@ -22,13 +25,21 @@ from visiontuner.paths import (
     JOURNAL_FILE,
     MLFLOW_FILE,
 )
+from visiontuner.serving.lineage import (
+    Lineage,
+    download_classifier,
+    evaluation_facts,
+    trace_run,
+    trace_version,
+)
+from visiontuner.serving.registry import ModelReference, classifier_digest, find_version
 from visiontuner.text import next_command
 from visiontuner.workflow.inputs import Observer, Silent, load_data
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import describe_code, describe_machine, packaged_trial
 
 if TYPE_CHECKING:
-    from visiontuner.serving.lineage import Facts, Lineage
+    from visiontuner.serving.lineage import Facts
 
 
 # Where a model comes from, from whichever end one holds: model, run or search folder.
@@ -69,7 +80,6 @@ def _from_folder(subject: str) -> Lineage | None:
     folder = Path(subject)
     if not (folder / JOURNAL_FILE).is_file() and not (subject.endswith("/") and folder.is_dir()):
         return None
-    from visiontuner.serving.lineage import trace_run
 
     own = trace_folder(folder)
     run_id = _parent_run(folder)
@@ -93,24 +103,17 @@ def _of_one_trial(own: Lineage, tracked: Lineage) -> Lineage:
 
 
 def _from_run(subject: str) -> Lineage | None:
-    from visiontuner.serving.lineage import trace_run
-
     run_id = subject.removeprefix("runs:/").strip("/")
     return trace_run(open_store(), run_id) if _RUN_ID.fullmatch(run_id) else None
 
 
 def _from_model(subject: str) -> Lineage:
-    from visiontuner.serving.lineage import trace_version
-    from visiontuner.serving.registry import ModelReference, find_version
-
     reference, mlflow = ModelReference.parse(subject), open_store()
     return trace_version(mlflow, find_version(mlflow, reference))
 
 
 def _from_endpoint(name: str, region: str | None, assume_role: str | None) -> Lineage:
     """Its tags name the model version."""
-    from visiontuner.aws.endpoint import deployed_model
-    from visiontuner.io.aws import Aws
 
     aws = Aws(region, assume_role)
     model = deployed_model(aws, name)
@@ -133,7 +136,6 @@ def trace_folder(folder: Path) -> Lineage:
     Raises:
         JournalError: it holds no search.
     """
-    from visiontuner.serving.lineage import Lineage
 
     record = SearchRecord.load(folder)
     started, machine = record.started, record.started.get("machine") or {}
@@ -181,9 +183,6 @@ def _network(folder: Path) -> dict[str, Any] | None:
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
-    from visiontuner.serving.lineage import evaluation_facts
-    from visiontuner.serving.registry import classifier_digest
-
     try:
         text = (folder / EVALUATION_FOLDER / EVALUATION_REPORT).read_text(encoding="utf-8")
         return evaluation_facts(json.loads(text), classifier_digest(folder / CLASSIFIER_FOLDER))
@@ -258,7 +257,6 @@ def _check_classifier(lineage: Lineage) -> Iterator[LineageCheck]:
 
 def _fetch_classifier(lineage: Lineage, temporary: Path) -> Path | None:
     """The registered artifact, else the search folder's own."""
-    from visiontuner.serving.lineage import download_classifier
 
     model_id = (lineage.model or {}).get("model_id")
     if model_id:
@@ -269,8 +267,6 @@ def _fetch_classifier(lineage: Lineage, temporary: Path) -> Path | None:
 
 
 def _check_digest(folder: Path, recorded: str | None) -> LineageCheck:
-    from visiontuner.serving.registry import classifier_digest
-
     what = "classifier digest"
     if recorded is None:
         return _unknown(what, "it was never registered")
@@ -284,8 +280,6 @@ def _check_digest(folder: Path, recorded: str | None) -> LineageCheck:
 
 
 def _check_reference(folder: Path) -> LineageCheck:
-    from visiontuner.model.classifier import Classifier
-
     what = "reference pictures"
     try:
         difference = Classifier.load(folder).verify_reference()

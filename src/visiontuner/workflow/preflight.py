@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from visiontuner import interrupts
 from visiontuner.io.files import temporary_folder
 from visiontuner.paths import writable_cache_folder
+from visiontuner.serving.preflight import Container, build_image, require_engine, run_preflight
+from visiontuner.serving.registry import save_classifier
+from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
 from visiontuner.workflow.promote import locate_model, model_folder, passed_over
 
 if TYPE_CHECKING:
@@ -45,7 +48,6 @@ def preflight(
         ServingError: it cannot be installed or served at all.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.preflight import require_engine, run_preflight
 
     if container:
         require_engine()
@@ -71,8 +73,6 @@ def preflight(
 def _container(
     folder: Path, image: str | None, ready_seconds: float, note: Callable[[str], None]
 ) -> Served:
-    from visiontuner.serving.preflight import Container, build_image
-
     found = image or build_image(folder, note=note)
     return Container(folder, found, ready_seconds=ready_seconds)
 
@@ -80,8 +80,6 @@ def _container(
 def _process(
     folder: Path, env_manager: str, ready_seconds: float, note: Callable[[str], None]
 ) -> Served:
-    from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
-
     if env_manager == "local":
         environment = local_environment()
     else:
@@ -94,6 +92,5 @@ def _as_mlflow_model(folder: Path, destination: Path) -> Path:
     """A classifier folder becomes the model that would be logged."""
     if (folder / "MLmodel").is_file():
         return folder
-    from visiontuner.serving.registry import save_classifier
 
     return save_classifier(folder, destination)

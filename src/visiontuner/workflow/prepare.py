@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.findings import inspect_dataset, summarise
 from visiontuner.experiment.schema import Experiment
+from visiontuner.io.s3 import upload_folder
 from visiontuner.journal import Finding
 from visiontuner.paths import split_folder, writable_cache_folder
 from visiontuner.workflow.inputs import Observer, Silent, load_data
@@ -45,7 +47,6 @@ def prepare(
         UserMistake: the pictures cannot be read, or S3 does not take them.
         ServingError: S3 stays away.
     """
-    from visiontuner.data.findings import inspect_dataset, summarise
 
     observer = observer or Silent()
     if upload is not None:
@@ -70,8 +71,6 @@ def prepare(
 
 
 def _upload(root: Path, uri: str, observer: Observer) -> Moved:
-    from visiontuner.io.s3 import upload_folder
-
     return upload_folder(
         root,
         uri,

@@ -11,10 +11,12 @@ from visiontuner.errors import UserMistake
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, newest_search
 from visiontuner.paths import CLASSIFIER_FOLDER, tracking_uri
+from visiontuner.serving import promotion
+from visiontuner.serving.registry import CHAMPION, ModelReference, aliases, find_version
+from visiontuner.tracking.store import Store
 
 if TYPE_CHECKING:
     from visiontuner.serving.promotion import Promotion
-    from visiontuner.tracking.store import Store
 
 
 # The champion of a registered model.
@@ -35,8 +37,6 @@ def promote(model: str | None = None, *, force: bool = False, dry_run: bool = Fa
         UserMistake: there is nothing that could be compared; `force` is the way out.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving import promotion
-    from visiontuner.serving.registry import ModelReference
 
     reference = ModelReference.parse(model or newest_model())
     return promotion.promote(open_store(), reference, force=force, dry_run=dry_run)
@@ -48,7 +48,6 @@ def open_store() -> Store:
     Raises:
         TrackingError: there is none.
     """
-    from visiontuner.tracking.store import Store
 
     return Store(tracking_uri(), advice=_ADVICE, must_exist=True)
 
@@ -110,7 +109,6 @@ def passed_over(model: str | None, located: Path | str) -> str | None:
     Raises:
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.registry import ModelReference, find_version
 
     if isinstance(located, Path):
         return None
@@ -145,7 +143,6 @@ def model_uri(model: str) -> str:
         UserMistake: there is no such model, version or alias.
         TrackingError: MLflow is away or refuses.
     """
-    from visiontuner.serving.registry import CHAMPION, ModelReference, aliases, find_version
 
     reference = ModelReference.parse(model)
     store = open_store()

@@ -7,6 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
+from visiontuner.io.aws import Aws
+from visiontuner.serving.answers import BadRequest, Options
+from visiontuner.serving.client import (
+    REQUEST_BYTES,
+    HttpTransport,
+    SageMakerTransport,
+    ask_all,
+    find_pictures,
+    open_model,
+)
 from visiontuner.workflow.promote import model_folder
 
 if TYPE_CHECKING:
@@ -47,8 +57,6 @@ def query(
         UserMistake: an option breaks a rule, or there is no such model.
         ServingError: nothing answers.
     """
-    from visiontuner.serving.answers import BadRequest, Options
-    from visiontuner.serving.client import REQUEST_BYTES, ask_all, find_pictures
 
     if [endpoint, url, model].count(None) != 2:
         raise UserMistake("Name an endpoint, a server's URL or a model: one of them.")
@@ -74,9 +82,6 @@ def _way(
     assume_role: str | None,
     limit: int,
 ) -> Iterator[Transport]:
-    from visiontuner.io.aws import Aws
-    from visiontuner.serving.client import HttpTransport, SageMakerTransport, open_model
-
     if model is not None:
         with model_folder(model) as folder:
             yield open_model(folder)

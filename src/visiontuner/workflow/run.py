@@ -17,8 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
+import numpy as np
+
 import visiontuner
 from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.findings import find_without_decoding
+from visiontuner.diagnostics.rules import RECORDED_RULES
 from visiontuner.errors import ClassifierError, DataError, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_whole
@@ -29,18 +33,25 @@ from visiontuner.paths import (
     JOURNAL_FILE,
     writable_cache_folder,
 )
+from visiontuner.search.live import Recorder
+from visiontuner.search.plan import (
+    LOGITS_FILE,
+    NETWORK_FILE,
+    SCORES_FILE,
+    Stores,
+    kept_weights,
+    make_task,
+    stage_of,
+)
 from visiontuner.text import has_secrets, next_command
 from visiontuner.workflow.inputs import Observer, describe_data, note_findings, require_same_data
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice, Preference
     from visiontuner.model.backbones import Backbone
-    from visiontuner.search.live import Recorder
-    from visiontuner.search.plan import Stores
     from visiontuner.search.run import SearchState
     from visiontuner.workflow.inputs import Inputs
 
@@ -187,7 +198,6 @@ def open_journal(
         UserMistake: the folder cannot be written.
         JournalError: another process is writing this journal.
     """
-    from visiontuner.search.live import Recorder
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -225,7 +235,6 @@ def open_journal(
 
 def _serious_findings(dataset: ImageDataset) -> list[Finding]:
     """What will spoil the result, as far as no picture has to be decoded; errors first."""
-    from visiontuner.data.findings import find_without_decoding
 
     found = [*dataset.findings, *find_without_decoding(dataset)]
     serious = [finding for finding in found if finding.severity != "info"]
@@ -247,7 +256,6 @@ def _note_findings(
 
 def _note_rules_without_recording(experiment: Experiment, observer: Observer) -> None:
     """Which rules are to stop trials and will have nothing to look at."""
-    from visiontuner.diagnostics.rules import RECORDED_RULES
 
     blind = [rule for rule in experiment.rules.stop_on if rule in RECORDED_RULES]
     if blind and not experiment.record_every_steps:
@@ -315,7 +323,6 @@ def package_trial(
 
 def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
     """What the trial trained, under the name that `package_classifier` has for it."""
-    from visiontuner.search.plan import NETWORK_FILE, kept_weights
 
     weights = kept_weights(folder, trial.trial_id)
     if weights is None:
@@ -392,7 +399,6 @@ class ValidationAnswers:
     @cached_property
     def stores(self) -> Stores:
         """What the trials were trained on, as the journal says."""
-        from visiontuner.search.plan import Stores
 
         return Stores.of(read_events(self.folder).events)
 
@@ -419,7 +425,6 @@ class ValidationAnswers:
 
     def _labels_of_pictures(self, inputs: Inputs) -> NDArray[np.int64]:
         """Of the pictures that can be read: those that trials were measured on."""
-        import numpy as np
 
         samples = inputs.dataset.splits["validation"]
         best = self.record.ranking()[0].trial_id
@@ -434,9 +439,6 @@ class ValidationAnswers:
         Raises:
             DataError: they are gone, damaged or of other pictures.
         """
-        import numpy as np
-
-        from visiontuner.search.plan import LOGITS_FILE
 
         logits = self._read_logits(trial_id)
         path = self._file(trial_id, LOGITS_FILE)
@@ -454,7 +456,6 @@ class ValidationAnswers:
             DataError: they are gone, damaged or of other pictures.
         """
         from visiontuner.evaluation.calibration import picture_losses
-        from visiontuner.search.plan import SCORES_FILE
 
         kept = self._read_scores(trial_id)
         if kept is None:
@@ -472,9 +473,6 @@ class ValidationAnswers:
 
     def _read_scores(self, trial_id: str) -> PictureScores | None:
         """None where there are none that can be read; what zip's own checksums belie cannot."""
-        import numpy as np
-
-        from visiontuner.search.plan import SCORES_FILE
 
         try:
             with np.load(self._file(trial_id, SCORES_FILE), allow_pickle=False) as file:
@@ -483,10 +481,6 @@ class ValidationAnswers:
             return None
 
     def _read_logits(self, trial_id: str) -> NDArray[np.float64]:
-        import numpy as np
-
-        from visiontuner.search.plan import LOGITS_FILE
-
         path = self._file(trial_id, LOGITS_FILE)
         try:
             logits: NDArray[np.float64] = np.load(path, allow_pickle=False).astype(np.float64)
@@ -540,7 +534,6 @@ class ValidationAnswers:
 
     def _is_quick_to_package(self, trial_id: str) -> bool:
         """Whether its weights are there, or a matter of seconds."""
-        from visiontuner.search.plan import kept_weights, stage_of
 
         if kept_weights(self.folder, trial_id) is not None:
             return True
@@ -556,7 +549,6 @@ class ValidationAnswers:
         Returns:
             What was done, or None if both were there.
         """
-        import numpy as np
 
         why = self._why_to_train_again(trial.trial_id)
         if why is None:
@@ -575,7 +567,6 @@ class ValidationAnswers:
 
     def _why_to_train_again(self, trial_id: str) -> str | None:
         from visiontuner.model.network import read_tensors
-        from visiontuner.search.plan import kept_weights
 
         weights = kept_weights(self.folder, trial_id)
         if weights is None:
@@ -599,7 +590,6 @@ class ValidationAnswers:
         return True
 
     def _train_again(self, trial: TrialRecord) -> None:
-        from visiontuner.search.plan import make_task, stage_of
         from visiontuner.search.trial import train_again
 
         stage = stage_of(self.experiment, trial)
@@ -620,7 +610,6 @@ class ValidationAnswers:
 
     def _stores_to_train_on(self, *, on_pictures: bool) -> Stores:
         """Those of the search; computed again if they are gone from the cache."""
-        from visiontuner.search.plan import Stores
 
         known = self.stores
         found = Stores(None, known.pictures) if on_pictures else Stores(known.features, None)

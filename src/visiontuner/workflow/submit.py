@@ -10,17 +10,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from visiontuner import interrupts
+from visiontuner.aws import job as s3
+from visiontuner.aws.account import find_bucket, find_role, hourly_price
+from visiontuner.aws.job import (
+    EXPERIMENT,
+    describe,
+    jobs_of,
+    record_of,
+    running_job,
+    submit,
+    submitted_with,
+)
+from visiontuner.aws.job import dry_run as look
+from visiontuner.aws.request import (
+    JobPlan,
+    Pictures,
+    Price,
+    as_channel,
+    awss_version,
+    check_no_apostrophe,
+    check_quota,
+    find_image,
+    has_own_disk,
+    limit_seconds,
+    reachable_tracking,
+    require_bucket,
+    size_on_s3,
+)
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.reading import parse_yaml
 from visiontuner.experiment.schema import Experiment, parse_duration
-from visiontuner.io.s3 import files_in
+from visiontuner.io.aws import Aws
+from visiontuner.io.s3 import connect, explained, files_in, list_files, upload_folder
 from visiontuner.paths import split_folder, split_uri, tracking_uri
+from visiontuner.search.plan import remaining_trials
 from visiontuner.text import next_command
 
 if TYPE_CHECKING:
     from visiontuner.aws.job import Job, Submitted
-    from visiontuner.aws.request import JobPlan, Pictures
-    from visiontuner.io.aws import Aws
 
 
 # What a user may choose of a training job.
@@ -111,7 +138,6 @@ def check_source(experiment: Experiment, upload: str | None) -> None:
     Raises:
         UserMistake: pictures or weights of this machine, or no pictures that could be uploaded.
     """
-    from visiontuner.aws.request import check_no_apostrophe
 
     source, weights = experiment.data.source, experiment.model.weights
     check_no_apostrophe("The data source", source)
@@ -153,7 +179,6 @@ def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictu
     Raises:
         UserMistake: there is nothing, no such bucket, or one in another region.
     """
-    from visiontuner.aws.request import Pictures, as_channel, size_on_s3
 
     source = experiment.data.source
     if source.lower().startswith("s3://"):
@@ -165,9 +190,6 @@ def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictu
 
 
 def _to_upload(aws: Aws, folder: Path, upload: str) -> Pictures:
-    from visiontuner.aws.request import Pictures, require_bucket
-    from visiontuner.io.s3 import connect, explained, list_files
-
     bucket, prefix = split_folder(upload)
     uri = f"s3://{bucket}/{prefix}"
     require_bucket(aws, uri)
@@ -192,7 +214,6 @@ def upload_pictures(
     """Bring the pictures where the job reads them, as far as they are not there."""
     if plan.pictures is None or plan.pictures.upload is None:
         return
-    from visiontuner.io.s3 import connect, upload_folder
 
     moved = upload_folder(
         plan.pictures.upload,
@@ -230,7 +251,6 @@ def resume_job(aws: Aws, name: str, options: JobOptions) -> Resumed:
         UserMistake: there is no such job, it ran no search of ours, a job is running that search
             now, or nothing of it is left to do.
     """
-    from visiontuner.aws.job import describe, submitted_with
 
     if options.upload:
         raise UserMistake("--resume goes on with the pictures it began with: leave --upload out.")
@@ -255,7 +275,6 @@ def require_idle(aws: Aws, search: str) -> None:
     Raises:
         UserMistake: a job is running the search.
     """
-    from visiontuner.aws.job import running_job
 
     running = running_job(aws, search)
     if running is not None:
@@ -271,9 +290,6 @@ def _is_running(aws: Aws, name: str) -> str:
 
 
 def _experiment(aws: Aws, before: Job) -> Experiment:
-    from visiontuner.aws import job as s3
-    from visiontuner.aws.job import EXPERIMENT
-
     root = (before.checkpoints or "").removesuffix("/checkpoints")
     content = s3.get(aws, f"{root}/{EXPERIMENT}") if before.search and root else None
     if content is None:
@@ -283,8 +299,6 @@ def _experiment(aws: Aws, before: Job) -> Experiment:
 
 def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
     """A local `tune --resume` of a search that is done trains nothing either."""
-    from visiontuner.aws.job import jobs_of, record_of
-    from visiontuner.search.plan import remaining_trials
 
     record = record_of(aws, before)
     if before.status == "Completed" and not record.started:
@@ -307,7 +321,6 @@ def _require_unfinished(aws: Aws, before: Job, experiment: Experiment) -> None:
 
 def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOptions:
     """With what the earlier job had, where nothing else is asked for."""
-    from visiontuner.aws.request import has_own_disk
 
     # The one excludes the other: what is asked for now wins.
     spot = bool(before.spot and not options.warm_pool)
@@ -347,7 +360,6 @@ def _network(
 
 def _with_image(options: JobOptions, before: Job, *, same_type: bool) -> JobOptions:
     """With the same image; of AWS's own with the one that fits machines with or without GPUs."""
-    from visiontuner.aws.request import awss_version
 
     if options.image or options.image_version:
         return options
@@ -371,16 +383,6 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         UserMistake: something is missing or cannot work.
         ServingError: AWS refuses or cannot be reached.
     """
-    from visiontuner.aws.account import find_bucket, find_role, hourly_price
-    from visiontuner.aws.request import (
-        JobPlan,
-        Price,
-        check_quota,
-        find_image,
-        limit_seconds,
-        reachable_tracking,
-    )
-    from visiontuner.io.aws import Aws
 
     _ = options.max_run_seconds, options.warm_pool_seconds  # a mistake is told before AWS is asked
     if experiment is not None:
@@ -436,7 +438,6 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
     """The request that `submit_job` would send, checked; nothing is made or uploaded."""
-    from visiontuner.aws.job import dry_run as look
 
     return look(aws, plan)
 
@@ -453,7 +454,6 @@ def submit_job(
     Raises:
         ServingError: AWS refuses: quota, capacity, role.
     """
-    from visiontuner.aws.job import submit
 
     if plan.resumed is not None:  # once more: a question may have been open for hours
         require_idle(aws, plan.search)

@@ -33,6 +33,7 @@ from visiontuner.journal import SearchRecord
 from visiontuner.paths import writable_cache_folder
 from visiontuner.tracking.plan import ProjectRun
 from visiontuner.workarounds import python as garbage
+from visiontuner.workflow.run import register_classifier
 
 if TYPE_CHECKING:
     from visiontuner.tracking.writer import MlflowWriter, WriterThread
@@ -100,8 +101,6 @@ class TrackingProcess:
         return seconds
 
     def _register(self) -> dict[str, Any]:
-        from visiontuner.workflow.run import register_classifier
-
         assert self._writer is not None
         try:
             model = register_classifier(

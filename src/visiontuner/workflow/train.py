@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from visiontuner import interrupts
+from visiontuner.diagnostics.history import TRACE_FILE
 from visiontuner.errors import (
     JournalError,
     SearchFailed,
@@ -34,6 +35,8 @@ from visiontuner.paths import (
     SEARCHES,
     tracking_uri,
 )
+from visiontuner.search.live import LiveRules, end_trial, findings_of
+from visiontuner.search.plan import HEAD_FILE, TrialTask, stage_named, stage_of
 from visiontuner.text import next_command
 from visiontuner.tracking.plan import take_project_run
 from visiontuner.workflow.inputs import (
@@ -46,16 +49,18 @@ from visiontuner.workflow.inputs import (
 )
 from visiontuner.workflow.run import (
     SearchResult,
+    ValidationAnswers,
     is_packaged,
     open_journal,
     package_trial,
+    packaged_trial,
     read_record,
 )
 from visiontuner.workflow.sync import BackgroundTracking
 
 if TYPE_CHECKING:
-    from visiontuner.search.live import LiveRules, Recorder
-    from visiontuner.search.plan import Stores, TrainedOn, TrialTask
+    from visiontuner.search.live import Recorder
+    from visiontuner.search.plan import Stores, TrainedOn
     from visiontuner.serving.lineage import Lineage
     from visiontuner.training.loop import EpochResult, StepDone
 
@@ -113,7 +118,6 @@ class Origin:
         """A trained head for a network to begin with; None if none was kept."""
         if self.folder is None or self.head_trial is None:
             return None
-        from visiontuner.search.plan import HEAD_FILE
 
         path = self.folder / "trials" / self.head_trial / HEAD_FILE
         return path if path.is_file() else None
@@ -211,8 +215,6 @@ def one_training(
 
 
 def _from_folder(folder: Path) -> Origin:
-    from visiontuner.search.plan import stage_of
-
     record = SearchRecord.load(folder)
     best = record.best
     if best is None:
@@ -239,8 +241,6 @@ def _facts(record: SearchRecord, trial: TrialRecord) -> dict[str, Any]:
 
 
 def _from_lineage(text: str, lineage: Lineage) -> Origin:
-    from visiontuner.search.plan import stage_named
-
     trial, model = lineage.trial or {}, lineage.model or {}
     if lineage.experiment is None or not trial.get("trial_id"):
         raise UserMistake(
@@ -290,8 +290,6 @@ def _newest_name() -> str:
 
 
 def _calibration_of_folder(folder: Path, trial_id: str) -> Calibration | None:
-    from visiontuner.workflow.run import ValidationAnswers, packaged_trial
-
     if packaged_trial(folder) == trial_id:
         found = _read_calibration(folder / CLASSIFIER_FOLDER, f"{trial_id} of {folder.name}")
         if found is not None:
@@ -530,7 +528,6 @@ class _Training:
 
     def _train(self, recorder: Recorder) -> None:
         """Until the trial has ended; the journal has all of it."""
-        from visiontuner.search.live import LiveRules, end_trial
 
         stores = self._stores(recorder)
         self._warn()
@@ -563,8 +560,6 @@ class _Training:
         )
 
     def _tell_of_trace(self) -> None:
-        from visiontuner.diagnostics.history import TRACE_FILE
-
         path = self.folder / "trials" / TRIAL_ID / TRACE_FILE
         if self.trace_steps is not None and path.is_file():
             self.observer.note(f"Trace: {path} (open it in https://ui.perfetto.dev)")
@@ -596,8 +591,6 @@ class _Training:
             )
 
     def _task(self, stores: Stores, record: SearchRecord) -> TrialTask:
-        from visiontuner.search.plan import TrialTask
-
         folder = self.folder.resolve()
         head = folder / "trials" / TRIAL_ID / START_HEAD_FILE
         return TrialTask(
@@ -614,8 +607,6 @@ class _Training:
         )
 
     def _run_epochs(self, task: TrialTask, recorder: Recorder, rules: LiveRules) -> None:
-        from visiontuner.search.live import findings_of
-
         trial = recorder.record.trials[TRIAL_ID]
         config = {"trial_id": TRIAL_ID, "configuration": trial.configuration}
         who = {"trial_id": TRIAL_ID, "attempt": trial.attempt}
@@ -659,7 +650,6 @@ class _Training:
 
     def _interrupt(self, recorder: Recorder, reason: str) -> str:
         """Close the journal of a training that can go on; where it was, for a sentence."""
-        from visiontuner.search.live import end_trial
 
         self.observer.trials_end()
         trial = recorder.record.trials.get(TRIAL_ID)

@@ -9,6 +9,8 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from visiontuner import interrupts
 from visiontuner.errors import (
     DataError,
@@ -29,6 +31,8 @@ from visiontuner.paths import (
     SEARCHES,
     tracking_uri,
 )
+from visiontuner.search.plan import Stores, plan_stage, read_labels, remaining_trials, stages_of
+from visiontuner.search.ray_cluster import RayForSearch, describe_cluster, require_room
 from visiontuner.text import next_command, one_line
 from visiontuner.tracking.plan import take_project_run
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder, with_absolute_paths
@@ -45,8 +49,7 @@ from visiontuner.workflow.sync import BackgroundTracking
 
 if TYPE_CHECKING:
     from visiontuner.search.live import Recorder
-    from visiontuner.search.plan import Plan, Stage, Stores
-    from visiontuner.search.ray_cluster import RayForSearch
+    from visiontuner.search.plan import Plan, Stage
     from visiontuner.search.run import SearchState
 
 
@@ -68,7 +71,6 @@ class StageRunner:
 
     def run(self) -> SearchState:
         """All stages; the first one that does not complete is the last."""
-        from visiontuner.search.plan import plan_stage, stages_of
 
         state: SearchState = "completed"
         for stage in stages_of(self.inputs.experiment):
@@ -80,8 +82,6 @@ class StageRunner:
         return state
 
     def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
-        from visiontuner.search.ray_cluster import describe_cluster
-
         if self.ray.joins and not self.inputs.on_cluster:
             self._start_ray()
             self.inputs.on_cluster = True
@@ -146,9 +146,6 @@ class StageRunner:
 
     def _require_same_pictures(self, stores: Stores) -> None:
         """Logits of both stages are compared picture by picture."""
-        import numpy as np
-
-        from visiontuner.search.plan import Stores, read_labels
 
         features = Stores.of(read_events(self.folder).events).features
         try:
@@ -256,7 +253,6 @@ class _Run:
 
     def run(self, *, is_named: bool = True) -> SearchResult:
         """Everything; a folder that nobody has named gets a name that nobody else has taken."""
-        from visiontuner.search.plan import remaining_trials
 
         with (
             interrupts.handled(),
@@ -282,7 +278,6 @@ class _Run:
 
     def _require_what_it_needs(self) -> None:
         """What cannot work ends here, before there is a folder or a run to clean up."""
-        from visiontuner.search.ray_cluster import require_room
 
         _ = self.inputs.description
         if self.on == "local":
@@ -296,7 +291,6 @@ class _Run:
         journal: ExitStack,
     ) -> tuple[SearchState, Recorder]:
         """The part of a search that needs Ray; `journal` closes the recorder."""
-        from visiontuner.search.ray_cluster import RayForSearch
 
         with RayForSearch(self.on, on_loss=self._tell_that_ray_is_gone) as ray:
             recorder = journal.enter_context(closing(self._open_journal(record)))

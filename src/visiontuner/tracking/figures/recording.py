@@ -38,6 +38,7 @@ from visiontuner.tracking.figures.parts import (
     label_axes,
     panels,
     plot_line,
+    to_png,
 )
 from visiontuner.tracking.plan import Point
 
@@ -159,7 +160,6 @@ def files_of(trial_folder: Path, recording: Recording) -> dict[str, bytes]:
 
 def draw(recording: Recording) -> dict[str, bytes]:
     """Every figure of a recording, PNG by name."""
-    from visiontuner.tracking.figures.parts import to_png
 
     return {n: to_png(f) for n, f in recording_figures(recording).items()}
 

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
+import optuna
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+from optuna.trial import create_trial
 
 from visiontuner.evaluation.compare import SearchProgress, mode_of
 from visiontuner.journal import SearchRecord, TrialRecord, best_epoch
@@ -74,11 +78,8 @@ def importances(record: SearchRecord) -> dict[str, float]:
 
 
 def _ped_anova(trials: list[TrialRecord], names: list[str], mode: str) -> dict[str, float]:
-    import optuna
-    from optuna.trial import create_trial
-
     with without_package("sklearn"):
-        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
+        pass
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -101,7 +102,6 @@ def _ped_anova(trials: list[TrialRecord], names: list[str], mode: str) -> dict[s
 
 def _domain(values: list[Any]) -> Any:
     """The domain that the values came from, as far as they show it."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     distinct = sorted(set(values), key=lambda value: (str(type(value)), value))
     if len(distinct) <= 6 or not all(isinstance(value, int | float) for value in distinct):
