@@ -1,35 +1,136 @@
-"""The command line: one subcommand per entry point of MLproject; parsing and printing only.
-
-Everything heavy is imported inside the commands, so that `--help` answers at once.
-"""
+"""The command line: which commands there are; the module of one is imported when it is called."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 import traceback
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
-from visiontuner.cli.cloud import attach, jobs, stop
-from visiontuner.cli.judge import compare, diagnose, evaluate, lineage, promote
-from visiontuner.cli.search import backbones, doctor, lr_find, prepare, sync, train, tune
-from visiontuner.cli.serve import deploy, endpoints, preflight, query, undeploy, update
 from visiontuner.text import safe_output
-from visiontuner.workarounds import python as garbage
+from visiontuner.workarounds.python import collect_rarely
 
-_GROUPS: dict[str, tuple[click.Command, ...]] = {
-    "Search": (tune, prepare, train, lr_find, sync, backbones, doctor),
-    "Judge": (evaluate, compare, diagnose, promote, lineage),
-    "Serve": (preflight, deploy, update, query, endpoints, undeploy),
-    "Cloud": (jobs, attach, stop),
+
+class CommandEntry(NamedTuple):
+    """Where a command lies in `visiontuner.cli`, and its line of `visiontuner --help`."""
+
+    module: str
+    function: str
+    summary: str
+
+
+COMMANDS: dict[str, dict[str, CommandEntry]] = {
+    "Search": {
+        "tune": CommandEntry(
+            "search",
+            "tune",
+            "Search hyperparameters; every trial becomes an MLflow run, the best one a model.",
+        ),
+        "prepare": CommandEntry(
+            "search",
+            "prepare",
+            "Look at the pictures: how many of which class, and what is wrong with them.",
+        ),
+        "train": CommandEntry(
+            "search", "train", "Train once, without a search; the model registers like any other."
+        ),
+        "lr-find": CommandEntry(
+            "search",
+            "lr_find",
+            "Train once with a growing learning rate, and suggest a range to search.",
+        ),
+        "sync": CommandEntry(
+            "search",
+            "sync",
+            "Write a search into MLflow, late or elsewhere; the newest one if none is named.",
+        ),
+        "backbones": CommandEntry(
+            "search", "backbones", "List pretrained networks whose name contains a text."
+        ),
+        "doctor": CommandEntry(
+            "search", "doctor", "Look for what would fail on this machine, before it does."
+        ),
+    },
+    "Judge": {
+        "evaluate": CommandEntry(
+            "judge",
+            "evaluate",
+            "Test the chosen model on pictures that played no part in the choice.",
+        ),
+        "compare": CommandEntry(
+            "judge",
+            "compare",
+            "Compare runs: parameters, best value, epochs, time, findings; the best first.",
+        ),
+        "diagnose": CommandEntry(
+            "judge", "diagnose", "Say what went wrong in a training, why, and what to change."
+        ),
+        "promote": CommandEntry(
+            "judge",
+            "promote",
+            "Make a version the champion, if it is better on the same test pictures beyond...",
+        ),
+        "lineage": CommandEntry(
+            "judge",
+            "lineage",
+            "Say where a model comes from: trial, search, experiment, pictures, code,...",
+        ),
+    },
+    "Serve": {
+        "preflight": CommandEntry(
+            "serve",
+            "preflight",
+            "Serve a model here as its endpoint will, and check what it answers over HTTP.",
+        ),
+        "deploy": CommandEntry(
+            "serve",
+            "deploy",
+            "Put a model behind a SageMaker endpoint, through MLflow's own client.",
+        ),
+        "update": CommandEntry(
+            "serve", "update", "Put another model behind an endpoint, without a pause."
+        ),
+        "query": CommandEntry(
+            "serve",
+            "query",
+            "Ask what is on pictures: files, folders, URLs, or - for standard input.",
+        ),
+        "endpoints": CommandEntry(
+            "serve",
+            "endpoints",
+            "List the endpoints that visiontuner deployed in a region: age, cost, model,...",
+        ),
+        "undeploy": CommandEntry(
+            "serve", "undeploy", "Delete an endpoint, its configuration and its model."
+        ),
+    },
+    "Cloud": {
+        "jobs": CommandEntry(
+            "cloud",
+            "jobs",
+            "List the training jobs that visiontuner submitted in a region, the newest first.",
+        ),
+        "attach": CommandEntry(
+            "cloud",
+            "attach",
+            "Follow a training job; once it has ended, bring its search home and into MLflow.",
+        ),
+        "stop": CommandEntry(
+            "cloud", "stop", "End a training job in order; what it has done is kept."
+        ),
+    },
 }
+"""The commands under the headings of `--help`, in the order in which people need them."""
 
 
-class GroupedCommands(click.Group):
-    """`--help` with the subcommands under headings, in the order people need them.
+class LazyGroup(click.Group):
+    """Imports a command's module when the command is called, so that `--help` answers at once.
 
     Nothing that a command prints holds a secret or a control character, a traceback included.
+
+    Source: https://click.palletsprojects.com/en/stable/complex/#lazily-loading-subcommands
     """
 
     def main(self, *args: Any, **settings: Any) -> Any:
@@ -43,31 +144,34 @@ class GroupedCommands(click.Group):
                 sys.exit(1)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [command.name or "" for commands in _GROUPS.values() for command in commands]
+        return [name for commands in COMMANDS.values() for name in commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        for commands in COMMANDS.values():
+            if cmd_name in commands:
+                entry = commands[cmd_name]
+                module = importlib.import_module(f"visiontuner.cli.{entry.module}")
+                command: click.Command = getattr(module, entry.function)
+                return command
+        return None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for heading, commands in _GROUPS.items():
-            rows = [(c.name or "", c.get_short_help_str(80)) for c in commands]
+        for heading, commands in COMMANDS.items():
             with formatter.section(heading):
-                formatter.write_dl(rows)
+                formatter.write_dl([(name, entry.summary) for name, entry in commands.items()])
 
 
 @click.group(
-    cls=GroupedCommands,
+    cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: visiontuner tune",
 )
 @click.version_option(package_name="visiontuner")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def main(debug: bool) -> None:  # noqa: ARG001 `errors.py` reads it
+def main(debug: bool) -> None:  # noqa: ARG001 `OneLineErrors` reads it
     """Fine-tune an image classifier on your own pictures.
 
     Search the learning rate and the batch size with Ray Tune, see every trial in MLflow, and
     put the best model behind a SageMaker endpoint.
     """
-    garbage.collect_rarely()
-
-
-for _commands in _GROUPS.values():
-    for _command in _commands:
-        main.add_command(_command)
+    collect_rarely()
