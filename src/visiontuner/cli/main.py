@@ -70,12 +70,12 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "promote": CommandEntry(
             "judge",
             "promote",
-            "Make a version the champion, if it is better on the same test pictures beyond...",
+            "Make a version the champion, if it is better on the same test pictures beyond noise.",
         ),
         "lineage": CommandEntry(
             "judge",
             "lineage",
-            "Say where a model comes from: trial, search, experiment, pictures, code,...",
+            "Say where a model comes from: trial, search, experiment, pictures, code, machine.",
         ),
     },
     "Serve": {
@@ -100,7 +100,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "endpoints": CommandEntry(
             "serve",
             "endpoints",
-            "List the endpoints that visiontuner deployed in a region: age, cost, model,...",
+            "List visiontuner's endpoints in a region: age, cost, model, time left.",
         ),
         "undeploy": CommandEntry(
             "serve", "undeploy", "Delete an endpoint, its configuration and its model."

@@ -236,7 +236,7 @@ def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
 @_options(_WHERE)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
 def endpoints(region: str, assume_role: str, form: str) -> None:
-    """List the endpoints that visiontuner deployed in a region: age, cost, model, time left.
+    """List visiontuner's endpoints in a region: age, cost, model, time left.
 
     \b
     Example:
