@@ -1,8 +1,38 @@
-"""Fine-tune an image classifier, see every trial in MLflow, and serve the best one."""
+"""Fine-tune an image classifier, see every trial in MLflow, and serve the best one.
+
+    import visiontuner as vt
+
+    search = vt.tune("photos", backbone="resnet50", trials=16)
+    result = search.evaluate()
+    vt.promote(search)
+
+Each name is imported when it is used: `import visiontuner` alone costs nothing.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visiontuner.api import (
+        Evaluation,
+        Search,
+        compare,
+        deploy,
+        diagnose,
+        evaluate,
+        lineage,
+        promote,
+        query,
+        resume,
+        train,
+        tune,
+    )
+    from visiontuner.errors import VisiontunerError
+    from visiontuner.experiment.schema import Experiment
+    from visiontuner.model.classifier import Classifier
 
 NO_TELEMETRY = {
     "ORT_DISABLE_TELEMETRY": "1",
@@ -20,3 +50,50 @@ a model is served, all of which import this package first. A value that is set a
 
 for _name, _value in NO_TELEMETRY.items():
     os.environ.setdefault(_name, _value)
+
+_MODULES = {
+    "Classifier": "visiontuner.model.classifier",
+    "Evaluation": "visiontuner.api",
+    "Experiment": "visiontuner.experiment.schema",
+    "Search": "visiontuner.api",
+    "VisiontunerError": "visiontuner.errors",
+    "compare": "visiontuner.api",
+    "deploy": "visiontuner.api",
+    "diagnose": "visiontuner.api",
+    "evaluate": "visiontuner.api",
+    "lineage": "visiontuner.api",
+    "promote": "visiontuner.api",
+    "query": "visiontuner.api",
+    "resume": "visiontuner.api",
+    "train": "visiontuner.api",
+    "tune": "visiontuner.api",
+}
+__all__ = [
+    "Classifier",
+    "Evaluation",
+    "Experiment",
+    "Search",
+    "VisiontunerError",
+    "compare",
+    "deploy",
+    "diagnose",
+    "evaluate",
+    "lineage",
+    "promote",
+    "query",
+    "resume",
+    "train",
+    "tune",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'visiontuner' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

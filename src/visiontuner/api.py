@@ -1,0 +1,470 @@
+"""What Python calls: the verbs of the command line with values in and short, printable results out.
+
+`visiontuner/__init__.py` names what is public; `docs/python.md` shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from visiontuner.cli.console import SearchConsole, TrainingConsole
+from visiontuner.errors import ClassifierError, UserMistake
+from visiontuner.experiment.schema import QUICKSTART, Experiment
+from visiontuner.journal import SearchRecord, TrialRecord, newest_search
+from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
+from visiontuner.workflow import train as training_verbs
+from visiontuner.workflow import tune as search_verbs
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from visiontuner.aws.endpoint import DeploymentPlan
+    from visiontuner.model.classifier import Classifier
+    from visiontuner.serving.client import PictureAnswer
+    from visiontuner.serving.lineage import Lineage
+    from visiontuner.serving.promotion import Promotion
+    from visiontuner.workflow.evaluate import EvaluationResult
+    from visiontuner.workflow.run import SearchResult
+
+Settings = Mapping[str, Any] | Sequence[str]
+"""Overrides of an experiment: {"training.epochs": 5}, or ["training.epochs=5"] as `--set` takes."""
+
+
+class Search:
+    """A search or a single training: a search folder, and what can be asked of it.
+
+    Args:
+        folder: an existing search folder; default: the newest one in `searches/`.
+
+    Raises:
+        JournalError: there is none.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder) if folder is not None else newest_search()
+        self.record = SearchRecord.load(self.folder)
+        self.model: str | None = None
+        """`models:/NAME/VERSION` in MLflow, where this process registered it."""
+        self.tracking_problem: str | None = None
+        """Why MLflow does not hold everything; `visiontuner sync` writes the rest."""
+
+    @classmethod
+    def _of(cls, result: SearchResult) -> Search:
+        search = cls(result.folder)
+        search.model, search.tracking_problem = result.model, result.tracking_problem
+        return search
+
+    @property
+    def state(self) -> str:
+        """How it ended: completed, interrupted, time_budget …; running while it has no end."""
+        return str((self.record.ended or {"state": "running"})["state"])
+
+    @property
+    def best(self) -> TrialRecord | None:
+        """The trial that is kept; None if none can be used."""
+        return self.record.best
+
+    @property
+    def trials(self) -> pd.DataFrame:
+        """One row a trial, the best first; the columns of `visiontuner compare`."""
+        return compare(self)
+
+    @property
+    def experiment(self) -> Experiment:
+        return Experiment.load(self.folder / EXPERIMENT_FILE)
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        """The best trial as a classifier, calibrated once `evaluate` has run.
+
+        Raises:
+            ClassifierError: no trial could be packaged.
+        """
+        from visiontuner.model.classifier import Classifier
+
+        folder = self.folder / CLASSIFIER_FOLDER
+        if not folder.is_dir():
+            raise ClassifierError(f"{self.folder} has no classifier: no trial of it could be used.")
+        return Classifier.load(folder)
+
+    def evaluate(
+        self,
+        *,
+        prefer: Literal["best", "cheapest"] = "best",
+        precision: float = 0.95,
+        progress: bool = True,
+    ) -> Evaluation:
+        """Choose and calibrate on validation, then look at the test images once.
+
+        Args:
+            prefer: `cheapest` takes the fastest of the trials that are tied with the best one.
+            precision: how many of the answers called confident shall be right, in (0, 1].
+
+        Raises:
+            UserMistake: the search still runs, or its images have changed.
+        """
+        from visiontuner.workflow.evaluate import evaluate_search
+
+        with _console(progress) as console:
+            result = evaluate_search(
+                self.folder, prefer=prefer, precision=precision, observer=console
+            )
+        self.__dict__.pop("classifier", None)  # it has another temperature now
+        self.model = result.model or self.model
+        return Evaluation(result)
+
+    def __repr__(self) -> str:
+        lines = [f"Search {self.folder} ({self.state}, {len(self.record.trials)} trials)"]
+        if self.best is not None:
+            values = ", ".join(
+                f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in self.best.configuration.items()
+            )
+            value = "" if self.best.best_value is None else f"{self.best.best_value:.4f} "
+            lines.append(f"best {self.best.trial_id}: {self.record.objective} {value}({values})")
+        if self.model:
+            lines.append(f"model {self.model}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Evaluation:
+    """What the test images say about a chosen model.
+
+    Attributes:
+        result: everything: choice, report with confusion matrix and classes, notes.
+    """
+
+    result: EvaluationResult
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the test images that are named right, in [0, 1]; NaN without test images."""
+        metric = self.result.report.metrics.get("accuracy")
+        return metric.value if metric else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy; NaN without test images."""
+        metric = self.result.report.metrics.get("accuracy")
+        return (metric.low, metric.high) if metric else (float("nan"), float("nan"))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Each metric's value; `result.report.metrics` has the intervals."""
+        return {name: metric.value for name, metric in self.result.report.metrics.items()}
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences without which the numbers mislead."""
+        return [self.result.choice.reason, *self.result.edges, *self.result.report.notes]
+
+    @property
+    def model(self) -> str | None:
+        """`models:/NAME/VERSION` of the calibrated classifier, if MLflow took it."""
+        return self.result.model
+
+    def __repr__(self) -> str:
+        low, high = self.interval
+        number = self.result.report.num_pictures
+        return (
+            f"Evaluation {self.result.folder}\n"
+            f"accuracy {self.accuracy:.4f} ({low:.4f} to {high:.4f}) on {number:,} test images\n"
+            f"model {self.model or 'not registered'}"
+        )
+
+
+def tune(
+    data: str | Path | Experiment | None = None,
+    *,
+    backbone: str | None = None,
+    trials: int | None = None,
+    algorithm: Literal["random", "optuna", "grid"] | None = None,
+    settings: Settings = (),
+    output: str | Path | None = None,
+    on: Literal["local", "auto"] = "local",
+    progress: bool = True,
+) -> Search:
+    """Search hyperparameters; every trial becomes an MLflow run, the best one a model.
+
+    Args:
+        data: a folder, an archive (path or URL), s3://… or an `Experiment`; default: the
+            quickstart on built-in images.
+        backbone: a pretrained network; `visiontuner backbones` lists them.
+        trials: how many configurations to try.
+        settings: overrides of any value of the experiment.
+        output: a new folder for the search; default: `searches/NAME-TIME`.
+        on: `local` starts a Ray on this machine, `auto` joins the cluster it is in.
+        progress: show it.
+
+    Raises:
+        VisiontunerError: its message is one line that names the next step.
+    """
+    flags = {
+        "model.backbone": backbone,
+        "search.trials": trials,
+        "search.algorithm": algorithm,
+    }
+    experiment = _experiment(data, flags, settings)
+    with _console(progress) as console:
+        result = search_verbs.run_search(
+            experiment, output=Path(output) if output else None, on=on, observer=console
+        )
+    return Search._of(result)
+
+
+def resume(
+    folder: str | Path | Search, *, on: Literal["local", "auto"] = "local", progress: bool = True
+) -> Search:
+    """Go on with a search or a training after any interruption.
+
+    Raises:
+        JournalError: the folder holds no search, or another process runs it.
+    """
+    search = folder if isinstance(folder, Search) else Search(folder)
+    if search.record.is_training:
+        with _training_console(progress) as console:
+            return Search._of(training_verbs.resume_training(search.folder, observer=console))
+    with _console(progress) as console:
+        return Search._of(search_verbs.resume_search(search.folder, on=on, observer=console))
+
+
+def train(
+    data: str | Path | Experiment | None = None,
+    *,
+    start: str | Path | Search | None = None,
+    backbone: str | None = None,
+    epochs: int | None = None,
+    settings: Settings = (),
+    on: Literal["train", "train+validation"] = "train",
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> Search:
+    """Train once, without a search; the model registers like any other.
+
+    Args:
+        data: as `tune` takes it; with `start` None means the images of that.
+        start: take the hyperparameters of a search's best trial, of a run, `champion` or a model.
+        on: which images; of train+validation the last epoch counts.
+
+    Raises:
+        VisiontunerError: its message is one line that names the next step.
+    """
+    flags = {"model.backbone": backbone, "training.epochs": epochs}
+    origin, where = None, "the arguments"
+    overrides = [*_given(flags), *_overrides(settings)]
+    if start is not None:
+        origin = training_verbs.find_origin(
+            str(start.folder if isinstance(start, Search) else start)
+        )
+    if origin is not None and data is None:
+        raw = dict(origin.experiment)
+    else:
+        raw = _experiment(data, {}, ()).model_dump(mode="json")
+    experiment = training_verbs.one_training(raw, overrides, origin, where=where)
+    with _training_console(progress) as console:
+        result = training_verbs.train(
+            experiment,
+            origin=origin,
+            trained_on=on,
+            output=Path(output) if output else None,
+            observer=console,
+        )
+    return Search._of(result)
+
+
+def evaluate(search: str | Path | Search | None = None, **options: Any) -> Evaluation:
+    """`Search.evaluate` of a search or its folder; default: the newest."""
+    return (search if isinstance(search, Search) else Search(search)).evaluate(**options)
+
+
+def compare(
+    *targets: str | Path | Search,
+    where: str | None = None,
+    sort: str | None = None,
+    reverse: bool = False,
+) -> pd.DataFrame:
+    """Runs side by side, the best first.
+
+    Args:
+        targets: searches, search folders, MLflow run ids, experiment names, models.
+        where: a condition such as `learning_rate < 0.01 and batch_size == 64`.
+        sort: a column; default: the objective.
+
+    Raises:
+        UserMistake: a target, column or condition that does not exist.
+    """
+    from visiontuner.workflow import compare as verb
+
+    subjects = [_subject(target) for target in targets]
+    return verb.compare(subjects, where=where, sort=sort, reverse=reverse)
+
+
+def diagnose(target: str | Path | Search | None = None) -> pd.DataFrame:
+    """What the rules find in trainings, and what to change: one row a finding.
+
+    Args:
+        target: a search, its folder, an MLflow run or experiment; default: the newest search.
+
+    Returns:
+        Columns run, severity, rule, step, evidence, advice; rows on the images have the run "".
+    """
+    import pandas as pd
+
+    from visiontuner.workflow import diagnose as verb
+
+    diagnosis = verb.diagnose(None if target is None else _subject(target))
+    found = [("", finding) for finding in diagnosis.data]
+    found += [(run.name, finding) for run in diagnosis.runs for finding in run.findings]
+    columns = ["run", "severity", "rule", "step", "evidence", "advice"]
+    rows = [(run, *(getattr(finding, name) for name in columns[1:])) for run, finding in found]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def promote(
+    model: str | Search | None = None, *, force: bool = False, dry_run: bool = False
+) -> Promotion:
+    """Make a model's newest version the champion, if it is better beyond noise.
+
+    Args:
+        model: a search, or NAME, NAME/VERSION, NAME@ALIAS, models:/…; default: the newest search's.
+
+    Raises:
+        UserMistake: there is nothing to compare; `force` is the way out.
+    """
+    from visiontuner.workflow import promote as verb
+
+    name = model.model or model.experiment.name if isinstance(model, Search) else model
+    return verb.promote(name, force=force, dry_run=dry_run)
+
+
+def lineage(subject: str | Path | Search | None = None) -> Lineage:
+    """Where a model comes from: trial, search, experiment, images, code, machine.
+
+    Args:
+        subject: a search, its folder, an MLflow run, a model, or endpoint:NAME.
+    """
+    from visiontuner.workflow import lineage as verb
+
+    return verb.trace(None if subject is None else _subject(subject))
+
+
+def deploy(
+    model: str | Search | None = None,
+    *,
+    preflight: bool = True,
+    dry_run: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> DeploymentPlan:
+    """Put a model behind a SageMaker endpoint; an endpoint costs money until `undeploy`.
+
+    Args:
+        model: a search, or a registered model by NAME, NAME/VERSION, NAME@ALIAS or models:/….
+        preflight: serve the model here first, as the endpoint will.
+        dry_run: find and check everything, and make nothing.
+        options: of `visiontuner.workflow.deploy.DeployOptions`: name, region, instance_type, ttl ….
+
+    Returns:
+        What was made, or with `dry_run` would be; `name` is the endpoint's.
+
+    Raises:
+        ServingError: the preflight fails, or AWS refuses; nothing that costs money is left.
+    """
+    from visiontuner.workflow import deploy as verb
+
+    name = model.model or model.experiment.name if isinstance(model, Search) else model
+    aws, plan = verb.plan_deployment(name, verb.DeployOptions(**options))
+    if not dry_run:
+        with _console(progress) as console:
+            verb.deploy(aws, plan, preflight="uv" if preflight else None, note=console.note)
+    return plan
+
+
+def query(
+    images: str | Path | Sequence[str | Path],
+    *,
+    endpoint: str | None = None,
+    url: str | None = None,
+    model: str | Path | Search | None = None,
+    **options: Any,
+) -> list[PictureAnswer]:
+    """Ask an endpoint, a scoring server or a model what is on images.
+
+    Args:
+        images: files, folders and http(s) URLs.
+        endpoint, url, model: exactly one of them.
+        options: region, top_k, threshold, workers.
+
+    Returns:
+        One answer an image, in their order.
+
+    Raises:
+        UserMistake: not exactly one way is named, or an option breaks a rule.
+        ServingError: nothing answers.
+    """
+    from visiontuner.workflow import query as verb
+
+    sources = [images] if isinstance(images, str | Path) else images
+    asked = None if model is None else _subject(model)
+    answers = verb.query(
+        [str(source) for source in sources], endpoint=endpoint, url=url, model=asked, **options
+    )
+    return list(answers)
+
+
+def _experiment(
+    data: str | Path | Experiment | None, flags: Mapping[str, Any], settings: Settings
+) -> Experiment:
+    overrides = [*_given(flags), *_overrides(settings)]
+    if isinstance(data, Experiment):
+        raw, where = data.model_dump(mode="json"), "the experiment"
+    elif data is None:
+        raw, where = dict(QUICKSTART), "the quickstart"
+    elif Path(data).suffix in (".yaml", ".yml"):
+        raise UserMistake(f"{data} is an experiment file: pass Experiment.load({str(data)!r}).")
+    else:
+        raw, where = {"data": {"source": str(data)}}, "the arguments"
+    return Experiment.parse(raw, overrides, where=where)
+
+
+def _given(flags: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in flags.items() if value is not None]
+
+
+def _overrides(settings: Settings) -> list[str]:
+    if isinstance(settings, Mapping):
+        return [f"{key}={value}" for key, value in settings.items()]
+    return list(settings)
+
+
+def _subject(target: str | Path | Search) -> str:
+    return str(target.folder if isinstance(target, Search) else target)
+
+
+@contextmanager
+def _console(progress: bool) -> Iterator[Any]:
+    """The live view of the command line, or one that shows nothing."""
+    from visiontuner.workflow.inputs import Silent
+
+    console = SearchConsole() if progress else None
+    try:
+        yield console or Silent()
+    finally:
+        if console is not None:
+            console.close()
+
+
+@contextmanager
+def _training_console(progress: bool) -> Iterator[Any]:
+    console = TrainingConsole() if progress else None
+    try:
+        yield console or training_verbs.SilentTraining()
+    finally:
+        if console is not None:
+            console.close()
