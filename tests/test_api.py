@@ -36,7 +36,9 @@ def test_every_public_name_is_there():
 
 
 def test_the_import_alone_brings_nothing_else():
-    code = "import json, sys, visiontuner; print(json.dumps([n.split('.')[0] for n in sys.modules]))"
+    code = (
+        "import json, sys, visiontuner; print(json.dumps([n.split('.')[0] for n in sys.modules]))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"numpy", "torch", "click", "pydantic"} & set(json.loads(run.stdout))
 

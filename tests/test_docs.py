@@ -19,7 +19,7 @@ LINES = [
 
 
 @pytest.mark.parametrize(("page", "line"), LINES)
-def test_command_line_of_a_page_is_understood(page, line):
+def test_command_line_of_a_page_is_understood(page, line):  # noqa: ARG001
     _, *arguments = shlex.split(line, comments=True)
     context = click.Context(main, info_name="visiontuner")
     command = main.get_command(context, arguments[0])
