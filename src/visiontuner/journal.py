@@ -232,11 +232,11 @@ class TrialRecord:
     best_value: float | None = None
     error: str | None = None
     reason: str | None = None
-    epochs: list[EpochRecord] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    epochs: list[EpochRecord] = field(default_factory=list, repr=False)
+    findings: list[Finding] = field(default_factory=list, repr=False)
     stage: StageName | None = None
     starts_from: str | None = None
-    earlier_epochs: list[EpochRecord] = field(default_factory=list)
+    earlier_epochs: list[EpochRecord] = field(default_factory=list, repr=False)
     host: str | None = None
 
     @property
@@ -264,9 +264,9 @@ class SearchRecord:
     """
 
     search_id: str = ""
-    started: Event = field(default_factory=dict)
-    ended: Event | None = None
-    trials: dict[str, TrialRecord] = field(default_factory=dict)
+    started: Event = field(default_factory=dict, repr=False)
+    ended: Event | None = field(default=None, repr=False)
+    trials: dict[str, TrialRecord] = field(default_factory=dict, repr=False)
     preparation_seconds: float = 0.0
 
     @classmethod

@@ -11,19 +11,21 @@ Needs numpy, Pillow and ONNX Runtime; no torch.
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
+from PIL import Image
 
 from visiontuner.data.images import (
     MAX_PIXELS,
@@ -42,6 +44,9 @@ REFERENCE = "reference.json"
 
 # With 32 a network of 4.6M parameters holds 170 MB more and is hardly faster.
 _BATCH_SIZE = 4  # see model/engine.py
+
+
+ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,7 @@ class Classifier:
     threads: int
 
     @classmethod
-    def load(cls, folder: Path, *, threads: int | None = None) -> Self:
+    def load(cls, folder: str | Path, *, threads: int | None = None) -> Self:
         """Open a classifier folder.
 
         Args:
@@ -95,6 +100,7 @@ class Classifier:
         Raises:
             ClassifierError: a file is missing or damaged, or they do not belong together.
         """
+        folder = Path(folder)
         raw = _read_json(folder, DESCRIPTION)
         threads = threads or min(4, _available_cpus())
         try:
@@ -109,20 +115,26 @@ class Classifier:
         _check_network(classifier)
         return classifier
 
-    def predict(self, images: Sequence[bytes | Path], *, top_k: int = 5) -> list[Prediction]:
-        """Name what is on each picture.
+    def predict(
+        self, images: ImageSource | Iterable[ImageSource], *, top_k: int = 5
+    ) -> list[Prediction]:
+        """Name what is on each image.
 
         Args:
-            images: the files' contents or paths, in any format of `images.picture_extensions`.
+            images: paths, contents of files (in any format of `images.picture_extensions`), PIL
+                images, or arrays: uint8, shape (H, W, 3) RGB or (H, W) grey; one or many.
             top_k: how many classes to list; at most all.
 
         Raises:
-            BadImageError: a picture cannot be read; none is answered then.
-            ValueError: top_k is below 1.
+            BadImageError: an image cannot be read; none is answered then.
+            ValueError: top_k is below 1, or an array has another shape or dtype.
         """
         if top_k < 1:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
-        return [self.prediction(row, top_k) for row in self.probabilities(images)]
+        is_one = isinstance(images, str | bytes | Path | Image.Image)
+        many: Any = [images] if is_one or (_is_array(images) and images.ndim < 4) else images
+        files = [_as_file(image) for image in many]
+        return [self.prediction(row, top_k) for row in self.probabilities(files)]
 
     def probabilities(self, images: Sequence[bytes | Path]) -> NDArray[np.float64]:
         """Class probabilities of each picture.
@@ -252,6 +264,34 @@ class Classifier:
             top_k=best,
             confident=confident and (limit is None or probability >= limit),
         )
+
+
+def _is_array(value: object) -> TypeGuard[NDArray[Any]]:
+    return isinstance(value, np.ndarray)
+
+
+def _as_file(image: ImageSource) -> bytes | Path:
+    """What `images.decode_image` takes: PIL images and arrays become PNG, which loses nothing."""
+    if isinstance(image, str):
+        return Path(image)
+    if isinstance(image, bytes | Path):
+        return image
+    if _is_array(image):
+        if image.dtype != np.uint8 or not (
+            image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        ):
+            raise ValueError(
+                "An array must be uint8 of shape (H, W, 3) or (H, W), "
+                f"got {image.dtype} of shape {image.shape}."
+            )
+        image = Image.fromarray(np.ascontiguousarray(image))
+    assert isinstance(image, Image.Image)
+    content = io.BytesIO()
+    exif = image.getexif()
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    image.save(content, "PNG", compress_level=1, exif=exif)
+    return content.getvalue()
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
