@@ -38,8 +38,6 @@ from visiontuner.io.files import encode_json
 from visiontuner.paths import JOURNAL_FILE, SEARCHES
 from visiontuner.text import hide_secrets
 
-# Where things are when nobody says: the cache, the tracking store, the searches.
-
 
 def newest_search(searches: Path = SEARCHES) -> Path:
     """The search folder whose journal was written last.

@@ -90,13 +90,7 @@ def at_hand(source: str) -> str:
     return folder if channel and channel == source else source
 
 
-# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
-
-
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,62})(?:/(.*))?", re.DOTALL | re.IGNORECASE)
-
-
-# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -111,36 +105,11 @@ def split_uri(uri: str) -> tuple[str, str]:
     return match[1], match[2] or ""
 
 
-# Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
-
-
 def split_folder(uri: str) -> tuple[str, str]:
     """`s3://BUCKET/FOLDER` -> bucket and prefix: empty, or with a slash at its end."""
     bucket, key = split_uri(uri)
     key = key.rstrip("/")
     return bucket, f"{key}/" if key else ""
 
-
-# The append-only record of a search: the contract between search and tracking.
-#
-# `journal.jsonl` holds one JSON object a line. A line is whole or it is ignored: a kill may tear
-# the last one. Every line has `schema_version`, `event`, `search_id` and `time` (seconds since the
-# epoch); lines about a trial have `trial_id` and `attempt`. The events and what else they carry:
-#
-#    search_started   experiment, data, code, machine      the first line; of a single training also
-#                     trained_on and from (where its hyperparameters come from)
-#    search_resumed   code, machine                        one for each `--resume`
-#    features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
-#    pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
-#    trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
-#    epoch            step (1 is the first epoch), metrics
-#    finding          rule, severity, step, evidence, advice
-#    trial_ended      state, best_epoch, best_value, error, reason, host
-#    search_ended     state, best_trial, error
-#
-# No line holds a password or a signature of a URL: what a search needs of them is in its
-# experiment file, which then is its owner's alone.
-#
-# `SearchRecord` folds the lines into the state of the search: a pure function of what was read.
 
 JOURNAL_FILE = "journal.jsonl"

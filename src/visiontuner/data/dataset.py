@@ -45,11 +45,6 @@ from visiontuner.journal import Finding, Severity
 from visiontuner.paths import split_uri
 from visiontuner.text import HIDDEN, next_command, printable, without_secrets
 
-# Unpack a zip or tar so that nothing lands outside the target folder.
-#
-# Old archives do not say how the names of their files are encoded. That is decided for the whole
-# archive: UTF-8 if all names are, else the encoding in which they read most like words.
-
 
 def archive_findings(folder: Path) -> list[Finding]:
     """What is worth a word about an archive that was unpacked into a folder."""

@@ -12,7 +12,12 @@ from typing import Any, NoReturn
 import boto3
 import botocore
 from botocore.config import Config
-from botocore.credentials import AssumeRoleCredentialFetcher, DeferredRefreshableCredentials
+from botocore.credentials import (
+    AssumeRoleCredentialFetcher,
+    CredentialProvider,
+    CredentialResolver,
+    DeferredRefreshableCredentials,
+)
 from botocore.exceptions import BotoCoreError, ClientError
 
 from visiontuner import interrupts
@@ -198,11 +203,25 @@ def _as_role(role: str, own: Any, region: str) -> Any:
     return _session(credentials)
 
 
+class _Known(CredentialProvider):  # type: ignore[misc]  # botocore has no types
+    """Credentials that are renewed; boto3's own arguments are for those that never change."""
+
+    METHOD = "visiontuner"
+
+    def __init__(self, credentials: Any) -> None:
+        super().__init__()
+        self._credentials = credentials
+
+    def load(self) -> Any:
+        return self._credentials
+
+
 def _session(credentials: Any, region: str | None = None) -> Any:
     import botocore.session
 
     session = botocore.session.get_session()
-    session._credentials = credentials  # as boto3 takes only those that never change
+    provider = CredentialResolver([_Known(credentials)])
+    session.register_component("credential_provider", provider)
     return boto3.Session(region_name=region, botocore_session=session)
 
 

@@ -298,35 +298,13 @@ def _write_store(
     write_cached_json(store, rows)
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
 _NOT_DATA = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "mlflow.db", "mlruns", "mlartifacts"}
 )
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
 # In the folder of a search, of a range test, and in the cache.
 _OUR_MARKS = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
-
-
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,14 +317,6 @@ class PictureFile:
     state: Sequence[int]  # of `file_state`
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
-
 def scan_folder(folder: Path | str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as entries:
@@ -356,14 +326,6 @@ def scan_folder(folder: Path | str) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: entry.name)
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
-
 def is_made_by_commands(folder: Path) -> bool:
     """Whether a search, a range test, a folder of them or the cache lies there."""
     if folder.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
@@ -371,24 +333,8 @@ def is_made_by_commands(folder: Path) -> bool:
     return _has_mark(folder)
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
-
 def _has_mark(folder: Path) -> bool:
     return any(os.path.exists(folder / mark) for mark in _OUR_MARKS)  # noqa: PTH110 never raises
-
-
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -400,25 +346,9 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         raise DataError(f"Cannot read {entry.path}: {error.strerror}.") from None
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
-
-
 def is_no_data(path: Path) -> bool:
     """Hidden, or left there by a system, by MLflow or by a command of ours."""
     return is_hidden(path.name) or (path.is_dir() and is_made_by_commands(path))
-
-
-# Which picture files a folder holds, in which split and class; file contents are not read.
-#
-# Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
-# names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
-# that only wrap another one are descended. A folder that is called like a split is one, never a
-# class. What visiontuner and MLflow write where a command runs is no data.
 
 
 def is_hidden(name: str) -> bool:

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from huggingface_hub import get_token, try_to_load_from_cache
-from timm.models import is_model, split_model_name_tag
 from torch import Tensor, nn
 
 from visiontuner.data.images import Interpolation, Preprocessing
@@ -140,6 +138,7 @@ def timm_architectures() -> list[str]:
 def is_timm_network(name: str) -> bool:
     """Whether timm has such a network; `name` may end in the name of its weights."""
     import_timm()
+    from timm.models import is_model, split_model_name_tag
 
     return bool(is_model(split_model_name_tag(name)[0]))
 
@@ -202,6 +201,8 @@ def _timm_weights(
 
 
 def _timm_file(name: str, config: Mapping[str, Any], cache: Path) -> Path:
+    from huggingface_hub import get_token, try_to_load_from_cache
+
     repository, _, revision = str(config.get("hf_hub_id") or "").partition("@")
     if not repository:
         if config.get("url"):

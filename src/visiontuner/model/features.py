@@ -426,18 +426,10 @@ def _bad_image(reason: str) -> BadImageError:
     return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
 
 
-# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
-
-
 Images = NDArray[np.float32]
 
 
-# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
-
 Features = NDArray[np.float32]
-
-
-# Runs a backbone in eval mode: torch on a GPU, ONNX Runtime on a CPU, torch where that fails.
 
 
 class Engine(Protocol):

@@ -486,14 +486,6 @@ def kept_weights(folder: Path, trial_id: str) -> Path | None:
     return None
 
 
-# Trials on other machines than the search's own.
-#
-# A search has its folder and its features on the driver's machine, its home. A worker elsewhere
-# sees neither: it first fetches the files it lacks, once for all trials of its machine, and what a
-# trial writes travels home before its report does. One small actor at home reads and writes for
-# all.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Home:
     """The driver's machine: where it is in the cluster, and who reads and writes files there.

@@ -27,7 +27,12 @@ from visiontuner import interrupts
 from visiontuner.errors import ExperimentError, SearchFailed, UserMistake
 from visiontuner.experiment.schema import Search
 from visiontuner.text import one_line
-from visiontuner.workarounds.ray import without_monitors
+from visiontuner.workarounds.ray import (
+    no_runtime_environments,
+    ray_constant,
+    read_token_settings_again,
+    without_monitors,
+)
 
 Where = Literal["local", "auto"]
 
@@ -142,9 +147,9 @@ class RayForSearch:
         running.enter_context(_environment(added))
         import ray
 
-        running.enter_context(_no_runtime_environments())
+        running.enter_context(no_runtime_environments())
         if _UV_RUN not in os.environ:
-            running.enter_context(_ray_constant(_UV_RUN, False))
+            running.enter_context(ray_constant(_UV_RUN, False))
         if ray.is_initialized():
             return
         try:
@@ -245,35 +250,11 @@ def _only_for_this_process() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     try:
-        with _environment(own), _ray_constant("ENABLE_RAY_CLUSTER", False):
-            _read_token_settings_again()
+        with _environment(own), ray_constant("ENABLE_RAY_CLUSTER", False):
+            read_token_settings_again()
             yield
     finally:
-        _read_token_settings_again()
-
-
-@contextmanager
-def _ray_constant(name: str, value: object) -> Iterator[None]:
-    """What Ray has read from a variable when it was imported, perhaps before the search began."""
-    from ray._private import ray_constants
-
-    was = getattr(ray_constants, name, None)
-    setattr(ray_constants, name, value)
-    try:
-        yield
-    finally:
-        setattr(ray_constants, name, was)
-
-
-def _read_token_settings_again() -> None:
-    """Where a later Ray has other names for these, a process can run one local search only."""
-    from ray import _raylet
-
-    settings = getattr(_raylet, "Config", None)
-    tokens = getattr(_raylet, "AuthenticationTokenLoader", None)
-    if settings and tokens:
-        settings.initialize("")
-        tokens.instance().reset_cache()
+        read_token_settings_again()
 
 
 def _require_cluster(address: str) -> str | None:
@@ -383,30 +364,6 @@ def _shut_down() -> None:
     finally:
         if collecting:
             gc.enable()
-
-
-@contextmanager
-def _no_runtime_environments() -> Iterator[None]:
-    """Have Tune give its actors no environment of their own: workers inherit this process's.
-
-    Tune copies AWS's credentials into it, which Ray then writes into logs that everybody can read.
-    For an environment of their own Ray also starts other workers than those that wait, one a core:
-    2 s before the first epoch. Where a later Ray has no such variables, there is nothing to do.
-    """
-    try:
-        from ray.tune.execution import class_cache
-    except ImportError:
-        yield
-        return
-    names = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
-    kept = {name: vars(class_cache)[name] for name in names if name in vars(class_cache)}
-    for name, values in kept.items():
-        setattr(class_cache, name, type(values)())
-    try:
-        yield
-    finally:
-        for name, values in kept.items():
-            setattr(class_cache, name, values)
 
 
 def describe_cluster() -> str:

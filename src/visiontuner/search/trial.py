@@ -51,9 +51,6 @@ if TYPE_CHECKING:
     from visiontuner.diagnostics.history import Recording
 
 
-# What one Ray worker is handed. Without torch: the driver need not wait for its import.
-
-
 def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
     """Write the files of a finished trial's best epoch anew; the seed makes the same numbers.
 

@@ -7,8 +7,6 @@ from typing import Any
 from visiontuner.search.plan import TrialTask
 from visiontuner.workarounds import python as garbage
 
-# What one Ray worker is handed. Without torch: the driver need not wait for its import.
-
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
@@ -19,9 +17,6 @@ def run_trial(config: dict[str, Any], task: TrialTask) -> None:
             _train(config, here)
     else:
         _train(config, task)
-
-
-# What one Ray worker is handed. Without torch: the driver need not wait for its import.
 
 
 def _train(config: dict[str, Any], task: TrialTask) -> None:

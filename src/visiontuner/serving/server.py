@@ -320,7 +320,5 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-# What is going to be deployed, as MLflow's Python client and its command line take it.
-
 # In the container MLflow is imported before the model, which brings its own copy of this package.
 QUIET = {n: NO_TELEMETRY[n] for n in ("MLFLOW_DISABLE_TELEMETRY", "ORT_DISABLE_TELEMETRY")}

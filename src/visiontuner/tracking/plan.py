@@ -19,8 +19,6 @@ from typing import Any, Literal, NamedTuple
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import FINISHED, Event, SearchRecord, TrialState
 
-# Where things are when nobody says: the cache, the tracking store, the searches.
-
 
 def take_project_run() -> ProjectRun | None:
     """`MLFLOW_RUN_ID`, out of the environment: Ray's workers must not inherit it.

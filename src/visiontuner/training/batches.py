@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -488,6 +489,8 @@ class PictureBatches:
     def _started(self) -> Iterator[Batch]:
         if self._loader is None:
             self._loader = self._make_loader()
+        # Workers come from a server process that knows this module and nothing of the training.
+        multiprocessing.set_forkserver_preload([__name__])
         with clean_workers():  # the first time, this starts them
             return iter(self._loader)
 

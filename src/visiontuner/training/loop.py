@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from visiontuner import interrupts
 from visiontuner.errors import TrialFailed
@@ -123,10 +124,10 @@ class WeightAverage(nn.Module):
         """Follow `network`; the first update takes its weights as they are."""
         n = int(self.n_averaged)
         kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        torch._foreach_lerp_(list(self.module.parameters()), list(network.parameters()), 1 - kept)
-        buffers = list(self.module.buffers())
-        if buffers:
-            torch._foreach_copy_(buffers, list(network.buffers()))
+        average = get_ema_multi_avg_fn(kept)
+        average(list(self.module.parameters()), list(network.parameters()), 0)
+        for average_buffer, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
+            average_buffer.copy_(buffer)
         self.n_averaged += 1
 
 

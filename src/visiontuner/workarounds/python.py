@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept away from where it only costs time.
+"""What Python does at a time that costs: collecting garbage, importing a script again.
 
 Importing torch or MLflow makes hundreds of thousands of objects that stay until the end. Looking
 through them again and again took a fifth of those imports, and a second of every command's end
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import gc
-import multiprocessing
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,16 +35,13 @@ def left_alone() -> Iterator[None]:
             gc.enable()
 
 
-# What worker processes do for `PictureBatches`, and how many there should be.
-#
-# Workers come from a server process that knows this module and nothing of the training: no Ray, no
-# CUDA context, none of its memory.
-
-
 @contextmanager
 def clean_workers() -> Iterator[None]:
-    """Start workers that do not import the caller's script again, and Ray with it."""
-    multiprocessing.set_forkserver_preload([__name__])
+    """Start worker processes that do not import the caller's script again, and Ray with it.
+
+    `multiprocessing` has no setting for it (Python 3.11 to 3.13): it reads `__main__`'s file and
+    spec. Without this, workers import whatever the script imports, seconds and memory for each.
+    """
     main = sys.modules["__main__"]
     missing = object()
     kept = {name: main.__dict__.get(name, missing) for name in ("__file__", "__spec__")}

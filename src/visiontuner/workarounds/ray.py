@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# Run the trials that a plan names on Ray Tune, and write what happens to the journal.
-
 
 def skip_callback_statistics() -> None:
     """Ray counts its callbacks for statistics that are off here, importing three trackers: 2 s."""
@@ -14,9 +12,6 @@ def skip_callback_statistics() -> None:
         from ray.air._internal import usage
 
         usage.tag_callbacks = lambda callbacks: False  # noqa: ARG005
-
-
-# A Ray for one search: started on this machine, or the cluster that this machine is in.
 
 
 @contextmanager
@@ -39,3 +34,51 @@ def without_monitors() -> Iterator[None]:
     finally:
         for name, start in kept.items():
             setattr(Node, name, start)
+
+
+@contextmanager
+def ray_constant(name: str, value: object) -> Iterator[None]:
+    """What Ray has read from a variable when it was imported, perhaps before the search began."""
+    from ray._private import ray_constants
+
+    was = getattr(ray_constants, name, None)
+    setattr(ray_constants, name, value)
+    try:
+        yield
+    finally:
+        setattr(ray_constants, name, was)
+
+
+def read_token_settings_again() -> None:
+    """Where a later Ray has other names for these, a process can run one local search only."""
+    from ray import _raylet
+
+    settings = getattr(_raylet, "Config", None)
+    tokens = getattr(_raylet, "AuthenticationTokenLoader", None)
+    if settings and tokens:
+        settings.initialize("")
+        tokens.instance().reset_cache()
+
+
+@contextmanager
+def no_runtime_environments() -> Iterator[None]:
+    """Have Tune give its actors no environment of their own: workers inherit this process's.
+
+    Tune copies AWS's credentials into it, which Ray then writes into logs that everybody can read.
+    For an environment of their own Ray also starts other workers than those that wait, one a core:
+    2 s before the first epoch. Where a later Ray has no such variables, there is nothing to do.
+    """
+    try:
+        from ray.tune.execution import class_cache
+    except ImportError:
+        yield
+        return
+    names = ("DEFAULT_ENV_VARS", "ENV_VARS_TO_PROPAGATE")
+    kept = {name: vars(class_cache)[name] for name in names if name in vars(class_cache)}
+    for name, values in kept.items():
+        setattr(class_cache, name, type(values)())
+    try:
+        yield
+    finally:
+        for name, values in kept.items():
+            setattr(class_cache, name, values)

@@ -1,4 +1,4 @@
-"""float32 that is float32: on NVIDIA's GPUs torch lets convolutions round their inputs to TF32."""
+"""Private names and settings of torch (2.14) and of the libraries on it, each with its gain."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.utils import is_compile_supported
 
 # torchvision and timm without torch's compiler.
 #
@@ -63,6 +62,8 @@ def _compiler_waits() -> Iterator[None]:
 
 
 def _is_compile_supported(device_type: str) -> bool:
+    from torch._dynamo.utils import is_compile_supported
+
     return bool(is_compile_supported(device_type))
 
 
@@ -85,12 +86,6 @@ def full_float32() -> Iterator[None]:
         yield
     finally:
         convolutions.allow_tf32 = before
-
-
-# Records what happens in a network: weights, gradients, updates and activations of its layers.
-#
-# Only in a step that is recorded there are hooks on the network. Everything is computed on the
-# network's device and brought over at once, at the step's end.
 
 
 def tensor_norms(tensors: list[Tensor]) -> list[Tensor]:

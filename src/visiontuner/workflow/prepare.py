@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from visiontuner.io.s3 import Moved
 
 
-# From an experiment to its pictures.
-
-
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
     """What `prepare` found."""
@@ -30,9 +27,6 @@ class Prepared:
     summary: DatasetSummary
     findings: list[Finding]
     uploaded: Moved | None = None
-
-
-# From an experiment to its pictures.
 
 
 def prepare(
@@ -65,9 +59,6 @@ def prepare(
     if upload is None:
         return prepared
     return replace(prepared, uploaded=_upload(dataset.root, upload, observer))
-
-
-# From an experiment to its pictures.
 
 
 def _upload(root: Path, uri: str, observer: Observer) -> Moved:

@@ -16,7 +16,6 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 from optuna.distributions import CategoricalDistribution, FloatDistribution
-from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import create_trial
 
 from visiontuner.evaluation.compare import SearchProgress, mode_of
@@ -79,7 +78,7 @@ def importances(record: SearchRecord) -> dict[str, float]:
 
 def _ped_anova(trials: list[TrialRecord], names: list[str], mode: str) -> dict[str, float]:
     with without_package("sklearn"):
-        pass
+        from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
