@@ -124,7 +124,7 @@ class WeightAverage(nn.Module):
         """Follow `network`; the first update takes its weights as they are."""
         n = int(self.n_averaged)
         kept = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
-        average = get_ema_multi_avg_fn(kept)
+        average = get_ema_multi_avg_fn(kept)  # type: ignore[no-untyped-call]
         average(list(self.module.parameters()), list(network.parameters()), 0)
         for average_buffer, buffer in zip(self.module.buffers(), network.buffers(), strict=True):
             average_buffer.copy_(buffer)
