@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from visiontuner.cli import console
 from visiontuner.cli.console import SearchConsole
 from visiontuner.cli.main import main
 from visiontuner.journal import Event
@@ -48,7 +49,6 @@ class HeldConsole(SearchConsole):
 
 
 if __name__ == "__main__":
-    import visiontuner.console
-
-    visiontuner.console.SearchConsole = HeldConsole  # type: ignore[misc]
+    # Before the command's own module is imported, which happens when it is called.
+    console.SearchConsole = HeldConsole  # type: ignore[misc]
     main(sys.argv[3:], prog_name="visiontuner")

@@ -199,7 +199,7 @@ def test_a_search_that_still_runs_says_so_and_a_dead_one_is_interrupted():
         (["searches/a", "--where", "size < 3"], "no column 'size'"),
         (["searches/a", "--sort", "learningrate"], "Nearest: learning_rate"),
         (["searches/a", "--columns", "run,nope"], "no column 'nope'"),
-        (["searches/a", "--top", "0"], "--top must be a whole number >= 1"),
+        (["searches/a", "--top", "0"], "--top takes a whole number from 1"),
         (["searches/a", "--top", "-3"], "--top"),
         (["searches/a", "--format", "xlsx"], "none of text, csv, markdown, json"),
         (["searches/a", "--output", "no/such/runs.csv"], "Cannot write no/such/runs.csv"),

@@ -230,9 +230,9 @@ def test_the_command_takes_a_network_on_pictures(experiment):
     ("arguments", "told"),
     [
         (["--low", "1", "--high", "0.1"], "--low must be > 0 and < --high"),
-        (["--low", "zero"], "--low must be a number"),
+        (["--low", "zero"], "--low takes a number"),
         (["--steps", "3"], "--steps must be >= 20"),
-        (["--steps", "20.5"], "--steps must be a whole number"),
+        (["--steps", "20.5"], "--steps takes a whole number"),
         (["--output", "."], "is taken"),
         (["--set", "training.lr=1"], "unknown key training.lr"),
     ],

@@ -235,7 +235,7 @@ def test_money_bounds_the_running_time() -> None:
         (("--data", "s3://nowhere/x"), "There is no bucket 'nowhere'"),
         (("--data", "s3://photos/it's"), "has an apostrophe"),
         (("--tag", "team"), "--tag takes KEY=VALUE"),
-        (("--instances", "0"), "--instances takes a number from 1"),
+        (("--instances", "0"), "--instances takes a whole number from 1"),
         (("--instances", "1.5"), "--instances takes a whole number"),
         (("--instance-type", "ml.m5.large", "--volume", "20000"), "--volume takes 1 to 16384 GB"),
         (("--volume", "80"), "ml.g5.xlarge has a disk of its own, of a fixed size"),

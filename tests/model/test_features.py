@@ -347,7 +347,7 @@ def test_damaged_store_is_named(
 def test_trials_read_features_without_torch() -> None:
     code = """
         import sys
-        import visiontuner.data.arrays, visiontuner.data.arrays, visiontuner.model.classifier
+        import visiontuner.data.arrays, visiontuner.model.classifier
         sys.exit("torch" in sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)

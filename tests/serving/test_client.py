@@ -616,7 +616,7 @@ def test_what_was_answered_before_an_error_is_shown(
         (["photo.png", "photo.png"], "Name an endpoint or a URL"),
         (["photos/", "photo.png"], "Name an endpoint or a URL"),
         (["--local", "--top-k", "0", "a.png"], "top_k must be a whole number >= 1"),
-        (["--local", "--threshold", "much", "a.png"], "--threshold must be a number"),
+        (["--local", "--threshold", "much", "a.png"], "--threshold takes a number"),
         (["--model", "models:/", "a.png"], "is no model"),
     ],
 )

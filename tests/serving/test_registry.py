@@ -220,7 +220,7 @@ def test_a_process_that_loads_a_model_keeps_its_own_visiontuner(model_folder: Pa
     program = f"""
 import mlflow.pyfunc
 mlflow.pyfunc.load_model({str(model_folder)!r})
-import visiontuner.workflow
+import visiontuner.workflow.tune
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False

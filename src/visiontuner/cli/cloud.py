@@ -13,7 +13,16 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.cli.console import SearchConsole, make_console, print_result
-from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
+from visiontuner.cli.options import (
+    FOLDER,
+    OFF,
+    PAIR,
+    SWITCH,
+    TEXT,
+    Given,
+    OneLineErrors,
+    number,
+)
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
 from visiontuner.text import next_command
@@ -26,106 +35,6 @@ from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_jo
 if TYPE_CHECKING:
     from visiontuner.aws.job import Job
     from visiontuner.experiment.schema import Experiment
-
-
-# A job's flags, as words -> what they stand for.
-
-
-OFF = "off"
-"""Leaves out what a job that is resumed had."""
-_SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, OFF: False}
-
-
-def read_options(job: dict[str, Any], resume: str | None) -> JobOptions:
-    """What `cloud.job_flags` say.
-
-    Raises:
-        UserMistake: a word that is none of those a flag takes.
-    """
-
-    text = {key: _given(value) for key, value in job.items() if isinstance(value, str)}
-    instances = _whole("--instances", text["instances"])
-    if instances is not None and not 1 <= instances <= 100:
-        raise UserMistake(f"--instances takes a number from 1 to 100, got {instances}.")
-    return JobOptions(
-        instances=instances,
-        instance_type=text["instance_type"],
-        image=text["image"],
-        image_version=text["image_version"],
-        role=text["role"],
-        bucket=text["bucket"],
-        region=text["region"],
-        assume_role=text["assume_role"],
-        spot=is_on("--spot", job["spot"]),
-        max_run=text["max_run"],
-        max_cost=_number("--max-cost", text["max_cost"]),
-        price=_number("--price", text["price"]),
-        volume=_whole("--volume", text["volume"]),
-        warm_pool=_or_empty(text["warm_pool"]),
-        subnets=_listed(text["subnets"]),
-        security_groups=_listed(text["security_groups"]),
-        kms_key=_or_empty(text["kms_key"]),
-        tags=dict(_pair(tag) for tag in job["tags"]),
-        upload=text["upload"],
-        resume=resume,
-    )
-
-
-def _given(text: str) -> str | None:
-    return None if text in NOT_GIVEN else text
-
-
-def _or_empty(text: str | None) -> str | None:
-    return "" if text == OFF else text
-
-
-def _listed(text: str | None) -> tuple[str, ...] | None:
-    if text is None:
-        return None
-    parts = [part.strip() for part in text.split(",")]
-    return tuple(part for part in parts if part not in ("", OFF))
-
-
-def is_on(flag: str, text: str) -> bool | None:
-    """What `yes_or_no` was told; None if it was not given.
-
-    Raises:
-        UserMistake: it is neither yes nor no.
-    """
-    if text in NOT_GIVEN:
-        return None
-    if text.lower() not in _SWITCH:
-        raise UserMistake(f"{flag} takes true or off, got {text!r}.")
-    return _SWITCH[text.lower()]
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UserMistake(f"--tag takes KEY=VALUE, got {text!r}.")
-    return key, value
-
-
-def _whole(flag: str, text: str | None) -> int | None:
-    value = _number(flag, text)
-    if value is not None and value != int(value):
-        raise UserMistake(f"{flag} takes a whole number, got {text!r}.")
-    return None if value is None else int(value)
-
-
-def _number(flag: str, text: str | None) -> float | None:
-    """A flag's number, or None if it was not given.
-
-    Raises:
-        UserMistake: it is none from 0.
-    """
-    try:
-        value = None if text is None else float(text)
-    except ValueError:
-        value = -1.0
-    if value is not None and not 0 <= value < 1e6:
-        raise UserMistake(f"{flag} takes a number from 0, got {text!r}.")
-    return value
 
 
 # The flags of a training job, and what `tune --on sagemaker` does with them.
@@ -166,23 +75,36 @@ def _flag(heading: str, *names: str, **attributes: Any) -> Decorator:
     return click.option(*names, cls=JobFlag, heading=heading, **attributes)
 
 
-def _value(heading: str, name: str, metavar: str, text: str, *, default: str = "auto") -> Decorator:
-    return _flag(heading, name, metavar=metavar, default=default, help=text)
+def _value(heading: str, name: str, metavar: str, text: str, kind: Given = TEXT) -> Decorator:
+    return _flag(heading, name, metavar=metavar, type=kind, help=text)
+
+
+def _or_nothing(text: str) -> str:
+    return "" if text == OFF else text
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", OFF))
+
+
+_OR_OFF, _LIST = Given(_or_nothing), Given(_listed)
 
 
 def _switch(heading: str, name: str, text: str) -> Decorator:
     """A flag that MLproject can pass as well, which always writes a value: `none` or `true`."""
-    given = {"is_flag": False, "flag_value": "true", "default": "none", "metavar": ""}
+    given = {"is_flag": False, "flag_value": "true", "type": SWITCH, "metavar": ""}
     return _flag(heading, name, help=text, **given)
 
 
 REGION_FLAGS: tuple[Decorator, ...] = (
     _value(ACCOUNT, "--region", "REGION", "By default that of AWS's settings."),
-    _value(ACCOUNT, "--assume-role", "ARN", "Act as this role.", default="none"),
+    _value(ACCOUNT, "--assume-role", "ARN", "Act as this role."),
 )
 
 _JOB_FLAGS: tuple[Decorator, ...] = (
-    _value(MACHINES, "--instances", "N", "How many machines. Default: 1."),
+    _value(
+        MACHINES, "--instances", "N", "How many machines. Default: 1.", number(1, 100, whole=True)
+    ),
     _value(MACHINES, "--instance-type", "TYPE", "Default: ml.g5.xlarge."),
     _switch(
         MACHINES, "--spot", "Cheaper machines that AWS may take back; the search then goes on."
@@ -193,6 +115,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         "GB",
         "Disk of each machine. Default: by the pictures. Not for types with disks of their own, "
         "as ml.g5.",
+        number(whole=True),
     ),
     _value(MACHINES, "--max-run", "TIME", "SageMaker ends the job then, in order. Default: 2h."),
     _value(
@@ -200,37 +123,45 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         "--max-cost",
         "USD",
         "Shortens --max-run to what this pays for.",
-        default="none",
+        number(),
     ),
     _value(
-        MACHINES, "--price", "USD", "Of one machine for an hour. Default: AWS's public price list."
+        MACHINES,
+        "--price",
+        "USD",
+        "Of one machine for an hour. Default: AWS's public price list.",
+        number(),
     ),
     _value(
         MACHINES,
         "--warm-pool",
         "TIME",
         "Machines stay so long for a next job, and are PAID while they stay.",
-        default="none",
+        _OR_OFF,
     ),
-    _value(
-        ACCOUNT, "--upload", "s3://…", "Bring the folder of pictures there first.", default="none"
-    ),
+    _value(ACCOUNT, "--upload", "s3://…", "Bring the folder of pictures there first."),
     _value(ACCOUNT, "--bucket", "NAME", "For all that is kept. Default: sagemaker-REGION-ACCOUNT."),
     _value(ACCOUNT, "--role", "NAME|ARN", "What the job runs as. Default: found."),
     _value(ACCOUNT, "--image", "URL", "In ECR. Default: AWS's newest PyTorch training image."),
     _value(ACCOUNT, "--image-version", "N.N", "PyTorch of AWS's image, as 2.8."),
-    _value(ACCOUNT, "--subnets", "IDS", "Of a VPC, with commas between them.", default="none"),
-    _value(ACCOUNT, "--security-groups", "IDS", "Of that VPC.", default="none"),
+    _value(ACCOUNT, "--subnets", "IDS", "Of a VPC, with commas between them.", _LIST),
+    _value(ACCOUNT, "--security-groups", "IDS", "Of that VPC.", _LIST),
     _value(
         ACCOUNT,
         "--kms-key",
         "ID",
         "Encrypts uploads, model.tar.gz and attached disks; checkpoints are encrypted by the "
         "bucket's own setting.",
-        default="none",
+        _OR_OFF,
     ),
     _flag(
-        ACCOUNT, "--tag", "tags", metavar="KEY=VALUE", multiple=True, help="Of the job. Repeatable."
+        ACCOUNT,
+        "--tag",
+        "tags",
+        metavar="KEY=VALUE",
+        type=PAIR,
+        multiple=True,
+        help="Of the job. Repeatable.",
     ),
     *REGION_FLAGS,
     _flag(ASKING, "--dry-run", is_flag=True, help="Print the plan and the request; make nothing."),
@@ -267,7 +198,7 @@ def only_for_sagemaker(job: dict[str, Any]) -> None:
     given = sorted(
         "--" + name.replace("_", "-").replace("tags", "tag")
         for name, value in job.items()
-        if value not in NOT_GIVEN and value != _DEFAULTS.get(name)
+        if value is not None and value != _DEFAULTS.get(name)
     )
     if given:
         raise UserMistake(
@@ -285,14 +216,15 @@ def run_on_sagemaker(
 ) -> None:
     """Say what is going to happen, ask, submit, follow, bring home."""
 
-    options = read_options(job, resume)
+    asked = {name: job.pop(name) for name in ("dry_run", "yes", "wait")}
+    options = JobOptions(**job | {"tags": dict(job["tags"])}, resume=resume)
     aws, plan = plan_job(experiment, options)
     for line in plan.lines():
         click.echo(line, err=True)
-    if job["dry_run"]:
+    if asked["dry_run"]:
         click.echo(json.dumps(dry_run(aws, plan), indent=2, default=str))
         return
-    _ask(is_on("--yes", job["yes"]))
+    _ask(asked["yes"])
 
     console = SearchConsole()
     try:
@@ -305,7 +237,7 @@ def run_on_sagemaker(
     finally:
         console.close()
     click.echo(f"Submitted {name}.")
-    if not job["wait"]:
+    if not asked["wait"]:
         click.echo(f"Follow it:     {next_command('attach', name, flags=aws.flags)}")
         click.echo(f"End it early:  {next_command('stop', name, flags=aws.flags)}")
         return
@@ -327,7 +259,7 @@ def _ask(yes: bool | None) -> None:
 
 @click.command(cls=OneLineErrors)
 @click.argument("job")
-@click.option("--output", metavar="FOLDER", default="auto", help="Default: searches/SEARCH.")
+@click.option("--output", metavar="FOLDER", type=FOLDER, help="Default: searches/SEARCH.")
 @click.option(
     "--logs",
     type=click.Choice(["start", "all", "none"]),
@@ -336,7 +268,9 @@ def _ask(yes: bool | None) -> None:
     help="The hosts' log lines: until trials begin, all, or none.",
 )
 @with_flags(REGION_FLAGS)
-def attach(job: str, output: str, logs: str, region: str, assume_role: str) -> None:
+def attach(
+    job: str, output: Path | None, logs: str, region: str | None, assume_role: str | None
+) -> None:
     """Follow a training job; once it has ended, bring its search home and into MLflow.
 
     Nothing is trained again: the journal is replayed, and the classifier that the job packaged is
@@ -350,9 +284,9 @@ def attach(job: str, output: str, logs: str, region: str, assume_role: str) -> N
     """
     follow_and_print(
         job,
-        region=None if region in NOT_GIVEN else region,
-        assume_role=None if assume_role in NOT_GIVEN else assume_role,
-        output=None if output in NOT_GIVEN else Path(output),
+        region=region,
+        assume_role=assume_role,
+        output=output,
         logs=logs,
     )
 
@@ -409,7 +343,7 @@ _COLOURS = {"Completed": "green", "Failed": "red", "Stopped": "magenta", "Stoppi
 @click.command(cls=OneLineErrors)
 @with_flags(REGION_FLAGS)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
-def jobs(region: str, assume_role: str, form: str) -> None:
+def jobs(region: str | None, assume_role: str | None, form: str) -> None:
     """List the training jobs that visiontuner submitted in a region, the newest first.
 
     \b
@@ -417,9 +351,7 @@ def jobs(region: str, assume_role: str, form: str) -> None:
       visiontuner jobs --region eu-west-1
     """
 
-    found = find(
-        None if region in NOT_GIVEN else region, None if assume_role in NOT_GIVEN else assume_role
-    )
+    found = find(region, assume_role)
     if form == "json":
         click.echo(json.dumps([_row(job) for job in found], indent=2))
     elif found:
@@ -468,7 +400,7 @@ def _print(found: list[Job]) -> None:
 @click.command(cls=OneLineErrors)
 @click.argument("job")
 @with_flags(REGION_FLAGS)
-def stop(job: str, region: str, assume_role: str) -> None:
+def stop(job: str, region: str | None, assume_role: str | None) -> None:
     """End a training job in order; what it has done is kept.
 
     \b
@@ -478,8 +410,8 @@ def stop(job: str, region: str, assume_role: str) -> None:
 
     flags = end(
         job,
-        None if region in NOT_GIVEN else region,
-        None if assume_role in NOT_GIVEN else assume_role,
+        region,
+        assume_role,
     )
     click.echo(f"{job} is being stopped; its search ends in order within two minutes.")
     resumed = next_command("tune", "--on", "sagemaker", "--resume", job, flags=flags)

@@ -16,8 +16,7 @@ from rich.text import Text
 from rich.tree import Tree
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, print_runs
-from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
-from visiontuner.errors import UserMistake
+from visiontuner.cli.options import FOLDER, TEXT, Given, OneLineErrors, number
 from visiontuner.text import next_command
 from visiontuner.workarounds import python as garbage
 
@@ -42,7 +41,7 @@ _NAMED_TRIALS = 6
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("search", metavar="[SEARCH]", default="auto")
+@click.argument("search", metavar="[SEARCH]", required=False, type=FOLDER)
 @click.option(
     "--prefer",
     type=click.Choice(["best", "cheapest"]),
@@ -57,7 +56,7 @@ _NAMED_TRIALS = 6
     show_default=True,
     help="How many of the confident answers shall be right; sets the confidence threshold.",
 )
-def evaluate(search: str, prefer: str, precision: float) -> None:
+def evaluate(search: Path | None, prefer: str, precision: float) -> None:
     """Test the chosen model on pictures that played no part in the choice.
 
     The trials that cannot be told apart from the best are named; temperature and confidence
@@ -76,7 +75,7 @@ def evaluate(search: str, prefer: str, precision: float) -> None:
     console = SearchConsole()
     try:
         result = evaluate_search(
-            None if search in NOT_GIVEN else Path(search),
+            search,
             prefer=prefer,  # type: ignore[arg-type]
             precision=precision,
             observer=console,
@@ -150,42 +149,60 @@ _FORMATS = ("text", "csv", "markdown", "json")
 _SUFFIXES = {".csv": "csv", ".md": "markdown", ".json": "json"}
 
 
+def _form(text: str) -> str:
+    if text not in _FORMATS:
+        raise ValueError(text)
+    return text
+
+
+def _png(text: str) -> Path:
+    if Path(text).suffix.lower() != ".png":
+        raise ValueError(text)
+    return Path(text)
+
+
+_PNG = Given(_png, "a PNG file, FILE.png")
+
+
 @click.command(cls=OneLineErrors)
-@click.argument("targets", nargs=-1, metavar="[RUN|SEARCH]...")
-@click.option("--sort", metavar="COLUMN", default="auto", help="Default: the objective.")
+@click.argument("targets", nargs=-1, metavar="[RUN|SEARCH]...", type=TEXT)
+@click.option("--sort", metavar="COLUMN", type=TEXT, help="Default: the objective.")
 @click.option("--reverse", is_flag=True, help="Worst first.")
-@click.option("--where", metavar="CONDITION", default="none", help="Only some runs; see below.")
+@click.option("--where", metavar="CONDITION", type=TEXT, help="Only some runs; see below.")
 @click.option(
-    "--columns", metavar="A,B,…", default="auto", help="Columns by name or pattern, as test_*."
+    "--columns", metavar="A,B,…", type=TEXT, help="Columns by name or pattern, as test_*."
 )
-@click.option("--top", metavar="N", default="auto", help="Only the first N runs.")
+@click.option("--top", metavar="N", type=number(1, whole=True), help="Only the first N runs.")
 @click.option(
     "--format",
     "form",
     metavar="|".join(_FORMATS),
-    default="auto",
+    type=Given(_form, f"one of {', '.join(_FORMATS)}"),
     help="Default: text, or what the name of --output says. csv and json hold every column.",
 )
-@click.option("--output", metavar="FILE", default="none", help="Write the table to a file.")
-@click.option("--curves", metavar="FILE.png", default="none", help="Draw their learning curves.")
+@click.option("--output", metavar="FILE", type=FOLDER, help="Write the table to a file.")
+@click.option("--curves", metavar="FILE.png", type=_PNG, help="Draw their learning curves.")
 @click.option(
-    "--metric", "metrics", metavar="NAME", multiple=True, help="What --curves draws. Repeatable."
+    "--metric",
+    "metrics",
+    metavar="NAME",
+    type=TEXT,
+    multiple=True,
+    help="What --curves draws. Repeatable.",
 )
-@click.option(
-    "--figure", metavar="FILE.png", default="none", help="Draw searches: best so far by time."
-)
+@click.option("--figure", metavar="FILE.png", type=_PNG, help="Draw searches: best so far by time.")
 def compare(
     targets: tuple[str, ...],
-    sort: str,
+    sort: str | None,
     reverse: bool,
-    where: str,
-    columns: str,
-    top: str,
-    form: str,
-    output: str,
-    curves: str,
+    where: str | None,
+    columns: str | None,
+    top: int | None,
+    form: str | None,
+    output: Path | None,
+    curves: Path | None,
     metrics: tuple[str, ...],
-    figure: str,
+    figure: Path | None,
 ) -> None:
     """Compare runs: parameters, best value, epochs, time, findings; the best first.
 
@@ -203,47 +220,49 @@ def compare(
       visiontuner compare dog-breeds --sort validation_loss --output runs.csv
       visiontuner compare searches/a searches/b --figure ab.png --curves curves.png
     """
-    form, output_file = _form(form, output)
-    curves_file, figure_file = _picture(curves, "--curves"), _picture(figure, "--figure")
-    count = _count(top)
+    form = form or _SUFFIXES.get(output.suffix.lower() if output else "", "text")
     with garbage.left_alone():
         from visiontuner.workflow.compare import draw_curves, draw_searches, load_runs
 
-        comparison = load_runs([target for target in targets if target not in NOT_GIVEN])
-        frame = _chosen(comparison, where, sort, reverse=reverse)[:count]
+        comparison = load_runs(targets)
+        frame = _chosen(comparison, where, sort, reverse=reverse)[:top]
         told = [*comparison.notes]
         if len(comparison.runs) and frame.empty:
             told.append("No run fulfils --where.")
-        told += _print_comparison(comparison, frame, form, columns, output_file)
+        told += _print_comparison(comparison, frame, form, columns, output)
         for note in told:
-            click.echo(note, err=form != "text" or output_file is not None)
-        if curves_file:
-            names = [name for name in metrics if name not in NOT_GIVEN]
-            for note in draw_curves(comparison, list(frame.index), names, curves_file):
+            click.echo(note, err=form != "text" or output is not None)
+        if curves:
+            for note in draw_curves(comparison, list(frame.index), metrics, curves):
                 click.echo(note, err=True)
-            click.echo(f"Learning curves: {curves_file}", err=True)
-        if figure_file:
-            draw_searches(comparison, figure_file)
-            click.echo(f"Best so far: {figure_file}", err=True)
+            click.echo(f"Learning curves: {curves}", err=True)
+        if figure:
+            draw_searches(comparison, figure)
+            click.echo(f"Best so far: {figure}", err=True)
 
 
-def _chosen(comparison: Comparison, where: str, sort: str, *, reverse: bool) -> pd.DataFrame:
+def _chosen(
+    comparison: Comparison, where: str | None, sort: str | None, *, reverse: bool
+) -> pd.DataFrame:
     from visiontuner.evaluation.compare import sort as sort_rows
     from visiontuner.evaluation.compare import where as keep
 
-    by = None if sort in NOT_GIVEN else sort
-    frame = sort_rows(comparison.frame, by, reverse=reverse)
-    return frame if where in NOT_GIVEN else keep(frame, where)
+    frame = sort_rows(comparison.frame, sort, reverse=reverse)
+    return frame if where is None else keep(frame, where)
 
 
 def _print_comparison(
-    comparison: Comparison, frame: pd.DataFrame, form: str, columns: str, output: Path | None
+    comparison: Comparison,
+    frame: pd.DataFrame,
+    form: str,
+    columns: str | None,
+    output: Path | None,
 ) -> list[str]:
     """The table to where it belongs; sentences to say after it."""
     from visiontuner.evaluation.compare import default_columns, pick_columns
 
     whole = form in ("csv", "json")
-    if columns not in NOT_GIVEN:
+    if columns is not None:
         names = pick_columns(frame, [name.strip() for name in columns.split(",") if name.strip()])
     else:
         names = list(frame.columns) if whole else default_columns(comparison.frame)
@@ -291,31 +310,6 @@ def _written(output: Path, text: str, frame: pd.DataFrame) -> list[str]:
     return [f"{len(frame):,} run{'' if len(frame) == 1 else 's'} in {output}."]
 
 
-def _form(form: str, output: str) -> tuple[str, Path | None]:
-    file = None if output in NOT_GIVEN else Path(output)
-    if form in NOT_GIVEN:
-        return (_SUFFIXES.get(file.suffix.lower(), "text") if file else "text"), file
-    if form not in _FORMATS:
-        raise UserMistake(f"--format {form!r} is none of {', '.join(_FORMATS)}.")
-    return form, file
-
-
-def _picture(value: str, flag: str) -> Path | None:
-    if value in NOT_GIVEN:
-        return None
-    if Path(value).suffix.lower() != ".png":
-        raise UserMistake(f"{flag} writes PNG; {value!r} must end in .png.")
-    return Path(value)
-
-
-def _count(top: str) -> int | None:
-    if top in NOT_GIVEN:
-        return None
-    if not (top.isascii() and top.isdigit() and int(top[:9]) > 0):
-        raise UserMistake(f"--top must be a whole number >= 1, not {top!r}.")
-    return int(top[:9])
-
-
 # `visiontuner diagnose`: parsing and printing.
 
 
@@ -324,7 +318,7 @@ _ORDER = {"error": 0, "warning": 1, "info": 2}
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("target", metavar="[RUN|FOLDER]", default="auto")
+@click.argument("target", metavar="[RUN|FOLDER]", required=False, type=TEXT)
 @click.option("--write", is_flag=True, help="Put the findings on the MLflow runs: tag, artifact.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def diagnose(target: str, write: bool, as_json: bool) -> None:
@@ -341,7 +335,7 @@ def diagnose(target: str, write: bool, as_json: bool) -> None:
     """
     from visiontuner.workflow.diagnose import diagnose as look
 
-    diagnosis = look(None if target in NOT_GIVEN else target, write=write)
+    diagnosis = look(target, write=write)
     if as_json:
         click.echo(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
     else:
@@ -388,7 +382,7 @@ def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("model", default="auto")
+@click.argument("model", required=False, type=TEXT)
 @click.option("--force", is_flag=True, help="Whatever the test says, or if there can be none.")
 @click.option("--dry-run", is_flag=True, help="Show the test and the decision; change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -406,7 +400,7 @@ def promote(model: str, force: bool, dry_run: bool, as_json: bool) -> None:
     """
     from visiontuner.workflow.promote import promote as decide
 
-    decided = decide(None if model in NOT_GIVEN else model, force=force, dry_run=dry_run)
+    decided = decide(model, force=force, dry_run=dry_run)
     if as_json:
         click.echo(json.dumps({**decided.to_dict(), "dry_run": dry_run}, indent=1))
     else:
@@ -460,14 +454,12 @@ _STATES = {"ok": "ok", "differs": "differs", "unknown": "cannot be checked"}
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("subject", metavar="[MODEL|RUN|FOLDER|endpoint:NAME]", default="auto")
+@click.argument("subject", metavar="[MODEL|RUN|FOLDER|endpoint:NAME]", required=False, type=TEXT)
 @click.option(
     "--verify", is_flag=True, help="Compute digests and answers again; exit 1 if any differs."
 )
-@click.option("--region", metavar="REGION", default="auto", help="Of an endpoint.")
-@click.option(
-    "--assume-role", metavar="ARN", default="none", help="Look at an endpoint as this role."
-)
+@click.option("--region", metavar="REGION", type=TEXT, help="Of an endpoint.")
+@click.option("--assume-role", metavar="ARN", type=TEXT, help="Look at an endpoint as this role.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: bool) -> None:
     """Say where a model comes from: trial, search, experiment, pictures, code, machine.
@@ -486,9 +478,9 @@ def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: 
     from visiontuner.workflow.lineage import trace
 
     traced = trace(
-        None if subject in NOT_GIVEN else subject,
-        region=None if region in NOT_GIVEN else region,
-        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+        subject,
+        region=region,
+        assume_role=assume_role,
     )
     checks = _verify(traced) if verify else []
     if as_json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +15,7 @@ import click
 import psutil
 
 from visiontuner import interrupts
-from visiontuner.errors import VisiontunerError
+from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.experiment.reading import read_experiment
 from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.text import printable
@@ -31,7 +31,14 @@ class OneLineErrors(click.Command):
             raise _Failure(
                 f"{empty} is empty. Name something (is a shell variable unset?) or leave it out.", 2
             )
-        return super().parse_args(ctx, args)
+        try:
+            rest = super().parse_args(ctx, args)
+        except VisiontunerError as error:
+            raise _Failure(printable(str(error)), error.exit_code) from None
+        for name, value in ctx.params.items():
+            if isinstance(value, tuple):  # of a repeatable option or argument
+                ctx.params[name] = tuple(one for one in value if one is not None)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         debug = bool(ctx.find_root().params.get("debug"))
@@ -109,11 +116,71 @@ def _leave() -> None:
     os._exit(130)
 
 
-# What several commands are told: which experiment, and the words for "not given".
+# What several commands are told: values that may be left out, and which experiment.
 
 
-NOT_GIVEN = ("auto", "none")
+_NOT_GIVEN = ("auto", "none")
 """Words that MLproject passes for a parameter that was not given."""
+
+
+class Given(click.ParamType):  # type: ignore[type-arg]
+    """The value of an option or argument, or None where a word of MLproject's stands for none.
+
+    Args:
+        read: text -> the value.
+        rule: what the value has to be; the error says it where `read` raises ValueError.
+    """
+
+    name = "text"
+
+    def __init__(self, read: Callable[[str], Any] = str, rule: str = "") -> None:
+        self._read, self._rule = read, rule
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value in _NOT_GIVEN:
+            return None
+        try:
+            return self._read(value)
+        except ValueError:
+            named = max(param.opts, key=len) if param else "The value"
+            raise UserMistake(f"{named} takes {self._rule}, got {value!r}.") from None
+
+
+def number(low: float = 0, high: float = 1e6, *, whole: bool = False) -> Given:
+    """A number from `low` to `high`, both included; whole numbers come as int."""
+
+    def read(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high or (whole and value != int(value)):
+            raise ValueError(text)
+        return int(value) if whole else value
+
+    kind = "a whole number" if whole else "a number"
+    return Given(read, f"{kind} from {low:g}" + ("" if high >= 1e6 else f" to {high:g}"))
+
+
+def _yes_or_no(text: str) -> bool:
+    words = {"true": True, "yes": True, "on": True, "false": False, "no": False, OFF: False}
+    if text.lower() not in words:
+        raise ValueError(text)
+    return words[text.lower()]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise ValueError(text)
+    return key, value
+
+
+OFF = "off"
+"""Leaves out what a job that is resumed had."""
+TEXT = Given()
+FOLDER = Given(Path)
+SWITCH = Given(_yes_or_no, "true or off")
+PAIR = Given(_pair, "KEY=VALUE")
 
 
 def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,19 +189,20 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option(
             "--experiment",
             metavar="FILE",
-            default="auto",
+            type=TEXT,
             help="Experiment file. Default: the quickstart on built-in pictures.",
         ),
         click.option(
             "--data",
             metavar="SOURCE",
-            default="auto",
+            type=TEXT,
             help="Folder, archive (path or URL), s3:// or `digits`, instead of the experiment's.",
         ),
         click.option(
             "--set",
             "overrides",
             metavar="KEY=VALUE",
+            type=TEXT,
             multiple=True,
             help="Override any value of the experiment, for example training.epochs=5. Repeatable.",
         ),
@@ -144,19 +212,19 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def given_values(values: Sequence[str]) -> list[str]:
-    """Without those that stand for "not given"."""
-    return [value for value in values if value not in NOT_GIVEN]
+def as_overrides(flags: Mapping[str, object]) -> list[str]:
+    """Flags that stand for a key of the experiment, as `--set` would have them."""
+    return [f"{key}={value}" for key, value in flags.items() if value is not None]
 
 
-def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
+def read_raw(experiment: str | None, data: str | None) -> tuple[dict[str, Any], str]:
     """An experiment's keys and values, not yet checked, and where they are from.
 
     The file, or without one the quickstart; own pictures alone get the general defaults.
     """
 
-    own_data = data not in NOT_GIVEN
-    if experiment not in NOT_GIVEN:
+    own_data = data is not None
+    if experiment is not None:
         raw, where = read_experiment(Path(experiment)), experiment
     else:
         raw, where = ({} if own_data else dict(QUICKSTART)), "the command line"
@@ -165,8 +233,9 @@ def read_raw(experiment: str, data: str) -> tuple[dict[str, Any], str]:
     return raw, where
 
 
-def load_experiment(experiment: str, data: str, overrides: Sequence[str]) -> Experiment:
+def load_experiment(
+    experiment: str | None, data: str | None, overrides: Sequence[str]
+) -> Experiment:
     """What `experiment_options` say, checked."""
-
     raw, where = read_raw(experiment, data)
     return Experiment.parse(raw, overrides, where=where)

@@ -23,11 +23,14 @@ from visiontuner.cli.console import (
     print_result,
 )
 from visiontuner.cli.options import (
-    NOT_GIVEN,
+    FOLDER,
+    TEXT,
+    Given,
     OneLineErrors,
+    as_overrides,
     experiment_options,
-    given_values,
     load_experiment,
+    number,
     read_raw,
 )
 from visiontuner.errors import UserMistake
@@ -39,7 +42,7 @@ from visiontuner.workflow.doctor import run_checks
 from visiontuner.workflow.lr_find import find_learning_rate
 from visiontuner.workflow.prepare import prepare as look
 from visiontuner.workflow.sync import sync_search
-from visiontuner.workflow.train import find_origin, one_training
+from visiontuner.workflow.train import find_origin, one_training, resume_training
 from visiontuner.workflow.train import train as run
 from visiontuner.workflow.tune import resume_search, run_search
 
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 
 
 def choose_training(
-    experiment: str, data: str, overrides: Sequence[str], origin: str
+    experiment: str | None, data: str | None, overrides: Sequence[str], origin: str | None
 ) -> tuple[Experiment, Origin | None]:
     """What `experiment_options` and `--from` say together, checked.
 
@@ -63,15 +66,15 @@ def choose_training(
     """
 
     raw, where = read_raw(experiment, data)
-    own, other_pictures = experiment not in NOT_GIVEN, data not in NOT_GIVEN
+    own, other_pictures = experiment is not None, data is not None
     found = None
-    if origin not in NOT_GIVEN:
+    if origin is not None:
         named = own or other_pictures
         found = find_origin(origin, name=Experiment.parse(raw, where=where).name if named else None)
         if not own:
             pictures = {"data": raw["data"], "name": None} if other_pictures else {}
             raw, where = {**found.experiment, **pictures}, origin
-    return one_training(raw, given_values(overrides), found, where=where), found
+    return one_training(raw, overrides, found, where=where), found
 
 
 # Commands around a search: prepare, sync, backbones, doctor.
@@ -82,14 +85,18 @@ def choose_training(
 @click.option(
     "--upload",
     metavar="s3://BUCKET/FOLDER",
-    default="none",
+    type=TEXT,
     help="Bring the pictures there, as far as they are not there yet.",
 )
 @click.option(
     "--all", "list_all", is_flag=True, help="List every file with a fault, not the first ten."
 )
 def prepare(
-    experiment: str, data: str, overrides: tuple[str, ...], upload: str, list_all: bool
+    experiment: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    upload: str | None,
+    list_all: bool,
 ) -> None:
     """Look at the pictures: how many of which class, and what is wrong with them.
 
@@ -100,11 +107,11 @@ def prepare(
       visiontuner prepare --experiment experiments/flowers.yaml
       visiontuner prepare --data photos/ --upload s3://my-bucket/photos
     """
-    chosen = load_experiment(experiment, data, list(given_values(overrides)))
+    chosen = load_experiment(experiment, data, overrides)
 
     console = SearchConsole()
     try:
-        prepared = look(chosen, upload=None if upload in NOT_GIVEN else upload, observer=console)
+        prepared = look(chosen, upload=upload, observer=console)
     finally:
         console.close()
     print_dataset(make_console(), prepared.summary, prepared.findings, list_all=list_all)
@@ -193,19 +200,19 @@ def doctor() -> None:
 
 @click.command(cls=JobCommand)
 @experiment_options
-@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
-@click.option("--trials", metavar="N", default="auto", help="How many configurations to try.")
-@click.option("--algorithm", metavar="random|optuna|grid", default="auto", help="How to choose.")
+@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option("--trials", metavar="N", type=TEXT, help="How many configurations to try.")
+@click.option("--algorithm", metavar="random|optuna|grid", type=TEXT, help="How to choose.")
 @click.option(
     "--output",
     metavar="FOLDER",
-    default="auto",
+    type=FOLDER,
     help="The search folder. Default: searches/NAME-TIME.",
 )
 @click.option(
     "--resume",
     metavar="FOLDER|JOB",
-    default="none",
+    type=TEXT,
     help="Go on with the search in a folder, perhaps with --set search.time_budget=…; with --on "
     "sagemaker with that of a training job, by its name. The new job has that one's options: name "
     "those that change; `off` leaves one out.",
@@ -219,14 +226,14 @@ def doctor() -> None:
 )
 @job_flags
 def tune(
-    experiment: str,
-    data: str,
+    experiment: str | None,
+    data: str | None,
     overrides: tuple[str, ...],
-    backbone: str,
-    trials: str,
-    algorithm: str,
-    output: str,
-    resume: str,
+    backbone: str | None,
+    trials: str | None,
+    algorithm: str | None,
+    output: Path | None,
+    resume: str | None,
     on: str,
     **job: Any,
 ) -> None:
@@ -248,37 +255,34 @@ def tune(
         "search.trials": trials,
         "search.algorithm": algorithm,
     }
-    given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
-    if resume not in NOT_GIVEN:
+    given = as_overrides(flags)
+    if resume is not None:
         # A job's search may come home to another folder than the one of the job before.
-        fixed = [data, *overrides] if on == "sagemaker" else [data, output]
-        changed = [*given, *given_values(fixed)]
-        if changed or experiment not in NOT_GIVEN:
+        fixed = overrides if on == "sagemaker" else output
+        if given or experiment or data or fixed:
             _refuse_changes_on_resume()
         chosen = None
     else:
-        chosen = load_experiment(experiment, data, [*given, *given_values(overrides)])
-
-    folder = None if output in NOT_GIVEN else Path(output)
+        chosen = load_experiment(experiment, data, [*given, *overrides])
     if on == "sagemaker":
-        run_on_sagemaker(chosen, job, resume=None if chosen else resume, output=folder)
+        run_on_sagemaker(chosen, job, resume=resume, output=output)
     else:
-        _run_here(chosen, on=on, resume=resume, output=folder, overrides=given_values(overrides))
+        _run_here(chosen, on=on, resume=resume, output=output, overrides=overrides)
 
 
 def _run_here(
     experiment: Experiment | None,
     *,
     on: str,
-    resume: str,
+    resume: str | None,
     output: Path | None,
-    overrides: list[str],
+    overrides: Sequence[str],
 ) -> None:
     console = SearchConsole()
     try:
         if experiment is None:
             result = resume_search(
-                Path(resume),
+                Path(str(resume)),
                 overrides=overrides,
                 on=on,  # type: ignore[arg-type]
                 observer=console,
@@ -300,15 +304,26 @@ def _refuse_changes_on_resume() -> None:
 # The command `train`: one training with given or with the best found hyperparameters.
 
 
+def _steps(text: str) -> tuple[int, int]:
+    """`3-5` -> (3, 5); one step may stand alone."""
+    first, _, last = text.partition("-")
+    if not (first.isascii() and first.isdigit() and (last or first).isdigit()):
+        raise UserMistake(f"--trace {text!r}: write the steps as 3-5, the first step is 1.")
+    steps = int(first), int(last or first)
+    if not 1 <= steps[0] <= steps[1]:
+        raise UserMistake(f"--trace {text!r}: the first step is 1, and none comes before it.")
+    return steps
+
+
 @click.command(cls=OneLineErrors)
 @experiment_options
-@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
-@click.option("--epochs", metavar="N", default="auto", help="The same as --set training.epochs=N.")
+@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option("--epochs", metavar="N", type=TEXT, help="The same as --set training.epochs=N.")
 @click.option(
     "--from",
     "origin",
     metavar="SEARCH|RUN|MODEL",
-    default="none",
+    type=TEXT,
     help="Take the hyperparameters of a search's best trial, of a run, of `champion` or a model.",
 )
 @click.option(
@@ -322,7 +337,7 @@ def _refuse_changes_on_resume() -> None:
 @click.option(
     "--output",
     metavar="FOLDER",
-    default="auto",
+    type=FOLDER,
     help="The training's folder. Default: searches/NAME-train-TIME.",
 )
 @click.option(
@@ -330,11 +345,11 @@ def _refuse_changes_on_resume() -> None:
     metavar="FIRST-LAST",
     is_flag=False,
     flag_value="3-5",
-    default="none",
+    type=Given(_steps),
     help="Write a profiler's trace of these steps, for Perfetto. Without a value: 3-5.",
 )
-@click.option("--resume", metavar="FOLDER", default="none", help="Go on with an earlier training.")
-def train(resume: str, output: str, **asked: Any) -> None:
+@click.option("--resume", metavar="FOLDER", type=FOLDER, help="Go on with an earlier training.")
+def train(resume: Path | None, output: Path | None, **asked: Any) -> None:
     """Train once, without a search; the model registers like any other.
 
     The folder is a search folder with one trial: evaluate, diagnose, promote and deploy take it.
@@ -349,16 +364,13 @@ def train(resume: str, output: str, **asked: Any) -> None:
       visiontuner train --data photos/ --set model.train=all --trace 100-104
       visiontuner train --resume searches/photos-train-20261122-161500
     """
-    if resume not in NOT_GIVEN:
+    if resume is not None:
         _refuse_changes(output=output, **{k: v for k, v in asked.items() if k != "overrides"})
 
     console = TrainingConsole()
     try:
-        if resume not in NOT_GIVEN:
-            from visiontuner.workflow.train import resume_training
-
-            changed = given_values(asked["overrides"])
-            result = resume_training(Path(resume), overrides=changed, observer=console)
+        if resume is not None:
+            result = resume_training(resume, overrides=asked["overrides"], observer=console)
         else:
             result = _begin(console, output, **asked)
     finally:
@@ -368,45 +380,33 @@ def train(resume: str, output: str, **asked: Any) -> None:
 
 def _begin(
     console: TrainingConsole,
-    output: str,
+    output: Path | None,
     *,
-    experiment: str,
-    data: str,
+    experiment: str | None,
+    data: str | None,
     overrides: tuple[str, ...],
-    backbone: str,
-    epochs: str,
-    origin: str,
+    backbone: str | None,
+    epochs: str | None,
+    origin: str | None,
     trained_on: str,
-    trace: str,
+    trace: tuple[int, int] | None,
 ) -> SearchResult:
-    traced = None if trace in NOT_GIVEN else _steps(trace)
     flags = {"model.backbone": backbone, "training.epochs": epochs}
-    given = [f"{key}={value}" for key, value in flags.items() if value not in NOT_GIVEN]
+    given = as_overrides(flags)
     chosen, found = choose_training(experiment, data, [*given, *overrides], origin)
 
     return run(
         chosen,
         origin=found,
         trained_on=trained_on,  # type: ignore[arg-type]  # click checked it
-        output=None if output in NOT_GIVEN else Path(output),
-        trace_steps=traced,
+        output=output,
+        trace_steps=trace,
         observer=console,
     )
 
 
-def _steps(text: str) -> tuple[int, int]:
-    """`3-5` -> (3, 5); one step may stand alone."""
-    first, _, last = text.partition("-")
-    if not (first.isascii() and first.isdigit() and (last or first).isdigit()):
-        raise UserMistake(f"--trace {text!r}: write the steps as 3-5, the first step is 1.")
-    steps = int(first), int(last or first)
-    if not 1 <= steps[0] <= steps[1]:
-        raise UserMistake(f"--trace {text!r}: the first step is 1, and none comes before it.")
-    return steps
-
-
-def _refuse_changes(*, trained_on: str, **texts: str) -> None:
-    if given_values(list(texts.values())) or trained_on != "train":
+def _refuse_changes(*, trained_on: str, **given: object) -> None:
+    if any(value is not None for value in given.values()) or trained_on != "train":
         raise UserMistake(
             "--resume goes on with the training as it was; leave the other flags out, or start a "
             "new one with them."
@@ -441,33 +441,35 @@ _WIDTH = 60
 
 @click.command("lr-find", cls=OneLineErrors)
 @experiment_options
-@click.option("--backbone", metavar="NAME", default="auto", help="See `visiontuner backbones`.")
+@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
 @click.option(
     "--from",
     "origin",
     metavar="SEARCH|RUN|MODEL",
-    default="none",
+    type=TEXT,
     help="For what `train --from` would train, a network from the trained head where there is one.",
 )
-@click.option("--low", metavar="RATE", default="auto", help="Learning rate to begin with: 1e-6.")
-@click.option("--high", metavar="RATE", default="auto", help="Learning rate to end with: 10.")
-@click.option("--steps", metavar="N", default="auto", help="Default: 200, on pictures 100.")
+@click.option("--low", metavar="RATE", type=number(), help="Learning rate to begin with: 1e-6.")
+@click.option("--high", metavar="RATE", type=number(), help="Learning rate to end with: 10.")
+@click.option(
+    "--steps", metavar="N", type=number(whole=True), help="Default: 200, on pictures 100."
+)
 @click.option(
     "--output",
     metavar="FOLDER",
-    default="auto",
+    type=FOLDER,
     help="Where the curve goes. Default: lr-find/NAME-TIME.",
 )
 def lr_find(
-    experiment: str,
-    data: str,
+    experiment: str | None,
+    data: str | None,
     overrides: tuple[str, ...],
-    backbone: str,
-    origin: str,
-    low: str,
-    high: str,
-    steps: str,
-    output: str,
+    backbone: str | None,
+    origin: str | None,
+    low: float | None,
+    high: float | None,
+    steps: int | None,
+    output: Path | None,
 ) -> None:
     """Train once with a growing learning rate, and suggest a range to search.
 
@@ -480,26 +482,23 @@ def lr_find(
       visiontuner lr-find --data photos/ --set model.train=last_stage --set training.batch_size=64
       visiontuner lr-find --from searches/photos-20261122-154100 --set model.train=last_stage
     """
-    given = [] if backbone in NOT_GIVEN else [f"model.backbone={backbone}"]
-    given += given_values(overrides)
+    given = [*as_overrides({"model.backbone": backbone}), *overrides]
     found_origin = None
-    if origin in NOT_GIVEN:
+    if origin is None:
         chosen = load_experiment(experiment, data, given)
     else:
         chosen, found_origin = choose_training(experiment, data, given, origin)
-    rates = {name: _number(f"--{name}", value) for name, value in (("low", low), ("high", high))}
-    count = _number("--steps", steps)
-
     console = SearchConsole()
     try:
         found = find_learning_rate(
             chosen,
             origin=found_origin,
-            output=None if output in NOT_GIVEN else Path(output),
-            steps=None if count is None else int(count),
+            output=output,
+            steps=steps,
+            low=low,
+            high=high,
             observer=console,
             on_step=lambda step, steps, *_: console.progress("Steps", step, steps, "steps"),
-            **rates,
         )
     finally:
         console.close()
@@ -566,20 +565,6 @@ def axis(low: float, high: float, width: int = _WIDTH) -> str:
     """The learning rates at both ends, under a sparkline."""
     left, right = f"{low:.0e}", f"{high:.0e}"
     return left + " " * max(1, width - len(left) - len(right)) + right
-
-
-def _number(flag: str, text: str) -> float | None:
-    if text in NOT_GIVEN:
-        return None
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    whole = flag != "--steps" or value == int(value) if math.isfinite(value) else False
-    if not whole:
-        kind = "a whole number" if flag == "--steps" else "a number such as 1e-6"
-        raise UserMistake(f"{flag} must be {kind}, got {text!r}.")
-    return value
 
 
 def _yaml(value: float) -> str:

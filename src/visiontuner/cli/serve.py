@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, make_console
-from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
+from visiontuner.cli.options import PAIR, TEXT, OneLineErrors, number
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
 from visiontuner.text import csv_row, next_command, printable
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("model", default="auto")
+@click.argument("model", required=False, type=TEXT)
 @click.option(
     "--env-manager",
     type=click.Choice(["uv", "local"]),
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 @click.option(
     "--image",
     metavar="NAME",
-    default="auto",
+    type=TEXT,
     help="Of the container; by default MLflow builds one for the model's requirements.",
 )
 @click.option(
@@ -54,7 +54,12 @@ if TYPE_CHECKING:
 )
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
 def preflight(
-    model: str, env_manager: str, container: bool, image: str, ready_seconds: float, form: str
+    model: str | None,
+    env_manager: str,
+    container: bool,
+    image: str | None,
+    ready_seconds: float,
+    form: str,
 ) -> None:
     """Serve a model here as its endpoint will, and check what it answers over HTTP.
 
@@ -72,10 +77,10 @@ def preflight(
     from visiontuner.workflow.preflight import preflight as check
 
     report = check(
-        None if model in NOT_GIVEN else model,
+        model,
         env_manager=env_manager,  # type: ignore[arg-type]  # one of click's choices
-        container=container or image not in NOT_GIVEN,
-        image=None if image in NOT_GIVEN else image,
+        container=container or image is not None,
+        image=image,
         ready_seconds=ready_seconds,
         note=lambda text: click.echo(text, err=True),
     )
@@ -116,21 +121,24 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _WHERE = (
     click.option(
-        "--region", metavar="REGION", default="auto", help="By default that of AWS's settings."
+        "--region", metavar="REGION", type=TEXT, help="By default that of AWS's settings."
     ),
-    click.option("--assume-role", metavar="ARN", default="none", help="Act as this role."),
+    click.option("--assume-role", metavar="ARN", type=TEXT, help="Act as this role."),
 )
 _HOW = (
     *_WHERE,
-    click.option("--role", metavar="NAME|ARN", default="auto", help="What the endpoint runs as."),
-    click.option("--image", metavar="URL", default="auto", help="Serving image in ECR."),
+    click.option("--role", metavar="NAME|ARN", type=TEXT, help="What the endpoint runs as."),
+    click.option("--image", metavar="URL", type=TEXT, help="Serving image in ECR."),
+    click.option("--bucket", metavar="NAME", type=TEXT, help="For the model; by default MLflow's."),
+    click.option("--ttl", metavar="TIME", type=TEXT, help="How long it is needed, as 8h."),
+    click.option("--price", metavar="USD", type=number(), help="Of one instance for an hour."),
     click.option(
-        "--bucket", metavar="NAME", default="auto", help="For the model; by default MLflow's."
-    ),
-    click.option("--ttl", metavar="TIME", default="none", help="How long it is needed, as 8h."),
-    click.option("--price", metavar="USD", default="auto", help="Of one instance for an hour."),
-    click.option(
-        "--env", "environment", metavar="KEY=VALUE", multiple=True, help="For the container."
+        "--env",
+        "environment",
+        metavar="KEY=VALUE",
+        type=PAIR,
+        multiple=True,
+        help="For the container.",
     ),
     click.option(
         "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
@@ -158,20 +166,20 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("model", default="auto")
-@click.option(
-    "--name", metavar="NAME", default="auto", help="Of the endpoint; by default the model's."
-)
-@click.option("--instance-type", default="auto", help="Default: ml.m5.large.")
+@click.argument("model", required=False, type=TEXT)
+@click.option("--name", metavar="NAME", type=TEXT, help="Of the endpoint; by default the model's.")
+@click.option("--instance-type", type=TEXT, help="Default: ml.m5.large.")
 @click.option("--instances", type=click.IntRange(1, 100), help="How many. Default: 1.")
 @click.option(
-    "--serverless", metavar="MB", default="none", help="Instead of instances: 1024 to 6144."
+    "--serverless",
+    "serverless_mb",
+    metavar="MB",
+    type=number(whole=True),
+    help="Instead of instances: 1024 to 6144.",
 )
-@click.option(
-    "--data-capture", metavar="S3", default="none", help="Keep requests and answers there."
-)
+@click.option("--data-capture", metavar="S3", type=TEXT, help="Keep requests and answers there.")
 @_options(_HOW)
-def deploy(model: str, **given: Any) -> None:
+def deploy(model: str | None, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
 
     MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION or NAME@ALIAS;
@@ -188,9 +196,9 @@ def deploy(model: str, **given: Any) -> None:
 
 @click.command(cls=OneLineErrors)
 @click.argument("name")
-@click.argument("model", default="auto")
+@click.argument("model", required=False, type=TEXT)
 @_options(_HOW)
-def update(name: str, model: str, **given: Any) -> None:
+def update(name: str, model: str | None, **given: Any) -> None:
     """Put another model behind an endpoint, without a pause.
 
     MODEL as in `deploy`; without one the NAME of the model that the endpoint serves. The old
@@ -209,7 +217,7 @@ def update(name: str, model: str, **given: Any) -> None:
 @click.argument("name")
 @_options(_WHERE)
 @click.option("--artifacts", is_flag=True, help="Delete the uploaded model archive too.")
-def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
+def undeploy(name: str, region: str | None, assume_role: str | None, artifacts: bool) -> None:
     """Delete an endpoint, its configuration and its model.
 
     Where the endpoint is gone already, what is left of it is deleted.
@@ -222,8 +230,8 @@ def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
 
     kept = remove(
         name,
-        region=_given(region),
-        assume_role=_given(assume_role),
+        region=region,
+        assume_role=assume_role,
         artifacts=artifacts,
         note=_note,
     )
@@ -235,7 +243,7 @@ def undeploy(name: str, region: str, assume_role: str, artifacts: bool) -> None:
 @click.command(cls=OneLineErrors)
 @_options(_WHERE)
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
-def endpoints(region: str, assume_role: str, form: str) -> None:
+def endpoints(region: str | None, assume_role: str | None, form: str) -> None:
     """List visiontuner's endpoints in a region: age, cost, model, time left.
 
     \b
@@ -244,24 +252,23 @@ def endpoints(region: str, assume_role: str, form: str) -> None:
     """
     from visiontuner.workflow.deploy import endpoints as find
 
-    where = _given(region), _given(assume_role)
-    found = find(*where)
+    found = find(region, assume_role)
     if form == "json":
         click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
     elif found:
-        _print_endpoints(found, account_flags(*where))
+        _print_endpoints(found, account_flags(region, assume_role))
     else:
-        command = next_command("deploy", "MODEL", flags=account_flags(*where))
+        command = next_command("deploy", "MODEL", flags=account_flags(region, assume_role))
         click.echo(f"None. `{command}` makes one.")
 
 
-def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
+def _run(model: str | None, given: dict[str, Any], *, update: bool) -> None:
     from visiontuner.workflow.deploy import DeployOptions, plan_deployment
     from visiontuner.workflow.deploy import deploy as act
 
     dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
-    options = DeployOptions(**_read(given))
-    aws, plan = plan_deployment(_given(model), options, updated=update)
+    options = DeployOptions(**given | {"environment": dict(given["environment"])})
+    aws, plan = plan_deployment(model, options, updated=update)
     for line in plan.lines():
         click.echo(line, err=True)
     if dry_run:
@@ -272,36 +279,6 @@ def _run(model: str, given: dict[str, Any], *, update: bool) -> None:
     click.echo(f"{plan.name} serves {plan.model_uri}.")
     click.echo(f"Ask it:    {next_command('query', plan.name, 'PICTURE', flags=aws.flags)}")
     click.echo(f"Remove it: {next_command('undeploy', plan.name, flags=aws.flags)}")
-
-
-def _read(given: dict[str, Any]) -> dict[str, Any]:
-    """Options as `DeployOptions` takes them."""
-    read: dict[str, Any] = {key: _given(v) if isinstance(v, str) else v for key, v in given.items()}
-    read["environment"] = dict(_pair(text) for text in given["environment"])
-    read["price"] = _number("--price", read["price"])
-    serverless = _number("--serverless", read.pop("serverless", None))
-    return read | {"serverless_mb": None if serverless is None else int(serverless)}
-
-
-def _given(text: str) -> str | None:
-    return None if text in NOT_GIVEN else text
-
-
-def _pair(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise UserMistake(f"--env takes KEY=VALUE, got {text!r}.")
-    return key, value
-
-
-def _number(flag: str, text: str | None) -> float | None:
-    try:
-        number = None if text is None else float(text)
-    except ValueError:
-        number = -1.0
-    if number is not None and not 0 <= number < 1e6:
-        raise UserMistake(f"{flag} takes a number from 0, got {text!r}.")
-    return number
 
 
 def _note(text: str) -> None:
@@ -359,17 +336,17 @@ _FEW = 32  # pictures that are answered before anyone wants to see progress
 @click.command(cls=OneLineErrors)
 @click.argument("names", metavar="[NAME|URL] PICTURE…", nargs=-1, required=True)
 @click.option("--local", is_flag=True, help="Ask a server or a model on this machine.")
-@click.option("--url", metavar="URL", default="auto", help="With --local. Default: port 5000 here.")
+@click.option("--url", metavar="URL", type=TEXT, help="With --local. Default: port 5000 here.")
 @click.option(
     "--model",
     metavar="MODEL",
-    default="none",
+    type=TEXT,
     help="Ask a folder or registered model itself, without a server; runs no code in it.",
 )
-@click.option("--region", metavar="REGION", default="auto", help="Of the SageMaker endpoint.")
-@click.option("--assume-role", metavar="ARN", default="none", help="Ask the endpoint as this role.")
+@click.option("--region", metavar="REGION", type=TEXT, help="Of the SageMaker endpoint.")
+@click.option("--assume-role", metavar="ARN", type=TEXT, help="Ask the endpoint as this role.")
 @click.option("--top-k", type=int, default=5, show_default=True, help="How many classes to list.")
-@click.option("--threshold", metavar="P", default="auto", help="Abstain below this probability.")
+@click.option("--threshold", metavar="P", type=number(0, 1), help="Abstain below this probability.")
 @click.option(
     "--format",
     "form",
@@ -389,12 +366,12 @@ _FEW = 32  # pictures that are answered before anyone wants to see progress
 def query(
     names: tuple[str, ...],
     local: bool,
-    url: str,
-    model: str,
-    region: str,
-    assume_role: str,
+    url: str | None,
+    model: str | None,
+    region: str | None,
+    assume_role: str | None,
     top_k: int,
-    threshold: str,
+    threshold: float | None,
     form: str,
     workers: int,
     request_mb: float,
@@ -423,10 +400,10 @@ def query(
     answers = ask(
         sources,
         **where,
-        region=None if region in NOT_GIVEN else region,
-        assume_role=None if assume_role in NOT_GIVEN else assume_role,
+        region=region,
+        assume_role=assume_role,
         top_k=top_k,
-        threshold=_probability(threshold),
+        threshold=threshold,
         workers=workers,
         request_bytes=round(request_mb * 1e6),
         progress=progress,
@@ -441,12 +418,12 @@ def query(
 
 
 def _where(
-    names: Sequence[str], local: bool, url: str, model: str
+    names: Sequence[str], local: bool, url: str | None, model: str | None
 ) -> tuple[dict[str, str], Sequence[str]]:
     """Whom to ask, as an argument of `workflow.query`, and the pictures."""
-    if model not in NOT_GIVEN:
+    if model is not None:
         return {"model": model}, names
-    if url not in NOT_GIVEN:
+    if url is not None:
         return {"url": url}, names
     if local:
         from visiontuner.workflow.query import LOCAL_SERVER
@@ -462,13 +439,6 @@ def _where(
             "`visiontuner query --help` has examples."
         )
     return {"endpoint": first}, pictures
-
-
-def _probability(text: str) -> float | None:
-    try:
-        return None if text in NOT_GIVEN else float(text)
-    except ValueError:
-        raise UserMistake(f"--threshold must be a number in [0, 1], got {text!r}.") from None
 
 
 def _stderr_console() -> Any:
