@@ -22,7 +22,7 @@ import psutil
 from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.text import NO_TRACKING
 from visiontuner.workflow import tune
-from visiontuner.workflow.sync import BackgroundTracking
+from visiontuner.workflow.tracking_process import BackgroundTracking
 from visiontuner.workflow.tune import run_search
 
 

@@ -12,19 +12,28 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
+
 from visiontuner.cli.console import SearchConsole, TrainingConsole
 from visiontuner.errors import ClassifierError, UserMistake
 from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
+from visiontuner.model.classifier import Classifier
 from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.workflow import train as training_verbs
 from visiontuner.workflow import tune as search_verbs
+from visiontuner.workflow.compare import compare as compare_runs
+from visiontuner.workflow.deploy import DeployOptions, plan_deployment
+from visiontuner.workflow.deploy import deploy as deploy_plan
+from visiontuner.workflow.diagnose import diagnose as diagnose_trials
+from visiontuner.workflow.evaluate import evaluate_search
+from visiontuner.workflow.inputs import Silent
+from visiontuner.workflow.lineage import trace
+from visiontuner.workflow.promote import promote as promote_model
+from visiontuner.workflow.query import query as query_images
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from visiontuner.aws.endpoint import DeploymentPlan
-    from visiontuner.model.classifier import Classifier
     from visiontuner.serving.client import PictureAnswer
     from visiontuner.serving.lineage import Lineage
     from visiontuner.serving.promotion import Promotion
@@ -85,7 +94,6 @@ class Search:
         Raises:
             ClassifierError: no trial could be packaged.
         """
-        from visiontuner.model.classifier import Classifier
 
         folder = self.folder / CLASSIFIER_FOLDER
         if not folder.is_dir():
@@ -108,7 +116,6 @@ class Search:
         Raises:
             UserMistake: the search still runs, or its images have changed.
         """
-        from visiontuner.workflow.evaluate import evaluate_search
 
         with _console(progress) as console:
             result = evaluate_search(
@@ -299,10 +306,9 @@ def compare(
     Raises:
         UserMistake: a target, column or condition that does not exist.
     """
-    from visiontuner.workflow import compare as verb
 
     subjects = [_subject(target) for target in targets]
-    return verb.compare(subjects, where=where, sort=sort, reverse=reverse)
+    return compare_runs(subjects, where=where, sort=sort, reverse=reverse)
 
 
 def diagnose(target: str | Path | Search | None = None) -> pd.DataFrame:
@@ -314,11 +320,8 @@ def diagnose(target: str | Path | Search | None = None) -> pd.DataFrame:
     Returns:
         Columns run, severity, rule, step, evidence, advice; rows on the images have the run "".
     """
-    import pandas as pd
 
-    from visiontuner.workflow import diagnose as verb
-
-    diagnosis = verb.diagnose(None if target is None else _subject(target))
+    diagnosis = diagnose_trials(None if target is None else _subject(target))
     found = [("", finding) for finding in diagnosis.data]
     found += [(run.name, finding) for run in diagnosis.runs for finding in run.findings]
     columns = ["run", "severity", "rule", "step", "evidence", "advice"]
@@ -337,10 +340,8 @@ def promote(
     Raises:
         UserMistake: there is nothing to compare; `force` is the way out.
     """
-    from visiontuner.workflow import promote as verb
-
     name = model.model or model.experiment.name if isinstance(model, Search) else model
-    return verb.promote(name, force=force, dry_run=dry_run)
+    return promote_model(name, force=force, dry_run=dry_run)
 
 
 def lineage(subject: str | Path | Search | None = None) -> Lineage:
@@ -349,9 +350,7 @@ def lineage(subject: str | Path | Search | None = None) -> Lineage:
     Args:
         subject: a search, its folder, an MLflow run, a model, or endpoint:NAME.
     """
-    from visiontuner.workflow import lineage as verb
-
-    return verb.trace(None if subject is None else _subject(subject))
+    return trace(None if subject is None else _subject(subject))
 
 
 def deploy(
@@ -376,13 +375,11 @@ def deploy(
     Raises:
         ServingError: the preflight fails, or AWS refuses; nothing that costs money is left.
     """
-    from visiontuner.workflow import deploy as verb
-
     name = model.model or model.experiment.name if isinstance(model, Search) else model
-    aws, plan = verb.plan_deployment(name, verb.DeployOptions(**options))
+    aws, plan = plan_deployment(name, DeployOptions(**options))
     if not dry_run:
         with _console(progress) as console:
-            verb.deploy(aws, plan, preflight="uv" if preflight else None, note=console.note)
+            deploy_plan(aws, plan, preflight="uv" if preflight else None, note=console.note)
     return plan
 
 
@@ -408,11 +405,9 @@ def query(
         UserMistake: not exactly one way is named, or an option breaks a rule.
         ServingError: nothing answers.
     """
-    from visiontuner.workflow import query as verb
-
     sources = [images] if isinstance(images, str | Path) else images
     asked = None if model is None else _subject(model)
-    answers = verb.query(
+    answers = query_images(
         [str(source) for source in sources], endpoint=endpoint, url=url, model=asked, **options
     )
     return list(answers)
@@ -450,7 +445,6 @@ def _subject(target: str | Path | Search) -> str:
 @contextmanager
 def _console(progress: bool) -> Iterator[Any]:
     """The live view of the command line, or one that shows nothing."""
-    from visiontuner.workflow.inputs import Silent
 
     console = SearchConsole() if progress else None
     try:

@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple
 
 from visiontuner.errors import JournalError, SearchFailed
 from visiontuner.io.files import encode_json
-from visiontuner.paths import JOURNAL_FILE, SEARCHES
+from visiontuner.paths import CLASSIFIER_FOLDER, JOURNAL_FILE, SEARCHES
 from visiontuner.text import hide_secrets
 
 
@@ -364,6 +364,16 @@ class SearchRecord:
             starts_from=event.get("starts_from"),
             earlier_epochs=[*previous.earlier_epochs, *previous.epochs] if previous else [],
         )
+
+
+def packaged_trial(folder: Path) -> str | None:
+    """The id of the trial that `classifier/` was made from; None without a readable one."""
+    try:
+        text = (folder / CLASSIFIER_FOLDER / "classifier.json").read_text(encoding="utf-8")
+        metadata: dict[str, Any] = json.loads(text)["metadata"]
+        return str(metadata["trial_id"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def best_epoch(epochs: Iterable[EpochRecord], objective: str, mode: str) -> EpochRecord | None:

@@ -18,7 +18,8 @@ from visiontuner.errors import ClassifierError
 from visiontuner.text import NO_TRACKING
 from visiontuner.tracking.writer import LOCK_FILE
 from visiontuner.workflow.inputs import Silent
-from visiontuner.workflow.sync import BackgroundTracking, sync_search
+from visiontuner.workflow.sync import sync_search
+from visiontuner.workflow.tracking_process import BackgroundTracking
 
 
 class Notes(Silent):
@@ -156,7 +157,7 @@ def test_the_writer_ends_with_its_search(finished: Any, uri: str) -> None:
         import os, sys, time
         from pathlib import Path
         from visiontuner.workflow.inputs import Silent
-        from visiontuner.workflow.sync import BackgroundTracking
+        from visiontuner.workflow.tracking_process import BackgroundTracking
 
         tracking = BackgroundTracking({uri!r}, None, Silent())
         tracking.begin(Path({str(finished.folder)!r}))

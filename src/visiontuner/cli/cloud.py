@@ -26,10 +26,6 @@ from visiontuner.cli.options import (
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
 from visiontuner.text import next_command
-from visiontuner.workflow.jobs import LeftRunning
-from visiontuner.workflow.jobs import attach as follow
-from visiontuner.workflow.jobs import jobs as find
-from visiontuner.workflow.jobs import stop as end
 from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
 
 if TYPE_CHECKING:
@@ -300,10 +296,11 @@ def follow_and_print(
     logs: str = "start",
 ) -> None:
     """Follow, bring home, print; Ctrl-C leaves the job running and says so."""
+    from visiontuner.workflow import jobs as verbs
 
     console, flags = SearchConsole(), account_flags(region, assume_role)
     try:
-        came = follow(
+        came = verbs.attach(
             name,
             region=region,
             assume_role=assume_role,
@@ -314,7 +311,7 @@ def follow_and_print(
     except KeyboardInterrupt as left:
         console.close()
         again = next_command("attach", name, flags=flags)
-        if isinstance(left, LeftRunning):
+        if isinstance(left, verbs.LeftRunning):
             click.echo(f"\n{name} runs on. Follow it again: {again}", err=True)
             click.echo(f"End it: {next_command('stop', name, flags=flags)}", err=True)
         else:
@@ -350,6 +347,7 @@ def jobs(region: str | None, assume_role: str | None, form: str) -> None:
     Example:
       visiontuner jobs --region eu-west-1
     """
+    from visiontuner.workflow.jobs import jobs as find
 
     found = find(region, assume_role)
     if form == "json":
@@ -407,6 +405,7 @@ def stop(job: str, region: str | None, assume_role: str | None) -> None:
     Example:
       visiontuner stop visiontuner-dogs-20261122154100
     """
+    from visiontuner.workflow.jobs import stop as end
 
     flags = end(
         job,

@@ -39,9 +39,7 @@ from visiontuner.journal import newest_search
 from visiontuner.paths import cache_folder, tracking_uri
 from visiontuner.text import next_command
 from visiontuner.workflow.doctor import run_checks
-from visiontuner.workflow.lr_find import find_learning_rate
 from visiontuner.workflow.prepare import prepare as look
-from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.train import find_origin, one_training, resume_training
 from visiontuner.workflow.train import train as run
 from visiontuner.workflow.tune import resume_search, run_search
@@ -137,6 +135,7 @@ def sync(folder: Path | None) -> None:
       visiontuner sync
       MLFLOW_TRACKING_URI=https://mlflow.example.org visiontuner sync searches/digits-20261122-1541
     """
+    from visiontuner.workflow.sync import sync_search
 
     console = SearchConsole()
     try:
@@ -482,6 +481,8 @@ def lr_find(
       visiontuner lr-find --data photos/ --set model.train=last_stage --set training.batch_size=64
       visiontuner lr-find --from searches/photos-20261122-154100 --set model.train=last_stage
     """
+    from visiontuner.workflow.lr_find import find_learning_rate
+
     given = [*as_overrides({"model.backbone": backbone}), *overrides]
     found_origin = None
     if origin is None:

@@ -34,6 +34,7 @@ from mlflow.types.schema import Array, Object, Property
 import visiontuner
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake
 from visiontuner.io.files import temporary_folder
+from visiontuner.journal import SearchRecord, packaged_trial
 from visiontuner.paths import CLASSIFIER_FOLDER
 from visiontuner.text import next_command, one_line
 from visiontuner.workarounds.mlflow import requirements_taken_on_trust
@@ -188,6 +189,41 @@ class ModelVersionInfo:
     version: str
     model_id: str
     uri: str
+
+
+def register_classifier(
+    folder: Path,
+    record: SearchRecord,
+    run_ids: Mapping[str, str],
+    uri: str,
+    *,
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Log and register the classifier once, on the run of the trial that made it.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+        ClassifierError: there is no classifier of this search.
+    """
+    trial_id = packaged_trial(folder)
+    if trial_id is None or trial_id not in run_ids:
+        raise ClassifierError(
+            f"{folder / CLASSIFIER_FOLDER} is not from this search; "
+            f"`{next_command('tune', '--resume', folder)}` packages it again."
+        )
+    version = log_classifier(
+        folder / CLASSIFIER_FOLDER,
+        run_id=run_ids[trial_id],
+        tracking_uri=uri,
+        name=record.started["experiment"]["name"],
+        tags={
+            "visiontuner.search_id": record.search_id,
+            "visiontuner.trial_id": trial_id,
+            "visiontuner.data_digest": record.started["data"]["digest"],
+            **(tags or {}),
+        },
+    )
+    return f"models:/{version.name}/{version.version}"
 
 
 def log_classifier(

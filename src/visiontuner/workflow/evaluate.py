@@ -36,7 +36,7 @@ from visiontuner.evaluation.report import EvaluationReport, abstention_notes, ev
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
-from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
+from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search, packaged_trial
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.classifier_files import recalibrate, replace_folder, write_json
 from visiontuner.paths import (
@@ -54,7 +54,7 @@ from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.figures.evaluation import contact_sheet, evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
-from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial, packaged_trial
+from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial
 from visiontuner.workflow.sync import sync_search
 
 if TYPE_CHECKING:

@@ -31,13 +31,21 @@ from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.paths import SEARCHES, tracking_uri
 from visiontuner.text import next_command, without_secrets
 from visiontuner.tracking.plan import take_project_run
+from visiontuner.tracking.store import Store
+from visiontuner.tracking.writer import (
+    Costs,
+    ForeignSearch,
+    ForeignTrial,
+    log_costs,
+    valid_names,
+    write_foreign_search,
+)
 from visiontuner.workflow.inputs import Observer, Silent
 from visiontuner.workflow.run import SearchResult
 from visiontuner.workflow.sync import sync_search
 
 if TYPE_CHECKING:
     from visiontuner.aws.job import Home, Job, TunedJob, TuningJob
-    from visiontuner.tracking.writer import ForeignSearch, ForeignTrial
 
 
 # The training jobs that run our searches.
@@ -243,8 +251,6 @@ def write_tuning_job(tuning: TuningJob, *, flags: str) -> tuple[str, ...]:
     Raises:
         TrackingError: it has trained nothing yet, or MLflow is away or refuses.
     """
-    from visiontuner.tracking.store import Store
-    from visiontuner.tracking.writer import write_foreign_search
 
     uri, again = tracking_uri(), f"`{next_command('attach', tuning.name, flags=flags)}`"
     if not tuning.jobs:
@@ -271,8 +277,6 @@ class _Names:
 
     @classmethod
     def of(cls, tuning: TuningJob) -> _Names:
-        from visiontuner.tracking.writer import valid_names
-
         metrics = {name for job in tuning.jobs for name in (*job.metrics, job.objective.name)}
         parameters = {name for job in tuning.jobs for name in job.parameters}
         return cls(
@@ -293,8 +297,6 @@ class _Names:
 
 
 def _as_search(tuning: TuningJob) -> ForeignSearch:
-    from visiontuner.tracking.writer import ForeignSearch
-
     states = {"Completed": "completed", "Failed": "failed", "Stopped": "interrupted"}
     names = _Names.of(tuning)
     best = {names.metrics[aim.name]: tuning.best(aim) for aim in tuning.objectives}
@@ -319,8 +321,6 @@ def _as_search(tuning: TuningJob) -> ForeignSearch:
 
 
 def _as_trial(job: TunedJob, names: _Names) -> ForeignTrial:
-    from visiontuner.tracking.writer import ForeignTrial
-
     metrics = {names.metrics[name]: value for name, value in job.metrics.items()}
     metrics[_SECONDS] = job.seconds
     if job.value is not None:
@@ -455,9 +455,6 @@ def _summary(job: Job, jobs: list[Job], home: Home, folder: Path) -> str:
 
 
 def _log_costs(folder: Path, home: Home, jobs: list[Job]) -> None:
-    from visiontuner.tracking.store import Store
-    from visiontuner.tracking.writer import Costs, log_costs
-
     whole = _whole_cost(jobs)
     # Runs of a folder that went on apart are of other trials, whatever they are called.
     trials = () if home.kept == "apart" else home.record.trials.values()

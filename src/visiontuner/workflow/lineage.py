@@ -15,7 +15,13 @@ from visiontuner.errors import ClassifierError, TrackingError, UserMistake, Visi
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws
 from visiontuner.io.files import temporary_folder
-from visiontuner.journal import SearchRecord, TrialRecord, newest_search, read_events
+from visiontuner.journal import (
+    SearchRecord,
+    TrialRecord,
+    newest_search,
+    packaged_trial,
+    read_events,
+)
 from visiontuner.model.classifier import Classifier
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
@@ -36,7 +42,7 @@ from visiontuner.serving.registry import ModelReference, classifier_digest, find
 from visiontuner.text import next_command
 from visiontuner.workflow.inputs import Observer, Silent, load_data
 from visiontuner.workflow.promote import open_store
-from visiontuner.workflow.run import describe_code, describe_machine, packaged_trial
+from visiontuner.workflow.run import describe_code, describe_machine
 
 if TYPE_CHECKING:
     from visiontuner.serving.lineage import Facts

@@ -12,7 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
+from visiontuner.model.network import parameter_groups
 from visiontuner.paths import RANGE_TEST_FILE, RANGE_TESTS_FOLDER
+from visiontuner.search.trial import (
+    prepare_worker,
+    start_head,
+    start_network,
+    train_batches,
+    training_device,
+)
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import range_test_curve
+from visiontuner.training.lr_range import HIGHEST, LOWEST, range_test
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, training_threads
 from visiontuner.workflow.run import write_experiment
 from visiontuner.workflow.train import Origin, starting_head
@@ -77,7 +88,6 @@ def find_learning_rate(
         UserMistake: the folder is taken, or a value is wrong.
         TrialFailed: the loss is not finite at the first step.
     """
-    from visiontuner.training.lr_range import HIGHEST, LOWEST, range_test
 
     observer = observer or Silent()
     folder = output or FOLDER / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -126,7 +136,6 @@ class _Start:
 
 def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
     """As a trial begins; `stack` ends the processes that decode."""
-    from visiontuner.search.trial import prepare_worker
 
     prepare_worker(training_threads(inputs.experiment))
     if not inputs.experiment.trains_on_pictures:
@@ -136,17 +145,12 @@ def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
 
 
 def _start_on_features(inputs: Inputs) -> _Start:
-    from visiontuner.search.trial import start_head
-
     features, _ = inputs.features()
     start = start_head(features.folder, inputs.experiment.training, seed=inputs.experiment.seed)
     return _Start(network=start.head, train=start.train)
 
 
 def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _Start:
-    from visiontuner.model.network import parameter_groups
-    from visiontuner.search.trial import start_network, train_batches, training_device
-
     experiment, device = inputs.experiment, training_device()
     settings = experiment.training
     pictures, _ = inputs.pictures()
@@ -165,9 +169,6 @@ def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _
 
 
 def _write(found: FoundLearningRate, experiment: Experiment) -> None:
-    from visiontuner.tracking.figures.parts import to_png
-    from visiontuner.tracking.figures.search import range_test_curve
-
     curve, suggestion = found.curve, found.curve.suggestion
     figure = range_test_curve(
         f"Learning rate range test: {found.subject}",

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import socket
 import subprocess
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -24,9 +23,32 @@ from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.findings import find_without_decoding
 from visiontuner.diagnostics.rules import RECORDED_RULES
 from visiontuner.errors import ClassifierError, DataError, UserMistake
+from visiontuner.evaluation.calibration import (
+    ChosenThreshold,
+    calibration_notes,
+    choose_threshold,
+    fit_temperature,
+    picture_losses,
+    probabilities_of,
+)
+from visiontuner.evaluation.choice import (
+    Choice,
+    choose,
+    scores_of_answers,
+    tied_with_best,
+    training_seconds,
+)
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_whole
-from visiontuner.journal import Finding, JournalWriter, SearchRecord, TrialRecord, read_events
+from visiontuner.journal import (
+    Finding,
+    JournalWriter,
+    SearchRecord,
+    TrialRecord,
+    packaged_trial,
+    read_events,
+)
+from visiontuner.model.classifier import Classifier, read_threshold
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EXPERIMENT_FILE,
@@ -49,8 +71,7 @@ from visiontuner.workflow.inputs import Observer, describe_data, note_findings, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from visiontuner.evaluation.calibration import ChosenThreshold
-    from visiontuner.evaluation.choice import Choice, Preference
+    from visiontuner.evaluation.choice import Preference
     from visiontuner.model.backbones import Backbone
     from visiontuner.search.run import SearchState
     from visiontuner.workflow.inputs import Inputs
@@ -333,19 +354,8 @@ def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
     return {"network_weights" if weights.name == NETWORK_FILE else "head_weights": weights}
 
 
-def packaged_trial(folder: Path) -> str | None:
-    """The id of the trial that `classifier/` was made from; None without a readable one."""
-    try:
-        text = (folder / CLASSIFIER_FOLDER / "classifier.json").read_text(encoding="utf-8")
-        metadata: dict[str, Any] = json.loads(text)["metadata"]
-        return str(metadata["trial_id"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
 def is_packaged(folder: Path, record: SearchRecord) -> bool:
     """Whether a trial of this search lies in `classifier/`, whole."""
-    from visiontuner.model.classifier import Classifier
 
     if packaged_trial(folder) not in record.trials:
         return False
@@ -455,7 +465,6 @@ class ValidationAnswers:
         Raises:
             DataError: they are gone, damaged or of other pictures.
         """
-        from visiontuner.evaluation.calibration import picture_losses
 
         kept = self._read_scores(trial_id)
         if kept is None:
@@ -493,7 +502,6 @@ class ValidationAnswers:
 
         Of a training on validation too it is the only one.
         """
-        from visiontuner.evaluation.choice import Choice, choose, tied_with_best, training_seconds
 
         ids = [trial.trial_id for trial in self.record.ranking()]
         if self.record.is_unvalidated:
@@ -519,7 +527,6 @@ class ValidationAnswers:
 
     def _scores(self, trial_ids: Sequence[str]) -> dict[str, NDArray[np.float64]]:
         """Of each trial whose answers are there; the best one's, which is the first, must be."""
-        from visiontuner.evaluation.choice import scores_of_answers
 
         scores = {}
         for trial_id in trial_ids:
@@ -631,12 +638,6 @@ class ValidationAnswers:
         """
         if self.record.is_unvalidated:
             return self._calibration_taken_over()
-        from visiontuner.evaluation.calibration import (
-            calibration_notes,
-            choose_threshold,
-            fit_temperature,
-            probabilities_of,
-        )
 
         logits = self.logits(trial_id)
         temperature = fit_temperature(logits, self.labels)
@@ -645,9 +646,6 @@ class ValidationAnswers:
         return temperature, threshold, calibration_notes(logits, self.labels, temperature)
 
     def _calibration_taken_over(self) -> tuple[float, ChosenThreshold | None, list[str]]:
-        from visiontuner.evaluation.calibration import ChosenThreshold
-        from visiontuner.model.classifier import read_threshold
-
         seen = "The validation pictures were trained on, so nothing was fitted on them"
         taken = self.record.started.get("calibration")
         if taken is None:
@@ -664,43 +662,3 @@ class ValidationAnswers:
             None if value is None and not abstains else threshold,
             [f"{seen}: temperature and threshold are those of {taken['fitted_on']}."],
         )
-
-
-# A search's classifier -> a registered MLflow model.
-
-
-def register_classifier(
-    folder: Path,
-    record: SearchRecord,
-    run_ids: Mapping[str, str],
-    uri: str,
-    *,
-    tags: Mapping[str, str] | None = None,
-) -> str:
-    """Log and register the classifier once, on the run of the trial that made it.
-
-    Raises:
-        TrackingError: MLflow is away or refuses.
-        ClassifierError: there is no classifier of this search.
-    """
-    from visiontuner.serving.registry import log_classifier
-
-    trial_id = packaged_trial(folder)
-    if trial_id is None or trial_id not in run_ids:
-        raise ClassifierError(
-            f"{folder / CLASSIFIER_FOLDER} is not from this search; "
-            f"`{next_command('tune', '--resume', folder)}` packages it again."
-        )
-    version = log_classifier(
-        folder / CLASSIFIER_FOLDER,
-        run_id=run_ids[trial_id],
-        tracking_uri=uri,
-        name=record.started["experiment"]["name"],
-        tags={
-            "visiontuner.search_id": record.search_id,
-            "visiontuner.trial_id": trial_id,
-            "visiontuner.data_digest": record.started["data"]["digest"],
-            **(tags or {}),
-        },
-    )
-    return f"models:/{version.name}/{version.version}"

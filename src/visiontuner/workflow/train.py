@@ -27,7 +27,9 @@ from visiontuner.errors import (
 )
 from visiontuner.experiment.schema import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.io.files import temporary_folder
-from visiontuner.journal import SearchRecord, TrialRecord, newest_search
+from visiontuner.journal import SearchRecord, TrialRecord, newest_search, packaged_trial
+from visiontuner.model.classifier import Classifier, read_threshold
+from visiontuner.model.classifier_files import recalibrate
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EXPERIMENT_FILE,
@@ -53,10 +55,9 @@ from visiontuner.workflow.run import (
     is_packaged,
     open_journal,
     package_trial,
-    packaged_trial,
     read_record,
 )
-from visiontuner.workflow.sync import BackgroundTracking
+from visiontuner.workflow.tracking_process import BackgroundTracking
 
 if TYPE_CHECKING:
     from visiontuner.search.live import Recorder
@@ -326,7 +327,6 @@ def _calibration_of_model(model_id: str, description: str) -> Calibration | None
 
 def _read_calibration(classifier: Path, fitted_on: str) -> Calibration | None:
     """Of a classifier that was evaluated; another one's temperature is 1 because nobody set it."""
-    from visiontuner.model.classifier import Classifier
 
     try:
         read = Classifier.load(classifier, threads=1)
@@ -704,9 +704,6 @@ class _Training:
         )
         calibration = record.started.get("calibration")
         if calibration is not None:
-            from visiontuner.model.classifier import read_threshold
-            from visiontuner.model.classifier_files import recalibrate
-
             threshold, abstains = read_threshold(calibration)
             recalibrate(
                 self.folder / CLASSIFIER_FOLDER,

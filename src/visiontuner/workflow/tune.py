@@ -45,7 +45,7 @@ from visiontuner.workflow.run import (
     package_trial,
     read_record,
 )
-from visiontuner.workflow.sync import BackgroundTracking
+from visiontuner.workflow.tracking_process import BackgroundTracking
 
 if TYPE_CHECKING:
     from visiontuner.search.live import Recorder
