@@ -17,6 +17,10 @@ from rich.tree import Tree
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, print_runs
 from visiontuner.cli.options import FOLDER, TEXT, Given, OneLineErrors, number
+from visiontuner.evaluation import compare as formats
+from visiontuner.evaluation.compare import default_columns, pick_columns
+from visiontuner.evaluation.compare import sort as sort_rows
+from visiontuner.evaluation.compare import where as keep
 from visiontuner.text import next_command
 from visiontuner.workarounds import python as garbage
 
@@ -244,9 +248,6 @@ def compare(
 def _chosen(
     comparison: Comparison, where: str | None, sort: str | None, *, reverse: bool
 ) -> pd.DataFrame:
-    from visiontuner.evaluation.compare import sort as sort_rows
-    from visiontuner.evaluation.compare import where as keep
-
     frame = sort_rows(comparison.frame, sort, reverse=reverse)
     return frame if where is None else keep(frame, where)
 
@@ -259,7 +260,6 @@ def _print_comparison(
     output: Path | None,
 ) -> list[str]:
     """The table to where it belongs; sentences to say after it."""
-    from visiontuner.evaluation.compare import default_columns, pick_columns
 
     whole = form in ("csv", "json")
     if columns is not None:
@@ -268,7 +268,6 @@ def _print_comparison(
         names = list(frame.columns) if whole else default_columns(comparison.frame)
     if form == "text":
         return _print_text(comparison, frame, names, output)
-    from visiontuner.evaluation import compare as formats
 
     text = getattr(formats, f"to_{form}")(frame[names])
     if output is None:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import boto3
 import botocore
+import botocore.session
 from botocore.config import Config
 from botocore.credentials import (
     AssumeRoleCredentialFetcher,
@@ -217,8 +218,6 @@ class _Known(CredentialProvider):  # type: ignore[misc]  # botocore has no types
 
 
 def _session(credentials: Any, region: str | None = None) -> Any:
-    import botocore.session
-
     session = botocore.session.get_session()
     provider = CredentialResolver([_Known(credentials)])
     session.register_component("credential_provider", provider)
