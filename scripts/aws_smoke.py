@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 
 import click
 
-from visiontuner.cli.options import NOT_GIVEN, OneLineErrors
+from visiontuner.cli.options import TEXT, OneLineErrors
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 
 # What the endpoint may still cost after its time to come into service: asking and deleting.
@@ -24,7 +24,7 @@ _REST_SECONDS = 900
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("model", default="auto")
+@click.argument("model", required=False, type=TEXT)
 @click.option(
     "--max-cost", metavar="USD", type=click.FloatRange(0), default=0.25, show_default=True
 )
@@ -37,7 +37,7 @@ _REST_SECONDS = 900
 @click.option("--no-preflight", is_flag=True, help="Do not serve it here first.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def main(
-    model: str, max_cost: float, price: float | None, instance_type: str, region: str | None,
+    model: str | None, max_cost: float, price: float | None, instance_type: str, region: str | None,
     role: str | None, image: str | None, timeout_seconds: int, no_preflight: bool, yes: bool,
 ) -> None:  # fmt: skip
     """Deploy MODEL, ask it its reference pictures, undeploy.
@@ -56,7 +56,7 @@ def main(
         ttl="1h",
         timeout_seconds=timeout_seconds,
     )
-    aws, plan = plan_deployment(None if model in NOT_GIVEN else model, options)
+    aws, plan = plan_deployment(model, options)
     for line in plan.lines():
         click.echo(line)
     most = most_it_can_cost(plan.price_per_hour, timeout_seconds, max_cost)

@@ -200,7 +200,7 @@ def test_the_source_runs_without_the_images_own_packages_being_touched(account: 
         names = tar.getnames()
         texts = {n: tar.extractfile(n).read().decode() for n in names if "/" not in n}  # type: ignore[union-attr]
     assert {"requirements.txt", "experiment.yaml", "job.json"} == set(texts)
-    assert "visiontuner/sagemaker/cluster.py" in names
+    assert "visiontuner/aws/container.py" in names
     pinned = dict(line.split("==") for line in texts["requirements.txt"].split())
     assert {"ray", "mlflow", "timm", "boto3", "safetensors"} <= set(pinned)
     assert not {"torch", "torchvision", "triton", "sagemaker"} & set(pinned)
