@@ -453,7 +453,7 @@ def test_a_serverless_endpoint_that_is_too_small_for_the_model_is_not_deployed(
         memory_mb=700,
         recommendation="Serverless with 2048 MB.",
     )
-    monkeypatch.setattr("visiontuner.serving.preflight.run_preflight", lambda *_, **__: small)
+    monkeypatch.setattr("visiontuner.workflow.deploy.run_preflight", lambda *_, **__: small)
     arguments = ["--env-manager", "local", "--serverless"]
     refused = run("deploy", model, *arguments, "1024")
     assert refused.exit_code == 1
@@ -636,7 +636,7 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
         (["--name", "under_score"], "cannot be an endpoint's name"),
         (["--name", "a" * 36], "cannot be an endpoint's name"),
         (["--serverless", "1000"], "--serverless takes one of 1024"),
-        (["--serverless", "much"], "--serverless takes a number"),
+        (["--serverless", "much"], "--serverless takes a whole number"),
         (["--serverless", "2048", "--instances", "3"], "A serverless endpoint has no instances"),
         (
             ["--serverless", "2048", "--instance-type", "ml.c5.large"],

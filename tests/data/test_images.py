@@ -9,6 +9,7 @@ import struct
 import threading
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -542,10 +543,10 @@ def test_another_input_size_keeps_the_crop_ratio():
 
 
 def test_a_disk_that_cannot_be_read_makes_no_bad_picture(tmp_path, monkeypatch):
-    class Broken(io.BytesIO):
-        def read(self, *_):
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(images, "_stream", lambda _: Broken())
+    (tmp_path / "a.png").write_bytes(b"never read")
+    monkeypatch.setattr(Path, "open", broken)
     with pytest.raises(DiskError, match=r"Cannot read .*a.png: Input/output error"):
         decode_image(tmp_path / "a.png")
