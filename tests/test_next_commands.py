@@ -42,8 +42,7 @@ def test_another_store_than_the_default_is_part_of_it(monkeypatch: pytest.Monkey
 def test_the_stores_password_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:SECRET@db.example.org/runs?sslkey=K")
     command = next_command("sync", "searches/x")
-    assert "db.example.org/runs" in command
-    assert not re.search("SECRET|sslkey|me:", command)
+    assert command == 'MLFLOW_TRACKING_URI="$MLFLOW_TRACKING_URI" visiontuner sync searches/x'
 
 
 def test_a_search_without_tracking_goes_on_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,9 @@ def commands() -> dict[str, click.Command]:
     from visiontuner.cli.main import main
 
     assert isinstance(main, click.Group)
-    return main.commands
+    context = click.Context(main)
+    found = {name: main.get_command(context, name) for name in main.list_commands(context)}
+    return {name: command for name, command in found.items() if command is not None}
 
 
 def flags(command: click.Command) -> set[str]:

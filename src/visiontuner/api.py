@@ -60,7 +60,7 @@ class Search:
         self.model: str | None = None
         """`models:/NAME/VERSION` in MLflow, where this process registered it."""
         self.tracking_problem: str | None = None
-        """Why MLflow does not hold everything; `visiontuner sync` writes the rest."""
+        """Why MLflow does not hold everything; `sync` writes the rest."""
 
     @classmethod
     def _of(cls, result: SearchResult) -> Search:

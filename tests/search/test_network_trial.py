@@ -18,8 +18,6 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.model.backbones import load_backbone
 from visiontuner.model.features import compute_features
 from visiontuner.model.onnx import make_engine
-from visiontuner.search import trial as head_trial
-from visiontuner.search import trial as network_trial
 from visiontuner.search.plan import (
     CHECKPOINT_FOLDER,
     HEAD_FILE,
@@ -28,7 +26,7 @@ from visiontuner.search.plan import (
     SCORES_FILE,
     TrialTask,
 )
-from visiontuner.search.trial import train_again
+from visiontuner.search.trial import train_again, train_head_epochs, train_network_epochs
 
 # A tenth of a million parameters, with batch normalisation and stages.
 BACKBONE = {"backbone": "timm:test_efficientnet.r160_in1k", "weights": "none", "image_size": 32}
@@ -88,7 +86,7 @@ def numbers(results: Any) -> list[dict[str, float]]:
 def test_the_best_epochs_network_and_answers_are_on_the_disk_when_it_is_told(task, train):
     given = task(train)
     folder, best = given.trial_folder("t0001"), 0.0
-    for result in network_trial.train_network_epochs(CONFIG, given):
+    for result in train_network_epochs(CONFIG, given):
         kept = {path.name for path in folder.iterdir()} - {RECORDING_FILE}
         assert kept == {NETWORK_FILE, LOGITS_FILE, SCORES_FILE}
         kept = np.load(folder / LOGITS_FILE, allow_pickle=False)
@@ -109,8 +107,8 @@ def test_the_best_epochs_network_and_answers_are_on_the_disk_when_it_is_told(tas
 def test_the_head_on_pictures_gives_the_curves_of_the_head_on_features(task):
     """Without augmentation the frozen network answers the same in every epoch."""
     given = task("head")
-    on_features = numbers(head_trial.train_head_epochs(CONFIG, given))
-    on_pictures = numbers(network_trial.train_network_epochs(CONFIG, given))
+    on_features = numbers(train_head_epochs(CONFIG, given))
+    on_pictures = numbers(train_network_epochs(CONFIG, given))
     for row, other in zip(on_features, on_pictures, strict=True):
         assert row == pytest.approx(other, abs=1e-4)
     # The backbone is the cached one: the head alone is kept.
@@ -121,24 +119,24 @@ def test_the_head_on_pictures_gives_the_curves_of_the_head_on_features(task):
 def test_a_head_that_sees_changed_pictures_learns_on_them(task):
     given = task("head", augmentation="light", epochs=1)
     assert given.experiment.trains_on_pictures
-    (result,) = network_trial.train_network_epochs(CONFIG, given)
+    (result,) = train_network_epochs(CONFIG, given)
     assert np.isfinite(result.metrics.train_loss)
 
 
 def test_a_network_begins_with_the_head_that_was_trained(task):
     given = task("last_stage", epochs=8)
-    *_, last = head_trial.train_head_epochs(CONFIG, given)
+    *_, last = train_head_epochs(CONFIG, given)
     head = given.trial_folder("t0001") / HEAD_FILE
     # A rate of next to nothing: what comes out is what it began with.
     still = {"trial_id": "t0002", "configuration": {"learning_rate": 1e-12}}
     first = next(
-        network_trial.train_network_epochs(
+        train_network_epochs(
             still, replace(given, start_heads={"t0002": head, "t0001": Path("/not/there")})
         )
     )
     assert torch.allclose(first.network.head[1].weight, load_file(head)["weight"], atol=1e-6)
     assert not torch.allclose(
-        next(network_trial.train_network_epochs(still, given)).network.head[1].weight,
+        next(train_network_epochs(still, given)).network.head[1].weight,
         last.network[1].weight,
         atol=1e-3,
     )
@@ -146,40 +144,40 @@ def test_a_network_begins_with_the_head_that_was_trained(task):
 
 def test_a_trial_goes_on_from_its_checkpoint_with_the_same_numbers(task):
     given = replace(task("all", augmentation="strong", ema_decay=0.9), checkpoints=True)
-    whole = numbers(network_trial.train_network_epochs({**CONFIG, "trial_id": "t0009"}, given))
+    whole = numbers(train_network_epochs({**CONFIG, "trial_id": "t0009"}, given))
     checkpoint = given.trial_folder("t0001") / CHECKPOINT_FOLDER
     seen = []
     for _ in range(3):
-        epochs = network_trial.train_network_epochs(CONFIG, given)
+        epochs = train_network_epochs(CONFIG, given)
         seen.append(next(epochs))  # told, and killed before it asks for more
         epochs.close()
         assert seen[-1].epoch == 1
     assert not checkpoint.exists()
-    epochs = network_trial.train_network_epochs(CONFIG, given)
+    epochs = train_network_epochs(CONFIG, given)
     next(epochs)
     second = next(epochs)
     epochs.close()
-    rest = list(network_trial.train_network_epochs(CONFIG, given))
+    rest = list(train_network_epochs(CONFIG, given))
     assert [result.epoch for result in rest] == [2, 3]
     assert numbers([seen[0], second, rest[-1]]) == whole
     # After the last epoch there is nothing to go on with: it can be told once more.
-    assert [result.epoch for result in network_trial.train_network_epochs(CONFIG, given)] == [3]
+    assert [result.epoch for result in train_network_epochs(CONFIG, given)] == [3]
 
 
 def test_a_checkpoint_of_another_training_is_one_clear_line(task):
     given = replace(task("all"), checkpoints=True)
-    epochs = network_trial.train_network_epochs(CONFIG, given)
+    epochs = train_network_epochs(CONFIG, given)
     next(epochs)
     next(epochs)
     epochs.close()
     other = replace(task("last_stage"), checkpoints=True)
     with pytest.raises(CheckpointError, match=r"^[^\n]*model\.train[^\n]*$"):
-        next(network_trial.train_network_epochs(CONFIG, other))
+        next(train_network_epochs(CONFIG, other))
 
 
 def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
     given = task("last_stage", augmentation="light")
-    results = [r.is_best for r in network_trial.train_network_epochs(CONFIG, given)]
+    results = [r.is_best for r in train_network_epochs(CONFIG, given)]
     best = max(number for number, is_best in enumerate(results, start=1) if is_best)
     folder = given.trial_folder("t0001")
     network, logits = load_file(folder / NETWORK_FILE), (folder / LOGITS_FILE).read_bytes()
@@ -194,18 +192,18 @@ def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
     assert (folder / RECORDING_FILE).read_bytes() == recording
 
 
-@pytest.mark.parametrize("trial", [head_trial, network_trial])
+@pytest.mark.parametrize("train", [train_head_epochs, train_network_epochs])
 @pytest.mark.parametrize("name", [HEAD_FILE, LOGITS_FILE])
-def test_a_file_that_cannot_be_written_is_one_line(task, trial, name):
+def test_a_file_that_cannot_be_written_is_one_line(task, train, name):
     given = task("head", epochs=1)
     path = given.trial_folder("t0001") / name
     path.mkdir(parents=True)  # a folder cannot be replaced
     with pytest.raises(VisiontunerError, match=rf"^Cannot write {path} [^\n]*room there\.$"):
-        list(trial.train_epochs(CONFIG, given))
+        list(train(CONFIG, given))
     assert not list(path.parent.glob(".*"))
 
 
 def test_a_loss_that_is_no_number_is_one_line(task):
     wild = {"trial_id": "t0001", "configuration": {"learning_rate": 1e30}}
     with pytest.raises(TrialFailed, match=r"in epoch 1 at learning rate 1e\+30"):
-        list(network_trial.train_network_epochs(wild, task("all", optimizer="sgd")))
+        list(train_network_epochs(wild, task("all", optimizer="sgd")))

@@ -270,7 +270,7 @@ def test_a_search_folder_tells_without_mlflow(
     journal.close()
     shown = call(str(tmp_path / "search"), "--verify")
     assert "digest d9" in shown.stdout
-    assert "`visiontuner sync" in shown.stdout
+    assert "visiontuner sync" in shown.stdout
     assert "classifier: cannot be checked" in shown.stdout
     assert not (tmp_path / "none.db").exists()
 

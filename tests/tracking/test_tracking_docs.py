@@ -17,6 +17,7 @@ from visiontuner.tracking.figures.recording import EXPLAINS, points_of
 from visiontuner.tracking.plan import SearchPlan, TrialPlan
 from visiontuner.tracking.writer import (
     EVALUATION_DIGEST,
+    MISSING_ARTIFACTS,
     TEST_LOOKS,
     Evaluation,
     metrics,
@@ -91,7 +92,7 @@ def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
     # And nothing is described that nobody writes.
     elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
     elsewhere |= {"visiontuner.job", "visiontuner.instances"}  # of a training job
-    elsewhere |= {DECISION_TAG, REASON_TAG, TEST_LOOKS, EVALUATION_DIGEST}
+    elsewhere |= {DECISION_TAG, REASON_TAG, TEST_LOOKS, EVALUATION_DIGEST, MISSING_ARTIFACTS}
     elsewhere |= set(version_tags(evaluation()))
     assert {n for n in described if n.startswith("visiontuner.")} == tags | elsewhere
 

@@ -637,7 +637,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if _CHECKSUM in about and about[_CHECKSUM] != _checksum_of(tensors):
         raise ClassifierError(
             f"The weights {path} are damaged: they are not what was written. Delete that file; "
-            "`visiontuner evaluate` on its search trains the trial again."
+            "`visiontuner evaluate FOLDER` of its search trains the trial again."
         )
     return tensors, about
 

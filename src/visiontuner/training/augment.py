@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode, v2
 
 from visiontuner.data.images import Preprocessing, crop_pixels
 from visiontuner.experiment.schema import Augmentation
+from visiontuner.workarounds.torch import import_torchvision
 
 # Inception's limits (Szegedy et al. 2015), as in torchvision's own recipes.
 _ASPECT_RATIOS = (3 / 4, 4 / 3)
@@ -33,6 +36,7 @@ class Augmenter:
     def __init__(self, augmentation: Augmentation, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
         self._crops = augmentation.crop_scale < 1
+        v2 = _transforms()
         self._random_crop = v2.RandomResizedCrop(
             preprocessing.size, scale=(augmentation.crop_scale, 1.0), ratio=_ASPECT_RATIOS
         )
@@ -100,7 +104,8 @@ def mix(
     Sources: Zhang et al. 2017, https://arxiv.org/abs/1710.09412; Yun et al. 2019,
     https://arxiv.org/abs/1905.04899.
     """
-    kinds: list[v2.Transform] = []
+    v2 = _transforms()
+    kinds: list[Any] = []
     if augmentation.mixup > 0:
         kinds.append(v2.MixUp(alpha=augmentation.mixup, num_classes=num_classes))
     if augmentation.cutmix > 0:
@@ -113,11 +118,18 @@ def mix(
     return mixed
 
 
-def _policy(name: str, colour: list[int]) -> v2.Transform | None:
+def _transforms() -> ModuleType:
+    """torchvision's transforms, imported where they are used: a head on features needs none."""
+    import_torchvision()
+    return importlib.import_module("torchvision.transforms.v2")
+
+
+def _policy(name: str, colour: list[int]) -> Any:
     if name == "none":
         return None
+    v2 = _transforms()
     kind = v2.RandAugment if name == "randaugment" else v2.TrivialAugmentWide
-    return kind(interpolation=InterpolationMode.BILINEAR, fill=colour)
+    return kind(interpolation=v2.InterpolationMode.BILINEAR, fill=colour)
 
 
 @contextmanager

@@ -169,7 +169,9 @@ def _check_server(uri: str, shown: str) -> Check:
         # Who may read the version may not have the right credentials, or the right host name.
         Store(uri, advice="Check the address.").call("search_experiments", max_results=1)
     except TrackingError as error:
-        return _check("error", str(error), "A search would go on; `visiontuner sync` needs it.")
+        return _check(
+            "error", str(error), "A search would go on; `visiontuner sync FOLDER` needs it."
+        )
     version = answer.text.strip()[:20]
     if answer.status_code != 200 or not re.match(r"\d+\.\d+", version):
         return _check("ok", f"{shown} answers; it does not tell its version")
