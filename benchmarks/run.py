@@ -18,8 +18,8 @@ from typing import Any
 
 from measuring import Skipped, describe_run, write_json
 
-# In the order of docs/benchmarks.md. `fine_tune` and `peer` take half an hour each, so they are
-# run by name.
+# In the order of docs/benchmarks.md. `choice`, `fine_tune` and `peer` take half an hour each, so
+# they are run by name.
 BENCHMARKS = (
     "quickstart",
     "search_time",
@@ -39,10 +39,11 @@ BENCHMARKS = (
     "serving_load",
     "loader",
     "gpu",
+    "choice",
     "fine_tune",
     "peer",
 )
-APART = ("fine_tune", "peer")
+APART = ("choice", "fine_tune", "peer")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -83,6 +84,9 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     options: dict[str, Any] = dict(module.SMALL) if arguments.small else {}
     if name == "peer" and arguments.limit_per_class is not None:
         options["limit_per_class"] = arguments.limit_per_class
+    if name == "choice":
+        given = {"repetitions": arguments.repetitions, "rows": arguments.rows}
+        options |= {option: value for option, value in given.items() if value is not None}
     print(f"{name}: {first_line(module)}", file=sys.stderr, flush=True)
     began = time.monotonic()
     try:
@@ -132,6 +136,15 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit-per-class", type=int, metavar="N", help="peer: only N pictures of each class"
+    )
+    parser.add_argument(
+        "--repetitions", type=int, metavar="N", help="choice: draw images N times, not 100"
+    )
+    parser.add_argument(
+        "--rows",
+        action="append",
+        metavar="NAME",
+        help="choice: one row, such as 'dogs24 at 20'; repeatable",
     )
     return parser.parse_args()
 

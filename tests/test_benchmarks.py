@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import ttest_1samp
+
+from visiontuner.experiment.schema import Training
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
@@ -32,6 +36,7 @@ NAMES = (
     "serving_load",
     "loader",
     "gpu",
+    "choice",
     "fine_tune",
     "peer",
 )
@@ -47,6 +52,7 @@ PARTS = (
     "peer_pattern",
     "plain_answers",
     "request_parts",
+    "heads_together",
 )
 
 
@@ -97,7 +103,7 @@ def test_list_names_all_without_measuring() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(NAMES)
 
 
-@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "peer"])
+@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "choice", "peer"])
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +121,35 @@ def test_the_gpus_benchmark_needs_one_and_can_be_tried_without(runner: ModuleTyp
     in_memory, from_files = gpu.measure(**{**gpu.SMALL, "files": 8})["rows"]
     assert "images/s" in in_memory["result"]
     assert "images/s" in from_files["result"]
+
+
+def test_heads_trained_side_by_side_are_those_of_the_training_loop(runner: ModuleType) -> None:
+    together = runner.load("heads_together")
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (90,), generator=generator)
+    features = torch.randn(90, 16, generator=generator) + labels[:, None]
+    points = together.Points(features=features, labels=labels)
+    train, validation = points.rows(np.arange(70)), points.rows(np.arange(70, 90))
+    settings = [
+        Training(epochs=4, learning_rate=rate, batch_size=size)
+        for rate, size in [(0.003, 32), (0.1, 32), (0.01, 64), (0.02, 128), (0.05, 256)]
+    ]
+    trained = together.train_heads(train, validation, settings, num_classes=3, seed=5)
+    places = range(len(settings))
+    difference = together.largest_difference(
+        trained, train, validation, settings, places, num_classes=3, seed=5
+    )
+    assert difference < 1e-5
+    best = trained.best.logits(validation.features).argmax(dim=2) == validation.labels
+    assert best.double().mean(dim=1).numpy() == pytest.approx(trained.accuracy.max(axis=1))
+
+
+def test_a_paired_gain_is_bounded_by_students_t(runner: ModuleType) -> None:
+    choice = runner.load("choice")
+    differences = np.array([0.01, 0.02, 0.03, 0.06])
+    bound = ttest_1samp(differences, 0).confidence_interval(0.90).low
+    gain = choice.Gain.of(differences)
+    assert (gain.mean, gain.bound) == pytest.approx((0.03, bound))
 
 
 def test_table_shows_targets_results_and_failures(runner: ModuleType) -> None:
