@@ -4,10 +4,11 @@ from scipy.sparse import csr_array
 from scipy.stats import bootstrap
 
 from visiontuner.evaluation.intervals import (
-    fraction_interval,
     percentile_interval,
     resampled_sums,
+    share_interval,
     sign_flipped_sums,
+    studentised_interval,
 )
 
 
@@ -38,12 +39,42 @@ def test_flipped_signs_have_no_direction():
     assert abs(sums.mean()) < 1
 
 
+@pytest.mark.parametrize(
+    ("hits", "total", "low", "high"),
+    # R: binom.test(16, 19)$conf.int and so on.
+    [(16, 19, 0.6042, 0.9662), (19, 20, 0.7513, 0.9987), (573, 600, 0.9352, 0.9701)],
+)
+def test_a_share_has_the_exact_binomial_interval(hits, total, low, high):
+    interval = share_interval(hits, total)
+    assert interval.value == hits / total
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_a_studentised_interval_by_hand():
+    # Deviations in their own errors are -2, -1, 0, 1 and 4; the 2.5 % quantile lies a tenth of the
+    # way from -2 to -1, the 97.5 % one nine tenths of the way from 1 to 4.
+    deviations, errors = np.array([-2.0, -1, 0, 1, 4]), np.array([0.5, 1, 1, 2, 1])
+    samples = 10 + deviations * errors
+    interval = studentised_interval(10.0, 1.0, samples, errors)
+    assert (interval.low, interval.high) == pytest.approx((10 - 3.7, 10 + 1.9))
+    wider = studentised_interval(10.0, 1.0, samples, errors, implied_error=2.0)
+    assert (wider.low, wider.high) == pytest.approx((10 - 7.4, 10 + 3.8))
+    undefined = studentised_interval(10.0, 1.0, np.append(samples, np.nan), np.append(errors, 1.0))
+    assert undefined == interval
+
+
+def test_a_resample_that_seems_certain_does_not_stretch_the_interval_without_end():
+    samples, errors = np.array([1.0, 0.0]), np.array([1.0, 1e-12])
+    interval = studentised_interval(1.0, 1.0, samples, errors)
+    assert interval.high == pytest.approx(1 + 3 * 0.975)
+
+
 def test_five_of_five_is_not_certain():
     # Clopper-Pearson: the lower end p has p^5 = 0.025.
-    interval = fraction_interval(5, 5, np.ones(100))
+    interval = share_interval(5, 5)
     assert (interval.value, interval.high) == (1.0, 1.0)
     assert interval.low == pytest.approx(0.025 ** (1 / 5))
-    assert fraction_interval(0, 5, np.zeros(100)).high == pytest.approx(1 - 0.025 ** (1 / 5))
+    assert share_interval(0, 5).high == pytest.approx(1 - 0.025 ** (1 / 5))
 
 
 def test_interval_holds_its_value_and_passes_over_undefined_resamples():

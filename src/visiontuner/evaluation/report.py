@@ -108,7 +108,7 @@ def evaluate_predictions(
     classes, metrics["macro_f1"] = score_classes(class_names, answers, truth, draw)
     on_test = None
     if threshold is not None:
-        on_test = apply_threshold(threshold, probabilities_of(answers, temperature), truth, draw)
+        on_test = apply_threshold(threshold, probabilities_of(answers, temperature), truth)
     return EvaluationReport(
         class_names=tuple(class_names),
         num_pictures=len(labels),

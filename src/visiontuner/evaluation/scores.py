@@ -17,7 +17,12 @@ from visiontuner.evaluation.calibration import (
     picture_losses,
     probabilities_of,
 )
-from visiontuner.evaluation.intervals import Interval, fraction_interval, percentile_interval
+from visiontuner.evaluation.intervals import (
+    Interval,
+    percentile_interval,
+    share_interval,
+    studentised_interval,
+)
 
 # Which answers were wrong, and between which classes.
 
@@ -170,18 +175,41 @@ def score_answers(
     if logits.shape[1] > _TOP:
         best = np.argsort(-logits, axis=1, kind="stable")[:, :_TOP]
         hits["top5_accuracy"] = (best == labels[:, None]).any(axis=1)
-    losses = {
-        "nll": picture_losses(logits, labels, temperature),
-        "nll_uncalibrated": picture_losses(logits, labels),
-    }
-    samples = draw(np.column_stack([*hits.values(), *losses.values()]).astype(np.float64)) / total
-    columns = dict(zip([*hits, *losses], samples.T, strict=True))
     return {
-        **{n: fraction_interval(int(hit.sum()), total, columns[n]) for n, hit in hits.items()},
-        **{n: percentile_interval(float(v.mean()), columns[n]) for n, v in losses.items()},
+        **{name: share_interval(int(hit.sum()), total) for name, hit in hits.items()},
+        "nll": _mean_loss(logits, labels, temperature, draw),
+        "nll_uncalibrated": _mean_loss(logits, labels, 1.0, draw),
         "ece": _calibration_error(probabilities_of(logits, temperature), labels, draw),
         "ece_uncalibrated": _calibration_error(probabilities_of(logits), labels, draw),
     }
+
+
+def _mean_loss(
+    logits: NDArray[np.float64], labels: NDArray[np.int64], temperature: float, draw: Draw
+) -> Interval:
+    """The mean loss; its standard error is at least what the probabilities themselves imply.
+
+    Most of the loss is in rare mistakes, and a few pictures may hold none of them. The
+    probabilities say how often to expect one, and what it costs.
+    """
+    losses, total = picture_losses(logits, labels, temperature), len(labels)
+    value, error = float(losses.mean()), math.sqrt(losses.var() / max(total - 1, 1))
+    if not error:  # all pictures alike: no resample differs
+        return Interval(value=value, low=value, high=value)
+    means, squares = (draw(np.column_stack([losses, losses**2])) / total).T
+    errors = np.sqrt(np.maximum(squares - means**2, 0) / (total - 1))
+    expected, variance = _expected_losses(probabilities_of(logits, temperature))
+    implied = math.sqrt((variance.mean() + expected.var()) / total)
+    return studentised_interval(value, error, means, errors, implied_error=implied)
+
+
+def _expected_losses(
+    probabilities: NDArray[np.float64],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and variance of each picture's loss, shape (N,), if labels follow the probabilities."""
+    losses = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
+    expected = (probabilities * losses).sum(axis=1)
+    return expected, (probabilities * losses**2).sum(axis=1) - expected**2
 
 
 def _calibration_error(
@@ -202,56 +230,85 @@ def score_classes(
     class_names: Sequence[str], logits: NDArray[np.float64], labels: NDArray[np.int64], draw: Draw
 ) -> tuple[tuple[ClassScore, ...], Interval]:
     """Every class's scores, and macro F1: their mean over classes that occur or are predicted."""
-    columns = _class_columns(logits.argmax(axis=1), labels, len(class_names))
-    counts = columns.sum(axis=0).reshape(3, -1)  # (hits, support, predicted) x C
-    samples = draw(columns).reshape(-1, 3, len(class_names))
+    predicted, classes = logits.argmax(axis=1), len(class_names)
+    hits = np.bincount(labels[predicted == labels], minlength=classes)
+    support, answers = (np.bincount(rows, minlength=classes) for rows in (labels, predicted))
     with np.errstate(invalid="ignore"):  # 0 / 0 is a class without pictures: NaN
-        recall, precision = counts[0] / counts[1:]
-        f1 = 2 * counts[0] / counts[1:].sum(axis=0)
-        drawn_recall, drawn_precision = (samples[:, 0] / samples[:, part] for part in (1, 2))
-        drawn_f1 = 2 * samples[:, 0] / samples[:, 1:].sum(axis=1)
+        precision, recall, f1 = hits / answers, hits / support, 2 * hits / (support + answers)
     scores = tuple(
         ClassScore(
             name=name,
             precision=float(precision[c]),
             recall=float(recall[c]),
             f1=float(f1[c]),
-            support=int(counts[1, c]),
-            predicted=int(counts[2, c]),
-            precision_interval=_share(counts[0, c], counts[2, c], drawn_precision[:, c]),
-            recall_interval=_share(counts[0, c], counts[1, c], drawn_recall[:, c]),
+            support=int(support[c]),
+            predicted=int(answers[c]),
+            precision_interval=_share(hits[c], answers[c]),
+            recall_interval=_share(hits[c], support[c]),
         )
         for c, name in enumerate(class_names)
     )
-    return scores, percentile_interval(float(np.nanmean(f1)), np.nanmean(drawn_f1, axis=1))
+    return scores, _macro_f1(predicted, labels, classes, draw)
 
 
-def _class_columns(
-    predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int
-) -> csr_array:
-    """Which class each picture is a hit of, belongs to and was taken for: sparse, (N, 3 C)."""
-    rows, hit = np.arange(len(labels)), predicted == labels
-    columns = np.concatenate([labels[hit], num_classes + labels, 2 * num_classes + predicted])
-    places = (np.concatenate([rows[hit], rows, rows]), columns)
-    return csr_array((np.ones(len(columns)), places), shape=(len(labels), 3 * num_classes))
+def _macro_f1(
+    predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int, draw: Draw
+) -> Interval:
+    """Pictures of one class with one answer are alike, so their numbers are all there is to draw.
+
+    Without a mistake, or with nothing else, no resample differs. There it has the ends of the
+    accuracy's interval.
+    """
+    pairs, of = np.unique(np.stack([labels, predicted]), axis=1, return_inverse=True)
+    one_each = csr_array(
+        (np.ones(len(of)), (np.arange(len(of)), of)), shape=(len(of), pairs.shape[1])
+    )
+    value, error = _f1_and_error(one_each.sum(axis=0)[None], pairs, num_classes)
+    accuracy = share_interval(int((predicted == labels).sum()), len(labels))
+    if accuracy.value in (0.0, 1.0):
+        return accuracy
+    samples, errors = _f1_and_error(draw(one_each), pairs, num_classes)
+    if not error[0]:  # every class wholly right or wholly wrong
+        return percentile_interval(float(value[0]), samples)
+    return studentised_interval(float(value[0]), float(error[0]), samples, errors, highest=1.0)
 
 
-def _share(hits: float, total: float, samples: NDArray[np.float64]) -> Interval | None:
-    return fraction_interval(int(hits), int(total), samples) if total else None
+def _f1_and_error(
+    counts: NDArray[np.float64], pairs: NDArray[np.int64], num_classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Macro F1 and its standard error by the delta method, each of shape (R,).
+
+    Args:
+        counts: float64, shape (R, K), pictures of each pair.
+        pairs: int64, shape (2, K), label and answer.
+    """
+    number, hit = np.arange(pairs.shape[1]), pairs[0] == pairs[1]
+    shape = (pairs.shape[1], num_classes)
+    hits = csr_array((np.ones(hit.sum()), (number[hit], pairs[0, hit])), shape=shape)
+    # A picture counts in the support of its class, and among the answers of the one it was given.
+    sides = csr_array((np.ones(pairs.size), (np.tile(number, 2), pairs.ravel())), shape=shape)
+    size = counts @ sides  # (R, C), 2 TP + FP + FN
+    present = np.maximum((size > 0).sum(axis=1, keepdims=True), 1)
+    size = np.maximum(size, 1)
+    f1 = 2 * (counts @ hits) / size
+    # What one more picture of a pair changes, (R, K).
+    change = ((2 / size) @ hits.T - (f1 / size) @ sides.T) / present
+    variance = (counts * change**2).sum(axis=1)
+    return f1.sum(axis=1) / present[:, 0], np.sqrt(variance)
+
+
+def _share(hits: float, total: float) -> Interval | None:
+    return share_interval(int(hits), int(total)) if total else None
 
 
 def apply_threshold(
     chosen: ChosenThreshold,
     probabilities: NDArray[np.float64],
     labels: NDArray[np.int64],
-    draw: Draw,
 ) -> Threshold:
     answered = probabilities.max(axis=1) >= (math.inf if chosen.value is None else chosen.value)
     right = answered & (probabilities.argmax(axis=1) == labels)
-    drawn = draw(np.column_stack([answered, right]).astype(np.float64))
-    with np.errstate(invalid="ignore"):
-        precisions = drawn[:, 1] / drawn[:, 0]
-    coverage = fraction_interval(int(answered.sum()), len(labels), drawn[:, 0] / len(labels))
+    coverage = share_interval(int(answered.sum()), len(labels))
     if chosen.value is None:  # not a measurement: it will be so for every picture
         coverage = Interval(value=0.0, low=0.0, high=0.0)
     return Threshold(
@@ -259,6 +316,6 @@ def apply_threshold(
         value=chosen.value,
         validation_precision=chosen.precision,
         validation_coverage=chosen.coverage,
-        precision=_share(right.sum(), answered.sum(), precisions),
+        precision=_share(right.sum(), answered.sum()),
         coverage=coverage,
     )

@@ -18,9 +18,8 @@ from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.intervals import (
     Interval,
     PairedTest,
-    fraction_interval,
     paired_test,
-    resampled_sums,
+    share_interval,
 )
 from visiontuner.io.files import temporary_folder
 from visiontuner.paths import (
@@ -204,7 +203,6 @@ DECISION_TAG = "visiontuner.promotion"
 REASON_TAG = "visiontuner.promotion_reason"
 
 _NOTE = "Promotion: "
-_RESAMPLES, _SEED = 1000, 7  # as in `visiontuner evaluate`
 
 Decision = Literal["promoted", "kept", "unchanged"]
 
@@ -300,11 +298,15 @@ def _decide(
     )
     try:
         mine = _require_predictions(mlflow, challenger)
-        decided = replace(decided, accuracy=_accuracy(mine.correct), pictures=len(mine))
+        decided = replace(
+            decided, accuracy=share_interval(int(mine.correct.sum()), len(mine)), pictures=len(mine)
+        )
         if champion is None:
             return replace(decided, reason=_first(decided))
         theirs = _require_predictions(mlflow, champion)
-        decided = replace(decided, champion_accuracy=_accuracy(theirs.correct))
+        decided = replace(
+            decided, champion_accuracy=share_interval(int(theirs.correct.sum()), len(theirs))
+        )
         test = paired_test(*_on_the_same_pictures(challenger, mine, champion, theirs))
     except UserMistake as error:
         if not force:
@@ -399,12 +401,6 @@ def _overlap(mine: StoredPredictions, theirs: StoredPredictions) -> str:
 
 def _short(predictions: StoredPredictions) -> str:
     return (predictions.data_digest or "unknown")[:12]
-
-
-def _accuracy(correct: NDArray[np.bool_]) -> Interval:
-    columns = correct[:, None].astype(np.float64)
-    sums = resampled_sums(columns, seed=_SEED, resamples=_RESAMPLES)[:, 0]
-    return fraction_interval(int(correct.sum()), len(correct), sums / len(correct))
 
 
 def _first(decided: Promotion) -> str:
