@@ -36,6 +36,7 @@ NAMES = (
     "serving_load",
     "loader",
     "gpu",
+    "interval_coverage",
     "choice",
     "fine_tune",
     "peer",
