@@ -97,10 +97,11 @@ def tied_with_best(
 ) -> tuple[str, ...]:
     """Trials that the validation pictures cannot tell apart from the best.
 
-    As in `paired_test`, a trial is behind if both say so: the gap's paired bootstrap interval
-    (95 %) excludes 0, and fewer than 5 % of the gaps that chance makes by flipping the pictures'
-    signs are as large. Each trial is compared by itself, so of many equal trials a few fall behind
-    the luckiest.
+    The best of many equal trials is ahead of the others by luck, and more so the more there are. So
+    a gap counts, in units of its standard error, if it is larger than 95 % of the largest gaps that
+    the best of equally good trials has: the pictures are drawn again, and every trial's mean is
+    taken off. Trials that are behind leave, and the others are asked again without them. Besides,
+    fewer than 5 % of the gaps that chance makes by flipping the pictures' signs may be as large.
 
     Args:
         values: by trial id: float, shape (N,), a score of each picture, higher is better, the same
@@ -112,21 +113,55 @@ def tied_with_best(
     Raises:
         ValueError: `best` is not among them, the pictures differ, or a score is not finite.
 
-    Source: Efron and Tibshirani 1993, chapters 13 and 15
+    Source: Westfall and Young 1993, chapter 2 (step-down); Hansen et al. 2011,
+        https://doi.org/10.3982/ECTA5771; Efron and Tibshirani 1993, chapter 15
     """
     ids = [best, *sorted(trial_id for trial_id in values if trial_id != best)]
     scores = _columns(values, ids)
     gaps = scores[:, :1] - scores  # (N, T): by how much the best is ahead on each picture
     gap, total = gaps.mean(axis=0), len(gaps)
-    low = np.quantile(
-        resampled_sums(gaps, seed=seed, resamples=resamples), (1 - CONFIDENCE) / 2, axis=0
-    )
     by_chance = np.abs(sign_flipped_sums(gaps, seed=seed, resamples=resamples)) / total
     p_value = (by_chance >= np.abs(gap) - _ROUNDING).mean(axis=0)
-    behind = (low > 0) & (p_value < SIGNIFICANCE_LEVEL)
+    ahead = _beyond_the_luck_of_the_best(scores, seed=seed, resamples=resamples)
+    behind = ahead & (p_value < SIGNIFICANCE_LEVEL)
     tied = [i for i in range(1, len(ids)) if not behind[i]]
     tied.sort(key=lambda i: (gap[i], ids[i]))
     return (best, *(ids[i] for i in tied))
+
+
+def _beyond_the_luck_of_the_best(
+    scores: NDArray[np.float64], *, seed: int, resamples: int
+) -> NDArray[np.bool_]:
+    """Which trials, shape (T,), are further behind the first than equally good ones would be.
+
+    Args:
+        scores: float64, shape (N, T), of the best trial in the first column.
+    """
+    total, trials = scores.shape
+    means = scores.mean(axis=0)
+    luck = resampled_sums(scores, seed=seed, resamples=resamples) / total - means  # (R, T)
+    covariance = np.atleast_2d(np.cov(scores, rowvar=False, ddof=0)) / max(total - 1, 1)
+
+    def in_errors(best: NDArray[np.int64], gaps: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Gaps (R, T) of all trials to each of `best` (R,) in their standard errors."""
+        variance = covariance.diagonal()
+        squared = variance[best][:, None] + variance - 2 * covariance[best]
+        error = np.sqrt(np.maximum(squared, 0))
+        certain = np.where(gaps > _ROUNDING, np.inf, 0.0)  # the same gap on every picture
+        ratios: NDArray[np.float64] = np.divide(gaps, error, out=certain, where=error > _ROUNDING)
+        return ratios
+
+    ahead = in_errors(np.zeros(1, dtype=np.int64), means[:1, None] - means)[0]
+    left = np.ones(trials, dtype=bool)
+    while True:
+        among = np.where(left, luck, -np.inf)
+        best = among.argmax(axis=1)
+        gaps = np.where(left, luck.take(best + trials * np.arange(resamples))[:, None] - luck, 0.0)
+        largest = in_errors(best, gaps).max(axis=1)
+        behind = left & (ahead > np.quantile(largest, CONFIDENCE))
+        if not behind.any():
+            return ~left
+        left &= ~behind
 
 
 def choose(
