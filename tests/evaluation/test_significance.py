@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from visiontuner.evaluation.intervals import paired_test, resampled_sums
+from visiontuner.evaluation.intervals import difference_interval, paired_test
 
 
 def answers(both, only_a, only_b, neither):
@@ -35,7 +35,7 @@ def test_the_other_way_round_b_is_better():
 
 
 def test_a_clear_interval_is_not_enough():
-    # 5 against 0: no resample is below 0 but in 1 % of them, and yet p = 2 / 2^5 = 0.0625.
+    # 5 against 0: the interval begins at 0.011, and yet p = 2 / 2^5 = 0.0625.
     test = paired_test(*answers(95, 5, 0, 0))
     assert test.p_value == pytest.approx(0.0625)
     assert test.tied
@@ -45,25 +45,45 @@ def test_the_same_answers_are_tied():
     a, _ = answers(5, 3, 0, 2)
     test = paired_test(a, a)
     assert test.tied
-    assert (test.p_value, test.difference.low, test.difference.high) == (1.0, 0.0, 0.0)
+    assert test.p_value == 1.0
+    # Ten pictures do not make it certain: d / sqrt(d (1 - d) / 10) is 1.96 at this end.
+    assert test.difference.high == pytest.approx(1.96**2 / (10 + 1.96**2), abs=1e-4)
+    assert test.difference.low == pytest.approx(-test.difference.high)
 
 
 def test_one_picture_decides_nothing():
     assert paired_test(np.array([True]), np.array([False])).tied
 
 
-def test_the_bootstrap_by_counts_is_the_bootstrap_by_pictures():
-    a, b = answers(150, 20, 8, 22)
-    by_counts = paired_test(a, b, resamples=4000).difference
-    sums = resampled_sums((a * 1.0 - b)[:, None], seed=3, resamples=4000) / len(a)
-    low, high = np.quantile(sums, [0.025, 0.975])
-    assert by_counts.low == pytest.approx(low, abs=0.006)
-    assert by_counts.high == pytest.approx(high, abs=0.006)
+def test_the_interval_of_a_difference_is_where_the_score_test_ends():
+    # At a difference d the variance has the likeliest shares of 80, 10, 2 and 8 pictures given d.
+    def best_share(d):  # of pictures that b alone names rightly, by looking for it
+        shares = np.linspace(max(0, -d) + 1e-9, (1 - d) / 2 - 1e-9, 200_001)
+        likelihood = 10 * np.log(shares + d) + 2 * np.log(shares) + 88 * np.log(1 - 2 * shares - d)
+        return shares[likelihood.argmax()]
+
+    interval = difference_interval(10, 2, 100)
+    for end in (interval.low, interval.high):
+        variance = (2 * best_share(end) + end - end**2) / 100
+        assert abs(0.08 - end) / variance**0.5 == pytest.approx(1.96, abs=1e-3)
 
 
-def test_the_same_seed_gives_the_same_interval():
-    a, b = answers(80, 10, 2, 8)
-    assert paired_test(a, b) == paired_test(a, b)
+@given(
+    only_a=st.integers(0, 40),
+    only_b=st.integers(0, 40),
+    alike=st.integers(0, 200).map(lambda n: n + 1),
+)
+def test_the_interval_excludes_0_where_mcnemars_test_does(only_a, only_b, alike):
+    interval = difference_interval(only_a, only_b, only_a + only_b + alike)
+    excludes = not interval.low <= 0 <= interval.high
+    assert excludes == (abs(only_a - only_b) > 1.959964 * (only_a + only_b) ** 0.5)
+    assert -1 <= interval.low <= interval.value <= interval.high <= 1
+
+
+def test_the_interval_of_a_difference_holds_the_truth_where_few_pictures_differ():
+    drawn = np.random.default_rng(0).multinomial(100, [0.03, 0.01, 0.96], size=500)
+    intervals = [difference_interval(int(a), int(b), 100) for a, b, _ in drawn]
+    assert np.mean([i.low <= 0.02 <= i.high for i in intervals]) >= 0.93
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False]), ([[True]], [[True]])])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 from scipy.sparse import csr_array
 
 # Shares of pictures have exact intervals. Those of other scores come from drawing the pictures
@@ -188,13 +189,7 @@ class PairedTest:
         return not (self.a_is_better or self.b_is_better)
 
 
-def paired_test(
-    correct_a: NDArray[np.bool_],
-    correct_b: NDArray[np.bool_],
-    *,
-    seed: int = 7,
-    resamples: int = 2000,
-) -> PairedTest:
+def paired_test(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> PairedTest:
     """Compare two classifiers by the pictures on which only one of them is right.
 
     Args:
@@ -209,15 +204,49 @@ def paired_test(
     if a.ndim != 1 or a.shape != b.shape or not len(a):
         raise ValueError(f"needs the same pictures, at least one, got {a.shape} and {b.shape}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    # Drawing pictures again is drawing these three counts: the pictures within one are alike.
-    shares = np.array([only_a, only_b, len(a) - only_a - only_b]) / len(a)
-    drawn = np.random.default_rng(seed).multinomial(len(a), shares, size=resamples)
     discordant = only_a + only_b
     return PairedTest(
-        difference=percentile_interval(
-            (only_a - only_b) / len(a), (drawn[:, 0] - drawn[:, 1]) / len(a)
-        ),
+        difference=difference_interval(only_a, only_b, len(a)),
         only_a=only_a,
         only_b=only_b,
         p_value=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
     )
+
+
+def difference_interval(only_a: int, only_b: int, total: int) -> Interval:
+    """The difference of two shares of the same pictures, by the score test of every difference.
+
+    It excludes 0 where McNemar's test without continuity correction gives p < 0.05. A bootstrap is
+    certain where the two never differ, and too narrow where they seldom do.
+
+    Args:
+        only_a, only_b: pictures that are hits of one alone.
+        total: all pictures, at least one.
+
+    Source: Tango 1998, Statistics in Medicine 17:891-908
+    """
+    wanted = float(stats.norm.ppf((1 + CONFIDENCE) / 2))
+
+    def score(difference: float) -> float:
+        """How many standard errors the observed difference lies above an assumed one."""
+        # The likeliest share of pictures that are hits of b alone, given the assumed difference.
+        b = (2 * total - only_a + only_b) * difference - only_a - only_b
+        c = -only_b * difference * (1 - difference)
+        share = (math.sqrt(max(b * b - 8 * total * c, 0)) - b) / (4 * total)
+        variance = total * (2 * share + difference * (1 - difference))
+        gap = only_a - only_b - total * difference
+        if variance <= 0:
+            return math.copysign(math.inf, gap) if gap else 0.0
+        return float(gap / math.sqrt(variance))
+
+    value, edge = (only_a - only_b) / total, 1 - 1e-9
+    low = high = value
+    if score(-edge) <= wanted:  # not even the largest difference is ruled out
+        low = -1.0
+    elif score(value) < wanted:
+        low = float(optimize.brentq(lambda d: score(d) - wanted, -edge, value))
+    if score(edge) >= -wanted:
+        high = 1.0
+    elif score(value) > -wanted:
+        high = float(optimize.brentq(lambda d: score(d) + wanted, value, edge))
+    return Interval(value=value, low=min(low, value), high=max(high, value))
