@@ -50,6 +50,18 @@ def test_a_share_has_the_exact_binomial_interval(hits, total, low, high):
     assert (interval.low, interval.high) == pytest.approx((low, high), abs=1e-4)
 
 
+def test_hits_that_were_corrected_need_not_be_whole():
+    interval = share_interval(9.5, 12)
+    assert share_interval(9, 12).low < interval.low < share_interval(10, 12).low
+    assert interval.value == pytest.approx(9.5 / 12)
+
+
+@pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5)])
+def test_a_share_is_of_something(hits, total):
+    with pytest.raises(ValueError, match="at least one picture"):
+        share_interval(hits, total)
+
+
 def test_a_studentised_interval_by_hand():
     # Deviations in their own errors are -2, -1, 0, 1 and 4; the 2.5 % quantile lies a tenth of the
     # way from -2 to -1, the 97.5 % one nine tenths of the way from 1 to 4.

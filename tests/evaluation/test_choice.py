@@ -3,7 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visiontuner.evaluation.choice import choose, picture_scores, tied_with_best, training_seconds
+from visiontuner.evaluation.choice import (
+    choose,
+    corrected_for_choice,
+    picture_scores,
+    tied_with_best,
+    training_seconds,
+)
 from visiontuner.journal import SearchRecord
 
 OBJECTIVES = ["validation_accuracy", "validation_macro_f1", "validation_loss"]
@@ -72,13 +78,18 @@ def test_equal_trials_are_rarely_told_apart():
     assert behind <= 6  # of 40; 2 on average
 
 
+def equal_trials(generator, pictures, trials=32):
+    """Right answers (N, T) of trials that each name 90 % of all pictures rightly."""
+    chance = np.where(generator.random(pictures) < 0.8, 1.0, 0.5)[:, None]
+    return (generator.random((pictures, trials)) < chance).astype(float)
+
+
 def test_the_best_of_many_equal_trials_is_not_ahead_of_them():
     # Told apart one by one, five of 32 equal trials fell behind the luckiest, in 19 of 20 searches.
     generator = np.random.default_rng(3)
     searches_with_one_behind = 0
     for _ in range(40):
-        chance = np.where(generator.random(200) < 0.8, 1.0, 0.5)[:, None]
-        scores = (generator.random((200, 32)) < chance).astype(float)
+        scores = equal_trials(generator, 200)
         values = {f"t{i:02d}": column for i, column in enumerate(scores.T)}
         best = max(values, key=lambda name: values[name].mean())
         searches_with_one_behind += len(tied_with_best(values, best, resamples=500)) < 32
@@ -89,13 +100,43 @@ def test_a_trial_that_is_worse_among_many_equal_ones_falls_behind():
     generator = np.random.default_rng(4)
     found = 0
     for _ in range(20):
-        chance = np.where(generator.random(300) < 0.8, 1.0, 0.5)[:, None]
-        scores = (generator.random((300, 16)) < chance).astype(float)
+        scores = equal_trials(generator, 300, trials=16)
         scores[:, 0] *= generator.random(300) > 0.12
         values = {f"t{i:02d}": column for i, column in enumerate(scores.T)}
         best = max(values, key=lambda name: values[name].mean())
         found += "t00" not in tied_with_best(values, best, resamples=500)
     assert found >= 17
+
+
+@pytest.mark.parametrize("pictures", [30, 100])
+def test_the_estimate_is_corrected_for_having_been_chosen(pictures):
+    generator = np.random.default_rng(8)
+    told, corrected = [], []
+    for _ in range(150):
+        right = equal_trials(generator, pictures)
+        told.append(right.mean(axis=0).max())
+        corrected.append(corrected_for_choice(right, right, resamples=100))
+    assert np.mean(told) - 0.9 > 0.025
+    assert np.mean(corrected) == pytest.approx(0.9, abs=0.01)
+
+
+def test_a_trial_that_is_better_for_certain_needs_no_correction():
+    right = np.zeros((200, 3))
+    right[:150, 1] = 1
+    assert corrected_for_choice(right, right) == pytest.approx(0.75, abs=0.005)
+    losses = np.where(right == 1, 0.1, 2.0)
+    assert corrected_for_choice(losses, -losses) == pytest.approx(0.575, abs=0.01)
+
+
+def test_only_the_ranking_chooses():
+    scores = np.tile([0.2, 0.8], (50, 1))
+    assert corrected_for_choice(scores, -scores) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("shapes", [((1, 2), (1, 2)), ((5, 2), (5, 3)), ((5,), (5,))])
+def test_a_correction_needs_pictures_of_the_same_trials(shapes):
+    with pytest.raises(ValueError, match="the same trials"):
+        corrected_for_choice(*map(np.ones, shapes))
 
 
 @pytest.mark.parametrize(

@@ -94,18 +94,25 @@ def percentile_interval(value: float, samples: NDArray[np.float64]) -> Interval:
     return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
-def share_interval(hits: int, total: int) -> Interval:
+def share_interval(hits: float, total: int) -> Interval:
     """`hits` of `total` pictures, with the exact binomial interval.
 
     A bootstrap is too narrow for few pictures: 16 of 19 reach up to 1, 0 of 5 would be certain.
+
+    Args:
+        hits: not whole where it was corrected, see `choice.corrected_for_choice`.
 
     Raises:
         ValueError: no pictures, or not 0 <= hits <= total.
 
     Source: Clopper and Pearson 1934
     """
-    exact = stats.binomtest(hits, total).proportion_ci(CONFIDENCE, method="exact")
-    return Interval(value=hits / total, low=float(exact.low), high=float(exact.high))
+    if not 0 <= hits <= total or not total:
+        raise ValueError(f"needs hits of at least one picture, got {hits} of {total}")
+    tail, misses = (1 - CONFIDENCE) / 2, total - hits
+    low = stats.beta.ppf(tail, hits, misses + 1) if hits else 0.0
+    high = stats.beta.ppf(1 - tail, hits + 1, misses) if misses else 1.0
+    return Interval(value=hits / total, low=float(low), high=float(high))
 
 
 def studentised_interval(
