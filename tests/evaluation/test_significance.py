@@ -1,10 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from visiontuner.evaluation.intervals import difference_interval, paired_test
+from visiontuner.evaluation.intervals import difference_interval, level_at_look, paired_test
 
 
 def answers(both, only_a, only_b, neither):
@@ -84,6 +86,34 @@ def test_the_interval_of_a_difference_holds_the_truth_where_few_pictures_differ(
     drawn = np.random.default_rng(0).multinomial(100, [0.03, 0.01, 0.96], size=500)
     intervals = [difference_interval(int(a), int(b), 100) for a, b, _ in drawn]
     assert np.mean([i.low <= 0.02 <= i.high for i in intervals]) >= 0.93
+
+
+def test_the_levels_of_all_looks_are_five_percent_on_one_side():
+    assert [level_at_look(n) for n in (1, 2, 3)] == pytest.approx([0.05, 0.05 / 3, 0.05 / 6])
+    assert sum(level_at_look(n) for n in range(1, 100_000)) / 2 == pytest.approx(0.05, rel=1e-3)
+
+
+def test_a_later_look_needs_more_evidence():
+    first, fourth = (paired_test(*answers(80, 10, 2, 8), look=look) for look in (1, 4))
+    assert first.a_is_better  # p = 0.039
+    assert fourth.tied
+    assert paired_test(*answers(80, 18, 2, 8), look=4).a_is_better  # p = 0.0004
+
+
+def test_of_many_equal_challengers_hardly_any_is_promoted():
+    generator = np.random.default_rng(1)
+    promoted = {"at 5 %": 0, "by look": 0}
+    for _ in range(200):
+        champion = np.zeros(300, dtype=bool)
+        champion[: generator.binomial(300, 0.9)] = True
+        better = []
+        for look in range(1, 21):
+            changed = generator.random(300) < np.where(champion, 0.05 / 0.9, 0.05 / 0.1)
+            better.append(paired_test(champion ^ changed, champion, look=look))
+        promoted["by look"] += any(test.a_is_better for test in better)
+        promoted["at 5 %"] += any(replace(test, level=0.05).a_is_better for test in better)
+    assert promoted["at 5 %"] > 20  # of 200
+    assert promoted["by look"] <= 12  # 6 on average
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False]), ([[True]], [[True]])])

@@ -166,6 +166,21 @@ def _portions(resamples: int) -> list[int]:
 SIGNIFICANCE_LEVEL = 0.05
 
 
+def level_at_look(look: int) -> float:
+    """The two-sided level at which the n-th model is compared on the same test pictures.
+
+    The first is compared at 5 %, the second at 5/3 %, the third at 5/6 %: all levels together are
+    10 %, of which half is the side of being better. So however many equal models are compared with
+    a champion on one test set, in at most 5 % of cases any of them seems better.
+
+    Args:
+        look: 1 for the first.
+
+    Source: Bonferroni's inequality with unequal shares; Lan and DeMets 1983 for spending a level
+    """
+    return SIGNIFICANCE_LEVEL * 2 / (look * (look + 1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
     """Two classifiers, a and b, on the same pictures.
@@ -174,21 +189,23 @@ class PairedTest:
         difference: accuracy of a minus accuracy of b, a fraction in [-1, 1].
         only_a, only_b: pictures that only one of them named rightly.
         p_value: of the exact McNemar test, two-sided.
+        level: below which it counts, see `level_at_look`.
     """
 
     difference: Interval
     only_a: int
     only_b: int
     p_value: float
+    level: float = SIGNIFICANCE_LEVEL
 
     @property
     def a_is_better(self) -> bool:
-        """By both measures: the interval excludes 0 and p < 0.05."""
-        return self.difference.low > 0 and self.p_value < SIGNIFICANCE_LEVEL
+        """By both measures: the interval excludes 0, and p is below the level."""
+        return self.difference.low > 0 and self.p_value < self.level
 
     @property
     def b_is_better(self) -> bool:
-        return self.difference.high < 0 and self.p_value < SIGNIFICANCE_LEVEL
+        return self.difference.high < 0 and self.p_value < self.level
 
     @property
     def tied(self) -> bool:
@@ -196,11 +213,14 @@ class PairedTest:
         return not (self.a_is_better or self.b_is_better)
 
 
-def paired_test(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> PairedTest:
+def paired_test(
+    correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], *, look: int = 1
+) -> PairedTest:
     """Compare two classifiers by the pictures on which only one of them is right.
 
     Args:
         correct_a, correct_b: bool, shape (N,), for the same pictures in the same order.
+        look: how many models were compared on these pictures so far, this one included.
 
     Raises:
         ValueError: no pictures, or not the same number of them.
@@ -217,6 +237,7 @@ def paired_test(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> P
         only_a=only_a,
         only_b=only_b,
         p_value=float(stats.binomtest(only_a, discordant).pvalue) if discordant else 1.0,
+        level=level_at_look(look),
     )
 
 
