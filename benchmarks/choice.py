@@ -25,10 +25,10 @@ from measuring import Row, photographs, report, scratch
 from numpy.typing import NDArray
 from scipy import stats
 
-from visiontuner.data.dataset import load_dataset
 from visiontuner.evaluation.calibration import fit_temperature, picture_losses
 from visiontuner.experiment.schema import Experiment, Training
 from visiontuner.model.features import compute_features
+from visiontuner.model.onnx import make_engine
 from visiontuner.search.plan import settings_of
 from visiontuner.search.space import draw_beforehand
 from visiontuner.workflow.inputs import Inputs, Silent
@@ -225,9 +225,9 @@ def pooled(name: str, cache: Path) -> Points:
     inputs = Inputs(experiment, Silent())
     splits = ("train", "validation", "test")
     store = compute_features(
-        load_dataset(photographs(name), cache=cache),
+        inputs.dataset,
         backbone=inputs.description,
-        engine=inputs._engine,
+        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=cache),
         precision="fp32",
         cache=cache,
         splits=splits,
