@@ -248,7 +248,9 @@ def test_a_signal_while_ray_starts_ends_a_search_in_order(command, number):
     code, lines = command.end()
     assert code == 130, lines
     # Ray may complain, on the standard error, of the process that was stopped.
-    assert any(re.search(r"visiontuner tune --resume \S*search$", line) for line in lines), lines
+    assert any(re.search(r"visiontuner tune --resume \S*search$", line) for line in lines), (
+        "\n".join(lines[-12:])
+    )
     assert command.record.ended["state"] == "interrupted"
 
 

@@ -39,9 +39,11 @@ class _Received:
         self.count = 0
         self.answered = 0
         self.in_order = 0
+        self.came_in_order = False  # the last one, to a part that ends in order
 
     def add(self, number: int, frame: FrameType | None) -> None:
         self.count += 1
+        self.came_in_order = self.in_order > 0
 
 
 _received = _Received()
@@ -226,7 +228,8 @@ def _watch(reader: int, leave: Callable[[], None], ended: threading.Event) -> No
                 continue
             count, answered = _received.count, _received.answered
             is_noticed, known = known < count == answered, count
-            if _received.in_order and times == 1:
+            # Not where the program is now: this thread may have waited long for Python's lock.
+            if _received.came_in_order and times == 1:
                 if not is_noticed:
                     os.write(2, b"Stopping in order. Once more ends it at once.\n")
             elif not is_noticed or not ended.wait(_ENDS_WITHIN_SECONDS):
