@@ -228,8 +228,8 @@ def _watch(reader: int, leave: Callable[[], None], ended: threading.Event) -> No
                 continue
             count, answered = _received.count, _received.answered
             is_noticed, known = known < count == answered, count
-            # Either thread may have waited long for Python's lock: the signal may not be counted yet,
-            # or the part that it came to may have ended meanwhile.
+            # Either thread may have waited long for Python's lock: the signal may not be counted
+            # yet, or the part that it came to may have ended meanwhile.
             if times == 1 and (_received.in_order or _received.came_in_order):
                 if not is_noticed:
                     os.write(2, b"Stopping in order. Once more ends it at once.\n")
