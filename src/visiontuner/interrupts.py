@@ -154,6 +154,8 @@ def result(future: Future[T], *, in_any_case: bool = False) -> T:
             if not in_any_case:
                 check()
         rearm()
+        if not in_any_case:
+            check()  # before an error of the work: a call that held Python's lock hid the signal
     return future.result()
 
 
