@@ -56,6 +56,8 @@ def test_a_mistake_is_one_line_of_a_public_error(tmp_path):
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, repository, shared_cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    # MLflow keeps a store for each URI: a relative one would be another test's.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     draw(Path("photos"), {"train": 10, "valid": 6, "test": 6})
     for name in ("a.jpg", "b.jpg"):
         Image.open("photos/test/red/0.png").save(name)

@@ -66,7 +66,7 @@ def test_a_run_of_a_search_in_one_stage_means_its_experiment():
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        (("auto", []), "dogs"),
+        ((None, []), "dogs"),
         (("cats", []), "cats"),
         (("cats", ["name=lions"]), "lions"),
     ],
@@ -74,7 +74,7 @@ def test_a_run_of_a_search_in_one_stage_means_its_experiment():
 def test_a_training_on_other_pictures_is_no_version_of_the_origins_model(arguments, name):
     data, overrides = arguments
     run_id = trial_run({**STAGED, "search": {}}, stage=None)
-    chosen, _ = choose_training("auto", data, overrides, run_id)
+    chosen, _ = choose_training(None, data, overrides, run_id)
     assert chosen.name == name
 
 
