@@ -53,6 +53,7 @@ def test_a_mistake_is_one_line_of_a_public_error(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, repository, shared_cache):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
