@@ -209,7 +209,8 @@ def _expected_losses(
     """Mean and variance of each picture's loss, shape (N,), if labels follow the probabilities."""
     losses = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     expected = (probabilities * losses).sum(axis=1)
-    return expected, (probabilities * losses**2).sum(axis=1) - expected**2
+    variance = (probabilities * (losses - expected[:, None]) ** 2).sum(axis=1)
+    return expected, variance
 
 
 def _calibration_error(
