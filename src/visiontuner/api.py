@@ -75,8 +75,8 @@ class Search:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The trial that is kept; None if none can be used."""
-        return self.record.best
+        """The trial or baseline that is kept; None if nothing can be used."""
+        return self.record.kept
 
     @property
     def trials(self) -> pd.DataFrame:

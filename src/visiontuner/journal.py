@@ -8,11 +8,14 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
                      trained_on and from (where its hyperparameters come from)
     search_resumed   code, machine                        one for each `--resume`
     features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
+    baseline_ended   name, configuration, metrics, seconds
+    choice_made      chosen, best, tied, reason, estimate
     pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
     trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
-    trial_ended      state, best_epoch, best_value, error, reason, host
+    trial_ended      state, best_epoch, best_value (of the epoch that is kept, whether or not
+                     another one was better), error, reason, host
     search_ended     state, best_trial, error
 
 No line holds a password or a signature of a URL: what a search needs of them is in its experiment
@@ -67,9 +70,13 @@ class EpochMetrics:
     gradient_norm: float
     epoch_seconds: float
     images_per_second: float
+    # Standard deviations over the folds of a cross-validation.
+    validation_accuracy_spread: float | None = None
+    validation_loss_spread: float | None = None
 
     def to_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """What was measured."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 SCHEMA_VERSION = 1
@@ -248,6 +255,11 @@ class TrialRecord:
         """
         return self.epochs or _up_to(step, self.earlier_epochs)
 
+    def kept(self, metric: str) -> float | None:
+        """A metric of the epoch that is kept."""
+        values = (e.metrics.get(metric) for e in self.epochs if e.step == self.best_epoch)
+        return next(values, None)
+
     def curve(self, metric: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, in order."""
         rows = [(e.step, e.metrics[metric]) for e in self.epochs if metric in e.metrics]
@@ -258,7 +270,9 @@ class TrialRecord:
 class SearchRecord:
     """The state of a search: a fold over its journal's events.
 
-    `preparation_seconds` went into features and decoded pictures before the first trial.
+    `preparation_seconds` went into features and decoded images before the first trial.
+    `baselines` are what trials are compared with, by name; they are no trials and have no epochs.
+    `choice` is the last `choice_made`.
     """
 
     search_id: str = ""
@@ -266,6 +280,8 @@ class SearchRecord:
     ended: Event | None = field(default=None, repr=False)
     trials: dict[str, TrialRecord] = field(default_factory=dict, repr=False)
     preparation_seconds: float = 0.0
+    baselines: dict[str, TrialRecord] = field(default_factory=dict, repr=False)
+    choice: Event | None = field(default=None, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -293,6 +309,10 @@ class SearchRecord:
                 self.preparation_seconds += float(event.get("seconds") or 0.0)
         elif kind == "search_ended":
             self.ended = event
+        elif kind == "baseline_ended":
+            self.baselines[event["name"]] = _baseline(event, self.objective)
+        elif kind == "choice_made":
+            self.choice = event
         elif kind == "trial_started":
             self._start(event)
         elif event.get("trial_id") in self.trials:
@@ -305,6 +325,12 @@ class SearchRecord:
     @property
     def objective(self) -> str:
         return str(self.started.get("experiment", {}).get("objective", "validation_accuracy"))
+
+    @property
+    def folds(self) -> int | None:
+        """Folds of the cross-validation that judged its trials; None for a hold-out."""
+        data = self.started.get("experiment", {}).get("data", {})
+        return data.get("folds") if data.get("validation") == "folds" else None
 
     @property
     def is_training(self) -> bool:
@@ -325,10 +351,32 @@ class SearchRecord:
             epochs = (search.get("stages") or {}).get("epochs", epochs)
         return int(trial.configuration.get("epochs", epochs))
 
-    def ranking(self) -> list[TrialRecord]:
-        """Usable trials, best first: ended in order, with a finite value; ties by trial id.
+    def kept_epoch(self, trial: TrialRecord) -> EpochRecord | None:
+        """The epoch whose weights are kept: the last, where the learning rate falls to zero in it.
 
-        A training on the validation pictures too has no value, and is usable.
+        Otherwise it is the one with the lowest validation loss.
+        """
+        training = self.started.get("experiment", {}).get("training", {})
+        falls = training.get("schedule", "cosine") == "cosine"
+        if self.is_unvalidated or (falls and training.get("early_stop") is None):
+            return trial.epochs[-1] if trial.epochs else None
+        return _lowest_loss(trial.epochs)
+
+    def ran_to_its_end(self, trial: TrialRecord) -> bool:
+        """Whether a trial has all its epochs, or stopped itself; no scheduler or rule ended it."""
+        if trial.state != "stopped_early":
+            return trial.state == "completed"
+        patience = self.started.get("experiment", {}).get("training", {}).get("early_stop")
+        if patience is None or not trial.epochs or trial.best_epoch is None:
+            return False
+        return trial.reason is None and trial.epochs[-1].step - trial.best_epoch >= int(patience)
+
+    def ranking(self) -> list[TrialRecord]:
+        """Usable trials, best first: ended in order, with a finite value.
+
+        Those that ran to their end come first, by the objective, then by validation loss, training
+        seconds and id; the others follow, the furthest first. A training on the validation images
+        too has no value, and is usable.
         """
         usable = [
             t
@@ -339,13 +387,40 @@ class SearchRecord:
                 or self.is_unvalidated
             )
         ]
+        return sorted(usable, key=self._place)
+
+    def _place(self, trial: TrialRecord) -> tuple[object, ...]:
         sign = 1 if self.mode == "min" else -1
-        return sorted(usable, key=lambda t: (sign * (t.best_value or 0.0), t.trial_id))
+        whole = self.ran_to_its_end(trial)
+        loss = trial.kept("validation_loss")
+        _, seconds = trial.curve("epoch_seconds")
+        return (
+            not whole,
+            0 if whole else -len(trial.epochs),
+            sign * (trial.best_value or 0.0),
+            math.inf if loss is None or math.isnan(loss) else loss,
+            sum(seconds),
+            trial.trial_id,
+        )
 
     @property
     def best(self) -> TrialRecord | None:
+        """The first of the ranking."""
         ranking = self.ranking()
         return ranking[0] if ranking else None
+
+    def named(self, name: str | None) -> TrialRecord | None:
+        """A trial by its id, or a baseline by its name."""
+        return self.trials.get(name or "") or self.baselines.get(name or "")
+
+    @property
+    def kept(self) -> TrialRecord | None:
+        """The trial or baseline that becomes the model: the chosen one, before a choice the best.
+
+        A search that was resumed has chosen among the trials of before.
+        """
+        chosen = str(self.choice["chosen"]) if self.choice is not None else None
+        return self.named(chosen) or self.best
 
     def searching(self) -> SearchRecord:
         """The same search with the trials that searched the space: without a second stage's."""
@@ -376,11 +451,26 @@ def packaged_trial(folder: Path) -> str | None:
         return None
 
 
-def best_epoch(epochs: Iterable[EpochRecord], objective: str, mode: str) -> EpochRecord | None:
-    """The epoch with the best finite objective; the earliest of equals."""
-    usable = [e for e in epochs if math.isfinite(e.metrics.get(objective, math.nan))]
-    sign = 1 if mode == "min" else -1
-    return min(usable, key=lambda e: (sign * e.metrics[objective], e.step), default=None)
+def _lowest_loss(epochs: Iterable[EpochRecord]) -> EpochRecord | None:
+    """The epoch with the lowest finite validation loss; the earliest of equals."""
+    usable = [e for e in epochs if math.isfinite(e.metrics.get("validation_loss", math.nan))]
+    return min(usable, key=lambda e: (e.metrics["validation_loss"], e.step), default=None)
+
+
+def _baseline(event: Event, objective: str) -> TrialRecord:
+    """A baseline as a trial of one epoch."""
+    epoch = EpochRecord(step=1, time=event["time"], attempt=1, metrics=event["metrics"])
+    return TrialRecord(
+        trial_id=event["name"],
+        configuration=event["configuration"],
+        attempt=1,
+        state="completed",
+        started=event["time"] - event["seconds"],
+        ended=event["time"],
+        best_epoch=1,
+        best_value=event["metrics"].get(objective),
+        epochs=[epoch],
+    )
 
 
 def _apply_to_trial(trial: TrialRecord, event: Event) -> None:
@@ -440,6 +530,8 @@ _REQUIRED = {
     "epoch": ("trial_id", "attempt", "step", "metrics"),
     "finding": ("rule", "severity", "evidence", "advice"),
     "trial_ended": ("trial_id", "state"),
+    "baseline_ended": ("name", "configuration", "metrics", "seconds"),
+    "choice_made": ("chosen",),
 }
 
 

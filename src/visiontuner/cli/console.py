@@ -21,7 +21,7 @@ from rich.text import Text
 
 from visiontuner.data.dataset import ListedFinding
 from visiontuner.data.findings import DatasetSummary, SizeRange
-from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord, best_epoch
+from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.text import (
     DEFAULT_TRACKING_URI,
     SafeStream,
@@ -459,10 +459,9 @@ class TrainingConsole(SearchConsole):
             wanted = ["train_loss", "train_accuracy"]
         words = [f"epoch {newest.step}/{self._epochs()}"]
         words += [f"{name} {newest.metrics[name]:.4f}" for name in dict.fromkeys(wanted)]
-        best = best_epoch(trial.epochs, objective, self._training.mode)
-        if best is not None:
-            before = f"best {best.metrics[objective]:.4f} in epoch {best.step}"
-            words.append("the best so far" if best is newest else before)
+        kept = self._training.kept_epoch(trial)
+        if kept is not None and kept is not newest:
+            words.append(f"lowest validation_loss in epoch {kept.step}")
         words.append(f"{newest.metrics['images_per_second']:,.0f} pictures/s")
         return "  ".join(words)
 
@@ -551,12 +550,16 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
     Args:
         said: what the user was told already.
     """
-    best, folder = result.best, result.folder
-    if best is not None:
-        values = ", ".join(f"{k} {_short(v)}" for k, v in best.configuration.items())
-        objective = result.record.objective
-        click.echo(f"\nBest trial: {best.trial_id} with {values}")
+    record, folder = result.record, result.folder
+    best, kept = record.best, record.kept
+    if best is not None and kept is not None:
+        objective = record.objective
+        click.echo(f"\nBest trial: {best.trial_id} with {_values(best)}")
         click.echo(f"  {objective} {best.best_value:.4f} in epoch {best.best_epoch}")
+        if kept is not best:
+            value = f"{objective} {kept.best_value:.4f}"
+            click.echo(f"Kept: {kept.trial_id} with {_values(kept)} ({value})")
+        _print_choice(record.choice or {})
     print_artifacts(result, said=said)
     if result.state == "completed" and not result.tracking_problem:
         click.echo("\nNext, compare the trials: " + _ui_command(result.tracking_uri))
@@ -565,6 +568,23 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
         click.echo(f"\n{word}. Go on with: {next_command('tune', '--resume', folder)}")
     if result.state == "interrupted":
         raise click.exceptions.Exit(130)
+
+
+def _print_choice(choice: Event) -> None:
+    """What the search gave beside what is there without it, and what to expect of the model."""
+    if choice.get("gain"):
+        click.echo(f"  {choice['gain']}")
+    if choice.get("estimate"):
+        estimate = choice["estimate"]
+        low, high = 100 * estimate["low"], 100 * estimate["high"]
+        click.echo(
+            f"  expected on new images: {100 * estimate['value']:.1f} % right "
+            f"({low:.1f} to {high:.1f}), from {choice['images']:,} images, corrected for the choice"
+        )
+
+
+def _values(trial: TrialRecord) -> str:
+    return ", ".join(f"{k} {_short(v)}" for k, v in trial.configuration.items())
 
 
 def print_artifacts(result: SearchResult, *, said: set[str]) -> None:

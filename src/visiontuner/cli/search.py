@@ -203,6 +203,11 @@ def doctor() -> None:
 @click.option("--trials", metavar="N", type=TEXT, help="How many configurations to try.")
 @click.option("--algorithm", metavar="random|optuna|grid", type=TEXT, help="How to choose.")
 @click.option(
+    "--no-baselines",
+    is_flag=True,
+    help="Do not compare with logistic regression and nearest neighbours on the same features.",
+)
+@click.option(
     "--output",
     metavar="FOLDER",
     type=FOLDER,
@@ -231,6 +236,7 @@ def tune(
     backbone: str | None,
     trials: str | None,
     algorithm: str | None,
+    no_baselines: bool,
     output: Path | None,
     resume: str | None,
     on: str,
@@ -253,6 +259,7 @@ def tune(
         "model.backbone": backbone,
         "search.trials": trials,
         "search.algorithm": algorithm,
+        "search.baselines": "false" if no_baselines else None,
     }
     given = as_overrides(flags)
     if resume is not None:

@@ -860,6 +860,7 @@ class ImageDataset:
         splits: samples by split name, all three of `SPLITS`; test may be empty.
         digest: SHA-256 over names, paths, labels, splits and contents, hexadecimal.
         findings: what was noticed without decoding a picture.
+        own_validation: whether the user says which images are for validation.
     """
 
     root: Path
@@ -867,6 +868,7 @@ class ImageDataset:
     splits: dict[str, tuple[Sample, ...]]
     digest: str
     findings: tuple[Finding, ...]
+    own_validation: bool = False
 
     def counts(self, split: str) -> list[int]:
         """Pictures of each class in a split, in the order of `class_names`."""
@@ -911,6 +913,7 @@ def load_dataset(
         splits=splits,
         digest=_digest(class_names, splits),
         findings=(),
+        own_validation=any(file.split == "validation" for file in layout.files),
     )
     unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
     findings = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,9 @@ from visiontuner.evaluation.calibration import picture_losses
 from visiontuner.evaluation.intervals import (
     CONFIDENCE,
     SIGNIFICANCE_LEVEL,
+    Interval,
     resampled_sums,
+    share_interval,
     sign_flipped_sums,
 )
 from visiontuner.experiment.schema import INTEGERS, Domain, Objective, Range, Space, Values
@@ -202,39 +204,153 @@ def corrected_for_choice(
     return float((sums[known] / left_out[known].sum(axis=1)).mean())
 
 
-def choose(
-    best: str,
-    tied: Sequence[str],
-    *,
-    prefer: Preference = "best",
-    seconds: Mapping[str, float] | None = None,
-) -> Choice:
-    """Pick the trial to keep.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Candidate:
+    """A trial or a baseline, and what it answered to the images that all are judged by.
 
     Args:
-        tied: from `tied_with_best`.
-        prefer: `cheapest` takes the one with the fewest training seconds among the tied.
-        seconds: training seconds by trial id (`training_seconds`); a trial without is not picked
-            as the cheapest.
+        name: of the trial or the baseline.
+        value: the objective.
+        correct: bool, shape (N,).
+        losses: float, shape (N,), in nats, before any temperature.
+        seconds: of training; None if unknown.
+        can_be_kept: whether its weights are there or a matter of seconds.
+        is_network: whether more than a head was trained.
     """
-    tied = (best, *(trial_id for trial_id in tied if trial_id != best))
+
+    name: str
+    value: float
+    correct: NDArray[np.bool_]
+    losses: NDArray[np.floating]
+    seconds: float | None = None
+    can_be_kept: bool = True
+    is_network: bool = False
+
+
+# One-sided, 5 %: by how many standard errors a loss must be lower to count as lower.
+_LOWER = 1.645
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    labels: NDArray[np.integer],
+    *,
+    objective: Objective,
+    mode: Literal["min", "max"],
+    simplest: Sequence[str] = (),
+    prefer: Preference = "best",
+) -> Choice:
+    """Pick what to keep: of all that are tied by the objective the one with the lowest loss.
+
+    A loss tells more of each image than whether the answer is right, and so is less a matter of
+    luck. A head is kept only if its loss is lower than that of the simplest beyond noise (one-sided
+    paired test at 5 %): on photographs that was better than the lowest loss in itself, most of all
+    where there are few images (docs/evaluation.md).
+
+    Args:
+        candidates: trials and baselines; at least one, all of the same N images.
+        labels: int, shape (N,).
+        simplest: names, the first that is tied counts: a regression, then the defaults.
+        prefer: `cheapest` takes the one with the fewest training seconds among the tied.
+
+    Raises:
+        ValueError: there is nothing to choose from.
+    """
+    if not candidates:
+        raise ValueError("nothing to choose from")
+    by_name = {candidate.name: candidate for candidate in candidates}
+    sign = 1 if mode == "min" else -1
+    best = min(candidates, key=lambda c: (sign * c.value, float(c.losses.mean()))).name
+    scores = {c.name: scores_of_answers(c.correct, c.losses, labels, objective) for c in candidates}
+    tied = tied_with_best(scores, best)
+    possible = [by_name[name] for name in tied if by_name[name].can_be_kept] or [by_name[best]]
+    if prefer == "cheapest":
+        timed = [c for c in possible if c.seconds is not None]
+        chosen = min(timed, key=lambda c: (c.seconds, tied.index(c.name)), default=by_name[best])
+        reason = _cheapest_words(by_name[best], chosen, tied)
+        return Choice(best=best, tied=tied, chosen=chosen.name, reason=reason)
+    chosen = min(possible, key=lambda c: (float(c.losses.mean()), c.seconds or 0.0))
+    simple = next((by_name[n] for n in simplest if by_name.get(n) in possible), None)
+    if simple is not None and not chosen.is_network and not _is_lower(chosen, simple):
+        chosen = simple
     reason = f"{best} has the best objective; {_tied_words(len(tied) - 1)}."
-    if prefer == "best":
-        return Choice(best=best, tied=tied, chosen=best, reason=reason)
-    known = seconds or {}
-    timed = [trial_id for trial_id in tied if trial_id in known]
-    cheapest = min(timed, key=lambda t: (known[t], tied.index(t)), default=best)
-    if cheapest != best:
-        than = f" instead of {known[best]:.1f} s" if best in known else ""
-        reason = (
-            f"{cheapest} cannot be told apart from {best}, which has the best objective, and took "
-            f"{known[cheapest]:.1f} s of training{than}."
+    if chosen.name != best:
+        why = "the lowest loss of those" if chosen is not simple else "as good and the simplest"
+        reason += f" {chosen.name} is kept: {why}."
+    return Choice(best=best, tied=tied, chosen=chosen.name, reason=reason)
+
+
+def _is_lower(one: Candidate, other: Candidate) -> bool:
+    """Whether a loss is lower than another beyond noise, by the same images."""
+    gaps = other.losses.astype(np.float64) - one.losses
+    if one is other or len(gaps) < 2:
+        return False
+    return bool(gaps.mean() > _LOWER * gaps.std(ddof=1) / math.sqrt(len(gaps)))
+
+
+def _cheapest_words(best: Candidate, chosen: Candidate, tied: Sequence[str]) -> str:
+    if chosen is not best:
+        than = "" if best.seconds is None else f" instead of {best.seconds:.1f} s"
+        return (
+            f"{chosen.name} cannot be told apart from {best.name}, which has the best objective, "
+            f"and took {chosen.seconds:.1f} s of training{than}."
         )
-    elif len(tied) > 1:
-        reason = (
-            f"{best} has the best objective and is the cheapest of the {len(tied)} tied trials."
-        )
-    return Choice(best=best, tied=tied, chosen=cheapest, reason=reason)
+    if len(tied) > 1:
+        return f"{best.name} has the best objective and is the cheapest of the {len(tied)} tied."
+    return f"{best.name} has the best objective; {_tied_words(0)}."
+
+
+# What an accuracy on the first page may need in memory: resamples x images x 8 bytes.
+_RESAMPLED_NUMBERS = 3e7
+
+
+def estimate_accuracy(correct: NDArray[np.bool_], losses: NDArray[np.floating]) -> Interval:
+    """The kept model's accuracy on other images, corrected for having been chosen by its loss.
+
+    Args:
+        correct: bool, shape (N, T), of all that was chosen among.
+        losses: float, shape (N, T).
+
+    Returns:
+        The estimate with its 95 % interval.
+    """
+    total = len(correct)
+    resamples = int(np.clip(_RESAMPLED_NUMBERS / total, 20, 500))
+    value = corrected_for_choice(correct.astype(np.float64), -losses, resamples=resamples)
+    return share_interval(min(max(value, 0.0), 1.0) * total, total)
+
+
+class Told(NamedTuple):
+    """What `describe_gain` tells of: a name for people, the candidate's, its objective."""
+
+    label: str
+    name: str
+    value: float
+
+
+def describe_gain(
+    search: Told, others: Sequence[Told], tied: Collection[str], *, objective: Objective
+) -> str:
+    """One line: what the search gave beside what there is without it.
+
+    Args:
+        search: its best trial.
+        others: baselines and the defaults.
+        tied: candidates that cannot be told apart from the best.
+    """
+    told = [f"{t.label} {_objective_words(t.value, objective)}" for t in (search, *others)]
+    rivals = [t.label for t in others if t.name in tied]
+    if search.name not in tied:
+        end = f"the search is behind {' and '.join(rivals) or 'them'}"
+    elif rivals:
+        end = "tied; the search gained nothing here"
+    else:
+        end = "the search is ahead beyond noise"
+    return f"{', '.join(told)}: {end}."
+
+
+def _objective_words(value: float, objective: Objective) -> str:
+    return f"{value:.4f}" if objective == "validation_loss" else f"{100 * value:.1f} %"
 
 
 def training_seconds(record: SearchRecord) -> dict[str, float]:

@@ -252,6 +252,17 @@ def score_classes(
     return scores, _macro_f1(predicted, labels, classes, draw)
 
 
+def macro_f1(predicted: NDArray[np.integer], labels: NDArray[np.integer]) -> float:
+    """Mean over classes of 2 TP / (2 TP + FP + FN); classes that occur in neither are left out.
+
+    Args:
+        predicted, labels: int, shape (N,).
+    """
+    hits = np.bincount(labels[predicted == labels], minlength=int(max(*predicted, *labels)) + 1)
+    seen = np.bincount(labels, minlength=len(hits)) + np.bincount(predicted, minlength=len(hits))
+    return float((2 * hits[seen > 0] / seen[seen > 0]).mean())
+
+
 def _macro_f1(
     predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int, draw: Draw
 ) -> Interval:

@@ -118,13 +118,20 @@ def _read_exponents(value: object) -> object:
 
 
 class Data(Section):
-    """Which pictures: `source` is a folder, an archive (path or URL), or `digits`."""
+    """Which pictures: `source` is a folder, an archive (path or URL), or `digits`.
+
+    `validation` says what trials are judged by: the validation images (`holdout`), or all images of
+    training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
+    folds where heads are trained on few images and no validation images are given.
+    """
 
     source: Annotated[str, Field(min_length=1)] = "digits"
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="be 64 hexadecimal digits"
     )
     limit_per_class: PositiveInt | None = None
+    validation: Literal["auto", "holdout", "folds"] = "auto"
+    folds: Annotated[int, Field(ge=2, le=20)] | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
 
 
@@ -187,12 +194,21 @@ class Training(Section):
     record_every_steps: Annotated[int, Field(ge=0)] | None = None
     gradient_clip: Annotated[float, Field(gt=0)] | None = None
     ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    refit: Literal["auto", "on", "off"] = "auto"
     augmentation: Augmentation | None = None
     micro_batch_size: PositiveInt | None = None
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     backbone_learning_rate_factor: Annotated[float, Field(gt=0, le=1)] = 0.1
     layer_decay: Annotated[float, Field(gt=0, le=1)] | None = None
     freeze_batch_norm: bool = False
+
+    @property
+    def keeps_last(self) -> bool:
+        """Whether the last epoch is the one to keep: the learning rate falls to zero in it.
+
+        Otherwise it is the one with the lowest validation loss.
+        """
+        return self.schedule == "cosine" and self.early_stop is None
 
     @field_validator("augmentation", mode="before")
     @classmethod
@@ -317,13 +333,14 @@ class Search(Section):
 
     trials: PositiveInt = 16
     algorithm: Literal["random", "optuna", "grid"] = "optuna"
-    scheduler: Literal["none", "asha"] = "asha"
+    scheduler: Literal["auto", "none", "asha"] = "auto"
     time_budget: Seconds | None = None
     space: dict[str, Domain] = Field(default_factory=default_space)
     first: tuple[Configuration, ...] | None = None
     cpus_per_trial: Annotated[float, Field(gt=0)] = 1
     gpus_per_trial: Annotated[float, Field(ge=0)] = 0.25
     stages: Stages | None = None
+    baselines: bool = True
 
     @field_validator("space", mode="before")
     @classmethod
@@ -538,6 +555,34 @@ class Experiment(Section):
             for name, values in sections.items()
         }
         return self.model_copy(update=changes)
+
+    @property
+    def can_fold(self) -> bool:
+        """Whether trials can be judged by folds: heads on features, and nothing after them."""
+        return not self.trains_on_pictures and self.search.stages is None
+
+    @property
+    def refits(self) -> bool:
+        """Whether the kept configuration is trained again on train and validation together."""
+        return self.can_fold and self.training.refit != "off"
+
+    @model_validator(mode="after")
+    def _can_be_validated_so(self) -> Self:
+        if self.data.folds is not None and self.data.validation == "holdout":
+            raise told("data.folds is for data.validation: folds; leave one of them out")
+        if self.data.validation == "folds" and not self.can_fold:
+            raise told(
+                "data.validation: folds is for heads on features (model.train: head, no "
+                "augmentation, no search.stages); use holdout"
+            )
+        if self.data.validation == "folds" and self.training.refit == "off":
+            raise told("data.validation: folds keeps no head but the refitted one; use refit: auto")
+        if self.training.refit == "on" and not self.can_fold:
+            raise told(
+                "training.refit: on is for heads on features; to train a network on train and "
+                "validation: visiontuner train --from SEARCH --on train+validation"
+            )
+        return self
 
     @model_validator(mode="after")
     def _has_something_to_train(self) -> Self:

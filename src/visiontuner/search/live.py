@@ -20,7 +20,6 @@ from visiontuner.journal import (
     JournalWriter,
     SearchRecord,
     TrialRecord,
-    best_epoch,
 )
 from visiontuner.search.plan import LOGITS_FILE, ValidationLabels
 
@@ -54,19 +53,17 @@ class Recorder:
 def end_trial(
     recorder: Recorder, trial_id: str, state: str, *, error: str | None = None, **fields: Any
 ) -> None:
-    """Close a trial in the journal with its best epoch: the last, where none was measured."""
+    """Close a trial in the journal with the epoch that is kept."""
     record = recorder.record
     trial = record.trials[trial_id]
-    best = best_epoch(trial.epochs, record.objective, record.mode)
-    if record.is_unvalidated and trial.epochs:
-        best = trial.epochs[-1]
+    kept = record.kept_epoch(trial)
     recorder.append(
         "trial_ended",
         trial_id=trial_id,
         attempt=trial.attempt,
         state=state,
-        best_epoch=best.step if best else None,
-        best_value=best.metrics.get(record.objective) if best else None,
+        best_epoch=kept.step if kept else None,
+        best_value=kept.metrics.get(record.objective) if kept else None,
         error=error,
         **fields,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,10 +12,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.data.arrays import FeatureSet, PictureStore, array_path, find_damage, has_checksums
+from visiontuner.data.folds import folds_for
 from visiontuner.errors import DataError
 from visiontuner.experiment.schema import Configuration, Experiment, Stages, Training
 from visiontuner.journal import Event, SearchRecord, StageName, TrialRecord
 from visiontuner.search.space import clean, draw_beforehand
+
+
+def settle(experiment: Experiment, *, images: int, own_validation: bool) -> Experiment:
+    """The experiment with what `auto` means for its data, as the search folder keeps it.
+
+    Args:
+        images: of training and validation.
+        own_validation: whether the user says which images are for validation.
+    """
+    data, search = experiment.data, experiment.search
+    if data.validation == "auto":
+        folds = data.folds or folds_for(images)
+        takes = experiment.refits and not own_validation and folds is not None
+        changes = {"validation": "folds", "folds": folds} if takes else {"validation": "holdout"}
+        data = data.model_copy(update=changes)
+    elif data.validation == "folds" and data.folds is None:
+        data = data.model_copy(update={"folds": folds_for(images) or 5})
+    if search.scheduler == "auto":  # heads take seconds, and ASHA judges them by luck
+        networks = experiment.trains_on_pictures and search.stages is None
+        scheduler = "asha" if networks else "none"
+        search = search.model_copy(update={"scheduler": scheduler})
+    return experiment.model_copy(update={"data": data, "search": search})
+
 
 # The labels of the validation pictures, from whatever the trials of a search were trained on.
 
@@ -27,7 +51,12 @@ class ValidationLabels(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def read_labels(*, features: Path | None = None, pictures: Path | None = None) -> ValidationLabels:
+def read_labels(
+    *,
+    features: Path | None = None,
+    pictures: Path | None = None,
+    splits: Sequence[str] = ("validation",),
+) -> ValidationLabels:
     """From the first store that is named and still there; both hold the same pictures in order.
 
     They are verified first, but in a store of an earlier version, which has nothing to do it by.
@@ -37,24 +66,23 @@ def read_labels(*, features: Path | None = None, pictures: Path | None = None) -
     """
     if features is not None:
         try:
-            _verify_labels(features)
-            store = FeatureSet.open(features)
-            return ValidationLabels(store.split("validation").labels, store.class_names)
+            return _read_labels(FeatureSet.open(features), splits)
         except DataError:
             if pictures is None:
                 raise
     if pictures is None:
         raise DataError("The journal says nothing of what its trials were trained on.")
-    _verify_labels(pictures)
-    prepared = PictureStore.open(pictures)
-    return ValidationLabels(prepared.split("validation").labels, prepared.class_names)
+    return _read_labels(PictureStore.open(pictures), splits)
 
 
-def _verify_labels(folder: Path) -> None:
+def _read_labels(store: FeatureSet | PictureStore, splits: Sequence[str]) -> ValidationLabels:
+    folder = store.folder
     if has_checksums(folder):
-        damage = find_damage(folder, [array_path(folder, "validation", "labels").name])
+        damage = find_damage(folder, [array_path(folder, name, "labels").name for name in splits])
         if damage is not None:
             raise DataError(f"The labels in {folder} {damage}. Search again to write them anew.")
+    labels = np.concatenate([store.split(name).labels for name in splits])
+    return ValidationLabels(labels, store.class_names)
 
 
 class Stores(NamedTuple):
@@ -77,8 +105,10 @@ class Stores(NamedTuple):
         """Whether all that is named is there and as it was written; this reads all of it."""
         return all(find_damage(folder) is None for folder in self if folder is not None)
 
-    def read_labels(self) -> ValidationLabels:
-        return read_labels(features=self.features, pictures=self.pictures)
+    def read_labels(self, *, folds: bool = False) -> ValidationLabels:
+        """Of the images that trials are judged by: of folds those of training come first."""
+        splits = ("train", "validation") if folds else ("validation",)
+        return read_labels(features=self.features, pictures=self.pictures, splits=splits)
 
 
 # The epochs after which ASHA compares trials, for who stops them and for who is stopped.
@@ -102,7 +132,7 @@ class Rungs:
     @classmethod
     def of(cls, experiment: Experiment) -> Rungs | None:
         """Those of a search; None where every trial runs to its end."""
-        if experiment.search.scheduler == "none":
+        if experiment.search.scheduler != "asha":
             return None
         domain = experiment.search.space.get("epochs")
         values = getattr(domain, "values", None) or (getattr(domain, "high", None),)
@@ -123,6 +153,9 @@ HEAD_FILE = "head.safetensors"
 NETWORK_FILE = "network.safetensors"
 LOGITS_FILE = "validation_logits.npy"
 SCORES_FILE = "validation_scores.npz"
+REFIT_FILE = "refit.safetensors"
+PATH_SCORES_FILE = "path_scores.npz"
+FOLDS_FILE = "folds.npy"
 CHECKPOINT_FOLDER = "checkpoint"
 
 TrainedOn = Literal["train", "train+validation"]
@@ -144,6 +177,9 @@ class TrialTask:
             weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
         trace_steps: the first and the last step of which a profiler's trace is written.
         home: where these paths are, in a cluster of several machines.
+        folds: int64, (N,), of the training and then the validation images: heads are judged by
+            cross-validation, each image by the head that did not learn from its fold.
+        only_epoch: write the files of this epoch, whatever it is.
     """
 
     experiment: Experiment
@@ -157,14 +193,30 @@ class TrialTask:
     trained_on: TrainedOn = "train"
     trace_steps: tuple[int, int] | None = None
     home: Home | None = None
+    folds: NDArray[np.int64] | None = None
+    only_epoch: int | None = None
 
-    def keeps(self, *, is_best: bool) -> bool:
-        """Whether an epoch's files replace those of the epochs before it."""
-        return is_best or self.trained_on != "train"
+    def keeps(self, epoch: int, *, is_kept: bool, is_last: bool) -> bool:
+        """Whether an epoch's files replace those of the epochs before it.
+
+        Where the last epoch is kept, earlier ones are written if the trial may end with them.
+        """
+        if self.only_epoch is not None:
+            return epoch == self.only_epoch
+        if self.trained_on != "train":
+            return True
+        ends = is_last or may_be_stopped(self.experiment, epoch)
+        return is_kept and (ends or not self.experiment.training.keeps_last)
 
     def trial_folder(self, trial_id: str) -> Path:
         """Where the files of a trial's best epoch lie."""
         return self.search_folder / "trials" / trial_id
+
+
+def may_be_stopped(experiment: Experiment, epoch: int) -> bool:
+    """Whether the driver may end a trial with this epoch: nothing is then written afterwards."""
+    rungs = Rungs.of(experiment)
+    return bool(experiment.rules.stop_on) or (rungs is not None and epoch in rungs)
 
 
 def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:
@@ -364,7 +416,25 @@ def make_task(
             for trial_id, head in (starts or {}).items()
         },
         checkpoints=checkpoints,
+        folds=None if stage.on_pictures else read_folds(folder),
     )
+
+
+def read_folds(folder: Path) -> NDArray[np.int64] | None:
+    """The fold of each training and then each validation image of a search; None for a hold-out.
+
+    Raises:
+        DataError: they are damaged.
+    """
+    try:
+        folds: NDArray[np.int64] = np.load(folder / FOLDS_FILE, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            f"Cannot read {folder / FOLDS_FILE} ({type(error).__name__}). Search again."
+        ) from None
+    return folds
 
 
 def starting_heads(experiment: Experiment, record: SearchRecord) -> list[TrialRecord]:
@@ -477,9 +547,13 @@ class WeightsOnDisk:
         return kept
 
 
-def kept_weights(folder: Path, trial_id: str) -> Path | None:
-    """The head or the network of a trial's best epoch, if it is among those kept."""
-    for name in (NETWORK_FILE, HEAD_FILE):
+def kept_weights(folder: Path, trial_id: str, *, refitted: bool = False) -> Path | None:
+    """The head or the network of a trial's kept epoch, if it is among those on the disk.
+
+    Args:
+        refitted: the head that was trained on train and validation instead.
+    """
+    for name in (REFIT_FILE,) if refitted else (NETWORK_FILE, HEAD_FILE):
         path = folder / "trials" / trial_id / name
         if path.is_file():
             return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import time
@@ -24,7 +25,7 @@ from visiontuner import interrupts
 from visiontuner.errors import DiskError
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import disk_problem, temporary_folder
-from visiontuner.journal import EpochMetrics, Finding, SearchRecord, best_epoch
+from visiontuner.journal import EpochMetrics, Finding, SearchRecord
 from visiontuner.search.live import LiveRules, Recorder, end_trial, findings_of
 from visiontuner.search.plan import (
     Plan,
@@ -143,7 +144,7 @@ class RuleStopper(Stopper):
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         if self._rules is None or "epoch" not in result:
             return False
-        metrics = {name: float(result[name]) for name in self._metrics}
+        metrics = {name: float(result[name]) for name in self._metrics if name in result}
         found = [Finding(**finding) for finding in result.get("findings", ())]
         trial_id = result["config"]["trial_id"]
         return self._rules.stops(trial_id, int(result["epoch"]), metrics, found)
@@ -194,10 +195,10 @@ class PlanSearcher(Searcher):
         )
 
     def _value(self, planned: PlannedTrial) -> float | None:
-        """The best objective so far: Ray tells the searcher before the journal closes the trial."""
-        record = self._record.trials.get(planned.trial_id)
-        best = record and best_epoch(record.epochs, self._record.objective, self._record.mode)
-        return best.metrics[self._record.objective] if best else None
+        """The trial's value so far: Ray tells the searcher before the journal closes the trial."""
+        trial = self._record.trials.get(planned.trial_id)
+        kept = trial and self._record.kept_epoch(trial)
+        return kept.metrics[self._record.objective] if kept else None
 
     def _next(self) -> PlannedTrial | None:
         if self._known:
@@ -283,7 +284,8 @@ def _run_plan(
         checkpoints=stage.on_pictures,
     )
     searcher = PlanSearcher(plan, experiment, recorder.record)
-    rules = LiveRules(folder, experiment, stores.read_labels, recorder)
+    labels = functools.partial(stores.read_labels, folds=task.folds is not None)
+    rules = LiveRules(folder, experiment, labels, recorder)
     weights = WeightsOnDisk(folder, stage.search, recorder.record)
     weights.prune()  # a kill may have come between a trial's end and this
     skip_callback_statistics()
@@ -348,7 +350,7 @@ class JournalCallback(Callback):
         **info: Any,
     ) -> None:
         steps = {"step_losses": result["step_losses"]} if result["step_losses"] else {}
-        metrics = {name: float(result[name]) for name in METRICS}
+        metrics = {name: float(result[name]) for name in METRICS if name in result}
         self._recorder.append(
             "epoch", **_who(trial), step=result["epoch"], metrics=metrics, **steps
         )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from visiontuner.data.arrays import FeatureSet, PictureStore
@@ -36,36 +37,69 @@ from visiontuner.search.plan import (
     HEAD_FILE,
     LOGITS_FILE,
     NETWORK_FILE,
+    REFIT_FILE,
     SCORES_FILE,
-    Rungs,
     TrainedOn,
     TrialTask,
+    may_be_stopped,
     settings_of,
 )
 from visiontuner.training.batches import FeatureBatches, PictureBatches
 from visiontuner.training.callbacks import Watch, Watches
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
+from visiontuner.training.folds import FoldedBatches, FoldedHead
 from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
 
 if TYPE_CHECKING:
     from visiontuner.diagnostics.history import Recording
 
 
-def train_again(config: dict[str, Any], task: TrialTask, *, best_epoch: int) -> None:
-    """Write the files of a finished trial's best epoch anew; the seed makes the same numbers.
+def train_again(config: dict[str, Any], task: TrialTask, *, kept_epoch: int) -> None:
+    """Write the files of a finished trial's kept epoch anew; the seed makes the same numbers.
 
     For a head that takes seconds, for a network as long as the trial did. What was recorded of the
     trial itself stays.
     """
     training = task.experiment.training.model_copy(update={"record_every_steps": 0})
     unrecorded = task.experiment.model_copy(update={"training": training})
-    task = replace(task, experiment=unrecorded)
+    task = replace(task, experiment=unrecorded, only_epoch=kept_epoch)
     if task.pictures_folder is not None:
         epochs = train_network_epochs(config, task)
     else:
         epochs = train_head_epochs(config, task)
     with closing(epochs):
-        next(result for result in epochs if result.epoch == best_epoch)
+        next(result for result in epochs if result.epoch == kept_epoch)
+
+
+def refit(config: dict[str, Any], task: TrialTask) -> Path:
+    """Train a head with a trial's values on the training and validation images, to its last epoch.
+
+    Returns:
+        Its weights, `REFIT_FILE` in the trial's folder.
+    """
+    assert task.features_folder is not None
+    settings = settings_of(task.experiment.training, config["configuration"])
+    settings = settings.model_copy(update={"early_stop": None, "log_every_steps": None})
+    start = start_head(
+        task.features_folder,
+        settings,
+        seed=task.experiment.seed,
+        trained_on="train+validation",
+    )
+    training = Fit(
+        start.head,
+        start.train,
+        start.validation,
+        settings,
+        num_classes=len(start.class_names),
+        seed=task.experiment.seed,
+    )
+    head = [result.network for result in training.epochs()][-1]
+    assert isinstance(head, nn.Sequential)
+    path = task.trial_folder(config["trial_id"]) / REFIT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_head(head[1], path)
+    return path
 
 
 # What every trial does in its worker, whatever it trains.
@@ -146,9 +180,7 @@ def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterato
         yield Watches([trace, recorder]) if recorder is not None else trace
 
 
-def after_epoch(
-    result: EpochResult, recorder: Recorder | None, task: TrialTask, *, is_last: bool
-) -> EpochResult:
+def after_epoch(result: EpochResult, recorder: Recorder | None, task: TrialTask) -> EpochResult:
     """The same result, once what was recorded is on the disk and asked by the rules.
 
     Before the report: what reads the file when the trial has ended then finds all of it.
@@ -160,14 +192,8 @@ def after_epoch(
     rules = tuple(dict.fromkeys([*LASTING_RECORDED, *task.experiment.rules.stop_on]))
     found = diagnose_recording(TrainingHistory(recording=recording), rules)
     errors = [finding for finding in found if finding.severity == "error"]
-    recorder.save(now=is_last or _may_be_stopped(task.experiment, result.epoch))
+    recorder.save(now=result.is_last or may_be_stopped(task.experiment, result.epoch))
     return replace(result, findings=(*errors, *_incomplete(recording, result.epoch)))
-
-
-def _may_be_stopped(experiment: Experiment, epoch: int) -> bool:
-    """Whether the driver may end a trial with this epoch: nothing is then written afterwards."""
-    rungs = Rungs.of(experiment)
-    return bool(experiment.rules.stop_on) or (rungs is not None and epoch in rungs)
 
 
 def _incomplete(recording: Recording, epoch: int) -> list[Finding]:
@@ -209,13 +235,13 @@ def save_answers(
 
 
 def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
-    """Tell Ray of an epoch, once the files of the best one are where the search is."""
+    """Tell Ray of an epoch, once the files of the kept one are where the search is."""
     from ray import tune
 
     if task.home is not None:
         from visiontuner.search.remote import send_home
 
-        everything = task.keeps(is_best=result.is_best)
+        everything = task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last)
         send_home(task, trial_id, only=None if everything else RECORDING_FILE)
     tune.report(to_report(result))
 
@@ -280,7 +306,11 @@ def train_head_epochs(
     prepare_worker(task.threads)
     settings = settings_of(task.experiment.training, config["configuration"])
     start = start_head(
-        task.features_folder, settings, seed=task.experiment.seed, trained_on=task.trained_on
+        task.features_folder,
+        settings,
+        seed=task.experiment.seed,
+        trained_on=task.trained_on,
+        folds=task.folds,
     )
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
@@ -295,21 +325,22 @@ def train_head_epochs(
             settings,
             num_classes=len(start.class_names),
             seed=task.experiment.seed,
-            objective=task.experiment.objective,
-            mode=task.experiment.mode,
             on_step=on_step,
             watch=watch,
         )
         for result in run_epochs(training, folder, task, start.class_names):
-            if task.keeps(is_best=result.is_best):
+            if task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best_head(folder, result, task, labels=start.validation.labels)
-            yield after_epoch(result, recorder, task, is_last=training.finished)
+            yield after_epoch(result, recorder, task)
 
 
 @dataclass(frozen=True)
 class HeadStart:
-    """A head before its first step, and what it is trained and evaluated on."""
+    """A head before its first step, and what it is trained and evaluated on.
+
+    Of folds it is a head for each, trained and evaluated on all images.
+    """
 
     head: torch.nn.Sequential
     train: FeatureBatches
@@ -318,19 +349,35 @@ class HeadStart:
 
 
 def start_head(
-    features_folder: Path, settings: Training, *, seed: int, trained_on: TrainedOn = "train"
+    features_folder: Path,
+    settings: Training,
+    *,
+    seed: int,
+    trained_on: TrainedOn = "train",
+    folds: NDArray[np.int64] | None = None,
 ) -> HeadStart:
-    """On features; where validation is trained on as well, the first batches hold both splits."""
+    """On features; where validation is trained on as well, the first batches hold both splits.
+
+    Args:
+        folds: of the images of both splits, see `TrialTask`.
+    """
     features = _open_features(features_folder)
     train, validation = features.tensors
-    if trained_on != "train":
-        train = torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
+    if trained_on != "train" or folds is not None:
+        train = _open_joined(features_folder)
     head = linear_head(
         features.feature_dim,
         len(features.class_names),
         dropout=settings.dropout,
         seed=seed,
     )
+    if folds is not None:
+        device = train[1].device
+        both = FoldedBatches(
+            *train, torch.from_numpy(folds).to(device), batch_size=settings.batch_size
+        )
+        folded = FoldedHead(head, int(folds.max()) + 1).to(device)
+        return HeadStart(folded, both, both, features.class_names)
     return HeadStart(
         head.to(train[1].device),
         FeatureBatches(*train, batch_size=settings.batch_size),
@@ -342,9 +389,13 @@ def start_head(
 def save_best_head(
     folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor
 ) -> None:
-    """The epoch's validation answers and head weights, each file whole or not there."""
+    """The epoch's validation answers and head weights, each file whole or not there.
+
+    The heads of folds are not kept: `refit` makes the one that is.
+    """
     assert isinstance(result.network, torch.nn.Sequential)
-    save_head(result.network[1], folder / HEAD_FILE)
+    if not isinstance(result.network, FoldedHead):
+        save_head(result.network[1], folder / HEAD_FILE)
     save_answers(folder, result, task, labels=labels)
 
 
@@ -369,6 +420,13 @@ def _open_features(folder: Path) -> _WorkerFeatures:
         features.feature_dim,
         features.class_names,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _open_joined(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both splits' features (N, D) and labels (N,), copied once a worker process."""
+    train, validation = _open_features(folder).tensors
+    return torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
 
 
 # One configuration of the network itself, trained on pictures: in a Ray worker, or without Ray.
@@ -435,14 +493,12 @@ def train_network_epochs(
             settings,
             num_classes=num_classes,
             seed=experiment.seed,
-            objective=experiment.objective,
-            mode=experiment.mode,
             parameter_groups=parameter_groups(network, settings),
             on_step=on_step,
             watch=watch,
         )
         for result in run_epochs(training, folder, task, pictures.class_names):
-            if task.keeps(is_best=result.is_best):
+            if task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best_network(
                     folder,
@@ -452,7 +508,7 @@ def train_network_epochs(
                     labels=validation.labels,
                 )
             noted = replace(result, notes=(*result.notes, *train.take_notes()))
-            yield after_epoch(noted, recorder, task, is_last=training.finished)
+            yield after_epoch(noted, recorder, task)
 
 
 def save_best_network(

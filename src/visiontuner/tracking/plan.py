@@ -95,6 +95,7 @@ class TrialPlan:
     stage: str | None = None
     starts_from: str | None = None
     stands_out: bool = True
+    kind: Literal["trial", "baseline"] = "trial"
 
     @property
     def status(self) -> Status:
@@ -113,7 +114,7 @@ class TrialPlan:
     def tags(self) -> dict[str, str]:
         """Who the run is and how far it came."""
         return {
-            KIND: "trial",
+            KIND: self.kind,
             SEARCH_ID: self.search_id,
             TRIAL_ID: self.trial_id,
             STATE: self.state,
@@ -225,6 +226,10 @@ class SearchPlan:
         elif kind in ("features_ready", "pictures_ready"):
             # A resumed search finds them in the cache: the first time says how they were made.
             self.features = self.features or event
+        elif kind == "baseline_ended":
+            self._take_baseline(event)
+        elif kind == "choice_made":
+            self._take_choice(event)
         elif kind == "finding" and not event.get("trial_id"):
             self.rules.add(str(event.get("rule")))
         elif event.get("trial_id") in self.trials:
@@ -249,11 +254,13 @@ class SearchPlan:
 
     def tags(self) -> dict[str, str]:
         """Who the run is, what it ran on, and what came out."""
-        best = self.record.best
+        best, kept = self.record.best, self.record.kept
         facts = {
             "objective": self.record.objective,
             "findings": ", ".join(sorted(self.rules)) or None,
             "best_trial": best.trial_id if best else None,
+            "kept": kept.trial_id if kept else None,
+            "choice": (self.record.choice or {}).get("gain"),
             **{f"data_{k}": self._fact("data", k) for k in ("source", "digest")},
             **{f"code_{k}": self._fact("code", k) for k in ("commit", "dirty")},
             "version": self._fact("code", "version"),
@@ -299,6 +306,33 @@ class SearchPlan:
             starts_from=event.get("starts_from"),
             stands_out=len(self.trials) < MOST_CURVES_OF_SHORT,
         )
+
+    def _take_baseline(self, event: Event) -> None:
+        """A run of its own, with the values at the first step."""
+        ended, name = _milliseconds(event), event["name"]
+        baseline = TrialPlan(
+            search_id=self.search_id,
+            trial_id=name,
+            configuration=event["configuration"],
+            started=ended - round(1000 * event["seconds"]),
+            state="completed",
+            ended=ended,
+            last_seen=ended,
+            stands_out=False,
+            kind="baseline",
+        )
+        values = {**event["metrics"]}
+        if self.record.objective in values:
+            values[f"best_{self.record.objective}"] = values[self.record.objective]
+        baseline.points = [Point(k, _storable(v), ended, 1) for k, v in values.items()]
+        self.trials[name] = baseline
+
+    def _take_choice(self, event: Event) -> None:
+        """The accuracy to expect of what is kept, on the search's own run."""
+        step = len(self.finished)
+        for name, value in (event.get("estimate") or {}).items():
+            key = "estimated_accuracy" if name == "value" else f"estimated_accuracy_{name}"
+            self.points.append(Point(key, _storable(value), self.last_seen, step))
 
     def _apply_to_trial(self, trial: TrialPlan, event: Event) -> None:
         if event["event"] == "epoch":

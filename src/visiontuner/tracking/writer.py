@@ -67,10 +67,10 @@ class RunFiles:
     ) -> dict[str, bytes]:
         """A trial's curves, and the figures of what was recorded of it."""
 
-        record, files = plan.record.trials[trial.trial_id], dict[str, bytes]()
-        if record.epochs and trial.has_curves:
+        record, files = plan.record.named(trial.trial_id), dict[str, bytes]()
+        if record is not None and record.epochs and trial.has_curves:
             into, self._curves = self._curves, None
-            curves = trial_curves(record, plan.record.objective, into=into)
+            curves = trial_curves(record, into=into)
             files["figures/curves.png"] = to_png(curves)
             self._curves = curves
         if recording is not None:
@@ -327,7 +327,9 @@ class MlflowWriter:
                 runs.refuse_deleted(run, "parent run")
                 self._parent = self._held_parent(run)
                 self.experiment_id = run.info.experiment_id
-            elif kind == "trial" and trial_id in self.plan.trials and trial_id not in self._trials:
+            elif kind not in ("trial", "baseline") or trial_id in self._trials:
+                continue
+            elif trial_id in self.plan.trials:
                 runs.refuse_deleted(run, f"run of trial {trial_id}")
                 self._trials[trial_id] = _held_trial(run, self.plan.trials[trial_id])
 

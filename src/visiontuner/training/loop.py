@@ -7,8 +7,8 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,12 @@ from visiontuner.training.checkpoint import (
     require_fitting,
     require_same,
     set_random_state,
+)
+from visiontuner.training.folds import (
+    FoldedBatches,
+    FoldedHead,
+    folded_losses,
+    folded_weights,
 )
 from visiontuner.training.metrics import Scores, balanced_class_weights, score
 from visiontuner.training.optimisation import (
@@ -77,8 +83,10 @@ class EpochResult:
 
     Attributes:
         epoch: 1 for the first.
-        is_best: this epoch's objective is better than every earlier one's.
-        validation_logits: float32, shape (num_validation, num_classes), on the CPU.
+        is_kept: this epoch is to be kept instead of those before it; see `Fit.keeps_last`.
+        is_last: the training ends with it.
+        validation_logits: float32, shape (num_validation, num_classes), on the CPU; of folds the
+            out-of-fold logits of all images.
         network: the one that was evaluated, in eval mode: the averaged weights with `ema_decay`.
             It trains on in the next epoch, so whatever is kept of it is copied before.
         step_losses: every `log_every_steps`-th step's loss; empty if not asked for.
@@ -88,7 +96,8 @@ class EpochResult:
 
     epoch: int
     metrics: EpochMetrics
-    is_best: bool
+    is_kept: bool
+    is_last: bool
     validation_logits: Tensor
     network: nn.Module
     step_losses: tuple[StepLoss, ...] = ()
@@ -189,6 +198,8 @@ class TrainingStep:
     def __call__(self, inputs: Tensor, labels: Tensor) -> StepOutcome:
         """One step on inputs (B, …) and labels, int64 (B,) or shares of classes float32 (B, C).
 
+        Of a `FoldedHead` the labels are those of `FoldedBatches`, and the loss is the heads' mean.
+
         Raises:
             TrialFailed: one picture does not fit into memory, or batch normalisation got one value.
         """
@@ -196,13 +207,7 @@ class TrainingStep:
         loss, correct = self.micro_batches.run(len(labels), backward)
         self.watch.gradients_ready()
         with torch.no_grad():
-            norm = torch.nn.utils.get_total_norm(
-                [p.grad for p in self._parameters if p.grad is not None]
-            )
-            if self.settings.gradient_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(
-                    self._parameters, self.settings.gradient_clip, norm
-                )
+            norm = self._clip()
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
@@ -211,6 +216,18 @@ class TrainingStep:
         self.watch.weights_moved()
         return StepOutcome(loss, correct, norm)
 
+    def _clip(self) -> Tensor:
+        """Clip the gradients if asked to; their L2 norm before that, of folds the heads' mean."""
+        largest = self.settings.gradient_clip
+        if isinstance(self.network, FoldedHead):
+            return self.network.clip_gradients(largest)
+        norm = torch.nn.utils.get_total_norm(
+            [p.grad for p in self._parameters if p.grad is not None]
+        )
+        if largest is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, largest, norm)
+        return norm
+
     def _backward(self, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """The batch's loss and number of correct answers; its gradients are in the parameters."""
         self.optimizer.zero_grad()
@@ -218,22 +235,28 @@ class TrainingStep:
         if len(sizes) == 1:
             loss, correct = self._forward(inputs, labels)
             self._backpropagate(loss)
-            return loss.detach(), correct
-        weight = total_weight(labels, self.class_weights)
+            return loss.detach().mean(), correct
+        weight = self._weight(labels)
         parts = zip(torch.split(inputs, sizes), torch.split(labels, sizes), strict=True)
         losses, corrects = [], []
         for part, part_labels in parts:
             loss, correct = self._forward(part, part_labels)
             # The mean over the batch is the sum of the pieces' means, each with its share.
-            loss = loss * (total_weight(part_labels, self.class_weights) / weight)
+            loss = loss * (self._weight(part_labels) / weight)
             self._backpropagate(loss)
-            losses.append(loss.detach())
+            losses.append(loss.detach().mean())
             corrects.append(correct)
         return torch.stack(losses).sum(), torch.stack(corrects).sum()
 
+    def _weight(self, labels: Tensor) -> Tensor | int:
+        if isinstance(self.network, FoldedHead):
+            return folded_weights(labels, self.network.num_folds, self.class_weights)
+        return total_weight(labels, self.class_weights)
+
     def _backpropagate(self, loss: Tensor) -> None:
+        """Of folds the loss of each head, (num_folds,): they have no weight in common."""
         self.watch.spent_on("forward")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.sum().backward()  # type: ignore[no-untyped-call]
         self.watch.spent_on("backward")
 
     def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,7 +270,14 @@ class TrainingStep:
                 "(and micro_batch_size) of at least 2, or training.freeze_batch_norm: true.",
                 comes_back=True,
             ) from None
-        loss = training_loss(logits, labels, self.class_weights, self.settings.label_smoothing)
+        smoothing = self.settings.label_smoothing
+        if isinstance(self.network, FoldedHead):
+            loss = folded_losses(logits, labels, self.class_weights, smoothing)
+            with torch.no_grad():  # the mean of the heads that learn from an image
+                right = (logits.argmax(dim=2) == labels[:, :1]).sum(dim=1)
+                own = logits.argmax(dim=2).gather(1, labels[:, 1:])[:, 0] == labels[:, 0]
+                return loss, (right - own.long()).sum() / (self.network.num_folds - 1)
+        loss = training_loss(logits, labels, self.class_weights, smoothing)
         with torch.no_grad():
             label = labels.argmax(dim=1) if labels.is_floating_point() else labels
             return loss, (logits.argmax(dim=1) == label).sum()
@@ -388,6 +418,8 @@ def evaluate(
                 for inputs in batches.in_order()
             ]
         )
+        if isinstance(batches, FoldedBatches):
+            logits = batches.out_of_fold(logits)
         scores = score(logits, batches.labels.to(logits.device))
     return logits.cpu(), scores
 
@@ -425,8 +457,6 @@ def fit(
     *,
     num_classes: int,
     seed: int,
-    objective: str = "validation_accuracy",
-    mode: Literal["min", "max"] = "max",
     parameter_groups: Sequence[ParameterGroup] | None = None,
 ) -> Iterator[EpochResult]:
     """Train `network` in place and yield once an epoch; `Fit` says more."""
@@ -437,8 +467,6 @@ def fit(
         settings,
         num_classes=num_classes,
         seed=seed,
-        objective=objective,
-        mode=mode,
         parameter_groups=parameter_groups,
     ).epochs()
 
@@ -469,8 +497,6 @@ class Fit:
         *,
         num_classes: int,
         seed: int,
-        objective: str = "validation_accuracy",
-        mode: Literal["min", "max"] = "max",
         parameter_groups: Sequence[ParameterGroup] | None = None,
         on_step: Callable[[StepDone], None] | None = None,
         watch: Watch | None = None,
@@ -481,12 +507,9 @@ class Fit:
         """Whole epochs trained so far."""
         self._train, self._validation = train, validation
         self._num_classes, self._seed = num_classes, seed
-        self._identity = identity_of(settings, seed=seed, num_classes=num_classes) | {
-            "objective": objective
-        }
-        self._objective, self._sign = objective, 1 if mode == "max" else -1
+        self._identity = identity_of(settings, seed=seed, num_classes=num_classes)
         self._on_step, self._watch = on_step, watch or Watch()
-        self._best, self._epochs_without_better = -math.inf, 0
+        self._lowest_loss, self._epochs_without_better = math.inf, 0
         self._order = torch.Generator().manual_seed(seed)
         self._random: dict[str, Tensor] | None = None
         self._joins_last_single = needs_joining(
@@ -520,8 +543,16 @@ class Fit:
         )
 
     @property
+    def keeps_last(self) -> bool:
+        """Whether the last epoch is the one to keep: the learning rate falls to zero in it.
+
+        Otherwise it is the one with the lowest validation loss.
+        """
+        return self.settings.keeps_last
+
+    @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or `early_stop` of them without a better one."""
+        """Whether all epochs are done, or `early_stop` of them without a lower validation loss."""
         patience = self.settings.early_stop
         stopped = patience is not None and self._epochs_without_better >= patience
         return stopped or self.epoch >= self.settings.epochs
@@ -546,7 +577,7 @@ class Fit:
         return {
             "identity": self._identity,
             "epoch": self.epoch,
-            "best": self._best if self.epoch else None,
+            "lowest_loss": self._lowest_loss if self.epoch else None,
             "epochs_without_better": self._epochs_without_better,
             "network": dict(self.network.state_dict()),
             "average": None if self._average is None else dict(self._average.state_dict()),
@@ -564,7 +595,9 @@ class Fit:
         Raises:
             CheckpointError: it is of another network or was made with other settings.
         """
-        require_same(state["identity"], self._identity)
+        # Checkpoints of before the objective had no say in a training name it.
+        saved = {name: value for name, value in state["identity"].items() if name != "objective"}
+        require_same(saved, self._identity)
         require_fitting(state["network"], self.network)
         self.network.load_state_dict(state["network"])
         if self._average is not None:
@@ -574,7 +607,8 @@ class Fit:
         self._order.set_state(state["order"].cpu())
         self._random = state["random"]
         self.epoch = state["epoch"]
-        self._best = -math.inf if state["best"] is None else state["best"]
+        lowest = state.get("lowest_loss")  # not in a checkpoint of before it counted
+        self._lowest_loss = math.inf if lowest is None else lowest
         self._epochs_without_better = state["epochs_without_better"]
         self._step.micro_batches.limit(state["micro_batch_size"])
         self._evaluation.limit(state["evaluation_batch_size"])
@@ -594,25 +628,28 @@ class Fit:
         self._watch.epoch_ends()
         _require_finite(scores.loss, "validation loss", epoch, trained.learning_rate)
         metrics = trained.joined_with(scores, seconds=seconds)
-        is_best = self._count(self._sign * metrics.to_dict()[self._objective])
+        if isinstance(self._validation, FoldedBatches):
+            metrics = _with_spread(metrics, self._validation, logits)
+        is_kept = self._count(scores.loss) or self.keeps_last
         self.epoch = epoch
         self._random = random_state(self._device)
         return EpochResult(
             epoch=epoch,
             metrics=metrics,
-            is_best=is_best,
+            is_kept=is_kept,
+            is_last=self.finished,
             validation_logits=logits,
             network=network,
             step_losses=trained.step_losses,
             notes=(*self._step.micro_batches.take_notes(), *self._evaluation.take_notes()),
         )
 
-    def _count(self, value: float) -> bool:
-        """Whether this epoch's value is the best so far."""
-        is_best = value > self._best
-        self._best = max(self._best, value)
-        self._epochs_without_better = 0 if is_best else self._epochs_without_better + 1
-        return is_best
+    def _count(self, loss: float) -> bool:
+        """Whether this epoch's validation loss is the lowest so far."""
+        is_lowest = loss < self._lowest_loss
+        self._lowest_loss = min(self._lowest_loss, loss)
+        self._epochs_without_better = 0 if is_lowest else self._epochs_without_better + 1
+        return is_lowest
 
     def _train_epoch(self) -> Trained:
         batches: Iterable[tuple[Tensor, Tensor]] = self._train.shuffled(self._order)
@@ -630,6 +667,17 @@ class Fit:
     @property
     def _device(self) -> torch.device:
         return next(self.network.parameters()).device
+
+
+def _with_spread(metrics: EpochMetrics, batches: FoldedBatches, logits: Tensor) -> EpochMetrics:
+    labels, logits = batches.labels, logits.to(batches.labels.device)
+    right = (logits.argmax(dim=1) == labels).float()
+    losses = functional.cross_entropy(logits, labels, reduction="none")
+    return replace(
+        metrics,
+        validation_accuracy_spread=batches.spread(right),
+        validation_loss_spread=batches.spread(losses),
+    )
 
 
 def _require_finite(loss: float, what: str, epoch: int, learning_rate: float) -> None:

@@ -195,7 +195,8 @@ class _TrialFiles:
         if stores.features is None and stores.pictures is None:
             return
         try:
-            self._labels, self._names = stores.read_labels()
+            folds = SearchRecord.of(events).folds is not None
+            self._labels, self._names = stores.read_labels(folds=folds)
         except VisiontunerError:
             what = "features" if stores.features else "decoded pictures"
             self.notes.append(

@@ -352,7 +352,8 @@ class _Evaluation:
         require_same_data(self.record, dataset)
         choice = self.validation.choose(self.prefer)
         self.observer.note(choice.reason)
-        trial = self.record.trials[choice.chosen]
+        trial = self.record.named(choice.chosen)
+        assert trial is not None
         self._package(trial, dataset)
         temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
         self._calibrate(temperature, threshold)
@@ -386,8 +387,9 @@ class _Evaluation:
             and self.validation.has_logits(trial.trial_id)
         ):
             return
-        if said := self.validation.restore(trial):
-            self.observer.note(said)
+        for said in (self.validation.restore(trial), self.validation.refit(trial)):
+            if said:
+                self.observer.note(said)
         self.observer.note(f"Packaging {trial.trial_id} as a classifier.")
         package_trial(
             self.folder,

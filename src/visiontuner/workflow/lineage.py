@@ -146,7 +146,7 @@ def trace_folder(folder: Path) -> Lineage:
     record = SearchRecord.load(folder)
     started, machine = record.started, record.started.get("machine") or {}
     trial_id = packaged_trial(folder)
-    trial = record.trials.get(trial_id) if trial_id else None
+    trial = record.named(trial_id)
     return Lineage(
         evaluation=_evaluation(folder),
         trial=_trial(trial, record.objective) if trial else None,

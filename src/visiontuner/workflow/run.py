@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import platform
 import socket
 import subprocess
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import metadata
@@ -17,12 +18,24 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
+import safetensors.numpy
 
 import visiontuner
+from visiontuner import interrupts
+from visiontuner.data.arrays import FeatureSet
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.findings import find_without_decoding
+from visiontuner.data.folds import assign_folds
 from visiontuner.diagnostics.rules import RECORDED_RULES
 from visiontuner.errors import ClassifierError, DataError, UserMistake
+from visiontuner.evaluation.baselines import (
+    NEIGHBOURS,
+    REGRESSION,
+    Baseline,
+    is_affordable,
+    logistic_regression,
+    nearest_neighbours,
+)
 from visiontuner.evaluation.calibration import (
     ChosenThreshold,
     calibration_notes,
@@ -32,12 +45,16 @@ from visiontuner.evaluation.calibration import (
     probabilities_of,
 )
 from visiontuner.evaluation.choice import (
+    Candidate,
     Choice,
+    Told,
     choose,
-    scores_of_answers,
-    tied_with_best,
+    describe_gain,
+    estimate_accuracy,
     training_seconds,
 )
+from visiontuner.evaluation.intervals import Interval
+from visiontuner.evaluation.scores import macro_f1
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_whole
 from visiontuner.journal import (
@@ -57,12 +74,18 @@ from visiontuner.paths import (
 )
 from visiontuner.search.live import Recorder
 from visiontuner.search.plan import (
+    FOLDS_FILE,
+    HEAD_FILE,
     LOGITS_FILE,
     NETWORK_FILE,
+    PATH_SCORES_FILE,
+    REFIT_FILE,
     SCORES_FILE,
     Stores,
+    TrialTask,
     kept_weights,
     make_task,
+    read_folds,
     stage_of,
 )
 from visiontuner.text import has_secrets, next_command
@@ -168,7 +191,8 @@ class SearchResult:
 
     @property
     def best(self) -> TrialRecord | None:
-        return self.record.best
+        """The trial or baseline that is kept."""
+        return self.record.kept
 
 
 def claim_folder(folder: Path) -> Path:
@@ -314,7 +338,9 @@ def package_trial(
     backbone: Backbone,
     cache: Path,
 ) -> Path:
-    """Package a trial of a search as its `classifier/`, without training.
+    """Package a trial or a baseline of a search as its `classifier/`, without training.
+
+    Where it is to be refitted its refitted weights are taken, see `ValidationAnswers.refit`.
 
     Raises:
         ClassifierError: the trial's weights are not there or do not fit.
@@ -322,11 +348,12 @@ def package_trial(
     from visiontuner.model.package import package_classifier
 
     classifier = folder / CLASSIFIER_FOLDER
+    refitted = experiment.refits
     reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
     package_classifier(
         folder=classifier,
         backbone=backbone,
-        **_weights(folder, trial),
+        **_weights(folder, trial, refitted=refitted),
         class_names=dataset.class_names,
         dataset_root=dataset.root,
         reference_paths=[sample.path for sample in reference],
@@ -335,6 +362,7 @@ def package_trial(
             "trial_id": trial.trial_id,
             "configuration": trial.configuration,
             "data_digest": dataset.digest,
+            "trained_on": "train+validation" if refitted else "train",
             experiment.objective: trial.best_value,
         },
         cache=cache,
@@ -342,10 +370,10 @@ def package_trial(
     return classifier
 
 
-def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
+def _weights(folder: Path, trial: TrialRecord, *, refitted: bool) -> dict[str, Path]:
     """What the trial trained, under the name that `package_classifier` has for it."""
 
-    weights = kept_weights(folder, trial.trial_id)
+    weights = kept_weights(folder, trial.trial_id, refitted=refitted)
     if weights is None:
         raise ClassifierError(
             f"The weights of {trial.trial_id} are gone from {folder}. "
@@ -357,7 +385,7 @@ def _weights(folder: Path, trial: TrialRecord) -> dict[str, Path]:
 def is_packaged(folder: Path, record: SearchRecord) -> bool:
     """Whether a trial of this search lies in `classifier/`, whole."""
 
-    if packaged_trial(folder) not in record.trials:
+    if record.named(packaged_trial(folder)) is None:
         return False
     try:
         Classifier.load(folder / CLASSIFIER_FOLDER, threads=1)
@@ -370,6 +398,97 @@ def _spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
     """`count` pictures spread evenly over a split, so that many classes are among them."""
     step = max(1, len(samples) // count)
     return samples[::step][:count]
+
+
+# Baselines beside the trials of a search: judged by the same images, and kept like a trial.
+
+
+def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
+    """Compute, keep and write down the baselines that a search has not yet.
+
+    Raises:
+        DataError: the features are gone or damaged.
+    """
+    features = FeatureSet.open(Stores.of(read_events(folder).events).features or folder)
+    splits = [features.split(name) for name in ("train", "validation")]
+    labels = np.concatenate([split.labels for split in splits])
+    classes = len(features.class_names)
+    if not is_affordable(len(labels), features.feature_dim, classes):
+        inputs.observer.note(f"No baselines: {len(labels):,} images would take them minutes.")
+        return
+    values = np.concatenate([split.features for split in splits])
+    folds = read_folds(folder)
+    if folds is None:
+        folds = np.repeat([-1, 0], [len(split.labels) for split in splits])
+    refits = inputs.experiment.refits
+    makers: dict[str, Callable[..., Baseline]] = {
+        REGRESSION: functools.partial(logistic_regression, refit=refits),
+        NEIGHBOURS: nearest_neighbours,
+    }
+    for name, make in makers.items():
+        if name not in recorder.record.baselines:
+            interrupts.check()
+            baseline = make(values, labels, folds, num_classes=classes)
+            metrics = _keep_baseline(folder, baseline, labels[folds >= 0], refitted=refits)
+            recorder.append(
+                "baseline_ended",
+                name=name,
+                configuration=dict(baseline.configuration),
+                metrics=metrics,
+                seconds=round(baseline.seconds, 3),
+            )
+
+
+def _keep_baseline(
+    folder: Path, baseline: Baseline, labels: NDArray[np.int64], *, refitted: bool
+) -> dict[str, float]:
+    """Its answers, scores and weights, in the places and under the names of a trial's.
+
+    Returns:
+        Its metrics.
+    """
+    place = folder / "trials" / baseline.name
+    place.mkdir(parents=True, exist_ok=True)
+    predicted = baseline.logits.argmax(axis=1)
+    correct, losses = predicted == labels, picture_losses(baseline.logits, labels)
+    logits = baseline.logits.astype(np.float32)
+    write_whole(place / LOGITS_FILE, lambda file: np.save(file, logits))
+    write_whole(place / SCORES_FILE, lambda file: np.savez(file, correct=correct, log_loss=losses))
+    if baseline.weights is not None and baseline.biases is not None:
+        tried, path_losses = np.asarray(baseline.path_correct), np.asarray(baseline.path_losses)
+        write_whole(
+            place / PATH_SCORES_FILE,
+            lambda file: np.savez(file, correct=tried, log_loss=path_losses),
+        )
+        head = safetensors.numpy.save({"weight": baseline.weights, "bias": baseline.biases})
+        name = REFIT_FILE if refitted else HEAD_FILE
+        write_whole(place / name, lambda file: file.write(head))
+    return {
+        "validation_loss": float(losses.mean()),
+        "validation_accuracy": float(correct.mean()),
+        "validation_macro_f1": macro_f1(predicted, labels),
+        "epoch_seconds": baseline.seconds,
+    }
+
+
+def deal_folds(inputs: Inputs, folder: Path, features: Path) -> None:
+    """Write down which fold each image is in, where trials are judged by folds.
+
+    Raises:
+        UserMistake: there are fewer images than folds.
+    """
+    data = inputs.experiment.data
+    if data.validation != "folds" or data.folds is None or read_folds(folder) is not None:
+        return
+    known = {s.path: s for of in inputs.dataset.splits.values() for s in of}
+    store = FeatureSet.open(features)
+    samples = [known[p] for name in ("train", "validation") for p in store.split(name).paths]
+    labels, digests = [s.label for s in samples], [s.digest for s in samples]
+    try:
+        folds = assign_folds(labels, digests, folds=data.folds)
+    except ValueError as error:
+        raise UserMistake(f"{error}; give data.folds a smaller number.") from None
+    write_whole(folder / FOLDS_FILE, lambda file: np.save(file, folds))
 
 
 # What a search keeps of its trials' validation answers: which trial, temperature and threshold.
@@ -420,7 +539,7 @@ class ValidationAnswers:
             DataError: neither the features nor the decoded pictures are there, nor the pictures.
         """
         try:
-            return self.stores.read_labels().labels
+            return self.stores.read_labels(folds=self.record.folds is not None).labels
         except DataError:
             if self.inputs is not None:
                 return self._labels_of_pictures(self.inputs)
@@ -436,11 +555,12 @@ class ValidationAnswers:
     def _labels_of_pictures(self, inputs: Inputs) -> NDArray[np.int64]:
         """Of the pictures that can be read: those that trials were measured on."""
 
-        samples = inputs.dataset.splits["validation"]
+        splits = ("validation",) if self.record.folds is None else ("train", "validation")
+        samples = [sample for split in splits for sample in inputs.dataset.splits[split]]
         best = self.record.ranking()[0].trial_id
         kept = self._read_scores(best)
         if len(samples) != len(self._read_logits(best) if kept is None else kept.correct):
-            samples = tuple(inputs.readable("validation"))
+            samples = [sample for split in splits for sample in inputs.readable(split)]
         return np.array([sample.label for sample in samples], dtype=np.int64)
 
     def logits(self, trial_id: str) -> NDArray[np.float64]:
@@ -498,53 +618,121 @@ class ValidationAnswers:
         return logits
 
     def choose(self, prefer: Preference) -> Choice:
-        """The trial to keep, and those that cannot be told apart from the best.
+        """What to keep: a trial that ran to its end, or a baseline.
 
-        Of a training on validation too it is the only one.
+        Of a training on validation too there is one trial alone.
         """
 
-        ids = [trial.trial_id for trial in self.record.ranking()]
+        ranking = self.record.ranking()
         if self.record.is_unvalidated:
-            reason = f"{ids[0]} was trained on the validation pictures too: there is no choice."
-            return Choice(best=ids[0], tied=(ids[0],), chosen=ids[0], reason=reason)
-        scores = self._scores(ids)
-        tied = tied_with_best(scores, ids[0])
-        ready = {trial_id for trial_id in tied if self._is_quick_to_package(trial_id)}
-        seconds = training_seconds(self.record)
+            only = ranking[0].trial_id
+            reason = f"{only} was trained on the validation pictures too: there is no choice."
+            return Choice(best=only, tied=(only,), chosen=only, reason=reason)
+        candidates = self._candidates(ranking)
         choice = choose(
-            ids[0],
-            tied,
+            candidates,
+            self.labels,
+            objective=self.experiment.objective,
+            mode=self.experiment.mode,
+            simplest=[REGRESSION, *self._defaults()],
             prefer=prefer,
-            seconds={trial_id: s for trial_id, s in seconds.items() if trial_id in ready},
         )
         said = [choice.reason]
-        if prefer == "cheapest" and len(ready) < len(tied):
-            said.append(f"Only the {len(ready)} whose networks were kept can be taken.")
-        if missing := [trial_id for trial_id in ids if trial_id not in scores]:
+        ready = {candidate.name for candidate in candidates if candidate.can_be_kept}
+        if prefer == "cheapest" and not ready.issuperset(choice.tied):
+            kept = len(ready.intersection(choice.tied))
+            said.append(f"Only the {kept} whose networks were kept can be taken.")
+        if not self.record.ran_to_its_end(ranking[0]):
+            said.append("No trial ran to its end; the furthest are compared.")
+        compared = {candidate.name for candidate in candidates}
+        missing = [t.trial_id for t in self._comparable(ranking) if t.trial_id not in compared]
+        if missing:
             named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             said.append(f"Not compared, since their validation answers are gone: {named}.")
         return replace(choice, reason=" ".join(said))
 
-    def _scores(self, trial_ids: Sequence[str]) -> dict[str, NDArray[np.float64]]:
+    def _comparable(self, ranking: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Those that ran to their end; where none did, those that came furthest."""
+        ended = [trial for trial in ranking if self.record.ran_to_its_end(trial)]
+        furthest = len(ranking[0].epochs)
+        return ended or [trial for trial in ranking if len(trial.epochs) == furthest]
+
+    def _candidates(self, ranking: Sequence[TrialRecord]) -> list[Candidate]:
         """Of each trial whose answers are there; the best one's, which is the first, must be."""
 
-        scores = {}
-        for trial_id in trial_ids:
+        seconds, found = training_seconds(self.record), []
+        regression = self.record.baselines.get(REGRESSION)
+        for trial in [*self._comparable(ranking), *filter(None, [regression])]:
             try:
-                kept = self.scores(trial_id)
+                kept = self.scores(trial.trial_id)
             except DataError:
-                if trial_id == trial_ids[0]:
+                if trial is ranking[0]:
                     raise
                 continue
-            scores[trial_id] = scores_of_answers(*kept, self.labels, self.experiment.objective)
-        return scores
+            stage = stage_of(self.experiment, trial)
+            found.append(
+                Candidate(
+                    name=trial.trial_id,
+                    value=math.nan if trial.best_value is None else trial.best_value,
+                    correct=kept.correct,
+                    losses=kept.log_loss,
+                    seconds=seconds.get(trial.trial_id),
+                    can_be_kept=self._is_quick_to_package(trial.trial_id),
+                    is_network=stage.experiment.model.train != "head",
+                )
+            )
+        return found
+
+    def _defaults(self) -> list[str]:
+        """The id of the trial with the values under `training`, if there is one."""
+        training = self.experiment.training
+        return [
+            trial.trial_id
+            for trial in self.record.trials.values()
+            if all(getattr(training, name) == v for name, v in trial.configuration.items())
+        ]
+
+    def describe_gain(self, choice: Choice) -> str | None:
+        """What the search gave beside the baselines and the defaults; None without any."""
+        ranking = self._comparable(self.record.ranking())
+        labels = {name: name.replace("_", " ") for name in self.record.baselines}
+        labels |= dict.fromkeys(self._defaults(), "defaults")
+        search = Told("Search", ranking[0].trial_id, ranking[0].best_value or math.nan)
+        others = [
+            Told(label, name, trial.best_value)
+            for name, label in labels.items()
+            if (trial := self.record.named(name)) is not None and trial.best_value is not None
+        ]
+        if not self.record.baselines:
+            return None
+        return describe_gain(search, others, choice.tied, objective=self.experiment.objective)
+
+    def estimate(self) -> Interval | None:
+        """Accuracy to expect of what was chosen, on other images; None where none was judged."""
+        if self.record.is_unvalidated:
+            return None
+        candidates = self._candidates(self.record.ranking())
+        correct, losses = (
+            np.stack([getattr(c, name) for c in candidates], axis=1)
+            for name in ("correct", "losses")
+        )
+        path = self._file(REGRESSION, PATH_SCORES_FILE)
+        if REGRESSION in self.record.baselines and path.is_file():
+            with np.load(path, allow_pickle=False) as tried:
+                correct = np.concatenate([correct, tried["correct"]], axis=1)
+                losses = np.concatenate([losses, tried["log_loss"]], axis=1)
+        if len(correct) < 2:
+            return None
+        return estimate_accuracy(correct.astype(bool), losses)
 
     def _is_quick_to_package(self, trial_id: str) -> bool:
         """Whether its weights are there, or a matter of seconds."""
 
-        if kept_weights(self.folder, trial_id) is not None:
+        refitted = self.experiment.refits
+        if kept_weights(self.folder, trial_id, refitted=refitted) is not None:
             return True
-        return not stage_of(self.experiment, self.record.trials[trial_id]).on_pictures
+        trial = self.record.trials.get(trial_id)
+        return trial is not None and not stage_of(self.experiment, trial).on_pictures
 
     def restore(self, trial: TrialRecord) -> str | None:
         """A search keeps weights and logits of its five best; another trial is trained again.
@@ -558,7 +746,7 @@ class ValidationAnswers:
         """
 
         why = self._why_to_train_again(trial.trial_id)
-        if why is None:
+        if why is None or trial.trial_id in self.record.baselines:
             return None
         kept = self.scores(trial.trial_id)
         self._train_again(trial)
@@ -572,16 +760,35 @@ class ValidationAnswers:
             "the search's: another machine or number of threads."
         )
 
+    def refit(self, trial: TrialRecord) -> str | None:
+        """Train what is kept on train and validation, where that is to be and is not done yet.
+
+        Returns:
+            What was done, or None.
+        """
+        if not self.experiment.refits or self.record.is_unvalidated:
+            return None
+        if trial.trial_id in self.record.baselines:
+            return None  # fitted to all of them by itself
+        if kept_weights(self.folder, trial.trial_id, refitted=True) is not None:
+            return None
+        from visiontuner.search.trial import refit
+
+        config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
+        refit(config, self._task(trial))
+        return f"Trained {trial.trial_id} on train and validation: that is the model."
+
     def _why_to_train_again(self, trial_id: str) -> str | None:
         from visiontuner.model.network import read_tensors
 
         weights = kept_weights(self.folder, trial_id)
-        if weights is None:
-            return "its weights were not among those kept"
-        try:
-            read_tensors(weights)
-        except ClassifierError:
-            return "its weights were damaged"
+        if not self.experiment.refits:  # else they are of no use
+            if weights is None:
+                return "its weights were not among those kept"
+            try:
+                read_tensors(weights)
+            except ClassifierError:
+                return "its weights were damaged"
         if self.has_logits(trial_id):
             return None
         return "its validation logits were gone or damaged"
@@ -599,12 +806,17 @@ class ValidationAnswers:
     def _train_again(self, trial: TrialRecord) -> None:
         from visiontuner.search.trial import train_again
 
+        config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
+        train_again(config, self._task(trial), kept_epoch=trial.best_epoch or 1)
+
+    def _task(self, trial: TrialRecord) -> TrialTask:
+        """What a trial of this search is handed when it runs in this process."""
         stage = stage_of(self.experiment, trial)
         starts = {}
         if trial.starts_from is not None:
             starts[trial.trial_id] = trial.starts_from
             self.restore(self.record.trials[trial.starts_from])
-        task = make_task(
+        return make_task(
             self.folder,
             stage,
             stores=self._stores_to_train_on(on_pictures=stage.on_pictures),
@@ -612,8 +824,6 @@ class ValidationAnswers:
             threads=int(self.experiment.search.cpus_per_trial) or 1,
             starts=starts,
         )
-        config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
-        train_again(config, task, best_epoch=trial.best_epoch or 1)
 
     def _stores_to_train_on(self, *, on_pictures: bool) -> Stores:
         """Those of the search; computed again if they are gone from the cache."""
@@ -662,3 +872,28 @@ class ValidationAnswers:
             None if value is None and not abstains else threshold,
             [f"{seen}: temperature and threshold are those of {taken['fitted_on']}."],
         )
+
+
+def choose_and_record(folder: Path, recorder: Recorder, inputs: Inputs) -> None:
+    """Choose what to keep and write it down, with the accuracy that other images may expect.
+
+    Where answers are gone or damaged nothing is chosen: the best trial is kept.
+    """
+    record = recorder.record
+    answers = ValidationAnswers(folder, record, inputs.experiment, inputs=inputs)
+    try:
+        choice, estimate = answers.choose("best"), answers.estimate()
+        gain = answers.describe_gain(choice)
+    except DataError as error:
+        inputs.observer.note(f"warning: nothing was compared: {error}")
+        return
+    recorder.append(
+        "choice_made",
+        chosen=choice.chosen,
+        best=choice.best,
+        tied=list(choice.tied),
+        reason=choice.reason,
+        gain=gain,
+        estimate=None if estimate is None else estimate.to_dict(),
+        images=len(answers.labels),
+    )

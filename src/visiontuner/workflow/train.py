@@ -201,6 +201,8 @@ def one_training(
         resolved["training"] = {**(raw.get("training") or {}), **origin.configuration}
     search = raw.get("search") or {}
     kept = {key: search[key] for key in ("cpus_per_trial", "gpus_per_trial") if key in search}
+    if "data" in resolved:
+        resolved["data"] = {**(resolved["data"] or {}), "validation": "holdout", "folds": None}
     checked = Experiment.parse({**resolved, "search": kept}, overrides, where=where)
     configuration: Configuration = {n: getattr(checked.training, n) for n in names}
     one = {
@@ -208,10 +210,13 @@ def one_training(
         "trials": 1,
         "algorithm": "random",
         "scheduler": "none",
+        "baselines": False,
         "space": {name: {"values": [value]} for name, value in configuration.items()},
         "first": [configuration],
     }
     complete = {**checked.model_dump(mode="json"), "search": one}
+    complete["data"] |= {"validation": "holdout", "folds": None}
+    complete["training"] |= {"refit": "off"}
     return Experiment.parse(complete, where=where)
 
 

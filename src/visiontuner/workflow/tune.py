@@ -31,7 +31,14 @@ from visiontuner.paths import (
     SEARCHES,
     tracking_uri,
 )
-from visiontuner.search.plan import Stores, plan_stage, read_labels, remaining_trials, stages_of
+from visiontuner.search.plan import (
+    Stores,
+    plan_stage,
+    read_labels,
+    remaining_trials,
+    settle,
+    stages_of,
+)
 from visiontuner.search.ray_cluster import RayForSearch, describe_cluster, require_room
 from visiontuner.text import next_command, one_line
 from visiontuner.tracking.plan import take_project_run
@@ -39,11 +46,14 @@ from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder,
 from visiontuner.workflow.run import (
     SearchResult,
     ValidationAnswers,
+    choose_and_record,
     claim_folder,
+    deal_folds,
     is_packaged,
     open_journal,
     package_trial,
     read_record,
+    run_baselines,
 )
 from visiontuner.workflow.tracking_process import BackgroundTracking
 
@@ -101,6 +111,8 @@ class StageRunner:
         from visiontuner.search.run import run_trials
 
         stores = self._stores.record(*computed)
+        if not stage.on_pictures and stores.features is not None:
+            deal_folds(self.inputs, self.folder, stores.features)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
         record = self.recorder.record
@@ -261,6 +273,8 @@ class _Run:
             ExitStack() as journal,
         ):
             record = read_record(self.folder, self.inputs.dataset)
+            if not record.started:
+                self._settle()
             remaining = remaining_trials(self.experiment, record)
             self._had_ended = record.best is not None and not remaining
             self._require_what_it_needs()
@@ -275,6 +289,15 @@ class _Run:
                     "Stopped after the last trial. "
                     f"Go on with: {next_command('tune', '--resume', self.folder)}"
                 ) from None
+
+    def _settle(self) -> None:
+        """What `auto` means for these images, from now on in the experiment itself."""
+        dataset = self.inputs.dataset
+        self.experiment = self.inputs.experiment = settle(
+            self.experiment,
+            images=sum(len(dataset.splits[name]) for name in ("train", "validation")),
+            own_validation=dataset.own_validation,
+        )
 
     def _require_what_it_needs(self) -> None:
         """What cannot work ends here, before there is a folder or a run to clean up."""
@@ -306,10 +329,29 @@ class _Run:
                     raise self._interrupted_by_disk(error, recorder) from None
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
+            if state != "interrupted":
+                state = self._choose(state, recorder)
             # Before Ray ends, which takes seconds that a signal may not leave.
             best = recorder.record.best
             recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
             return state, recorder
+
+    def _choose(self, state: SearchState, recorder: Recorder) -> SearchState:
+        """Baselines beside the trials, and what is kept of them all."""
+        record, experiment = recorder.record, self.experiment
+        if record.best is None:
+            return state
+        if experiment.search.baselines and experiment.can_fold:
+            self.observer.note("Baselines: logistic regression and nearest neighbours.")
+            computing = self.inputs.beside(
+                lambda: run_baselines(self.inputs, self.folder, recorder)
+            )
+            try:
+                interrupts.result(computing)
+            except KeyboardInterrupt:
+                return "interrupted"
+        choose_and_record(self.folder, recorder, self.inputs)
+        return state
 
     def _tell_that_ray_is_gone(self) -> None:
         self.observer.trials_end()
@@ -338,13 +380,13 @@ class _Run:
     ) -> SearchResult:
         if state == "interrupted":
             return self._result(state, recorder, tracking.close(timeout_seconds=10, hard=True))
-        best = recorder.record.best
-        if best is None:
+        kept = recorder.record.kept
+        if kept is None:
             raise SearchFailed(
                 _first_error(recorder.record, self.folder, self.experiment.search.time_budget)
             )
         tracking.begin_to_close()
-        classifier = self._package(best, recorder.record)
+        classifier = self._package(kept, recorder.record)
         problem = tracking.close()
         model = None
         if problem is None:
@@ -354,21 +396,25 @@ class _Run:
                 problem = str(error)
         return self._result(state, recorder, problem, classifier=classifier, model=model)
 
-    def _package(self, best: TrialRecord, record: SearchRecord) -> Path:
+    def _package(self, kept: TrialRecord, record: SearchRecord) -> Path:
         if self._had_ended and is_packaged(self.folder, record):
             return self.folder / CLASSIFIER_FOLDER  # and perhaps evaluated since
-        self.observer.note(f"Packaging {best.trial_id} as a classifier.")
-        packaging = self.inputs.beside(
-            lambda: package_trial(
+        answers = ValidationAnswers(self.folder, record, self.experiment, inputs=self.inputs)
+
+        def package() -> Path:
+            if said := answers.refit(kept):
+                self.observer.note(said)
+            self.observer.note(f"Packaging {kept.trial_id} as a classifier.")
+            return package_trial(
                 self.folder,
-                best,
+                kept,
                 experiment=self.experiment,
                 dataset=self.inputs.dataset,
                 backbone=self.inputs.backbone,
                 cache=self.inputs.cache,
             )
-        )
-        return interrupts.result(packaging)
+
+        return interrupts.result(self.inputs.beside(package))
 
     def _result(
         self, state: SearchState, recorder: Recorder, problem: str | None, **parts: Any

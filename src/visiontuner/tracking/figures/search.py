@@ -19,7 +19,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 from optuna.trial import create_trial
 
 from visiontuner.evaluation.compare import SearchProgress, mode_of
-from visiontuner.journal import SearchRecord, TrialRecord, best_epoch
+from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.text import csv_row
 from visiontuner.tracking.figures.parts import (
     BLUE,
@@ -145,10 +145,8 @@ def search_numbers(record: SearchRecord) -> dict[str, str]:
 # Figures of one trial.
 
 
-def trial_curves(
-    trial: TrialRecord, objective: str = "validation_accuracy", *, into: Figure | None = None
-) -> Figure:
-    """Loss and accuracy of one trial by epoch, training and validation, its best epoch marked.
+def trial_curves(trial: TrialRecord, *, into: Figure | None = None) -> Figure:
+    """Loss and accuracy of one trial by epoch, training and validation, the kept epoch marked.
 
     Args:
         into: a figure that this function made, to show this trial instead: two thirds of the time.
@@ -156,16 +154,13 @@ def trial_curves(
     title = cut(f"{trial.trial_id}   {describe(trial.configuration)}")
     figure, (left, right) = panels(2, title) if into is None else _emptied(into, title)
     best = trial.best_epoch
-    if best is None and trial.epochs:
-        found = best_epoch(trial.epochs, objective, "min" if objective.endswith("loss") else "max")
-        best = found.step if found else None
     for axes, name in ((left, "loss"), (right, "accuracy")):
         plot_line(axes, *trial.curve(f"train_{name}"), colour=ORANGE, label="Training")
         plot_line(axes, *trial.curve(f"validation_{name}"), colour=BLUE, label="Validation")
         label_axes(axes, "Epoch", name.capitalize())
         whole_steps(axes, [epoch.step for epoch in trial.epochs])
         if best is not None:
-            axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label=f"Best epoch {best}")
+            axes.axvline(best, color=GREEN, linewidth=1, linestyle="--", label=f"Kept: {best}")
     for axes in (left, right):
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))  # tick labels are most of the drawing
     as_percent(right)
