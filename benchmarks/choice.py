@@ -20,12 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from heads_together import Heads, Points, Trained, largest_difference, train_heads
+from heads_together import (
+    Heads,
+    Points,
+    Trained,
+    largest_difference,
+    out_of_fold,
+    train_heads,
+)
 from measuring import Row, photographs, report, scratch
 from numpy.typing import NDArray
 from scipy import stats
 
+from visiontuner.data.folds import assign_folds, folds_for
+from visiontuner.evaluation.baselines import REGRESSION
+from visiontuner.evaluation.baselines import logistic_regression as logistic_regression_baseline
 from visiontuner.evaluation.calibration import fit_temperature, picture_losses
+from visiontuner.evaluation.choice import Candidate, choose, estimate_accuracy
 from visiontuner.experiment.schema import Experiment, Training
 from visiontuner.model.features import compute_features
 from visiontuner.model.onnx import make_engine
@@ -113,20 +124,70 @@ class Kept:
         logits: float64, (num_test, num_classes), of the test images.
         estimate: the accuracy that would be printed on the first page; None if it gives none.
         images: validation or out-of-fold images behind the estimate and the temperature.
+        name: of the trial or the baseline.
     """
 
     logits: NDArray[np.float64]
     temperature: float
     estimate: float | None
     images: int
+    name: str = ""
 
 
 Strategy = Callable[[Draw], Kept]
 
 
 def product(draw: Draw) -> Kept:
-    """What the product does; today the best epoch of the best trial, by accuracy."""
-    return first_best_epoch(draw)
+    """What the product does: folds, baselines, a choice, a refit, a corrected estimate."""
+    both = Points.join(draw.train, draw.validation)
+    labels = both.labels.numpy()
+    folds = assign_folds(labels, [f"{row:06}" for row in range(len(both))],
+                         folds=folds_for(len(both)) or 5)  # fmt: skip
+    answers = out_of_fold(
+        both, folds, draw.settings, num_classes=draw.num_classes, seed=draw.seed
+    ).double().numpy()  # fmt: skip
+    regression = logistic_regression_baseline(
+        both.features.numpy(), labels, folds, num_classes=draw.num_classes
+    )
+    logits = {f"t{n:04}": one for n, one in enumerate(answers, start=1)}
+    logits[REGRESSION] = regression.logits
+    candidates = [
+        Candidate(
+            name=name,
+            value=float((of.argmax(axis=1) == labels).mean()),
+            correct=of.argmax(axis=1) == labels,
+            losses=picture_losses(of, labels),
+        )
+        for name, of in logits.items()
+    ]
+    choice = choose(
+        candidates,
+        labels,
+        objective="validation_accuracy",
+        mode="max",
+        simplest=(REGRESSION, "t0001"),
+    )
+    correct = np.stack([c.correct for c in candidates], axis=1)
+    losses = np.stack([c.losses for c in candidates], axis=1)
+    estimate = estimate_accuracy(
+        np.concatenate([correct, np.asarray(regression.path_correct)], axis=1),
+        np.concatenate([losses, np.asarray(regression.path_losses)], axis=1),
+    )
+    if choice.chosen == REGRESSION:
+        head = Heads(
+            weights=torch.from_numpy(np.asarray(regression.weights))[None],
+            biases=torch.from_numpy(np.asarray(regression.biases))[None],
+        )
+    else:
+        kept = draw.settings[int(choice.chosen[1:]) - 1]
+        head = train_heads(both, None, [kept], num_classes=draw.num_classes, seed=draw.seed).last
+    return Kept(
+        logits=_logits(head, draw.test),
+        temperature=fit_temperature(logits[choice.chosen], labels),
+        estimate=estimate.value,
+        images=len(labels),
+        name=choice.chosen,
+    )
 
 
 def first_best_epoch(draw: Draw) -> Kept:
@@ -367,6 +428,7 @@ def _judge(kept: Kept, draw: Draw) -> dict[str, float]:
         "accuracy": accuracy,
         "nll": float(picture_losses(kept.logits, labels, kept.temperature).mean()),
         "images": kept.images,
+        "is_regression": float(kept.name == REGRESSION),
     }
     if kept.estimate is not None:
         scores["estimate"] = kept.estimate

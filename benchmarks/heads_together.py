@@ -145,6 +145,45 @@ def train_heads(
     )
 
 
+def out_of_fold(
+    points: Points,
+    folds: NDArray[np.int64],
+    settings: Sequence[Training],
+    *,
+    num_classes: int,
+    seed: int,
+) -> Tensor:
+    """Each image's answers by the heads that did not learn from its fold, after the last epoch.
+
+    Args:
+        folds: int64, (N,).
+
+    Returns:
+        float32, (len(settings), N, num_classes).
+    """
+    count, total = int(folds.max()) + 1, len(points)
+    own = torch.from_numpy(folds)
+    seen = torch.ones(total, count)  # which images each head may learn from
+    seen[torch.arange(total), own] = 0
+    answers = torch.empty(len(settings), total, num_classes)
+    together = defaultdict(list)
+    for place, setting in enumerate(settings):
+        size = min(setting.batch_size, total)
+        together[setting.model_copy(update={"learning_rate": 1.0, "batch_size": size})].append(
+            place
+        )
+    for common, places in together.items():
+        rates = [settings[place].learning_rate for place in places for _ in range(count)]
+        group = _Group(points, common, rates, num_classes, seed)
+        weights = seen.repeat(1, len(places))  # (N, trials * folds)
+        for _ in range(common.epochs):
+            group.run_epoch(weights)
+        logits = group.heads.logits(points.features)  # (trials * folds, N, C)
+        logits = logits.reshape(len(places), count, total, num_classes)
+        answers[places] = logits[:, own, torch.arange(total)]
+    return answers
+
+
 class _Group:
     """Heads that differ in their learning rate alone."""
 
@@ -184,20 +223,28 @@ class _Group:
         weights = self._weight.detach().reshape(self._count, self._classes, -1)
         return Heads(weights=weights, biases=self._bias.detach().reshape(self._count, -1))
 
-    def run_epoch(self) -> None:
-        for inputs, labels in self._batches.shuffled(self._order):
+    def run_epoch(self, weights: Tensor | None = None) -> None:
+        """Args: weights: float32, (N, heads), how much each image counts for each head."""
+        rows = torch.arange(len(self._batches.labels))
+        indexed = FeatureBatches(rows, rows, batch_size=self._batches.batch_size)
+        for batch, _ in indexed.shuffled(self._order):
+            inputs, labels = self._batches.features[batch], self._batches.labels[batch]
             assert self._weight.grad is not None
             assert self._bias.grad is not None
             self._weight.grad.zero_()
             self._bias.grad.zero_()
             logits = functional.linear(inputs, self._weight, self._bias)  # (B, H * C)
-            loss = training_loss(
-                logits.reshape(-1, self._classes),
-                labels.repeat_interleave(self._count),
-                None,
-                self._settings.label_smoothing,
-            )
-            (loss * self._count).backward()  # type: ignore[no-untyped-call]
+            flat, truth = logits.reshape(-1, self._classes), labels.repeat_interleave(self._count)
+            smoothing = self._settings.label_smoothing
+            if weights is None:
+                loss = training_loss(flat, truth, None, smoothing) * self._count
+            else:
+                losses = functional.cross_entropy(
+                    flat, truth, label_smoothing=smoothing, reduction="none"
+                ).reshape(len(labels), self._count)
+                own = weights[batch]
+                loss = ((losses * own).sum(dim=0) / own.sum(dim=0).clamp(min=1)).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             self._schedule.step()
 

@@ -148,7 +148,7 @@ def diagnose(
     try:
         for result in fit(head, *batches, training, num_classes=len(classes), seed=7):
             epochs.append(result.metrics.to_dict())
-            logits = result.validation_logits.numpy() if result.is_best else logits
+            logits = result.validation_logits.numpy() if result.is_kept else logits
     except TrialFailed as failure:
         error = str(failure)
     steps = tuple(range(1, len(epochs) + 1))

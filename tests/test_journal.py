@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from visiontuner.errors import JournalError, SearchFailed
 from visiontuner.journal import (
-    EpochRecord,
     Finding,
     JournalWriter,
     SearchRecord,
-    best_epoch,
     read_events,
 )
 from visiontuner.paths import JOURNAL_FILE
@@ -405,7 +403,7 @@ def test_ranking_breaks_ties_by_trial_id(writer):
         "validation_accuracy",
         [
             ("t0003", "completed", 0.9),
-            ("t0001", "stopped_early", 0.9),
+            ("t0001", "completed", 0.9),
             ("t0002", "completed", 0.95),
         ],
     )
@@ -442,28 +440,64 @@ def test_search_without_a_usable_trial_has_no_best():
     assert SearchRecord().best is None
 
 
-def epochs(*values):
-    return [
-        EpochRecord(step=step, time=0.0, attempt=1, metrics={"m": value})
-        for step, value in enumerate(values, start=1)
-    ]
+def test_a_trial_that_was_stopped_ranks_behind_those_that_ran_to_their_end(writer):
+    start_search(writer)
+    for trial_id, state, epochs, value in (
+        ("t0001", "stopped_early", 2, 0.99),
+        ("t0002", "completed", 4, 0.80),
+        ("t0003", "stopped_early", 3, 0.70),
+    ):
+        start(writer, trial_id)
+        for step in range(1, epochs + 1):
+            epoch(writer, trial_id, step, validation_accuracy=value, validation_loss=0.5)
+        end(writer, trial_id, state, best_epoch=epochs, best_value=value)
+    ranking = SearchRecord.load(writer.path.parent).ranking()
+    assert [trial.trial_id for trial in ranking] == ["t0002", "t0003", "t0001"]
+
+
+def test_equal_objectives_rank_by_the_loss_of_the_kept_epoch(writer):
+    start_search(writer)
+    for trial_id, loss in (("t0001", 0.4), ("t0002", 0.3), ("t0003", 0.3)):
+        start(writer, trial_id)
+        epoch(writer, trial_id, 1, validation_accuracy=0.9, validation_loss=loss, epoch_seconds=1.0)
+        end(writer, trial_id, best_epoch=1, best_value=0.9)
+    ranking = SearchRecord.load(writer.path.parent).ranking()
+    assert [trial.trial_id for trial in ranking] == ["t0002", "t0003", "t0001"]
 
 
 @pytest.mark.parametrize(
-    ("values", "mode", "step"),
+    ("training", "losses", "kept"),
     [
-        ((0.1, 0.3, 0.2), "max", 2),
-        ((0.1, 0.3, 0.2), "min", 1),
-        ((0.3, 0.3, 0.1), "max", 1),
-        ((math.nan, 0.3, math.inf), "max", 2),
-        ((-math.inf, 0.3, 0.2), "min", 3),
+        ({}, (0.3, 0.1, 0.2), 3),  # a cosine: the last one
+        ({"early_stop": 2}, (0.3, 0.1, 0.2), 2),
+        ({"schedule": "constant"}, (0.3, 0.1, 0.1), 2),
+        ({"schedule": "constant"}, (math.nan, 0.3, math.inf), 2),
+        ({"schedule": "constant"}, (math.nan, math.inf), None),
+        ({}, (), None),
     ],
 )
-def test_best_epoch_is_the_earliest_of_the_best_finite_ones(values, mode, step):
-    assert best_epoch(epochs(*values), "m", mode).step == step
+def test_the_kept_epoch_is_the_last_or_the_one_with_the_lowest_loss(writer, training, losses, kept):
+    writer.append("search_started", experiment={"training": training})
+    start(writer, "t0001")
+    for step, loss in enumerate(losses, start=1):
+        epoch(writer, "t0001", step, validation_loss=loss, validation_accuracy=1 / step)
+    record = SearchRecord.load(writer.path.parent)
+    found = record.kept_epoch(record.trials["t0001"])
+    assert (found and found.step) == kept
 
 
-def test_no_finite_value_no_best_epoch():
-    assert best_epoch(epochs(math.nan, math.inf), "m", "max") is None
-    assert best_epoch([], "m", "max") is None
-    assert best_epoch(epochs(0.5), "other", "max") is None
+def test_a_baseline_is_kept_like_a_trial_and_is_none(writer):
+    start_search(writer)
+    start(writer, "t0001")
+    epoch(writer, "t0001", 1, validation_accuracy=0.8)
+    end(writer, "t0001", best_epoch=1, best_value=0.8)
+    writer.append(
+        "baseline_ended", name="logistic_regression", configuration={"C": 1.0},
+        metrics={"validation_accuracy": 0.9}, seconds=2.0,
+    )  # fmt: skip
+    record = SearchRecord.load(writer.path.parent)
+    assert (list(record.trials), record.kept.trial_id) == (["t0001"], "t0001")
+    writer.append("choice_made", chosen="logistic_regression")
+    record = SearchRecord.load(writer.path.parent)
+    assert (record.kept.best_value, record.kept.configuration) == (0.9, {"C": 1.0})
+    assert record.best.trial_id == "t0001"

@@ -4,8 +4,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visiontuner.evaluation.choice import (
+    Candidate,
+    Told,
     choose,
     corrected_for_choice,
+    describe_gain,
+    estimate_accuracy,
     picture_scores,
     tied_with_best,
     training_seconds,
@@ -187,32 +191,106 @@ def test_scores_for_macro_f1_give_every_class_the_same_say():
 # the choice
 
 
-def test_the_best_is_chosen_unless_cheap_is_asked_for():
-    choice = choose("t2", ["t2", "t5", "t1"], seconds={"t2": 9.0, "t5": 1.5, "t1": 4.0})
-    assert (choice.chosen, choice.tied) == ("t2", ("t2", "t5", "t1"))
-    assert choice.reason == "t2 has the best objective; 2 others cannot be told apart from it."
-
-
-def test_the_cheapest_of_the_tied_is_chosen():
-    choice = choose(
-        "t2", ["t5", "t1"], prefer="cheapest", seconds={"t2": 9.0, "t5": 1.5, "t1": 4.0, "t9": 0.1}
+def candidate(name, right, losses, **facts):
+    """A candidate by which of ten images it names right, and its losses."""
+    correct = np.arange(10) < right
+    return Candidate(
+        name=name, value=right / 10, correct=correct, losses=np.asarray(losses, float), **facts
     )
-    assert (choice.best, choice.chosen, choice.tied) == ("t2", "t5", ("t2", "t5", "t1"))
-    assert "1.5 s of training instead of 9.0 s" in choice.reason
+
+
+LABELS = np.arange(10) % 2
+NOISE = np.linspace(-0.05, 0.05, 10)
+
+
+def chosen(*candidates, **options):
+    options = {"objective": "validation_accuracy", "mode": "max", **options}
+    return choose(candidates, LABELS, **options)
+
+
+def test_of_the_tied_the_one_with_the_lowest_loss_is_kept():
+    lucky = candidate("t0001", 9, np.full(10, 0.9))
+    better = candidate("t0002", 8, np.full(10, 0.3))
+    choice = chosen(lucky, better)
+    assert (choice.best, choice.chosen, choice.tied) == ("t0001", "t0002", ("t0001", "t0002"))
+    assert choice.reason == (
+        "t0001 has the best objective; 1 other cannot be told apart from it. "
+        "t0002 is kept: the lowest loss of those."
+    )
 
 
 @pytest.mark.parametrize(
-    ("tied", "seconds", "reason"),
+    ("gap", "kept"),
+    [(0.0, "regression"), (0.01, "regression"), (0.2, "t0001"), (-0.2, "regression")],
+)
+def test_the_simplest_is_kept_unless_a_trial_has_a_lower_loss_beyond_noise(gap, kept):
+    trial = candidate("t0001", 8, 0.5 - gap + NOISE)
+    regression = candidate("regression", 8, 0.5 - NOISE)
+    assert chosen(trial, regression, simplest=["gone", "regression"]).chosen == kept
+
+
+def test_a_network_is_not_given_up_for_a_simple_head():
+    network = candidate("t0001", 9, 0.49 + NOISE, is_network=True)
+    regression = candidate("regression", 8, 0.5 - NOISE)
+    assert chosen(network, regression, simplest=["regression"]).chosen == "t0001"
+
+
+def test_what_is_behind_by_the_objective_is_not_kept_for_its_loss():
+    many = np.arange(400) < 380
+    few = np.arange(400) < 300
+    candidates = [
+        Candidate(name="t0001", value=0.95, correct=many, losses=np.full(400, 0.5)),
+        Candidate(name="t0002", value=0.75, correct=few, losses=np.full(400, 0.1)),
+    ]
+    choice = choose(
+        candidates, np.arange(400) % 2, objective="validation_accuracy", mode="max",
+        simplest=["t0002"],
+    )  # fmt: skip
+    assert (choice.chosen, choice.tied) == ("t0001", ("t0001",))
+
+
+def test_the_cheapest_of_the_tied_is_chosen():
+    trials = [
+        candidate("t0002", 9, np.full(10, 0.2), seconds=9.0),
+        candidate("t0005", 8, np.full(10, 0.3), seconds=1.5),
+        candidate("t0006", 8, np.full(10, 0.3), seconds=0.1, can_be_kept=False),
+    ]
+    choice = chosen(*trials, prefer="cheapest")
+    assert (choice.best, choice.chosen) == ("t0002", "t0005")
+    assert "1.5 s of training instead of 9.0 s" in choice.reason
+
+
+def test_the_estimate_takes_off_what_the_luck_of_the_choice_gave():
+    """Of 60 equal candidates the best seems better than it is; the estimate says what it is."""
+    generator = np.random.default_rng(3)
+    gaps = []
+    for _ in range(20):
+        correct = generator.random((60, 60)) < 0.7
+        losses = 1.0 - correct + 0.1 * generator.random((60, 60))
+        best = correct[:, losses.mean(axis=0).argmin()].mean()
+        estimate = estimate_accuracy(correct, losses)
+        assert estimate.low < estimate.value < estimate.high
+        assert best > 0.75
+        gaps.append(estimate.value - 0.7)
+    assert abs(np.mean(gaps)) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("tied", "end"),
     [
-        ([], {"t2": 9.0}, "no other trial is tied with it"),
-        (["t5"], {"t2": 1.0, "t5": 1.0}, "the cheapest of the 2 tied trials"),
-        (["t5"], {}, "the cheapest of the 2 tied trials"),
+        ({"t0003"}, "the search is ahead beyond noise."),
+        ({"t0003", "t0001"}, "tied; the search gained nothing here."),
+        ({"logistic_regression"}, "the search is behind logistic regression."),
     ],
 )
-def test_the_best_can_be_the_cheapest(tied, seconds, reason):
-    choice = choose("t2", tied, prefer="cheapest", seconds=seconds)
-    assert choice.chosen == "t2"
-    assert reason in choice.reason
+def test_one_line_says_what_the_search_gained(tied, end):
+    line = describe_gain(
+        Told("Search", "t0003", 0.955),
+        [Told("logistic regression", "logistic_regression", 0.958), Told("defaults", "t0001", 0.9)],
+        tied,
+        objective="validation_accuracy",
+    )
+    assert line == f"Search 95.5 %, logistic regression 95.8 %, defaults 90.0 %: {end}"
 
 
 def test_training_seconds_are_the_sum_of_the_epochs():

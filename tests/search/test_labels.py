@@ -82,7 +82,7 @@ def test_labels_come_from_the_decoded_pictures_where_there_are_no_features(searc
 
 def test_the_cheapest_is_chosen_among_the_networks_that_were_kept(search):
     choice = answers_of(search).choose("cheapest")
-    assert choice.tied == ("t0001", "t0002", "t0003")
+    assert choice.tied == ("t0003", "t0001", "t0002")
     assert choice.chosen == "t0002"
     assert "2 whose networks were kept" in choice.reason
     (search / "trials" / "t0003" / NETWORK_FILE).write_bytes(b"")
@@ -92,10 +92,10 @@ def test_the_cheapest_is_chosen_among_the_networks_that_were_kept(search):
 def test_a_trial_whose_answers_are_gone_is_not_compared(search):
     (search / "trials" / "t0002" / LOGITS_FILE).unlink()
     choice = answers_of(search).choose("best")
-    assert choice.tied == ("t0001", "t0003")
+    assert choice.tied == ("t0003", "t0001")
     assert choice.reason.endswith("Not compared, since their validation answers are gone: t0002.")
-    (search / "trials" / "t0001" / LOGITS_FILE).unlink()  # the best one's must be there
-    with pytest.raises(DataError, match="t0001"):
+    (search / "trials" / "t0003" / LOGITS_FILE).unlink()  # the best one's must be there
+    with pytest.raises(DataError, match="t0003"):
         answers_of(search).choose("best")
 
 
@@ -112,7 +112,7 @@ def test_trials_are_compared_by_their_scores_and_by_their_logits_alike(search, s
     scores = search / "trials" / "t0002" / SCORES_FILE
     content = scores.read_bytes()
     scores.write_bytes(content[:80] + bytes(20) + content[100:])  # zip's checksums tell
-    assert answers_of(search).choose("best").tied == ("t0001", "t0003")
+    assert answers_of(search).choose("best").tied == ("t0003", "t0001")
 
 
 def test_labels_come_from_the_pictures_where_the_cache_is_gone(search, store, pictures):

@@ -83,8 +83,8 @@ def numbers(results: Any) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("train", ["last_stage", "all"])
-def test_the_best_epochs_network_and_answers_are_on_the_disk_when_it_is_told(task, train):
-    given = task(train)
+def test_the_kept_epochs_network_and_answers_are_on_the_disk_when_it_is_told(task, train):
+    given = task(train, schedule="constant")
     folder, best = given.trial_folder("t0001"), 0.0
     for result in train_network_epochs(CONFIG, given):
         kept = {path.name for path in folder.iterdir()} - {RECORDING_FILE}
@@ -92,8 +92,8 @@ def test_the_best_epochs_network_and_answers_are_on_the_disk_when_it_is_told(tas
         kept = np.load(folder / LOGITS_FILE, allow_pickle=False)
         weights = load_file(folder / NETWORK_FILE)["head.weight"]
         is_kept = torch.equal(weights, result.network.head[1].weight)
-        assert is_kept == result.is_best
-        assert np.array_equal(kept, result.validation_logits.numpy()) == result.is_best
+        assert is_kept == result.is_kept
+        assert np.array_equal(kept, result.validation_logits.numpy()) == result.is_kept
         best = max(best, result.metrics.validation_accuracy)
     assert best > 0.5
     # What is not trained is what it was: the network's first layer.
@@ -175,16 +175,16 @@ def test_a_checkpoint_of_another_training_is_one_clear_line(task):
         next(train_network_epochs(CONFIG, other))
 
 
-def test_trained_again_a_trial_leaves_the_files_of_its_best_epoch(task):
+def test_trained_again_a_trial_leaves_the_files_of_its_kept_epoch(task):
     given = task("last_stage", augmentation="light")
-    results = [r.is_best for r in train_network_epochs(CONFIG, given)]
-    best = max(number for number, is_best in enumerate(results, start=1) if is_best)
+    results = [r.is_kept for r in train_network_epochs(CONFIG, given)]
+    kept = max(number for number, is_kept in enumerate(results, start=1) if is_kept)
     folder = given.trial_folder("t0001")
     network, logits = load_file(folder / NETWORK_FILE), (folder / LOGITS_FILE).read_bytes()
     recording = (folder / RECORDING_FILE).read_bytes()
     (folder / NETWORK_FILE).unlink()
     (folder / LOGITS_FILE).unlink()
-    train_again(CONFIG, given, best_epoch=best)
+    train_again(CONFIG, given, kept_epoch=kept)
     again = load_file(folder / NETWORK_FILE)
     assert sorted(again) == sorted(network)
     assert all(torch.equal(again[name], network[name]) for name in network)

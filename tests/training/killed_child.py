@@ -89,7 +89,7 @@ def main() -> None:
     if (FOLDER / CHECKPOINT_FILE).exists():
         training.load_state_dict(load_checkpoint(FOLDER))
     for result in training.epochs():
-        row = result.metrics.to_dict() | {"epoch": result.epoch, "is_best": result.is_best}
+        row = result.metrics.to_dict() | {"epoch": result.epoch, "is_kept": result.is_kept}
         row["logits"] = result.validation_logits.tolist()
         with (FOLDER / "epochs.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")

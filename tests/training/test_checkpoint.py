@@ -56,7 +56,7 @@ def start(settings: Training, *, features: bool = False, network=None) -> Fit:
 def numbers(result) -> dict[str, object]:
     metrics = {k: v for k, v in result.metrics.to_dict().items() if k not in CLOCK}
     logits = result.validation_logits.tolist()
-    return metrics | {"epoch": result.epoch, "is_best": result.is_best, "logits": logits}
+    return metrics | {"epoch": result.epoch, "is_kept": result.is_kept, "logits": logits}
 
 
 # A state and its file
@@ -267,7 +267,7 @@ def test_the_early_stop_remembers(tmp_path):
     while not training.finished:
         result = next(training.epochs())
         epochs += 1
-        assert result.is_best == (epochs == 1)
+        assert result.is_kept == (epochs == 1)
         save_checkpoint(tmp_path, training.state_dict())
         training = start(settings, features=True)
         training.load_state_dict(load_checkpoint(tmp_path))

@@ -127,18 +127,26 @@ def test_weights_shrink_by_weight_decay():
     assert torch.allclose(head[1].weight, before * 0.95**2)
 
 
-def test_is_best_marks_every_epoch_that_beats_all_before():
-    results = run(Training(epochs=10, batch_size=16), objective="validation_loss", mode="min")
+def test_without_a_falling_learning_rate_the_epoch_with_the_lowest_loss_is_kept():
+    settings = Training(epochs=10, batch_size=16, schedule="constant", learning_rate=1.0)
+    results = run(settings)
     losses = [r.metrics.validation_loss for r in results]
     expected = [all(v < earlier for earlier in losses[:i]) for i, v in enumerate(losses)]
-    assert [r.is_best for r in results] == expected
+    assert False in expected
+    assert [r.is_kept for r in results] == expected
+
+
+def test_where_the_learning_rate_falls_to_zero_the_last_epoch_is_kept():
+    results = run(Training(epochs=10, batch_size=16, learning_rate=1.0))
+    assert all(r.is_kept for r in results)
+    assert [r.is_last for r in results] == [False] * 9 + [True]
 
 
 def test_early_stop_ends_after_so_many_epochs_without_a_better_one():
     # Nothing is learnt at this rate, so only the first epoch is better than what was before.
     settings = Training(epochs=50, batch_size=16, learning_rate=1e-12, early_stop=3)
     results = run(settings)
-    assert [r.is_best for r in results] == [True, False, False, False]
+    assert [r.is_kept for r in results] == [True, False, False, False]
 
 
 def test_label_smoothing_raises_the_training_loss_and_leaves_the_validation_loss_plain():

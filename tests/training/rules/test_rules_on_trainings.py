@@ -64,7 +64,7 @@ def findings(train: Split, valid: Split, **settings: Any) -> dict[str, str]:
         for result in fit(linear_head(256, 10, dropout=0, seed=7), *batches, training,
                           num_classes=10, seed=7):  # fmt: skip
             epochs.append(result.metrics.to_dict())
-            logits = result.validation_logits.numpy() if result.is_best else logits
+            logits = result.validation_logits.numpy() if result.is_kept else logits
     except TrialFailed as failure:
         error = str(failure)
     steps = tuple(range(1, len(epochs) + 1))
