@@ -100,8 +100,10 @@ def runs_of(client: MlflowClient, name: str = "colours") -> tuple[Run, dict[str,
     (parent,) = [r for r in runs if r.data.tags.get("visiontuner.kind") == "search"]
     children = [r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert len(children) == len(runs) - 1
-    by_trial = {r.data.tags["visiontuner.trial_id"]: r for r in children}
-    assert len(by_trial) == len(children), "a trial is there twice"
+    trials = [r for r in children if r.data.tags["visiontuner.kind"] == "trial"]
+    assert {r.data.tags["visiontuner.kind"] for r in children} <= {"trial", "baseline"}
+    by_trial = {r.data.tags["visiontuner.trial_id"]: r for r in trials}
+    assert len(by_trial) == len(trials), "a trial is there twice"
     return parent, by_trial
 
 

@@ -87,10 +87,10 @@ def kept(folder: Path, file: str = HEAD_FILE) -> list[str]:
     return sorted(path.parent.name for path in folder.glob(f"trials/*/{file}"))
 
 
-def test_a_trials_value_is_its_best_epochs(recorder, tmp_path):
+def test_a_trials_value_is_its_kept_epochs(recorder, tmp_path):
     run_trial(recorder, tmp_path, 1, [0.5, 0.9, 0.9, 0.7], "completed")
     trial = SearchRecord.load(tmp_path).trials["t0001"]
-    assert (trial.best_epoch, trial.best_value) == (2, 0.9)
+    assert (trial.best_epoch, trial.best_value) == (4, 0.7)
 
 
 def test_a_trial_that_ended_before_its_first_epoch_has_no_value(recorder, tmp_path):

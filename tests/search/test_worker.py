@@ -61,7 +61,7 @@ def test_what_was_not_recorded_is_one_finding(tmp_path):
     with recorded(task, tmp_path, network, began=time.perf_counter()) as recorder:
         training = Fit(network, samples, samples, settings, num_classes=3, seed=1, watch=recorder)
         (result,) = training.epochs()
-        (finding,) = after_epoch(result, recorder, task, is_last=True).findings
+        (finding,) = after_epoch(result, recorder, task).findings
     assert (finding.rule, finding.severity, finding.step) == ("recording_incomplete", "info", 1)
     assert finding.evidence == "not recorded: never ran: idle.unused"
     assert to_report(result)["findings"] == []
@@ -91,7 +91,7 @@ def test_what_is_recorded_is_on_the_disk_before_a_trial_may_be_stopped(tmp_path,
             network, samples, samples, experiment.training, num_classes=3, seed=1, watch=recorder
         )
         for result in training.epochs():
-            after_epoch(result, recorder, task, is_last=training.finished)
+            after_epoch(result, recorder, task)
             if file.exists():
                 seen.append(result.epoch)
                 assert Recording.load(file).steps.steps[-1] == 3 * result.epoch

@@ -79,7 +79,7 @@ def test_values_that_are_no_numbers_leave_gaps_in_a_curve(
     assert list(validation.get_xdata()) == [1, 3]
 
 
-def test_a_trials_best_epoch_is_marked(new_search: NewSearch) -> None:
+def test_a_trials_kept_epoch_is_marked(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()
     search.trial(1, epochs=3, best_epoch=2)
@@ -89,7 +89,7 @@ def test_a_trials_best_epoch_is_marked(new_search: NewSearch) -> None:
     assert [text.get_text() for text in legend.get_texts()] == [
         "Training",
         "Validation",
-        "Best epoch 2",
+        "Kept: 2",
     ]
 
 

@@ -123,7 +123,7 @@ def test_the_headline_says_what_was_searched_and_what_came_out(new_search: NewSe
     search = new_search()
     search.begin()
     search.trial(1)
-    search.trial(2, state="stopped_early")
+    search.trial(2)
     search.finish()
     page = page_of(search)
     assert "pictures-20261122" in page.text

@@ -392,6 +392,15 @@ def _tiles(record: SearchRecord, test: TestPart | None) -> Iterable[Tile]:
             value=_value(best.best_value, record),
             detail=f"{best.trial_id}, epoch {best.best_epoch}",
         )
+    estimate = (record.choice or {}).get("estimate")
+    if estimate:
+        yield Tile(
+            label="Expected accuracy",
+            value=f"{estimate['value']:.1%}",
+            detail=f"{estimate['low']:.1%} to {estimate['high']:.1%} on new images, from "
+            f"{(record.choice or {}).get('images', 0):,} that the kept model did not learn from, "
+            "corrected for the choice",
+        )
     if test is not None and test.accuracy:
         yield Tile(label="Test accuracy", value=test.accuracy, detail=test.accuracy_detail)
     yield Tile(label="Trials", value=str(len(record.trials)), detail=_states(record))
@@ -429,13 +438,16 @@ def _choice_lines(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[st
         return
     best, name = ranking[0], label(record.objective).lower()
     extreme = "lowest" if record.mode == "min" else "highest"
-    equal = [t.trial_id for t in ranking[1:] if t.best_value == best.best_value]
+    ended = [t for t in ranking if record.ran_to_its_end(t)]
+    equal = [t.trial_id for t in ended[1:] if t.best_value == best.best_value]
     yield (
         f"{best.trial_id} has the {extreme} {name}: {_value(best.best_value, record)} in epoch "
         f"{best.best_epoch}, with {_configuration(best)}."
     )
     if equal:
-        yield f"{_some(equal)} reached the same value; the first of them is taken."
+        yield f"{_some(equal)} reached the same value, with a higher loss or in more time."
+    if record.choice is not None:
+        yield from filter(None, (record.choice.get("reason"), record.choice.get("gain")))
     if len(ranking) == 1:
         yield "It is the only one with a result, so there is nothing to compare it with."
     else:

@@ -26,7 +26,7 @@ from visiontuner.experiment.schema import Training
 
 _ANEW = "; go on with what it was made with, or begin anew without it."
 # These leave a training's numbers as they are, or answer to this machine.
-_MAY_DIFFER = {"workers", "micro_batch_size", "log_every_steps", "record_every_steps"}
+_MAY_DIFFER = {"workers", "micro_batch_size", "log_every_steps", "record_every_steps", "refit"}
 
 
 def identity_of(settings: Training, *, seed: int, num_classes: int) -> dict[str, Any]:

@@ -409,27 +409,18 @@ def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
     Raises:
         DataError: the features are gone or damaged.
     """
-    features = FeatureSet.open(Stores.of(read_events(folder).events).features or folder)
-    splits = [features.split(name) for name in ("train", "validation")]
-    labels = np.concatenate([split.labels for split in splits])
-    classes = len(features.class_names)
-    if not is_affordable(len(labels), features.feature_dim, classes):
-        inputs.observer.note(f"No baselines: {len(labels):,} images would take them minutes.")
+    store = Stores.of(read_events(folder).events).features or folder
+    features = FeatureSet.open(store)
+    images = sum(len(features.split(name).labels) for name in ("train", "validation"))
+    if not is_affordable(images, features.feature_dim, len(features.class_names)):
+        inputs.observer.note(f"No baselines: {images:,} images would take them minutes.")
         return
-    values = np.concatenate([split.features for split in splits])
-    folds = read_folds(folder)
-    if folds is None:
-        folds = np.repeat([-1, 0], [len(split.labels) for split in splits])
-    refits = inputs.experiment.refits
-    makers: dict[str, Callable[..., Baseline]] = {
-        REGRESSION: functools.partial(logistic_regression, refit=refits),
-        NEIGHBOURS: nearest_neighbours,
-    }
-    for name, make in makers.items():
+    for name in (REGRESSION, NEIGHBOURS):
         if name not in recorder.record.baselines:
             interrupts.check()
-            baseline = make(values, labels, folds, num_classes=classes)
-            metrics = _keep_baseline(folder, baseline, labels[folds >= 0], refitted=refits)
+            baseline, metrics = make_baseline(
+                name, folder, store, refitted=inputs.experiment.refits
+            )
             recorder.append(
                 "baseline_ended",
                 name=name,
@@ -437,6 +428,29 @@ def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
                 metrics=metrics,
                 seconds=round(baseline.seconds, 3),
             )
+
+
+def make_baseline(
+    name: str, folder: Path, store: Path, *, refitted: bool
+) -> tuple[Baseline, dict[str, float]]:
+    """Compute a baseline of a search and write its files; its metrics are returned beside it.
+
+    Args:
+        store: of the features.
+        refitted: fit its weights to all images of train and validation.
+    """
+    features = FeatureSet.open(store)
+    splits = [features.split(name) for name in ("train", "validation")]
+    labels = np.concatenate([split.labels for split in splits])
+    values = np.concatenate([split.features for split in splits])
+    folds = read_folds(folder)
+    if folds is None:
+        folds = np.repeat([-1, 0], [len(split.labels) for split in splits])
+    make: Callable[..., Baseline] = nearest_neighbours
+    if name == REGRESSION:
+        make = functools.partial(logistic_regression, refit=refitted)
+    baseline = make(values, labels, folds, num_classes=len(features.class_names))
+    return baseline, _keep_baseline(folder, baseline, labels[folds >= 0], refitted=refitted)
 
 
 def _keep_baseline(
@@ -449,9 +463,9 @@ def _keep_baseline(
     """
     place = folder / "trials" / baseline.name
     place.mkdir(parents=True, exist_ok=True)
-    predicted = baseline.logits.argmax(axis=1)
-    correct, losses = predicted == labels, picture_losses(baseline.logits, labels)
-    logits = baseline.logits.astype(np.float32)
+    logits = baseline.logits.astype(np.float32)  # as they are kept
+    predicted = logits.argmax(axis=1)
+    correct, losses = predicted == labels, picture_losses(logits, labels)
     write_whole(place / LOGITS_FILE, lambda file: np.save(file, logits))
     write_whole(place / SCORES_FILE, lambda file: np.savez(file, correct=correct, log_loss=losses))
     if baseline.weights is not None and baseline.biases is not None:
@@ -745,8 +759,10 @@ class ValidationAnswers:
             What was done, or None if both were there.
         """
 
+        if trial.trial_id in self.record.baselines:
+            return self._restore_baseline(trial.trial_id)
         why = self._why_to_train_again(trial.trial_id)
-        if why is None or trial.trial_id in self.record.baselines:
+        if why is None:
             return None
         kept = self.scores(trial.trial_id)
         self._train_again(trial)
@@ -759,6 +775,14 @@ class ValidationAnswers:
             f"{said} warning: a picture's validation loss differs by {difference:.2g} nats from "
             "the search's: another machine or number of threads."
         )
+
+    def _restore_baseline(self, name: str) -> str | None:
+        refits = self.experiment.refits
+        if self.has_logits(name) and kept_weights(self.folder, name, refitted=refits) is not None:
+            return None
+        stores = self._stores_to_train_on(on_pictures=False)
+        make_baseline(name, self.folder, stores.features or self.folder, refitted=refits)
+        return f"Computed {name} again: its files were gone or damaged."
 
     def refit(self, trial: TrialRecord) -> str | None:
         """Train what is kept on train and validation, where that is to be and is not done yet.
