@@ -190,23 +190,60 @@ def test_the_same_accented_name_in_two_encodings_is_one_class(root, cache):
     assert load_dataset(root, cache=cache).class_names == ("b", "caf\u00e9")
 
 
-def test_class_folders_are_split_by_content(root, cache):
-    dataset = load_dataset(draw_classes(root, 300), cache=cache)
-    sizes = {split: len(samples) for split, samples in dataset.splits.items()}
-    assert sum(sizes.values()) == 600
-    # 600 draws at 0.8, 0.1, 0.1: four standard deviations are 39, 29 and 29.
-    assert abs(sizes["train"] - 480) < 39
-    assert abs(sizes["validation"] - 60) < 29
-    assert abs(sizes["test"] - 60) < 29
+@pytest.mark.parametrize(
+    ("number", "share"),
+    [(2, 0), (4, 0), (5, 1), (8, 1), (12, 1), (14, 1), (20, 2), (30, 3), (70, 7)],
+)
+def test_each_class_has_its_share_of_validation_and_test(root, cache, number, share):
+    draw_classes(root, number)
+    for index in range(40):  # enough for a data set of its own
+        draw(root / "c" / f"{index}.png", 700_000 + index)
+    dataset = load_dataset(root, cache=cache)
+    for split, counts in (
+        ("train", [number - 2 * share, number - 2 * share, 32]),
+        ("validation", [share, share, 4]),
+        ("test", [share, share, 4]),
+    ):
+        assert dataset.counts(split) == counts
 
 
-def test_adding_a_picture_moves_no_other(root, cache):
-    before = load_dataset(draw_classes(root, 60), cache=cache)
+def test_an_added_image_moves_at_most_one_into_or_out_of_validation_and_one_of_test(root, cache):
+    draw_classes(root, 60)
+    before = load_dataset(root, cache=cache)
+    for number in range(20):
+        draw(root / "a" / f"more {number}.png", 900_000 + number)
+        after = load_dataset(root, cache=cache)
+        for split in ("validation", "test"):
+            then = {sample.path for sample in before.splits[split]}
+            now = {sample.path for sample in after.splits[split]}
+            assert {p for p in then if p[0] == "b"} == {p for p in now if p[0] == "b"}
+            assert len(then - now) <= 1
+            assert len((now - then) & {s.path for s in before.splits["train"]}) <= 1
+        assert before.digest != after.digest
+        before = after
+
+
+def test_no_image_moves_between_validation_and_test(root, cache):
+    draw_classes(root, 12)
+    places: dict[str, set[str]] = {}
+    for number in range(12, 40):
+        draw_classes(root, number)
+        for split, samples in load_dataset(root, cache=cache).splits.items():
+            for sample in samples:
+                places.setdefault(sample.path, set()).add(split)
+    assert not [path for path, seen in places.items() if {"validation", "test"} <= seen]
+
+
+def test_hashed_splits_are_those_of_version_0_1_and_adding_an_image_moves_none(root, cache):
+    before = load_dataset(draw_classes(root, 60), split="hashed", cache=cache)
+    for split, low, high in (("train", 0, 0.8), ("validation", 0.8, 0.9), ("test", 0.9, 1)):
+        assert before.splits[split]
+        for sample in before.splits[split]:
+            assert low <= int(sample.digest[:8], 16) / 2**32 < high
     draw(root / "a" / "0000 first.png", 999_999)
-    after = load_dataset(root, cache=cache)
+    after = load_dataset(root, split="hashed", cache=cache)
     for split in SPLITS:
         assert set(before.splits[split]) <= set(after.splits[split])
-    assert before.digest != after.digest
 
 
 def test_identical_pictures_never_land_in_two_splits(root, cache):
@@ -222,8 +259,8 @@ def test_identical_pictures_never_land_in_two_splits(root, cache):
 def test_without_validation_a_tenth_of_train_is_used(root, cache):
     draw_splits(root, {"train": {"a": 150, "b": 150}, "test": {"a": 5, "b": 5}})
     dataset = load_dataset(root, cache=cache)
-    assert abs(len(dataset.splits["validation"]) - 30) < 21  # four standard deviations
-    assert len(dataset.splits["train"]) + len(dataset.splits["validation"]) == 300
+    assert dataset.counts("validation") == [15, 15]
+    assert dataset.counts("train") == [135, 135]
     assert len(dataset.splits["test"]) == 10
     assert "no_validation_folder" in rules(dataset)
 

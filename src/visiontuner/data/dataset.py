@@ -570,7 +570,7 @@ def _splits_without_classes(layout: Layout) -> list[Finding]:
     folders = {split: folder for folder, split in layout.split_folders.items()}
     found = []
     for split, instead in (
-        ("validation", "10 % of train are used for validation"),
+        ("validation", "10 % of train, of each class, are used for validation"),
         ("test", "there is nothing to test on"),
     ):
         if "train" not in given or split in given:
@@ -831,12 +831,16 @@ def _missing(path: Path) -> str:
 
 # A folder of pictures -> `ImageDataset`: files, labels, class names, splits and one digest.
 #
-# A picture's split, where the folders leave it open, depends on nothing but its content: the same
-# picture never lands in two splits, and adding one moves no other.
+# An image's split, where the folders leave it open, follows from the hashes of the contents in its
+# class: the same content never lands in two splits, and each class has its share in every split.
 
 
 SPLITS = ("train", "validation", "test")
 
+SplitRule = Literal["stratified", "hashed"]
+"""How images are split that no folder sorts: shares met in each class, or only on average."""
+
+_SHARE = 10  # one in ten is for validation, and one in ten for the test
 _VALIDATION_FROM = 0.9  # of train, where there is no validation folder
 _WHOLE_SET = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
 
@@ -848,6 +852,7 @@ class Sample:
     path: str  # posix, relative to the data set's root
     label: int  # index into class_names
     digest: str  # SHA-256 of the file's content, hexadecimal
+    group: str | None = None  # images of one group are in one split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -885,6 +890,7 @@ class ImageDataset:
 def load_dataset(
     root: Path,
     *,
+    split: SplitRule = "stratified",
     limit_per_class: int | None = None,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -893,6 +899,7 @@ def load_dataset(
 
     Args:
         root: train/, valid/, test/ with class folders, or class folders (then split 80/10/10).
+        split: how images are split that no folder sorts.
         limit_per_class: at most so many pictures of a class in each split, always the same ones.
         cache: where content digests are remembered, so that a second look reads no picture.
         progress: called with (files read, files to read).
@@ -903,7 +910,7 @@ def load_dataset(
     layout = read_layout(root)
     digests = content_digests(layout.root, layout.files, cache=cache, progress=progress)
     class_names = tuple(sorted({file.class_name for file in layout.files}))
-    splits = _make_splits(layout, class_names, digests)
+    splits = _make_splits(layout.files, class_names, digests, split)
     if limit_per_class is not None:
         splits = {name: _limit(samples, limit_per_class) for name, samples in splits.items()}
     _check_splits(layout, splits)
@@ -925,26 +932,66 @@ def load_dataset(
 
 
 def _make_splits(
-    layout: Layout, class_names: Sequence[str], digests: Mapping[str, str | OSError]
+    files: Iterable[PictureFile],
+    class_names: Sequence[str],
+    digests: Mapping[str, str | OSError],
+    rule: SplitRule,
 ) -> dict[str, tuple[Sample, ...]]:
     labels = {name: label for label, name in enumerate(class_names)}
-    has_validation = any(file.split == "validation" for file in layout.files)
-    splits: dict[str, list[Sample]] = {name: [] for name in SPLITS}
-    for file in layout.files:
+    given: dict[Sample, str | None] = {}
+    for file in files:
         digest = digests[file.path]
         if isinstance(digest, str):
-            split = _split_of(file, digest, has_validation)
-            splits[split].append(Sample(file.path, labels[file.class_name], digest))
+            given[Sample(file.path, labels[file.class_name], digest)] = file.split
+    splits: dict[str, list[Sample]] = {name: [] for name in SPLITS}
+    for sample, name in _fill_splits(given, rule).items():
+        splits[name].append(sample)
     return {name: tuple(sorted(s, key=lambda x: x.path)) for name, s in splits.items()}
 
 
-def _split_of(file: PictureFile, digest: str, has_validation: bool) -> str:
-    position = int(digest[:8], 16) / 2**32  # uniform in [0, 1)
-    if file.split is None:
-        return next(name for name, end in _WHOLE_SET if position < end)
-    if file.split == "train" and not has_validation and position >= _VALIDATION_FROM:
-        return "validation"
-    return file.split
+def _fill_splits(given: Mapping[Sample, str | None], rule: SplitRule) -> dict[Sample, str]:
+    """The split of each image, where the folders name one or not."""
+    named = set(given.values())
+    if "validation" in named:
+        return {sample: split or "train" for sample, split in given.items()}
+    filled = {sample: split for sample, split in given.items() if split not in (None, "train")}
+    units: dict[str, list[Sample]] = defaultdict(list)
+    for sample in given.keys() - filled.keys():
+        units[sample.digest].append(sample)
+    divide = _stratify if rule == "stratified" else _hash
+    for unit, split in divide(units, without_test=named != {None}).items():
+        filled.update(dict.fromkeys(units[unit], split))
+    return filled
+
+
+def _stratify(units: Mapping[str, Sequence[Sample]], *, without_test: bool) -> dict[str, str]:
+    """The split of each unit: of a class, by hash, the first tenth to validation, the last to test.
+
+    A tenth is rounded, a half up. A unit counts for the class that most of its images have.
+    Train lies between the two, so that an image that is added moves none from one to the other.
+    """
+    classes: dict[int, list[str]] = defaultdict(list)
+    for unit, samples in units.items():
+        counts = Counter(sample.label for sample in samples)
+        classes[min(counts, key=lambda label: (-counts[label], label))].append(unit)
+    splits = dict.fromkeys(units, "train")
+    for members in classes.values():
+        members.sort()
+        share = (len(members) + _SHARE // 2) // _SHARE
+        splits.update(dict.fromkeys(members[:share], "validation"))
+        if not without_test:
+            splits.update(dict.fromkeys(members[len(members) - share :], "test"))
+    return splits
+
+
+def _hash(units: Mapping[str, Sequence[Sample]], *, without_test: bool) -> dict[str, str]:
+    """The split of each unit, which depends on no other: shares are met on average alone."""
+    ends = (("train", _VALIDATION_FROM), ("validation", 1.0)) if without_test else _WHOLE_SET
+    positions = {unit: int(unit[:8], 16) / 2**32 for unit in units}  # uniform in [0, 1)
+    return {
+        unit: next(name for name, end in ends if position < end)
+        for unit, position in positions.items()
+    }
 
 
 def _limit(samples: Iterable[Sample], limit: int) -> tuple[Sample, ...]:

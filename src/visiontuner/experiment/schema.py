@@ -123,12 +123,15 @@ class Data(Section):
     `validation` says what trials are judged by: the validation images (`holdout`), or all images of
     training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
     folds where heads are trained on few images and no validation images are given.
+    `split` is how images are split that no folder sorts: `stratified` meets the shares in each
+    class; `hashed`, the rule of version 0.1, meets them on average, and adding an image moves none.
     """
 
     source: Annotated[str, Field(min_length=1)] = "digits"
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="be 64 hexadecimal digits"
     )
+    split: Literal["stratified", "hashed"] = "stratified"
     limit_per_class: PositiveInt | None = None
     validation: Literal["auto", "holdout", "folds"] = "auto"
     folds: Annotated[int, Field(ge=2, le=20)] | None = None
@@ -481,6 +484,11 @@ QUICKSTART: Mapping[str, Any] = {
 }
 """What `experiments/quickstart.yaml` says, for an installed package that has no such folder."""
 
+_KEYS_OF_VERSION_0_1 = {
+    "data": {"source", "sha256", "limit_per_class", "on_bad_image"},
+    "model": {"backbone", "weights", "image_size", "train"},
+}
+
 
 def _check_experiment_name(name: str) -> str:
     if (
@@ -621,6 +629,21 @@ class Experiment(Section):
             source = str(data.get("source", "digits")) if isinstance(data, Mapping) else "digits"
             return {**raw, "name": _default_name(source)}
         return raw
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_the_split_of_version_0_1(cls, raw: object) -> object:
+        """A search of version 0.1 goes on with its split.
+
+        Its experiment file has no `data.split` and, unlike a person's, every other key.
+        """
+        if not isinstance(raw, Mapping):
+            return raw
+        complete = all(
+            isinstance(raw.get(section), Mapping) and keys == set(raw[section])
+            for section, keys in _KEYS_OF_VERSION_0_1.items()
+        )
+        return {**raw, "data": {**raw["data"], "split": "hashed"}} if complete else raw
 
     @field_validator("data", "model", "training", "search", "rules", mode="before")
     @classmethod

@@ -102,6 +102,7 @@ def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     )
     dataset = load_dataset(
         root,
+        split=data.split,
         limit_per_class=data.limit_per_class,
         cache=cache,
         progress=lambda done, total: observer.progress("Reading", done, total, "files"),
