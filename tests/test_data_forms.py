@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,13 @@ from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.paths import EXPERIMENT_FILE
-from visiontuner.workflow.inputs import Silent, load_data
+from visiontuner.workflow.evaluate import evaluate_search
+from visiontuner.workflow.inputs import Silent, load_data, with_absolute_paths
+from visiontuner.workflow.lineage import trace, verify
+from visiontuner.workflow.prepare import prepare
 from visiontuner.workflow.run import open_journal, read_record
+from visiontuner.workflow.submit import check_source
+from visiontuner.workflow.tune import run_search
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +65,111 @@ def _forget_split(path: Path) -> None:
         k: raw["data"][k] for k in ("source", "sha256", "limit_per_class", "on_bad_image")
     }
     path.write_text(yaml.safe_dump(raw), "utf-8")
+
+
+# Tables, through everything that knows a data set
+
+
+def write_table(photos: Path) -> None:
+    paths = sorted(path.relative_to(photos).as_posix() for path in photos.rglob("*.png"))
+    rows = [f"{path},{path.split('/')[-2]}" for path in paths]
+    (photos / "labels.csv").write_text("\n".join(["path,label", *rows]), "utf-8")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
+    tmp_path: Path,
+    photos: Path,
+    small_search: dict[str, Any],
+    new_database: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
+    write_table(photos)
+    (photos / "classes.csv").write_text("class,becomes\nred,warm\n", "utf-8")
+    found = {}
+    for source in ("photos", "photos/labels.csv"):
+        data = {"source": source, "classes": "classes.csv"}
+        experiment = Experiment.parse({**small_search, "data": data})
+        prepared = prepare(experiment)
+        search = run_search(experiment, output=tmp_path / f"search{len(found)}")
+        evaluation = evaluate_search(search.folder)
+        assert evaluation.report.num_pictures == 4
+        checks = {check.what: check.state for check in verify(trace(str(search.folder)))}
+        assert checks["data digest"] == "ok"
+        found[source] = (
+            prepared.dataset.digest,
+            prepared.dataset.class_names,
+            {name: trial.best_value for name, trial in search.record.trials.items()},
+            evaluation.report.metrics["nll"].value,
+        )
+    assert found["photos"] == found["photos/labels.csv"]
+    assert found["photos"][1] == ("blue", "warm")
+
+    (photos / "labels.csv").write_text("path,label\nred/0.png,red\nblue/0.png,blue\n", "utf-8")
+    with pytest.raises(UserMistake):
+        evaluate_search(tmp_path / "search1")
+
+
+def test_labels_are_found_in_the_folder_of_the_images_and_else_where_the_command_runs(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fix.csv").write_text("path,label\nred/0.png,\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    experiment = Experiment.parse({"data": {"source": "photos", "labels": "fix.csv"}})
+    assert len(_paths(experiment)) == 39
+    resumable = with_absolute_paths(experiment)
+    (photos / "fix.csv").write_text("path,label\nred/0.png,\nred/1.png,\n", "utf-8")
+    assert len(_paths(experiment)) == 38
+    assert with_absolute_paths(experiment).data.labels == "fix.csv"
+    monkeypatch.chdir(photos)
+    assert len(_paths(resumable)) == 39
+
+
+def _paths(experiment: Experiment) -> list[str]:
+    splits = load_data(experiment, Silent()).splits
+    return [sample.path for samples in splits.values() for sample in samples]
+
+
+def test_a_job_finds_its_table_in_the_channel(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_table(photos)
+    monkeypatch.setenv("VISIONTUNER_CHANNEL", f"s3://bucket/photos/={photos}")
+    found = [
+        load_data(Experiment.parse({"data": {"source": source}}), Silent()).digest
+        for source in ("s3://bucket/photos/labels.csv", "s3://bucket/photos/")
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "refused"),
+    [
+        ({"labels": "fix.csv"}, None),
+        ({"source": "photos/labels.csv", "classes": "fix.csv"}, None),
+        ({"source": "s3://bucket/photos", "labels": "fix.csv"}, None),
+        ({"labels": "other.csv"}, "data.labels is other.csv, which a job cannot read"),
+        ({"source": "s3://bucket/photos", "classes": "/x/fix.csv"}, "data.classes is /x/fix.csv"),
+    ],
+)
+def test_a_job_is_refused_labels_that_do_not_lie_beside_its_images(
+    tmp_path: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    data: dict[str, str],
+    refused: str | None,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_table(photos)
+    for path in (photos / "fix.csv", tmp_path / "other.csv"):
+        path.write_text("path,label\n", "utf-8")
+    experiment = Experiment.parse({"data": {"source": "photos", **data}})
+    upload = None if "s3:" in data.get("source", "") else "s3://bucket/photos"
+    if refused is None:
+        check_source(experiment, upload)
+    else:
+        with pytest.raises(UserMistake, match=refused):
+            check_source(experiment, upload)

@@ -84,9 +84,12 @@ def tracking_uri() -> str:
 def at_hand(source: str) -> str:
     """A data source that SageMaker laid beside a training job, as the folder where it lies.
 
-    `VISIONTUNER_CHANNEL` is `SOURCE=FOLDER`. Any other source stays as it is.
+    `VISIONTUNER_CHANNEL` is `SOURCE=FOLDER`; a file in that source lies in the folder. Any other
+    source stays as it is.
     """
     channel, _, folder = os.environ.get("VISIONTUNER_CHANNEL", "").rpartition("=")
+    if channel.endswith("/") and source.startswith(channel):
+        return f"{folder}/{source.removeprefix(channel)}".rstrip("/")
     return folder if channel and channel == source else source
 
 

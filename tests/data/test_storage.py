@@ -651,6 +651,14 @@ def test_prepare_brings_pictures_to_s3_and_looks_at_them_there(tmp_path, monkeyp
     there = CliRunner().invoke(main, ["prepare", "--data", "s3://photos/mine"])
     assert there.exit_code == 0, there.output
     assert "große Hunde" in there.stdout
+    rows = [",".join([name, *name.split("/")[1::-1]]) for name in FILES if name.endswith("png")]
+    (here / "labels.csv").write_text("\n".join(["path,label,split", *rows]), "utf-8")
+    call[2] = str(here / "labels.csv")
+    table = CliRunner().invoke(main, call)
+    assert "Uploaded 1 files" in table.stdout
+    there = CliRunner().invoke(main, ["prepare", "--data", "s3://photos/mine/labels.csv"])
+    assert there.exit_code == 0, there.output
+    assert "große Hunde" in there.stdout
     wrong = CliRunner().invoke(main, [*call[:-1], "photos/mine"])
     assert wrong.exit_code == 2
     assert "is no place on S3" in wrong.stderr

@@ -258,6 +258,7 @@ def test_a_channels_archive_is_not_unpacked_into_what_goes_to_s3(
     [
         ("s3://b/dogs", "s3://b/dogs/"),
         ("s3://b/dogs/", "s3://b/dogs/"),
+        ("s3://b/dogs/labels.csv", "s3://b/dogs/"),
         *((f"s3://b/d{suffix}",) * 2 for suffix in ARCHIVE_SUFFIXES),
         ("s3://b/D.TAR.XZ",) * 2,
     ],

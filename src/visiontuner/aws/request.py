@@ -29,6 +29,7 @@ from packaging.version import Version
 import visiontuner
 from visiontuner import NO_TELEMETRY
 from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_image
+from visiontuner.data.labels import is_table_name
 from visiontuner.errors import JobFailed, ServingError, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws, AwsRefused, explained
@@ -825,7 +826,11 @@ def require_bucket(aws: Aws, uri: str) -> None:
 
 
 def as_channel(uri: str) -> str:
-    """A folder ends with a slash: without one `dogs` would hold `dogs2` as well."""
+    """A folder ends with a slash: without one `dogs` would hold `dogs2` as well.
+
+    A table comes with the folder that it lies in.
+    """
+    uri = uri.rpartition("/")[0] if is_table_name(uri) else uri
     return uri if is_archive_name(uri) or uri.endswith("/") else f"{uri}/"
 
 

@@ -196,7 +196,7 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--data",
             metavar="SOURCE",
             type=TEXT,
-            help="Folder, archive (path or URL), s3:// or `digits`, instead of the experiment's.",
+            help="Folder, table, archive (path or URL), s3:// or `digits`, not the experiment's.",
         ),
         click.option(
             "--set",

@@ -21,6 +21,18 @@ import numpy as np
 from PIL import Image
 
 from visiontuner.data.images import picture_extensions
+from visiontuner.data.labels import (
+    BAD_ROWS,
+    TABLE_SUFFIXES,
+    group_files,
+    is_table_name,
+    label_files,
+    override_labels,
+    read_class_map,
+    read_table,
+    rename_classes,
+    split_named,
+)
 from visiontuner.errors import DataError
 from visiontuner.io.download import (
     _NAMES_NOTE,
@@ -95,18 +107,6 @@ def listed(
 # class. What visiontuner and MLflow write where a command runs is no data.
 
 
-_SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "valid": "validation",
-    "val": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
-# `training_set`, `Test Data`, `seg_train`: what stands beside the word says nothing.
-_FILLERS = frozenset({"set", "data", "dataset", "images", "pictures", "seg"})
 LAYOUTS = (
     "Expected train/, valid/ and test/ with one folder per class in each, or one folder per class."
 )
@@ -172,6 +172,11 @@ class Layout:
     formats: Mapping[str, str] = field(default_factory=dict)  # ending -> format that is read
     # Class folders with pictures -> the folders right below them that hold some.
     class_folders: dict[str, list[str]] = field(default_factory=dict)
+    table: str = ""  # what labelled the files, where no folders did
+    bad_rows: dict[str, list[str]] = field(default_factory=dict)  # rule -> rows
+    repeated_rows: Sequence[str] = ()
+    unknown_classes: Sequence[str] = ()  # of the class map
+    notes: list[str] = field(default_factory=list)  # what was found beyond files and classes
 
 
 def read_layout(root: Path) -> Layout:
@@ -198,7 +203,7 @@ def read_layout(root: Path) -> Layout:
     else:
         _read_classes(layout, "", None)
         for name, below in layout.class_folders.items():
-            if any(map(_split_named, below)):
+            if any(map(split_named, below)):
                 _refuse_splits_in_class(root, name)
     _check(layout)
     return layout
@@ -238,7 +243,7 @@ def _split_folders(root: Path) -> dict[str, str]:
 
 
 def _named_like_splits(folder: Path) -> dict[str, str]:
-    return {name: split for name in _folders(folder) if (split := _split_named(name))}
+    return {name: split for name in _folders(folder) if (split := split_named(name))}
 
 
 def _refuse_splits_in_class(root: Path, name: str) -> None:
@@ -269,16 +274,10 @@ def _refuse_splits_in_split(folder: Path) -> None:
         )
 
 
-def _split_named(folder: str) -> str | None:
-    """The split that a folder's name stands for, if it is any's."""
-    words = [word for word in re.split(r"[\W_]+", folder.lower()) if word and word not in _FILLERS]
-    return _SPLIT_WORDS.get(words[0].removesuffix("set")) if len(words) == 1 else None
-
-
 def _unwrap_split(root: Path, folder: str) -> str:
     """Descend a split's folder that holds nothing but itself once more (`test_set/test_set/…`)."""
     children = _folders(root / folder)
-    if len(children) == 1 and _split_named(children[0]) == _split_named(Path(folder).name):
+    if len(children) == 1 and split_named(children[0]) == split_named(Path(folder).name):
         return _unwrap_split(root, f"{folder}/{children[0]}")
     return folder
 
@@ -457,6 +456,11 @@ def _check(layout: Layout) -> None:
     names = sorted({file.class_name for file in layout.files})
     unread = [file for file in layout.left_out if file.reason == "format"]
     hint = f" Left out: {left_out_formats(unread)}, {why_not_read(unread)}." if unread else ""
+    if len(names) == 1 and layout.table:
+        raise DataError(
+            f"{layout.root / layout.table} has only one class, {names[0]}; a classifier needs at "
+            "least two. Is it the right column? data.columns.label names another."
+        )
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
         such = f" (it holds files such as {seen[0]})" if seen else ""
@@ -466,6 +470,32 @@ def _check(layout: Layout) -> None:
             f"{layout.root} has only one class, {names[0]}; a classifier needs at least two."
             f"{hint} {LAYOUTS}"
         )
+
+
+# A table -> the same layout.
+
+
+def read_table_layout(path: Path, columns: Mapping[str, str | None] | None = None) -> Layout:
+    """The images that a table names; their paths are relative to its folder.
+
+    Raises:
+        DataError: it is no table of images, or names one class alone.
+    """
+    table = read_table(path, columns)
+    named = label_files(table, path.parent)
+    layout = Layout(
+        root=path.parent,
+        files=named.files,
+        formats=picture_extensions(),
+        table=path.name,
+        bad_rows=dict(named.bad),
+        repeated_rows=named.repeated,
+    )
+    for role in ("split", "group"):
+        if role in table.columns:
+            layout.notes.append(f"{role}s in column `{table.columns[role]}`")
+    _check(layout)
+    return layout
 
 
 # What the folders of a data set alone say about it -> findings.
@@ -485,6 +515,7 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "Nothing to do, unless they should be images.",
         ),
         *_left_out_images(layout),
+        *_bad_rows(layout),
         listed(
             "classes_left_out",
             "error",
@@ -558,6 +589,32 @@ def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
         )
 
 
+def _bad_rows(layout: Layout) -> Iterator[Finding | None]:
+    """Rows of a table that name no usable image, and classes that a map names in vain."""
+    for rule, rows in layout.bad_rows.items():
+        yield listed(
+            rule,
+            "warning",
+            rows,
+            f"left out: {BAD_ROWS[rule]}",
+            "Correct the rows; data.on_bad_image: fail refuses them instead.",
+        )
+    yield listed(
+        "repeated_rows",
+        "info",
+        layout.repeated_rows,
+        "rows that say the same of one image; it counts once",
+        "Nothing to do.",
+    )
+    yield listed(
+        "unknown_classes",
+        "warning",
+        layout.unknown_classes,
+        "data.classes names classes that no image has",
+        "Compare their spelling with the classes that `prepare` lists.",
+    )
+
+
 def _left_out_classes(layout: Layout) -> list[str]:
     """Class folders all of whose images were left out, where no other split has the class."""
     learned = {file.class_name for file in layout.files}
@@ -567,6 +624,7 @@ def _left_out_classes(layout: Layout) -> list[str]:
 def _splits_without_classes(layout: Layout) -> list[Finding]:
     """What becomes of validation and test where their folders give no images."""
     given = {file.split for file in layout.files}
+    given = given if given == {None} else {split or "train" for split in given}
     folders = {split: folder for folder, split in layout.split_folders.items()}
     found = []
     for split, instead in (
@@ -589,7 +647,9 @@ def _splits_without_classes(layout: Layout) -> list[Finding]:
                 Finding(
                     rule="no_validation_folder",
                     severity="info",
-                    evidence=f"there is no validation folder: {instead}",
+                    evidence=f"no images are given for validation: {instead}"
+                    if layout.table
+                    else f"there is no validation folder: {instead}",
                     advice="Nothing to do; add a valid folder to choose the pictures yourself.",
                 )
             )
@@ -598,7 +658,7 @@ def _splits_without_classes(layout: Layout) -> list[Finding]:
 
 def _same_subfolders(layout: Layout) -> Finding | None:
     """Every class folder holds the same folders: then those are the classes, most often."""
-    names, *others = layout.class_folders.values()
+    names, *others = layout.class_folders.values() or ([],)
     if len(names) < 2 or any(other != names for other in others):
         return None
     return Finding(
@@ -708,15 +768,15 @@ def fetch_source(
     """Bring a data source onto this machine.
 
     Args:
-        source: a folder, the path or http(s) URL of a zip or tar archive, an `s3://BUCKET/KEY` of
-            either, or `digits`.
+        source: a folder, a table beside or above the images that it names, the path or http(s) URL
+            of a zip or tar archive, an `s3://BUCKET/KEY` of any of them, or `digits`.
         cache: where archives are unpacked and downloads are kept.
         sha256: what the archive must hash to, hexadecimal.
         progress: called with (bytes so far, bytes in all; 0 if the server does not say).
         note: told when S3 does not answer and is asked again.
 
     Returns:
-        A folder for `load_dataset`.
+        A folder or a table for `load_dataset`.
 
     Raises:
         DataError: the source does not exist, is of an unknown kind, or is a damaged archive.
@@ -745,6 +805,11 @@ def fetch_source(
 def _fetch_url(
     url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
 ) -> Path:
+    if is_table_name(urlsplit(url).path):
+        raise DataError(
+            f"{without_secrets(url)} is a table, and its images would have to be fetched one by "
+            "one. Give an archive that holds both, or bring them to S3."
+        )
     archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
     folder = cache / "archives" / _folder_name(archive.path.name, archive.sha256)
     if not folder.is_dir() and file_digest(archive.path) != archive.sha256:
@@ -760,9 +825,15 @@ def _fetch_s3(
     progress: Callable[[int, int], None] | None,
     note: Callable[[str], None] | None,
 ) -> Path:
-    """What lies on S3, here; of what was here already only what changed comes."""
+    """What lies on S3, here; of what was here already only what changed comes.
+
+    A table comes with all that lies beside it.
+    """
     from visiontuner.io.s3 import WholeCopy, download_file, download_folder
 
+    if is_table_name(uri):
+        beside, _, table = uri.rpartition("/")
+        return _fetch_s3(beside, cache, sha256, progress, note) / table
     bucket, key = split_uri(uri)
     name = key.rstrip("/").rpartition("/")[2]
     place = cache / "s3" / hashlib.sha256(f"{bucket}/{key.rstrip('/')}".encode()).hexdigest()[:16]
@@ -791,9 +862,12 @@ def _open_path(path: Path, cache: Path, sha256: str | None) -> Path:
         return path
     if not path.exists():
         raise DataError(_missing(path))
+    if path.is_file() and is_table_name(path.name):
+        return path
     if not path.is_file() or not is_archive_name(path.name):
         raise DataError(
-            f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)})."
+            f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}), nor a "
+            f"table ({', '.join(TABLE_SUFFIXES)})."
         )
     digest = file_digest(path)
     if sha256 is not None and digest != sha256.lower():
@@ -811,8 +885,8 @@ def _unknown_scheme(source: str, scheme: str) -> str:
     near = difflib.get_close_matches(scheme, ["http", "https", "file", "s3"], n=1)
     hint = f" Did you mean {near[0]}://?" if near else ""
     return (
-        f"{without_secrets(source)} has an unknown scheme.{hint} Use a folder, an archive, "
-        "http(s)://, s3:// or digits."
+        f"{without_secrets(source)} has an unknown scheme.{hint} Use a folder, a table, an "
+        "archive, http(s)://, s3:// or digits."
     )
 
 
@@ -820,12 +894,16 @@ def _missing(path: Path) -> str:
     near = difflib.get_close_matches(str(path), ["digits"], n=1)
     parent = path.parent
     if not near and parent.is_dir():
-        names = [p.name for p in parent.iterdir() if p.is_dir() or is_archive_name(p.name)]
+        names = [
+            p.name
+            for p in parent.iterdir()
+            if p.is_dir() or is_archive_name(p.name) or is_table_name(p.name)
+        ]
         near = [str(parent / n) for n in difflib.get_close_matches(path.name, names, n=2)]
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     return (
         f"There is no data at {path}.{hint} "
-        "data.source is a folder, an archive (path or URL), s3://BUCKET/FOLDER or digits."
+        "data.source is a folder, a table, an archive (path or URL), s3://BUCKET/FOLDER or digits."
     )
 
 
@@ -866,6 +944,7 @@ class ImageDataset:
         digest: SHA-256 over names, paths, labels, splits and contents, hexadecimal.
         findings: what was noticed without decoding a picture.
         own_validation: whether the user says which images are for validation.
+        described: what was found where, in a few words.
     """
 
     root: Path
@@ -874,6 +953,7 @@ class ImageDataset:
     digest: str
     findings: tuple[Finding, ...]
     own_validation: bool = False
+    described: str = ""
 
     def counts(self, split: str) -> list[int]:
         """Pictures of each class in a split, in the order of `class_names`."""
@@ -890,24 +970,38 @@ class ImageDataset:
 def load_dataset(
     root: Path,
     *,
+    columns: Mapping[str, str | None] | None = None,
+    labels: Path | None = None,
+    classes: Path | None = None,
+    group: str | None = None,
     split: SplitRule = "stratified",
     limit_per_class: int | None = None,
+    on_bad_image: Literal["skip", "fail"] = "skip",
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageDataset:
-    """Read a folder of pictures.
+    """Read a folder of images, or the table that names them.
 
     Args:
-        root: train/, valid/, test/ with class folders, or class folders (then split 80/10/10).
-        split: how images are split that no folder sorts.
+        root: train/, valid/, test/ with class folders, or class folders (then split 80/10/10), or a
+            table with the columns path and label.
+        columns: how a table calls its columns path, label, split and group.
+        labels: a table of single images' labels; those without one are left out.
+        classes: a table of classes and what becomes of them.
+        group: a pattern of file names: images for which it matches the same are in one split.
+        split: how images are split that nothing else sorts.
         limit_per_class: at most so many pictures of a class in each split, always the same ones.
+        on_bad_image: whether rows of a table that name no usable image are left out or refused.
         cache: where content digests are remembered, so that a second look reads no picture.
         progress: called with (files read, files to read).
 
     Raises:
         DataError: there is nothing to train on; the message says what was found instead.
     """
-    layout = read_layout(root)
+    layout = _read_source(root, columns)
+    _refine(layout, labels, classes, group)
+    if on_bad_image == "fail":
+        _refuse_bad_rows(layout)
     digests = content_digests(layout.root, layout.files, cache=cache, progress=progress)
     class_names = tuple(sorted({file.class_name for file in layout.files}))
     splits = _make_splits(layout.files, class_names, digests, split)
@@ -921,14 +1015,71 @@ def load_dataset(
         digest=_digest(class_names, splits),
         findings=(),
         own_validation=any(file.split == "validation" for file in layout.files),
+        described=_described(root, layout),
     )
     unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
     findings = (
         *archive_findings(root),
         *layout_findings(layout, unreadable),
         *_class_findings(dataset),
+        *_group_findings(dataset, {file.split for file in layout.files}),
     )
     return replace(dataset, findings=findings)
+
+
+def _read_source(root: Path, columns: Mapping[str, str | None] | None) -> Layout:
+    if is_table_name(root.name) and root.is_file():
+        return read_table_layout(root, columns)
+    return read_layout(root)
+
+
+def _refine(layout: Layout, labels: Path | None, classes: Path | None, group: str | None) -> None:
+    """What the experiment says of the files beyond where they lie."""
+    if labels is not None:
+        before = layout.files
+        layout.files, unknown = override_labels(before, read_table(labels))
+        if unknown:
+            layout.bad_rows["labels_without_image"] = unknown
+        changed = sum(a.class_name != b.class_name for a, b in _same_paths(before, layout.files))
+        dropped = len(before) - len(layout.files)
+        layout.notes.append(
+            f"{labels.name} changes {changed:,} labels and drops {dropped:,} images"
+        )
+    if classes is not None:
+        layout.files, layout.unknown_classes = rename_classes(layout.files, read_class_map(classes))
+        layout.notes.append(f"classes after {classes.name}")
+    if group is not None:
+        if any(file.group for file in layout.files):
+            raise DataError(
+                f"{layout.table} has a column of groups, and data.group is given too: leave out "
+                "data.group, or that column."
+            )
+        layout.files = group_files(layout.files, group)
+        layout.notes.append(f"groups by `{group}`")
+    _check(layout)
+
+
+def _same_paths(
+    before: Iterable[PictureFile], after: Iterable[PictureFile]
+) -> Iterator[tuple[PictureFile, PictureFile]]:
+    kept = {file.path: file for file in after}
+    return ((file, kept[file.path]) for file in before if file.path in kept)
+
+
+def _refuse_bad_rows(layout: Layout) -> None:
+    for rule, rows in layout.bad_rows.items():
+        more = f", and {len(rows) - 1:,} more such rows" if len(rows) > 1 else ""
+        raise DataError(
+            f"{layout.table or 'data.labels'}: {rows[0]}: {BAD_ROWS[rule]}{more}. Correct them, or "
+            "leave them out with data.on_bad_image: skip."
+        )
+
+
+def _described(root: Path, layout: Layout) -> str:
+    """What was found, in a few words: `labels.csv: 2,100 images, 30 classes, groups in …`."""
+    classes = len({file.class_name for file in layout.files})
+    notes = [f"{len(layout.files):,} images", f"{classes:,} classes", *layout.notes]
+    return f"{layout.table or root.name}: {', '.join(notes)}"
 
 
 def _make_splits(
@@ -942,11 +1093,30 @@ def _make_splits(
     for file in files:
         digest = digests[file.path]
         if isinstance(digest, str):
-            given[Sample(file.path, labels[file.class_name], digest)] = file.split
+            sample = Sample(file.path, labels[file.class_name], digest, file.group)
+            given[sample] = file.split
     splits: dict[str, list[Sample]] = {name: [] for name in SPLITS}
     for sample, name in _fill_splits(given, rule).items():
         splits[name].append(sample)
+    _refuse_groups_in_two_splits(splits)
     return {name: tuple(sorted(s, key=lambda x: x.path)) for name, s in splits.items()}
+
+
+def _refuse_groups_in_two_splits(splits: Mapping[str, Iterable[Sample]]) -> None:
+    """Where folders or a column name the splits, and groups reach across them."""
+    seen: dict[str, dict[str, Sample]] = defaultdict(dict)
+    for split, samples in splits.items():
+        for sample in samples:
+            if sample.group is not None:
+                seen[sample.group][split] = sample
+    torn = {group: places for group, places in seen.items() if len(places) > 1}
+    for group, places in torn.items():
+        examples = " and ".join(f"{split} ({s.path})" for split, s in places.items())
+        more = f"; so are {len(torn) - 1:,} more groups" if len(torn) > 1 else ""
+        raise DataError(
+            f"The group {printable(group)} is in {examples}{more}. Leave the given splits out, so "
+            "that groups are split whole, or leave the groups out."
+        )
 
 
 def _fill_splits(given: Mapping[Sample, str | None], rule: SplitRule) -> dict[Sample, str]:
@@ -956,12 +1126,43 @@ def _fill_splits(given: Mapping[Sample, str | None], rule: SplitRule) -> dict[Sa
         return {sample: split or "train" for sample, split in given.items()}
     filled = {sample: split for sample, split in given.items() if split not in (None, "train")}
     units: dict[str, list[Sample]] = defaultdict(list)
-    for sample in given.keys() - filled.keys():
-        units[sample.digest].append(sample)
+    unit_of = _find_units(given)
+    for sample in given:
+        if sample not in filled:
+            units[unit_of(sample)].append(sample)
     divide = _stratify if rule == "stratified" else _hash
     for unit, split in divide(units, without_test=named != {None}).items():
         filled.update(dict.fromkeys(units[unit], split))
     return filled
+
+
+def _find_units(samples: Iterable[Sample]) -> Callable[[Sample], str]:
+    """Tells which images go together, by a hash: of their group, or else of their content.
+
+    Images of one group go together, and copies of one content: two groups that share a content are
+    one unit, with the smaller hash.
+    """
+    above: dict[str, str] = {}
+
+    def top(key: str) -> str:
+        while (parent := above.get(key, key)) != key:
+            above[key] = above.get(parent, parent)
+            key = parent
+        return key
+
+    for sample in samples:
+        if sample.group is None:
+            continue
+        own, known = top(_hash_of(sample.group)), top(sample.digest)
+        if known == sample.digest:
+            above[known] = own
+        elif known != own:
+            above[max(known, own)] = min(known, own)
+    return lambda sample: top(sample.digest)
+
+
+def _hash_of(group: str) -> str:
+    return hashlib.sha256(f"group {group}".encode(errors="surrogateescape")).hexdigest()
 
 
 def _stratify(units: Mapping[str, Sequence[Sample]], *, without_test: bool) -> dict[str, str]:
@@ -1076,6 +1277,46 @@ def _emptied(dataset: ImageDataset, split: str, left: Collection[int]) -> Findin
         "Repair or replace them: a class without training pictures cannot be learned, one without "
         "others is not measured.",
     )
+
+
+def _group_findings(dataset: ImageDataset, given: Collection[str | None]) -> list[Finding]:
+    """How many images share a group, and where whole groups leave a split far from its share.
+
+    Args:
+        given: the splits that folders or a table name.
+    """
+    samples = [sample for split in SPLITS for sample in dataset.splits[split]]
+    sizes = Counter(sample.group for sample in samples if sample.group is not None)
+    if not sizes:
+        return []
+    shared = sum(size for size in sizes.values() if size > 1)
+    alone = len(samples) - sum(sizes.values())
+    (largest, most), *_ = sizes.most_common(1)
+    findings = [
+        Finding(
+            rule="groups",
+            severity="info",
+            evidence=f"{shared:,} of {len(samples):,} images share a group with others: "
+            f"{len(sizes):,} groups, the largest {printable(largest)} with {most:,}; {alone:,} "
+            "images are in none",
+            advice="Nothing to do: each group is in one split. What is measured is how well new "
+            "groups are told.",
+        )
+    ]
+    ours = {"validation"} - {*given} | ({"test"} if {*given} == {None} else set())
+    for split in sorted(ours, reverse=True):
+        share = len(dataset.splits[split]) / len(samples)
+        if dataset.splits[split] and not 0.5 / _SHARE <= share <= 2 / _SHARE:
+            findings.append(
+                Finding(
+                    rule="groups_of_unequal_size",
+                    severity="warning",
+                    evidence=f"{split} holds {share:.0%} of the images, since groups are split "
+                    "whole and counted as one each",
+                    advice="Give smaller groups, or name the splits yourself.",
+                )
+            )
+    return findings
 
 
 def _class_findings(dataset: ImageDataset) -> list[Finding]:

@@ -117,12 +117,33 @@ def _read_exponents(value: object) -> object:
     return value
 
 
-class Data(Section):
-    """Which pictures: `source` is a folder, an archive (path or URL), or `digits`.
+class Columns(Section):
+    """What a table's columns are called, where not `path`, `label`, `split` and `group`."""
 
     `validation` says what trials are judged by: the validation images (`holdout`), or all images of
     training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
     folds where heads are trained on few images and no validation images are given.
+    path: str | None = None
+    label: str | None = None
+    split: str | None = None
+    group: str | None = None
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"is no regular expression: {error}, got {pattern!r}") from None
+    return pattern
+
+
+class Data(Section):
+    """Which images: `source` is a folder, a table, an archive (path or URL), or `digits`.
+
+    `columns` names the columns of a table. `labels` is a table of single images' labels, `classes`
+    one of classes and what becomes of them; both are looked for in the data's folder, then where
+    the command runs. `group` is a pattern of file names: images for which it matches the same, as
+    those with the same word in a table's group column, are in one split.
     `split` is how images are split that no folder sorts: `stratified` meets the shares in each
     class; `hashed`, the rule of version 0.1, meets them on average, and adding an image moves none.
     """
@@ -131,6 +152,10 @@ class Data(Section):
     sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-fA-F]{64}$", description="be 64 hexadecimal digits"
     )
+    columns: Columns = Columns()
+    labels: Annotated[str, Field(min_length=1)] | None = None
+    classes: Annotated[str, Field(min_length=1)] | None = None
+    group: Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)] | None = None
     split: Literal["stratified", "hashed"] = "stratified"
     limit_per_class: PositiveInt | None = None
     validation: Literal["auto", "holdout", "folds"] = "auto"

@@ -315,6 +315,7 @@ class PictureFile:
     class_name: str
     split: str | None
     state: Sequence[int]  # of `file_state`
+    group: str | None = None
 
 
 def scan_folder(folder: Path | str) -> list[os.DirEntry[str]]:

@@ -23,6 +23,7 @@ from visiontuner.data.dataset import (
     load_dataset,
 )
 from visiontuner.data.findings import inspect_pictures
+from visiontuner.data.labels import is_table_name
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, Finding, SearchRecord
@@ -102,14 +103,27 @@ def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     )
     dataset = load_dataset(
         root,
+        columns=data.columns.model_dump(),
+        labels=_beside(root, data.labels),
+        classes=_beside(root, data.classes),
+        group=data.group,
         split=data.split,
         limit_per_class=data.limit_per_class,
+        on_bad_image=data.on_bad_image,
         cache=cache,
         progress=lambda done, total: observer.progress("Reading", done, total, "files"),
     )
     counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
-    observer.note(f"{len(dataset.class_names)} classes; pictures: {counts}.")
+    observer.note(f"{dataset.described}; {counts}.")
     return dataset
+
+
+def _beside(root: Path, name: str | None) -> Path | None:
+    """A file that belongs to a data set: in its folder, or where the command runs."""
+    if name is None:
+        return None
+    inside = (root if root.is_dir() else root.parent) / name
+    return inside if inside.exists() else Path(name).expanduser()
 
 
 def describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
@@ -297,6 +311,11 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     source, weights = Path(data.source).expanduser(), Path(model.weights).expanduser()
     if data.source != "digits" and source.exists():
         data = data.model_copy(update={"source": str(source.resolve())})
+    for key in ("labels", "classes"):
+        path = _beside(source, getattr(data, key))
+        inside = source.parent if is_table_name(source.name) else source
+        if path is not None and path.exists() and not path.is_relative_to(inside):
+            data = data.model_copy(update={key: str(path.resolve())})
     if model.weights not in ("default", "none") and weights.exists():
         model = model.model_copy(update={"weights": str(weights.resolve())})
     return experiment.model_copy(update={"data": data, "model": model})

@@ -37,9 +37,10 @@ from visiontuner.aws.request import (
     require_bucket,
     size_on_s3,
 )
+from visiontuner.data.labels import is_table_name
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.reading import parse_yaml
-from visiontuner.experiment.schema import Experiment, parse_duration
+from visiontuner.experiment.schema import Data, Experiment, parse_duration
 from visiontuner.io.aws import Aws
 from visiontuner.io.s3 import connect, explained, files_in, list_files, upload_folder
 from visiontuner.paths import split_folder, split_uri, tracking_uri
@@ -140,6 +141,7 @@ def check_source(experiment: Experiment, upload: str | None) -> None:
     """
 
     source, weights = experiment.data.source, experiment.model.weights
+    _check_files_beside(experiment.data)
     check_no_apostrophe("The data source", source)
     check_no_apostrophe("--upload", upload or "")
     if weights not in ("default", "none") and "://" not in weights:
@@ -165,8 +167,22 @@ def _check_folder(source: str, upload: str | None) -> None:
             f"{source} is on this machine, where a job cannot read it. Add --upload "
             f"s3://BUCKET/{path.resolve().name}, or name pictures that are on S3 already."
         )
-    if not path.is_dir():
+    if not path.is_dir() and not is_table_name(source):
         raise UserMistake(f"--upload takes a folder, and {source} is a file: unpack it first.")
+
+
+def _check_files_beside(data: Data) -> None:
+    """A job finds `data.labels` and `data.classes` where its images are, and nowhere else."""
+    folder = Path(data.source).expanduser()
+    folder = folder.parent if is_table_name(data.source) else folder
+    for key in ("labels", "classes"):
+        name = getattr(data, key)
+        here = not _is_elsewhere(data.source) and not (folder / name).is_file() if name else False
+        if name and (here or Path(name).is_absolute() or ".." in Path(name).parts):
+            raise UserMistake(
+                f"data.{key} is {name}, which a job cannot read: put it into the folder of the "
+                "images, and name it as it is called there."
+            )
 
 
 def _is_elsewhere(source: str) -> bool:
@@ -186,7 +202,8 @@ def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictu
         return Pictures(uri=uri, size=size_on_s3(aws, uri))
     if _is_elsewhere(source):
         return None
-    return _to_upload(aws, Path(source).expanduser().resolve(), upload or "")
+    path = Path(source).expanduser().resolve()
+    return _to_upload(aws, path.parent if path.is_file() else path, upload or "")
 
 
 def _to_upload(aws: Aws, folder: Path, upload: str) -> Pictures:
@@ -394,7 +411,9 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     bucket, exists = find_bucket(aws, options.bucket, default=default)
     pictures = find_pictures(aws, experiment, options.upload)
     if pictures is not None:
-        data = experiment.data.model_copy(update={"source": pictures.uri})
+        table = experiment.data.source.rpartition("/")[2]
+        source = pictures.uri + (table if is_table_name(table) else "")
+        data = experiment.data.model_copy(update={"source": source})
         experiment = experiment.model_copy(update={"data": data})
     hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
     price = Price(per_hour=hourly, instances=instances)

@@ -1,0 +1,499 @@
+"""Tables of labels: which image is of which class, and perhaps in which split and group.
+
+CSV (with commas, semicolons, tabs or bars), JSON lines and Parquet. A table that cannot be read is
+refused in one line; rows that name no usable image are counted and listed.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import posixpath
+import re
+import stat
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as parquet
+
+from visiontuner.data.images import picture_extensions
+from visiontuner.errors import DataError
+from visiontuner.io.files import PictureFile, file_state
+from visiontuner.text import printable
+
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a file's name, or the last part of an address, is that of a table."""
+    return name.lower().endswith(TABLE_SUFFIXES)
+
+
+# The words that people have for splits, as folders or in a column.
+
+
+_SPLIT_WORDS = {
+    "train": "train",
+    "training": "train",
+    "valid": "validation",
+    "val": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+# `training_set`, `Test Data`, `seg_train`: what stands beside the word says nothing.
+_FILLERS = frozenset({"set", "data", "dataset", "images", "pictures", "seg"})
+
+
+@cache
+def split_named(word: str) -> str | None:
+    """The split that a folder's name or a cell of a table stands for, if it is any's."""
+    words = [part for part in re.split(r"[\W_]+", word.lower()) if part and part not in _FILLERS]
+    return _SPLIT_WORDS.get(words[0].removesuffix("set")) if len(words) == 1 else None
+
+
+# A file -> its rows, as text. Every reader asks `choose` once, with the header.
+
+
+_IMAGE_COLUMNS = {
+    "path": ("path", "file_name", "filename", "file", "image", "image_id", "id"),
+    "label": ("label", "class", "category", "target"),
+    "split": ("split",),
+    "group": ("group",),
+}
+_CLASS_COLUMNS = {"class": ("class",), "becomes": ("becomes",)}
+_DELIMITERS = ",;\t|"
+_NAMED = 8
+
+Choose = Callable[[Sequence[str]], dict[str, int]]
+Columns = tuple[list[int], dict[str, list[Any]]]  # line numbers, and values by what they are
+
+
+class Row(NamedTuple):
+    """One row; `split` and `group` are empty where the table has no such column."""
+
+    line: int  # of the file, or the number of the row in Parquet
+    path: str
+    label: str
+    split: str
+    group: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """The rows of a table, and which of its columns is what."""
+
+    path: Path
+    columns: Mapping[str, str]
+    rows: Sequence[Row]
+
+
+def read_table(path: Path, columns: Mapping[str, str | None] | None = None) -> Table:
+    """Read which image has which label.
+
+    Args:
+        columns: the names of the columns path, label, split and group, where they are called
+            otherwise than people usually call them.
+
+    Raises:
+        DataError: the file is no table of images, in one line that says what to change.
+    """
+    given = {role: name for role, name in (columns or {}).items() if name}
+    found: dict[str, str] = {}
+
+    def choose(header: Sequence[str]) -> dict[str, int]:
+        chosen = _choose(path, header, _IMAGE_COLUMNS, given, optional=("split", "group"))
+        found.update({role: header[index] for role, index in chosen.items()})
+        return chosen
+
+    lines, cells = _read(path, choose)
+    if not lines:
+        raise DataError(f"{path} has a header and no rows.")
+    empty = [""] * len(lines)
+    # Tables from Windows have backslashes.
+    paths = [text.replace("\\", "/") for text in cells["path"]]
+    others = (cells.get(role, empty) for role in ("label", "split", "group"))
+    return Table(path=path, columns=found, rows=list(map(Row, lines, paths, *others)))
+
+
+def read_class_map(path: Path) -> dict[str, str]:
+    """Class -> the name that it gets, empty to leave it out.
+
+    Raises:
+        DataError: the file is no table with the columns class and becomes, or names a class twice.
+    """
+    lines, cells = _read(path, lambda header: _choose(path, header, _CLASS_COLUMNS))
+    names: dict[str, str] = {}
+    for line, name, becomes in zip(lines, cells["class"], cells["becomes"], strict=True):
+        if not name or name in names:
+            twice = f"the class {name} a second time" if name else "no class"
+            raise DataError(f"{path}, line {line}: {twice}. Each class has one row.")
+        names[name] = becomes
+    return names
+
+
+def _read(path: Path, choose: Choose) -> tuple[list[int], dict[str, list[str]]]:
+    """The line numbers of the rows, and the cells of each column as text."""
+    readers = {".jsonl": _read_json_lines, ".ndjson": _read_json_lines, ".parquet": _read_parquet}
+    try:
+        lines, columns = readers.get(path.suffix.lower(), _read_csv)(path, choose)
+    except OSError as error:
+        raise DataError(f"Cannot read {path}: {error.strerror or error}.") from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{path} is not UTF-8 (byte {byte:#04x}): save it again as CSV in UTF-8."
+        ) from None
+    cells = {
+        role: [_text(path, line, role, value) for line, value in zip(lines, values, strict=True)]
+        for role, values in columns.items()
+    }
+    return lines, cells
+
+
+def _choose(
+    path: Path,
+    header: Sequence[str],
+    known: Mapping[str, Sequence[str]],
+    given: Mapping[str, str] | None = None,
+    optional: Sequence[str] = (),
+) -> dict[str, int]:
+    """Which column is what, by its index; `given` are names that the experiment has for some."""
+    there = ", ".join(map(repr, header[:_NAMED])) + (", …" if len(header) > _NAMED else "")
+    chosen: dict[str, int] = {}
+    for role, names in known.items():
+        own = (given or {}).get(role)
+        name = next((name for name in ([own] if own else names) if name in header), None)
+        if name is None and own:
+            raise DataError(f"{path} has no column {own!r} (data.columns.{role}): {there}.")
+        if name is None and role not in optional:
+            how = "" if given is None else f"; name it with data.columns.{role}"
+            raise DataError(f"{path} has no column {names[0]!r}, only {there}{how}.")
+        if name is None:
+            continue
+        if header.count(name) > 1:
+            raise DataError(f"{path} has {header.count(name)} columns called {name!r}.")
+        chosen[role] = header.index(name)
+    return chosen
+
+
+def _read_csv(path: Path, choose: Choose) -> Columns:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        first = file.readline()
+        file.seek(0)
+        delimiter = max(_DELIMITERS, key=first.count)
+        reader = csv.reader(file, delimiter=delimiter, strict=True)
+        lines, rows = [], []
+        try:
+            header = [name.strip() for name in next(reader, [])]
+            if not any(header):
+                raise DataError(f"{path} is empty: a table begins with the names of its columns.")
+            chosen = choose(header)
+            for row in reader:
+                if len(row) == len(header):
+                    lines.append(reader.line_num)
+                    rows.append(row)
+                elif row:
+                    raise DataError(
+                        f"{path}, line {reader.line_num}: {len(row)} fields, and the first line "
+                        f"has {len(header)}. A name with {delimiter!r} in it needs quotes."
+                    )
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: {error} (quotes?).") from None
+    return lines, {role: [row[index] for row in rows] for role, index in chosen.items()}
+
+
+def _read_json_lines(path: Path, choose: Choose) -> Columns:
+    lines: list[int] = []
+    objects: list[dict[str, object]] = []
+    with path.open(encoding="utf-8-sig") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                value = json.loads(text)
+            except (ValueError, RecursionError):
+                raise DataError(f"{path}, line {line} is no JSON.") from None
+            if not isinstance(value, dict):
+                raise DataError(f'{path}, line {line} is no object such as {{"path": …}}.')
+            lines.append(line)
+            objects.append(value)
+    header = list(dict.fromkeys(name for value in objects for name in value))
+    if not header:
+        raise DataError(f'{path} is empty: a line of it is an object such as {{"path": …}}.')
+    names = {role: header[index] for role, index in choose(header).items()}
+    return lines, {role: [value.get(name) for value in objects] for role, name in names.items()}
+
+
+def _read_parquet(path: Path, choose: Choose) -> Columns:
+    try:
+        with parquet.ParquetFile(path) as file:
+            header = file.schema_arrow.names
+            names = {role: header[index] for role, index in choose(header).items()}
+            table = file.read(columns=list(names.values()))
+    except ValueError as error:  # ArrowInvalid
+        raise DataError(f"{path} is no Parquet file: {' '.join(str(error).split())}") from None
+    values = {role: table.column(name).to_pylist() for role, name in names.items()}
+    return list(range(1, table.num_rows + 1)), values
+
+
+def _text(path: Path, line: int, role: str, value: object) -> str:
+    """A cell as text in NFC; a missing one, and NaN however it is written, is empty."""
+    if not isinstance(value, str):
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if isinstance(value, list | dict | bytes):
+            kind = type(value).__name__
+            raise DataError(f"{path}, line {line}: the {role} is a {kind}; it has to be text.")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)  # JSON and Parquet write whole labels as 3.0 where one is missing
+    text = str(value).strip()
+    if role != "path" and not text.isascii():  # a file's name is what its bytes say
+        text = unicodedata.normalize("NFC", text)
+    return "" if text in ("nan", "NaN") else text
+
+
+# The rows of a table -> image files.
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledFiles:
+    """The images that a table names.
+
+    Args:
+        bad: rule -> a text for each row that names no usable image.
+        repeated: rows that say again what an earlier one said.
+    """
+
+    files: list[PictureFile]
+    bad: Mapping[str, list[str]]
+    repeated: Sequence[str] = field(default=())
+
+
+BAD_ROWS = {
+    "rows_without_path": "the path is empty",
+    "rows_outside_the_folder": "the path leaves the table's folder (absolute, .. or an address)",
+    "rows_without_file": "there is no such file",
+    "rows_without_image": "the file is called like no image that is read here",
+    "rows_without_label": "the label is empty or holds control characters",
+    "rows_with_unknown_split": "the split is none of train, validation and test",
+    "images_in_two_rows": "two rows say different things of one image",
+    "labels_without_image": "data.labels names an image that is not there",
+}
+"""What is wrong with a row, by the rule of its finding."""
+
+
+def label_files(
+    table: Table, root: Path, *, folders: Sequence[str] = ("",), split: str | None = None
+) -> LabelledFiles:
+    """The image files that a table names.
+
+    Args:
+        root: what the paths of the result are relative to.
+        folders: below the root and with a slash at their ends, what the table's paths may be
+            relative to; the first in which the most of its first rows are found counts. Without
+            an ending, `0a1b` is `0a1b.jpg`.
+        split: of all rows, where the table itself says nothing about splits.
+
+    Raises:
+        DataError: none of the rows names an image, or the labels cannot be classes.
+    """
+    _refuse_numberless_classes(table)
+    find = _Finder(root, _folder_of(table, root, folders))
+    bad: dict[str, list[str]] = defaultdict(list)
+    said: dict[str, tuple[int, PictureFile]] = {}
+    repeated, contradicted = [], set()
+    for row in table.rows:
+        read = find.file(row, split)
+        if isinstance(read, str):
+            bad[read].append(f"line {row.line}: {_said_wrong(read, row)}")
+            continue
+        line, first = said.setdefault(read.path, (row.line, read))
+        if first != read:
+            contradicted.add(read.path)
+            bad["images_in_two_rows"].append(f"{read.path} (lines {line} and {row.line})")
+        elif line != row.line:
+            repeated.append(f"{read.path} (lines {line} and {row.line})")
+    files = [file for path, (_, file) in said.items() if path not in contradicted]
+    if not files:
+        rule, items = max(bad.items(), key=lambda entry: len(entry[1]))
+        raise DataError(
+            f"{table.path} names no image that could be used: {len(table.rows):,} rows, "
+            f"{items[0]}: {BAD_ROWS[rule]}."
+        )
+    return LabelledFiles(files=files, bad=bad, repeated=repeated)
+
+
+def _said_wrong(rule: str, row: Row) -> str:
+    return f"{row.path}: {row.split!r}" if rule == "rows_with_unknown_split" else row.path
+
+
+def _refuse_numberless_classes(table: Table) -> None:
+    """A column of names, scores or texts was taken for the labels."""
+    labels, column = Counter(row.label for row in table.rows), table.columns["label"]
+    if len(labels) > 100 and 2 * len(labels) > len(table.rows):
+        raise DataError(
+            f"{table.path}: the column {column!r} has {len(labels):,} different values in "
+            f"{len(table.rows):,} rows, too many to be classes. Name the right one with "
+            "data.columns.label."
+        )
+
+
+def _folder_of(table: Table, root: Path, folders: Sequence[str]) -> str:
+    """The folder in which the most of the first rows have a file; on a tie the earlier one."""
+    if len(folders) == 1:
+        return folders[0]
+    finders = {folder: _Finder(root, folder) for folder in folders}
+    first = table.rows[:20]
+    hits = {
+        folder: sum(finder.stat(_inside(row.path) or ".") is not None for row in first)
+        for folder, finder in finders.items()
+    }
+    return max(folders, key=lambda folder: hits[folder])
+
+
+class _Finder:
+    """Finds the files of rows below one folder."""
+
+    def __init__(self, root: Path, folder: str) -> None:
+        self._root = os.fspath(root)
+        self._folder = folder
+        self._endings = list(picture_extensions())
+        self._known = frozenset(self._endings)
+
+    def file(self, row: Row, split: str | None) -> PictureFile | str:
+        """The file that a row names, or the rule that it breaks."""
+        path = _inside(row.path)
+        if path is None:
+            return "rows_outside_the_folder" if row.path else "rows_without_path"
+        if not _is_class_name(row.label):
+            return "rows_without_label"
+        named = split_named(row.split) if row.split else split
+        if row.split and named is None:
+            return "rows_with_unknown_split"
+        found = self.stat(path)
+        if found is None:
+            return "rows_without_file"
+        path, status = found
+        if _ending(path) not in self._known:
+            return "rows_without_image"
+        return PictureFile(path, row.label, named, file_state(status), row.group or None)
+
+    def stat(self, path: str) -> tuple[str, os.stat_result] | None:
+        """The file at a path, or at that path with an image's ending; None where there is none."""
+        path = f"{self._folder}{path}"
+        status = self._regular(path)
+        if status is not None or _ending(path) in self._known:
+            return None if status is None else (path, status)
+        for number, ending in enumerate(self._endings):
+            if (status := self._regular(path + ending)) is not None:
+                self._endings.insert(0, self._endings.pop(number))  # the next one is most likely so
+                return path + ending, status
+        return None
+
+    def _regular(self, path: str) -> os.stat_result | None:
+        try:
+            status = os.stat(f"{self._root}/{path}")  # noqa: PTH116 - called for every row
+        except (OSError, ValueError):  # a NUL in the name
+            return None
+        return status if stat.S_ISREG(status.st_mode) else None
+
+
+def _inside(path: str) -> str | None:
+    """A path without detours, or None where it leads out of its folder, or nowhere."""
+    name = path.rpartition("/")[2]
+    folder = _inside_folder(path[: len(path) - len(name)])
+    return None if folder is None or name in ("", ".", "..") else folder + name
+
+
+@cache  # a table names few folders
+def _inside_folder(folder: str) -> str | None:
+    """A folder without detours and with a slash at its end, or nothing for the one itself."""
+    if folder.startswith("/") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", folder):
+        return None
+    path = posixpath.normpath(folder)
+    return None if path.split("/")[0] == ".." else "" if path == "." else f"{path}/"
+
+
+@cache
+def _is_class_name(label: str) -> bool:
+    return bool(label) and printable(label) == label
+
+
+def _ending(path: str) -> str:
+    return path[path.rfind(".") :].lower()
+
+
+# Labels of single images, and names of classes, that take the place of those that were found.
+
+
+def override_labels(
+    files: Iterable[PictureFile], table: Table
+) -> tuple[list[PictureFile], list[str]]:
+    """Give images the label that a table has for them, or leave them out where it has none.
+
+    Returns:
+        The images, and the rows that name none of them.
+
+    Raises:
+        DataError: two rows name one image.
+    """
+    labels: dict[str, Row] = {}
+    for row in table.rows:
+        path = _inside(row.path) or row.path
+        if path in labels:
+            raise DataError(f"{table.path}, line {row.line}: {path} a second time.")
+        labels[path] = row
+    changed: list[PictureFile] = []
+    for file in files:
+        if file.path not in labels:
+            changed.append(file)
+        elif label := labels.pop(file.path).label:
+            changed.append(_with_class(file, label))
+    return changed, [f"line {row.line}: {row.path}" for row in labels.values()]
+
+
+def rename_classes(
+    files: Iterable[PictureFile], names: Mapping[str, str]
+) -> tuple[list[PictureFile], list[str]]:
+    """Rename and merge classes, and leave out those that become nothing.
+
+    Returns:
+        The images, and the names in the map that no image has.
+    """
+    files = list(files)
+    there = {file.class_name for file in files}
+    changed = [
+        _with_class(file, names[file.class_name]) if file.class_name in names else file
+        for file in files
+        if names.get(file.class_name) != ""
+    ]
+    return changed, [name for name in names if name not in there]
+
+
+def _with_class(file: PictureFile, name: str) -> PictureFile:
+    return PictureFile(file.path, name, file.split, file.state, file.group)
+
+
+def group_files(files: Iterable[PictureFile], pattern: str) -> list[PictureFile]:
+    """Group images by a pattern of their file names, or of their paths if it holds a slash.
+
+    The group is what the parentheses match, or all of the match without any; an image that does not
+    match is in no group.
+    """
+    compiled, of_path = re.compile(pattern), "/" in pattern
+    grouped = []
+    for file in files:
+        found = compiled.search(file.path if of_path else posixpath.basename(file.path))
+        parts: tuple[Any, ...] = (found.groups() or (found[0],)) if found else ()
+        group = "/".join(part for part in parts if part) or None
+        grouped.append(PictureFile(file.path, file.class_name, file.split, file.state, group))
+    return grouped
