@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,8 @@ from visiontuner.workflow.tune import run_search
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "cache"))
+def _cache(shared_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
 
 
 @pytest.fixture
@@ -173,3 +174,47 @@ def test_a_job_is_refused_labels_that_do_not_lie_beside_its_images(
     else:
         with pytest.raises(UserMistake, match=refused):
             check_source(experiment, upload)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
+@pytest.mark.parametrize("layout", ["train.csv", "metadata.jsonl", "ultralytics"])
+def test_each_layout_is_searched_evaluated_and_verified(
+    tmp_path: Path,
+    photos: Path,
+    small_search: dict[str, Any],
+    new_database: Callable[[Path], str],
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
+    rearrange(photos, layout)
+    search = {**small_search["search"], "trials": 1}
+    raw = {**small_search, "search": search, "data": {"source": str(photos)}}
+    result = run_search(Experiment.parse(raw), output=tmp_path / "search")
+    assert result.record.started["data"]["counts"] == {"train": 32, "validation": 4, "test": 4}
+    assert evaluate_search(result.folder).report.num_pictures == 4
+    checks = {check.what: check.state for check in verify(trace(str(result.folder)))}
+    assert checks["data digest"] == "ok"
+
+
+def rearrange(photos: Path, layout: str) -> None:
+    """The forty images as a layout has them."""
+    rows: dict[str, list[tuple[str, str]]] = {}
+    for path in sorted(photos.glob("*/*.png")):
+        label, number = path.parent.name, int(path.stem)
+        split = "train" if layout == "train.csv" or number < 16 else ("val", "test")[number % 2]
+        folder = photos / split / (label if layout == "ultralytics" else "")
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / f"{label}{number}.png")
+        rows.setdefault(split, []).append((f"{label}{number}.png", label))
+    for name in ("red", "blue"):
+        (photos / name).rmdir()
+    if layout == "train.csv":
+        lines = [f"{name.removesuffix('.png')},{label}" for name, label in rows["train"]]
+        (photos / "train.csv").write_text("\n".join(["id,label", *lines]), "utf-8")
+    if layout == "metadata.jsonl":
+        for split, images in rows.items():
+            lines = [json.dumps({"file_name": name, "label": label}) for name, label in images]
+            (photos / split / "metadata.jsonl").write_text("\n".join(lines), "utf-8")

@@ -100,6 +100,19 @@ def test_every_rule_names_its_picture(root, cache):
     )
 
 
+def test_nearly_the_same_image_in_two_groups_is_found(root, cache):
+    for split, number in (("train", 0), ("train", 1), ("valid", 0), ("test", 0)):
+        (root / split / "a" / f"{number}.jpg").rename(root / split / "a" / f"{split}{number}_1.jpg")
+    with Image.open(root / "train/a/train0_1.jpg") as image:
+        image.save(root / "train/a/train0_2.jpg", quality=50)  # of its own group
+        image.save(root / "train/a/other_1.jpg", quality=60)
+    dataset = load_dataset(root, group=r"(.*)_\d", cache=cache)
+    findings = inspect_dataset(dataset, workers=1, cache=cache)
+    (finding,) = [f for f in findings if f.rule == "near_duplicates_in_two_groups"]
+    assert all("other_1.jpg" in item and "train0_" in item for item in finding.items)
+    assert finding.severity == "warning"
+
+
 def test_pictures_that_decode_to_nearly_black_are_found(root, cache):
     """12 bits in a file of 16 that does not say so: nobody can know, but anybody can be told."""
     levels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)

@@ -436,3 +436,123 @@ def test_every_cell_of_a_table_is_text(tmp_path):
     )
     rows = [(row.label, row.split, row.group) for row in read_table(table).rows]
     assert rows == [("3", "train", "7"), ("", "", "8")]
+
+
+# Layouts with tables that nobody has to name
+
+
+def flat(root: Path, folder: str) -> list[list[str]]:
+    """The images of class folders in one folder, `cat00.png`; their names and labels."""
+    (root / folder).mkdir()
+    rows = []
+    for path, label in rows_of(root):
+        name = path.replace("/", "")
+        (root / path).rename(root / folder / name)
+        rows.append([name, label])
+    for name in ("cat", "cow", "dog"):
+        (root / name).rmdir()
+    return rows
+
+
+def contents(dataset) -> dict[str, set[tuple[str, str]]]:
+    return {
+        split: {(s.digest, dataset.class_names[s.label]) for s in samples}
+        for split, samples in dataset.splits.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "table", "header", "ending"),
+    [
+        ("train", "train.csv", ["id", "label"], ""),  # a competition's
+        ("train", "train.csv", ["filename", "class"], ".png"),
+        ("images", "labels.csv", ["path", "label"], ".png"),
+        ("images", "metadata.csv", ["file_name", "label"], ".png"),
+    ],
+)
+def test_a_flat_folder_with_a_table_is_found(root, cache, folder, table, header, ending):
+    before = contents(load_dataset(root, cache=cache))
+    rows = [[name[:-4] + ending, label] for name, label in flat(root, folder)]
+    write_csv(root / table, rows, header)
+    (root / "test").mkdir()
+    (root / "test" / "1.png").write_bytes((root / folder / "cat00.png").read_bytes())
+    write_csv(root / "test.csv", [["1"]], ["id"])
+    if folder != "train":  # a folder called test means a split, and then there has to be train
+        (root / "test" / "1.png").unlink()
+        (root / "test").rmdir()
+        (root / "test.csv").unlink()
+    dataset = load_dataset(root, cache=cache)
+    assert contents(dataset) == before
+    left_out = ", test.csv left out, without labels" if folder == "train" else ""
+    assert dataset.described == f"{table}: 60 images, 3 classes{left_out}"
+
+
+def test_a_table_for_each_split_beside_its_folder(root, cache):
+    rows = flat(root, "train")
+    (root / "val").mkdir()
+    for name, _ in rows[::5]:
+        (root / "train" / name).rename(root / "val" / name)
+    write_csv(root / "train.csv", [row for i, row in enumerate(rows) if i % 5])
+    write_csv(root / "val.csv", rows[::5])
+    dataset = load_dataset(root, cache=cache)
+    assert {split: len(samples) for split, samples in dataset.splits.items()} == {
+        "train": 48,
+        "validation": 12,
+        "test": 0,
+    }
+    assert dataset.described == "train.csv, val.csv: 60 images, 3 classes"
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_hugging_faces_metadata_in_each_split_or_above_them(root, cache, name):
+    write = write_csv if name.endswith("csv") else write_json_lines
+    rows, header = flat(root, "train"), ["file_name", "label"]
+    (root / "test").mkdir()
+    for path, _ in rows[::4]:
+        (root / "train" / path).rename(root / "test" / path)
+    parts = {"train": [row for i, row in enumerate(rows) if i % 4], "test": rows[::4]}
+    for split, part in parts.items():
+        write(root / split / name, part, header)
+    each = load_dataset(root, cache=cache)
+    assert each.counts("test") == [5, 5, 5]
+    assert each.described == f"test/{name}, train/{name}: 60 images, 3 classes"
+    for split in parts:
+        (root / split / name).unlink()
+    above = [[f"{split}/{path}", label] for split, part in parts.items() for path, label in part]
+    write(root / name, above, header)
+    once = load_dataset(root, cache=cache)
+    assert once.digest == each.digest
+    assert once.described == f"{name}: 60 images, 3 classes, splits by their folders"
+
+
+def test_ultralytics_folders_and_a_wrapped_table_are_read(root, cache, tmp_path):
+    before = contents(load_dataset(root, cache=cache))
+    rows = flat(root, "images")
+    write_csv(root / "labels.csv", rows)
+    (tmp_path / "unpacked").mkdir()
+    root.rename(tmp_path / "unpacked" / "photos")
+    assert contents(load_dataset(tmp_path / "unpacked", cache=cache)) == before
+    classify = tmp_path / "classify"
+    for index, (name, label) in enumerate(rows):
+        folder = classify / ("train", "train", "val", "test")[index % 4] / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "unpacked" / "photos" / "images" / name).rename(folder / name)
+    dataset = load_dataset(classify, cache=cache)
+    assert dataset.counts("validation") == dataset.counts("test") == [5, 5, 5]
+
+
+def test_a_table_beside_class_folders_is_not_read_and_said(root, cache):
+    before = load_dataset(root, cache=cache)
+    write_csv(root / "labels.csv", rows_of(root)[:30])
+    dataset = load_dataset(root, cache=cache)
+    assert dataset.digest == before.digest
+    assert rules(dataset)["tables_not_read"].startswith("1 (labels.csv): a table lies beside")
+
+
+def test_a_broken_table_of_a_layout_is_said_and_not_the_missing_class_folders(root, cache):
+    rows = flat(root, "train")
+    write_csv(root / "train.csv", rows, ["id", "breed"])
+    with pytest.raises(DataError, match=r"no column 'label', only .*data\.columns\.label"):
+        load_dataset(root, cache=cache)
+    dataset = load_dataset(root, columns={"label": "breed"}, cache=cache)
+    assert dataset.class_names == ("cat", "cow", "dog")

@@ -25,6 +25,7 @@ from visiontuner.data.labels import (
     BAD_ROWS,
     TABLE_SUFFIXES,
     group_files,
+    has_split_folders,
     is_table_name,
     label_files,
     override_labels,
@@ -472,7 +473,10 @@ def _check(layout: Layout) -> None:
         )
 
 
-# A table -> the same layout.
+# A table -> the same layout: the one that is given, or those that lie where no class folders do.
+
+
+_TABLES = ("labels", "metadata")  # what a table of all images is called, but for its ending
 
 
 def read_table_layout(path: Path, columns: Mapping[str, str | None] | None = None) -> Layout:
@@ -481,21 +485,111 @@ def read_table_layout(path: Path, columns: Mapping[str, str | None] | None = Non
     Raises:
         DataError: it is no table of images, or names one class alone.
     """
-    table = read_table(path, columns)
-    named = label_files(table, path.parent)
-    layout = Layout(
-        root=path.parent,
-        files=named.files,
-        formats=picture_extensions(),
-        table=path.name,
-        bad_rows=dict(named.bad),
-        repeated_rows=named.repeated,
-    )
-    for role in ("split", "group"):
-        if role in table.columns:
-            layout.notes.append(f"{role}s in column `{table.columns[role]}`")
+    layout = Layout(root=path.parent, formats=picture_extensions(), table=path.name)
+    _add_table(layout, path, columns)
     _check(layout)
     return layout
+
+
+def find_table_layout(root: Path, columns: Mapping[str, str | None] | None) -> Layout | None:
+    """The images that tables in a folder name, by the names that people give such tables.
+
+    `labels` or `metadata` with all images, `metadata` in the folder of each split (Hugging Face),
+    or a table for each split beside its folder (`train.csv` and `train/`).
+
+    Raises:
+        DataError: there are such tables, and one of them is no table of images.
+    """
+    while True:
+        tables = {
+            Path(e.name).stem.lower(): Path(e.path) for e in scan_folder(root) if _is_table(e)
+        }
+        folders = _folders(root)
+        if tables or len(folders) != 1 or _named_like_splits(root):
+            break
+        root = root / folders[0]
+    for stem in _TABLES:
+        if stem in tables:
+            layout = Layout(root=root, formats=picture_extensions(), table=tables[stem].name)
+            _add_table(layout, tables[stem], columns, folders=("", "images/"))
+            _check(layout)
+            return layout
+    return _metadata_of_splits(root, columns) or _tables_of_splits(root, tables, columns)
+
+
+def _is_table(entry: os.DirEntry[str]) -> bool:
+    return is_table_name(entry.name) and not is_folder(entry)
+
+
+def _metadata_of_splits(root: Path, columns: Mapping[str, str | None] | None) -> Layout | None:
+    layout = Layout(root=root, formats=picture_extensions())
+    for folder, split in _named_like_splits(root).items():
+        for entry in scan_folder(root / folder):
+            if _is_table(entry) and Path(entry.name).stem.lower() == "metadata":
+                _add_table(layout, Path(entry.path), columns, folders=(f"{folder}/",), split=split)
+                layout.table = f"{layout.table}, {folder}/{entry.name}".removeprefix(", ")
+    return _checked(layout)
+
+
+def _tables_of_splits(
+    root: Path, tables: Mapping[str, Path], columns: Mapping[str, str | None] | None
+) -> Layout | None:
+    """`train.csv` beside `train/`, and those of other splits that have labels."""
+    named = {path: split for stem, path in tables.items() if (split := split_named(stem))}
+    if "train" not in named.values():
+        return None
+    layout = Layout(root=root, formats=picture_extensions())
+    labelled = [path for path in named if _has_labels(path, columns, named[path], layout)]
+    for path in labelled:
+        split = named[path] if len(labelled) > 1 else None
+        _add_table(layout, path, columns, folders=(f"{path.stem}/", "", "images/"), split=split)
+    layout.table = ", ".join(path.name for path in labelled)
+    return _checked(layout)
+
+
+def _has_labels(
+    path: Path, columns: Mapping[str, str | None] | None, split: str, layout: Layout
+) -> bool:
+    """Whether a table has labels: a competition's test set has none, and that of train must."""
+    try:
+        read_table(path, columns)
+    except DataError:
+        if split == "train":
+            raise
+        layout.notes.append(f"{path.name} left out, without labels")
+        return False
+    return True
+
+
+def _checked(layout: Layout) -> Layout | None:
+    if not layout.files:
+        return None
+    _check(layout)
+    return layout
+
+
+def _add_table(
+    layout: Layout,
+    path: Path,
+    columns: Mapping[str, str | None] | None,
+    *,
+    folders: Sequence[str] = ("",),
+    split: str | None = None,
+) -> None:
+    """Add the images that a table names, and what is to be said of its rows."""
+    table = read_table(path, columns)
+    named = label_files(table, layout.root, folders=folders, split=split)
+    layout.files += named.files
+    which = "" if split is None else f"{path.relative_to(layout.root).as_posix()}, "
+    for rule, rows in named.bad.items():
+        layout.bad_rows.setdefault(rule, []).extend(f"{which}{row}" for row in rows)
+    layout.repeated_rows = [*layout.repeated_rows, *named.repeated]
+    said = [
+        f"{r}s in column `{table.columns[r]}`" for r in ("split", "group") if r in table.columns
+    ]
+    if split is None and has_split_folders(table):
+        said.append("splits by their folders")
+    layout.notes += [note for note in said if note not in layout.notes]
 
 
 # What the folders of a data set alone say about it -> findings.
@@ -515,6 +609,13 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "Nothing to do, unless they should be images.",
         ),
         *_left_out_images(layout),
+        listed(
+            "tables_not_read",
+            "info",
+            [] if layout.table else [n for n in layout.ignored if _is_table_of_images(n)],
+            "a table lies beside class folders, which label the images",
+            "Give the table as data.source if its labels, splits or groups are meant.",
+        ),
         *_bad_rows(layout),
         listed(
             "classes_left_out",
@@ -555,6 +656,10 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
     findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
     findings += _splits_without_classes(layout)
     return [finding for finding in findings if finding is not None]
+
+
+def _is_table_of_images(name: str) -> bool:
+    return "/" not in name and is_table_name(name) and Path(name).stem.lower() in _TABLES
 
 
 def _left_out_images(layout: Layout) -> Iterator[Finding | None]:
@@ -1030,7 +1135,13 @@ def load_dataset(
 def _read_source(root: Path, columns: Mapping[str, str | None] | None) -> Layout:
     if is_table_name(root.name) and root.is_file():
         return read_table_layout(root, columns)
-    return read_layout(root)
+    try:
+        return read_layout(root)
+    except DataError:
+        layout = find_table_layout(root, columns) if root.is_dir() else None
+        if layout is None:
+            raise
+        return layout
 
 
 def _refine(layout: Layout, labels: Path | None, classes: Path | None, group: str | None) -> None:

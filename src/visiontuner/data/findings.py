@@ -299,6 +299,7 @@ def inspect_dataset(
         find_tiny(dataset, facts),
         find_wrong_extensions(dataset, facts),
         find_near_across_splits(dataset, facts),
+        find_near_across_groups(dataset, facts),
     ]
     return [finding for finding in findings if finding is not None]
 
@@ -407,28 +408,44 @@ def find_same_across_splits(dataset: ImageDataset) -> Finding | None:
 
 def find_near_across_splits(dataset: ImageDataset, facts: Facts) -> Finding | None:
     """Nearly the same picture in two splits: saved again, resized or brightened."""
-    samples = [(k, s) for k, s in _samples(dataset) if facts[s.digest].perceptual_hash]
-    # Equal hashes once: a thousand blank pictures are one entry, not half a million pairs.
-    holders: dict[str, dict[str, Sample]] = defaultdict(dict)
-    for split, sample in samples:
-        holders[facts[sample.digest].perceptual_hash].setdefault(split, sample)
-    hashes = list(holders)
-    pairs = [(text, text) for text in hashes if len(holders[text]) > 1]
-    pairs += [(hashes[i], hashes[j]) for i, j in near_pairs(hashes, NEAR_BITS)]
-    named = [name for a, b in pairs if (name := _near_name(holders[a], holders[b]))]
     return listed(
         "near_duplicates_in_two_splits",
         "warning",
-        named,
+        _near_apart(_samples(dataset), facts),
         "nearly the same picture in two splits makes accuracy read too high",
         "Look at the pairs and keep each picture in one split.",
     )
 
 
+def find_near_across_groups(dataset: ImageDataset, facts: Facts) -> Finding | None:
+    """Nearly the same image in two groups, which then may be one."""
+    grouped = [(s.group, s) for _, s in _samples(dataset) if s.group is not None]
+    return listed(
+        "near_duplicates_in_two_groups",
+        "warning",
+        _near_apart(grouped, facts),
+        "nearly the same image in two groups, so that they may lie in two splits",
+        "Look at the pairs; if they show the same, give both the same group.",
+    )
+
+
+def _near_apart(placed: Iterable[tuple[str, Sample]], facts: Facts) -> list[str]:
+    """Nearly equal images in two places, a pair for each two hashes."""
+    # Equal hashes once: a thousand blank pictures are one entry, not half a million pairs.
+    holders: dict[str, dict[str, Sample]] = defaultdict(dict)
+    for place, sample in placed:
+        if perceptual_hash := facts[sample.digest].perceptual_hash:
+            holders[perceptual_hash].setdefault(place, sample)
+    hashes = list(holders)
+    pairs = [(text, text) for text in hashes if len(holders[text]) > 1]
+    pairs += [(hashes[i], hashes[j]) for i, j in near_pairs(hashes, NEAR_BITS)]
+    return [name for a, b in pairs if (name := _near_name(holders[a], holders[b]))]
+
+
 def _near_name(first: Mapping[str, Sample], second: Mapping[str, Sample]) -> str | None:
-    for split, sample in first.items():
-        for other_split, other in second.items():
-            if split != other_split and sample.digest != other.digest:
+    for place, sample in first.items():
+        for other_place, other in second.items():
+            if place != other_place and sample.digest != other.digest:
                 return f"{sample.path} ~ {other.path}"
     return None
 

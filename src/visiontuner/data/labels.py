@@ -301,18 +301,20 @@ def label_files(
         folders: below the root and with a slash at their ends, what the table's paths may be
             relative to; the first in which the most of its first rows are found counts. Without
             an ending, `0a1b` is `0a1b.jpg`.
-        split: of all rows, where the table itself says nothing about splits.
+        split: of all rows, where the table itself says nothing about splits. Without it, paths that
+            begin with folders of several splits (`train/…`, `val/…`) say it.
 
     Raises:
         DataError: none of the rows names an image, or the labels cannot be classes.
     """
     _refuse_numberless_classes(table)
+    by_folder = split is None and has_split_folders(table)
     find = _Finder(root, _folder_of(table, root, folders))
     bad: dict[str, list[str]] = defaultdict(list)
     said: dict[str, tuple[int, PictureFile]] = {}
     repeated, contradicted = [], set()
     for row in table.rows:
-        read = find.file(row, split)
+        read = find.file(row, _first_folder(row.path) if by_folder else split)
         if isinstance(read, str):
             bad[read].append(f"line {row.line}: {_said_wrong(read, row)}")
             continue
@@ -330,6 +332,20 @@ def label_files(
             f"{items[0]}: {BAD_ROWS[rule]}."
         )
     return LabelledFiles(files=files, bad=bad, repeated=repeated)
+
+
+def has_split_folders(table: Table) -> bool:
+    """Whether a table's paths alone say the splits: `train/…` and `val/…` or `test/…`."""
+    if "split" in table.columns:
+        return False
+    splits = {_first_folder(row.path) for row in table.rows}
+    return None not in splits and "train" in splits and len(splits) > 1
+
+
+def _first_folder(path: str) -> str | None:
+    """The split that the first folder of a path stands for, if it is any's."""
+    first, slash, _ = path.removeprefix("./").partition("/")
+    return split_named(first) if slash else None
 
 
 def _said_wrong(rule: str, row: Row) -> str:
