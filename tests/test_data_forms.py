@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
+from mlflow.entities import Run
 from PIL import Image
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.paths import EXPERIMENT_FILE
+from visiontuner.tracking.page import write_page
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.inputs import Silent, load_data, with_absolute_paths
 from visiontuner.workflow.lineage import trace, verify
@@ -90,10 +93,11 @@ def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
     write_table(photos)
     (photos / "classes.csv").write_text("class,becomes\nred,warm\n", "utf-8")
+    small = {**small_search, "search": {**small_search["search"], "trials": 1}}
     found = {}
     for source in ("photos", "photos/labels.csv"):
         data = {"source": source, "classes": "classes.csv"}
-        experiment = Experiment.parse({**small_search, "data": data})
+        experiment = Experiment.parse({**small, "data": data})
         prepared = prepare(experiment)
         search = run_search(experiment, output=tmp_path / f"search{len(found)}")
         evaluation = evaluate_search(search.folder)
@@ -106,12 +110,25 @@ def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
             {name: trial.best_value for name, trial in search.record.trials.items()},
             evaluation.report.metrics["nll"].value,
         )
+        (dataset_input,) = _runs(search.record.search_id)[0].inputs.dataset_inputs
+        assert dataset_input.dataset.name == "photos"
+        assert dataset_input.dataset.digest == prepared.dataset.digest[:36]
+        assert "2 classes, classes after classes.csv" in write_page(
+            search.folder, figures={}
+        ).read_text("utf-8")
     assert found["photos"] == found["photos/labels.csv"]
     assert found["photos"][1] == ("blue", "warm")
 
     (photos / "labels.csv").write_text("path,label\nred/0.png,red\nblue/0.png,blue\n", "utf-8")
     with pytest.raises(UserMistake):
         evaluate_search(tmp_path / "search1")
+
+
+def _runs(search_id: str) -> list[Run]:
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    wanted = f"tags.`visiontuner.search_id` = '{search_id}' and tags.`visiontuner.kind` = 'search'"
+    return list(client.search_runs(experiments, wanted))
 
 
 def test_labels_are_found_in_the_folder_of_the_images_and_else_where_the_command_runs(
@@ -190,8 +207,8 @@ def test_each_layout_is_searched_evaluated_and_verified(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
     rearrange(photos, layout)
-    search = {**small_search["search"], "trials": 1}
-    raw = {**small_search, "search": search, "data": {"source": str(photos)}}
+    small = {**small_search, "search": {**small_search["search"], "trials": 1}}
+    raw = {**small, "data": {"source": str(photos)}}
     result = run_search(Experiment.parse(raw), output=tmp_path / "search")
     assert result.record.started["data"]["counts"] == {"train": 32, "validation": 4, "test": 4}
     assert evaluate_search(result.folder).report.num_pictures == 4

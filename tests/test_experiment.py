@@ -56,6 +56,8 @@ def test_section_with_every_line_commented_out_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("source", "name"),
     [
+        ("photos/labels.csv", "photos"),
+        ("s3://bucket/dogs/train.PARQUET", "dogs"),
         ("photos/", "photos"),
         ("/data/My Photos", "My Photos"),
         ("https://example.org/a/dogImages.zip", "dogImages"),

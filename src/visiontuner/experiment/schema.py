@@ -709,7 +709,7 @@ class Experiment(Section):
 
 
 def _default_name(source: str) -> str:
-    """The name of the data's folder or archive, as an MLflow experiment and model can be called.
+    """The name of the data's folder or archive, as MLflow's experiment and model can be called.
 
     Where something of it is lost, a digest of it keeps the names of two folders apart.
     """
@@ -717,6 +717,8 @@ def _default_name(source: str) -> str:
         source = unquote(re.split(r"[?#]", without_secrets(source), maxsplit=1)[0])
     else:
         source = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 - no links
+    # Every table is called labels.csv: its folder tells it from others.
+    source = re.sub(r"/[^/]+\.(csv|tsv|jsonl|ndjson|parquet)$", "", source, flags=re.IGNORECASE)
     last = unicodedata.normalize("NFC", source.rstrip("/").rsplit("/", 1)[-1])
     last = re.sub(r"\.(zip|tar|tgz|tar\.\w+)$", "", last, flags=re.IGNORECASE)
     name = "".join(letter if _fits_in_name(letter) else "\0" for letter in last)

@@ -557,6 +557,7 @@ def _data_facts(data: Mapping[str, Any]) -> dict[str, str]:
     counts = data.get("counts") or {}
     facts = {
         "Source": data.get("source"),
+        "Found": data.get("described"),
         "Read from": data.get("root"),
         "Digest": data.get("digest"),
         "Classes": len(data.get("class_names") or ()) or None,

@@ -129,6 +129,7 @@ def _beside(root: Path, name: str | None) -> Path | None:
 def describe_data(experiment: Experiment, dataset: ImageDataset) -> dict[str, Any]:
     return {
         "source": experiment.data.source,
+        "described": dataset.described,
         "root": str(dataset.root.resolve()),
         "digest": dataset.digest,
         "class_names": list(dataset.class_names),
