@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 
 from visiontuner import interrupts
@@ -338,6 +339,27 @@ def test_pictures_are_uploaded_once_if_that_is_asked_for(account: Any, pictures:
     assert files == {key for key in account.holds()["objects"] if key.startswith("mine/")}
     assert f"Uploaded {len(files)} pictures" in done.output
     assert upload_folder(pictures, "s3://photos/mine/").files == 0
+
+
+def test_a_table_is_uploaded_with_its_folder_and_is_the_jobs_source(
+    account: Any, pictures: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(pictures, folder)
+    rows = [
+        f"{path.relative_to(folder).as_posix()},{path.parent.name}"
+        for path in folder.rglob("*.png")
+    ]
+    (folder / "labels.csv").write_text("\n".join(["path,label", *rows]), "utf-8")
+    job = submit("--data", str(folder / "labels.csv"), "--upload", "s3://photos/mine")
+    told = described(account, job)
+    assert told["Environment"]["VISIONTUNER_CHANNEL"].startswith("s3://photos/mine/=")
+    there = {key for key in account.holds()["objects"] if key.startswith("mine/")}
+    assert len(there) == len(rows) + 1
+    bucket, _, root = told["CheckpointConfig"]["S3Uri"][5:].partition("/")
+    key = f"{root.removesuffix('/checkpoints')}/experiment.yaml"
+    body = account.client("s3").get_object(Bucket=bucket, Key=key)["Body"].read()
+    assert Experiment.parse(yaml.safe_load(body)).data.source == "s3://photos/mine/labels.csv"
 
 
 def test_what_lies_where_pictures_are_brought_is_said(account: Any, pictures: Path) -> None:

@@ -259,6 +259,7 @@ def test_labels_override_and_drop_single_images(root, cache):
     assert labels["cat/00.png"] == dataset.class_names.index("dog")
     assert "dog/00.png" not in labels
     assert len(labels) == 59
+    assert dataset.findings == ()
     assert dataset.described == (
         "images: 59 images, 3 classes, fix.csv changes 1 labels and drops 1 images"
     )
@@ -362,6 +363,11 @@ def test_a_group_in_two_given_splits_is_refused(root, cache):
     ]
     with pytest.raises(DataError, match=r"group cat \d is in train .* and test .*14 more groups"):
         load_dataset(write_csv(root / "labels.csv", rows), cache=cache)
+
+
+def test_groups_too_few_for_a_validation_split_are_said(root, cache):
+    with pytest.raises(DataError, match=r"none of them is for validation. Each of the 3 groups is"):
+        load_dataset(root, group=r"(.*)/\d+", cache=cache)
 
 
 def test_one_large_group_in_validation_is_a_warning(root, cache):

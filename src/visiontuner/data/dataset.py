@@ -1167,6 +1167,8 @@ def _refine(layout: Layout, labels: Path | None, classes: Path | None, group: st
             )
         layout.files = group_files(layout.files, group)
         layout.notes.append(f"groups by `{group}`")
+    used = {path.name for path in (labels, classes) if path and path.parent == layout.root}
+    layout.ignored = [name for name in layout.ignored if name not in used]
     _check(layout)
 
 
@@ -1180,9 +1182,10 @@ def _same_paths(
 def _refuse_bad_rows(layout: Layout) -> None:
     for rule, rows in layout.bad_rows.items():
         more = f", and {len(rows) - 1:,} more such rows" if len(rows) > 1 else ""
+        table = "data.labels" if rule == "labels_without_image" else layout.table
         raise DataError(
-            f"{layout.table or 'data.labels'}: {rows[0]}: {BAD_ROWS[rule]}{more}. Correct them, or "
-            "leave them out with data.on_bad_image: skip."
+            f"{table}: {rows[0]}: {BAD_ROWS[rule]}{more}. Correct them, or leave them out with "
+            "data.on_bad_image: skip."
         )
 
 
@@ -1327,8 +1330,10 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
     for name in ("train", "validation"):
         if not splits[name]:
             total = sum(map(len, splits.values()))
+            groups = {file.group for file in layout.files} - {None}
+            whole = f" Each of the {len(groups):,} groups is in one split." if groups else ""
             raise DataError(
-                f"{layout.root} has {total} picture files, and none of them is for {name}. "
+                f"{layout.root} has {total} picture files, and none of them is for {name}.{whole} "
                 f"Add pictures, or sort them into splits yourself. {LAYOUTS}"
             )
 
