@@ -9,6 +9,7 @@ import platform
 import socket
 import subprocess
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -498,8 +499,10 @@ def deal_folds(inputs: Inputs, folder: Path, features: Path) -> None:
     store = FeatureSet.open(features)
     samples = [known[p] for name in ("train", "validation") for p in store.split(name).paths]
     labels, digests = [s.label for s in samples], [s.digest for s in samples]
+    copies = Counter(digests)
+    groups = [s.group or (s.digest if copies[s.digest] > 1 else None) for s in samples]
     try:
-        folds = assign_folds(labels, digests, folds=data.folds)
+        folds = assign_folds(labels, digests, folds=data.folds, groups=groups)
     except ValueError as error:
         raise UserMistake(f"{error}; give data.folds a smaller number.") from None
     write_whole(folder / FOLDS_FILE, lambda file: np.save(file, folds))
