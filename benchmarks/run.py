@@ -40,11 +40,12 @@ BENCHMARKS = (
     "loader",
     "gpu",
     "interval_coverage",
+    "promotion",
     "choice",
     "fine_tune",
     "peer",
 )
-APART = ("interval_coverage", "choice", "fine_tune", "peer")
+APART = ("interval_coverage", "promotion", "choice", "fine_tune", "peer")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

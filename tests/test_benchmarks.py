@@ -37,6 +37,7 @@ NAMES = (
     "loader",
     "gpu",
     "interval_coverage",
+    "promotion",
     "choice",
     "fine_tune",
     "peer",

@@ -197,6 +197,26 @@ def test_a_look_counts_though_its_evaluation_fails(
     assert evaluate_search(copied).looks == before + 2
 
 
+def test_another_search_on_the_same_images_is_another_look(
+    home: Path, copied: Path, small_search: dict[str, Any]
+) -> None:
+    sync_search(copied)
+    first = json.loads((copied / "evaluation" / "report.json").read_text())
+    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "pictures")}, "seed": 8}
+    raw["search"] = {**raw["search"], "trials": 2}
+    second = evaluate_search(run_search(Experiment.parse(raw), output=copied.parent / "b").folder)
+    assert second.looks == first["looks"] + 1
+    client = client_of(copied)
+    versions = client.search_model_versions(f"name = '{MODEL}'")
+    looks = [v.tags["visiontuner.test_looks"] for v in versions if "visiontuner.test_set" in v.tags]
+    assert sorted(looks) == sorted([str(first["looks"]), str(second.looks)])
+    assert {v.tags.get("visiontuner.test_set", first["test_set"]) for v in versions} == {
+        first["test_set"]
+    }
+    again = evaluate_search(copied)
+    assert again.looks == second.looks + 1
+
+
 def test_out_of_reach_of_the_wanted_precision_every_answer_abstains(copied: Path) -> None:
     result = evaluate_search(copied, precision=0.99)
     assert result.report.threshold is not None

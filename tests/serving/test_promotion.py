@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from visiontuner.cli.judge import promote as command
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.serving.promotion import Promotion, promote
-from visiontuner.serving.registry import ModelReference, find_version
+from visiontuner.serving.registry import ModelReference, digest_of_test_set, find_version
 from visiontuner.tracking.store import Store
 
 pytestmark = [
@@ -118,6 +118,11 @@ class Registered:
             "classifier_digest": version.tags["visiontuner.classifier_digest"],
         }
         (folder / "report.json").write_text(json.dumps({**own, **report}))
+        if "digests" in arrays:
+            tested = digest_of_test_set(map(str, arrays["digests"]))
+            self.store.call(
+                "set_model_version_tag", self.name, number, "visiontuner.test_set", tested
+            )
         if arrays:
             np.savez(folder / "predictions.npz", **arrays)
         self.store.call("log_artifacts", version.run_id, str(folder), "evaluation")
@@ -175,6 +180,29 @@ def test_a_version_that_is_only_lucky_is_kept_back_and_says_why(model: Registere
     assert (decided.decision, model.champion) == ("kept", first)
     assert model.tags(lucky)["visiontuner.promotion"] == "kept"
     assert "no difference beyond noise" in model.tags(lucky)["visiontuner.promotion_reason"]
+
+
+def test_every_further_model_on_the_same_images_needs_more_evidence(model: Registered) -> None:
+    model.evaluated(wrong=range(10))
+    model.promote()
+    numbers = [model.evaluated(wrong=range(2)) for _ in range(4)]  # p = 2 x 0.5^8 = 0.0078
+    decided = [model.promote(number, dry_run=True) for number in numbers]
+    assert [d.look for d in decided] == [1, 2, 3, 4]
+    assert [d.decision for d in decided] == ["promoted", "promoted", "promoted", "kept"]
+    assert "in comparison 4 on these images p below 0.005 counts" in decided[3].reason
+    assert "no difference beyond noise" in decided[3].reason
+
+
+def test_other_images_and_other_versions_of_a_trial_are_no_looks(
+    model: Registered, store: Store
+) -> None:
+    model.evaluated(wrong=(), pictures=range(50))
+    champion = model.evaluated(wrong=range(10))
+    model.promote(champion)
+    run_id = store.call("get_model_version", model.name, champion).run_id
+    model.evaluate(model.version(run_id=run_id), wrong=range(10))
+    model.evaluated(wrong=range(3))
+    assert model.promote().look == 1
 
 
 def test_a_worse_version_is_kept_back(model: Registered) -> None:

@@ -220,7 +220,8 @@ def paired_test(
 
     Args:
         correct_a, correct_b: bool, shape (N,), for the same pictures in the same order.
-        look: how many models were compared on these pictures so far, this one included.
+        look: how many models were compared on these pictures so far, this one included;
+            see `level_at_look`.
 
     Raises:
         ValueError: no pictures, or not the same number of them.

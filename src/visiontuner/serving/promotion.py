@@ -35,6 +35,8 @@ from visiontuner.serving.registry import (
     Mlflow,
     ModelReference,
     aliases,
+    digest_of_test_set,
+    evaluated_on,
     find_version,
     get_version,
 )
@@ -218,6 +220,7 @@ class Promotion:
         accuracy: of the challenger on its test pictures; None if it could not be read.
         champion: the version that was champion before; None if there was none.
         test: the challenger (a) against the champion (b); None if they were not compared.
+        look: number of this comparison on these test images, from 1; None as `test`.
         pictures: test pictures of the challenger.
         changed: False if nothing was written: a dry run, or nothing to decide.
     """
@@ -230,6 +233,7 @@ class Promotion:
     accuracy: Interval | None = None
     champion_accuracy: Interval | None = None
     test: PairedTest | None = None
+    look: int | None = None
     pictures: int = 0
     forced: bool = False
     changed: bool = False
@@ -307,17 +311,35 @@ def _decide(
         decided = replace(
             decided, champion_accuracy=share_interval(int(theirs.correct.sum()), len(theirs))
         )
-        test = paired_test(*_on_the_same_pictures(challenger, mine, champion, theirs))
+        correct = _on_the_same_pictures(challenger, mine, champion, theirs)
     except UserMistake as error:
         if not force:
             raise
         return replace(decided, reason=f"Forced without a comparison. {error}", forced=True)
-    decided = replace(decided, test=test, decision="promoted" if test.a_is_better else "kept")
+    look = _look(mlflow, challenger, champion, digest_of_test_set(mine.digests))
+    test = paired_test(*correct, look=look)
+    decided = replace(
+        decided, test=test, look=look, decision="promoted" if test.a_is_better else "kept"
+    )
     reason = _compared(decided, test) + _other_data(mine, theirs)
     if force and decided.decision == "kept":
         forced = f"Forced against the test. {reason}"
         return replace(decided, decision="promoted", reason=forced, forced=True)
     return replace(decided, reason=reason)
+
+
+def _look(mlflow: Mlflow, challenger: ModelVersion, champion: ModelVersion, test_set: str) -> int:
+    """Which comparison on these test images this is: the second evaluated model is the first.
+
+    Versions of one trial have the same answers and count once. Their numbers give the order, so
+    that a repetition is the same comparison again.
+    """
+    earlier = {
+        version.run_id
+        for version in evaluated_on(mlflow, challenger.name, test_set)
+        if int(version.version) < int(challenger.version)
+    }
+    return max(1, len({*earlier, champion.run_id} - {challenger.run_id}))
 
 
 def _require_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredictions:
@@ -425,7 +447,8 @@ def _compared(decided: Promotion, test: PairedTest) -> str:
     return (
         f"Against version {decided.champion} on the same {decided.pictures:,} test pictures: "
         f"{verdict}. Accuracy {change.value:+.4f} (95 %: {change.low:+.4f} to {change.high:+.4f}); "
-        f"right alone on {test.only_a:,} and {test.only_b:,}, p = {test.p_value:.2g}."
+        f"right alone on {test.only_a:,} and {test.only_b:,}, p = {test.p_value:.2g}; in "
+        f"comparison {decided.look} on these images p below {test.level:.2g} counts."
     )
 
 

@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -557,6 +557,37 @@ def versions_of_run(mlflow: Mlflow, run_id: str) -> list[ModelVersion]:
     return sorted(found, key=lambda v: (v.name, int(v.version)))
 
 
+TEST_SET_TAG = "visiontuner.test_set"
+TEST_LOOKS_TAG = "visiontuner.test_looks"
+
+
+def digest_of_test_set(digests: Iterable[str]) -> str:
+    """SHA-256 of the test images' content digests, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
+
+
+def evaluated_on(mlflow: Mlflow, name: str, test_set: str) -> list[ModelVersion]:
+    """Versions of a model, in any order, that were evaluated on these test images.
+
+    Args:
+        test_set: from `digest_of_test_set`.
+    """
+    versions = mlflow.call("search_model_versions", _named(name))
+    return [version for version in versions if version.tags.get(TEST_SET_TAG) == test_set]
+
+
+def earlier_looks(mlflow: Mlflow, name: str, test_set: str) -> int:
+    """How many times models of this name were evaluated on these test images, as MLflow knows.
+
+    Each evaluation wrote its number. Those written while MLflow was away may share one: then the
+    trials that were evaluated are counted.
+    """
+    versions = evaluated_on(mlflow, name, test_set)
+    numbers = [v.tags[TEST_LOOKS_TAG] for v in versions if TEST_LOOKS_TAG in v.tags]
+    trials = len({version.run_id for version in versions})
+    return max([trials, *(int(n) for n in numbers if n.isdecimal())])
+
+
 def logged_model_id(version: ModelVersion) -> str | None:
     """The id of the logged model behind a version; None for one that came another way."""
     source = str(version.source or "")
@@ -575,9 +606,13 @@ def _newest(mlflow: Mlflow, name: str) -> ModelVersion | None:
 
 
 def _numbers(mlflow: Mlflow, name: str) -> list[int]:
-    quote = '"' if "'" in name else "'"
-    found = mlflow.call("search_model_versions", f"name = {quote}{name}{quote}")
+    found = mlflow.call("search_model_versions", _named(name))
     return sorted(int(version.version) for version in found)
+
+
+def _named(name: str) -> str:
+    quote = '"' if "'" in name else "'"
+    return f"name = {quote}{name}{quote}"
 
 
 def _listed(mlflow: Mlflow, name: str) -> str:

@@ -780,6 +780,7 @@ class WriterThread:
 
 
 TEST_LOOKS = "visiontuner.test_looks"
+TEST_SET = "visiontuner.test_set"
 EVALUATION_DIGEST = "visiontuner.evaluation_digest"
 
 
@@ -789,7 +790,7 @@ class Evaluation:
 
     Args:
         digest: of report.json; by it a repetition is known.
-        looks: how many times the test pictures of the search were looked at.
+        looks: how many times models of this name were evaluated on these test images.
         report: the whole of report.json.
     """
 
@@ -842,7 +843,7 @@ def log_evaluation(store: Store, evaluation: Evaluation, *, run_id: str) -> None
         for key, value in metrics(evaluation).items()
     ]
     # Numbers do not wait for files.
-    log_batch(store, run_id, points, {}, {TEST_LOOKS: str(evaluation.looks)})
+    log_batch(store, run_id, points, {}, _look(evaluation))
     store.call("log_artifacts", run_id, str(evaluation.folder), EVALUATION_FOLDER)
     store.call("set_tag", run_id, EVALUATION_DIGEST, evaluation.digest)
 
@@ -866,7 +867,7 @@ def metrics(evaluation: Evaluation) -> dict[str, float]:
 def version_tags(evaluation: Evaluation) -> dict[str, str]:
     """What a registered version says of its evaluation."""
     accuracy = (evaluation.report["metrics"].get("accuracy") or {}).get("value")
-    tags = {TEST_LOOKS: str(evaluation.looks)}
+    tags = _look(evaluation)
     if accuracy is not None:
         tags |= {
             "visiontuner.evaluated": "true",
@@ -874,6 +875,13 @@ def version_tags(evaluation: Evaluation) -> dict[str, str]:
             "visiontuner.test_pictures": str(evaluation.report["num_pictures"]),
         }
     return tags
+
+
+def _look(evaluation: Evaluation) -> dict[str, str]:
+    """Which test images were looked at, and how many times."""
+    test_set = evaluation.report.get("test_set")
+    known = {TEST_SET: str(test_set)} if test_set else {}
+    return {TEST_LOOKS: str(evaluation.looks), **known}
 
 
 # What a search cost, beside its runs in MLflow.

@@ -49,11 +49,12 @@ from visiontuner.paths import (
     TEST_LOOKS_FILE,
     tracking_uri,
 )
-from visiontuner.serving.registry import classifier_digest
+from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.figures.evaluation import contact_sheet, evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
+from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial
 from visiontuner.workflow.sync import sync_search
 
@@ -275,7 +276,7 @@ class EvaluationResult:
 
     Attributes:
         report: over the test pictures; without any, its notes say so and its metrics are empty.
-        looks: how many times the test pictures of this search have been looked at, this time
+        looks: how many times models of this name were evaluated on these test images, this time
             included.
         model: `models:/NAME/VERSION` of the calibrated classifier, if MLflow took it.
         tracking_problem: why MLflow does not hold everything; `sync` writes the rest.
@@ -358,7 +359,7 @@ class _Evaluation:
         temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
         self._calibrate(temperature, threshold)
         answers = self._answer(dataset)
-        looks = count_look(self.folder) if answers.samples else looks_so_far(self.folder)
+        looks = self._count_look(answers)
         self._note_unreadable(answers.bad)
         report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
@@ -436,6 +437,16 @@ class _Evaluation:
             progress=lambda done, total: self.observer.progress("Test", done, total, "pictures"),
         )
 
+    def _count_look(self, answers: Answers) -> int:
+        if not answers.samples:
+            return looks_so_far(self.folder)
+        looks = count_look(self.folder)
+        name = self.record.started["experiment"]["name"]
+        try:
+            return max(looks, 1 + earlier_looks(open_store(), name, _test_set(answers)))
+        except TrackingError:  # away, or there is none yet
+            return looks
+
     def _note_unreadable(self, bad: Mapping[str, str]) -> None:
         for path, reason in list(bad.items())[:NAMED]:
             self.observer.note(f"warning: left out {path}: {reason}")
@@ -489,6 +500,7 @@ class _Evaluation:
     ) -> None:
         facts: dict[str, Any] = {
             "looks": looks,
+            "test_set": _test_set(answers) if answers.samples else None,
             "time": round(time.time(), 3),
             "classifier_digest": classifier_digest(self.folder / CLASSIFIER_FOLDER),
             "trial_id": choice.chosen,
@@ -519,6 +531,10 @@ class _Evaluation:
             return sync_search(self.folder, observer=self.observer).model, None
         except TrackingError as error:
             return None, str(error)
+
+
+def _test_set(answers: Answers) -> str:
+    return digest_of_test_set(sample.digest for sample in answers.samples)
 
 
 def _untested(bad: Mapping[str, str], source: str) -> str:
