@@ -113,6 +113,7 @@ def evaluation() -> Evaluation:
     report = {
         "temperature": 1.1,
         "num_pictures": 10,
+        "test_set": "d",
         "metrics": dict.fromkeys((*names, "ece", "ece_uncalibrated"), interval),
         "threshold": {"value": 0.5, "precision": interval, "coverage": interval},
     }
