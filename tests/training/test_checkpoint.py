@@ -237,6 +237,28 @@ def test_a_training_that_goes_on_gives_the_same_numbers(tmp_path, features, opti
     assert list(last.epochs()) == []
 
 
+def test_a_training_whose_biases_decayed_goes_on_as_it_began(tmp_path, monkeypatch):
+    """All parameters were in one group."""
+    settings = Training(epochs=4, batch_size=8, learning_rate=0.02, weight_decay=0.5)
+
+    def in_one_group(network, settings, _groups):
+        rate, decay = settings.learning_rate, settings.weight_decay
+        return torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=decay, fused=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("visiontuner.training.loop.make_optimizer", in_one_group)
+        before = start(settings)
+        epochs = before.epochs()
+        next(epochs)
+        save_checkpoint(tmp_path, before.state_dict())
+        expected = [numbers(result)["logits"] for result in epochs]
+    training = start(settings)
+    training.load_state_dict(load_checkpoint(tmp_path))
+    assert len(training.state_dict()["optimizer"]["param_groups"]) == 2
+    assert [numbers(result)["logits"] for result in training.epochs()] == expected
+    assert expected != [numbers(result)["logits"] for result in start(settings).epochs()][1:]
+
+
 def test_a_state_of_before_the_first_epoch_begins_at_the_beginning(tmp_path):
     settings = Training(epochs=1, batch_size=8)
     save_checkpoint(tmp_path, start(settings).state_dict())
@@ -254,7 +276,8 @@ def test_moments_are_laid_out_as_their_weights(tmp_path):
     second = start(settings)
     second.load_state_dict(load_checkpoint(tmp_path))
     moments = second.state_dict()["optimizer"]["state"]
-    weights = list(second.network.parameters())
+    # The optimizer has matrices first: biases and norms are a group of their own.
+    weights = sorted(second.network.parameters(), key=lambda parameter: parameter.ndim == 1)
     assert weights[0].stride() == (27, 1, 9, 3)  # channels last
     for number, weight in enumerate(weights):
         assert moments[number]["exp_avg"].stride() == weight.stride()

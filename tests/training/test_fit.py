@@ -80,6 +80,44 @@ def test_the_first_step_by_hand():
     assert result.metrics.gradient_norm == pytest.approx(norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_weight_decay_spares_biases_and_norms(optimizer):
+    """Without gradients only the decay moves a parameter: by learning rate x decay (AdamW)."""
+    network = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
+    settings = Training(
+        optimizer=optimizer, learning_rate=0.1, weight_decay=0.5, schedule="constant"
+    )
+    before = [p.detach().clone() for p in network.parameters()]
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
+    make_optimizer(network, settings).step()
+    weight, *vectors = (p.detach() for p in network.parameters())
+    assert all(torch.equal(now, then) for now, then in zip(vectors, before[1:], strict=True))
+    assert not torch.equal(weight, before[0])
+    if optimizer == "adamw":
+        assert weight.numpy() == pytest.approx(0.95 * before[0].numpy())
+
+
+def test_the_groups_of_a_network_keep_their_learning_rates():
+    head, body = nn.Linear(2, 2), nn.Linear(2, 2)
+    groups = [
+        {"params": list(head.parameters()), "lr": 0.1, "name": "head"},
+        {"params": [body.bias], "lr": 0.01, "weight_decay": 0.0, "name": "body, no decay"},
+    ]
+    optimizer = make_optimizer(nn.ModuleList([head, body]), Training(weight_decay=0.5), groups)
+    made = [(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert made == [
+        ("head", 0.1, 0.5),
+        ("head, no decay", 0.1, 0.0),
+        ("body, no decay", 0.01, 0.0),
+    ]
+    assert [id(p) for g in optimizer.param_groups for p in g["params"]] == [
+        id(head.weight),
+        id(head.bias),
+        id(body.bias),
+    ]
+
+
 def schedule_of(settings: Training, total_steps: int) -> list[float]:
     optimizer = make_optimizer(nn.Linear(1, 1), settings)
     schedule = make_schedule(optimizer, settings, total_steps=total_steps)

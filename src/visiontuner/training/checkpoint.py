@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -70,6 +71,38 @@ def require_fitting(saved: Mapping[str, Tensor], network: nn.Module) -> None:
                 f"The checkpoint is of another network: {name} is {_sizes(saved[name])} there and "
                 f"{_sizes(tensor)} here{_ANEW}"
             )
+
+
+def regrouped(
+    state: Mapping[str, Any], optimizer: torch.optim.Optimizer, network: nn.Module
+) -> dict[str, Any]:
+    """A training's state with today's parameter groups.
+
+    Biases and weights of norms once were in one group with what decays. Such a training goes on as
+    it began: the groups that its group has become keep its weight decay.
+    """
+    schedule = state["schedule"]
+    position = {id(parameter): i for i, parameter in enumerate(network.parameters())}
+    left, groups, became = list(optimizer.param_groups), [], []
+    for group in state["optimizer"]["param_groups"]:
+        parts = [left.pop(0)] if left else []
+        if parts and left and len(parts[0]["params"]) < len(group["params"]):
+            parts.append(left.pop(0))
+        parameters = [p for part in parts for p in part["params"]]
+        if len(parts) > 1:
+            parameters.sort(key=lambda p: position[id(p)])
+        if len(parameters) != len(group["params"]):
+            return dict(state)  # of other parts of the network
+        numbers = {id(p): n for p, n in zip(parameters, group["params"], strict=True)}
+        groups += [{**group, "params": [numbers[id(p)] for p in part["params"]]} for part in parts]
+        became.append(len(parts))
+    listed = {name: values for name, values in schedule.items() if isinstance(values, list)}
+    repeated = {name: np.repeat(values, became).tolist() for name, values in listed.items()}
+    return {
+        **state,
+        "optimizer": {**state["optimizer"], "param_groups": groups},
+        "schedule": {**schedule, **repeated},
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

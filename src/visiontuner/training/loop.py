@@ -32,6 +32,7 @@ from visiontuner.training.checkpoint import (
     identity_of,
     load_optimizer,
     random_state,
+    regrouped,
     require_fitting,
     require_same,
     set_random_state,
@@ -602,6 +603,7 @@ class Fit:
         self.network.load_state_dict(state["network"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])
+        state = regrouped(state, self._step.optimizer, self.network)
         load_optimizer(self._step.optimizer, state["optimizer"])
         self._step.schedule.load_state_dict(dict(state["schedule"]))
         self._order.set_state(state["order"].cpu())

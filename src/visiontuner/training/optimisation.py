@@ -23,9 +23,12 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW, Adam or SGD with Nesterov momentum over the parameters that need gradients.
 
+    Weight decay spares vectors, which are biases and the weights of norms: a group that holds some
+    besides matrices becomes two.
+
     Args:
         parameter_groups: which parameters, with learning rates of their own; default: all that
-            need gradients, in one group.
+            need gradients.
 
     Raises:
         ExperimentError: there is nothing to train.
@@ -35,9 +38,9 @@ def make_optimizer(
         raise ExperimentError(
             "Nothing of this network is trained; set model.train to head, last_stage or all."
         )
-    if parameter_groups is not None:
-        trained = list(parameter_groups)
     decay = settings.weight_decay
+    groups = parameter_groups or [{"params": trained}]
+    trained = [part for group in groups for part in _sparing_vectors(group, decay)]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(
             trained,
@@ -48,6 +51,17 @@ def make_optimizer(
         )
     adam = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
     return adam(trained, lr=settings.learning_rate, weight_decay=decay, fused=True)
+
+
+def _sparing_vectors(group: ParameterGroup, decay: float) -> list[ParameterGroup]:
+    """The group, or its matrices and its vectors, if both are there and it decays."""
+    matrices = [p for p in group["params"] if p.ndim > 1]
+    vectors = [p for p in group["params"] if p.ndim <= 1]
+    if not group.get("weight_decay", decay) or not vectors:
+        return [group]
+    name = {"name": f"{group['name']}, no decay"} if "name" in group else {}
+    spared = {**group, **name, "params": vectors, "weight_decay": 0.0}
+    return [{**group, "params": matrices}, spared] if matrices else [spared]
 
 
 def make_schedule(
