@@ -8,7 +8,7 @@ from visiontuner.journal import SearchRecord, TrialRecord
 LEARNING_RATE = {"low": 1e-4, "high": 1e-1, "scale": "log"}
 
 
-def find(name, domain, value, *, train=10_000, rivals=()):
+def find(name, domain, value, *, train=10_000, rivals=(), importance=None):
     """The findings of a search over one value, whose best trial has `value`."""
     space = Experiment.parse({"search": {"space": {name: domain}}}).search.space
     record = SearchRecord(
@@ -26,7 +26,7 @@ def find(name, domain, value, *, train=10_000, rivals=()):
             started=0.0,
             best_value=score,
         )
-    return edges(record, space, tied=tuple(record.trials))
+    return edges(record, space, tied=tuple(record.trials), importance=importance)
 
 
 def test_a_learning_rate_at_the_edge_is_said_with_the_space_to_try_next():
@@ -35,7 +35,7 @@ def test_a_learning_rate_at_the_edge_is_said_with_the_space_to_try_next():
         "learning_rate: the best value 0.098 lies at the upper edge of 0.0001 to 0.1; "
         "search {low: 0.01, high: 1, scale: log} next."
     )
-    assert (found.side, found.firm) == ("upper", True)
+    assert found.side == "upper"
 
 
 # 5 % of three decades is 0.15: the edges begin at 10^-3.85 and 10^-1.15.
@@ -115,11 +115,18 @@ def test_a_batch_is_never_larger_than_the_training_split():
     assert found.next == "{values: [64, 128, 256]}"
 
 
-def test_an_edge_is_not_firm_where_tied_trials_lie_elsewhere():
-    (found,) = find("learning_rate", LEARNING_RATE, 0.098, rivals=[0.003])
-    assert not found.firm
-    assert found.sentence.endswith("next, though others do as well.")
-    assert find("learning_rate", LEARNING_RATE, 0.098, rivals=[0.095])[0].firm
+def test_no_search_beyond_an_edge_where_a_tied_trial_lies_elsewhere():
+    assert find("learning_rate", LEARNING_RATE, 0.098, rivals=[0.095, 0.003]) == []
+    assert find("learning_rate", LEARNING_RATE, 0.098, rivals=[0.095])
+
+
+def test_no_search_beyond_the_edge_of_a_value_that_hardly_decides():
+    domain = {"values": [32, 64, 128]}
+    shares = {"learning_rate": 0.8, "batch_size": 0.2}  # below half of a half
+    assert find("batch_size", domain, 32, importance=shares) == []
+    shares = {"learning_rate": 0.7, "batch_size": 0.3}
+    assert find("batch_size", domain, 32, importance=shares)
+    assert find("batch_size", domain, 32, importance={"batch_size": 1.0})
 
 
 def test_a_search_without_a_usable_trial_has_no_edges():

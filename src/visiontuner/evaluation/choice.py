@@ -389,6 +389,8 @@ Side = Literal["lower", "upper"]
 # Of the range's span, on its own scale.
 _EDGE_SHARE = 0.05
 _MIN_VALUES = 3
+# Of the importance that each value would have if all were alike.
+_UNIMPORTANT_SHARE = 0.5
 _NEW_VALUES = 2
 # Values that about double or more go on by factors, others by steps.
 _DOUBLING = 1.9
@@ -412,8 +414,6 @@ class EdgeFinding:
         value: the best trial's.
         searched: the domain, in words.
         next: what to search next, as `search.space` has it in the experiment file.
-        firm: False if a trial away from this edge is tied with the best: there may be nothing to
-            gain.
     """
 
     name: str
@@ -421,28 +421,33 @@ class EdgeFinding:
     side: Side
     searched: str
     next: str
-    firm: bool
 
     @property
     def sentence(self) -> str:
-        sentence = (
+        return (
             f"{self.name}: the best value {self.value:.3g} lies at the {self.side} edge of "
-            f"{self.searched}; search {self.next} next"
+            f"{self.searched}; search {self.next} next."
         )
-        return f"{sentence}." if self.firm else f"{sentence}, though others do as well."
 
 
-def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> list[EdgeFinding]:
+def edges(
+    record: SearchRecord,
+    space: Space,
+    *,
+    tied: Collection[str] = (),
+    importance: Mapping[str, float] | None = None,
+) -> list[EdgeFinding]:
     """Searched values of the best trial that lie at an edge of the search space.
 
     A range has its edges in the outer 5 % of its span, on its own scale; a list of three or more
     numbers in its lowest and highest one. A trial of a second stage counts as the one it began
-    with. Where nothing can lie beyond (dropout 0, a batch of all
-    training pictures) there is no finding.
+    with. There is no finding where nothing can lie beyond (dropout 0, a batch of all training
+    pictures), where a tied trial is away from that edge, or where the value hardly decides.
 
     Args:
         space: `experiment.search.space`.
         tied: trials that cannot be told apart from the best one.
+        importance: by searched value, fractions that sum to 1, as far as they are known.
     """
     best = record.best and _searched(record, record.best)
     if best is None:
@@ -451,7 +456,9 @@ def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> 
     found = []
     for name, domain in space.items():
         side = _side(domain, best, name)
-        if side is None:
+        if side is None or _is_unimportant(name, importance or {}):
+            continue
+        if any(_side(domain, rival, name) != side for rival in rivals):
             continue
         following = _next(domain, side, _limits(name, record), whole=name in INTEGERS)
         if following is not None:
@@ -462,7 +469,6 @@ def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> 
                     side=side,
                     searched=str(domain),
                     next=_yaml(following),
-                    firm=all(_side(domain, rival, name) == side for rival in rivals),
                 )
             )
     return found
@@ -471,6 +477,10 @@ def edges(record: SearchRecord, space: Space, *, tied: Collection[str] = ()) -> 
 def _searched(record: SearchRecord, trial: TrialRecord) -> TrialRecord:
     """The trial whose values were searched: of one of a second stage, the one it started from."""
     return record.trials.get(trial.starts_from or "", trial)
+
+
+def _is_unimportant(name: str, importance: Mapping[str, float]) -> bool:
+    return name in importance and importance[name] < _UNIMPORTANT_SHARE / len(importance)
 
 
 def _side(domain: Domain, trial: TrialRecord, name: str) -> Side | None:

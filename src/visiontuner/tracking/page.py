@@ -31,7 +31,7 @@ from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.text import next_command, shown
 from visiontuner.tracking.figures.parts import LABELS, count, to_png
 from visiontuner.tracking.figures.recording import Explained
-from visiontuner.tracking.figures.search import search_figures
+from visiontuner.tracking.figures.search import importances, search_figures
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval
@@ -462,7 +462,10 @@ def _edges(record: SearchRecord) -> Iterable[str]:
         space = Experiment.parse(record.started["experiment"]).search.space
     except (KeyError, ExperimentError):  # another version's experiment
         return
-    yield from (edge.sentence for edge in edges(record, space))
+    best, *others = record.ranking()
+    equal = [trial.trial_id for trial in others if trial.best_value == best.best_value]
+    found = edges(record, space, tied=equal, importance=importances(record))
+    yield from (edge.sentence for edge in found)
 
 
 def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:

@@ -53,6 +53,7 @@ from visiontuner.serving.registry import classifier_digest, digest_of_test_set, 
 from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.figures.evaluation import contact_sheet, evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import importances
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial
@@ -364,7 +365,12 @@ class _Evaluation:
         report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
             edge.sentence
-            for edge in edges(self.record, self.experiment.search.space, tied=choice.tied)
+            for edge in edges(
+                self.record,
+                self.experiment.search.space,
+                tied=choice.tied,
+                importance=importances(self.record),
+            )
         )
         self._write(dataset.root, choice, at_edges, report, answers, looks, threshold)
         model, problem = self._track()
