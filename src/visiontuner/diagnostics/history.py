@@ -7,8 +7,8 @@ import logging
 import math
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.diagnostics import thresholds as limits
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.journal import SearchRecord, StageName, TrialRecord
 
 # What was recorded of one training, as arrays; without torch, since rules and figures read it.
 #
@@ -350,6 +350,21 @@ class Predictions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BestTrial:
+    """What the best trial of a search has reached so far.
+
+    Attributes:
+        accuracy: the highest validation accuracy of any epoch of any trial.
+        loss: the lowest validation loss of any epoch of any trial, in nats.
+        learning_rate: of the trial with that accuracy.
+    """
+
+    accuracy: float
+    loss: float
+    learning_rate: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingHistory:
     """The recorded numbers of one training; a rule uses what is there and passes over the rest.
 
@@ -370,6 +385,7 @@ class TrainingHistory:
         preparation_seconds: that went into its pictures before it started; 0 for a trial of a
             search, whose trials share them.
         recording: tensors, step times and the machine's use, if they were recorded.
+        best: of its search and stage, this training included; None if it is alone.
     """
 
     metrics: Mapping[str, Curve] = field(default_factory=dict)
@@ -386,6 +402,7 @@ class TrainingHistory:
     recording: Recording | None = None
     host: str | None = None
     preparation_seconds: float = 0.0
+    best: BestTrial | None = None
 
     def curve(self, name: str) -> Curve:
         """The finite points of a metric; empty if it was not recorded."""
@@ -429,6 +446,23 @@ class TrainingHistory:
         steps = [curve.steps[-1] for curve in self.metrics.values() if curve.steps]
         return max(steps, default=None)
 
+    @property
+    def stopped_early(self) -> bool:
+        """Whether a scheduler, a rule or an interruption ended it before its last epoch."""
+        epochs = self.configuration.get("epochs")
+        done = len(self.curve("train_loss").values)
+        return epochs is not None and done < epochs and not self.configuration.get("early_stop")
+
+    @property
+    def far_from_best(self) -> bool:
+        """Whether another trial is so much better that this one's settings must be wrong."""
+        accuracy = self.curve("validation_accuracy").values
+        loss = self.curve("validation_loss").values
+        if self.best is None or not accuracy or not loss:
+            return False
+        behind = self.best.accuracy - max(accuracy) > limits.FAR_ACCURACY
+        return behind or min(loss) > limits.FAR_LOSS * self.best.loss
+
     def gaps(self) -> list[float]:
         """Seconds from each epoch to the next one; a break between two attempts is none."""
         attempts = self.attempts or (1,) * len(self.times)
@@ -451,11 +485,13 @@ def history_of_trial(
     *,
     predictions: Predictions | None = None,
     recording: Recording | None = None,
+    best: BestTrial | None = None,
     now: float | None = None,
 ) -> TrainingHistory:
     """One trial of a search as its journal has it.
 
     Args:
+        best: of its search and stage, see `best_trials`.
         now: the present time in seconds since the epoch, if the trial still runs.
     """
     resumed = bool(trial.epochs) and trial.epochs[-1].attempt != trial.attempt
@@ -481,7 +517,38 @@ def history_of_trial(
         error=trial.error,
         host=trial.host,
         preparation_seconds=record.preparation_seconds if record.is_training else 0.0,
+        best=best,
     )
+
+
+def best_trials(record: SearchRecord) -> dict[StageName | None, BestTrial]:
+    """By stage what its best trial has reached; stages without a validation are left out."""
+    stages = {trial.stage for trial in record.trials.values()}
+    best = {
+        stage: best_of(trial for trial in record.trials.values() if trial.stage == stage)
+        for stage in stages
+    }
+    return {stage: found for stage, found in best.items() if found is not None}
+
+
+def best_of(trials: Iterable[TrialRecord], before: BestTrial | None = None) -> BestTrial | None:
+    """What the best of some trials has reached, those that still run included.
+
+    Args:
+        before: what others have reached.
+    """
+    for trial in trials:
+        _, accuracies = trial.curve("validation_accuracy")
+        _, losses = trial.curve("validation_loss")
+        if not accuracies or not losses:
+            continue
+        rate = trial.configuration.get("learning_rate")
+        best = BestTrial(accuracy=max(accuracies), loss=min(losses), learning_rate=rate)
+        if before is not None:
+            higher = best if best.accuracy > before.accuracy else before
+            best = replace(higher, loss=min(best.loss, before.loss))
+        before = best
+    return before
 
 
 def times_over(factor: float) -> str:

@@ -26,6 +26,7 @@ from visiontuner.diagnostics.rules_predictions import (
     class_imbalance,
     class_not_predicted,
     label_noise,
+    learning_rate_to_blame,
 )
 from visiontuner.diagnostics.rules_profiler import (
     batch_size_too_small,
@@ -89,6 +90,7 @@ RULES: Mapping[str, Rule] = {
         overtraining,
         label_noise,
         class_not_predicted,
+        learning_rate_to_blame,
         class_imbalance,
         stalled,
         *RECORDED_RULES.values(),
@@ -125,6 +127,12 @@ def diagnose_recording(
     Names of other rules are passed over, so that `rules.stop_on` can be given as it is.
     """
     return most_severe_first(_apply(history, [name for name in rules if name in RECORDED_RULES]))
+
+
+def not_refuted(findings: Collection[Finding], history: TrainingHistory) -> list[Finding]:
+    """What was found when a trial ended, without what better trials have refuted since."""
+    about_data = ("class_not_predicted", "label_noise") if history.far_from_best else ()
+    return [finding for finding in findings if finding.rule not in about_data]
 
 
 def most_severe_first(findings: Collection[Finding]) -> list[Finding]:

@@ -88,7 +88,11 @@ def overfit(history: TrainingHistory) -> Finding | None:
 
 
 def overtraining(history: TrainingHistory) -> Finding | None:
-    """Many epochs after the best one, while the validation loss rose again."""
+    """Many epochs after the best one, while the validation loss rose again.
+
+    With the learning rate near 0 nothing changes any more: epochs below half of the highest rate do
+    not count, unless the validation accuracy was lost.
+    """
     loss = history.curve("validation_loss")
     if len(loss.values) <= limits.OVERTRAINING_PATIENCE:
         return None
@@ -101,6 +105,11 @@ def overtraining(history: TrainingHistory) -> Finding | None:
     lowest = min(loss.values)
     if idle < limits.OVERTRAINING_PATIENCE or loss.values[-1] <= lowest + limits.OVERTRAINING_DELTA:
         return None
+    rates = dict(zip(*history.curve("learning_rate"), strict=True))
+    half = max(rates.values(), default=0.0) / 2
+    learning = sum(rates.get(step, half) >= half for step in loss.steps[best + 1 :])
+    if learning < limits.OVERTRAINING_PATIENCE and not _lost_accuracy(history):
+        return None
     long = idle >= limits.OVERTRAINING_LONG and idle >= len(loss.values) / 2
     return _finding(
         "overtraining",
@@ -110,6 +119,11 @@ def overtraining(history: TrainingHistory) -> Finding | None:
         f"Set training.epochs to about {loss.steps[best]}, or training.early_stop.",
         loss.steps[-1],
     )
+
+
+def _lost_accuracy(history: TrainingHistory) -> bool:
+    accuracy = history.curve("validation_accuracy").values
+    return bool(accuracy) and max(accuracy) - accuracy[-1] > limits.ACCURACY_LOST
 
 
 def learning_rate_too_high(history: TrainingHistory) -> Finding | None:

@@ -45,7 +45,14 @@ def class_imbalance(history: TrainingHistory) -> Finding | None:
 
 
 def class_not_predicted(history: TrainingHistory) -> Finding | None:
-    """A class that is in the validation pictures, and that the model names for none of them."""
+    """A class that is in the validation pictures, and that the model names for none of them.
+
+    Not in a trial that learned little: see `learning_rate_to_blame`.
+    """
+    return None if _says_nothing_of_the_data(history) else _class_never_named(history)
+
+
+def _class_never_named(history: TrainingHistory) -> Finding | None:
     predictions = history.predictions
     if predictions is None or len(predictions.class_names) < 2:
         return None
@@ -72,11 +79,45 @@ def label_noise(history: TrainingHistory) -> Finding | None:
     """The model is sure that many labels are wrong, or the labels say nothing about the pictures.
 
     The second: training pictures are learned by heart while validation stays as good as guessing.
+    Not in a trial that learned little: see `learning_rate_to_blame`.
 
     Source: that confident disagreement points at wrong labels, Northcutt et al. 2021,
     https://arxiv.org/abs/1911.00068
     """
-    return _labels_say_nothing(history) or _confident_disagreement(history)
+    if history.far_from_best:
+        return None
+    certain = _labels_say_nothing(history)
+    return certain or (None if history.stopped_early else _confident_disagreement(history))
+
+
+def learning_rate_to_blame(history: TrainingHistory) -> Finding | None:
+    """What looks like bad data in a trial that is far from its search's best: the settings are bad.
+
+    Said of a trial that ran to its end, where another rule would say that a class is never
+    predicted or that labels are wrong.
+    """
+    best = history.best
+    if best is None or history.stopped_early or not history.far_from_best:
+        return None
+    blamed = _class_never_named(history) or _confident_disagreement(history)
+    if blamed is None:
+        return None
+    accuracy, loss = (history.curve(f"validation_{name}") for name in ("accuracy", "loss"))
+    rate = "" if best.learning_rate is None else f" with learning rate {best.learning_rate:.3g}"
+    settings = f" ({history.settings()})" if history.settings() else ""
+    return Finding(
+        rule="learning_rate_to_blame",
+        severity="info",
+        evidence=f"{blamed.evidence}; but accuracy {max(accuracy.values):.3f} and loss "
+        f"{min(loss.values):.3g}{settings}, where another trial{rate} reached "
+        f"{best.accuracy:.3f}, and {best.loss:.3g} is the lowest loss",
+        advice="Judge the data by the best trials: here the learning rate explains it.",
+        step=accuracy.steps[-1],
+    )
+
+
+def _says_nothing_of_the_data(history: TrainingHistory) -> bool:
+    return history.stopped_early or history.far_from_best
 
 
 def _labels_say_nothing(history: TrainingHistory) -> Finding | None:

@@ -8,7 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from visiontuner.diagnostics.history import Predictions, find_recording, history_of_trial
+from visiontuner.diagnostics.history import (
+    BestTrial,
+    Predictions,
+    best_of,
+    best_trials,
+    find_recording,
+    history_of_trial,
+)
 from visiontuner.diagnostics.rules import LASTING_RULES, diagnose_curves, diagnose_history
 from visiontuner.diagnostics.rules_search import SimilarRuns, UnequalHosts
 from visiontuner.errors import VisiontunerError
@@ -116,6 +123,7 @@ class LiveRules:
         self._recorder = recorder
         self._similar = SimilarRuns()
         self._hosts = UnequalHosts()
+        self._best = best_trials(recorder.record)
         self._labels: ValidationLabels | None = None
         self._waiting: dict[str, list[Finding]] = {}
         self.reasons: dict[str, str] = {}
@@ -170,6 +178,7 @@ class LiveRules:
             trial,
             predictions=predictions,
             recording=find_recording(self._folder / "trials" / trial_id),
+            best=self._best_so_far(trial),
         )
         findings = diagnose_history(history)
         together = self._similar.add(trial_id, history), self._hosts.add(history)
@@ -183,6 +192,14 @@ class LiveRules:
                 self._recorder.append(
                     "finding", trial_id=trial_id, attempt=trial.attempt, **asdict(finding)
                 )
+
+    def _best_so_far(self, trial: TrialRecord) -> BestTrial | None:
+        trials = self._recorder.record.trials.values()
+        running = [t for t in trials if t.stage == trial.stage and t.state == "running"]
+        best = best_of(running, self._best.get(trial.stage))
+        if best is not None:
+            self._best[trial.stage] = best
+        return best
 
     def _predictions(self, trial: TrialRecord) -> Predictions | None:
         """What the trial's best epoch said; None where it cannot be read: rules never end it."""

@@ -20,8 +20,8 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from visiontuner.diagnostics.history import find_recording, history_of_trial
-from visiontuner.diagnostics.rules import diagnose_history
+from visiontuner.diagnostics.history import best_trials, find_recording, history_of_trial
+from visiontuner.diagnostics.rules import diagnose_history, not_refuted
 from visiontuner.errors import ExperimentError
 from visiontuner.evaluation.choice import edges
 from visiontuner.evaluation.report import EvaluationReport
@@ -789,12 +789,14 @@ def data_findings(events: Sequence[Event]) -> list[Finding]:
 
 
 def _apply_rules(record: SearchRecord, folder: Path) -> None:
-    """Add what the rules say of each trial's curves and recording, if the journal has not."""
+    """Add what the rules say of each trial's curves and recording; leave out what is refuted."""
+    best = best_trials(record)
     for trial in record.trials.values():
         known = {finding.rule for finding in trial.findings}
         recording = find_recording(folder / "trials" / trial.trial_id)
-        found = diagnose_history(history_of_trial(record, trial, recording=recording))
-        trial.findings += [finding for finding in found if finding.rule not in known]
+        history = history_of_trial(record, trial, recording=recording, best=best.get(trial.stage))
+        new = [finding for finding in diagnose_history(history) if finding.rule not in known]
+        trial.findings = [*not_refuted(trial.findings, history), *new]
 
 
 def _render(

@@ -8,8 +8,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.diagnostics.history import RECORDING_FILE, Predictions, Recording, history_of_trial
-from visiontuner.diagnostics.rules import diagnose_history, most_severe_first
+from visiontuner.diagnostics.history import (
+    RECORDING_FILE,
+    BestTrial,
+    Predictions,
+    Recording,
+    best_trials,
+    history_of_trial,
+)
+from visiontuner.diagnostics.rules import diagnose_history, most_severe_first, not_refuted
 from visiontuner.diagnostics.rules_search import SimilarRuns
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.journal import (
@@ -102,9 +109,9 @@ def diagnose_search(folder: Path) -> Diagnosis:
     events = read_events(folder).events
     record = SearchRecord.of(events)
     running, files = is_running(folder), _TrialFiles(folder, events)
-    similar = SimilarRuns()
+    similar, best = SimilarRuns(), best_trials(record)
     runs = tuple(
-        _diagnose_trial(record, trial, files, similar, running=running)
+        _diagnose_trial(record, trial, files, similar, best.get(trial.stage), running=running)
         for trial in record.trials.values()
     )
     data = tuple(
@@ -123,6 +130,7 @@ def _diagnose_trial(
     trial: TrialRecord,
     files: _TrialFiles,
     similar: SimilarRuns,
+    best: BestTrial | None,
     *,
     running: bool,
 ) -> DiagnosedRun:
@@ -132,13 +140,14 @@ def _diagnose_trial(
         trial,
         predictions=files.predictions_of(trial),
         recording=files.recording_of(trial),
+        best=best,
         now=time.time() if alive else None,
     )
     found = diagnose_history(history)
     repeated = similar.add(trial.trial_id, history) if trial.finished else None
     found += [repeated] if repeated else []
     known = {finding.rule for finding in found}
-    found += [finding for finding in trial.findings if finding.rule not in known]
+    found += [f for f in not_refuted(trial.findings, history) if f.rule not in known]
     state = "interrupted" if trial.state == "running" and not running else trial.state
     return DiagnosedRun(
         name=trial.trial_id,

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from visiontuner.diagnostics.history import (
+    BestTrial,
     Curve,
     Predictions,
     TrainingHistory,
@@ -92,6 +93,15 @@ def never_named(others_right: int) -> TrainingHistory:
     labels = [0] * 10 + [1] * 10 + [2] * 10
     said = [0] * others_right + [2] * (10 - others_right) + [0] * 10 + [2] * 10
     return history(predictions=predictions(said, labels, sure=0.6), num_classes=3)
+
+
+def behind(loss: float, accuracy: float) -> TrainingHistory:
+    """A class is never named; another trial reached accuracy 1 and loss 1."""
+    return replace(
+        history(validation_loss=[loss], validation_accuracy=[accuracy]),
+        predictions=never_named(10).predictions,
+        best=BestTrial(accuracy=1.0, loss=1.0, learning_rate=0.01),
+    )
 
 
 def doubtful(wrong: int, sure: float = 0.995) -> TrainingHistory:
@@ -301,6 +311,8 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         never_named(10),
         replace(never_named(10), predictions=predictions([0, 1], [0, 1])),
     ),
+    "learning_rate_to_blame": ("info", behind(1.0, 0.94), behind(1.0, 0.96)),
+    "learning_rate_to_blame: by the loss": ("info", behind(1.51, 1.0), behind(1.49, 1.0)),
     "label_noise: labels say nothing": ("error", shuffled(0.1), shuffled(0.4)),
     "label_noise: with smoothed labels": (
         "error",
@@ -463,7 +475,7 @@ def test_similar_needs_curves_that_move() -> None:
 def test_what_can_stop_a_trial_is_a_rule_that_sees_something_while_it_runs() -> None:
     assert set(STOPPING_RULES) <= set(RULES)
     assert set(LASTING_RULES) <= set(STOPPING_RULES)
-    needs_the_end = {"class_not_predicted", "class_imbalance", "stalled"}
+    needs_the_end = {"class_not_predicted", "learning_rate_to_blame", "class_imbalance", "stalled"}
     assert set(RULES) - set(RECORDED_RULES) - set(STOPPING_RULES) == needs_the_end
 
 
