@@ -46,7 +46,9 @@ def dataset(tmp_path: Path) -> ImageDataset:
 
 @pytest.fixture
 def experiment(dataset: ImageDataset) -> Experiment:
-    return Experiment.parse({"name": "pets", "data": {"source": str(dataset.root)}})
+    return Experiment.parse(
+        {"name": "pets", "data": {"source": str(dataset.root)}, "training": {"epochs": 40}}
+    )
 
 
 UNLEARNABLE = "error: 2 (Dog, …): classes that cannot be learned."
@@ -101,6 +103,21 @@ def test_images_that_are_left_out_are_said_journalled_and_reported(
     assert [text for text in kept if text in expected] == expected
     page = write_page(tmp_path / "s", figures={}).read_text(encoding="utf-8")
     assert all(text in page for text in expected)
+
+
+def test_trainings_of_few_steps_are_said_journalled_and_reported(
+    tmp_path: Path, dataset: ImageDataset
+) -> None:
+    raw = {"data": {"source": str(dataset.root)}, "search": {"space": {"dropout": {"values": [0]}}}}
+    said = begin(tmp_path / "s", Experiment.parse(raw), dataset)
+    assert said[-1] == (
+        "warning: with batch size 128 an epoch of 6 training images is 1 step, and a training 20. "
+        "Search smaller batches, or set training.epochs to 40 or more."
+    )
+    kept = [e["rule"] for e in read_events(tmp_path / "s").events if e["event"] == "finding"]
+    assert kept[-1] == "few_steps"
+    page = write_page(tmp_path / "s", figures={}).read_text(encoding="utf-8")
+    assert "an epoch of 6 training images is 1 step" in page
 
 
 def test_a_resumed_search_says_it_again_and_journals_it_once(

@@ -213,6 +213,21 @@ def test_a_second_search_computes_no_features(experiment, store, tmp_path):
     assert any("nothing to compute" in note for note in notes.notes)
 
 
+@pytest.mark.usefixtures("finished")
+def test_the_default_space_has_no_batches_of_more_than_all_images_and_that_is_said(
+    pictures, small_search, store, tmp_path
+):
+    store(tmp_path / "mlflow.db")
+    notes = Notes()
+    raw = {**small_search, "search": {"trials": 1}, "data": {"source": str(pictures)}}
+    folder = run_search(Experiment.parse(raw), output=tmp_path / "s", observer=notes).folder
+    said = "There are 30 training images: the default search space has batch sizes up to that, 30."
+    assert said in notes.notes
+    (trial,) = SearchRecord.load(folder).trials.values()
+    assert trial.configuration["batch_size"] == 30
+    assert resume_search(folder).record.trials.keys() == {trial.trial_id}
+
+
 def test_changed_pictures_are_refused(finished, store, tmp_path, pictures):
     folder, database = copy_of(finished, tmp_path)
     store(database)

@@ -2,6 +2,7 @@ import itertools
 import math
 
 import pytest
+import yaml
 
 from visiontuner.experiment.schema import Experiment
 from visiontuner.search.space import Suggester, clean, draw_beforehand, to_distributions
@@ -33,6 +34,40 @@ def test_drawn_values_keep_to_their_bounds_and_kinds():
         assert drawn["dropout"] in (0.0, 0.5)
         assert type(drawn["dropout"]) is float
         assert drawn["optimizer"] in ("adamw", "sgd")
+
+
+@pytest.mark.parametrize(
+    ("images", "sizes", "default"),
+    [
+        (1000, (32, 64, 128, 256), 128),
+        (200, (32, 64, 128), 128),
+        (80, (32, 64), 64),
+        (20, (20,), 20),
+    ],
+)
+def test_batches_of_more_than_all_images_leave_the_default_space(images, sizes, default):
+    fitting = Experiment.parse({}).for_images(images)
+    assert fitting.search.space["batch_size"].values == sizes
+    assert fitting.first_trials() == [{"learning_rate": 0.003, "batch_size": default}]
+    assert Experiment.parse(yaml.safe_load(fitting.to_yaml())).search == fitting.search
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"search": {"space": {"batch_size": {"values": [128]}}}},
+        {"search": {"first": [{"learning_rate": 0.01, "batch_size": 256}]}},
+    ],
+)
+def test_a_given_space_stays(given):
+    chosen = Experiment.parse(given)
+    assert chosen.for_images(80) == chosen
+
+
+def test_a_given_batch_size_stays_in_the_space():
+    fitting = Experiment.parse({"training": {"batch_size": 128}}).for_images(80)
+    assert fitting.search.space["batch_size"].values == (32, 64, 128)
+    assert fitting.first_trials()[0]["batch_size"] == 128
 
 
 def test_a_log_scale_gives_every_decade_its_share():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from statistics import median
@@ -9,6 +10,7 @@ from typing import Any
 
 from visiontuner.diagnostics import thresholds as limits
 from visiontuner.diagnostics.history import TrainingHistory
+from visiontuner.experiment.schema import Experiment, Range
 from visiontuner.journal import Finding
 
 _Key = tuple[str, ...]
@@ -94,6 +96,37 @@ class UnequalHosts:
             "machine; alike machines share the work evenly.",
             step=history.last_step,
         )
+
+
+def few_steps(experiment: Experiment, images: int) -> Finding | None:
+    """A training, with the largest batches that are searched, takes too few steps to learn.
+
+    Args:
+        images: for training.
+    """
+    batch = _largest(experiment, "batch_size")
+    epochs = _largest(experiment, "epochs")
+    in_epoch = math.ceil(images / batch)
+    if not images or in_epoch * epochs >= limits.FEWEST_TRAINING_STEPS:
+        return None
+    steps = "1 step" if in_epoch == 1 else f"{in_epoch} steps"
+    enough = math.ceil(limits.FEWEST_TRAINING_STEPS / in_epoch)
+    return Finding(
+        rule="few_steps",
+        severity="warning",
+        evidence=f"with batch size {batch} an epoch of {images:,} training images is {steps}, and "
+        f"a training {in_epoch * epochs}",
+        advice=f"Search smaller batches, or set training.epochs to {enough} or more.",
+    )
+
+
+def _largest(experiment: Experiment, name: str) -> int:
+    """The largest value of a whole number that a trial can have."""
+    domain = experiment.search.space.get(name)
+    if isinstance(domain, Range):
+        return int(domain.high)
+    values = domain.values if domain else [getattr(experiment.training, name)]
+    return max(int(value) for value in values)
 
 
 def similar_across_runs(histories: Mapping[str, TrainingHistory]) -> dict[str, Finding]:

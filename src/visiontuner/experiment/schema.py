@@ -335,11 +335,14 @@ Domain = Values | Range
 Space = Mapping[str, Domain]
 
 
+DEFAULT_BATCH_SIZES = (32, 64, 128, 256)
+
+
 def default_space() -> dict[str, Domain]:
     """Learning rate and batch size, as wide as a head on frozen features needs them."""
     return {
         "learning_rate": Range(low=1e-4, high=1e-1, scale="log"),
-        "batch_size": Values(values=(32, 64, 128, 256)),
+        "batch_size": Values(values=DEFAULT_BATCH_SIZES),
     }
 
 
@@ -633,6 +636,21 @@ class Experiment(Section):
                     "or leave it out"
                 )
         return self
+
+    def for_images(self, count: int) -> Experiment:
+        """The same without the default space's batches of more than `count` training images.
+
+        A space, first trials or a batch size that the file gives stay as they are.
+        """
+        if "space" in self.search.model_fields_set or self.search.first is not None:
+            return self
+        own = self.training.batch_size
+        given = "batch_size" in self.training.model_fields_set
+        sizes = [n for n in DEFAULT_BATCH_SIZES if n <= count or (given and n == own)] or [count]
+        space = {**self.search.space, "batch_size": Values(values=tuple(sizes))}
+        # `training` stays among the trials.
+        training = {"batch_size": own if given else min(own, sizes[-1])}
+        return self._changed(search={"space": space}, training=training)
 
     def first_trials(self) -> list[Configuration]:
         """`search.first`; where that is null the values under `training`, if the space holds them.

@@ -28,6 +28,7 @@ from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.findings import find_without_decoding
 from visiontuner.data.folds import assign_folds
 from visiontuner.diagnostics.rules import RECORDED_RULES
+from visiontuner.diagnostics.rules_search import few_steps
 from visiontuner.errors import ClassifierError, DataError, UserMistake
 from visiontuner.evaluation.baselines import (
     NEIGHBOURS,
@@ -256,6 +257,7 @@ def open_journal(
         ) from None
     journal = JournalWriter(folder, record.search_id or uuid.uuid4().hex)
     recorder = Recorder(journal, record, [observer.event])
+    short = few_steps(experiment, len(dataset.splits["train"]))
     described = {
         "code": describe_code(),
         "machine": describe_machine(),
@@ -271,10 +273,12 @@ def open_journal(
             **described,
             **facts,
         )
-        for finding in _serious_findings(dataset):
+        for finding in [*_serious_findings(dataset), *([short] if short else [])]:
             recorder.append("finding", **finding.to_dict())
     observer.note(f"Search folder: {folder}")
     _note_findings(folder, experiment, dataset, observer)
+    if short:
+        observer.note(f"warning: {short.evidence}. {short.advice}")
     _note_rules_without_recording(experiment, observer)
     return recorder
 

@@ -275,6 +275,7 @@ class _Run:
             record = read_record(self.folder, self.inputs.dataset)
             if not record.started:
                 self._settle()
+                self._fit_space()
             remaining = remaining_trials(self.experiment, record)
             self._had_ended = record.best is not None and not remaining
             self._require_what_it_needs()
@@ -298,6 +299,17 @@ class _Run:
             images=sum(len(dataset.splits[name]) for name in ("train", "validation")),
             own_validation=dataset.own_validation,
         )
+    def _fit_space(self) -> None:
+        """No batches of more than all training images, where the file does not ask for them."""
+        images = len(self.inputs.dataset.splits["train"])
+        fitting = self.experiment.for_images(images)
+        sizes = fitting.search.space.get("batch_size")
+        if sizes != self.experiment.search.space.get("batch_size"):
+            self.observer.note(
+                f"There are {images:,} training images: the default search space has batch sizes "
+                f"up to that, {sizes}."
+            )
+        self.experiment = self.inputs.experiment = fitting
 
     def _require_what_it_needs(self) -> None:
         """What cannot work ends here, before there is a folder or a run to clean up."""

@@ -25,7 +25,7 @@ from visiontuner.diagnostics.rules import (
     diagnose_curves,
     diagnose_history,
 )
-from visiontuner.diagnostics.rules_search import similar_across_runs
+from visiontuner.diagnostics.rules_search import few_steps, similar_across_runs
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment.schema import STOPPING_RULES, Experiment
 from visiontuner.journal import EpochRecord, Finding, SearchRecord, TrialRecord
@@ -477,6 +477,26 @@ def test_what_can_stop_a_trial_is_a_rule_that_sees_something_while_it_runs() -> 
     assert set(LASTING_RULES) <= set(STOPPING_RULES)
     needs_the_end = {"class_not_predicted", "learning_rate_to_blame", "class_imbalance", "stalled"}
     assert set(RULES) - set(RECORDED_RULES) - set(STOPPING_RULES) == needs_the_end
+
+
+@pytest.mark.parametrize(
+    ("images", "changed", "said"),
+    [
+        (80, {"batch_size": 128}, "batch size 128 an epoch of 80 training images is 1 step, and a"),
+        (80, {"batch_size": 128, "epochs": 39}, "1 step, and a training 39"),
+        (80, {"batch_size": 128, "epochs": 40}, None),
+        (160, {"batch_size": 128}, None),
+        (160, {"batch_size": 128, "epochs": 19}, "2 steps, and a training 38"),
+    ],
+)
+def test_trainings_of_few_steps_are_said(
+    images: int, changed: dict[str, int], said: str | None
+) -> None:
+    space = {name: {"values": [1, value]} for name, value in changed.items()}
+    for given in ({"training": changed, "search": {"space": {"dropout": {"values": [0.1]}}}},
+                  {"search": {"space": space}}):  # fmt: skip
+        finding = few_steps(Experiment.parse(given), images)
+        assert said in finding.evidence if said and finding else finding is said
 
 
 def test_an_experiment_names_rules_that_stop() -> None:
