@@ -199,7 +199,7 @@ def test_a_whole_search_is_evaluated_compared_and_diagnosed() -> None:
     assert list(of_store["best_validation_accuracy"]) == list(frame["best_validation_accuracy"])
     found = {run.name: [f.rule for f in run.findings] for run in diagnose("whole").runs}
     assert found == {
-        "t0001": ["class_not_predicted"],
+        "t0001": [],  # its journal has class_not_predicted, but it is far behind t0003
         "t0002": ["learning_rate_too_low"],
         "t0003": ["learning_rate_too_low"],
         "t0004": ["learning_rate_too_low"],
