@@ -450,8 +450,9 @@ class TrainingHistory:
     def stopped_early(self) -> bool:
         """Whether a scheduler, a rule or an interruption ended it before its last epoch."""
         epochs = self.configuration.get("epochs")
-        done = len(self.curve("train_loss").values)
-        return epochs is not None and done < epochs and not self.configuration.get("early_stop")
+        if not isinstance(epochs, int | float) or self.configuration.get("early_stop"):
+            return False  # unknown, as other tools may write it, or its own decision
+        return len(self.curve("train_loss").values) < epochs
 
     @property
     def far_from_best(self) -> bool:
