@@ -19,6 +19,8 @@ from typing import Any
 import mlflow.version
 import pytest
 
+from visiontuner import NO_TELEMETRY
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Variables of a shell whose values nobody else may learn.
@@ -42,8 +44,11 @@ IN_VARIABLES = {
 IN_URLS: dict[str, str] = {}
 SECRETS = IN_VARIABLES | IN_URLS
 
-# Set by continuous integration; with one of them MLflow sends nothing anyway.
-QUIETER = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "DO_NOT_TRACK")
+# Set by continuous integration, or by this process, which has imported visiontuner: with one of
+# them libraries send nothing anyway.
+QUIETER = ("CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST", "DO_NOT_TRACK", *NO_TELEMETRY)
+
+REGION = "eu-west-1"
 
 # Python's own connections and look-ups, where there is no strace; beside it the names.
 RECORDER = """
@@ -128,10 +133,14 @@ def machine(
     shared_cache: Path,
     new_database: Callable[[Path], str],
 ) -> Iterator[Machine]:
-    """A search, an evaluation, a preflight and two deployments, one of them refused."""
+    """A search, an evaluation, a preflight, two deployments, one of them refused, and a job."""
     stand_in.reset()
     stand_in.put_image(tag=mlflow.version.VERSION)
     stand_in.put_role("endpoints")
+    image = stand_in.put_image(tag="1", repository="jobs")
+    s3 = stand_in.client("s3")
+    s3.create_bucket(Bucket="photos", CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket="photos", Key="colours/train/red/1.png", Body=b"x" * 100)
     # Ray's sockets need a short path, in which it would otherwise leave its logs.
     with (
         tempfile.TemporaryDirectory(prefix="m", dir="/tmp") as root,
@@ -153,6 +162,17 @@ def machine(
         machine.run("preflight", "preflight", "colours/1", *local)
         machine.run("deploy", "deploy", "colours/1", "--dry-run", *local)
         machine.run("refused", "deploy", "colours/1", "--role", "nobody", *local)
+        job = [
+            "--on",
+            "sagemaker",
+            "--image",
+            image,
+            "--price",
+            "2",
+            "--data",
+            "s3://photos/colours",
+        ]
+        machine.run("submit", "tune", *job, "--yes", "--no-wait")
         yield machine
 
 
@@ -172,6 +192,7 @@ def test_the_commands_did_what_they_are_for(machine: Machine) -> None:
     failed = {name for name, code in machine.codes.items() if code}
     assert failed == {"refused"}, machine.printed
     assert "nobody" in machine.printed["refused"]
+    assert "Submitted " in machine.printed["submit"]
 
 
 def test_nothing_tells_a_secret(machine: Machine) -> None:
