@@ -299,6 +299,7 @@ class _Run:
             images=sum(len(dataset.splits[name]) for name in ("train", "validation")),
             own_validation=dataset.own_validation,
         )
+
     def _fit_space(self) -> None:
         """No batches of more than all training images, where the file does not ask for them."""
         images = len(self.inputs.dataset.splits["train"])
