@@ -158,7 +158,7 @@ _TTL = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
 _HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DeploymentPlan:
     """One deployment.
 
@@ -253,15 +253,10 @@ class DeploymentPlan:
         """What is going to happen, for a person."""
         platform = self.image.platform or "its processor could not be looked up"
         made = "" if self.bucket_exists else " (MLflow makes it)"
-        where = (
-            f"serverless, {self.serverless_mb} MB, at most {self.serverless_concurrency} at a time"
-            if self.serverless_mb is not None
-            else f"{self.instances} x {self.instance_type}"
-        )
         lines = [
             f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
             f"model      {self.model_uri}{self._newer()}",
-            f"runs on    {where}; {self.cost()}",
+            f"runs on    {self._machine()}; {self.cost()}",
             f"role       {self.role}",
             f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
             f"upload to  s3://{self.bucket}{made}",
@@ -271,6 +266,20 @@ class DeploymentPlan:
         if TTL_TAG in self.tags:
             lines.append(f"lives for  {self.tags[TTL_TAG]}; nothing deletes it by itself")
         return lines
+
+    def __repr__(self) -> str:
+        return (
+            f"DeploymentPlan {self.name} in {self.region}, account {self.account}\n"
+            f"model {self.model_uri}\n"
+            f"{self._machine()}; {self.cost()}"
+        )
+
+    def _machine(self) -> str:
+        if self.serverless_mb is None:
+            return f"{self.instances} x {self.instance_type}"
+        return (
+            f"serverless, {self.serverless_mb} MB, at most {self.serverless_concurrency} at a time"
+        )
 
     def _newer(self) -> str:
         if self.newer_model is None:

@@ -39,7 +39,7 @@ _OURS = "visiontuner."
 _CLASSIFIER = f"artifacts/{CLASSIFIER_FOLDER}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Lineage:
     """Where a model comes from; each section a dictionary of JSON values, or None.
 
@@ -71,6 +71,16 @@ class Lineage:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        model, trial, search = self.model or {}, self.trial or {}, self.search or {}
+        data, code = self.data or {}, self.code or {}
+        return (
+            f"Lineage of {model.get('uri') or 'no registered model'}\n"
+            f"trial {trial.get('trial_id') or '?'} of search {search.get('name') or '?'}\n"
+            f"data {data.get('source') or '?'} ({(data.get('digest') or '?')[:12]}), "
+            f"code {(code.get('commit') or '?')[:12]}"
+        )
 
     def over(self, other: Lineage) -> Lineage:
         """Both together; where both know a fact, this one's."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
+import pandas as pd
 import requests
 
 from visiontuner.errors import ServingError, UserMistake
@@ -174,7 +175,7 @@ class Check:
     detail: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class PreflightReport:
     """What was found.
 
@@ -201,6 +202,21 @@ class PreflightReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**asdict(self), "passed": self.passed}
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a check: name, status, detail."""
+        return pd.DataFrame(map(asdict, self.checks))
+
+    def __repr__(self) -> str:
+        failed = [check.name for check in self.checks if check.status != "ok"]
+        return (
+            f"PreflightReport {self.model}: "
+            f"{'failed: ' + ', '.join(failed) if failed else f'{len(self.checks)} checks passed'}\n"
+            f"{self.p50_ms:.0f} ms an image (95 %: {self.p95_ms:.0f} ms), "
+            f"{self.pictures_per_second:.0f} images/s with 8 clients, {self.memory_mb:,.0f} MB\n"
+            f"{self.recommendation}"
+        )
 
 
 def run_preflight(

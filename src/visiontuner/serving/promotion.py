@@ -209,7 +209,7 @@ _NOTE = "Promotion: "
 Decision = Literal["promoted", "kept", "unchanged"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Promotion:
     """What was decided about a challenger, and why.
 
@@ -241,6 +241,9 @@ class Promotion:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return f"Promotion {self.name}/{self.challenger}: {self.decision}\n{self.reason}"
 
 
 def promote(
