@@ -17,18 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from visiontuner.api import (
+        DataReport,
         Evaluation,
         Search,
         compare,
         deploy,
         diagnose,
+        endpoints,
         evaluate,
         lineage,
+        preflight,
+        prepare,
         promote,
         query,
         resume,
         train,
         tune,
+        undeploy,
     )
     from visiontuner.errors import VisiontunerError
     from visiontuner.experiment.schema import Experiment
@@ -53,6 +58,7 @@ for _name, _value in NO_TELEMETRY.items():
 
 _MODULES = {
     "Classifier": "visiontuner.model.classifier",
+    "DataReport": "visiontuner.api",
     "Evaluation": "visiontuner.api",
     "Experiment": "visiontuner.experiment.schema",
     "Search": "visiontuner.api",
@@ -60,16 +66,21 @@ _MODULES = {
     "compare": "visiontuner.api",
     "deploy": "visiontuner.api",
     "diagnose": "visiontuner.api",
+    "endpoints": "visiontuner.api",
     "evaluate": "visiontuner.api",
     "lineage": "visiontuner.api",
+    "preflight": "visiontuner.api",
+    "prepare": "visiontuner.api",
     "promote": "visiontuner.api",
     "query": "visiontuner.api",
     "resume": "visiontuner.api",
     "train": "visiontuner.api",
     "tune": "visiontuner.api",
+    "undeploy": "visiontuner.api",
 }
 __all__ = [
     "Classifier",
+    "DataReport",
     "Evaluation",
     "Experiment",
     "Search",
@@ -77,13 +88,17 @@ __all__ = [
     "compare",
     "deploy",
     "diagnose",
+    "endpoints",
     "evaluate",
     "lineage",
+    "preflight",
+    "prepare",
     "promote",
     "query",
     "resume",
     "train",
     "tune",
+    "undeploy",
 ]
 
 

@@ -5,30 +5,36 @@
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
+from PIL import Image
 
 from visiontuner.cli.console import SearchConsole, TrainingConsole
 from visiontuner.errors import ClassifierError, UserMistake
 from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
 from visiontuner.model.classifier import Classifier
-from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
+from visiontuner.paths import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EXPERIMENT_FILE
+from visiontuner.tracking.figures.parts import to_png
+from visiontuner.tracking.figures.search import all_curves, learning_rate_batch_size_map
+from visiontuner.workflow import deploy as endpoint_verbs
 from visiontuner.workflow import train as training_verbs
 from visiontuner.workflow import tune as search_verbs
 from visiontuner.workflow.compare import compare as compare_runs
-from visiontuner.workflow.deploy import DeployOptions, plan_deployment
-from visiontuner.workflow.deploy import deploy as deploy_plan
 from visiontuner.workflow.diagnose import diagnose as diagnose_trials
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
+from visiontuner.workflow.preflight import preflight as run_preflight
+from visiontuner.workflow.prepare import prepare as look_at_images
 from visiontuner.workflow.promote import promote as promote_model
 from visiontuner.workflow.query import query as query_images
 
@@ -36,12 +42,52 @@ if TYPE_CHECKING:
     from visiontuner.aws.endpoint import DeploymentPlan
     from visiontuner.serving.client import PictureAnswer
     from visiontuner.serving.lineage import Lineage
+    from visiontuner.serving.preflight import PreflightReport
     from visiontuner.serving.promotion import Promotion
     from visiontuner.workflow.evaluate import EvaluationResult
+    from visiontuner.workflow.prepare import Prepared
     from visiontuner.workflow.run import SearchResult
 
 Settings = Mapping[str, Any] | Sequence[str]
 """Overrides of an experiment: {"training.epochs": 5}, or ["training.epochs=5"] as `--set` takes."""
+
+
+@dataclass(frozen=True, repr=False)
+class DataReport:
+    """What is in a data set, and what is wrong with it.
+
+    Attributes:
+        result: everything: dataset, summary with sizes and imbalance, findings.
+    """
+
+    result: Prepared
+
+    @property
+    def counts(self) -> pd.DataFrame:
+        """Images of each class (rows) in train, validation and test (columns)."""
+        summary = self.result.summary
+        return pd.DataFrame(summary.counts, index=pd.Index(summary.class_names, name="class"))
+
+    @property
+    def findings(self) -> pd.DataFrame:
+        """One row a finding: severity, rule, evidence, advice."""
+        columns = ["severity", "rule", "evidence", "advice"]
+        return pd.DataFrame(map(asdict, self.result.findings), columns=columns)
+
+    def files(self, split: Literal["train", "validation", "test"]) -> list[Path]:
+        """The images of a split."""
+        dataset = self.result.dataset
+        return [dataset.root / sample.path for sample in dataset.splits[split]]
+
+    def __repr__(self) -> str:
+        summary, rules = self.result.summary, [found.rule for found in self.result.findings]
+        totals = ", ".join(f"{count:,} {split}" for split, count in summary.totals.items())
+        more = f" and {len(rules) - 3} more" if len(rules) > 3 else ""
+        return (
+            f"DataReport {self.result.dataset.root} ({len(summary.class_names)} classes)\n"
+            f"images: {totals}\n"
+            f"findings: {', '.join(rules[:3]) or 'none'}{more}"
+        )
 
 
 class Search:
@@ -125,6 +171,28 @@ class Search:
         self.model = result.model or self.model
         return Evaluation(result)
 
+    def plot(self, kind: Literal["curves", "map"] = "curves") -> Image.Image:
+        """All trials as one image, about 700 pixels wide.
+
+        Args:
+            kind: `curves`, objective and loss by epoch; `map`, the objective by learning rate and
+                batch size.
+
+        Raises:
+            UserMistake: the map of a search in which not both were searched.
+        """
+        if kind == "curves":
+            figure = all_curves(self.record)
+        else:
+            drawn = learning_rate_batch_size_map(self.record.searching())
+            if drawn is None:
+                raise UserMistake(
+                    "There is no map: no finished trial has a searched learning rate and batch "
+                    'size. plot("curves") shows every trial.'
+                )
+            figure = drawn
+        return Image.open(io.BytesIO(to_png(figure)))
+
     def __repr__(self) -> str:
         lines = [f"Search {self.folder} ({self.state}, {len(self.record.trials)} trials)"]
         if self.best is not None:
@@ -132,8 +200,9 @@ class Search:
                 f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
                 for k, v in self.best.configuration.items()
             )
-            value = "" if self.best.best_value is None else f"{self.best.best_value:.4f} "
-            lines.append(f"best {self.best.trial_id}: {self.record.objective} {value}({values})")
+            value, objective = self.best.best_value, self.record.objective
+            reached = "" if value is None else f": {objective} {value:.4f}"
+            lines.append(f"best {self.best.trial_id}{reached} ({values})")
         if self.model:
             lines.append(f"model {self.model}")
         return "\n".join(lines)
@@ -167,6 +236,31 @@ class Evaluation:
         return {name: metric.value for name, metric in self.result.report.metrics.items()}
 
     @property
+    def table(self) -> pd.DataFrame:
+        """One row a metric: value, low and high ends of its 95 % interval."""
+        return pd.DataFrame.from_dict(
+            {name: (m.value, m.low, m.high) for name, m in self.result.report.metrics.items()},
+            orient="index",
+            columns=["value", "low", "high"],
+        )
+
+    def plot(self, kind: str = "reliability") -> Image.Image:
+        """A figure of the evaluation, about 700 pixels wide.
+
+        Args:
+            kind: reliability, risk_coverage, per_class, confusion (up to 30 classes, confused_pairs
+                above) or mistakes.
+
+        Raises:
+            UserMistake: there is no such figure, such as `mistakes` where none was made.
+        """
+        folder = self.result.folder / EVALUATION_FOLDER
+        figures = {path.stem: path for path in sorted(folder.glob("*.png"))}
+        if kind not in figures:
+            raise UserMistake(f"No figure {kind!r} here; there are: {', '.join(figures)}.")
+        return Image.open(io.BytesIO(figures[kind].read_bytes()))
+
+    @property
     def notes(self) -> list[str]:
         """Sentences without which the numbers mislead."""
         return [self.result.choice.reason, *self.result.edges, *self.result.report.notes]
@@ -184,6 +278,22 @@ class Evaluation:
             f"accuracy {self.accuracy:.4f} ({low:.4f} to {high:.4f}) on {number:,} test images\n"
             f"model {self.model or 'not registered'}"
         )
+
+
+def prepare(
+    data: str | Path | Experiment | None = None, *, settings: Settings = (), progress: bool = True
+) -> DataReport:
+    """Fetch the images and look at every one of them, before anything is trained.
+
+    Args:
+        data: as `tune` takes it.
+
+    Raises:
+        VisiontunerError: they cannot be fetched or read.
+    """
+    experiment = _experiment(data, {}, settings)
+    with _console(progress) as console:
+        return DataReport(look_at_images(experiment, observer=console))
 
 
 def tune(
@@ -340,8 +450,7 @@ def promote(
     Raises:
         UserMistake: there is nothing to compare; `force` is the way out.
     """
-    name = model.model or model.experiment.name if isinstance(model, Search) else model
-    return promote_model(name, force=force, dry_run=dry_run)
+    return promote_model(_model_name(model), force=force, dry_run=dry_run)
 
 
 def lineage(subject: str | Path | Search | None = None) -> Lineage:
@@ -351,6 +460,27 @@ def lineage(subject: str | Path | Search | None = None) -> Lineage:
         subject: a search, its folder, an MLflow run, a model, or endpoint:NAME.
     """
     return trace(None if subject is None else _subject(subject))
+
+
+def preflight(
+    model: str | Path | Search | None = None,
+    *,
+    env_manager: Literal["uv", "local"] = "uv",
+    progress: bool = True,
+) -> PreflightReport:
+    """Serve a model on this machine as an endpoint will, ask it over HTTP, and end the server.
+
+    Args:
+        model: a search or any folder of a model, NAME, NAME/VERSION, NAME@ALIAS or models:/…;
+            default: the newest search's.
+        env_manager: a clean environment from the model's pinned requirements, or this one.
+
+    Raises:
+        ServingError: it cannot be installed or served at all.
+    """
+    name = str(model) if isinstance(model, Path) else _model_name(model)
+    with _console(progress) as console:
+        return run_preflight(name, env_manager=env_manager, note=console.note)
 
 
 def deploy(
@@ -375,12 +505,48 @@ def deploy(
     Raises:
         ServingError: the preflight fails, or AWS refuses; nothing that costs money is left.
     """
-    name = model.model or model.experiment.name if isinstance(model, Search) else model
-    aws, plan = plan_deployment(name, DeployOptions(**options))
+    chosen = endpoint_verbs.DeployOptions(**options)
+    aws, plan = endpoint_verbs.plan_deployment(_model_name(model), chosen)
     if not dry_run:
         with _console(progress) as console:
-            deploy_plan(aws, plan, preflight="uv" if preflight else None, note=console.note)
+            endpoint_verbs.deploy(
+                aws, plan, preflight="uv" if preflight else None, note=console.note
+            )
     return plan
+
+
+def endpoints(region: str | None = None) -> pd.DataFrame:
+    """The endpoints that visiontuner deployed in a region, oldest first: one row each.
+
+    Returns:
+        Columns name, state, model, age_hours, ttl_hours, cost (US dollars), overdue.
+
+    Raises:
+        ServingError: AWS refuses or cannot be reached.
+    """
+    columns = ["name", "state", "model", "age_hours", "ttl_hours", "cost", "overdue"]
+    found = endpoint_verbs.endpoints(region)
+    rows = [[getattr(endpoint, column) for column in columns] for endpoint in found]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def undeploy(
+    name: str, *, region: str | None = None, artifacts: bool = False, progress: bool = True
+) -> dict[str, str]:
+    """Delete an endpoint, its configuration and its model, or what is left of them.
+
+    Args:
+        artifacts: also the model's archive in S3.
+
+    Returns:
+        The archives that were kept, and for each the command that deletes it.
+
+    Raises:
+        UserMistake: there is no such endpoint, and nothing is left of one.
+        ServingError: AWS refuses or cannot be reached.
+    """
+    with _console(progress) as console:
+        return endpoint_verbs.undeploy(name, region=region, artifacts=artifacts, note=console.note)
 
 
 def query(
@@ -428,14 +594,22 @@ def _experiment(
     return Experiment.parse(raw, overrides, where=where)
 
 
-def _given(flags: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in flags.items() if value is not None]
-
-
 def _overrides(settings: Settings) -> list[str]:
-    if isinstance(settings, Mapping):
-        return [f"{key}={value}" for key, value in settings.items()]
-    return list(settings)
+    """Python's values as JSON, which YAML reads as what they are: None is null, not "None"."""
+    if not isinstance(settings, Mapping):
+        return list(settings)
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}"
+        for key, value in settings.items()
+    ]
+
+
+def _given(flags: Mapping[str, Any]) -> list[str]:
+    return _overrides({key: value for key, value in flags.items() if value is not None})
+
+
+def _model_name(model: str | Search | None) -> str | None:
+    return model.model or model.experiment.name if isinstance(model, Search) else model
 
 
 def _subject(target: str | Path | Search) -> str:
