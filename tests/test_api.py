@@ -211,7 +211,7 @@ def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, repository, shared_
     assert isinstance(names["data"], vt.DataReport)
     assert list(result.table.columns) == ["value", "low", "high"]
     assert result.plot("reliability").width == 720
-    with pytest.raises(vt.VisiontunerError, match="there are: .*reliability"):
+    with pytest.raises(vt.VisiontunerError, match=r"there are: .*reliability"):
         result.plot("nothing")
     for printed in (search, result, search.best, final, vt.lineage(search), names["data"]):
         assert len(repr(printed).splitlines()) <= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import sys
@@ -10,7 +11,10 @@ from typing import Any
 
 import nbformat
 import pytest
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+
+import visiontuner
 
 # The stand-in for AWS; conftest files of two folders do not see each other.
 _specification = importlib.util.spec_from_file_location(
@@ -49,6 +53,7 @@ def test_it_is_stored_with_its_outputs_and_nobodys_folders(notebook: Any) -> Non
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
     assert not [output for output in outputs if output.output_type == "error"]
+    assert not [output for output in outputs if output.get("name") == "stderr"]
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
     text = nbformat.writes(notebook)
     # An absolute path to what the notebook or its environment wrote; colours of a terminal.
@@ -59,8 +64,23 @@ def test_it_is_stored_with_its_outputs_and_nobodys_folders(notebook: Any) -> Non
     assert len(text) < 1_500_000
 
 
+def test_it_imports_nothing_but_what_is_public(notebook: Any) -> None:
+    cells = [TransformerManager().transform_cell(c.source) for c in code_cells(notebook)]
+    nodes = list(ast.walk(ast.parse("\n".join(cells))))  # magics have become calls
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports == ["import visiontuner as vt"]
+    used = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "vt"
+    }
+    assert {"prepare", "tune", "promote", "deploy"} <= used <= set(visiontuner.__all__)
+    defined = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Lambda
+    assert not [node for node in nodes if isinstance(node, defined)]
+
+
 def execute(notebook: Any, folder: Path) -> str:
-    """From a clean kernel in a folder; what it printed."""
+    """From a clean kernel in a folder; what it printed and showed, as text."""
     client = NotebookClient(
         nbformat.reads(nbformat.writes(notebook), as_version=4),
         timeout=500,
@@ -69,7 +89,8 @@ def execute(notebook: Any, folder: Path) -> str:
     )
     ran = client.execute()
     outputs = [output for cell in code_cells(ran) for output in cell.outputs]
-    return "".join(output.get("text", "") for output in outputs)
+    shown = [output.get("data", {}).get("text/plain", "") for output in outputs]
+    return "".join([*(output.get("text", "") for output in outputs), *shown])
 
 
 @pytest.mark.timeout(600)
@@ -90,7 +111,7 @@ def test_it_runs_from_a_clean_kernel(
     assert all((report.parent.parent / "report.html").is_file() for report in evaluated)
     assert (tmp_path / "mlflow.db").is_file()
     assert "mlflow deployments create -t sagemaker:/eu-west-1" in said
-    assert "0 endpoints are left." in said
+    assert "InService" in said
     assert set(map(tuple, aws.holds().values())) == {()}
 
 

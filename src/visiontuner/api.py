@@ -194,7 +194,9 @@ class Search:
         return Image.open(io.BytesIO(to_png(figure)))
 
     def __repr__(self) -> str:
-        lines = [f"Search {self.folder} ({self.state}, {len(self.record.trials)} trials)"]
+        number = len(self.record.trials)
+        trials = "1 trial" if number == 1 else f"{number} trials"
+        lines = [f"Search {self.folder} ({self.state}, {trials})"]
         if self.best is not None:
             values = ", ".join(
                 f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}"
