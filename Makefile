@@ -59,6 +59,7 @@ aws-smoke: $(STAMP)  ## deploy, ask and undeploy on your AWS account; costs some
 	@$(BIN)/python scripts/aws_smoke.py $(ARGS)
 
 ui: $(STAMP)  ## compare the runs in a browser
+	@$(BIN)/python -m visiontuner.tracking.view
 	@$(BIN)/mlflow ui --backend-store-uri "$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" $(ARGS)
 
 lint: $(STAMP)  ## ruff, mypy and the layer rule

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
 
 import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -30,6 +29,7 @@ from visiontuner.text import (
     shell_word,
     shown,
 )
+from visiontuner.tracking.view import link_of
 from visiontuner.workflow.doctor import Check
 
 if TYPE_CHECKING:
@@ -562,7 +562,7 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
         _print_choice(record.choice or {})
     print_artifacts(result, said=said)
     if result.state == "completed" and not result.tracking_problem:
-        click.echo("\nNext, compare the trials: " + _ui_command(result.tracking_uri))
+        _print_view(result)
     if result.state != "completed":
         word = "Stopped" if result.state == "interrupted" else "The time budget is spent"
         click.echo(f"\n{word}. Go on with: {next_command('tune', '--resume', folder)}")
@@ -600,10 +600,15 @@ def print_artifacts(result: SearchResult, *, said: set[str]) -> None:
         click.echo(f"Nothing is lost. Write it later: {next_command('sync', result.folder)}")
 
 
+def _print_view(result: SearchResult) -> None:
+    uri, link = result.tracking_uri, link_of(result.folder, result.tracking_uri)
+    steps = [] if uri.startswith("http") else [f"run `{_ui_command(uri)}`"]
+    steps += [f"open\n  {link}"] if link else []
+    if steps:
+        click.echo(f"\nNext, compare the trials: {' and '.join(steps)}")
+
+
 def _ui_command(uri: str) -> str:
-    if uri.startswith("http"):  # for a browser, which asks for a password itself
-        parts = urlsplit(uri)
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=""))
     beside = Path(sys.executable).with_name("mlflow")
     mlflow = "mlflow" if shutil.which("mlflow") else os.path.relpath(beside)
     if uri == DEFAULT_TRACKING_URI:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import getpass
 import hashlib
 import json
 import math
@@ -43,6 +44,13 @@ from visiontuner.tracking.plan import (
     TrialPlan,
 )
 from visiontuner.tracking.store import OutOfTime, Store, TrackingRefused, explain, log_batch
+from visiontuner.tracking.view import (
+    VIEW_TAG,
+    describe_search,
+    describe_trial,
+    described,
+    shared_view,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,6 +211,8 @@ class MlflowWriter:
         self._parent: _Held | None = None
         self._trials: dict[str, _Held] = {}
         self._found = False
+        self._shared = False
+        self._report: dict[str, Any] | None = None
         self._failures = 0  # artifacts in a row
         self._artifact_problem: TrackingError | None = None
         self._lock: int | None = None
@@ -293,6 +303,8 @@ class MlflowWriter:
             self._parent = self._open_parent()
         if not self._parent.params:
             self._describe(self._parent)
+        self._share_view()
+        self._report = self._read_report()
         trials = list(self.plan.trials.values())
         for done, trial in enumerate(trials, start=1):
             self._write_numbers(trial)
@@ -314,6 +326,24 @@ class MlflowWriter:
         return (
             f"All numbers are in MLflow, but not the artifacts of {runs_}. {self._artifact_problem}"
         )
+
+    def _share_view(self) -> None:
+        """Columns, order and charts of the experiment's page, once; that of the newest search."""
+        if self._shared:
+            return
+        experiment = self.plan.experiment()
+        view = shared_view(self.plan.record.objective, experiment.search.space)
+        with suppress(TrackingRefused):  # who may write runs may perhaps not write here
+            self.store.call("set_experiment_tag", self.experiment_id, VIEW_TAG, view)
+        self._shared = True
+
+    def _read_report(self) -> dict[str, Any] | None:
+        """What the evaluation in the folder says, once the search is over."""
+        folder = self.folder / EVALUATION_FOLDER
+        if self.plan.over and (folder / EVALUATION_REPORT).is_file():
+            with suppress(DataError):
+                return read_evaluation(folder).report
+        return None
 
     # Finding and opening runs
 
@@ -387,10 +417,23 @@ class MlflowWriter:
             "create_run",
             self.experiment_id,
             start_time=round(started),
-            tags={**tags, _NAME: name},
+            tags={**self._origin(), **tags, _NAME: name},
             run_name=name,
         )
         return _Held(run_id=run.info.run_id, status="RUNNING", tags=dict(tags))
+
+    def _origin(self) -> dict[str, str]:
+        """User and source, under the names by which MLflow's pages show them."""
+        commit = self.plan.tags().get("visiontuner.code_commit")
+        command = "train" if self.plan.record.is_training else "tune"
+        origin = {
+            "mlflow.source.name": f"visiontuner {command}",
+            "mlflow.source.type": "LOCAL",
+            **({"mlflow.source.git.commit": commit} if commit else {}),
+        }
+        with suppress(OSError, KeyError, ImportError):  # a container's user without a name
+            origin["mlflow.user"] = getpass.getuser()
+        return origin
 
     def _note_a_second_adoption(self) -> None:
         """A search resumed under `mlflow run` keeps its first parent; the new run says so."""
@@ -429,6 +472,11 @@ class MlflowWriter:
         if trial.status == "RUNNING" and held.status != "RUNNING":
             self._set_status(held, "RUNNING")
             held.recorded = False
+        if trial.state != "running":
+            record, objective = self.plan.record.trials[trial.trial_id], self.plan.record.objective
+            own = (self._report or {}).get("trial_id") == trial.trial_id
+            text = describe_trial(record, objective, self._report if own else None)
+            tags |= described(text, held.tags)
         changed = _changed(tags, held.tags)
         if held.points < len(trial.points) or not held.params or changed:
             params = {} if held.params else trial.params()
@@ -465,6 +513,9 @@ class MlflowWriter:
         best = self._trials.get(tags.get("visiontuner.best_trial", ""))
         if best is not None:
             tags["visiontuner.best_run_id"] = best.run_id
+        if self.plan.over:
+            text = describe_search(self.plan.record, self.folder, self._report)
+            tags |= described(text, parent.tags)
         points, changed = self.plan.points[parent.points :], _changed(tags, parent.tags)
         if points or changed:
             self._log_batch(parent.run_id, points, tags=changed)
