@@ -100,6 +100,23 @@ def test_logging_again_logs_nothing(
     assert len(client.search_logged_models([experiment])) == 1
 
 
+def test_a_logged_model_is_named_after_trial_stage_and_evaluation(
+    trial: tuple[str, str],
+    logged: registry.ModelVersionInfo,
+    colour_classifier: Path,
+    tmp_path: Path,
+) -> None:
+    uri, run_id = trial
+    client = MlflowClient(uri, uri)
+    assert client.get_logged_model(logged.model_id).name == "t0001"
+    other = Path(shutil.copytree(colour_classifier, tmp_path / "classifier"))
+    (other / "note.txt").write_text("another temperature")
+    tags = {"visiontuner.evaluated": "true", "visiontuner.stage": "network"}
+    version = log_classifier(other, run_id=run_id, tracking_uri=uri, name="others", tags=tags)
+    assert client.get_logged_model(version.model_id).name == "t0001-network-calibrated"
+    client.delete_logged_model(version.model_id)
+
+
 def test_a_kill_between_logging_and_registering_is_made_good(
     trial: tuple[str, str],
     logged: registry.ModelVersionInfo,

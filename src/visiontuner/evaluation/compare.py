@@ -525,15 +525,17 @@ def runs_of_record(record: SearchRecord, *, name: str, running: bool) -> list[Ru
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """`{"training": {"epochs": 5}}` -> `{"training.epochs": "5"}`, named as MLflow's parameters."""
+    """`{"training": {"epochs": 5}}` -> `{"training.epochs": "5"}`, as MLflow's parameters are.
+
+    What is not set and the search's space are left out, as there.
+    """
     held: dict[str, str] = {}
     for key, value in settings.items():
-        if isinstance(value, Mapping) and value:
-            held |= flat(value, f"{prefix}{key}.")
-        else:
-            held[f"{prefix}{key}" if prefix else f"experiment.{key}"] = (
-                "null" if value is None else str(value)
-            )
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and name != "search.space":
+            held |= flat(value, f"{name}.")
+        elif value is not None and name != "search.space":
+            held[name if prefix else f"experiment.{key}"] = str(value)
     return held
 
 

@@ -161,7 +161,6 @@ def _example(folder: Path) -> pd.DataFrame:
 
 CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
-MODEL_NAME = "classifier"
 
 # What a model version says about where it came from; written on its runs by the tracking writer.
 _LINEAGE = (
@@ -341,7 +340,7 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
     # Made by hand: `Model.log` would put it into the process's experiment, not into the run's.
     model = client.create_logged_model(
         run.info.experiment_id,
-        MODEL_NAME,
+        _logged_name(run, tags),
         source_run_id=run.info.run_id,
         tags=dict(tags),
         params=run.data.params,
@@ -355,6 +354,14 @@ def _log_model(client: MlflowClient, folder: Path, run: Run, tags: Mapping[str, 
             **parts,
         )
     return str(model.model_id)
+
+
+def _logged_name(run: Run, tags: Mapping[str, str]) -> str:
+    """Trial, its stage in a search with two, and whether it is what was evaluated."""
+    known = {**run.data.tags, **tags}
+    parts = [known.get("visiontuner.trial_id"), known.get("visiontuner.stage")]
+    parts += ["calibrated"] if tags.get("visiontuner.evaluated") == "true" else []
+    return "-".join(filter(None, parts)) or "classifier"
 
 
 def _link_dataset(client: MlflowClient, run: Run, model_id: str) -> None:

@@ -245,11 +245,15 @@ class SearchPlan:
         return Experiment.parse(self.started["experiment"])
 
     def params(self) -> dict[str, str]:
-        """The resolved experiment under names with a dot, which no entry point's parameter has."""
+        """What the experiment sets, under names with a dot, which no entry point's parameter has.
+
+        The space and what is not set are columns that nobody compares: they are in its file.
+        """
         flat = self.experiment().flatten()
         return {
             key if "." in key else f"experiment.{key}": _cut(value, _PARAM_LENGTH)
             for key, value in flat.items()
+            if value != "null" and not key.startswith("search.space.")
         }
 
     def tags(self) -> dict[str, str]:

@@ -208,7 +208,13 @@ def summarise(run: Run, *, parent: Run | None = None, experiment: str = "") -> R
     tags, shared = run.data.tags, (parent.data.tags if parent else {})
     info, objective = run.info, _objective(run, shared)
     best = run.data.metrics.get(f"best_{objective}") if objective else None
-    settings = {k: v for k, v in parent.data.params.items() if "." in k} if parent else {}
+    shared_params = parent.data.params if parent else {}
+    # Earlier versions wrote what is not set, and the space.
+    settings = {
+        k: v
+        for k, v in shared_params.items()
+        if "." in k and v != "null" and not k.startswith("search.space.")
+    }
     return RunSummary(
         run=info.run_name or info.run_id,
         state=tags.get(STATE) or str(info.status).lower(),
