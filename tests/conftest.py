@@ -10,14 +10,20 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
+
+# Networks this small are slower with more threads, and much slower beside another test process.
+# Before torch is imported, and for the commands that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Read by MLflow, Ray or visiontuner itself; a developer's own would change what a test sees.
 OUTSIDE = (
@@ -46,21 +52,51 @@ RAYS_OWN_WARNINGS = (
 LONGEST = (
     "aws/test_bad_days.py",
     "aws/test_two_hosts.py",
-    "test_network_search.py",
     "test_interrupted_search.py",
     "test_train.py",
     "test_notebook.py",
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order the files; and where Ray runs in the test's own process, its warnings are no errors."""
+# Fixtures that begin a Ray or a server: whoever wants one is slow.
+BEGINS_SOMETHING = {"running_ray", "stand_in", "scoring_server", "moto", "hosts_allowed"}
+
+
+_with_ray = pytest.StashKey[set[Path]]()  # the files whose tests run Ray in this process
+_ray = ExitStack()  # holds that Ray
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` looks at the markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark and order tests; where Ray runs in the test's process, its warnings are no errors."""
     tests = Path(__file__).parent
-    items.sort(key=lambda item: item.path.relative_to(tests).as_posix() not in LONGEST)
+    with_ray = set()
     for item in items:
-        if "running_ray" in getattr(item, "fixturenames", ()):
+        wanted = BEGINS_SOMETHING.intersection(getattr(item, "fixturenames", ()))
+        if wanted:
+            item.add_marker(pytest.mark.slow)
+        if "running_ray" in wanted:
+            with_ray.add(item.path)
+    config.stash[_with_ray] = with_ray
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return item.path.relative_to(tests).as_posix() not in LONGEST, item.path not in with_ray
+
+    items.sort(key=place)
+    for item in items:
+        if item.path in with_ray:
             for warning in RAYS_OWN_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(
+    item: pytest.Item, nextitem: pytest.Item | None
+) -> Generator[None, None, None]:
+    """End Ray after the last of the files that use it one after the other."""
+    yield
+    if nextitem is None or nextitem.path not in item.config.stash[_with_ray]:
+        _ray.close()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -92,19 +128,44 @@ def repository() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """`made_once(name, make)`: a folder that `make(folder)` fills once for all test processes.
+
+    What lies in it is read by other processes at the same time, so no test changes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def fill(name: str, make: Callable[[Path], object]) -> Path:
+        folder, whole = base / f"shared-{name}", base / f"shared-{name}.whole"
+        with FileLock(f"{folder}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return fill
+
+
+@pytest.fixture(scope="session")
+def shared_cache(made_once: MadeOnce) -> Path:
     """One VISIONTUNER_CACHE for all searches of a session: a network is exported once."""
-    return tmp_path_factory.mktemp("shared-cache")
+    return made_once("cache", lambda _: None)
 
 
 @pytest.fixture(scope="session")
-def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], str]:
+def new_database(made_once: MadeOnce) -> Callable[[Path], str]:
     """Makes empty MLflow databases and gives their URIs; MLflow itself takes seconds for each."""
     from visiontuner.tracking.store import create_database
 
-    ready = tmp_path_factory.mktemp("database") / "mlflow.db"
-    create_database(f"sqlite:///{ready}")
+    folder = made_once("database", lambda new: create_database(f"sqlite:///{new / 'mlflow.db'}"))
+    ready = folder / "mlflow.db"
 
     def make(path: Path) -> str:
         shutil.copyfile(ready, path)
@@ -114,24 +175,29 @@ def new_database(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], s
 
 
 @pytest.fixture(scope="module")
-def running_ray() -> Iterator[None]:
-    """One Ray for a module: a search uses the one that is there."""
+def running_ray() -> None:
+    """One Ray for all files that want one: a search uses the one that is there."""
+    import ray
+
     from visiontuner.search.ray_cluster import RayForSearch
 
-    with RayForSearch("local") as ray:
-        ray.start()
-        yield
+    if not ray.is_initialized():
+        _ray.enter_context(RayForSearch("local")).start()
+
+
+@pytest.fixture
+def no_ray() -> None:
+    """Ends the Ray that `running_ray` left for the files after it."""
+    _ray.close()
 
 
 COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(made_once: MadeOnce) -> Path:
     """A folder of noisy red, green and blue pictures: 10 for training, 4 for validation a class."""
-    root = tmp_path_factory.mktemp("data") / "colours"
-    draw_pictures(root)
-    return root
+    return made_once("data", lambda folder: draw_pictures(folder / "colours")) / "colours"
 
 
 def draw_pictures(root: Path, *, seed: int = 0) -> None:

@@ -20,6 +20,8 @@ import mlflow.version
 import pytest
 
 from visiontuner import NO_TELEMETRY
+from visiontuner.model.backbones import load_backbone
+from visiontuner.model.onnx import export_backbone
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -149,7 +151,11 @@ def machine(
         machine = Machine(Path(root), Path(logs), _environment(Path(root), stand_in.environment))
         for name in ("work", "home", "t", "cache"):
             (machine.root / name).mkdir()
-        shutil.copytree(shared_cache, machine.root / "cache", dirs_exist_ok=True)
+        exported = export_backbone(
+            load_backbone("resnet18", weights="none", image_size=32, cache=shared_cache),
+            cache=shared_cache,
+        ).parent
+        shutil.copytree(exported, machine.root / "cache" / exported.relative_to(shared_cache))
         (machine.logs / "sitecustomize.py").write_text(RECORDER.format(log=f"{logs}/python"))
         paths = [logs, *filter(None, [os.environ.get("PYTHONPATH")])]
         machine.environment["PYTHONPATH"] = os.pathsep.join(paths)

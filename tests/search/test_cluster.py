@@ -69,6 +69,7 @@ def test_more_than_the_largest_machine_has_is_refused(settings, told):
         ("http://head:8265", "a way in from outside.*ray job submit"),
     ],
 )
+@pytest.mark.usefixtures("no_ray")
 def test_a_cluster_that_cannot_be_joined_is_said_at_once(address, told, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with (
@@ -91,6 +92,7 @@ def test_rays_folder_is_elsewhere_where_the_path_for_temporary_files_is_too_long
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray", "ignore::ResourceWarning")
 def test_sigterm_is_taken_back_from_ray_when_it_has_started_and_when_it_has_ended():
     """In C++ Ray sets a handler of its own, and in the end none: the process would die of it."""
