@@ -216,7 +216,7 @@ class Job:
         while not condition():
             assert self.status() == "InProgress", self.logs(hosts)
             assert time.monotonic() < deadline, self.logs(hosts)
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     def status(self, name: str | None = None) -> str:
         described = self.sagemaker.describe_training_job(TrainingJobName=name or self.names[-1])

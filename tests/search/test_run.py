@@ -4,8 +4,10 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from visiontuner.errors import DiskError
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_json
 from visiontuner.journal import FINISHED, Event, JournalWriter, SearchRecord, read_events
+from visiontuner.search import run
 from visiontuner.search.live import Recorder
 from visiontuner.search.plan import (
     HEAD_FILE,
@@ -240,9 +243,15 @@ def test_a_failing_trial_does_not_end_the_search(search, capfd):
     assert {t.attempt for t in grid.trials.values()} == {1}
 
 
-def test_the_time_budget_ends_a_search_and_what_ran_is_interrupted(search):
-    long = search(trials=3, epochs=10**6, time_budget="15s")
-    assert long.run() == "time_budget"
+def test_the_time_budget_ends_a_search_and_what_ran_is_interrupted(search, monkeypatch):
+    later = SimpleNamespace(**vars(time) | {"monotonic": lambda: time.monotonic() + 3600})
+
+    def an_hour_passes(line: Event) -> None:
+        if line["event"] == "epoch":
+            monkeypatch.setattr(run, "time", later)
+
+    long = search(trials=3, epochs=10**6, time_budget="1h")
+    assert long.run(an_hour_passes) == "time_budget"
     assert {t.state for t in long.trials.values()} == {"interrupted"}
     assert {t.reason for t in long.trials.values()} == {"time_budget"}
 
