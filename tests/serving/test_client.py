@@ -518,6 +518,7 @@ def test_pictures_come_from_a_url_too(
     assert missing.answer.error == "Cannot fetch it: the server answers 404."
 
 
+@pytest.mark.slow
 def test_nobody_is_told_to_come_again_without_a_server(
     colour_classifier: Path, colour_model: Path, tmp_path: Path
 ) -> None:

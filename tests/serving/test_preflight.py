@@ -13,6 +13,8 @@ from visiontuner.errors import ClassifierError, ServingError
 from visiontuner.serving.preflight import PreflightReport, recommend, run_preflight
 from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
 
+pytestmark = pytest.mark.slow
+
 CHECKS = [
     "ping",
     "reference pictures",

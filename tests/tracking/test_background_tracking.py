@@ -21,6 +21,8 @@ from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.tracking_process import BackgroundTracking
 
+pytestmark = pytest.mark.slow
+
 
 class Notes(Silent):
     def __init__(self) -> None:

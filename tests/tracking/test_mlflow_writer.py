@@ -270,6 +270,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the call", "after the call"])
+@pytest.mark.slow
 def test_a_kill_at_any_call_changes_nothing_in_the_end(
     new_search: NewSearch, store: Any, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
@@ -478,6 +479,7 @@ def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store
     assert writer.seconds_figures > 0
 
 
+@pytest.mark.slow
 def test_numbers_do_not_wait_for_artifacts_that_cannot_be_stored(
     new_search: NewSearch, store: Any, tmp_path: Path
 ) -> None:
@@ -546,6 +548,7 @@ def test_of_many_trials_the_first_the_best_and_the_long_ones_get_a_figure(
     assert drawn == {"t0001", "t0002", "t0004", "t0006", "pictures-20261122"}
 
 
+@pytest.mark.slow
 def test_figures_wait_while_the_search_runs_and_points_do_not(
     new_search: NewSearch, store: Any
 ) -> None:
@@ -570,6 +573,7 @@ def test_figures_wait_while_the_search_runs_and_points_do_not(
     assert held["t0002"]["status"] == "FINISHED"
 
 
+@pytest.mark.slow
 def test_many_trials_take_three_calls_each_at_most(new_search: NewSearch, store: Any) -> None:
     search, uri = new_search(), store()
     search.begin()

@@ -221,6 +221,7 @@ def _wait_for(address: str) -> None:
     raise AssertionError("the server does not answer")
 
 
+@pytest.mark.slow
 def test_a_server_gives_the_same_runs_and_one_line_when_it_is_gone(search, uri, server):
     parent = write(search.folder, uri).parent_run_id
     address, process = server

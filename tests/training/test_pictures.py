@@ -212,6 +212,7 @@ def test_there_are_never_more_than_16_workers_or_one_a_core(monkeypatch, asked, 
     assert picture_workers.choose_workers(asked, torch.device("cpu")) == workers
 
 
+@pytest.mark.slow
 def test_workers_make_the_same_batches(make_batches: MakeBatches) -> None:
     expected = epochs(make_batches(workers=0), 3)
     before = torch.get_rng_state()
@@ -225,6 +226,7 @@ def test_workers_make_the_same_batches(make_batches: MakeBatches) -> None:
     assert worker_pids() == []
 
 
+@pytest.mark.slow
 def test_epoch_that_was_left_early_does_not_disturb_the_next(make_batches: MakeBatches) -> None:
     batches, expected = make_batches(workers=2), make_batches(workers=0)
     for either in (batches, expected):
@@ -232,6 +234,7 @@ def test_epoch_that_was_left_early_does_not_disturb_the_next(make_batches: MakeB
     assert same(epochs(batches, 1), epochs(expected, 1))
 
 
+@pytest.mark.slow
 def test_killed_worker_is_one_line_and_the_next_epoch_has_new_ones(
     make_batches: MakeBatches,
 ) -> None:
@@ -248,6 +251,7 @@ def test_killed_worker_is_one_line_and_the_next_epoch_has_new_ones(
     assert same(epochs(batches, 1), epochs(make_batches(batch_size=1), 1))
 
 
+@pytest.mark.slow
 def test_full_shared_memory_costs_speed_alone(make_batches: MakeBatches) -> None:
     batches = make_batches(workers=2)
     generator = torch.Generator().manual_seed(7)
@@ -276,6 +280,7 @@ def test_without_any_shared_memory_this_process_prepares_the_pictures(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_damaged_view_is_one_line_with_its_name(
     make_batches: MakeBatches, store: PictureStore, workers: int
 ) -> None:
@@ -289,6 +294,7 @@ def test_damaged_view_is_one_line_with_its_name(
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.slow
 def test_store_deleted_before_the_workers_come_is_one_line(
     make_batches: MakeBatches, store: PictureStore
 ) -> None:
@@ -302,6 +308,7 @@ def test_store_deleted_before_the_workers_come_is_one_line(
     assert "\n" not in str(failure.value)
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_training_and_know_nothing_of_its_script(
     store: PictureStore, tmp_path: Path
 ) -> None:
