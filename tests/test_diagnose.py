@@ -73,8 +73,8 @@ def test_writing_needs_a_run(search):
         diagnose(str(search[0]), write=True)
 
 
-def test_another_tools_runs(tmp_path, monkeypatch):
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+def test_another_tools_runs(tmp_path, monkeypatch, new_database):
+    uri = new_database(tmp_path / "mlflow.db")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = mlflow.MlflowClient(uri, uri)
@@ -115,9 +115,9 @@ def test_another_tools_runs(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("attempt", "found"), [("1", ["stalled"]), ("2", [])])
-def test_a_break_between_attempts_is_no_stall(tmp_path, monkeypatch, attempt, found):
+def test_a_break_between_attempts_is_no_stall(tmp_path, monkeypatch, new_database, attempt, found):
     """MLflow holds how many attempts a trial had, not when they were."""
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = new_database(tmp_path / "mlflow.db")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     client = mlflow.MlflowClient(uri, uri)
     home = client.create_experiment("own", artifact_location=(tmp_path / "a").as_uri())

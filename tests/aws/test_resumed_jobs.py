@@ -1,6 +1,7 @@
 """A job that goes on with another one's search: the same options, and never two at a time."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,12 @@ ROOT = "visiontuner/colours-1"
 
 
 @pytest.fixture
-def account(aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def account(
+    aws: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    new_database: Callable[[Path], str],
+) -> Any:
     """An account with two roles, of which a command has to name one, and a search's folder."""
     aws.put_role("jobs")
     aws.put_role("others")
@@ -39,7 +45,7 @@ def account(aws: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
     s3.put_object(Bucket="photos", Key="colours/train/red/1.png", Body=b"x" * 100)
     s3.put_object(Bucket="photos", Key=f"{ROOT}/experiment.yaml", Body=json.dumps(EXPERIMENT))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
     monkeypatch.chdir(tmp_path)
     return aws
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,13 @@ def with_answers(folder: Path, copy: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def traced(
-    tmp_path_factory: pytest.TempPathFactory, colour_classifier: Path, pictures: Path
+    tmp_path_factory: pytest.TempPathFactory,
+    colour_classifier: Path,
+    pictures: Path,
+    new_database: Callable[[Path], str],
 ) -> Traced:
     folder = tmp_path_factory.mktemp("lineage")
+    new_database(folder / "mlflow.db")
     return Traced(folder, with_answers(colour_classifier, folder / "classifier"), pictures)
 
 

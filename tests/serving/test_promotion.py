@@ -31,8 +31,8 @@ _numbers = itertools.count(1)
 
 
 @pytest.fixture(scope="module")
-def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return f"sqlite:///{tmp_path_factory.mktemp('promotion')}/mlflow.db"
+def uri(tmp_path_factory: pytest.TempPathFactory, new_database: Callable[[Path], str]) -> str:
+    return new_database(tmp_path_factory.mktemp("promotion") / "mlflow.db")
 
 
 @pytest.fixture(scope="module")

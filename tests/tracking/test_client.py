@@ -98,14 +98,13 @@ def test_what_is_no_database_uri_is_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["runs.db?timeout=20", "my%20runs.db"])
-def test_four_searches_at_once_make_one_database(name, tmp_path):
+def test_three_searches_at_once_make_one_database(tmp_path):
     """MLflow alone leaves a database that lacks tables when several processes make it at once."""
     folder = tmp_path / "100% mine?"
     folder.mkdir()
-    ask = f"""
+    ask = """
 from visiontuner.tracking.store import Store
-print([e.name for e in Store("sqlite:///{name}").call("search_experiments")])
+print([e.name for e in Store("sqlite:///my%20runs.db?timeout=20").call("search_experiments")])
 """
     searches = [
         subprocess.Popen(
@@ -115,8 +114,8 @@ print([e.name for e in Store("sqlite:///{name}").call("search_experiments")])
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(4)
+        for _ in range(3)
     ]
     told = [search.communicate(timeout=240) for search in searches]
-    assert [out for out, _ in told] == ["['Default']\n"] * 4, told
+    assert [out for out, _ in told] == ["['Default']\n"] * 3, told
     assert len(names(folder)) == 1
