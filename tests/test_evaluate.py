@@ -91,13 +91,25 @@ def evaluated(home: Path, search: Path, shared_cache: Path) -> EvaluationResult:
 
 
 @pytest.fixture
-def copied(evaluated: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copied(
+    evaluated: EvaluationResult,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    new_database: Callable[[Path], str],
+) -> Path:
     """The evaluated search, unknown to the MLflow of this test."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
     folder = tmp_path / "search"
     shutil.copytree(evaluated.folder, folder)
     (folder / "mlflow.json").unlink(missing_ok=True)
     return folder
+
+
+@pytest.fixture
+def untracked(copied: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The evaluated search, where no MLflow is written."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    return copied
 
 
 def client_of(folder: Path) -> MlflowClient:
@@ -182,19 +194,19 @@ def test_a_second_look_is_counted_and_changes_no_model(
 
 
 def test_a_look_counts_though_its_evaluation_fails(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
+    untracked: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from visiontuner.workflow import evaluate
 
     def fail(*_: Any, **__: Any) -> None:
         raise VisiontunerError("the disk is full")
 
-    before = json.loads((copied / "evaluation" / "report.json").read_text())["looks"]
+    before = json.loads((untracked / "evaluation" / "report.json").read_text())["looks"]
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "write_evaluation", fail)
         with pytest.raises(VisiontunerError, match="disk is full"):
-            evaluate_search(copied)
-    assert evaluate_search(copied).looks == before + 2
+            evaluate_search(untracked)
+    assert evaluate_search(untracked).looks == before + 2
 
 
 def test_another_search_on_the_same_images_is_another_look(
@@ -217,13 +229,13 @@ def test_another_search_on_the_same_images_is_another_look(
     assert again.looks == second.looks + 1
 
 
-def test_out_of_reach_of_the_wanted_precision_every_answer_abstains(copied: Path) -> None:
-    result = evaluate_search(copied, precision=0.99)
+def test_out_of_reach_of_the_wanted_precision_every_answer_abstains(untracked: Path) -> None:
+    result = evaluate_search(untracked, precision=0.99)
     assert result.report.threshold is not None
     assert result.report.threshold.coverage.value == 0
     assert any("every answer abstains" in note for note in result.report.notes)
     # So sure of everything that the probabilities are 1.0.
-    folder = copied / "classifier"
+    folder = untracked / "classifier"
     found = Classifier.load(folder)
     limits: dict[str, Any] = {"threshold": found.threshold, "abstains": found.abstains}
     recalibrate(folder, temperature=1e-4, **limits, metadata={})
@@ -272,12 +284,12 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_answers_are_gone(
     assert registered.run_id == run_of(client_of(copied), chosen).info.run_id
 
 
-def test_logits_that_are_not_those_that_were_scored_are_computed_again(copied: Path) -> None:
-    before = evaluate_search(copied)
-    logits = copied / "trials" / before.choice.chosen / "validation_logits.npy"
+def test_logits_that_are_not_those_that_were_scored_are_computed_again(untracked: Path) -> None:
+    before = evaluate_search(untracked)
+    logits = untracked / "trials" / before.choice.chosen / "validation_logits.npy"
     kept = np.load(logits)
     np.save(logits, np.concatenate([kept[: len(kept) // 2], 0 * kept[len(kept) // 2 :]]))
-    after = evaluate_search(copied)
+    after = evaluate_search(untracked)
     assert (after.report.temperature, after.report.metrics) == (
         before.report.temperature,
         before.report.metrics,
@@ -286,23 +298,30 @@ def test_logits_that_are_not_those_that_were_scored_are_computed_again(copied: P
 
 
 def test_an_evaluation_needs_neither_the_cache_nor_the_answers_of_every_trial(
-    copied: Path, evaluated: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    untracked: Path,
+    evaluated: EvaluationResult,
+    tmp_path: Path,
+    shared_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Features are computed again only where a head has to be trained again."""
     tied = evaluated.choice.tied
-    hopeless = set(SearchRecord.load(copied).trials) - set(tied)
-    shutil.rmtree(copied / "trials" / hopeless.pop())
-    _name_other_features(copied, tmp_path / "gone")
-    again = evaluate_search(copied)
-    assert again.report.to_dict() == evaluate_search(copied).report.to_dict()
+    hopeless = set(SearchRecord.load(untracked).trials) - set(tied)
+    shutil.rmtree(untracked / "trials" / hopeless.pop())
+    _name_other_features(untracked, tmp_path / "gone")
+    again = evaluate_search(untracked)
+    assert again.report.to_dict() == evaluate_search(untracked).report.to_dict()
     assert again.choice.tied == tied
     assert "answers are gone: t0001" in again.choice.reason
 
-    for head in copied.glob("trials/*/head.safetensors"):
+    for head in untracked.glob("trials/*/head.safetensors"):
         head.unlink()
-    shutil.rmtree(copied / "classifier")
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "new cache"))
-    assert evaluate_search(copied).report.num_pictures == COUNTS["test"] * len(SHADES)
+    shutil.rmtree(untracked / "classifier")
+    cache = tmp_path / "new cache"
+    cache.mkdir()
+    (cache / "exports").symlink_to(shared_cache / "exports")  # an export takes seconds
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(cache))
+    assert evaluate_search(untracked).report.num_pictures == COUNTS["test"] * len(SHADES)
 
 
 def _name_other_features(search: Path, folder: Path) -> None:
@@ -369,7 +388,7 @@ def test_mlflow_away_loses_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_unreadable_test_picture_is_left_out_and_named(
-    copied: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+    untracked: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It became unreadable after the data set was read: its digest is still the old one."""
     from visiontuner.workflow import inputs
@@ -385,7 +404,7 @@ def test_an_unreadable_test_picture_is_left_out_and_named(
 
     monkeypatch.setattr(inputs, "load_data", load_then_break)
     try:
-        result = evaluate_search(copied)
+        result = evaluate_search(untracked)
     finally:
         broken.write_bytes(content)
     assert list(result.unreadable) == ["test/sky/3.png"]

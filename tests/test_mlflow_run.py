@@ -46,14 +46,12 @@ def environment(
     }
 
 
-@pytest.mark.parametrize("chosen", [(), ("--experiment-name", "chosen by the caller")])
 def test_mlflow_run_searches_and_the_model_answers_with_a_name(
     repository: Path,
     tmp_path: Path,
     environment: dict[str, str],
     pictures: Path,
     small_search: dict[str, Any],
-    chosen: tuple[str, ...],
 ) -> None:
     experiment = {**small_search, "data": {"source": str(pictures)}}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
@@ -71,14 +69,13 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         "tune",
         "--env-manager",
         "local",
-        *chosen,
         *flags,
         cwd=repository,
         environment=environment,
     )
 
     client = MlflowClient(environment["MLFLOW_TRACKING_URI"])
-    found = client.get_experiment_by_name(chosen[1] if chosen else "Default")
+    found = client.get_experiment_by_name("Default")
     assert found is not None
     runs = client.search_runs([found.experiment_id])
     # The parent is the run that `mlflow run` opened; the trials hang below it.
@@ -93,8 +90,6 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         history = client.get_metric_history(run.info.run_id, "validation_accuracy")
         assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
 
-    if not chosen:  # once is enough for what follows
-        return
     picture = base64.b64encode((pictures / "valid/green/0.png").read_bytes()).decode()
     body = {"dataframe_split": {"columns": ["image"], "data": [[picture]]}}
     (tmp_path / "body.json").write_text(json.dumps(body))

@@ -180,8 +180,9 @@ def test_a_staged_search_killed_in_its_second_stage_goes_on_and_is_like_any_othe
 
 
 def test_a_search_over_the_network_alone_goes_on_after_ctrl_c_and_keeps_the_best_five(
-    tmp_path, staged
+    tmp_path, staged, monkeypatch
 ):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     del staged["search"]["stages"]
     staged["search"] |= {"trials": 7, "scheduler": "asha"}
     experiment, search = Experiment.parse(staged), tmp_path / "search"

@@ -204,8 +204,8 @@ def test_a_search_written_elsewhere_is_the_same(finished, store, tmp_path):
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_second_search_computes_no_features(experiment, store, tmp_path):
-    store(tmp_path / "mlflow.db")
+def test_a_second_search_computes_no_features(experiment, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     notes = Notes()
     result = run_search(experiment(search={"trials": 1}), output=tmp_path / "s", observer=notes)
     ready = [e for e in read_events(result.folder).events if e["event"] == "features_ready"]

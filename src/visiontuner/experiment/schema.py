@@ -120,9 +120,6 @@ def _read_exponents(value: object) -> object:
 class Columns(Section):
     """What a table's columns are called, where not `path`, `label`, `split` and `group`."""
 
-    `validation` says what trials are judged by: the validation images (`holdout`), or all images of
-    training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
-    folds where heads are trained on few images and no validation images are given.
     path: str | None = None
     label: str | None = None
     split: str | None = None
@@ -146,6 +143,9 @@ class Data(Section):
     those with the same word in a table's group column, are in one split.
     `split` is how images are split that no folder sorts: `stratified` meets the shares in each
     class; `hashed`, the rule of version 0.1, meets them on average, and adding an image moves none.
+    `validation` says what trials are judged by: the validation images (`holdout`), or all images of
+    training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
+    folds where heads are trained on few images and no validation images are given.
     """
 
     source: Annotated[str, Field(min_length=1)] = "digits"
