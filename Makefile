@@ -47,13 +47,11 @@ test-container: $(STAMP)  ## test the model in SageMaker's container
 	@VISIONTUNER_CONTAINER_TESTS=1 $(BIN)/python tests/container/engine.py $(ENGINE) \
 	  $(BIN)/python -m pytest tests/container $(ARGS)
 
-# Attestations would make the image of an OCI type, which SageMaker refuses.
 serving-image: $(STAMP)  ## the image that serves a model: make serving-image MODEL=models:/dogs@champion
 	@docker info >/dev/null 2>&1 || { echo "No Docker engine runs here (\`docker info\` fails):" \
 	  "start Docker, or build where one runs." >&2; exit 1; }
 	@test -n "$(MODEL)" || { echo "Name the model: make serving-image MODEL=models:/NAME@champion" >&2; exit 1; }
-	@BUILDX_NO_DEFAULT_ATTESTATIONS=1 $(BIN)/mlflow models build-docker -m "$(MODEL)" -n "$(IMAGE)" \
-	  --env-manager local
+	@$(BIN)/python scripts/serving_image.py "$(MODEL)" "$(IMAGE)"
 
 aws-smoke: $(STAMP)  ## deploy, ask and undeploy on your AWS account; costs some cents
 	@$(BIN)/python scripts/aws_smoke.py $(ARGS)

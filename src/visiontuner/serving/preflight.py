@@ -23,11 +23,13 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import mlflow.version
 import numpy as np
 import pandas as pd
 import requests
 
 from visiontuner.errors import ServingError, UserMistake
+from visiontuner.io.files import temporary_folder
 from visiontuner.serving.answers import MAX_PIXELS, Options
 from visiontuner.serving.client import REQUEST_BYTES, TOLERANCE, Reference, encode_request
 from visiontuner.serving.server import QUIET, Served, wait_until_ready, wanted_by
@@ -462,6 +464,13 @@ _CONTAINER_LOOK_SECONDS = 1.0
 _SAID_BY_ALL = 2 * (os.cpu_count() or 1)  # MLflow starts a worker a core, and all of them again
 _CALL_SECONDS = 120.0
 _BUILD_SECONDS = 3600.0
+# MLflow starts nginx and then puts these links in the place of its log files. A log file that is
+# opened is copied up from the image's layer, which fails where the link was made meanwhile: nginx
+# ends with "open() failed (17: File exists)", in 31 of 1,200 tries. A link is not copied.
+_LOG_LINKS = (
+    "RUN ln -sf /dev/stdout /var/log/nginx/access.log && "
+    "ln -sf /dev/stderr /var/log/nginx/error.log"
+)
 _OF_NGINX = re.compile(r"GET /ping|\[(notice|error)\] \d+#")
 _TELLING = re.compile(r"[\w.]+(Error|Exception): ")
 _MEMORY = re.compile(r"([\d.]+)\s*([KMG]?)i?B")
@@ -492,12 +501,15 @@ def require_engine() -> None:
     )
 
 
-def build_image(model: Path, *, note: Callable[[str], None] = lambda _: None) -> str:
-    """The serving image for a model's requirements, built by MLflow unless it is there.
+def build_image(
+    model: Path, image: str | None = None, *, note: Callable[[str], None] = lambda _: None
+) -> str:
+    """Build the image that serves a model, its requirements baked in, of a type SageMaker takes.
 
     Args:
-        model: an MLflow model folder. Models with the same requirements share an image: SageMaker
-            puts its own model over the one that was built in.
+        model: an MLflow model folder. One image serves all models with the same requirements:
+            SageMaker puts its own model over the one that was built in.
+        image: its name; None: one made of the requirements, and built only where it is missing.
 
     Returns:
         The image's name.
@@ -506,21 +518,37 @@ def build_image(model: Path, *, note: Callable[[str], None] = lambda _: None) ->
         ClassifierError: the model does not say what it needs.
         ServingError: it cannot be built.
     """
-    import mlflow.version
+    name = image or _image_name(model)
+    if image or not docker("images", "--quiet", name):
+        note(f"Building the image {name}; it takes some minutes, once.")
+        with temporary_folder() as folder:
+            _step([sys.executable, "-m", "mlflow", "models", "generate-dockerfile", "-m",
+                   str(model.absolute()), "-d", str(folder), "--env-manager", "local"],
+                  name)  # fmt: skip
+            with (folder / "Dockerfile").open("a", encoding="utf-8") as file:
+                file.write(f"\n{_LOG_LINKS}\n")
+            _step([*_builder(), "--platform", "linux/amd64", "--tag", name, str(folder)], name)
+    return name
 
+
+def _image_name(model: Path) -> str:
     requirements, python = wanted_by(model)
-    wanted = "\n".join([mlflow.version.VERSION, python, *sorted(requirements.split("\n"))])
-    image = f"{REPOSITORY}:{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
-    if not docker("images", "--quiet", image):
-        note(f"Building the image {image}; it takes some minutes, once.")
-        _build(model, image)
-    return image
+    listed = sorted(requirements.split("\n"))
+    wanted = "\n".join([mlflow.version.VERSION, python, *listed, _LOG_LINKS])
+    return f"{REPOSITORY}:{hashlib.sha256(wanted.encode()).hexdigest()[:12]}"
 
 
-def _build(model: Path, image: str) -> None:
-    command = [sys.executable, "-m", "mlflow", "models", "build-docker", "-m", str(model),
-               "-n", image, "--env-manager", "local"]  # fmt: skip
-    # Attestations make the image of an OCI type, which SageMaker refuses.
+def _builder() -> list[str]:
+    """The command that builds; SageMaker refuses OCI manifests, which BuildKit makes by default."""
+    has_buildx = subprocess.run(["docker", "buildx", "version"], capture_output=True, check=False)
+    if has_buildx.returncode != 0:
+        return ["docker", "build"]
+    return ["docker", "buildx", "build", "--provenance=false", "--sbom=false",
+            "--output", "type=docker,oci-mediatypes=false"]  # fmt: skip
+
+
+def _step(command: list[str], image: str) -> None:
+    # Where `docker build` is an alias of buildx: attestations need an OCI manifest.
     environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
     try:
         done = subprocess.run(

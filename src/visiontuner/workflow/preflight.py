@@ -38,7 +38,7 @@ def preflight(
         env_manager: a clean environment from the model's pinned requirements, kept for the next
             time, or this process's own.
         container: in SageMaker's container instead, on this machine's Docker engine.
-        image: of the container; None: the one that MLflow builds for the model's requirements,
+        image: of the container; None: the one that is built for the model's requirements,
             kept for the next time.
         ready_seconds: how long the server may take to start.
         note: told what happens, a line at a time.
@@ -68,6 +68,28 @@ def preflight(
                 return run_preflight(folder, server, name=name, note=note)
         server = _process(folder, env_manager, ready_seconds, note)
         return run_preflight(folder, server, name=name, note=note)
+
+
+def build_serving_image(
+    model: str, image: str | None = None, *, note: Callable[[str], None] = lambda _: None
+) -> str:
+    """The image that `preflight` checks with `container`, under a name of its own.
+
+    Args:
+        model: as `preflight` takes it.
+        image: its name; None: one made of the model's requirements.
+
+    Returns:
+        The image's name.
+
+    Raises:
+        UserMistake: there is no such model, or no Docker engine.
+        ServingError: it cannot be built.
+        TrackingError: MLflow is away or refuses.
+    """
+    require_engine()
+    with model_folder(model) as found, temporary_folder() as temporary:
+        return build_image(_as_mlflow_model(found, temporary / "model"), image, note=note)
 
 
 def _container(
