@@ -1,8 +1,12 @@
 """One CreateTrainingJob request, really run: what SageMaker does around the containers.
 
 S3 channels and checkpoints down, one host in a network namespace for each instance with the
-request's own entry point as process 1, checkpoints up to S3 while it runs, the model and the last
-checkpoints at the end.
+request's own entry point as process 1, checkpoints up to S3 while it runs, the model at the end.
+
+With checkpoints it is as unkind as SageMaker: every host gets all of them; each host's go to the
+one place in S3, and what a host deletes is deleted there; marker files appear beside each
+(FILE.sagemaker-uploading, then FILE.sagemaker-uploaded, whose file may have gone); and once a
+container has ended nothing of it is uploaded any more.
 
     python job_runner.py FOLDER     FOLDER/request.json in; FOLDER/outcome.json out
 
@@ -39,7 +43,8 @@ from typing import Any
 import boto3
 from namespaces import Hosts, first_process
 
-TREE = ("input/config", "input/data", "model", "output/data", "checkpoints", "tmp")
+TREE = ("input/config", "input/data", "model", "output/data", "checkpoints", "tmp", "scratch")
+MARKERS = (".sagemaker-uploading", ".sagemaker-uploaded")
 SYNC_SECONDS = 1.0
 TRANSFERS = 8  # side by side
 REASON_LENGTH = 1024
@@ -86,7 +91,6 @@ class Job:
             finally:
                 for host in self.hosts:
                     _kill(host)
-            self._upload_checkpoints(last=True)
             status = self._status()
             if status["status"] != "Failed":
                 self._upload_archive("model", "model.tar.gz")
@@ -215,27 +219,41 @@ class Job:
                 work.append(partial(self.s3.download_file, bucket, entry["Key"], str(path)))
         _side_by_side(work)
 
-    def _upload_checkpoints(self, *, last: bool = False) -> None:
-        """What has changed on any host goes to the one place in S3; nothing is deleted there."""
+    def _upload_checkpoints(self) -> None:
+        """What has changed on a host that runs goes to the one place in S3, deletions as well."""
         if "CheckpointConfig" not in self.request:
             return
         for host in self.hosts:
-            if last and host.process and host.process.returncode == -signal.SIGKILL:
-                continue  # a machine that is gone uploads nothing
-            _side_by_side(
-                [
-                    partial(self._upload_checkpoint, host, name, path, stamp)
-                    for name, path, stamp in _files(host.ml / "checkpoints")
-                    if host.uploaded.get(name) != stamp
-                ]
-            )
+            if host.process is None or host.process.poll() is not None:
+                continue
+            found = {
+                name: (path, stamp)
+                for name, path, stamp in _files(host.ml / "checkpoints")
+                if not name.endswith(MARKERS)
+            }
+            work = [
+                partial(self._upload_checkpoint, host, name, path, stamp)
+                for name, (path, stamp) in found.items()
+                if host.uploaded.get(name) != stamp
+            ]
+            gone = host.uploaded.keys() - found.keys()
+            _side_by_side(work + [partial(self._delete_checkpoint, host, name) for name in gone])
 
     def _upload_checkpoint(self, host: Host, name: str, path: Path, stamp: tuple[int, int]) -> None:
-        bucket, prefix = _split(self.request["CheckpointConfig"]["S3Uri"])
-        with suppress(OSError):  # it has gone meanwhile
-            body = path.read_bytes()
-            self.s3.put_object(Bucket=bucket, Key=f"{prefix.rstrip('/')}/{name}", Body=body)
+        uploading, uploaded = (path.with_name(path.name + marker) for marker in MARKERS)
+        with suppress(OSError):  # it has gone meanwhile, or there is no room for a marker
+            uploading.touch()
+            self.s3.put_object(**self._checkpoint(name), Body=path.read_bytes())
             host.uploaded[name] = stamp
+            uploading.replace(uploaded)
+
+    def _delete_checkpoint(self, host: Host, name: str) -> None:
+        self.s3.delete_object(**self._checkpoint(name))
+        del host.uploaded[name]
+
+    def _checkpoint(self, name: str) -> dict[str, str]:
+        bucket, prefix = _split(self.request["CheckpointConfig"]["S3Uri"])
+        return {"Bucket": bucket, "Key": f"{prefix.rstrip('/')}/{name}"}
 
     def _upload_archive(self, part: str, name: str) -> None:
         """One archive of what all hosts left there."""

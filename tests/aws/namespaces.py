@@ -1,7 +1,8 @@
 """Several hosts on one machine: network namespaces on a bridge.
 
-Each host has its own network, processes, host name, /opt/ml, /dev/shm and Ray folder; files are
-otherwise those of the machine. Needs root and `ip`, `unshare` and `mount`: Linux only.
+Each host has its own network, processes, host name, /opt/ml, /dev/shm, Ray folder and
+/tmp/visiontuner-job (scratch in its /opt/ml); files are otherwise those of the machine. Needs root
+and `ip`, `unshare` and `mount`: Linux only.
 
     with Hosts(2) as hosts:
         process = hosts.start("algo-1", ["python", "-m", ...], ml=folder, environment={...})
@@ -27,7 +28,8 @@ _LOCKS = Path("/tmp")  # the same for every process, whatever its TMPDIR
 # In the host's own mount namespace; Ray's sockets need a short path, so its folder stays in /tmp.
 _ENTER = """set -e
 hostname "$HOST_NAME"
-mkdir -p /tmp/ray
+mkdir -p /tmp/ray /tmp/visiontuner-job "$HOST_ML/scratch"
+mount --bind "$HOST_ML/scratch" /tmp/visiontuner-job
 mount --bind "$HOST_ML" /opt/ml
 mount -t tmpfs -o size=256m tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp/ray
@@ -194,7 +196,7 @@ def first_process(outer: subprocess.Popen[bytes]) -> int | None:
 
 def _remove_mount_points() -> None:
     """Folders that only hosts needed. To remove one that is in use would unmount it there."""
-    for folder in (_NETNS, BASE):
+    for folder in (_NETNS, BASE, Path("/tmp/visiontuner-job")):
         with suppress(OSError):  # not empty: it is somebody else's
             folder.rmdir()
 

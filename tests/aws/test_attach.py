@@ -1,10 +1,12 @@
 """Coming home: jobs that a test directs, searches whose journals are written by hand."""
 
+import io
 import itertools
 import json
 import math
 import re
 import shutil
+import tarfile
 import threading
 import time
 from collections.abc import Callable
@@ -128,6 +130,40 @@ def test_a_line_that_was_torn_on_its_way_home_does_not_keep_the_rest_out(
     search.finish()
     jobs.keep_checkpoints(search.folder)
     assert run("attach", job).exit_code == 0
+    assert journal("searches/colours-1") == journal(search.folder)
+
+
+def keep_archive(jobs: Any, job: str, search: Path) -> None:
+    """The model.tar.gz of a search as it is now."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        tar.add(search, "search")
+    place = jobs.describe(job)["ModelArtifacts"]["S3ModelArtifacts"].removeprefix("s3://")
+    bucket, _, key = place.partition("/")
+    jobs.aws.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
+
+
+@pytest.mark.parametrize("newer", ["archive", "checkpoints"])
+def test_a_stopped_search_comes_home_from_its_archive_unless_its_checkpoints_went_on(
+    jobs: Any, new_search: Callable[..., Any], newer: str
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    job = jobs.place()
+    if newer == "archive":
+        jobs.keep_checkpoints(search.folder)
+    else:
+        keep_archive(jobs, job, search.folder)
+    search.trial(2)
+    if newer == "archive":  # SageMaker uploaded no checkpoints after SIGTERM
+        keep_archive(jobs, job, search.folder)
+    else:  # the next job went on
+        jobs.keep_checkpoints(search.folder)
+    jobs.direct(job, status="Stopped", seconds=60)
+    came = run("attach", job)
+    assert came.exit_code == 130, came.output
+    assert "2 trials are in searches/colours-1" in came.stdout
     assert journal("searches/colours-1") == journal(search.folder)
 
 

@@ -207,7 +207,7 @@ def test_the_source_runs_without_the_images_own_packages_being_touched(account: 
     assert not {"torch", "torchvision", "triton", "sagemaker"} & set(pinned)
     assert not [name for name in pinned if name.startswith(("nvidia-", "cuda-"))]
     job = json.loads(texts["job.json"])
-    assert job["search"] == {"output": "/opt/ml/checkpoints/search"}
+    assert job["checkpoints"] == "/opt/ml/checkpoints"
     assert job["tracking_uri"] is None
     assert len(job["token"]) == 64
     assert "source: s3://photos/colours/" in texts["experiment.yaml"]

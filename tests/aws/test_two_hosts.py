@@ -168,7 +168,7 @@ class Job:
         package = Path(visiontuner.__file__).parent
         shutil.copytree(package, code / "visiontuner", ignore=ignored)
         orders = {
-            "search": {"output": "/opt/ml/checkpoints/search"},
+            "checkpoints": "/opt/ml/checkpoints",
             "token": secrets.token_hex(32),
             "tracking_uri": None,
             "data_channel": "pictures",
@@ -199,7 +199,6 @@ class Job:
             CheckpointConfig={"S3Uri": f"s3://{BUCKET}/checkpoints"},
             OutputDataConfig={"S3OutputPath": f"s3://{BUCKET}/output"},
             StoppingCondition={"MaxRuntimeInSeconds": 300},
-            Environment={"VISIONTUNER_CACHE": "/opt/ml/checkpoints/cache"},
         )
         self.names.append(name)
         return Path(self.account.jobs) / name

@@ -38,7 +38,7 @@ if [ "$2" = ray.scripts.scripts ]; then
     exec sleep 60
 fi
 echo "$@" >> {folder}/searches
-mkdir -p {folder}/search && echo whole > {folder}/search/journal.jsonl
+mkdir -p {folder}/work/search && echo whole > {folder}/work/search/journal.jsonl
 {search}
 """
 
@@ -57,7 +57,8 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
             "hosts": (HEAD, WORKER),
             "name": "job",
             "token": "secret",
-            "search": tmp_path / "search",
+            "checkpoints": tmp_path / host / "checkpoints",
+            "work": tmp_path / "work",
             "tracking_uri": None,
             "data": None,
             "base": tmp_path / host,
@@ -76,6 +77,7 @@ def run(
     """Both hosts of a job whose search is a line of shell; their outcomes, or why they gave up."""
     monkeypatch.setattr(cluster, "MEETING_PORT", free_port())
     monkeypatch.setattr(cluster, "JOIN_SECONDS", 20.0)
+    monkeypatch.setattr(cluster, "UPLOAD_SECONDS", 0.0)
 
     def run(search: str, *, stop: bool = False) -> list[Outcome | str]:
         python = tmp_path / "python"
@@ -116,7 +118,7 @@ def container(tmp_path: Path) -> Path:
     resources = {"current_host": "algo-2", "hosts": hosts}
     (configuration / "resourceconfig.json").write_text(json.dumps(resources))
     orders = {
-        "search": {"output": "/opt/ml/checkpoints/search"},
+        "checkpoints": "/opt/ml/checkpoints",
         "token": "secret",
         "tracking_uri": None,
         "data_channel": "pictures",
@@ -133,7 +135,7 @@ def test_a_job_is_read_from_the_files_of_its_container(container: Path) -> None:
 
 
 def test_what_job_json_lacks_is_named(container: Path) -> None:
-    (container / "job.json").write_text('{"search": {"output": "/x"}}')
+    (container / "job.json").write_text('{"checkpoints": "/x"}')
     with pytest.raises(MeetingError, match=r"lacks '(token|data_channel)'"):
         Job.read(container, container, {})
     (container / "job.json").write_text("{")
@@ -149,10 +151,47 @@ def test_hosts_of_one_job_share_secrets_and_others_do_not(make_job: Callable[...
     assert all(len(secret) == 64 for secret in secrets)
 
 
-def test_only_the_head_writes_among_the_checkpoints(make_job: Callable[..., Job]) -> None:
-    given = {"VISIONTUNER_CACHE": "/opt/ml/checkpoints/cache"}
-    assert environment_of(make_job(HEAD), given)["VISIONTUNER_CACHE"] == given["VISIONTUNER_CACHE"]
-    assert "checkpoints" not in environment_of(make_job(WORKER), given)["VISIONTUNER_CACHE"]
+def test_no_host_works_among_the_checkpoints(make_job: Callable[..., Job]) -> None:
+    for host in (HEAD, WORKER):
+        job = make_job(host)
+        cache = Path(environment_of(job, {})["VISIONTUNER_CACHE"])
+        assert not cache.is_relative_to(job.checkpoints)
+        assert not job.search.is_relative_to(job.checkpoints)
+
+
+def test_markers_and_half_files_are_no_part_of_a_search(make_job: Callable[..., Job]) -> None:
+    job = make_job()
+    kept, shards = job.checkpoints / "search", job.checkpoints / "cache/features/1/shards"
+    for folder in (kept / "trials", shards):
+        folder.mkdir(parents=True)
+        for name in ("a", "a.sagemaker-uploading", "b.sagemaker-uploaded", ".c.tmp", "d.part"):
+            (folder / name).write_text(name)
+    checkpoints = cluster.Checkpoints(job)
+    checkpoints.restore()
+    here = {p.relative_to(job.work).as_posix() for p in job.work.rglob("*") if p.is_file()}
+    assert here == {"search/trials/a", "cache/features/1/shards/a"}
+
+    (job.search / "trials/a").unlink()
+    (job.search / "journal.jsonl").write_text("one\n")
+    (job.search / "x.part").write_text("half")
+    checkpoints.update()
+    names = {path.name for path in kept.rglob("*") if path.is_file()}
+    assert "journal.jsonl" in names
+    assert not names & {"a", "x.part"}  # what has gone here has gone there
+    with (job.search / "journal.jsonl").open("a") as journal:
+        journal.write("two\n")
+    checkpoints.update()
+    assert (kept / "journal.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_a_host_that_copies_nothing_deletes_nothing_of_the_others(
+    make_job: Callable[..., Job],
+) -> None:
+    job = make_job()
+    (job.checkpoints / "search").mkdir(parents=True)
+    (job.checkpoints / "search/journal.jsonl").write_text("one\n")
+    cluster.Checkpoints(job).update()
+    assert (job.checkpoints / "search/journal.jsonl").exists()
 
 
 def test_a_search_among_the_checkpoints_goes_on(make_job: Callable[..., Job]) -> None:
@@ -160,13 +199,13 @@ def test_a_search_among_the_checkpoints_goes_on(make_job: Callable[..., Job]) ->
     new = " ".join(tune_arguments(job))
     assert "--experiment" in new
     assert "--data /opt/ml/input/data/pictures" in new
-    job.search.mkdir()
+    job.search.mkdir(parents=True)
     (job.search / "experiment.yaml").touch()
     assert tune_arguments(job) == ["tune", "--on", "auto", "--resume", str(job.search)]
 
 
 def test_all_hosts_end_well_and_the_head_keeps_the_search(run: Any, tmp_path: Path) -> None:
-    assert run(f"touch {tmp_path}/search/half.part") == [Outcome(0), Outcome(0)]
+    assert run(f"touch {tmp_path}/work/search/half.part") == [Outcome(0), Outcome(0)]
     kept = tmp_path / HEAD / "model/search"
     assert [path.name for path in kept.iterdir()] == ["journal.jsonl"]
     assert not (tmp_path / WORKER / "model/search").exists()
@@ -189,6 +228,8 @@ def test_sigterm_ends_the_search_in_order_on_all_hosts(run: Any, tmp_path: Path)
     search = f"trap 'kill $!; exit 130' TERM; sleep 60 & touch {tmp_path}/ready; wait"
     head, worker = run(search, stop=True)
     assert (head.code, worker.code) == (130, 130)
+    for place in ("model", "checkpoints"):  # SageMaker promises to upload the first
+        assert (tmp_path / HEAD / place / "search/journal.jsonl").read_text() == "whole\n"
 
 
 def test_a_worker_whose_ray_does_not_start_is_named_by_all(run: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ checkpoints goes on with it.
 
 Beside it, in the folder where it is started, lie `experiment.yaml` and `job.json`:
 
-    search        {"output": FOLDER}, below /opt/ml/checkpoints
+    checkpoints   /opt/ml/checkpoints: what SageMaker keeps on S3, for the next job on this search
     token         a random value, the same on every host and made for this job alone
     tracking_uri  where MLflow is, or null: the journal travels instead
     data_channel  the channel that holds the pictures, or null: the experiment's own source
@@ -121,6 +121,14 @@ MEETING_PORT = 6380
 JOIN_SECONDS = 900.0
 """Hosts install their requirements at their own pace; then one that is missing stays away."""
 INTERRUPTED = 130
+WORK = "visiontuner-job"
+"""Below /tmp, which AWS documents as scratch space on the job's disk."""
+KEPT = ("search", "cache/features")
+"""Below the folder of work: what the next job goes on with. Decoded images are made again."""
+UPLOAD_SECONDS = 10.0
+"""SageMaker uploads checkpoints while the container runs, and does not promise it afterwards."""
+_MARKERS = ("*.sagemaker-uploading", "*.sagemaker-uploaded")
+_UNFINISHED = ("*.part", ".*.tmp")
 # SageMaker shows so much of the failure file as the job's FailureReason.
 _REASON_LENGTH = 1024
 _RAY_IS_UP = "Ray runtime started"
@@ -134,6 +142,8 @@ class Job:
     Args:
         host: this one's name; `hosts` are all of them, the head first.
         token: what every host of this job knows and nobody else.
+        checkpoints: what SageMaker keeps on S3; see `Checkpoints`.
+        work: this host's own folder: the head's search, and the cache.
         base: /opt/ml.
         code: the folder with `experiment.yaml`, `job.json` and the package.
     """
@@ -142,7 +152,8 @@ class Job:
     hosts: tuple[str, ...]
     name: str
     token: str
-    search: Path
+    checkpoints: Path
+    work: Path
     tracking_uri: str | None
     data: Path | None
     base: Path
@@ -151,6 +162,10 @@ class Job:
     @property
     def head(self) -> str:
         return self.hosts[0]
+
+    @property
+    def search(self) -> Path:
+        return self.work / "search"
 
     @classmethod
     def read(cls, base: Path, code: Path, environment: Mapping[str, str]) -> Job:
@@ -168,7 +183,8 @@ class Job:
                 hosts=tuple(sorted(resources["hosts"], key=by_number)),
                 name=environment.get("TRAINING_JOB_NAME", ""),
                 token=job["token"],
-                search=Path(job["search"]["output"]),
+                checkpoints=Path(job["checkpoints"]),
+                work=Path(environment.get("TMPDIR") or "/tmp") / WORK,
                 tracking_uri=job["tracking_uri"],
                 data=base / "input/data" / channel if channel else None,
                 base=base,
@@ -196,6 +212,7 @@ def main() -> int:
     base = Path(os.environ.get("SAGEMAKER_BASE_DIR", "/opt/ml"))
     try:
         job = Job.read(base, Path.cwd(), os.environ)
+        shutil.rmtree(job.work, ignore_errors=True)
         with _terminations() as terminated:
             outcome = (lead if job.host == job.head else follow)(job, terminated)
     except MeetingError as error:
@@ -264,6 +281,7 @@ def environment_of(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
     own = {
         "PYTHONPATH": path,
         "PYTHONUNBUFFERED": "1",
+        "VISIONTUNER_CACHE": str(job.work / "cache"),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": job.key("ray"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -273,14 +291,13 @@ def environment_of(job: Job, environment: Mapping[str, str]) -> dict[str, str]:
         "RAY_health_check_timeout_ms": "5000",
         "RAY_health_check_failure_threshold": "4",
     }
-    if job.host != job.head:
-        # All hosts' checkpoints go to the same place in S3; only the head's are the search's.
-        own["VISIONTUNER_CACHE"] = str(job.base / "tmp" / "visiontuner-cache")
     return {**environment, **own}
 
 
 def _search(job: Job, ray_address: str, terminated: threading.Event) -> Outcome:
     """Run the search and keep what it made."""
+    checkpoints = Checkpoints(job)
+    checkpoints.restore()
     environment = {
         **environment_of(job, os.environ),
         "RAY_ADDRESS": ray_address,
@@ -289,22 +306,97 @@ def _search(job: Job, ray_address: str, terminated: threading.Event) -> Outcome:
     command = [sys.executable, "-m", "visiontuner", *tune_arguments(job)]
     with Child(command, environment, echo=True) as search:
         while not (search.ended or terminated.wait(_POLL_SECONDS)):
-            pass
+            checkpoints.update()
         if not search.ended:
             _say("SIGTERM: the search ends in order.")
             search.terminate()
         while not search.ended:
+            checkpoints.update()
             time.sleep(_POLL_SECONDS)
-    if search.code == 0:
+    if search.code == 0 or terminated.is_set():
         _keep(job)
+    checkpoints.update()
+    time.sleep(UPLOAD_SECONDS)
     return Outcome(search.code, last_line(search.tail) if search.code else "")
 
 
 def _keep(job: Job) -> None:
-    """The finished search becomes the job's model; files that were being written are none of it."""
+    """The search becomes the job's model, which SageMaker uploads of a stopped job too."""
     target = job.base / "model" / "search"
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(job.search, target, ignore=shutil.ignore_patterns("*.part", ".*.tmp"))
+    if job.search.is_dir():
+        shutil.copytree(job.search, target, ignore=shutil.ignore_patterns(*_UNFINISHED))
+
+
+class Checkpoints:
+    """The search and its features among the checkpoints, for the next job on the same search.
+
+    SageMaker puts marker files beside every checkpoint, gives every host all checkpoints of the
+    last job, and deletes on S3 what any host deletes among them. The search therefore works
+    elsewhere, and the head alone writes here.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._work = job.work
+        self._kept = job.checkpoints
+        self._stamps: dict[str, tuple[int, int]] = {}
+        self._failed = False
+
+    def restore(self) -> None:
+        """Take over what an earlier job left.
+
+        Raises:
+            MeetingError: it cannot be copied: the disk is full, say.
+        """
+        ignored = shutil.ignore_patterns(*_UNFINISHED, *_MARKERS)
+        try:
+            for part in KEPT:
+                if (self._kept / part).is_dir():
+                    shutil.copytree(self._kept / part, self._work / part, ignore=ignored)
+        except shutil.Error as error:  # of several files
+            raise MeetingError(f"The checkpoints cannot be copied: {error.args[0][0][2]}") from None
+        except OSError as error:
+            raise MeetingError(f"The checkpoints cannot be copied: {error}") from None
+        self._stamps = self._find()
+
+    def update(self) -> None:
+        """Copy what has changed since the last call, and delete what has gone."""
+        found = self._find()
+        try:
+            for name, stamp in found.items():
+                if self._stamps.get(name) != stamp:
+                    self._copy(name)
+                    self._stamps[name] = stamp
+            for name in self._stamps.keys() - found.keys():
+                (self._kept / name).unlink(missing_ok=True)
+                del self._stamps[name]
+        except OSError as error:
+            if not self._failed:
+                _say(f"The checkpoints cannot be brought up to date: {error}")
+            self._failed = True
+
+    def _find(self) -> dict[str, tuple[int, int]]:
+        """Time and size of each finished file by its path below the folder of work."""
+        found = {}
+        ignored = shutil.ignore_patterns(*_UNFINISHED)
+        for part in KEPT:
+            for folder, _, names in os.walk(self._work / part):
+                for name in {*names} - ignored(folder, names):
+                    path = Path(folder, name)
+                    with suppress(FileNotFoundError):  # it has gone meanwhile
+                        status = path.stat()
+                        key = path.relative_to(self._work).as_posix()
+                        found[key] = (status.st_mtime_ns, status.st_size)
+        return found
+
+    def _copy(self, name: str) -> None:
+        """A whole file: SageMaker may take it at any time."""
+        target = self._kept / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        half = target.with_name(f".{target.name}.tmp")
+        with suppress(FileNotFoundError):  # it has gone meanwhile
+            shutil.copyfile(self._work / name, half)
+            half.replace(target)
 
 
 @contextmanager

@@ -168,7 +168,8 @@ class Job:
         max_run_seconds: when SageMaker ends it; `max_wait_seconds` the same of a spot job with all
             its waiting for machines.
         checkpoints: the S3 folder that later jobs of this search go on with.
-        archive: its model.tar.gz, once it is completed.
+        archive: where its model.tar.gz is, if SageMaker uploaded one: of a job that was stopped
+            as of a completed one.
     """
 
     name: str
@@ -726,8 +727,9 @@ def bring_home(
 ) -> Home:
     """Copy the search folder of an ended job.
 
-    A completed job's comes from its model.tar.gz, any other's from its checkpoints. What lies in
-    the folder of the same search is brought up to date, unless it went on here.
+    It comes from the job's model.tar.gz, or from its checkpoints where there is none or where the
+    search has gone on. What lies in the folder of the same search is brought up to date, unless it
+    went on here.
 
     Raises:
         JobFailed: the job ended before a search began.
@@ -748,14 +750,24 @@ def bring_home(
 
 
 def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None, note: Note | None) -> None:
-    if job.status == "Completed" and job.archive:
-        archive = fetch(aws, job.archive, coming, progress=progress, note=note)
-        if archive is not None:
-            unpack_search(archive, coming)
-            archive.unlink()
-    if not (coming / JOURNAL_FILE).exists() and job.search_folder:
+    archive = fetch(aws, job.archive, coming, progress=progress, note=note) if job.archive else None
+    if archive is not None:
+        unpack_search(archive, coming)
+        archive.unlink()
+    if job.search_folder and not _holds_all(aws, job.search_folder, coming / JOURNAL_FILE):
         client = connect(aws.session, aws.region)
         download_folder(job.search_folder, coming, client=client, progress=progress, note=note)
+
+
+def _holds_all(aws: Aws, search_folder: str, journal: Path) -> bool:
+    """Whether what came is no older than the checkpoints, which a later job may have gone on with.
+
+    SageMaker uploads checkpoints now and then, and promises no upload when a job is stopped.
+    """
+    if not journal.exists():
+        return False
+    there = get(aws, f"{search_folder}/{JOURNAL_FILE}") or b""
+    return not (len(there) > journal.stat().st_size and there.startswith(journal.read_bytes()))
 
 
 def _keep_secrets(coming: Path) -> None:

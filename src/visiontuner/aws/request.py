@@ -163,14 +163,14 @@ class JobFile:
     """`job.json`.
 
     Attributes:
-        search: `output`, the search folder in the job.
+        checkpoints: the folder that SageMaker keeps on S3.
         tracking_uri: an MLflow that the job can reach; None: the journal travels instead.
         data_channel: a channel to read the pictures from instead of the experiment's source; None:
             the source is as it says, or `VISIONTUNER_CHANNEL` says where it lies.
         token: random, the same on every host and made for this job alone.
     """
 
-    search: dict[str, str] = field(default_factory=lambda: {"output": f"{CHECKPOINTS}/search"})
+    checkpoints: str = CHECKPOINTS
     tracking_uri: str | None = None
     data_channel: str | None = None
     token: str
@@ -476,7 +476,6 @@ class JobPlan:
         """Variables of the container."""
         variables = {
             **NO_TELEMETRY,
-            "VISIONTUNER_CACHE": f"{CHECKPOINTS}/cache",
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             # The list is complete: what a package wants of the image's torch changes nothing.
             "PIP_NO_DEPS": "1",
