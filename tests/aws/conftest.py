@@ -73,6 +73,15 @@ class Aws:
 
         requests.post(f"{self.url}/moto-api/reset", timeout=10).raise_for_status()
 
+    def take_bucket(self, name: str) -> None:
+        """Another account makes a bucket and lets everybody write to it."""
+        s3 = self.client("s3")
+        s3.meta.events.register(
+            "before-sign.s3",
+            lambda request, **_: request.headers.add_header("x-moto-account-id", "210987654321"),
+        )
+        s3.create_bucket(Bucket=name, CreateBucketConfiguration={"LocationConstraint": REGION})
+
     def put_image(
         self,
         *,

@@ -313,9 +313,29 @@ def refusing_expired(application: Any) -> Any:
     return answer
 
 
+def guarding_buckets(application: Any) -> Any:
+    """S3 refuses a bucket whose owner is not the expected one; without the header it only serves.
+
+    The caller may make buckets, and not give them an ACL.
+    """
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        bucket, _, key = environ["PATH_INFO"].lstrip("/").partition("/")
+        expected = environ.get("HTTP_X_AMZ_EXPECTED_BUCKET_OWNER")
+        _, owner = s3_backends.bucket_accounts.get(bucket, ("", expected))
+        gives_acl = environ["REQUEST_METHOD"] == "PUT" and not key and "HTTP_X_AMZ_ACL" in environ
+        if expected in (None, owner) and not gives_acl:
+            return application(environ, start_response)
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
+
+    return answer
+
+
 def main() -> None:
     global _PORT
-    application = refusing_expired(DomainDispatcherApplication(create_backend_app))
+    application: Any = DomainDispatcherApplication(create_backend_app)
+    application = refusing_expired(guarding_buckets(application))
     server = make_server("127.0.0.1", 0, application, True, request_handler=MotoRequestHandler)
     _PORT = server.server_address[1]
     ended = threading.Event()

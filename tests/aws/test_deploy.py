@@ -23,10 +23,12 @@ from click.testing import CliRunner, Result
 from visiontuner.aws import endpoint
 from visiontuner.aws.endpoint import Endpoint, Parts, delete_endpoint, endpoint_name, roll_back
 from visiontuner.cli.main import main
+from visiontuner.errors import ServingError
 from visiontuner.io.download import extract
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.preflight import PreflightReport
 from visiontuner.text import next_command
+from visiontuner.workflow.deploy import DeployOptions, deploy, plan_deployment
 from visiontuner.workflow.promote import model_folder
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
@@ -80,6 +82,11 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     planned = run("deploy", model, "--dry-run", "--name", "first", "--ttl", "8h")
     assert planned.exit_code == 0, planned.output
     assert account.holds() == NOTHING
+    (bucket,) = re.findall(
+        r"^# First: aws s3 mb s3://(\S+) --region eu-west-1$", planned.stdout, re.M
+    )
+    place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
+    account.client("s3").create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
     # As from a shell: the command as it is, with this environment's programs.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
@@ -111,6 +118,22 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     gone = run("undeploy", "first", "--artifacts")
     assert gone.exit_code == 0, gone.output
     assert account.holds() == NOTHING
+
+
+def test_a_bucket_of_our_name_that_another_account_holds_gets_no_model(
+    account: Any, model: str
+) -> None:
+    bucket = "mlflow-sagemaker-eu-west-1-123456789012"
+    s3 = account.client("s3")
+    place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
+    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration=place)
+    aws, plan = plan_deployment(model, DeployOptions(name="first"))
+    s3.delete_bucket(Bucket=bucket)
+    account.take_bucket(bucket)
+    with pytest.raises(ServingError, match=r"AccessDenied|Forbidden|403"):
+        deploy(aws, plan, preflight=None, note=lambda _: None)
+    assert "Contents" not in s3.list_objects_v2(Bucket=bucket)
+    assert f"The bucket '{bucket}' cannot be used (403)" in said(run("deploy", model, "--dry-run"))
 
 
 def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from click.testing import CliRunner, Result
 
 from visiontuner import interrupts
 from visiontuner.cli.main import main
+from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.s3 import upload_folder
 from visiontuner.journal import SearchRecord
@@ -29,6 +30,7 @@ from visiontuner.paths import JOURNAL_FILE
 from visiontuner.text import next_command
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.jobs import attach, training_seconds
+from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 from visiontuner.workflow.tune import run_search
 
 # The SageMaker SDK's own, from its own imports; and what Ray's leave behind.
@@ -165,6 +167,23 @@ def keep_archive(account: Any, job: str, search: Path) -> None:
 
 
 # Submitting
+
+
+def test_a_bucket_of_our_name_that_another_account_holds_gets_no_source(account: Any) -> None:
+    bucket = f"sagemaker-{REGION}-123456789012"
+    s3 = account.client("s3")
+    s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
+    options = JobOptions(instance_type="ml.m5.xlarge", image=IMAGE, price=2)
+    experiment = Experiment.parse({"name": "colours", "data": {"source": "s3://photos/colours/"}})
+    aws, plan = plan_job(experiment, options)
+    assert plan.bucket == bucket
+    s3.delete_bucket(Bucket=bucket)
+    account.take_bucket(bucket)
+    with pytest.raises(UserMistake, match="may not write to"):
+        submit_job(aws, plan, note=lambda _: None)
+    assert "Contents" not in s3.list_objects_v2(Bucket=bucket)
+    planned = run("tune", *FLAGS, "--data", "s3://photos/colours", "--dry-run")
+    assert f"The bucket '{bucket}' cannot be used (403)" in said(planned)
 
 
 def test_a_submitted_job_is_what_the_dry_run_showed(account: Any) -> None:

@@ -94,14 +94,14 @@ def find_bucket(aws: Aws, wanted: str | None, *, default: str) -> tuple[str, boo
     """Where things are uploaded, and whether it is there.
 
     Args:
-        wanted: its name; None: the default, which is made where it is used.
+        wanted: its name; None: the default, which `make_bucket` makes where it is used.
 
     Raises:
         UserMistake: the wanted one is not there, another account's, or in another region.
     """
     name = wanted or default
     try:
-        check_bucket_region(aws, name)
+        check_bucket_region(aws, name, owner=aws.account)
     except AwsRefused as error:
         if error.code not in ("404", "NoSuchBucket") and not error.is_missing:
             raise UserMistake(
@@ -116,14 +116,28 @@ def find_bucket(aws: Aws, wanted: str | None, *, default: str) -> tuple[str, boo
     return name, True
 
 
-def check_bucket_region(aws: Aws, bucket: str) -> None:
+def make_bucket(aws: Aws, bucket: str) -> None:
+    """A private bucket in the caller's region, without an ACL.
+
+    Raises:
+        AwsRefused: another account has it, say.
+    """
+    where = {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
+    aws.call("s3", "create_bucket", Bucket=bucket, **({} if aws.region == "us-east-1" else where))
+
+
+def check_bucket_region(aws: Aws, bucket: str, *, owner: str | None = None) -> None:
     """SageMaker reads and writes in its own region only.
+
+    Args:
+        owner: the account that has to hold the bucket; None: whoever does.
 
     Raises:
         UserMistake: the bucket is elsewhere.
         AwsRefused: it is not there, or not for this caller.
     """
-    answer = aws.call("s3", "head_bucket", Bucket=bucket)
+    expected = {"ExpectedBucketOwner": owner} if owner else {}
+    answer = aws.call("s3", "head_bucket", Bucket=bucket, **expected)
     headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
     region = answer.get("BucketRegion") or headers.get("x-amz-bucket-region")
     if region and region != aws.region:

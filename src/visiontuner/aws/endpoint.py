@@ -21,9 +21,16 @@ import mlflow.version
 from mlflow.exceptions import MlflowException
 
 from visiontuner import interrupts
-from visiontuner.aws.account import OCI_TYPES, PLATFORM, Image, look_up_image, registry
+from visiontuner.aws.account import (
+    OCI_TYPES,
+    PLATFORM,
+    Image,
+    look_up_image,
+    make_bucket,
+    registry,
+)
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
-from visiontuner.io.aws import Aws, AwsRefused, ending_uploads, explained
+from visiontuner.io.aws import Aws, AwsRefused, explained, safe_uploads
 from visiontuner.serving.client import TOLERANCE, Reference, Refused, SageMakerTransport, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
@@ -94,7 +101,7 @@ _REBUILD = "docker buildx build --platform linux/amd64 --provenance=false --outp
 
 
 def mlflows_bucket(aws: Aws) -> str:
-    """The bucket that MLflow makes and uploads to if none is named."""
+    """The bucket that MLflow uploads to if none is named."""
     return f"mlflow-sagemaker-{aws.region}-{aws.account}"
 
 
@@ -166,7 +173,7 @@ class DeploymentPlan:
         name: of the endpoint.
         model_uri: `models:/NAME/VERSION` or a model folder.
         newer_model: NAME/VERSION of one that is newer than the champion, which is deployed.
-        bucket: the model's archive is uploaded there; MLflow makes it if `bucket_exists` is not.
+        bucket: the model's archive is uploaded there; it is made first if `bucket_exists` is not.
         instance_type: None for a serverless endpoint.
         serverless_mb: its memory; None for instances.
         more: further dictionaries that MLflow takes: data_capture_config, vpc_config,
@@ -223,9 +230,8 @@ class DeploymentPlan:
             "image_url": self.image.url,
             "timeout_seconds": str(self.timeout_seconds),
             "tags": json.dumps(dict(self.tags)),
+            "bucket": self.bucket,
         }
-        if self.bucket_exists:
-            config["bucket"] = self.bucket
         if self.serverless_mb is not None:
             config["serverless_config"] = json.dumps(
                 {
@@ -241,18 +247,19 @@ class DeploymentPlan:
         return config
 
     def command(self, verb: str = "create") -> str:
-        """MLflow's own command for this, to be pasted into a shell."""
+        """MLflow's own command for this, to be pasted into a shell; the bucket has to be there."""
         words = ["mlflow", "deployments", verb, "-t", self.target, "--name", self.name]
         lines = [shlex.join(words), shlex.join(["-m", self.model_uri])]
         lines += [shlex.join(["-C", f"{key}={value}"]) for key, value in self.config().items()]
-        # MLflow makes its bucket in the region of AWS's settings, not in the endpoint's.
+        # MLflow would make it with an ACL, which needs a permission of its own.
+        first = f"# First: aws s3 mb s3://{self.bucket} --region {self.region}\n"
         prefix = "" if self.region_is_default else f"AWS_DEFAULT_REGION={self.region} "
-        return prefix + " \\\n    ".join(lines)
+        return ("" if self.bucket_exists else first) + prefix + " \\\n    ".join(lines)
 
     def lines(self) -> list[str]:
         """What is going to happen, for a person."""
         platform = self.image.platform or "its processor could not be looked up"
-        made = "" if self.bucket_exists else " (MLflow makes it)"
+        made = "" if self.bucket_exists else " (is made)"
         lines = [
             f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
             f"model      {self.model_uri}{self._newer()}",
@@ -474,8 +481,9 @@ def tags_of(aws: Aws, arn: str) -> dict[str, str]:
 def _named_archives(aws: Aws, name: str, bucket: str) -> Iterator[str]:
     try:
         for entry in aws.pages(
-            "s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=f"{name}-model-"
-        ):
+            "s3", "list_objects_v2", "Contents", Bucket=bucket, Prefix=f"{name}-model-",
+            ExpectedBucketOwner=aws.account,
+        ):  # fmt: skip
             model, _, file = entry["Key"].partition("/")
             if file == "model.tar.gz" and _is_named(model, name, "model"):
                 yield f"s3://{bucket}/{entry['Key']}"
@@ -973,7 +981,7 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
 def _kept_before(aws: Aws, name: str) -> Parts:
     """Archives whose models an earlier undeploy deleted.
 
-    Only in the bucket that MLflow makes for one account and region: in another one they may be of
+    Only in MLflow's default bucket, of one account and region: in another one they may be of
     another account's endpoint.
     """
     found = Parts.find(aws, name, mlflows_bucket(aws))
@@ -1013,6 +1021,7 @@ def create(
     """
     check_free(aws, plan.name)
     before = Parts.find(aws, plan.name, plan.bucket)
+    _make_bucket(aws, plan, note)
     try:
         note(f"Uploading {plan.model_uri} and creating {plan.name}; this takes minutes.")
         _ask_mlflow("create_deployment", plan, tracking_uri)
@@ -1046,6 +1055,7 @@ def update(
     ]
     before = Parts.find(aws, plan.name, plan.bucket)
     old = Parts.of_config(aws, old_config).named_after(plan.name)
+    _make_bucket(aws, plan, note)
     try:
         note(
             f"Uploading {plan.model_uri} and updating {plan.name}; the old model serves meanwhile."
@@ -1075,13 +1085,19 @@ def update(
     old.delete_unused(aws, plan.name)
 
 
+def _make_bucket(aws: Aws, plan: DeploymentPlan, note: Note) -> None:
+    if not plan.bucket_exists:
+        make_bucket(aws, plan.bucket)
+        note(f"Made the bucket {plan.bucket}.")
+
+
 def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     """MLflow's deployment client starts it; the waiting is ours."""
     import mlflow.deployments
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
     with (
-        ending_uploads(),
+        safe_uploads(plan.account, plan.bucket),
         _mlflows_environment(plan.region),
         quiet(),
         fluent_uris(tracking_uri),
@@ -1097,7 +1113,7 @@ def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
 
 @contextmanager
 def _mlflows_environment(region: str) -> Iterator[None]:
-    """MLflow makes its bucket in the region of AWS's settings, and copies proxies in lower case,
+    """MLflow's own session is of the region of AWS's settings, and it copies proxies in lower case,
     with their passwords, to the container; boto3 reads those in upper case too."""
     changed = {"AWS_DEFAULT_REGION": region}
     for name in ("http_proxy", "https_proxy", "no_proxy"):

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from visiontuner.aws.account import make_bucket
 from visiontuner.aws.request import (
     PREFIX,
     PRICE_TAG,
@@ -43,7 +44,7 @@ from visiontuner.journal import Event, SearchRecord, read_events
 from visiontuner.paths import EXPERIMENT_FILE, JOURNAL_FILE, split_uri
 from visiontuner.text import has_secrets, next_command
 
-# Single objects of a job in S3; folders go through `data.storage`.
+# Single objects of a job in S3, in a bucket that the caller's account holds.
 
 
 Answer = TypeVar("Answer")
@@ -80,12 +81,6 @@ def etag(aws: Aws, uri: str) -> str | None:
     return found.get("ETag")
 
 
-def make_bucket(aws: Aws, bucket: str) -> None:
-    """A private bucket in the caller's region."""
-    where = {"CreateBucketConfiguration": {"LocationConstraint": aws.region}}
-    aws.call("s3", "create_bucket", Bucket=bucket, **({} if aws.region == "us-east-1" else where))
-
-
 def fetch(
     aws: Aws,
     uri: str,
@@ -98,7 +93,7 @@ def fetch(
     bucket, key = split_uri(uri)
     if not _patiently(aws, bucket, "read", lambda client: head(client, bucket, key), note=note):
         return None
-    client = connect(aws.session, aws.region)
+    client = connect(aws.session, aws.region, owner=aws.account)
     return download_file(uri, folder, client=client, progress=progress, note=note)
 
 
@@ -110,7 +105,7 @@ def _patiently(
     *,
     note: Note | None = None,
 ) -> Answer:
-    client = connect(aws.session, aws.region)
+    client = connect(aws.session, aws.region, owner=aws.account)
     with explained(bucket, doing):
         return Transfers(0, is_passing=is_passing, note=note).patiently(lambda: ask(client))
 
@@ -755,7 +750,7 @@ def _fetch(aws: Aws, job: Job, coming: Path, progress: Progress | None, note: No
         unpack_search(archive, coming)
         archive.unlink()
     if job.search_folder and not _holds_all(aws, job.search_folder, coming / JOURNAL_FILE):
-        client = connect(aws.session, aws.region)
+        client = connect(aws.session, aws.region, owner=aws.account)
         download_folder(job.search_folder, coming, client=client, progress=progress, note=note)
 
 

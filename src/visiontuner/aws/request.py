@@ -32,7 +32,7 @@ from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_image
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import JobFailed, ServingError, UserMistake
 from visiontuner.experiment.schema import Experiment
-from visiontuner.io.aws import Aws, AwsRefused, explained
+from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
 from visiontuner.io.download import is_archive_name
 from visiontuner.paths import split_uri
 from visiontuner.text import one_line, without_secrets
@@ -888,6 +888,7 @@ def _run(aws: Aws, plan: JobPlan, source: str, *, dry: bool) -> dict[str, Any]:
 
     boto = aws.session_in_region()
     boto.events.register(_CREATE, look)
+    require_owner(boto.events, plan.account, plan.bucket)
     with _sdk_settings(), explained("create the training job"):
         try:
             with _letting_go():

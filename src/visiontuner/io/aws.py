@@ -167,9 +167,31 @@ class Aws:
             )
 
 
+def require_owner(client_or_events: Any, account: str, bucket: str | None = None) -> None:
+    """Let S3 refuse requests about a bucket that another account holds.
+
+    The names of buckets are everybody's: who makes one whose name can be foreseen, as
+    `mlflow-sagemaker-REGION-ACCOUNT`, would get what is uploaded there.
+
+    Args:
+        client_or_events: what has botocore's `register`.
+        account: the one that has to hold the bucket.
+        bucket: requests about others stay as they are; None: all requests.
+    """
+
+    def name_owner(params: dict[str, Any], model: Any, **_: Any) -> None:
+        if "ExpectedBucketOwner" in model.input_shape.members and (
+            bucket is None or params.get("Bucket") == bucket
+        ):
+            params["ExpectedBucketOwner"] = account
+
+    client_or_events.register("before-parameter-build.s3", name_owner)
+
+
 @contextmanager
-def ending_uploads() -> Iterator[None]:
-    """End a library's upload to S3 with its next part after a signal; for sessions made within.
+def safe_uploads(account: str, bucket: str) -> Iterator[None]:
+    """A library's uploads to S3 end with their next part after a signal, and go to no bucket of
+    this name that is another account's; for sessions made within.
 
     Raises:
         KeyboardInterrupt: a signal came.
@@ -181,6 +203,7 @@ def ending_uploads() -> Iterator[None]:
 
     def register(session: Any) -> None:
         session.register("before-send.s3", ask_first)
+        require_owner(session, account, bucket)
 
     botocore.register_initializer(register)
     try:

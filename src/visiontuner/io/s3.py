@@ -35,7 +35,7 @@ from s3transfer.subscribers import BaseSubscriber
 
 from visiontuner import interrupts
 from visiontuner.errors import DataError, DownloadError, ServingError
-from visiontuner.io.aws import AwsRefused, is_busy
+from visiontuner.io.aws import AwsRefused, is_busy, require_owner
 from visiontuner.io.aws import explained as aws_explained
 from visiontuner.io.download import explain_write
 from visiontuner.io.files import file_digest, file_state, is_no_data, write_cached_json, write_json
@@ -217,20 +217,19 @@ _ELSEWHERE = (
 )
 
 
-def connect(session: Any = None, region: str | None = None) -> Any:
+def connect(session: Any = None, region: str | None = None, *, owner: str | None = None) -> Any:
     """boto3's S3 client for many threads.
 
     Args:
         session: a boto3 session, of a role that was taken on say; the caller's own if None.
         region: as the settings say if None; buckets elsewhere are found all the same.
+        owner: the account that has to hold every bucket; None: whoever holds it.
 
     Raises:
         UserMistake: AWS's settings cannot be read.
     """
 
-    from visiontuner.io.aws import explained
-
-    with explained("read AWS's settings"):
+    with aws_explained("read AWS's settings"):
         config = Config(
             connect_timeout=10,
             read_timeout=60,
@@ -239,6 +238,8 @@ def connect(session: Any = None, region: str | None = None) -> Any:
         )
         client = (session or boto3.Session()).client("s3", region_name=region, config=config)
     client.meta.events.register_last("before-call.s3", _send_at_once)
+    if owner is not None:
+        require_owner(client.meta.events, owner)
     return client
 
 
