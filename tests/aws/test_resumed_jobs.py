@@ -28,6 +28,7 @@ EXPERIMENT = {
     "search": {"trials": 2, "space": {"learning_rate": {"values": [0.1, 0.2]}}},
 }
 ROOT = "visiontuner/colours-1"
+MACHINES = {"InstanceType": "ml.g5.xlarge", "InstanceCount": 1, "VolumeSizeInGB": 30}
 
 
 @pytest.fixture
@@ -214,6 +215,19 @@ def test_awss_own_image_follows_the_kind_of_machine(account: Any) -> None:
     assert plan_job(None, options)[1].image == f"{registry}:2.8.0-gpu-py312"
     newer = replace(options, image_version="2.9")
     assert plan_job(None, newer)[1].image.startswith(f"{registry}:2.9.0-gpu-")
+
+
+@pytest.mark.usefixtures("image")
+def test_awss_newer_images_follow_the_kind_of_machine_too(account: Any) -> None:
+    registry = f"763104351884.dkr.ecr.{REGION}.amazonaws.com/pytorch"
+    on_gpu = f"{registry}:2.14-cu133-amzn2023-sagemaker-directed"
+    job = place(account, on_gpu, 1, "Stopped", ResourceConfig=MACHINES)
+    options = JobOptions(resume=job, instance_type="ml.m5.xlarge", price=1, spot=False)
+    plan = plan_job(None, options)[1]
+    assert plan.image == f"{registry}:2.14-cpu-amzn2023-sagemaker"
+    assert "tested with" not in "\n".join(plan.lines())
+    older = plan_job(None, replace(options, image_version="2.9"))[1]
+    assert "(PyTorch 2.9.0; visiontuner is tested with <2.15,>=2.14)" in "\n".join(older.lines())
 
 
 def test_spot_or_a_warm_pool_asked_for_now_takes_the_place_of_the_other(

@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -514,7 +515,7 @@ class JobPlan:
             f"runs on    {machines}; at most {words_for(self.max_run_seconds)}",
             f"cost       {self._describe_cost()}",
             f"tracking   {self.tracking}",
-            f"image      {self.image}",
+            f"image      {self._describe_image()}",
             f"role       {self.role}",
             f"keeps      {self.root}{made}",
         ]
@@ -545,6 +546,12 @@ class JobPlan:
         lie = "1 other file lies" if count == 1 else f"{count:,} other files lie"
         others = f"; {lie} there already, for the job as well" if count else ""
         return f"{self.pictures.uri}{size}{origin}{others}"
+
+    def _describe_image(self) -> str:
+        version = awss_version(self.image)
+        if version is None or version in torch_range():
+            return self.image
+        return f"{self.image} (PyTorch {version}; visiontuner is tested with {torch_range()})"
 
     def _describe_disk(self) -> str:
         if self.has_own_disk:
@@ -670,7 +677,13 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 _OLDEST_PYTHON = 11  # 3.11
-_AWSS_IMAGE = re.compile(r"/pytorch-training:([\d.]+)-(?:cpu|gpu)-")
+# The SDK's names for AWS's two lines of images, the newer one first; and what their URLs look like:
+# pytorch:2.14-cu133-amzn2023-sagemaker, pytorch-training:2.10.0-gpu-py313.
+_NEWER_LINE, _OLDER_LINE = "pytorch-amzn2023", "pytorch"
+_AWSS_IMAGE = re.compile(r"/pytorch(?:-training)?:([\d.]+)-(?:cpu|gpu|cu\d+)-")
+_PUBLIC_IMAGES = (
+    "public.ecr.aws/deep-learning-containers/"  # AWS's own; no account's ECR knows them
+)
 _ARM = re.compile(r"-gb\d")  # NVIDIA's Grace processors
 _QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
 
@@ -695,12 +708,19 @@ def find_image(
 
     try:
         with explained("look for an image"):
-            exact = _exact_version(image_uris.list_versions("pytorch", "training"), version)
+            lines = {
+                known: line
+                for line in (_OLDER_LINE, _NEWER_LINE)
+                for known in image_uris.list_versions(line, "training")
+                if known[0].isdigit()  # not "latest"
+            }
+            exact = _exact_version(list(lines), version)
+            python = _newest_python(exact) if lines[exact] == _OLDER_LINE else None
             image: str = image_uris.retrieve(
-                "pytorch",
+                lines[exact],
                 aws.region,
                 version=exact,
-                py_version=_newest_python(exact),
+                py_version=python,
                 instance_type=instance_type,
                 image_scope="training",
             )
@@ -736,6 +756,12 @@ def _newest_python(version: str) -> str:
     return newest
 
 
+def torch_range() -> SpecifierSet:
+    """The range of PyTorch that this package asks for."""
+    needs = _needs("visiontuner", frozenset())
+    return next(need.specifier for need in needs if need.name == "torch")
+
+
 def awss_version(image: str) -> str | None:
     """The PyTorch version of one of AWS's own images; None if it is another one."""
     match = _AWSS_IMAGE.search(image)
@@ -743,6 +769,8 @@ def awss_version(image: str) -> str | None:
 
 
 def _check_image(aws: Aws, url: str, instance_type: str) -> None:
+    if url.startswith(_PUBLIC_IMAGES):
+        return
     try:
         advice = "Push it there, or leave --image out for AWS's PyTorch image."
         image = look_up_image(aws, url, runs="the job", advice=advice)
