@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import socket
 import stat
@@ -36,6 +37,10 @@ if [ "$2" = ray.scripts.scripts ]; then
     case "$*" in *--address*) if [ -e {folder}/broken ]; then echo "no room"; exit 1; fi;; esac
     echo "Ray runtime started."
     exec sleep 60
+fi
+if [ "$1" = -c ]; then
+    [ -e {folder}/torch-for-cpu ] || exit 0
+    printf 'Traceback …\nAssertionError: Torch not compiled with CUDA enabled\n' >&2; exit 1
 fi
 echo "$@" >> {folder}/searches
 mkdir -p {folder}/work/search && echo whole > {folder}/work/search/journal.jsonl
@@ -238,6 +243,29 @@ def test_a_worker_whose_ray_does_not_start_is_named_by_all(run: Any, tmp_path: P
     assert head == Outcome(1, f"Ray does not start on {WORKER}: no room")
     assert worker == head.reason
     assert not (tmp_path / "searches").exists()
+
+
+@pytest.mark.parametrize("gpus", ["0", "4"])
+def test_gpus_that_torch_cannot_use_end_the_job_at_once(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: str
+) -> None:
+    monkeypatch.setenv("SM_NUM_GPUS", gpus)
+    (tmp_path / "torch-for-cpu").touch()
+    head, worker = run("true")
+    if gpus == "0":
+        assert (head, worker) == (Outcome(0), Outcome(0))
+        return
+    told = r"127.0.0.\d has 4 GPU\(s\) that the image's torch cannot use: .*not compiled with CUDA"
+    assert head.code == 1
+    assert re.match(told, head.reason)
+    assert not (tmp_path / "searches").exists()
+
+
+def test_gpus_that_torch_can_use_are_no_reason_to_end(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SM_NUM_GPUS", "4")
+    assert run("true") == [Outcome(0), Outcome(0)]
 
 
 @pytest.fixture

@@ -232,6 +232,7 @@ def lead(job: Job, terminated: threading.Event) -> Outcome:
     ):
         outcome = Outcome(1, f"{job.host} ended before the search began.")
         try:
+            check_gpus(job)
             _wait_until_up(ray, job, terminated)
             gathering.wait(JOIN_SECONDS, terminated)
             _say(f"All {len(job.hosts)} hosts are there.")
@@ -253,6 +254,7 @@ def follow(job: Job, terminated: threading.Event) -> Outcome:
         job.host, (job.head, MEETING_PORT), job.key("meeting"), JOIN_SECONDS, terminated
     ) as meeting:
         try:
+            check_gpus(job)
             with _ray(job, meeting.own_address, [f"--address={job.head}:{RAY_PORT}"]) as ray:
                 _wait_until_up(ray, job, terminated)
                 meeting.joined()
@@ -261,6 +263,25 @@ def follow(job: Job, terminated: threading.Event) -> Outcome:
         except MeetingError as error:
             meeting.failed(str(error))
             raise
+
+
+def check_gpus(job: Job) -> None:
+    """Ray would count this host's GPUs, and a torch that cannot use them train on the CPU.
+
+    Raises:
+        MeetingError: the host has GPUs that its torch cannot use.
+    """
+    count = os.environ.get("SM_NUM_GPUS") or "0"  # by SageMaker's start script, from nvidia-smi
+    if count == "0":
+        return
+    code = "import torch; torch.cuda.init()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise MeetingError(
+            f"{job.host} has {count} GPU(s) that the image's torch cannot use: "
+            f"{last_line(done.stderr.splitlines()).rstrip('.')}. Name an --image whose torch is "
+            "built for GPUs, or an --instance-type without them."
+        )
 
 
 def tune_arguments(job: Job) -> list[str]:
