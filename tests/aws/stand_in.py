@@ -38,6 +38,7 @@ from typing import Any
 import requests
 import stand_in_jobs
 import training_jobs
+from moto.applicationautoscaling.models import applicationautoscaling_backends
 from moto.core.exceptions import ServiceException
 from moto.core.responses import ActionResult
 from moto.core.utils import unix_time_millis, utcnow
@@ -218,6 +219,7 @@ def update_endpoint(self: Any) -> Any:
     _refuse_in_progress(backend, name)
     endpoint, config_name = backend.endpoints[name], self._get_param("EndpointConfigName")
     backend.describe_endpoint_config(config_name)
+    _refuse_scaled(self, name, endpoint.endpoint_config_name, config_name)
     endpoint.endpoint_status, endpoint.failure_reason = "Updating", None
 
     def failed(reason: str) -> None:
@@ -225,6 +227,22 @@ def update_endpoint(self: Any) -> Any:
 
     _start(self, name, config_name, failed)
     return ActionResult({"EndpointArn": endpoint.arn})
+
+
+def _refuse_scaled(response: Any, name: str, old: str, new: str) -> None:
+    """Autoscaled variants are neither removed nor given another type of instance."""
+    scaling = applicationautoscaling_backends[response.current_account][response.region]
+    targets = scaling.targets.get("sagemaker:variant:DesiredInstanceCount", {})
+    configs = response.sagemaker_backend.endpoint_configs
+    types = {v["VariantName"]: v.get("InstanceType") for v in configs[new].production_variants}
+    for variant in configs[old].production_variants:
+        scaled = f"endpoint/{name}/variant/{variant['VariantName']}" in targets
+        if scaled and types.get(variant["VariantName"]) != variant.get("InstanceType"):
+            raise ValidationError(
+                f"The variant(s) [{variant['VariantName']}] must be deregistered as scalable "
+                "target with AWS Auto Scaling before they can be removed or have their instance "
+                "type updated."
+            )
 
 
 def delete_endpoint(self: Any) -> Any:

@@ -120,6 +120,34 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     assert account.holds() == NOTHING
 
 
+def test_an_update_of_an_autoscaled_endpoint_keeps_its_variant_and_its_instances(
+    account: Any, model: str
+) -> None:
+    _deploy(model, "--name", "first")
+    sagemaker = account.client("sagemaker")
+
+    def variant() -> dict[str, Any]:
+        described = sagemaker.describe_endpoint(EndpointName="first")
+        (only,) = described["ProductionVariants"]
+        return dict(only)
+
+    name = variant()["VariantName"]
+    account.client("application-autoscaling").register_scalable_target(
+        ServiceNamespace="sagemaker",
+        ResourceId=f"endpoint/first/variant/{name}",
+        ScalableDimension="sagemaker:variant:DesiredInstanceCount",
+        MinCapacity=1,
+        MaxCapacity=4,
+    )
+    sagemaker.update_endpoint_weights_and_capacities(
+        EndpointName="first",
+        DesiredWeightsAndCapacities=[{"VariantName": name, "DesiredInstanceCount": 3}],
+    )
+    done = run("update", "first", model, "--no-preflight")
+    assert done.exit_code == 0, done.output
+    assert (variant()["VariantName"], variant()["CurrentInstanceCount"]) == (name, 3)
+
+
 def test_a_bucket_of_our_name_that_another_account_holds_gets_no_model(
     account: Any, model: str
 ) -> None:

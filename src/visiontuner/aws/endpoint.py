@@ -156,6 +156,9 @@ IMAGE_TAG = "visiontuner.image_digest"
 
 CAPTURE = "data_capture_config"
 DEFAULT_INSTANCE = "ml.m5.large"
+# Autoscaling is registered for a variant's name: MLflow would give each update another one, and
+# SageMaker refuses to remove a variant that is scaled.
+DEFAULT_VARIANT = "AllTraffic"
 # MLflow appends "-config-" and 20 letters, and shortens what then exceeds 63.
 NAME_LENGTH = 35
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
@@ -174,6 +177,7 @@ class DeploymentPlan:
         model_uri: `models:/NAME/VERSION` or a model folder.
         newer_model: NAME/VERSION of one that is newer than the champion, which is deployed.
         bucket: the model's archive is uploaded there; it is made first if `bucket_exists` is not.
+        variant: the name of the endpoint's production variant.
         instance_type: None for a serverless endpoint.
         serverless_mb: its memory; None for instances.
         more: further dictionaries that MLflow takes: data_capture_config, vpc_config,
@@ -192,6 +196,7 @@ class DeploymentPlan:
     image: Image
     bucket: str
     bucket_exists: bool = True
+    variant: str = DEFAULT_VARIANT
     instance_type: str | None = DEFAULT_INSTANCE
     instances: int = 1
     serverless_mb: int | None = None
@@ -231,6 +236,7 @@ class DeploymentPlan:
             "timeout_seconds": str(self.timeout_seconds),
             "tags": json.dumps(dict(self.tags)),
             "bucket": self.bucket,
+            "variant_name": self.variant,
         }
         if self.serverless_mb is not None:
             config["serverless_config"] = json.dumps(
@@ -749,8 +755,12 @@ _MLFLOWS_OWN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Running:
-    """What an endpoint runs on: MLflow's update would fall back to its own defaults."""
+    """What an endpoint runs on: MLflow's update would fall back to its own defaults.
 
+    `instances`: as many as there are now, which autoscaling may have changed.
+    """
+
+    variant: str
     role: str
     image: str
     bucket: str | None
@@ -790,12 +800,14 @@ def find_running(aws: Aws, name: str) -> Running:
         "async_inference_config": config.get("AsyncInferenceConfig"),
         "vpc_config": model.get("VpcConfig"),
     }
+    (now,) = described["ProductionVariants"]
     return Running(
+        variant=variant["VariantName"],
         role=model["ExecutionRoleArn"],
         image=container["Image"],
         bucket=_bucket(container.get("ModelDataUrl") or ""),
         instance_type=variant.get("InstanceType"),
-        instances=variant.get("InitialInstanceCount", 1),
+        instances=max(1, now.get("DesiredInstanceCount") or now.get("CurrentInstanceCount") or 1),
         serverless_mb=serverless.get("MemorySizeInMB"),
         serverless_concurrency=serverless.get("MaxConcurrency", 5),
         environment={

@@ -158,6 +158,7 @@ def _on_what_runs(plan: DeploymentPlan, running: Running, options: DeployOptions
     """An update changes the model, not what it runs on."""
     return with_values(
         plan,
+        variant=running.variant,
         instance_type=running.instance_type,
         instances=running.instances,
         serverless_mb=running.serverless_mb,
