@@ -120,6 +120,33 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     assert account.holds() == NOTHING
 
 
+def test_a_profile_with_a_second_factor_asks_for_one_code(
+    account: Any, model: str, tmp_path: Path
+) -> None:
+    role = account.put_role("team", service="ec2.amazonaws.com")
+    factor = "mfa_serial = arn:aws:iam::123456789012:mfa/me"
+    config = f"[profile team]\nrole_arn = {role}\n{factor}\nsource_profile = base\n"
+    (tmp_path / "config").write_text(f"{config}[profile base]\nregion = eu-west-1\n")
+    keys = "aws_access_key_id = testing\naws_secret_access_key = testing\n"
+    (tmp_path / "credentials").write_text(f"[base]\n{keys}")
+    own = {"AWS_CONFIG_FILE": "config", "AWS_SHARED_CREDENTIALS_FILE": "credentials"}
+    environment = os.environ | own | {"AWS_PROFILE": "team"}
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del environment[name]
+    command = ["deploy", model, "--no-preflight", "--name", "first", "--role", "endpoints"]
+    done = subprocess.run(
+        [sys.executable, "-m", "visiontuner", *command],
+        env=environment,
+        input="123456\n",  # there is no second one
+        start_new_session=True,  # no terminal to ask at
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("Enter MFA code") == 1
+
+
 def test_an_update_of_an_autoscaled_endpoint_keeps_its_variant_and_its_instances(
     account: Any, model: str
 ) -> None:

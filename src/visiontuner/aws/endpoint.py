@@ -30,7 +30,7 @@ from visiontuner.aws.account import (
     registry,
 )
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
-from visiontuner.io.aws import Aws, AwsRefused, explained, safe_uploads
+from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
 from visiontuner.serving.client import TOLERANCE, Reference, Refused, SageMakerTransport, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
@@ -1036,7 +1036,7 @@ def create(
     _make_bucket(aws, plan, note)
     try:
         note(f"Uploading {plan.model_uri} and creating {plan.name}; this takes minutes.")
-        _ask_mlflow("create_deployment", plan, tracking_uri)
+        _ask_mlflow(aws, "create_deployment", plan, tracking_uri)
         wait_until_in_service(aws, plan.name, plan.timeout_seconds, note)
         check_answers(aws, plan.name, reference)
     except BaseException as error:
@@ -1072,7 +1072,7 @@ def update(
         note(
             f"Uploading {plan.model_uri} and updating {plan.name}; the old model serves meanwhile."
         )
-        _ask_mlflow("update_deployment", plan, tracking_uri)
+        _ask_mlflow(aws, "update_deployment", plan, tracking_uri)
         now = wait_until_in_service(aws, plan.name, plan.timeout_seconds, note, leaving=old_config)
         if now["EndpointConfigName"] == old_config:
             raise ServingError(explain_failure(aws, plan.name, now, "SageMaker rolled back"))
@@ -1103,13 +1103,13 @@ def _make_bucket(aws: Aws, plan: DeploymentPlan, note: Note) -> None:
         note(f"Made the bucket {plan.bucket}.")
 
 
-def _ask_mlflow(method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
+def _ask_mlflow(aws: Aws, method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     """MLflow's deployment client starts it; the waiting is ours."""
     import mlflow.deployments
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
     with (
-        safe_uploads(plan.account, plan.bucket),
+        lent_to_library(aws, plan.bucket),
         _mlflows_environment(plan.region),
         quiet(),
         fluent_uris(tracking_uri),

@@ -83,6 +83,9 @@ class AwsRefused(ServingError):
 class Aws:
     """One account and region.
 
+    `own_credentials`: botocore's, of the caller before any role is taken on. All sessions share
+    them: a profile with a second factor (`mfa_serial`) asks for a code once.
+
     Args:
         region: the one that AWS's own settings name if None.
         assume_role: ARN of a role to take on, of another account say.
@@ -100,6 +103,7 @@ class Aws:
         self.region = region or default_region(self.session)
         self._check_region()
         identity = self.call("sts", "get_caller_identity")
+        self.own_credentials = self.session.get_credentials()
         if assume_role:
             with explained("assume role"):
                 self.session = _as_role(assume_role, self.session, self.region)
@@ -115,9 +119,6 @@ class Aws:
 
     def session_in_region(self) -> Any:
         """A boto3 session for libraries that ask it for its region; as the same caller."""
-
-        if self.assume_role is None:
-            return boto3.Session(region_name=self.region)
         return _session(self.session.get_credentials(), self.region)
 
     def call(self, service: str, method: str, /, **kwargs: Any) -> dict[str, Any]:
@@ -189,9 +190,9 @@ def require_owner(client_or_events: Any, account: str, bucket: str | None = None
 
 
 @contextmanager
-def safe_uploads(account: str, bucket: str) -> Iterator[None]:
-    """A library's uploads to S3 end with their next part after a signal, and go to no bucket of
-    this name that is another account's; for sessions made within.
+def lent_to_library(aws: Aws, bucket: str) -> Iterator[None]:
+    """For a library that makes boto3 sessions of its own within: they are the same caller's, their
+    uploads end with the next part after a signal and go to no other account's bucket of this name.
 
     Raises:
         KeyboardInterrupt: a signal came.
@@ -203,13 +204,16 @@ def safe_uploads(account: str, bucket: str) -> Iterator[None]:
 
     def register(session: Any) -> None:
         session.register("before-send.s3", ask_first)
-        require_owner(session, account, bucket)
+        require_owner(session, aws.account, bucket)
+        _use(session, aws.own_credentials)
 
+    before, boto3.DEFAULT_SESSION = boto3.DEFAULT_SESSION, None
     botocore.register_initializer(register)
     try:
         yield
     finally:
         botocore.unregister_initializer(register)
+        boto3.DEFAULT_SESSION = before
         interrupts.check()
 
 
@@ -242,9 +246,13 @@ class _Known(CredentialProvider):  # type: ignore[misc]  # botocore has no types
 
 def _session(credentials: Any, region: str | None = None) -> Any:
     session = botocore.session.get_session()
-    provider = CredentialResolver([_Known(credentials)])
-    session.register_component("credential_provider", provider)
+    _use(session, credentials)
     return boto3.Session(region_name=region, botocore_session=session)
+
+
+def _use(session: Any, credentials: Any) -> None:
+    """In a botocore session, instead of looking for others."""
+    session.register_component("credential_provider", CredentialResolver([_Known(credentials)]))
 
 
 def account_flags(region: str | None, assume_role: str | None) -> str:
