@@ -54,7 +54,7 @@ REGION = "eu-west-1"
 
 # Python's own connections and look-ups, where there is no strace; beside it the names.
 RECORDER = """
-import os, sys
+import atexit, os, sys, threading
 def record(event, args):
     if event == "socket.connect" and isinstance(args[1], tuple):
         told = args[1][:2]
@@ -65,7 +65,13 @@ def record(event, args):
     log = os.open({log!r}, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.write(log, f"{{told[0]}} {{told[1]}}\\n".encode())
     os.close(log)
+def wait():
+    # The SageMaker SDK reports from a thread that ends with the process.
+    for thread in threading.enumerate():
+        if thread.name == "sagemaker-telemetry":
+            thread.join(20)
 sys.addaudithook(record)
+atexit.register(wait)
 """
 
 
