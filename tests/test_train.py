@@ -48,15 +48,23 @@ TRIAL = Path("trials/t0001")
 
 
 @pytest.fixture(autouse=True)
-def _here(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    shared_cache: Path,
-    new_database: Callable[[Path], str],
-) -> None:
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path) -> None:
+    """Without MLflow, whose process would take seconds of each training."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+
+
+@pytest.fixture
+def store(
+    _here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    new_database: Callable[[Path], str],
+) -> MlflowClient:
+    uri = new_database(tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return MlflowClient(uri)
 
 
 @pytest.fixture
@@ -169,9 +177,10 @@ def notes_before(experiment: Experiment, **options: Any) -> list[str]:
 
 def test_a_training_that_repeats_its_origin_says_so_and_what_would_differ(trained, monkeypatch):
     home, _ = trained
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
     for text in (str(home / "searches/a"), "models:/colours/1"):
-        origin = find_origin(text)
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{home / 'mlflow.db'}")
+            origin = find_origin(text)
         same = one_training(origin.experiment, ["training.workers=0"], origin, where="test")
         (said,) = [n for n in notes_before(same, origin=origin) if "the same model" in n]
         assert f"nothing differs from {origin.description}" in said
@@ -281,6 +290,7 @@ def test_the_learning_rate_for_a_network_that_begins_with_a_trained_head_is_foun
     assert first["from a head"] != first["anew"]
 
 
+@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("text", "told"),
     [
@@ -306,17 +316,16 @@ def test_one_training_has_no_space(raw, override):
         one(raw, override)
 
 
-def test_a_run_left_over_in_the_environment_gets_no_training(raw, tmp_path, monkeypatch):
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+def test_a_run_left_over_in_the_environment_gets_no_training(raw, store, monkeypatch):
     Path("experiment.yaml").write_text(yaml.safe_dump(raw))
-    left = client.create_run("0").info.run_id
+    left = store.create_run("0").info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", left)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "0")
     result = call("--experiment", "experiment.yaml", "--epochs", "1", "--output", "a")
     assert result.exit_code == 0, result.stderr
     assert "`mlflow run` did not open it" in result.output
-    assert not client.get_run(left).data.params
-    runs = client.search_runs([client.get_experiment_by_name("colours").experiment_id])
+    assert not store.get_run(left).data.params
+    runs = store.search_runs([store.get_experiment_by_name("colours").experiment_id])
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
@@ -417,26 +426,29 @@ for name, step in [("whole", 0), *(("killed", step) for step in [*steps, 0])]:
 ON_PICTURES = {"model": {"train": "last_stage"}, "training": {"augmentation": "light"}}
 
 
-@pytest.mark.parametrize("workers", [None, 0, 2], ids=["features", "0 workers", "2 workers"])
-def test_killed_five_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, workers):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("workers", [None, 2], ids=["features", "2 workers"])
+def test_killed_three_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, workers):
     if workers is not None:
         for section, values in ON_PICTURES.items():
             raw[section] |= values
-        raw["training"] |= {"workers": workers, "ema_decay": 0.9}
-    raw["training"] |= {"dropout": 0.2, "batch_size": 8, "epochs": 7}
+        raw["training"] |= {"workers": workers, "ema_decay": 0.9, "micro_batch_size": 5}
+        raw["training"]["augmentation"] = {"policy": "trivial", "erasing": 0.2, "mixup": 0.2}
+    raw["training"] |= {"dropout": 0.2, "batch_size": 8, "epochs": 5}
+    raw["training"] |= {"gradient_clip": 1.0, "label_smoothing": 0.1, "warmup_fraction": 0.1}
     # 4 steps an epoch: each process dies after at most one whole epoch, so two are left.
     dice = random.Random(workers)
-    steps = [dice.randint(1, 6) for _ in range(5)]
+    steps = [dice.randint(1, 6) for _ in range(3)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(raw), str(steps)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert epochs(Path("killed")) == epochs(Path("whole"))
-    assert SearchRecord.load(Path("killed")).trials["t0001"].attempt == 6
+    assert SearchRecord.load(Path("killed")).trials["t0001"].attempt == 4
     for name in ("head.safetensors", "network.safetensors"):
         whole, killed = Path("whole") / TRIAL / name, Path("killed") / TRIAL / name
         assert whole.exists() == killed.exists()
@@ -446,7 +458,7 @@ def test_killed_five_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, w
             assert all(np.array_equal(expected[name], got[name]) for name in expected)
 
 
-def test_ctrl_c_in_an_epoch_is_one_line_with_the_command_that_goes_on(raw, monkeypatch):
+def test_ctrl_c_in_an_epoch_is_one_line_with_the_command_that_goes_on(raw, store, monkeypatch):
     Path("experiment.yaml").write_text(yaml.safe_dump(raw))
     watcher = StopAt(3)  # the first step of the second epoch
     monkeypatch.setattr(TrainingConsole, "step", lambda _, *step: watcher.step(*step))
@@ -461,9 +473,7 @@ def test_ctrl_c_in_an_epoch_is_one_line_with_the_command_that_goes_on(raw, monke
     assert record.trials["t0001"].state == "interrupted"
     assert [e.step for e in record.trials["t0001"].epochs] == [1]
     (parent,) = [
-        run
-        for run in MlflowClient().search_runs(["1"])
-        if run.data.tags["visiontuner.kind"] == "search"
+        run for run in store.search_runs(["1"]) if run.data.tags["visiontuner.kind"] == "search"
     ]
     assert parent.info.status == "KILLED"
 
@@ -519,6 +529,7 @@ def test_a_damaged_checkpoint_is_one_line(raw):
         resume_training(folder)
 
 
+@pytest.mark.usefixtures("store")
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
