@@ -339,6 +339,21 @@ def test_the_best_trial_and_the_next_step_are_told(monkeypatch):
     assert "mlflow ui" in result.stdout.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("uri", "step", "server"),
+    [
+        ("sqlite:///mlflow.db", "mlflow ui` and open", "http://127.0.0.1:5000"),
+        ("https://me:secret@example.org", "trials: open", "https://example.org"),
+    ],
+)
+def test_the_link_to_the_trials_in_mlflow_is_told_last(monkeypatch, tmp_path, uri, step, server):
+    (tmp_path / "mlflow.json").write_text('{"experiment_id": "3"}')
+    result = ends(monkeypatch, finished_search(folder=tmp_path, tracking_uri=uri))
+    before, last = result.stdout.splitlines()[-2:]
+    assert step in before
+    assert last.strip().startswith(f"{server}/#/experiments/3/runs?viewStateShareKey=visiontuner&")
+
+
 def test_an_interrupted_search_exits_with_130_and_says_last_how_to_resume(monkeypatch):
     result = ends(monkeypatch, finished_search(state="interrupted", classifier=None, model=None))
     assert result.exit_code == 130

@@ -38,6 +38,10 @@ URLS = {
     "mysql://host/db?user=me&password=pass": "mysql://host/db?user=me&password=***",
     "mssql+pyodbc:///?odbc_connect=PWD%3Dpass": "mssql+pyodbc:///?odbc_connect=***",
     "s3://AKIDEXAMPLE:pa/ss@bucket/x": "s3://***@bucket/x",
+    "http://host/#/runs?viewStateShareKey=visiontuner&token=a": (
+        "http://host/#/runs?viewStateShareKey=visiontuner&token=***"
+    ),
+    "http://host/#/runs?viewStateShareKey=abc": "http://host/#/runs?viewStateShareKey=***",
     "'https://host/a?X-Amz-Signature=12ab' is away": "'https://host/a?X-Amz-Signature=***' is away",
     "https://host/a.png?X-Amz-Date=1&X-Amz-Signature=12ab&x=2": (
         "https://host/a.png?X-Amz-Date=1&X-Amz-Signature=***&x=2"

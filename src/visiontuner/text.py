@@ -35,7 +35,8 @@ _USER = re.compile(rf"(?<=://)(?:[^/\s\"]|{_QUOTE})*@")  # a name alone may be a
 _ADDRESS = re.compile(r"/[^\s\"<>]*[?#][^\s\"<>]*")  # from a slash on, with a query or a fragment
 _NAME = r"[\w.%\[\]-]{0,80}"
 _SECRET_VALUE = re.compile(
-    rf"([?&#](?:amp;)?{_NAME}(?:sig|token|credential|passw|pwd|secret|key|auth|jwt|session|policy|"
+    # The link to our view in MLflow has a key that is none.
+    rf"([?&#](?!viewStateShareKey=visiontuner(?:&|$))(?:amp;)?{_NAME}(?:sig|token|credential|passw|pwd|secret|key|auth|jwt|session|policy|"
     # The value ends with the next one, or where the address does: a quote may follow.
     rf"odbc_connect){_NAME}=)[^&#]*?(?='?[&#]|'?[)\],.]*$)",
     re.IGNORECASE,
