@@ -143,6 +143,7 @@ def describe_search(record: SearchRecord, folder: Path, report: Mapping[str, Any
         ]
     elif record.is_unvalidated:
         parts = ["Trained on train and validation: only the test images can judge it."]
+    parts += _chosen(record)
     parts += _test_result(report)
     if len(ranking) > 1:
         parts.append(_table(ranking[:_BEST], record.objective))
@@ -153,14 +154,34 @@ def describe_search(record: SearchRecord, folder: Path, report: Mapping[str, Any
     return "\n\n".join(parts)
 
 
-def describe_trial(trial: TrialRecord, objective: str, report: Mapping[str, Any] | None) -> str:
-    """The best value and where it was reached, the test result, and what went wrong.
+def _chosen(record: SearchRecord) -> list[str]:
+    """What is kept, what the search gained, and what to expect of the model."""
+    if record.choice is None or record.kept is None:
+        return []
+    parts = [f"**Kept: {record.kept.trial_id}** ({_values(record.kept)})."]
+    parts += [record.choice["gain"]] if record.choice.get("gain") else []
+    if estimate := record.choice.get("estimate"):
+        parts.append(
+            f"Expected accuracy on new images: **{estimate['value']:.1%}** "
+            f"({estimate['low']:.1%} to {estimate['high']:.1%}), corrected for the choice."
+        )
+    return ["\n\n".join(parts)]
+
+
+def describe_trial(record: SearchRecord, name: str, report: Mapping[str, Any] | None) -> str:
+    """Its value and the epoch that is kept, the test result, and what went wrong.
 
     Args:
+        name: of a trial or a baseline.
         report: of the evaluation of this trial (report.json), if there was one.
     """
+    trial, objective = record.named(name), record.objective
+    if trial is None:
+        return f"{name}."
     parts = [f"{_values(trial)}: {trial.state.replace('_', ' ')}."]
-    if trial.best_value is not None:
+    if name in record.baselines:
+        parts = [f"What trials are compared with: {_values(trial)}."]
+    elif trial.best_value is not None:
         parts[0] = (
             f"{objective} **{trial.best_value:.4f}** in epoch {trial.best_epoch} of "
             f"{len(trial.epochs)}: {_values(trial)}."

@@ -473,9 +473,8 @@ class MlflowWriter:
             self._set_status(held, "RUNNING")
             held.recorded = False
         if trial.state != "running":
-            record, objective = self.plan.record.trials[trial.trial_id], self.plan.record.objective
             own = (self._report or {}).get("trial_id") == trial.trial_id
-            text = describe_trial(record, objective, self._report if own else None)
+            text = describe_trial(self.plan.record, trial.trial_id, self._report if own else None)
             tags |= described(text, held.tags)
         changed = _changed(tags, held.tags)
         if held.points < len(trial.points) or not held.params or changed:
