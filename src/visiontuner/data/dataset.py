@@ -910,7 +910,7 @@ def fetch_source(
 def _fetch_url(
     url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
 ) -> Path:
-    if is_table_name(urlsplit(url).path):
+    if is_table_name(re.split(r"[?#]", url)[0]):
         raise DataError(
             f"{without_secrets(url)} is a table, and its images would have to be fetched one by "
             "one. Give an archive that holds both, or bring them to S3."
@@ -1240,7 +1240,7 @@ def _fill_splits(given: Mapping[Sample, str | None], rule: SplitRule) -> dict[Sa
         return {sample: split or "train" for sample, split in given.items()}
     filled = {sample: split for sample, split in given.items() if split not in (None, "train")}
     units: dict[str, list[Sample]] = defaultdict(list)
-    unit_of = _find_units(given)
+    unit_of = find_units(given)
     for sample in given:
         if sample not in filled:
             units[unit_of(sample)].append(sample)
@@ -1250,7 +1250,7 @@ def _fill_splits(given: Mapping[Sample, str | None], rule: SplitRule) -> dict[Sa
     return filled
 
 
-def _find_units(samples: Iterable[Sample]) -> Callable[[Sample], str]:
+def find_units(samples: Iterable[Sample]) -> Callable[[Sample], str]:
     """Tells which images go together, by a hash: of their group, or else of their content.
 
     Images of one group go together, and copies of one content: two groups that share a content are

@@ -25,15 +25,14 @@ def assign_folds(
     digests: Sequence[str],
     *,
     folds: int,
-    groups: Sequence[str | None] | None = None,
+    groups: Sequence[str] | None = None,
 ) -> NDArray[np.int64]:
     """Deal the images of each class out to the folds in turn, in the order of their contents.
 
     Args:
         labels: int, shape (N,).
         digests: of the images' contents, N.
-        groups: images of one group, such as frames of a video, stay together; None for an image of
-            its own.
+        groups: of each image, N: those of one group, such as frames of a video, stay together.
 
     Returns:
         int64, shape (N,), values in [0, folds).
@@ -44,7 +43,7 @@ def assign_folds(
     wanted = np.asarray(labels, dtype=np.int64)
     order = np.array(sorted(range(len(digests)), key=lambda i: (wanted[i], digests[i])), dtype=int)
     assigned = np.empty(len(wanted), dtype=np.int64)
-    if groups is not None and any(group is not None for group in groups):
+    if groups is not None:
         assigned[order] = _whole_groups(wanted[order], [groups[i] for i in order], folds)
         return assigned
     if len(wanted) < folds:
@@ -55,15 +54,14 @@ def assign_folds(
 
 
 def _whole_groups(
-    labels: NDArray[np.int64], groups: Sequence[str | None], folds: int
+    labels: NDArray[np.int64], groups: Sequence[str], folds: int
 ) -> NDArray[np.int64]:
     from sklearn.model_selection import StratifiedGroupKFold  # a second to import, seldom needed
 
-    names = [f"own {row}" if group is None else f"of {group}" for row, group in enumerate(groups)]
-    if len(set(names)) < folds:
-        raise ValueError(f"{folds} folds of {len(set(names))} groups")
+    if len(set(groups)) < folds:
+        raise ValueError(f"{folds} folds of {len(set(groups))} groups")
     assigned = np.empty(len(labels), dtype=np.int64)
     splitter = StratifiedGroupKFold(n_splits=folds)
-    for fold, (_, rows) in enumerate(splitter.split(labels, labels, names)):
+    for fold, (_, rows) in enumerate(splitter.split(labels, labels, groups)):
         assigned[rows] = fold
     return assigned

@@ -9,7 +9,6 @@ import platform
 import socket
 import subprocess
 import uuid
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +23,7 @@ import safetensors.numpy
 import visiontuner
 from visiontuner import interrupts
 from visiontuner.data.arrays import FeatureSet
-from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.dataset import ImageDataset, Sample, find_units
 from visiontuner.data.findings import find_without_decoding
 from visiontuner.data.folds import assign_folds
 from visiontuner.diagnostics.rules import RECORDED_RULES
@@ -503,8 +502,8 @@ def deal_folds(inputs: Inputs, folder: Path, features: Path) -> None:
     store = FeatureSet.open(features)
     samples = [known[p] for name in ("train", "validation") for p in store.split(name).paths]
     labels, digests = [s.label for s in samples], [s.digest for s in samples]
-    copies = Counter(digests)
-    groups = [s.group or (s.digest if copies[s.digest] > 1 else None) for s in samples]
+    units = list(map(find_units(samples), samples))
+    groups = units if len(set(units)) < len(units) else None
     try:
         folds = assign_folds(labels, digests, folds=data.folds, groups=groups)
     except ValueError as error:
