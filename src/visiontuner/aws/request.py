@@ -551,7 +551,8 @@ class JobPlan:
         version = awss_version(self.image)
         if version is None or version in torch_range():
             return self.image
-        return f"{self.image} (PyTorch {version}; visiontuner is tested with {torch_range()})"
+        tested = f"visiontuner is tested with {torch_range()}"
+        return f"{self.image} (PyTorch {version}; {tested})"
 
     def _describe_disk(self) -> str:
         if self.has_own_disk:
