@@ -35,7 +35,7 @@ $(STAMP): $(LISTS)
 	  else $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'; fi
 	@touch $(STAMP)
 
-tune: $(STAMP)  ## search on the quickstart's pictures; ARGS= for your own
+tune: $(STAMP)  ## search on the quickstart's images; ARGS= for your own
 	@$(BIN)/python -m visiontuner tune $(ARGS)
 
 test: $(STAMP)  ## run the tests

@@ -35,7 +35,7 @@ from scipy import stats
 from visiontuner.data.folds import assign_folds, folds_for
 from visiontuner.evaluation.baselines import REGRESSION
 from visiontuner.evaluation.baselines import logistic_regression as logistic_regression_baseline
-from visiontuner.evaluation.calibration import fit_temperature, picture_losses
+from visiontuner.evaluation.calibration import fit_temperature, image_losses
 from visiontuner.evaluation.choice import Candidate, choose, estimate_accuracy
 from visiontuner.experiment.schema import Experiment, Training
 from visiontuner.model.features import compute_features
@@ -156,7 +156,7 @@ def product(draw: Draw) -> Kept:
             name=name,
             value=float((of.argmax(axis=1) == labels).mean()),
             correct=of.argmax(axis=1) == labels,
-            losses=picture_losses(of, labels),
+            losses=image_losses(of, labels),
         )
         for name, of in logits.items()
     ]
@@ -205,7 +205,7 @@ def logistic_regression(draw: Draw) -> Kept:
     """scikit-learn's, with C by the loss on the same validation images."""
     path = regression_path(draw.train, draw.num_classes)
     losses = [
-        float(picture_losses(_logits(head, draw.validation), draw.validation.labels.numpy()).mean())
+        float(image_losses(_logits(head, draw.validation), draw.validation.labels.numpy()).mean())
         for head in path
     ]
     return _on_hold_out(draw, path[int(np.argmin(losses))])
@@ -426,7 +426,7 @@ def _judge(kept: Kept, draw: Draw) -> dict[str, float]:
     accuracy = float((kept.logits.argmax(axis=1) == labels).mean())
     scores = {
         "accuracy": accuracy,
-        "nll": float(picture_losses(kept.logits, labels, kept.temperature).mean()),
+        "nll": float(image_losses(kept.logits, labels, kept.temperature).mean()),
         "images": kept.images,
         "is_regression": float(kept.name == REGRESSION),
     }

@@ -1,4 +1,4 @@
-"""Trainings made to fail, each in one way, and healthy ones: real networks, real pictures."""
+"""Trainings made to fail, each in one way, and healthy ones: real networks, real images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visiontuner.data.arrays import PictureStore, prepare_pictures
+from visiontuner.data.arrays import DecodedImages, prepare_images
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
 from visiontuner.diagnostics.history import Curve, TrainingHistory
@@ -21,7 +21,7 @@ from visiontuner.experiment.schema import AUGMENTATIONS, NO_AUGMENTATION, Traini
 from visiontuner.model.backbones import load_backbone
 from visiontuner.model.network import Network, build_network, parameter_groups
 from visiontuner.paths import writable_cache_folder
-from visiontuner.training.batches import Batches, PictureBatches
+from visiontuner.training.batches import Batches, ImageBatches
 from visiontuner.training.loop import Fit, linear_head
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -118,17 +118,17 @@ def healthy() -> Iterator[Case]:
         )
 
 
-def pictures(folder: Path, cache: Path, *, size: int) -> PictureStore:
-    """The folder's pictures, decoded once."""
+def images(folder: Path, cache: Path, *, size: int) -> DecodedImages:
+    """The folder's images, decoded once."""
     preprocessing = Preprocessing(
         resize=size + size // 8, size=size, interpolation="bilinear", **IMAGENET
     )
-    return prepare_pictures(
+    return prepare_images(
         load_dataset(folder, cache=cache), preprocessing=preprocessing, cache=cache, augmented=True
     )
 
 
-def train(case: Case, store: PictureStore, folder: Path, *, every_steps: int) -> TrainingHistory:
+def train(case: Case, store: DecodedImages, folder: Path, *, every_steps: int) -> TrainingHistory:
     """Train for real, recorded as a search records; what is there of it, however it ended."""
     settings = Training(**{"epochs": 3, "batch_size": 32, "workers": 0, **case.settings})
     began, classes = time.perf_counter(), len(store.class_names)
@@ -139,7 +139,7 @@ def train(case: Case, store: PictureStore, folder: Path, *, every_steps: int) ->
     recorder = Recorder(
         folder, network, every_steps=every_steps, began=began, workers=batches.workers, about=about
     )
-    batches.watch = recorder
+    batches.callback = recorder
     training = Fit(
         network,
         case.around(batches),
@@ -150,7 +150,7 @@ def train(case: Case, store: PictureStore, folder: Path, *, every_steps: int) ->
         parameter_groups=parameter_groups(network, settings)
         if isinstance(network, Network)
         else None,
-        watch=recorder,
+        callback=recorder,
     )
     epochs, error = [], None
     try:
@@ -170,8 +170,8 @@ def train(case: Case, store: PictureStore, folder: Path, *, every_steps: int) ->
     )
 
 
-def _batches(store: PictureStore, split: str, settings: Training) -> PictureBatches:
-    return PictureBatches(
+def _batches(store: DecodedImages, split: str, settings: Training) -> ImageBatches:
+    return ImageBatches(
         store.split(split),
         preprocessing=store.preprocessing,
         augmentation=AUGMENTATIONS["light"] if split == "train" else NO_AUGMENTATION,

@@ -29,8 +29,8 @@ def measure(
     limit_per_class: int | None = None,
     stages: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    pictures = photographs("flowers5")
-    common = ["--experiment", str(EXPERIMENT), "--data", str(pictures)]
+    images = photographs("flowers5")
+    common = ["--experiment", str(EXPERIMENT), "--data", str(images)]
     if trials is not None:
         common += ["--trials", str(trials)]
     if limit_per_class is not None:
@@ -55,7 +55,7 @@ def measure(
 
 
 def _search(arguments: list[str], output: Path, folder: Path) -> dict[str, Any]:
-    """One search and its evaluation; features and decoded pictures are there after the first."""
+    """One search and its evaluation; features and decoded images are there after the first."""
     places = {"folder": folder, "cache": folder / "cache"}
     seconds = run(tune(*arguments, output=output), **places)
     run(["-m", "visiontuner", "evaluate", str(output)], **places)

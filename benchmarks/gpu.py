@@ -1,6 +1,6 @@
 """Training on a GPU against a plain loop in the manner of torchvision's reference recipe.
 
-ResNet-50 at 224 px with SGD and bf16, random weights. On made-up pictures in memory our own loop
+ResNet-50 at 224 px with SGD and bf16, random weights. On made-up images in memory our own loop
 and the plain one take turns, a round each; then our loop trains from JPEG files. The plain loop is
 written here: forward and loss under autocast, channels last, backward, step. It never reads the
 loss, as the reference recipe does, so that its host never waits: that is the harder comparison.
@@ -63,7 +63,7 @@ def measure(
     return report(
         [
             Row(
-                what=f"{what}: training on made-up pictures in memory",
+                what=f"{what}: training on made-up images in memory",
                 target=TARGETS[0],
                 result=f"{ours / plain:.2f} x: {ours:,.0f} against {plain:,.0f} images/s",
                 met=ours >= 0.9 * plain,
@@ -181,13 +181,13 @@ def from_files(
     """Images/s of each epoch over JPEG files, after the first one."""
     import torch
 
-    from visiontuner.data.arrays import prepare_pictures
+    from visiontuner.data.arrays import prepare_images
     from visiontuner.data.dataset import load_dataset
     from visiontuner.data.images import Preprocessing
     from visiontuner.experiment.schema import AUGMENTATIONS
-    from visiontuner.training.batches import PictureBatches
+    from visiontuner.training.batches import ImageBatches
 
-    write_files(folder / "pictures", files, side=size * 2)
+    write_files(folder / "images", files, side=size * 2)
     imagenet = Preprocessing(
         resize=size * 8 // 7,
         size=size,
@@ -195,11 +195,9 @@ def from_files(
         std=(0.229, 0.224, 0.225),
         interpolation="bilinear",
     )
-    dataset = load_dataset(folder / "pictures", cache=folder / "cache")
-    store = prepare_pictures(
-        dataset, preprocessing=imagenet, cache=folder / "cache", augmented=True
-    )
-    loader = PictureBatches(
+    dataset = load_dataset(folder / "images", cache=folder / "cache")
+    store = prepare_images(dataset, preprocessing=imagenet, cache=folder / "cache", augmented=True)
+    loader = ImageBatches(
         store.split("train"),
         preprocessing=imagenet,
         augmentation=AUGMENTATIONS["light"],
@@ -224,7 +222,5 @@ def write_files(root: Path, number: int, *, side: int) -> None:
             path = root / split / f"class{index % CLASSES}" / f"{index}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             coarse = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
-            picture = Image.fromarray(coarse).resize(
-                (side * 4 // 3, side), Image.Resampling.BICUBIC
-            )
-            picture.save(path, quality=90)
+            image = Image.fromarray(coarse).resize((side * 4 // 3, side), Image.Resampling.BICUBIC)
+            image.save(path, quality=90)

@@ -22,7 +22,7 @@ from measuring import Row, report
 from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize_scalar
 
-from visiontuner.evaluation.calibration import ChosenThreshold, picture_losses
+from visiontuner.evaluation.calibration import ChosenThreshold, image_losses
 from visiontuner.evaluation.intervals import Interval
 from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
 
@@ -140,7 +140,7 @@ def make_population(accuracy: float) -> Population:
 
     logits = answers(brentq(lambda margin: right(margin) - accuracy, 0.0, 60.0, xtol=1e-3))
     best = minimize_scalar(
-        lambda t: picture_losses(logits, labels, math.exp(t)).mean(),
+        lambda t: image_losses(logits, labels, math.exp(t)).mean(),
         bounds=(-3, 3),
         method="bounded",
     )

@@ -1,7 +1,7 @@
-"""A network training on 12-megapixel photographs, against its own speed on pictures in memory.
+"""A network training on 12-megapixel photographs, against its own speed on images in memory.
 
 The photographs are made here. Decoding them once is the first epoch's price and told apart. Then
-training on pictures (views decoded, cropped and flipped by visiontuner) and on one batch that never
+training on images (views decoded, cropped and flipped by visiontuner) and on one batch that never
 changes take turns, an epoch each; the speeds are medians.
 """
 
@@ -29,11 +29,11 @@ CLASSES = 4
 def measure(*, photographs: int = 128, epochs: int = 3, batch: int = 32) -> dict[str, Any]:
     import torch
 
-    from visiontuner.data.arrays import prepare_pictures
+    from visiontuner.data.arrays import prepare_images
     from visiontuner.data.dataset import load_dataset
     from visiontuner.data.images import Preprocessing
     from visiontuner.experiment.schema import AUGMENTATIONS
-    from visiontuner.training.batches import PictureBatches
+    from visiontuner.training.batches import ImageBatches
 
     with scratch() as folder:
         megabytes = take_photographs(folder / "photographs", photographs)
@@ -45,11 +45,11 @@ def measure(*, photographs: int = 128, epochs: int = 3, batch: int = 32) -> dict
             std=(0.229, 0.224, 0.225),
             interpolation="bilinear",
         )
-        store = prepare_pictures(
+        store = prepare_images(
             dataset, preprocessing=imagenet, cache=folder / "cache", augmented=True
         )
         loaders = {
-            name: PictureBatches(
+            name: ImageBatches(
                 store.split("train"),
                 preprocessing=imagenet,
                 augmentation=AUGMENTATIONS["light"],

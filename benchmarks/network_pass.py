@@ -1,10 +1,10 @@
-"""Export a network and run it once over a folder's pictures in ONNX Runtime; a plain loop.
+"""Export a network and run it once over a folder's images in ONNX Runtime; a plain loop.
 
-    python network_pass.py PICTURES NETWORK SPLIT,SPLIT LIMIT
+    python network_pass.py IMAGES NETWORK SPLIT,SPLIT LIMIT
 
-LIMIT is how many pictures of each class are taken, 0 for all.
-Prints JSON: seconds of the export and of the pass (decoding included), and pictures. It takes from
-visiontuner how to read a picture and how to export, and nothing else.
+LIMIT is how many images of each class are taken, 0 for all.
+Prints JSON: seconds of the export and of the pass (decoding included), and images. It takes from
+visiontuner how to read an image and how to export, and nothing else.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
             {
                 "export_seconds": export_seconds,
                 "pass_seconds": pass_seconds,
-                "pictures": int(np.concatenate(features).shape[0]),
+                "images": int(np.concatenate(features).shape[0]),
             }
         )
     )

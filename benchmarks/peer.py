@@ -30,11 +30,11 @@ SMALL = {"trials": 2, "epochs": 1, "limit_per_class": 2}
 def measure(
     *, trials: int = 4, epochs: int = 5, limit_per_class: int | None = None
 ) -> dict[str, Any]:
-    pictures = photographs("dogs24")
+    images = photographs("dogs24")
     with scratch() as folder:
         search, pattern = folder / "search", folder / "pattern"
         arguments = [
-            *("--data", str(pictures), "--trials", str(trials), "--algorithm", "random"),
+            *("--data", str(images), "--trials", str(trials), "--algorithm", "random"),
             *settings(search__scheduler="none", training__epochs=epochs),
             *(settings(data__limit_per_class=limit_per_class) if limit_per_class else []),
         ]
@@ -45,7 +45,7 @@ def measure(
         began = time.monotonic()
         peer_best = script_result(
             "peer_pattern.py",
-            *(str(pictures), str(chosen), str(epochs), store_in(pattern)),
+            *(str(images), str(chosen), str(epochs), store_in(pattern)),
             str(limit_per_class or 0),
             folder=pattern,
         )["best"]

@@ -1,11 +1,11 @@
 """The documented Ray Tune + MLflow pattern: each trial runs the frozen network in every epoch.
 
-    python peer_pattern.py PICTURES CONFIGURATIONS.json EPOCHS TRACKING_URI LIMIT
+    python peer_pattern.py IMAGES CONFIGURATIONS.json EPOCHS TRACKING_URI LIMIT
 
 As Ray's and MLflow's guides have it: a function trainable with `setup_mlflow`, a torchvision
 ImageFolder in a DataLoader, the network in torch, `mlflow.log_metrics` and `tune.report` once an
 epoch. Network, weights, transforms, optimizer and schedule are those of visiontuner's search.
-LIMIT is how many pictures of each class are used, 0 for all.
+LIMIT is how many images of each class are used, 0 for all.
 Prints JSON: the best validation accuracy of each trial.
 """
 
@@ -33,12 +33,12 @@ NETWORK = "efficientnet_lite0"
 
 
 def main() -> None:
-    pictures, configurations, epochs, uri, limit = sys.argv[1:6]
+    images, configurations, epochs, uri, limit = sys.argv[1:6]
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment("pattern")
     space = {
         "configuration": tune.grid_search(json.loads(Path(configurations).read_text())),
-        "pictures": pictures,
+        "images": images,
         "epochs": int(epochs),
         "limit_per_class": int(limit),
         "tracking_uri": uri,
@@ -84,7 +84,7 @@ def train(config: dict[str, Any]) -> None:
 
 
 def loaders(config: dict[str, Any], preprocessing: Any, batch_size: int) -> list[DataLoader]:
-    """Training, shuffled, and validation pictures."""
+    """Training, shuffled, and validation images."""
     transform = transforms.Compose(
         [
             transforms.Resize(
@@ -97,14 +97,14 @@ def loaders(config: dict[str, Any], preprocessing: Any, batch_size: int) -> list
     )
     found = []
     for split in ("train", "valid"):
-        folder = datasets.ImageFolder(Path(config["pictures"]) / split, transform)
+        folder = datasets.ImageFolder(Path(config["images"]) / split, transform)
         subset = Subset(folder, first_of_each_class(folder.targets, config["limit_per_class"]))
         found.append(DataLoader(subset, batch_size=batch_size, shuffle=split == "train"))
     return found
 
 
 def first_of_each_class(targets: list[int], limit: int) -> list[int]:
-    """Indices of the first `limit` pictures of each class; all of them if it is 0."""
+    """Indices of the first `limit` images of each class; all of them if it is 0."""
     seen: dict[int, int] = {}
     kept = []
     for index, target in enumerate(targets):

@@ -1,6 +1,6 @@
 """A program of `serving`: decoding and the network in a plain loop, without any server.
 
-plain_answers.py CLASSIFIER SECONDS PICTURE…
+plain_answers.py CLASSIFIER SECONDS IMAGE…
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ PAUSE_SECONDS = 0.002  # what a request spends outside decoding and network: pro
 
 
 def main() -> None:
-    """Milliseconds of one picture, at once and after a pause, and pictures a second one at a time
+    """Milliseconds of one image, at once and after a pause, and images a second one at a time
     and 16 at a time."""
     classifier, seconds = Classifier.load(Path(sys.argv[1])), float(sys.argv[2])
-    pictures = [Path(name).read_bytes() for name in sys.argv[3:]]
+    images = [Path(name).read_bytes() for name in sys.argv[3:]]
 
     def answer(count: int) -> Callable[[], None]:
-        source = cycle(pictures)
+        source = cycle(images)
 
         def run() -> None:
             pixels = [read_pixels(next(source), classifier.preprocessing) for _ in range(count)]

@@ -21,7 +21,7 @@ from visiontuner.experiment.schema import Training
 from visiontuner.model.backbones import load_backbone
 from visiontuner.model.network import Network, Train, build_network, parameter_groups
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.callbacks import Part, Watch
+from visiontuner.training.callbacks import Part, TrainingCallback
 from visiontuner.training.loop import Fit, TrainingStep, linear_head
 from visiontuner.training.optimisation import make_optimizer, make_schedule
 
@@ -40,7 +40,7 @@ TARGETS = ("at most 3 % of training time", "at most 1 % of training time", "at m
 SMALL = {"networks": (("resnet18", "all"),), "size": 32, "rounds": 1, "full": False}
 
 
-class _StepTimes(Watch):
+class _StepTimes(TrainingCallback):
     """Only where the time goes."""
 
     def __init__(self) -> None:
@@ -161,24 +161,26 @@ class _Training:
         network = network.train().to(memory_format=torch.channels_last)
         settings = Training(epochs=1, batch_size=BATCH, schedule="constant")
         self.recorder = None
-        self.watch = Watch()
+        self.callback = TrainingCallback()
         if kind == "times":
-            self.watch = _StepTimes()
+            self.callback = _StepTimes()
         elif kind == "all":
             began = time.perf_counter()
-            self.watch = self.recorder = Recorder(folder, network, every_steps=EVERY, began=began)
+            self.callback = self.recorder = Recorder(
+                folder, network, every_steps=EVERY, began=began
+            )
         optimizer = make_optimizer(network, settings, parameter_groups(network, settings))
         schedule = make_schedule(optimizer, settings, total_steps=EVERY)
-        self.step = TrainingStep(network, optimizer, schedule, settings, watch=self.watch)
-        self.watch.epoch_begins(1, EVERY)
+        self.step = TrainingStep(network, optimizer, schedule, settings, callback=self.callback)
+        self.callback.epoch_begins(1, EVERY)
 
     def __call__(self, number: int, images: torch.Tensor, labels: torch.Tensor) -> None:
-        for part in ("data", "to_device", "data"):  # as often as for pictures
-            self.watch.spent_on(part)  # type: ignore[arg-type]
-        self.watch.step_begins(number, images)
+        for part in ("data", "to_device", "data"):  # as often as for images
+            self.callback.spent_on(part)  # type: ignore[arg-type]
+        self.callback.step_begins(number, images)
         self.step(images, labels)
-        self.watch.spent_on("reporting")
-        self.watch.step_ends()
+        self.callback.spent_on("reporting")
+        self.callback.step_ends()
 
     def close(self) -> None:
         if self.recorder is not None:
@@ -225,7 +227,7 @@ def _stamps_alone(steps: int = 20_000) -> float:
 def _size_of_resnet50() -> tuple[int, str]:
     """A whole file: real statistics of two steps of a ResNet-50, varied at random to fill it.
 
-    100 epochs of ImageNet's 1.28 million pictures at batch 256 are 500,000 steps: full long before.
+    100 epochs of ImageNet's 1.28 million images at batch 256 are 500,000 steps: full long before.
     """
     torch.manual_seed(0)
     network = _network("resnet50", 224)
@@ -236,7 +238,7 @@ def _size_of_resnet50() -> tuple[int, str]:
         data = FeatureBatches(images, torch.arange(8), batch_size=4)
         training = Fit(
             network, data, data, settings, num_classes=CLASSES, seed=0,
-            parameter_groups=parameter_groups(network, settings), watch=recorder,
+            parameter_groups=parameter_groups(network, settings), callback=recorder,
         )  # fmt: skip
         next(training.epochs())
         recorder.close()
@@ -275,7 +277,7 @@ def _filled(recording: Recording) -> Recording:
             steps,
             steps=np.arange(1, MOST_TIMES + 1),
             seconds=stretched(steps.seconds, MOST_TIMES),
-            pictures=np.full(MOST_TIMES, 256),
+            images=np.full(MOST_TIMES, 256),
         ),
         system=replace(
             system,

@@ -1,6 +1,6 @@
 """`kill -9` of one training at five random moments, then `train --resume`: the same final metrics.
 
-On features and on pictures with no and with two processes that prepare them; CPU, fp32.
+On features and on images with no and with two processes that prepare them; CPU, fp32.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ LONGEST_SECONDS = 900.0
 CLOCK = ("epoch_seconds", "images_per_second")
 KINDS = {
     "features": [],
-    "pictures, 0 workers": ["model.train=last_stage", "training.workers=0"],
-    "pictures, 2 workers": ["model.train=last_stage", "training.workers=2"],
+    "images, 0 workers": ["model.train=last_stage", "training.workers=0"],
+    "images, 2 workers": ["model.train=last_stage", "training.workers=2"],
 }
 
 
@@ -53,7 +53,7 @@ def measure(*, epochs: int = 12, kills: int = 5) -> dict[str, Any]:
 
 
 def command(epochs: int) -> list[str]:
-    """The built-in pictures and a small network with random weights: nothing to download."""
+    """The built-in images and a small network with random weights: nothing to download."""
     words = ["-m", "visiontuner", "train", "--data", "digits", "--backbone", "resnet18"]
     settings = {
         "data.limit_per_class": 12,

@@ -113,7 +113,7 @@ def failing_cases(train: Split, *, long: int) -> Iterator[Case]:
     yield Case("labels shuffled", ("label_noise",), shuffled)
     yield Case("one class missing", ("class_not_predicted",), train.only(train.labels != 0))
     yield Case("90 % one class", ("class_imbalance",), train.only(np.concatenate([one, others])))
-    yield Case(f"{long} epochs on 50 pictures", ("overfit", "overtraining"), few, {"epochs": long})
+    yield Case(f"{long} epochs on 50 images", ("overfit", "overtraining"), few, {"epochs": long})
 
 
 def healthy_settings(best: float, count: int) -> list[dict[str, Any]]:

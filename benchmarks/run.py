@@ -137,7 +137,7 @@ def _parse() -> argparse.Namespace:
         "--small", action="store_true", help="tiny settings, to see that the commands work"
     )
     parser.add_argument(
-        "--limit-per-class", type=int, metavar="N", help="peer: only N pictures of each class"
+        "--limit-per-class", type=int, metavar="N", help="peer: only N images of each class"
     )
     parser.add_argument(
         "--repetitions", type=int, metavar="N", help="choice: draw images N times, not 100"

@@ -1,6 +1,6 @@
 """500 short trials: does a search slow down or grow as trials pile up?
 
-The whole command on small made-up pictures, the MLflow writer included; times are from its journal.
+The whole command on small made-up images, the MLflow writer included; times are from its journal.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ TARGETS = (
     "driver's memory up by less than 50 MB from the first fifth's end to the last trial",
 )
 SMALL = {"trials": 20}
-PICTURES_PER_CLASS = {"train": 20, "valid": 5}
+IMAGES_PER_CLASS = {"train": 20, "valid": 5}
 
 
 def measure(*, trials: int = 500, epochs: int = 3) -> dict[str, Any]:
     fifth = trials // 5
     with scratch() as folder:
-        make_pictures(folder / "pictures")
+        make_images(folder / "images")
         arguments = [
-            *("--data", str(folder / "pictures"), "--trials", str(trials)),
+            *("--data", str(folder / "images"), "--trials", str(trials)),
             *("--algorithm", "random"),
             *settings(search__scheduler="none", training__epochs=epochs, model__image_size=32),
         ]
@@ -89,10 +89,10 @@ def _count_ended(search: Path) -> int:
     return path.read_bytes().count(b'"event": "trial_ended"') if path.exists() else 0
 
 
-def make_pictures(folder: Path) -> None:
+def make_images(folder: Path) -> None:
     """Ten classes of noise around a colour each, 32 x 32 pixels."""
     generator = np.random.default_rng(0)
-    for split, count in PICTURES_PER_CLASS.items():
+    for split, count in IMAGES_PER_CLASS.items():
         for label in range(10):
             place = folder / split / f"class{label}"
             place.mkdir(parents=True)

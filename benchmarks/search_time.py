@@ -1,6 +1,6 @@
 """A whole search on photographs, against its own parts in plain loops.
 
-The parts: export, one pass of the network over the pictures, and the same head trainings over all
+The parts: export, one pass of the network over the images, and the same head trainings over all
 cores. What the command takes beyond them is Ray, MLflow, packaging and Python's imports.
 """
 
@@ -34,10 +34,10 @@ NETWORK = "efficientnet_lite0"
 def measure(
     *, trials: int = 32, epochs: int = 20, limit_per_class: int | None = None
 ) -> dict[str, Any]:
-    pictures = photographs("dogs24")
+    images = photographs("dogs24")
     with scratch() as folder:
         arguments = [
-            *("--data", str(pictures), "--backbone", NETWORK),
+            *("--data", str(images), "--backbone", NETWORK),
             *("--trials", str(trials), "--algorithm", "random"),
             *settings(search__scheduler="none", training__epochs=epochs),
             *(settings(data__limit_per_class=limit_per_class) if limit_per_class else []),
@@ -47,7 +47,7 @@ def measure(
         again = run(tune(*arguments, output=second), folder=folder, cache=cache)
         network = script_result(
             "network_pass.py",
-            *(str(pictures), NETWORK, "train,validation", str(limit_per_class or 0)),
+            *(str(images), NETWORK, "train,validation", str(limit_per_class or 0)),
             folder=folder / "pass",
         )
         heads = script_result(

@@ -29,22 +29,22 @@ TARGETS = (
     "at most 450 MB",
     "one at a time: p50 at most 1.5 x the plain loop",
     "8 clients: at least 0.6 x the plain loop's rate",
-    "16 pictures a request: at least 0.8 x the plain loop's rate",
+    "16 images a request: at least 0.8 x the plain loop's rate",
     "start to first answer at most 1.3 x a small scikit-learn model's",
 )
 SMALL = {"rounds": 1, "seconds": 1.0, "starts": 1}
 SIDE, CLIENTS, BATCH = 224, 8, 16
-PICTURES = 48
+IMAGES = 48
 
 
 def measure(*, rounds: int = 5, seconds: float = 4.0, starts: int = 5) -> dict[str, Any]:
     """In rounds, so that what slows the machine slows both: the median of the rounds' ratios."""
     with scratch() as folder:
         classifier, model = make_model(folder)
-        pictures = make_pictures(folder / "pictures")
+        images = make_images(folder / "images")
         environment = install(model, folder)
-        measured = measure_speed(classifier, model, environment, pictures, rounds, seconds)
-        parts = measure_parts(model, environment, pictures, seconds)
+        measured = measure_speed(classifier, model, environment, images, rounds, seconds)
+        parts = measure_parts(model, environment, images, seconds)
         how, start = measure_starts(model, folder, starts)
     rows = [
         *environment_rows(environment),
@@ -65,15 +65,15 @@ def make_model(folder: Path) -> tuple[Path, Path]:
     return search / "classifier", save_classifier(search / "classifier", folder / "model")
 
 
-def make_pictures(folder: Path) -> list[Path]:
+def make_images(folder: Path) -> list[Path]:
     """JPEGs of 224 px: photographs where there are some, else smooth noise."""
     folder.mkdir()
     found = sorted(Path(os.environ[PHOTOS]).rglob("*.jpg")) if os.environ.get(PHOTOS) else []
     rng = np.random.default_rng(0)
     paths = []
-    for number in range(PICTURES):
+    for number in range(IMAGES):
         if found:
-            image = Image.open(found[number * len(found) // PICTURES]).convert("RGB")
+            image = Image.open(found[number * len(found) // IMAGES]).convert("RGB")
         else:
             image = Image.fromarray(rng.integers(0, 256, (14, 14, 3), dtype=np.uint8))
         paths.append(folder / f"{number}.jpg")
@@ -101,16 +101,16 @@ def measure_speed(
     classifier: Path,
     model: Path,
     environment: Any,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     rounds: int,
     seconds: float,
 ) -> list[dict[str, float]]:
-    """In each round the plain loop, then the server's p50 and pictures a second."""
+    """In each round the plain loop, then the server's p50 and images a second."""
     from visiontuner.serving.answers import Options
     from visiontuner.serving.client import encode_request
     from visiontuner.serving.server import ScoringServer
 
-    contents = [path.read_bytes() for path in pictures]
+    contents = [path.read_bytes() for path in images]
     single = [encode_request([one], Options()) for one in contents]
     batches = [
         encode_request(contents[i : i + BATCH], Options()) for i in range(0, len(contents), BATCH)
@@ -121,7 +121,7 @@ def measure_speed(
         clients[0].ask(single, 1.0)
         for number in range(rounds):
             plain = script_result(
-                "plain_answers.py", str(classifier), str(seconds), *map(str, pictures),
+                "plain_answers.py", str(classifier), str(seconds), *map(str, images),
                 folder=model.parent / f"plain-{number}",
             )  # fmt: skip
             alone = clients[0].ask(single, seconds)
@@ -138,15 +138,15 @@ def measure_speed(
 
 
 def measure_parts(
-    model: Path, environment: Any, pictures: Sequence[Path], seconds: float
+    model: Path, environment: Any, images: Sequence[Path], seconds: float
 ) -> dict[str, float]:
-    """Milliseconds of the parts of a request with one picture, without HTTP."""
+    """Milliseconds of the parts of a request with one image, without HTTP."""
     from visiontuner.serving.answers import Options
     from visiontuner.serving.client import encode_request
 
     folder = model.parent / "bodies"
     folder.mkdir()
-    for number, path in enumerate(pictures):
+    for number, path in enumerate(images):
         (folder / str(number)).write_bytes(encode_request([path.read_bytes()], Options()))
     command = [str(environment.python), str(ROOT / "benchmarks/request_parts.py"), str(model),
                str(seconds), *map(str, folder.iterdir())]  # fmt: skip
@@ -246,9 +246,9 @@ def first_request(model: Path) -> bytes:
 
 
 def containers(model: Path, other: Path) -> dict[str, Callable[[], Any]]:
-    from visiontuner.serving.preflight import Container, build_image
+    from visiontuner.serving.preflight import Container, build_container_image
 
-    ours, its = build_image(model), build_image(other)
+    ours, its = build_container_image(model), build_container_image(other)
     return {
         "ours": lambda: Container(model, ours),
         "scikit-learn": lambda: Container(other, its),
@@ -299,17 +299,17 @@ def speed_rows(rounds: Sequence[dict[str, float]]) -> list[Row]:
             met=slower <= 1.5,
         ),
         Row(
-            what=f"{CLIENTS} clients, one picture a request",
+            what=f"{CLIENTS} clients, one image a request",
             target=TARGETS[3],
             result=f"{many:.2f} x: {middle(lambda one: one['eight_clients_per_second']):.0f} "
-            f"against {own:.0f} pictures a second",
+            f"against {own:.0f} images a second",
             met=many >= 0.6,
         ),
         Row(
-            what=f"one client, {BATCH} pictures a request",
+            what=f"one client, {BATCH} images a request",
             target=TARGETS[4],
             result=f"{batched:.2f} x: {middle(lambda one: one['batches_per_second']):.0f} "
-            f"against {own:.0f} pictures a second; a plain loop over batches of {BATCH}: "
+            f"against {own:.0f} images a second; a plain loop over batches of {BATCH}: "
             f"{middle(lambda one: one['plain_batches_per_second']):.0f}",
             met=batched >= 0.8,
         ),

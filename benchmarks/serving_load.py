@@ -1,4 +1,4 @@
-"""The served model under 5,000 hostile requests, then under 10,000, then with costly pictures.
+"""The served model under 5,000 hostile requests, then under 10,000, then with costly images.
 
 The server is MLflow's own, in the clean environment that preflight makes. The hostile requests are
 drawn by hypothesis, from what `tests/serving/test_pyfunc.py` sends a hundred of.
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from measuring import ROOT, Row, report, scratch
 
-from serving import CLIENTS, Client, install, make_model, make_pictures
+from serving import CLIENTS, Client, install, make_images, make_model
 
 TARGETS = (
     "no 5xx but what MLflow's own parser answers so",
@@ -41,11 +41,11 @@ def measure(*, hostile: int = 5000, requests: int = 10_000, costly: int = 10_000
 
     with scratch() as folder:
         _, model = make_model(folder)
-        pictures = [path.read_bytes() for path in make_pictures(folder / "pictures")]
+        images = [path.read_bytes() for path in make_images(folder / "images")]
         with ScoringServer(model, install(model, folder)) as server:
             fuzzed = send_hostile(server, hostile)
-            used = send_many(server, pictures, requests)
-            held = send_costly(server, pictures, costly)
+            used = send_many(server, images, requests)
+            held = send_costly(server, images, costly)
     rows = [*hostile_rows(fuzzed), growth_row(used), *costly_rows(held)]
     return report(rows, hostile=fuzzed, requests=used, costly=held)
 
@@ -86,12 +86,12 @@ def send_hostile(server: Any, count: int) -> dict[str, Any]:
     }
 
 
-def send_many(server: Any, pictures: Sequence[bytes], count: int) -> dict[str, Any]:
-    """Several clients; a tenth of the requests hold no picture, a tenth no JSON."""
+def send_many(server: Any, images: Sequence[bytes], count: int) -> dict[str, Any]:
+    """Several clients; a tenth of the requests hold no image, a tenth no JSON."""
     share = count // CLIENTS
     settled = max(share * 15 // 100, 1)
     clients = [Client(server.url) for _ in range(CLIENTS)]
-    sources = [requests_of(pictures) for _ in clients]
+    sources = [requests_of(images) for _ in clients]
 
     def ask(number: int, some: int) -> Counter[int]:
         bodies = islice(sources[number], some)
@@ -107,16 +107,16 @@ def send_many(server: Any, pictures: Sequence[bytes], count: int) -> dict[str, A
     return {"statuses": dict(statuses), "memory_mb": memory, "settled": settled * CLIENTS}
 
 
-def send_costly(server: Any, pictures: Sequence[bytes], count: int) -> dict[str, Any]:
-    """Several clients; each 41st request holds the largest picture that is decoded."""
+def send_costly(server: Any, images: Sequence[bytes], count: int) -> dict[str, Any]:
+    """Several clients; each 41st request holds the largest image that is decoded."""
     sys.path.insert(0, str(ROOT / "tests" / "serving"))
-    from test_pyfunc import make_large_pictures
+    from test_pyfunc import make_large_images
 
     from visiontuner.serving.answers import Options
     from visiontuner.serving.client import encode_request
 
-    large = [encode_request([one], Options()) for one in make_large_pictures().values()]
-    good = [encode_request([one], Options()) for one in pictures]
+    large = [encode_request([one], Options()) for one in make_large_images().values()]
+    good = [encode_request([one], Options()) for one in images]
     clients = [Client(server.url) for _ in range(CLIENTS)]
     took: list[float] = []
     statuses: Counter[tuple[str, int]] = Counter()
@@ -146,15 +146,15 @@ def send_costly(server: Any, pictures: Sequence[bytes], count: int) -> dict[str,
     }
 
 
-def requests_of(pictures: Sequence[bytes]) -> Iterator[bytes]:
+def requests_of(images: Sequence[bytes]) -> Iterator[bytes]:
     """Bodies, again and again."""
     from visiontuner.serving.answers import Options
     from visiontuner.serving.client import encode_request
 
     options = Options()
     while True:
-        for number, picture in enumerate(pictures):
-            content = b"no picture" if number % 10 == 5 else picture
+        for number, image in enumerate(images):
+            content = b"no image" if number % 10 == 5 else image
             body = encode_request([content], options)
             yield body[:-20] if number % 10 == 7 else body
 
@@ -186,7 +186,7 @@ def growth_row(used: dict[str, Any]) -> Row:
     first, last = used["memory_mb"]
     return Row(
         what=f"memory after {sum(used['statuses'].values()):,} requests by {CLIENTS} clients, "
-        "a tenth without a picture, a tenth no JSON",
+        "a tenth without an image, a tenth no JSON",
         target=TARGETS[2],
         result=f"{first:.0f} MB after {used['settled']:,}, {last:.0f} MB at the end",
         met=last <= GROWTH * first,
@@ -197,7 +197,7 @@ def costly_rows(held: dict[str, Any]) -> list[Row]:
     first, last = held["memory_mb"]
     total = sum(number for *_, number in held["statuses"])
     costly = sum(number for kind, _, number in held["statuses"] if kind == "costly")
-    what = f"{total:,} requests by {CLIENTS} clients, {costly:,} of them with costly pictures"
+    what = f"{total:,} requests by {CLIENTS} clients, {costly:,} of them with costly images"
     return [
         Row(
             what=f"good ones of {what}",

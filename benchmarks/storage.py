@@ -42,13 +42,13 @@ def measure(*, files: int = 10_000, stand_in: str | None = None) -> dict[str, An
     """
     with scratch() as folder, _settings(folder), _server(stand_in) as url:
         os.environ["AWS_ENDPOINT_URL"] = url
-        pictures = _pictures(folder / "pictures", files)
-        seconds = _uploads(pictures, url)
+        images = _images(folder / "images", files)
+        seconds = _uploads(images, url)
         seconds |= _downloads(folder)
     return _report(files, seconds)
 
 
-def _uploads(pictures: Path, url: str) -> dict[str, float]:
+def _uploads(images: Path, url: str) -> dict[str, float]:
     """The ways in turn, round by round: other work on the machine meets all of them."""
     import boto3
 
@@ -57,8 +57,8 @@ def _uploads(pictures: Path, url: str) -> dict[str, float]:
     client, ours = boto3.client("s3"), connect()
     client.create_bucket(Bucket=BUCKET)
     seconds: dict[str, float] = {}
-    for part in sorted(pictures.iterdir()):
-        names = [path.relative_to(pictures).as_posix() for path in sorted(part.rglob("*.jpg"))]
+    for part in sorted(images.iterdir()):
+        names = [path.relative_to(images).as_posix() for path in sorted(part.rglob("*.jpg"))]
         prepared = _prepare(part, url)
         assert len(prepared) == len(names)
         with _timed(seconds, "prepared"):
@@ -69,9 +69,9 @@ def _uploads(pictures: Path, url: str) -> dict[str, float]:
         for what, one in (("upload_file", client), ("upload_file, our client", ours)):
             with _timed(seconds, what):
                 for name in names:
-                    one.upload_file(str(pictures / name), BUCKET, f"{what}/{name}")
+                    one.upload_file(str(images / name), BUCKET, f"{what}/{name}")
     with _timed(seconds, "again"):
-        moved = upload_folder(pictures, f"s3://{BUCKET}/ours")
+        moved = upload_folder(images, f"s3://{BUCKET}/ours")
     assert moved.files == 0
     return seconds
 
@@ -119,7 +119,7 @@ def _report(files: int, seconds: dict[str, float]) -> dict[str, Any]:
     return report(rows, files=files, bytes=BYTES, seconds=seconds)
 
 
-def _pictures(folder: Path, files: int) -> Path:
+def _images(folder: Path, files: int) -> Path:
     for number in range(files):
         path = folder / f"round {number % ROUNDS}" / f"class {number % CLASSES}" / f"{number}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -35,8 +35,7 @@ def measure(
     flowers, seconds = photographs("flowers5"), []
     with scratch() as folder:
         stores = {
-            size: trainings.pictures(flowers, writable_cache_folder(), size=size)
-            for size in (64, 96)
+            size: trainings.images(flowers, writable_cache_folder(), size=size) for size in (64, 96)
         }
         found: dict[str, dict[str, list[Any]]] = {"failing": {}, "healthy": {}}
         cases = islice(trainings.failing(leaking=epochs_of_a_leak), failing)

@@ -34,7 +34,7 @@ def main() -> None:
     recorder.append("search_started", experiment=experiment.model_dump(mode="json"))
     with RayForSearch("local") as ray:
         ray.start()
-        stores = Stores(features=folder / "features", pictures=None)
+        stores = Stores(features=folder / "features", images=None)
         run_trials(folder, stages_of(experiment)[0], recorder, stores=stores, cache=folder)
 
 

@@ -21,17 +21,17 @@ sys.path.insert(0, str(ROOT / "tests" / "aws"))
 from namespaces import Hosts, reason_against
 
 TARGETS = ("2 hosts in at most 0.65 x the time of one", "trials on both", "same metrics")
-SMALL = {"trials": 4, "epochs": 20, "pictures": 300}
+SMALL = {"trials": 4, "epochs": 20, "images": 300}
 LONGEST_SECONDS = 1800.0
 METRICS = ("train_loss", "train_accuracy", "validation_loss", "validation_accuracy")
 
 
-def measure(*, trials: int = 24, epochs: int = 200, pictures: int = 4000) -> dict[str, Any]:
+def measure(*, trials: int = 24, epochs: int = 200, images: int = 4000) -> dict[str, Any]:
     reason = reason_against()
     if reason or (os.cpu_count() or 1) < 2:
         raise Skipped(reason or "needs two cores")
     with scratch() as folder:
-        experiment = write_inputs(folder, trials, epochs, pictures)
+        experiment = write_inputs(folder, trials, epochs, images)
         local = search_here(folder, experiment)
         # The features are there already: only trials differ.
         one = search_on(1, folder, experiment)
@@ -66,23 +66,23 @@ def measure(*, trials: int = 24, epochs: int = 200, pictures: int = 4000) -> dic
     )
 
 
-def write_inputs(folder: Path, trials: int, epochs: int, pictures: int) -> dict[str, Any]:
+def write_inputs(folder: Path, trials: int, epochs: int, images: int) -> dict[str, Any]:
     """Noise in three colours, so that a search needs no download; returns the experiment."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
-    for split, count in {"train": pictures, "valid": pictures // 5}.items():
+    for split, count in {"train": images, "valid": images // 5}.items():
         for number in range(count):
             colour = ("red", "green", "blue")[number % 3]
             mean = np.roll([150, 110, 110], number % 3)
             pixels = np.clip(rng.normal(mean, 60, (32, 32, 3)), 0, 255).astype(np.uint8)
-            path = folder / "pictures" / split / colour / f"{number}.png"
+            path = folder / "images" / split / colour / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels).save(path)
     return {
         "name": "two-hosts",
-        "data": {"source": str(folder / "pictures")},
+        "data": {"source": str(folder / "images")},
         "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
         "training": {"epochs": epochs, "batch_size": 32, "learning_rate": 0.003},
         "search": {

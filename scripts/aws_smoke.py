@@ -40,7 +40,7 @@ def main(
     model: str | None, max_cost: float, price: float | None, instance_type: str, region: str | None,
     role: str | None, image: str | None, timeout_seconds: int, no_preflight: bool, yes: bool,
 ) -> None:  # fmt: skip
-    """Deploy MODEL, ask it its reference pictures, undeploy.
+    """Deploy MODEL, ask it its reference images, undeploy.
 
     By default the champion of the newest search's model.
     """
@@ -93,7 +93,7 @@ def most_it_can_cost(price_per_hour: float | None, timeout_seconds: int, cap: fl
 
 
 def ask(name: str, model_uri: str, region: str) -> None:
-    """Ask the endpoint the pictures that its model was packaged with, as a user would.
+    """Ask the endpoint the images that its model was packaged with, as a user would.
 
     Raises:
         ServingError: it does not answer them all.
@@ -103,22 +103,20 @@ def ask(name: str, model_uri: str, region: str) -> None:
     from visiontuner.workflow.query import query
 
     with model_folder(model_uri) as folder:
-        pictures = Reference.read(folder).pictures
+        images = Reference.read(folder).images
     with TemporaryDirectory() as temporary:
-        sources = write_pictures(Path(temporary), pictures)
+        sources = write_images(Path(temporary), images)
         answers = list(query(sources, endpoint=name, region=region))
     failed = [one.answer.error for one in answers if one.answer.error]
     if failed:
-        raise ServingError(f"{len(failed)} of {len(answers)} pictures have no answer: {failed[0]}")
+        raise ServingError(f"{len(failed)} of {len(answers)} images have no answer: {failed[0]}")
     first = answers[0].answer
-    click.echo(
-        f"{len(answers)} pictures answered; the first: {first.label} {first.probability:.1%}"
-    )
+    click.echo(f"{len(answers)} images answered; the first: {first.label} {first.probability:.1%}")
 
 
-def write_pictures(folder: Path, pictures: Sequence[bytes]) -> list[str]:
-    paths = [folder / str(number) for number in range(len(pictures))]
-    for path, content in zip(paths, pictures, strict=True):
+def write_images(folder: Path, images: Sequence[bytes]) -> list[str]:
+    paths = [folder / str(number) for number in range(len(images))]
+    for path, content in zip(paths, images, strict=True):
         path.write_bytes(content)
     return [str(path) for path in paths]
 

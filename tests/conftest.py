@@ -115,7 +115,7 @@ def _own_garbage_collection() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _own_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*OUTSIDE, *(name for name in os.environ if name.startswith("RAY_"))):
         monkeypatch.delenv(name, raising=False)
     # mlflow.pyfunc.load_model puts a model's code first.
@@ -195,12 +195,12 @@ COLOURS = {"red": (200, 40, 40), "green": (40, 200, 40), "blue": (40, 40, 200)}
 
 
 @pytest.fixture(scope="session")
-def pictures(made_once: MadeOnce) -> Path:
-    """A folder of noisy red, green and blue pictures: 10 for training, 4 for validation a class."""
-    return made_once("data", lambda folder: draw_pictures(folder / "colours")) / "colours"
+def images(made_once: MadeOnce) -> Path:
+    """A folder of noisy red, green and blue images: 10 for training, 4 for validation a class."""
+    return made_once("data", lambda folder: draw_images(folder / "colours")) / "colours"
 
 
-def draw_pictures(root: Path, *, seed: int = 0) -> None:
+def draw_images(root: Path, *, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     for split, count in {"train": 10, "valid": 4}.items():
         for name, colour in COLOURS.items():

@@ -167,7 +167,7 @@ def test_what_python_returns_prints_in_three_lines(tmp_path):
         p50_ms=12.3,
         p95_ms=15.0,
         p99_ms=20.0,
-        pictures_per_second=107.0,
+        images_per_second=107.0,
         memory_mb=210.0,
         recommendation="ml.m5.large is enough.",
     )

@@ -199,14 +199,14 @@ def test_resume_with_another_flag_is_refused(other, tmp_path):
 
 
 @pytest.mark.slow
-def test_weights_that_cannot_be_fetched_name_the_choice_that_needs_none(tmp_path, pictures):
+def test_weights_that_cannot_be_fetched_name_the_choice_that_needs_none(tmp_path, images):
     # A closed port stands for a machine without internet.
     env = {"https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in env.items():
             patch.setenv(name, value)
         patch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-        result = call("tune", "--data", str(pictures), "--backbone", "resnet18", "--output", "s")
+        result = call("tune", "--data", str(images), "--backbone", "resnet18", "--output", "s")
     assert result.exit_code in (1, 2)
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
     assert "efficientnet_lite0" in line
@@ -273,7 +273,7 @@ def test_the_words_that_mlproject_passes_mean_not_given(searches):
     assert searches[0] == {**searches[1], "observer": searches[0]["observer"]}
 
 
-def test_own_pictures_get_the_general_defaults_and_their_folders_name(searches):
+def test_own_images_get_the_general_defaults_and_their_folders_name(searches):
     assert call("tune", "--data", "my/photos").exit_code == 0
     experiment = searches[0]["first"]
     assert experiment == Experiment.parse({"data": {"source": "my/photos"}})
@@ -425,9 +425,9 @@ def test_backbones_are_listed_with_their_sizes():
     assert all("resnet50" in name for name in names)
 
 
-def test_prepare_lists_ten_unreadable_files_and_all_on_request(pictures, tmp_path):
+def test_prepare_lists_ten_unreadable_files_and_all_on_request(images, tmp_path):
     root = tmp_path / "photos"
-    shutil.copytree(pictures, root)
+    shutil.copytree(images, root)
     names = [f"train/red/broken{number:02}.png" for number in range(12)]
     for number, name in enumerate(names):
         (root / name).write_text(f"nothing {number}")
@@ -439,8 +439,8 @@ def test_prepare_lists_ten_unreadable_files_and_all_on_request(pictures, tmp_pat
     assert "more: --all" not in every
 
 
-def test_prepare_prints_counts_and_bars(pictures):
-    result = call("prepare", "--data", str(pictures))
+def test_prepare_prints_counts_and_bars(images):
+    result = call("prepare", "--data", str(images))
     assert result.exit_code == 0
     row = next(line for line in result.stdout.splitlines() if line.startswith("green"))
     assert row.split()[1:3] == ["10", "4"]

@@ -30,7 +30,7 @@ def write_search(name: str, values: list[float | None], *, ended: bool = True) -
     """A search with a trial for each value; None is one that failed."""
     folder, now = Path("searches") / name, [1_700_000_000.0]
     journal = JournalWriter(folder, f"id-of-{name}", clock=lambda: now[0])
-    experiment = Experiment.parse({"name": "pictures"}).model_dump(mode="json")
+    experiment = Experiment.parse({"name": "images"}).model_dump(mode="json")
     journal.append("search_started", name=name, experiment=experiment, data={"digest": "ab"})
     for number, value in enumerate(values, 1):
         trial: dict[str, Any] = {"trial_id": f"t{number:04d}", "attempt": 1}
@@ -177,7 +177,7 @@ def test_bad_days_are_a_table_that_says_so():
 def test_a_search_that_still_runs_says_so_and_a_dead_one_is_interrupted():
     folder = Path("searches/live")
     journal = JournalWriter(folder, "live")
-    experiment = Experiment.parse({"name": "pictures"}).model_dump(mode="json")
+    experiment = Experiment.parse({"name": "images"}).model_dump(mode="json")
     journal.append("search_started", experiment=experiment, data={})
     journal.append("trial_started", trial_id="t0001", attempt=1, configuration={"x": 1})
     metrics = {"validation_accuracy": 0.5}

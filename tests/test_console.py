@@ -92,7 +92,7 @@ def test_elsewhere_than_in_a_terminal_every_ended_trial_is_a_line():
 def test_plain_lines_hold_no_escapes():
     screen = Screen()
     screen.console.note("Search folder: searches/x")
-    screen.console.progress("Features", 10, 100, "pictures")
+    screen.console.progress("Features", 10, 100, "images")
     screen.console.trials_begin(screen.record, 1)
     screen.trial(1)
     screen.console.close()
@@ -174,11 +174,11 @@ def test_texts_of_others_are_shown_as_they_are(terminal):
 def test_progress_elsewhere_is_a_line_for_every_tenth():
     screen = Screen()
     for done in range(0, 101):
-        screen.console.progress("Features", done, 100, "pictures")
+        screen.console.progress("Features", done, 100, "images")
     screen.console.note("done")
     assert len(screen.lines) == 11
-    assert screen.lines[0].startswith("Features: 10/100 pictures, ")
-    assert screen.lines[9].startswith("Features: 100/100 pictures, ")
+    assert screen.lines[0].startswith("Features: 10/100 images, ")
+    assert screen.lines[9].startswith("Features: 100/100 images, ")
     assert screen.lines[10] == "done"
 
 
@@ -199,7 +199,7 @@ def test_a_progress_of_unknown_length_is_no_error():
 
 def test_a_terminals_bar_goes_when_the_work_is_done():
     screen = Screen(terminal=True)
-    screen.console.progress("Features", 30, 100, "pictures")
+    screen.console.progress("Features", 30, 100, "images")
     screen.console.note("next")
     assert "Features" in screen.text
     assert screen.lines[-1] == "next"
@@ -207,7 +207,7 @@ def test_a_terminals_bar_goes_when_the_work_is_done():
 
 def test_closing_twice_gives_the_terminal_back_once():
     screen = Screen(terminal=True)
-    screen.console.progress("Features", 1, 2, "pictures")
+    screen.console.progress("Features", 1, 2, "images")
     screen.console.trials_begin(screen.record, 1)
     screen.console.close()
     screen.console.close()

@@ -1,4 +1,4 @@
-"""What is wrong with the pictures, as a search or a training says it before anything is trained."""
+"""What is wrong with the images, as a search or a training says it before anything is trained."""
 
 import shutil
 from itertools import count
@@ -67,20 +67,20 @@ def test_a_search_says_what_will_spoil_it_errors_first(
     said = begin(tmp_path / "s", experiment, dataset)
     assert said[1:] == [
         UNLEARNABLE,
-        "warning: 2 (Cat, …): no pictures in validation.",
+        "warning: 2 (Cat, …): no images in validation.",
         "warning: 2 (Cat and cat, …): names that differ in capitals alone are classes of their "
         "own.",
         f"All of it, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
     ]
 
 
-def test_a_picture_that_is_tested_on_and_trained_on_is_said(
+def test_an_image_that_is_tested_on_and_trained_on_is_said(
     tmp_path: Path, dataset: ImageDataset, experiment: Experiment
 ) -> None:
     shutil.copy(dataset.root / "train/Cat/1.png", dataset.root / "valid/cat/copy.png")
     changed = load_dataset(dataset.root, cache=tmp_path / "cache")
     assert any(
-        "the same picture in two splits" in note
+        "the same image in two splits" in note
         for note in begin(tmp_path / "s", experiment, changed)
     )
 
@@ -126,7 +126,7 @@ def test_a_resumed_search_says_it_again_and_journals_it_once(
     begin(tmp_path / "s", experiment, dataset)
     assert UNLEARNABLE in begin(tmp_path / "s", experiment, dataset)
     kept = [e["rule"] for e in read_events(tmp_path / "s").events if e["event"] == "finding"]
-    assert kept == ["classes_without_training_pictures", "missing_classes", "class_names_alike"]
+    assert kept == ["classes_without_training_images", "missing_classes", "class_names_alike"]
 
 
 def test_report_and_diagnosis_say_it(

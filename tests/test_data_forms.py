@@ -101,7 +101,7 @@ def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
         prepared = prepare(experiment)
         search = run_search(experiment, output=tmp_path / f"search{len(found)}")
         evaluation = evaluate_search(search.folder)
-        assert evaluation.report.num_pictures == 4
+        assert evaluation.report.num_images == 4
         checks = {check.what: check.state for check in verify(trace(str(search.folder)))}
         assert checks["data digest"] == "ok"
         found[source] = (
@@ -211,7 +211,7 @@ def test_each_layout_is_searched_evaluated_and_verified(
     raw = {**small, "data": {"source": str(photos)}}
     result = run_search(Experiment.parse(raw), output=tmp_path / "search")
     assert result.record.started["data"]["counts"] == {"train": 32, "validation": 4, "test": 4}
-    assert evaluate_search(result.folder).report.num_pictures == 4
+    assert evaluate_search(result.folder).report.num_images == 4
     checks = {check.what: check.state for check in verify(trace(str(result.folder)))}
     assert checks["data digest"] == "ok"
 

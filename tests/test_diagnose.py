@@ -27,7 +27,7 @@ pytestmark = [
 @pytest.fixture
 def search(tmp_path: Path):
     """Two ended trials, the second with a huge loss, and one that was killed."""
-    folder = tmp_path / "searches" / "pictures"
+    folder = tmp_path / "searches" / "images"
     journal = JournalWriter(folder, "s")
     experiment = Experiment.parse({"name": "x"}).model_dump(mode="json")
     data = {"class_names": [*"abcdefghij"], "class_counts": {"train": [9] * 10}}

@@ -64,9 +64,9 @@ def _here(monkeypatch: pytest.MonkeyPatch, home: Path, shared_cache: Path) -> No
 
 @pytest.fixture(scope="module")
 def search(home: Path, shared_cache: Path, small_search: dict[str, Any]) -> Path:
-    """A search with test pictures; one of its configurations is hopeless."""
-    draw(home / "pictures", COUNTS)
-    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "pictures")}}
+    """A search with test images; one of its configurations is hopeless."""
+    draw(home / "images", COUNTS)
+    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "images")}}
     raw["search"] = {
         **raw["search"],
         "trials": 4,
@@ -131,11 +131,11 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     result = evaluated
     assert result.tracking_problem is None
     report, choice = result.report, result.choice
-    assert report.num_pictures == COUNTS["test"] * len(SHADES)
-    assert int(report.confusion.sum()) == report.num_pictures
+    assert report.num_images == COUNTS["test"] * len(SHADES)
+    assert int(report.confusion.sum()) == report.num_images
     assert report.confusion.sum(axis=1).tolist() == [COUNTS["test"]] * len(SHADES)
     accuracy = report.metrics["accuracy"]
-    assert accuracy.value == pytest.approx(np.trace(report.confusion) / report.num_pictures)
+    assert accuracy.value == pytest.approx(np.trace(report.confusion) / report.num_images)
     assert accuracy.low <= accuracy.value <= accuracy.high
     assert choice.best == choice.chosen
     hopeless = [
@@ -153,8 +153,8 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     assert classifier.abstains == (report.threshold.value is None)
     assert classifier.verify_reference() < 1e-6
     predictions = np.load(search / "evaluation" / "predictions.npz", allow_pickle=False)
-    pictures = [search.parent / "pictures" / path for path in predictions["paths"]]
-    assert np.allclose(classifier.probabilities(pictures), predictions["probabilities"], atol=1e-5)
+    images = [search.parent / "images" / path for path in predictions["paths"]]
+    assert np.allclose(classifier.probabilities(images), predictions["probabilities"], atol=1e-5)
     assert f"test/rust/{NOT_UTF8}" in predictions["paths"]
 
     client = client_of(search)
@@ -214,7 +214,7 @@ def test_another_search_on_the_same_images_is_another_look(
 ) -> None:
     sync_search(copied)
     first = json.loads((copied / "evaluation" / "report.json").read_text())
-    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "pictures")}, "seed": 8}
+    raw = {**small_search, "name": MODEL, "data": {"source": str(home / "images")}, "seed": 8}
     raw["search"] = {**raw["search"], "trials": 2}
     second = evaluate_search(run_search(Experiment.parse(raw), output=copied.parent / "b").folder)
     assert second.looks == first["looks"] + 1
@@ -239,11 +239,11 @@ def test_out_of_reach_of_the_wanted_precision_every_answer_abstains(untracked: P
     found = Classifier.load(folder)
     limits: dict[str, Any] = {"threshold": found.threshold, "abstains": found.abstains}
     recalibrate(folder, temperature=1e-4, **limits, metadata={})
-    pictures = sorted(Path("pictures/test").glob("*/*.png"))
-    answers = Classifier.load(folder).predict(pictures)
+    images = sorted(Path("images/test").glob("*/*.png"))
+    answers = Classifier.load(folder).predict(images)
     assert max(answer.probability for answer in answers) == 1.0
     assert not any(answer.confident for answer in answers)
-    asked = ["query", "--model", str(folder), str(pictures[0]), "--format", "json"]
+    asked = ["query", "--model", str(folder), str(images[0]), "--format", "json"]
     done = CliRunner().invoke(main, asked)
     assert json.loads(done.stdout)["confident"] is False
     sure = CliRunner().invoke(main, [*asked, "--threshold", "0.5"])
@@ -321,7 +321,7 @@ def test_an_evaluation_needs_neither_the_cache_nor_the_answers_of_every_trial(
     cache.mkdir()
     (cache / "exports").symlink_to(shared_cache / "exports")  # an export takes seconds
     monkeypatch.setenv("VISIONTUNER_CACHE", str(cache))
-    assert evaluate_search(untracked).report.num_pictures == COUNTS["test"] * len(SHADES)
+    assert evaluate_search(untracked).report.num_images == COUNTS["test"] * len(SHADES)
 
 
 def _name_other_features(search: Path, folder: Path) -> None:
@@ -341,28 +341,28 @@ def test_resuming_a_finished_search_keeps_the_calibrated_model(copied: Path) -> 
 
 def test_another_temperature_is_answered_for_in_the_reference(copied: Path, home: Path) -> None:
     before = Classifier.load(copied / "classifier")
-    picture = home / "pictures" / "test" / "sky" / "0.png"
+    image = home / "images" / "test" / "sky" / "0.png"
     recalibrate(copied / "classifier", temperature=2.5, threshold=0.7, metadata={"note": "é"})
     after = Classifier.load(copied / "classifier")
     assert (after.temperature, after.threshold) == (2.5, 0.7)
     assert after.metadata == {**before.metadata, "note": "é"}
     assert after.verify_reference() < 1e-6
-    logits = np.log(before.probabilities([picture])) * before.temperature / 2.5
+    logits = np.log(before.probabilities([image])) * before.temperature / 2.5
     expected = np.exp(logits) / np.exp(logits).sum()
-    assert np.allclose(after.probabilities([picture]), expected)
+    assert np.allclose(after.probabilities([image]), expected)
 
 
-def test_without_test_pictures_the_model_is_calibrated_and_the_report_says_so(
+def test_without_test_images_the_model_is_calibrated_and_the_report_says_so(
     home: Path, tmp_path: Path, small_search: dict[str, Any]
 ) -> None:
-    draw(tmp_path / "pictures", {"train": 12, "valid": 10})
-    raw = {**small_search, "name": "untested", "data": {"source": str(tmp_path / "pictures")}}
+    draw(tmp_path / "images", {"train": 12, "valid": 10})
+    raw = {**small_search, "name": "untested", "data": {"source": str(tmp_path / "images")}}
     raw["search"] = {**raw["search"], "trials": 1}
     folder = run_search(Experiment.parse(raw), output=tmp_path / "search").folder
     result = evaluate_search(folder, precision=0.97)
     assert result.report.metrics == {}
-    assert "no test pictures" in result.report.notes[0]
-    # 30 validation pictures cannot show that 97 % of the confident answers are right.
+    assert "no test images" in result.report.notes[0]
+    # 30 validation images cannot show that 97 % of the confident answers are right.
     assert Classifier.load(folder / "classifier").abstains
     assert any("every answer abstains" in note for note in result.report.notes)
     assert result.looks == 0
@@ -370,7 +370,7 @@ def test_without_test_pictures_the_model_is_calibrated_and_the_report_says_so(
     name, version = result.model.removeprefix("models:/").split("/")
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     assert "visiontuner.evaluated" not in client.get_model_version(name, version).tags
-    assert "no test pictures" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "no test images" in (folder / "report.html").read_text(encoding="utf-8")
 
 
 def test_mlflow_away_loses_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,13 +387,13 @@ def test_mlflow_away_loses_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch
     assert client_of(copied).get_model_version(name, version).tags["visiontuner.evaluated"]
 
 
-def test_an_unreadable_test_picture_is_left_out_and_named(
+def test_an_unreadable_test_image_is_left_out_and_named(
     untracked: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It became unreadable after the data set was read: its digest is still the old one."""
     from visiontuner.workflow import inputs
 
-    broken = home / "pictures" / "test" / "sky" / "3.png"
+    broken = home / "images" / "test" / "sky" / "3.png"
     content = broken.read_bytes()
     load = inputs.load_data
 
@@ -408,10 +408,10 @@ def test_an_unreadable_test_picture_is_left_out_and_named(
     finally:
         broken.write_bytes(content)
     assert list(result.unreadable) == ["test/sky/3.png"]
-    assert result.report.num_pictures == COUNTS["test"] * len(SHADES) - 1
+    assert result.report.num_images == COUNTS["test"] * len(SHADES) - 1
 
 
-def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotion(
+def test_where_no_test_image_can_be_read_it_says_so_and_recommends_no_promotion(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from visiontuner.workflow import inputs
@@ -419,7 +419,7 @@ def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotio
     load = inputs.load_data
 
     def load_then_miss(*arguments: Any) -> Any:
-        """The test pictures, gone after the data set was read."""
+        """The test images, gone after the data set was read."""
         dataset = load(*arguments)
         gone = tuple(replace(s, path=f"gone/{s.path}") for s in dataset.splits["test"])
         return replace(dataset, splits={**dataset.splits, "test": gone})
@@ -427,8 +427,8 @@ def test_where_no_test_picture_can_be_read_it_says_so_and_recommends_no_promotio
     monkeypatch.setattr(inputs, "load_data", load_then_miss)
     done = CliRunner().invoke(command, [str(copied)])
     assert done.exit_code == 0, done.output
-    assert "None of the 36 test pictures can be read" in done.output
-    assert "There are no test pictures" not in done.output
+    assert "None of the 36 test images can be read" in done.output
+    assert "There are no test images" not in done.output
     assert "… and 31 more" in done.output
     assert "visiontuner promote" not in done.output
 
@@ -457,19 +457,19 @@ def test_what_cannot_be_evaluated_says_why(copied: Path, tmp_path: Path) -> None
 def test_a_fresh_process_elsewhere_gives_the_same_probabilities(
     search: Path, evaluated: EvaluationResult, tmp_path: Path
 ) -> None:
-    """Fifty pictures of every kind, loaded by a process in another folder."""
+    """Fifty images of every kind, loaded by a process in another folder."""
     assert evaluated.model
     folder = tmp_path / "kinds"
     folder.mkdir()
-    pictures = _fifty_pictures(folder)
-    here = Classifier.load(search / "classifier").probabilities(pictures)
+    images = _fifty_images(folder)
+    here = Classifier.load(search / "classifier").probabilities(images)
     program = f"""
 import json
 from pathlib import Path
 from visiontuner.model.classifier import Classifier
 classifier = Classifier.load(Path({str(search / "classifier")!r}))
-pictures = [Path(path) for path in {json.dumps([str(path) for path in pictures])}]
-print(json.dumps(classifier.probabilities(pictures).tolist()))
+images = [Path(path) for path in {json.dumps([str(path) for path in images])}]
+print(json.dumps(classifier.probabilities(images).tolist()))
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=True
@@ -477,7 +477,7 @@ print(json.dumps(classifier.probabilities(pictures).tolist()))
     assert np.abs(here - np.array(json.loads(done.stdout))).max() < 1e-5
 
 
-def _fifty_pictures(folder: Path) -> list[Path]:
+def _fifty_images(folder: Path) -> list[Path]:
     rng = np.random.default_rng(5)
     paths = []
     for number in range(50):

@@ -569,14 +569,14 @@ def test_flat_names_are_dotted_and_complete():
 # Training the network.
 
 
-def test_a_frozen_network_trains_on_features_unless_its_pictures_change():
-    def trains_on_pictures(**sections: object) -> bool:
-        return Experiment.parse({"name": "a", **sections}).trains_on_pictures
+def test_a_frozen_network_trains_on_features_unless_its_images_change():
+    def trains_on_images(**sections: object) -> bool:
+        return Experiment.parse({"name": "a", **sections}).trains_on_images
 
-    assert not trains_on_pictures()
-    assert not trains_on_pictures(training={"augmentation": "none"})
-    assert trains_on_pictures(training={"augmentation": "light"})
-    assert trains_on_pictures(model={"train": "all"}, training={"augmentation": "none"})
+    assert not trains_on_images()
+    assert not trains_on_images(training={"augmentation": "none"})
+    assert trains_on_images(training={"augmentation": "light"})
+    assert trains_on_images(model={"train": "all"}, training={"augmentation": "none"})
 
 
 def test_more_than_the_head_trains_with_light_augmentation_unless_told_otherwise():
@@ -593,8 +593,8 @@ def test_two_stages_are_a_head_search_and_then_whole_trainings():
     }
     experiment = Experiment.parse(raw)
     first, second = experiment.head_stage(), experiment.network_stage()
-    assert not first.trains_on_pictures
-    assert second.trains_on_pictures
+    assert not first.trains_on_images
+    assert second.trains_on_images
     assert (second.training.epochs, second.search.scheduler) == (4, "none")
     assert first.search.space == experiment.search.space
 

@@ -116,12 +116,12 @@ class Command:
 def command(
     tmp_path: Path,
     shared_cache: Path,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     new_database: Callable[[Path], str],
 ) -> Iterator[Command]:
     experiment = json.loads(json.dumps(small_search))
-    experiment["data"] = {"source": str(pictures)}
+    experiment["data"] = {"source": str(images)}
     experiment["training"]["epochs"] = EPOCHS
     experiment["search"]["trials"] = TRIALS
     os.mkfifo(tmp_path / "go")

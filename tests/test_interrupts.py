@@ -177,17 +177,17 @@ def silent_server():
     ("number", "arguments"),
     [
         (signal.SIGINT, ("query", "--local", "--url", "{address}", "{here}/red.png")),
-        (signal.SIGTERM, ("prepare", "--data", "{address}/pictures.zip")),
-        (signal.SIGHUP, ("tune", "--data", "{address}/pictures.zip")),
+        (signal.SIGTERM, ("prepare", "--data", "{address}/images.zip")),
+        (signal.SIGHUP, ("tune", "--data", "{address}/images.zip")),
         (signal.SIGTERM, ("compare", "colours")),
     ],
 )
 @pytest.mark.slow
 def test_a_command_that_waits_for_an_answer_ends_with_a_signal(
-    arguments, number, silent_server, tmp_path, pictures, monkeypatch
+    arguments, number, silent_server, tmp_path, images, monkeypatch
 ):
     address, asked = silent_server
-    (tmp_path / "red.png").write_bytes((pictures / "train/red/0.png").read_bytes())
+    (tmp_path / "red.png").write_bytes((images / "train/red/0.png").read_bytes())
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     process = subprocess.Popen(
         [sys.executable, "-m", "visiontuner"]

@@ -99,7 +99,7 @@ def test_batches_are_those_of_a_training(batch_size, seen):
     assert sizes == seen
 
 
-def test_a_last_picture_alone_joins_the_batch_before_it_where_it_would_fail():
+def test_a_last_image_alone_joins_the_batch_before_it_where_it_would_fail():
     network, sizes = nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)), set()
     network.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
     train = clusters(batch_size=299)
@@ -116,7 +116,7 @@ def test_memory_that_ran_out_is_told():
 
     head.register_forward_pre_hook(run_out)
     found = range_test(head, clusters(), Training(batch_size=32), num_classes=3, seed=7, steps=20)
-    assert found.notes == ("out of memory in training at 32 pictures, going on with 16 at a time",)
+    assert found.notes == ("out of memory in training at 32 images, going on with 16 at a time",)
 
 
 def test_memory_that_no_smaller_pieces_save_is_one_line(monkeypatch):
@@ -170,14 +170,14 @@ def experiment(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     shared_cache: Path,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
 ) -> Callable[..., str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
 
     def write(**model: Any) -> str:
-        raw = json.loads(json.dumps(small_search)) | {"data": {"source": str(pictures)}}
+        raw = json.loads(json.dumps(small_search)) | {"data": {"source": str(images)}}
         raw["model"] |= model
         Path("experiment.yaml").write_text(yaml.safe_dump(raw))
         return "experiment.yaml"
@@ -217,7 +217,7 @@ def test_what_is_printed_to_copy_leaves_the_rest_of_the_default_space_as_it_is(e
     assert space["batch_size"] == default_space()["batch_size"]
 
 
-def test_the_command_takes_a_network_on_pictures(experiment):
+def test_the_command_takes_a_network_on_images(experiment):
     file = experiment(train="last_stage")
     result = call("--experiment", file, "--output", "curve", "--steps", "20", "--high", "0.1")
     assert result.exit_code == 0, result.stderr

@@ -50,10 +50,10 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
     repository: Path,
     tmp_path: Path,
     environment: dict[str, str],
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
 ) -> None:
-    experiment = {**small_search, "data": {"source": str(pictures)}}
+    experiment = {**small_search, "data": {"source": str(images)}}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     parameters = {
         "experiment": tmp_path / "experiment.yaml",
@@ -90,8 +90,8 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
         history = client.get_metric_history(run.info.run_id, "validation_accuracy")
         assert [point.step for point in history] == [1, 2, 3, 4, 5, 6]
 
-    picture = base64.b64encode((pictures / "valid/green/0.png").read_bytes()).decode()
-    body = {"dataframe_split": {"columns": ["image"], "data": [[picture]]}}
+    image = base64.b64encode((images / "valid/green/0.png").read_bytes()).decode()
+    body = {"dataframe_split": {"columns": ["image"], "data": [[image]]}}
     (tmp_path / "body.json").write_text(json.dumps(body))
     answer = mlflow(
         "models",

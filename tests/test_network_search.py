@@ -1,4 +1,4 @@
-"""Searches over the network itself, from the pictures to the evaluated model."""
+"""Searches over the network itself, from the images to the evaluated model."""
 
 import json
 import os
@@ -59,10 +59,10 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path, u
 
 
 @pytest.fixture
-def staged(tmp_path: Path, pictures: Path) -> dict[str, Any]:
+def staged(tmp_path: Path, images: Path) -> dict[str, Any]:
     """Four heads, and the two best of them as networks."""
     root = tmp_path / "colours"
-    shutil.copytree(pictures, root)
+    shutil.copytree(images, root)
     shutil.copytree(root / "valid", root / "test")
     return {
         "name": "colours",
@@ -151,7 +151,7 @@ def test_a_staged_search_killed_in_its_second_stage_goes_on_and_is_like_any_othe
     heads = [t.trial_id for t in ranking if t.stage == "head"][:2]
     assert [record.trials[f"t{n:04d}"].starts_from for n in (5, 6)] == heads
     assert record.best is ranking[0]
-    ready = [e for e in read_events(search).events if e["event"] == "pictures_ready"]
+    ready = [e for e in read_events(search).events if e["event"] == "images_ready"]
     assert [event["computed"] > 0 for event in ready] == [True, False]
     assert not list(search.glob(f"trials/*/{CHECKPOINT_FOLDER}"))
     assert len(list(search.glob(f"trials/*/{NETWORK_FILE}"))) == 2
@@ -223,7 +223,7 @@ def test_what_is_recorded_of_a_trial_stops_it_and_is_in_mlflow(tmp_path, staged,
     client = MlflowClient(uri)
     for trial in (frozen, healthy):
         recording = Recording.load(search / "trials" / trial.trial_id / "recording.npz")
-        assert len(recording.tensors.steps) == len(trial.epochs) * 4  # 30 pictures by 8
+        assert len(recording.tensors.steps) == len(trial.epochs) * 4  # 30 images by 8
         run_id = runs[trial.trial_id].info.run_id
         assert "recording.npz" in {file.path for file in client.list_artifacts(run_id)}
         assert client.get_metric_history(run_id, "system/process_memory_megabytes")

@@ -62,14 +62,14 @@ def zipped() -> bytes:
         twice = png((200, 40, 40), rng)
         for split in ("train", "valid"):
             archive.writestr(f"p/{split}/=cmd|' .exe'!A0/\x1b[2Jtwice.png", twice)
-        archive.writestr("p/train/=cmd|' .exe'!A0/\x1b]0;title\x07bad.png", b"no picture")
+        archive.writestr("p/train/=cmd|' .exe'!A0/\x1b]0;title\x07bad.png", b"no image")
     return content.getvalue()
 
 
 class _Private(BaseHTTPRequestHandler):
-    """Gives the pictures to who has the password and the signature; errors are hostile."""
+    """Gives the images to who has the password and the signature; errors are hostile."""
 
-    pictures = zipped()
+    images = zipped()
 
     def do_GET(self) -> None:
         user = base64.b64encode(b"bob:dataPassw0rd").decode()
@@ -77,7 +77,7 @@ class _Private(BaseHTTPRequestHandler):
         if self.headers.get("Authorization") != f"Basic {user}" or not signed:
             self.send_error(403)
             return
-        self._send(200, self.pictures)
+        self._send(200, self.images)
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -163,7 +163,7 @@ def call(*arguments: str, code: int | None = 0) -> Result:
 
 @pytest.fixture(scope="module")
 def search(home: Path, site: str, store: str, small_search: dict[str, Any]) -> Path:
-    """A search on private pictures, evaluated, in a private store."""
+    """A search on private images, evaluated, in a private store."""
     address = f"http://bob:dataPassw0rd@{site}/p.zip"
     signature = "X-Amz-Date=1&X-Amz-Signature=dataSignature&X-Amz-Security-Token=dataSessionToken"
     (home / "small.yaml").write_text(yaml.safe_dump(small_search))
@@ -192,7 +192,7 @@ def test_no_secret_of_an_address_is_left_but_in_a_private_file(search: Path, hom
     assert (search / "experiment.yaml").stat().st_mode & 0o777 == 0o600
 
 
-def test_a_search_on_private_pictures_is_resumed(search: Path) -> None:
+def test_a_search_on_private_images_is_resumed(search: Path) -> None:
     journal = search / "journal.jsonl"
     lines = journal.read_text(encoding="utf-8").splitlines(keepends=True)
     last = next(n for n, line in enumerate(lines) if '"event": "trial_ended"' in line)
@@ -217,14 +217,14 @@ def test_every_command_prints_names_that_do_nothing(home: Path, site: str) -> No
         call(*arguments, code=None)
     rows = list(csv.DictReader(io.StringIO(call("compare", "s", "--format", "csv").stdout)))
     assert rows[0]["run"].startswith("t000")
-    picture = next(path for path in (home / "cache").rglob("0.png") if "cmd" in path.parent.name)
-    asked = call("query", "--model", "s", str(picture), "--format", "csv")
+    image = next(path for path in (home / "cache").rglob("0.png") if "cmd" in path.parent.name)
+    asked = call("query", "--model", "s", str(image), "--format", "csv")
     (answer,) = csv.DictReader(io.StringIO(asked.stdout))
     assert answer["label"] == "'=cmd|' .exe'!A0"
-    (spoken,) = call("query", "--model", "s", str(picture), "--format", "json").stdout.splitlines()
+    (spoken,) = call("query", "--model", "s", str(image), "--format", "json").stdout.splitlines()
     assert json.loads(spoken)["label"] == "=cmd|' .exe'!A0"
     url = f"http://me:storePassw0rd@{site}"
-    asked = call("query", "--url", url, str(picture), "--format", "csv", code=1)
+    asked = call("query", "--url", url, str(image), "--format", "csv", code=1)
     assert r"\u001b[2J\u009bno\u202e, see http://***@host/" in asked.stdout
 
 

@@ -69,13 +69,13 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 def test_a_search_joins_the_cluster_and_leaves_it_running(
     cluster: str,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     tmp_path: Path,
 ) -> None:
     experiment = json.loads(json.dumps(small_search))
-    experiment["data"] = {"source": str(pictures)}
+    experiment["data"] = {"source": str(images)}
     experiment["search"]["trials"] = 4
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
     command = [sys.executable, "-m", "visiontuner", "tune", "--on", "auto"]
@@ -100,9 +100,9 @@ def test_a_search_joins_the_cluster_and_leaves_it_running(
 
 
 def test_a_ray_that_does_not_start_is_one_line_with_the_command_that_goes_on(
-    pictures: Path, small_search: dict[str, Any], shared_cache: Path, tmp_path: Path
+    images: Path, small_search: dict[str, Any], shared_cache: Path, tmp_path: Path
 ) -> None:
-    experiment = small_search | {"data": {"source": str(pictures)}}
+    experiment = small_search | {"data": {"source": str(images)}}
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
     command = [sys.executable, "-m", "visiontuner", "tune", "--output", "my search"]
     with socket.socket() as taken:
@@ -132,12 +132,12 @@ def test_a_ray_that_does_not_start_is_one_line_with_the_command_that_goes_on(
 @pytest.mark.parametrize("part", ["raylet", "gcs_server"])
 def test_a_killed_part_of_ray_ends_a_search_with_the_command_that_goes_on(
     part: str,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     tmp_path: Path,
 ) -> None:
-    experiment = json.loads(json.dumps(small_search | {"data": {"source": str(pictures)}}))
+    experiment = json.loads(json.dumps(small_search | {"data": {"source": str(images)}}))
     experiment["training"]["epochs"] = 1_000_000  # it lasts until it is killed
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
     command = [sys.executable, "-m", "visiontuner", "tune", "--output", "search"]

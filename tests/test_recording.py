@@ -33,11 +33,11 @@ def call(*arguments: str) -> Result:
 
 @pytest.fixture(scope="module")
 def home(
-    tmp_path_factory: pytest.TempPathFactory, pictures: Path, small_search: dict[str, Any]
+    tmp_path_factory: pytest.TempPathFactory, images: Path, small_search: dict[str, Any]
 ) -> Path:
     """A folder where a whole network was trained far too fast, with everything recorded."""
     home = tmp_path_factory.mktemp("recorded")
-    experiment = {**small_search, "data": {"source": str(pictures)}}
+    experiment = {**small_search, "data": {"source": str(images)}}
     experiment["model"] = {**experiment["model"], "train": "all"}
     experiment["training"] = {
         **experiment["training"],
@@ -79,13 +79,13 @@ def test_the_recording_lies_beside_the_trials_other_files(trained):
     folder, result = trained
     assert result.exit_code == 0, result.output
     recording = Recording.load(folder / TRIAL / "recording.npz")
-    # 30 pictures by 8 are 4 steps an epoch.
+    # 30 images by 8 are 4 steps an epoch.
     assert recording.tensors.steps.tolist() == [1, *range(2, 17, 2)]
     assert "backbone.0" in recording.tensors.layers[0] or "conv1" in recording.tensors.layers[0]
     assert recording.tensors.layers[-1] == "head.1"
     assert recording.tensors.inputs.shape == (8, 3, 32, 32)
     assert recording.steps.steps.tolist() == list(range(1, 17))
-    assert recording.steps.pictures.tolist() == [8, 8, 8, 6] * 4
+    assert recording.steps.images.tolist() == [8, 8, 8, 6] * 4
     assert recording.steps.startup_seconds > 0
     spent = dict(zip(STEP_PARTS, recording.steps.seconds.sum(axis=0), strict=True))
     assert all(seconds > 0 for seconds in spent.values())

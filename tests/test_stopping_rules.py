@@ -43,10 +43,10 @@ def test_a_search_says_which_rules_will_stop_nothing(
     tmp_path: Path, sections: dict[str, Any], blind: str | None
 ) -> None:
     for split, name in [(s, n) for s in ("train", "valid") for n in "ab"]:
-        path = tmp_path / "pictures" / split / name / f"{split}{name}.png"
+        path = tmp_path / "images" / split / name / f"{split}{name}.png"
         path.parent.mkdir(parents=True)
         Image.new("RGB", (4, 4), (len(split), ord(name), 0)).save(path)
-    dataset = load_dataset(tmp_path / "pictures", cache=tmp_path / "cache")
+    dataset = load_dataset(tmp_path / "images", cache=tmp_path / "cache")
     experiment = Experiment.parse({"name": "x", "data": {"source": str(dataset.root)}, **sections})
     observer = Notes()
     open_journal(tmp_path / "search", experiment, dataset, SearchRecord(), observer).close()

@@ -68,10 +68,10 @@ def store(
 
 
 @pytest.fixture
-def raw(pictures: Path, small_search: dict[str, Any]) -> dict[str, Any]:
+def raw(images: Path, small_search: dict[str, Any]) -> dict[str, Any]:
     """An experiment file's keys: a head on three colours, four epochs of two steps."""
     copied: dict[str, Any] = json.loads(json.dumps(small_search))
-    copied["data"] = {"source": str(pictures)}
+    copied["data"] = {"source": str(images)}
     copied["training"]["epochs"] = 4
     return copied
 
@@ -94,13 +94,13 @@ def epochs(folder: Path) -> list[dict[str, float]]:
 def trained(
     tmp_path_factory: pytest.TempPathFactory,
     shared_cache: Path,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     new_database: Callable[[Path], str],
 ) -> tuple[Path, Result]:
     """A head that was trained at the command line; tests look, none changes it."""
     home = tmp_path_factory.mktemp("trained")
-    experiment = {**small_search, "data": {"source": str(pictures)}}
+    experiment = {**small_search, "data": {"source": str(images)}}
     (home / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -344,7 +344,7 @@ def unvalidated(trained, shared_cache) -> Path:
     return home / "searches/b"
 
 
-def test_nothing_is_reported_of_pictures_that_were_trained_on(unvalidated):
+def test_nothing_is_reported_of_images_that_were_trained_on(unvalidated):
     trial = SearchRecord.load(unvalidated).best
     assert trial.best_epoch == 4
     assert trial.best_value is None
@@ -352,11 +352,11 @@ def test_nothing_is_reported_of_pictures_that_were_trained_on(unvalidated):
     assert not list((unvalidated / TRIAL).glob("validation_*"))
 
 
-def test_the_validation_pictures_are_trained_on(trained, unvalidated):
-    # The first epoch's mean loss is over other pictures, so it is another.
+def test_the_validation_images_are_trained_on(trained, unvalidated):
+    # The first epoch's mean loss is over other images, so it is another.
     alone = epochs(trained[0] / "searches/a")[0]["train_loss"]
     assert epochs(unvalidated)[0]["train_loss"] != alone
-    # 42 pictures, of which k are right: the share is no share of 30.
+    # 42 images, of which k are right: the share is no share of 30.
     right = epochs(unvalidated)[-1]["train_accuracy"] * 42
     assert right == pytest.approx(round(right), abs=1e-4)
 
@@ -366,7 +366,7 @@ def test_temperature_and_threshold_are_those_of_the_origin(trained, unvalidated)
     classifier = Classifier.load(unvalidated / "classifier")
     assert classifier.temperature == pytest.approx(expected.temperature)
     assert (classifier.threshold, classifier.abstains) == (expected.threshold, expected.abstains)
-    # Twelve validation pictures carry no precision of 95 %.
+    # Twelve validation images carry no precision of 95 %.
     assert classifier.abstains
     assert classifier.metadata["calibration"]["fitted_on"] == "t0001 of a"
 
@@ -423,14 +423,14 @@ for name, step in [("whole", 0), *(("killed", step) for step in [*steps, 0])]:
     assert got == want, (step, got)
 """
 
-ON_PICTURES = {"model": {"train": "last_stage"}, "training": {"augmentation": "light"}}
+ON_IMAGES = {"model": {"train": "last_stage"}, "training": {"augmentation": "light"}}
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [None, 2], ids=["features", "2 workers"])
 def test_killed_three_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, workers):
     if workers is not None:
-        for section, values in ON_PICTURES.items():
+        for section, values in ON_IMAGES.items():
             raw[section] |= values
         raw["training"] |= {"workers": workers, "ema_decay": 0.9, "micro_batch_size": 5}
         raw["training"]["augmentation"] = {"policy": "trivial", "erasing": 0.2, "mixup": 0.2}
@@ -498,10 +498,10 @@ def test_a_checkpoint_of_another_network_is_refused(raw):
         resume_training(folder)
 
 
-def test_a_checkpoint_of_other_classes_is_refused(raw, pictures, tmp_path):
+def test_a_checkpoint_of_other_classes_is_refused(raw, images, tmp_path):
     folder = interrupted(raw)
     others = tmp_path / "others"
-    shutil.copytree(pictures, others)
+    shutil.copytree(images, others)
     for split in ("train", "valid"):
         (others / split / "red").rename(others / split / "rouge")
     other = interrupted(raw | {"data": {"source": str(others)}}, "b")
@@ -512,9 +512,9 @@ def test_a_checkpoint_of_other_classes_is_refused(raw, pictures, tmp_path):
         resume_training(other)
 
 
-def test_other_pictures_are_refused(raw, pictures, tmp_path):
+def test_other_images_are_refused(raw, images, tmp_path):
     mine = tmp_path / "mine"
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     folder = interrupted(raw | {"data": {"source": str(mine)}})
     (mine / "train" / "red" / "0.png").unlink()
     with pytest.raises(UserMistake, match="not those this search began with"):
@@ -567,7 +567,7 @@ def test_only_what_leaves_the_numbers_alone_can_be_set_on_resume(raw):
 def test_a_batch_larger_than_the_data_set_is_told(raw):
     told = Told()
     train_until_packaged(one(raw, "training.batch_size=64"), told)
-    assert any("batch_size 64 is more than the 30 training pictures" in n for n in told.notes)
+    assert any("batch_size 64 is more than the 30 training images" in n for n in told.notes)
     assert len(epochs(Path("a"))) == 4
 
 
@@ -585,17 +585,17 @@ def train_until_packaged(experiment: Experiment, observer: SilentTraining) -> No
         train(experiment, output=Path("a"), observer=observer)
 
 
-def test_a_class_with_one_picture_is_told_and_trained(raw, pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "few")
+def test_a_class_with_one_image_is_told_and_trained(raw, images, tmp_path):
+    shutil.copytree(images, tmp_path / "few")
     for number in range(1, 10):
         (tmp_path / "few/train/red" / f"{number}.png").unlink()
     told = Told()
     train_until_packaged(one(raw | {"data": {"source": str(tmp_path / "few")}}), told)
-    assert any("one picture is too few" in note for note in told.notes)
+    assert any("one image is too few" in note for note in told.notes)
     assert len(epochs(Path("a"))) == 4
 
 
-def test_one_picture_a_step_with_batch_normalisation_is_one_line(raw):
+def test_one_image_a_step_with_batch_normalisation_is_one_line(raw):
     raw["model"] |= {"train": "all", "image_size": 32}
     raw["training"] |= {"batch_size": 1, "augmentation": "none", "workers": 0}
     with pytest.raises(SearchFailed, match=r"failed: Batch normalisation .*freeze_batch_norm"):
@@ -603,7 +603,7 @@ def test_one_picture_a_step_with_batch_normalisation_is_one_line(raw):
     assert SearchRecord.load(Path("a")).trials["t0001"].state == "failed"
 
 
-def test_a_last_batch_of_one_picture_joins_the_one_before_it(raw):
+def test_a_last_batch_of_one_image_joins_the_one_before_it(raw):
     raw["model"] |= {"train": "all"}
     raw["training"] |= {"batch_size": 29, "augmentation": "none", "workers": 0, "epochs": 1}
     train_unpackaged(one(raw), output=Path("a"))
@@ -647,7 +647,7 @@ class KillsAWorker(SilentTraining):
 
 @pytest.mark.parametrize(("epoch", "attempts"), [(1, [2, 2]), (2, [1, 2])])
 def test_a_worker_that_is_killed_costs_one_epoch_at_most(raw, epoch, attempts):
-    for section, values in ON_PICTURES.items():
+    for section, values in ON_IMAGES.items():
         raw[section] |= values
     raw["training"] |= {"workers": 2, "epochs": 2}
     with pytest.raises(SearchFailed, match=r"process .* died.*visiontuner train --resume a"):
@@ -675,9 +675,9 @@ def test_a_full_disk_is_one_line_with_the_command_that_goes_on(raw):
     assert len(epochs(Path("a"))) == 4
 
 
-def test_a_picture_that_cannot_be_read_is_left_out_and_named(raw, pictures, tmp_path):
-    shutil.copytree(pictures, tmp_path / "broken")
-    (tmp_path / "broken/train/red/0.png").write_bytes(b"no picture")
+def test_an_image_that_cannot_be_read_is_left_out_and_named(raw, images, tmp_path):
+    shutil.copytree(images, tmp_path / "broken")
+    (tmp_path / "broken/train/red/0.png").write_bytes(b"no image")
     Image.new("RGB", (3, 3)).save(tmp_path / "broken/train/red/tiny.png")
     train_unpackaged(one(raw | {"data": {"source": str(tmp_path / "broken")}}), output=Path("a"))
     rules = [e["evidence"] for e in read_events(Path("a")).events if e["event"] == "finding"]
@@ -685,16 +685,14 @@ def test_a_picture_that_cannot_be_read_is_left_out_and_named(raw, pictures, tmp_
 
 
 @pytest.mark.parametrize("train", ["head", "last_stage"])
-def test_a_class_without_a_readable_picture_is_told_before_the_pictures(
-    raw, pictures, tmp_path, train
-):
-    shutil.copytree(pictures, tmp_path / "broken")
+def test_a_class_without_a_readable_image_is_told_before_the_images(raw, images, tmp_path, train):
+    shutil.copytree(images, tmp_path / "broken")
     for path in (tmp_path / "broken/train/red").iterdir():
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"no image")
     raw["model"] |= {"train": train}
     raw["training"] |= {"epochs": 1, "workers": 0}
     told = Told()
     train_until_packaged(one(raw | {"data": {"source": str(tmp_path / "broken")}}), told)
-    said = "error: 1 (red): none of their train pictures can be read."
+    said = "error: 1 (red): none of their train images can be read."
     unreadable = next(i for i, note in enumerate(told.notes) if "Cannot read" in note)
     assert said in told.notes[:unreadable]

@@ -71,7 +71,7 @@ def test_a_run_of_a_search_in_one_stage_means_its_experiment():
         (("cats", ["name=lions"]), "lions"),
     ],
 )
-def test_a_training_on_other_pictures_is_no_version_of_the_origins_model(arguments, name):
+def test_a_training_on_other_images_is_no_version_of_the_origins_model(arguments, name):
     data, overrides = arguments
     run_id = trial_run({**STAGED, "search": {}}, stage=None)
     chosen, _ = choose_training(None, data, overrides, run_id)

@@ -1,4 +1,4 @@
-"""Whole searches, from pictures to a registered model, on a real Ray and a real MLflow store."""
+"""Whole searches, from images to a registered model, on a real Ray and a real MLflow store."""
 
 import base64
 import copy
@@ -68,15 +68,15 @@ def experiment_on(root: Path, small: dict[str, Any], **sections: Any) -> Experim
 
 
 @pytest.fixture
-def experiment(pictures: Path, small_search: dict[str, Any]) -> Callable[..., Experiment]:
-    return lambda **sections: experiment_on(pictures, small_search, **sections)
+def experiment(images: Path, small_search: dict[str, Any]) -> Callable[..., Experiment]:
+    return lambda **sections: experiment_on(images, small_search, **sections)
 
 
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
     shared_cache: Path,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     new_database: Callable[[Path], str],
 ) -> tuple[SearchResult, Path, list[str]]:
@@ -87,7 +87,7 @@ def finished(
         patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
         patch.setenv("MLFLOW_TRACKING_URI", new_database(home / "mlflow.db"))
         result = run_search(
-            experiment_on(pictures, small_search), output=home / "search", observer=notes
+            experiment_on(images, small_search), output=home / "search", observer=notes
         )
     return result, home / "mlflow.db", notes.notes
 
@@ -128,16 +128,16 @@ def test_a_search_ends_with_trials_a_classifier_and_a_model(finished, store):
     assert [result.record.trials[f"t000{n}"].configuration for n in (1, 2, 3)] == drawn
 
 
-def test_the_classifier_names_new_pictures(finished, pictures):
+def test_the_classifier_names_new_images(finished, images):
     result, _, _ = finished
     classifier = Classifier.load(result.classifier)
     assert classifier.class_names == ("blue", "green", "red")
     for name in classifier.class_names:
-        (prediction,) = classifier.predict([pictures / "valid" / name / "0.png"])
+        (prediction,) = classifier.predict([images / "valid" / name / "0.png"])
         assert prediction.label == name
 
 
-def test_the_registered_model_answers_with_names(finished, store, pictures, monkeypatch):
+def test_the_registered_model_answers_with_names(finished, store, images, monkeypatch):
     result, database, _ = finished
     store(database)
     # MLflow puts the model's own copy of the code on the path, for good.
@@ -148,8 +148,8 @@ def test_the_registered_model_answers_with_names(finished, store, pictures, monk
         model = mlflow.pyfunc.load_model(result.model)
     finally:
         mlflow.set_tracking_uri(None)
-    picture = base64.b64encode((pictures / "valid/green/1.png").read_bytes()).decode()
-    answer = model.predict(pd.DataFrame({"image": [picture]}))
+    image = base64.b64encode((images / "valid/green/1.png").read_bytes()).decode()
+    answer = model.predict(pd.DataFrame({"image": [image]}))
     assert answer["label"].tolist() == ["green"]
     assert (
         model.metadata.run_id
@@ -215,11 +215,11 @@ def test_a_second_search_computes_no_features(experiment, tmp_path, monkeypatch)
 
 @pytest.mark.usefixtures("finished")
 def test_the_default_space_has_no_batches_of_more_than_all_images_and_that_is_said(
-    pictures, small_search, store, tmp_path
+    images, small_search, store, tmp_path
 ):
     store(tmp_path / "mlflow.db")
     notes = Notes()
-    raw = {**small_search, "search": {"trials": 1}, "data": {"source": str(pictures)}}
+    raw = {**small_search, "search": {"trials": 1}, "data": {"source": str(images)}}
     folder = run_search(Experiment.parse(raw), output=tmp_path / "s", observer=notes).folder
     said = "There are 30 training images: the default search space has batch sizes up to that, 30."
     assert said in notes.notes
@@ -228,14 +228,14 @@ def test_the_default_space_has_no_batches_of_more_than_all_images_and_that_is_sa
     assert resume_search(folder).record.trials.keys() == {trial.trial_id}
 
 
-def test_changed_pictures_are_refused(finished, store, tmp_path, pictures):
+def test_changed_images_are_refused(finished, store, tmp_path, images):
     folder, database = copy_of(finished, tmp_path)
     store(database)
     changed = tmp_path / "changed"
-    shutil.copytree(pictures, changed)
+    shutil.copytree(images, changed)
     shutil.copy(changed / "train/red/0.png", changed / "train/red/new.png")
     path = folder / "experiment.yaml"
-    path.write_text(path.read_text().replace(str(pictures), str(changed)))
+    path.write_text(path.read_text().replace(str(images), str(changed)))
     before = (folder / "journal.jsonl").read_bytes()
     with pytest.raises(UserMistake, match="not those this search began with"):
         resume_search(folder)
@@ -367,9 +367,9 @@ def test_a_run_left_over_in_the_environment_is_no_search_of_ours(
     assert "`mlflow run` did not open it" in said
 
 
-def test_prepare_counts_classes_and_finds_broken_pictures(small_search, tmp_path, pictures):
+def test_prepare_counts_classes_and_finds_broken_images(small_search, tmp_path, images):
     root = tmp_path / "photos"
-    shutil.copytree(pictures, root)
+    shutil.copytree(images, root)
     (root / "train/red/broken.png").write_bytes((root / "train/red/0.png").read_bytes()[:100])
     shutil.copy(root / "train/blue/0.png", root / "valid/blue/copy.png")
     prepared = prepare(experiment_on(root, small_search))

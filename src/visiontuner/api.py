@@ -40,7 +40,7 @@ from visiontuner.workflow.query import query as query_images
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import DeploymentPlan
-    from visiontuner.serving.client import PictureAnswer
+    from visiontuner.serving.client import ImageAnswer
     from visiontuner.serving.lineage import Lineage
     from visiontuner.serving.preflight import PreflightReport
     from visiontuner.serving.promotion import Promotion
@@ -274,7 +274,7 @@ class Evaluation:
 
     def __repr__(self) -> str:
         low, high = self.interval
-        number = self.result.report.num_pictures
+        number = self.result.report.num_images
         return (
             f"Evaluation {self.result.folder}\n"
             f"accuracy {self.accuracy:.4f} ({low:.4f} to {high:.4f}) on {number:,} test images\n"
@@ -558,7 +558,7 @@ def query(
     url: str | None = None,
     model: str | Path | Search | None = None,
     **options: Any,
-) -> list[PictureAnswer]:
+) -> list[ImageAnswer]:
     """Ask an endpoint, a scoring server or a model what is on images.
 
     Args:

@@ -28,15 +28,15 @@ class DataError(UserMistake):
 
 
 class BadImageError(DataError):
-    """One picture that cannot be decoded: truncated, not an image, or too large."""
+    """One image that cannot be decoded: truncated, not an image, or too large."""
 
 
 class LargeImageError(BadImageError):
-    """One picture whose decoding needs more memory than allowed."""
+    """One image whose decoding needs more memory than allowed."""
 
 
 class BusyError(VisiontunerError):
-    """Too many large pictures at a time; the same request is answered later."""
+    """Too many large images at a time; the same request is answered later."""
 
 
 class BackboneError(UserMistake):
@@ -67,12 +67,12 @@ class TrialFailed(VisiontunerError):
     """One trial cannot go on (its loss is not finite, say); the search can.
 
     Args:
-        comes_back: the same happens again to whoever goes on from the last epoch.
+        deterministic: going on from the last epoch fails in the same way.
     """
 
-    def __init__(self, message: str, *, comes_back: bool = False) -> None:
+    def __init__(self, message: str, *, deterministic: bool = False) -> None:
         super().__init__(message)
-        self.comes_back = comes_back
+        self.deterministic = deterministic
 
 
 class DiskError(VisiontunerError):

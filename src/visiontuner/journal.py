@@ -10,7 +10,7 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
     baseline_ended   name, configuration, metrics, seconds
     choice_made      chosen, best, tied, reason, estimate
-    pictures_ready   backbone, weights_digest, feature_dim, computed, seconds, folder
+    images_ready     backbone, weights_digest, feature_dim, computed, seconds, folder
     trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
@@ -98,6 +98,10 @@ class Finding:
     advice: str
     step: int | None = None
 
+    def __post_init__(self) -> None:
+        # Stores and journals of earlier versions have the rules' names of then.
+        object.__setattr__(self, "rule", _renamed(self.rule))
+
     def to_dict(self) -> dict[str, Any]:
         """What a journal line says of it; not what a subclass adds."""
         return {name: getattr(self, name) for name in Finding.__dataclass_fields__}
@@ -160,7 +164,7 @@ class JournalWriter:
         return _with_nonfinite(json.loads(content))
 
     def close(self) -> None:
-        """Give the journal free; closing twice does no harm."""
+        """Release the journal's lock; closing twice does no harm."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -304,7 +308,7 @@ class SearchRecord:
             for trial in self.trials.values():
                 if trial.state == "running":
                     trial.state = "interrupted"
-        elif kind in ("features_ready", "pictures_ready"):
+        elif kind in ("features_ready", "images_ready"):
             if not self.trials:
                 self.preparation_seconds += float(event.get("seconds") or 0.0)
         elif kind == "search_ended":
@@ -339,7 +343,7 @@ class SearchRecord:
 
     @property
     def is_unvalidated(self) -> bool:
-        """Whether the validation pictures were trained on: then nothing was measured on them."""
+        """Whether the validation images were trained on: then nothing was measured on them."""
         return bool(self.started.get("trained_on", "train") != "train")
 
     def epochs_of(self, trial: TrialRecord) -> int:
@@ -508,6 +512,8 @@ def _parse(line: bytes, path: Path) -> Event:
     try:
         event = json.loads(line)
         version = int(event["schema_version"])
+        # As earlier versions named them.
+        event |= {k: _renamed(event[k]) for k in ("event", "rule") if k in event}
         # A newer line may carry other things: its version comes first.
         if version <= SCHEMA_VERSION:
             for key in ("search_id", "time", *_REQUIRED.get(event["event"], ())):
@@ -522,6 +528,10 @@ def _parse(line: bytes, path: Path) -> Event:
         )
     # Journals of before secrets were hidden in them; a line about an epoch holds no address.
     return _with_nonfinite(hide_secrets(event) if b"/" in line else event)
+
+
+def _renamed(name: Any) -> Any:
+    return name.replace("picture", "image") if isinstance(name, str) else name
 
 
 # What the fold reads without asking; other events may come and are passed over.

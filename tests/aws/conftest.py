@@ -39,7 +39,7 @@ def _conftest_of(folder: str) -> ModuleType:
 colours, journals = _conftest_of("serving"), _conftest_of("tracking")
 colour_classifier = colours.colour_classifier
 colour_model = colours.colour_model
-make_picture = colours.make_picture
+make_image = colours.make_image
 photographs = colours.photographs
 new_search = journals.new_search
 

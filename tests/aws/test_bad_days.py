@@ -39,13 +39,13 @@ pytestmark = [
 
 BUCKET = "searches"
 EPOCHS, TRIALS = 240, 6
-SHARD = 256  # pictures
+SHARD = 256  # images
 SPLITS = {"train": 2 * SHARD, "valid": 12}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """More pictures than one shard of features holds."""
+    """More images than one shard of features holds."""
     root = tmp_path_factory.mktemp("many") / "colours"
     rng = np.random.default_rng(0)
     for split, count in SPLITS.items():
@@ -170,11 +170,11 @@ class Jobs:
 
 @pytest.fixture
 def jobs(aws: Any, photos: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Jobs]:
-    """An account with a role, and pictures on S3."""
+    """An account with a role, and images on S3."""
     aws.put_role("training")
     place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
     aws.client("s3").create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
-    upload_folder(photos, f"s3://{BUCKET}/pictures")
+    upload_folder(photos, f"s3://{BUCKET}/images")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
     jobs = Jobs(aws)
     yield jobs
@@ -207,7 +207,7 @@ def test_a_search_goes_on_after_each_bad_day(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     experiment = json.loads(json.dumps(small_search))
-    experiment["data"] = {"source": f"s3://{BUCKET}/pictures/"}
+    experiment["data"] = {"source": f"s3://{BUCKET}/images/"}
     experiment["model"]["image_size"] = 128
     experiment["training"]["epochs"] = EPOCHS
     experiment["search"]["trials"] = TRIALS

@@ -75,7 +75,7 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
     account: Any,
     model: str,
     colour_classifier: Path,
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     photographs: list[bytes],
     tmp_path: Path,
 ) -> None:
@@ -93,17 +93,17 @@ def test_the_printed_mlflow_command_makes_an_endpoint_that_answers_as_the_classi
         planned.stdout, shell=True, capture_output=True, text=True, env=os.environ | {"PATH": path}
     )
     assert done.returncode == 0, done.stderr
-    pictures = {f"{name}.png": make_picture(name) for name in ("red", "green", "blue")}
-    pictures |= {f"photo{number}.jpg": content for number, content in enumerate(photographs)}
-    for name, content in pictures.items():
+    images = {f"{name}.png": make_image(name) for name in ("red", "green", "blue")}
+    images |= {f"photo{number}.jpg": content for number, content in enumerate(photographs)}
+    for name, content in images.items():
         (tmp_path / name).write_bytes(content)
     own = Classifier.load(colour_classifier, threads=1)
-    expected = own.probabilities(list(pictures.values()))
-    asked = run("query", "first", "--format", "json", *pictures)
+    expected = own.probabilities(list(images.values()))
+    asked = run("query", "first", "--format", "json", *images)
     assert asked.exit_code == 0, asked.output
     rows = [json.loads(line) for line in asked.stdout.splitlines()]
     assert [row["label"] for row in rows[:3]] == ["red", "green", "blue"]
-    for answered in (rows, _ask_with_boto3(account, "first", list(pictures.values()))):
+    for answered in (rows, _ask_with_boto3(account, "first", list(images.values()))):
         got = [{c["label"]: c["probability"] for c in row["top_k"]} for row in answered]
         for found, probabilities in zip(got, expected, strict=True):
             assert [found[n] for n in own.class_names] == pytest.approx(probabilities, abs=1e-5)
@@ -191,11 +191,11 @@ def test_a_bucket_of_our_name_that_another_account_holds_gets_no_model(
     assert f"The bucket '{bucket}' cannot be used (403)" in said(run("deploy", model, "--dry-run"))
 
 
-def _ask_with_boto3(account: Any, name: str, pictures: list[bytes]) -> list[dict[str, Any]]:
+def _ask_with_boto3(account: Any, name: str, images: list[bytes]) -> list[dict[str, Any]]:
     runtime = account.client("sagemaker-runtime")
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(pictures), 16):
-        some = pictures[start : start + 16]
+    for start in range(0, len(images), 16):
+        some = images[start : start + 16]
         data = [[base64.b64encode(content).decode()] for content in some]
         body = json.dumps({"dataframe_split": {"columns": ["image"], "data": data}})
         answer = runtime.invoke_endpoint(
@@ -251,7 +251,7 @@ def damaged(colour_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def warmer(colour_model: Path, tmp_path: Path) -> Path:
-    """A model folder that answers otherwise than its reference pictures say."""
+    """A model folder that answers otherwise than its reference images say."""
     folder = shutil.copytree(colour_model, tmp_path / "warmer")
     _set_temperature(folder / "artifacts/classifier")
     return folder
@@ -265,10 +265,10 @@ def _set_temperature(classifier: Path) -> None:
 class Asking:
     """Asks an endpoint again and again while the block runs."""
 
-    def __init__(self, account: Any, name: str, picture: bytes) -> None:
+    def __init__(self, account: Any, name: str, image: bytes) -> None:
         self.answers: list[float] = []
         self.failures: list[str] = []
-        self._asked = (account, name, [picture])
+        self._asked = (account, name, [image])
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._ask)
 
@@ -297,7 +297,7 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
     damaged: Path,
     warmer: Path,
     colour_classifier: Path,
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -310,7 +310,7 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
     container = account.client("sagemaker").describe_model(ModelName=first["models"][0])
     assert "secret" not in str(container)
 
-    with Asking(account, "c", make_picture("red")) as asking:
+    with Asking(account, "c", make_image("red")) as asking:
         broken = run("update", "c", str(damaged), "--no-preflight")
         assert broken.exit_code == 1
         assert "SageMaker rolled back" in said(broken)
@@ -319,7 +319,7 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
 
         different = run("update", "c", str(warmer), "--no-preflight")
         assert different.exit_code == 1
-        assert "answers the model's own pictures differently" in said(different)
+        assert "answers the model's own images differently" in said(different)
         assert account.holds() == first
         before = asking.answers[-1]
 
@@ -439,7 +439,7 @@ def test_ctrl_c_after_the_endpoint_is_gone_can_be_made_good(
 
 
 def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
-    account: Any, model: str, make_picture: Callable[..., bytes]
+    account: Any, model: str, make_image: Callable[..., bytes]
 ) -> None:
     acting = ["--assume-role", account.put_role("deployer", service="ec2.amazonaws.com")]
     printed = run("deploy", model, "--dry-run", *acting)
@@ -448,19 +448,19 @@ def test_a_role_that_is_taken_on_makes_a_serverless_endpoint_and_takes_it_away(
     made = run("deploy", model, "--no-preflight", "--serverless", "2048", *acting)
     assert made.exit_code == 0, made.output
     flags = f"--region eu-west-1 {' '.join(acting)}"
-    assert f"Ask it:    visiontuner query colours PICTURE {flags}\n" in made.stdout
+    assert f"Ask it:    visiontuner query colours IMAGE {flags}\n" in made.stdout
     assert f"Remove it: visiontuner undeploy colours {flags}\n" in made.stdout
     taken = run("deploy", model, "--no-preflight", *acting)
     update = next_command("update", "colours", flags=f" {flags}")
     assert f"`{update}` swaps its model" in said(taken)
     assert _variant(account)["ServerlessConfig"] == {"MemorySizeInMB": 2048, "MaxConcurrency": 5}
-    assert _ask_with_boto3(account, "colours", [make_picture("blue")])[0]["label"] == "blue"
+    assert _ask_with_boto3(account, "colours", [make_image("blue")])[0]["label"] == "blue"
     updated = run("update", "colours", model, "--no-preflight", *acting)
     assert updated.exit_code == 0, updated.output
     assert _variant(account)["ServerlessConfig"]["MemorySizeInMB"] == 2048
     listed = run("endpoints", *acting)
     assert "colours" in listed.stdout
-    Path("red.png").write_bytes(make_picture("red"))
+    Path("red.png").write_bytes(make_image("red"))
     asked = run("query", "colours", "red.png", "--format", "json", *acting)
     assert json.loads(asked.stdout)["label"] == "red"
     gone = run("undeploy", "colours", "--artifacts", *acting)
@@ -504,9 +504,9 @@ def _repackage(classifier: Path) -> None:
     path = classifier / "reference.json"
     reference = json.loads(path.read_text())
     loaded = Classifier.load(classifier, threads=1)
-    for picture in reference["pictures"]:
-        content = base64.b64decode(picture["image"])
-        picture["probabilities"] = loaded.probabilities([content])[0].tolist()
+    for image in reference["images"]:
+        content = base64.b64decode(image["image"])
+        image["probabilities"] = loaded.probabilities([content])[0].tolist()
     path.write_text(json.dumps(reference))
 
 
@@ -527,7 +527,7 @@ def test_a_serverless_endpoint_that_is_too_small_for_the_model_is_not_deployed(
         p50_ms=1,
         p95_ms=1,
         p99_ms=1,
-        pictures_per_second=100,
+        images_per_second=100,
         memory_mb=700,
         recommendation="Serverless with 2048 MB.",
     )
@@ -700,12 +700,12 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
     ("arguments", "message"),
     [
         (["--region", "eu-wst-1"], "no region 'eu-wst-1'. Nearest: eu-west-1"),
-        (["--region", "us-east-1"], "There is no image 123456789012.dkr.ecr.us-east-1"),
+        (["--region", "us-east-1"], "There is no container image 123456789012.dkr.ecr.us-east-1"),
         (
             ["--image", "123456789012.dkr.ecr.us-east-1.amazonaws.com/mlflow-pyfunc:1"],
-            "The image is in us-east-1 and the endpoint would be in eu-west-1",
+            "The container image is in us-east-1 and the endpoint would be in eu-west-1",
         ),
-        (["--image", "python:3.11"], "is no image in ECR"),
+        (["--image", "python:3.11"], "is no container image in ECR"),
         (["--image", "123456789012.dkr.ecr.eu-west-1.amazonaws.com/other:1"], "no image"),
         (["--role", "nobody"], "no role 'nobody'"),
         (["--role", "trusts-others"], "SageMaker may not take on the role"),
@@ -747,7 +747,7 @@ def test_what_cannot_work_is_said_before_anything_is_made(
         ({"architecture": "arm64"}, "for linux/arm64"),
         (
             {"media_type": "application/vnd.oci.image.manifest.v1+json"},
-            "SageMaker refuses images of type application/vnd.oci.image.manifest",
+            "SageMaker refuses container images of type application/vnd.oci.image.manifest",
         ),
     ],
 )
@@ -781,12 +781,12 @@ def test_several_roles_have_to_be_chosen_from(account: Any, model: str) -> None:
 )
 @pytest.mark.parametrize("missing", [True, False], ids=["none", "expired"])
 def test_without_credentials_nothing_is_tried(
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
     arguments: list[str],
     missing: bool,
 ) -> None:
-    Path("red.png").write_bytes(make_picture("red"))
+    Path("red.png").write_bytes(make_image("red"))
     if missing:
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
@@ -941,7 +941,7 @@ def test_an_endpoint_that_is_not_there_is_a_mistake(
 
 
 @pytest.mark.usefixtures("account", "model", "newest_search")
-def test_the_folder_of_the_pictures_does_not_hide_the_model_that_is_named_after_it() -> None:
+def test_the_folder_of_the_images_does_not_hide_the_model_that_is_named_after_it() -> None:
     Path("colours/red").mkdir(parents=True)
     for named in ([], ["colours"]):
         planned = run("deploy", *named, "--dry-run")

@@ -21,7 +21,7 @@ raise ImportError("the SageMaker SDK")
 
 @pytest.mark.usefixtures("aws")
 def test_a_local_search_and_questions_to_models_never_import_the_sdk(
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     new_database: Callable[[Path], str],
@@ -32,7 +32,7 @@ def test_a_local_search_and_questions_to_models_never_import_the_sdk(
     (poison / "sagemaker.py").write_text(POISON)
     experiment = {
         **small_search,
-        "data": {"source": str(pictures)},
+        "data": {"source": str(images)},
         "training": {"epochs": 1},
         "search": {**small_search["search"], "trials": 1},
     }
@@ -56,11 +56,11 @@ def test_a_local_search_and_questions_to_models_never_import_the_sdk(
         assert not (poison / "imported").exists(), arguments
         return done.stdout + done.stderr
 
-    picture = str(next(pictures.rglob("*.png")))
+    image = str(next(images.rglob("*.png")))
     assert "MLflow model: models:/colours/1" in visiontuner(
         "tune", "--experiment", "experiment.yaml", "--output", "search"
     )
-    assert "red" in visiontuner("query", "--model", "search/classifier", picture)
-    assert "nobody" in visiontuner("query", "nobody", picture)  # it gets as far as SageMaker
+    assert "red" in visiontuner("query", "--model", "search/classifier", image)
+    assert "nobody" in visiontuner("query", "nobody", image)  # it gets as far as SageMaker
     assert visiontuner("jobs").startswith("None.")
     assert "There is no training job 'nobody'" in visiontuner("attach", "nobody")

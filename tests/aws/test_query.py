@@ -42,7 +42,7 @@ def serverless(
 
 @pytest.mark.slow
 def test_an_endpoint_is_asked_within_its_limits_and_its_errors_are_understood(
-    aws: Any, serverless: SageMakerTransport, make_picture: Callable[..., bytes], tmp_path: Path
+    aws: Any, serverless: SageMakerTransport, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     runtime = aws.client("sagemaker-runtime")
 
@@ -52,31 +52,31 @@ def test_an_endpoint_is_asked_within_its_limits_and_its_errors_are_understood(
     with pytest.raises(ClientError, match="oversize body") as refused:
         ask(b"x" * (4 * 2**20 + 1))
     assert refused.value.response["ResponseMetadata"]["HTTPStatusCode"] == 400
-    table = {"columns": ["image"], "data": [[base64.b64encode(b"no picture").decode()]]}
+    table = {"columns": ["image"], "data": [[base64.b64encode(b"no image").decode()]]}
     with pytest.raises(ClientError) as failed:
         ask(json.dumps({"dataframe_split": table}).encode())
     told = failed.value.response
     assert (told["Error"]["Code"], told["OriginalStatusCode"]) == ("ModelError", 400)
 
-    with pytest.raises(Refused, match=r"^Row 0: Cannot read a picture of 10 bytes"):
-        serverless.ask([b"no picture"], Options())
+    with pytest.raises(Refused, match=r"^Row 0: Cannot read an image of 10 bytes"):
+        serverless.ask([b"no image"], Options())
     with pytest.raises(ServingError, match=r"Endpoint .* of account \d+ not found"):
-        SageMakerTransport("nowhere").ask([make_picture("red")], Options())
+        SageMakerTransport("nowhere").ask([make_image("red")], Options())
 
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(4):
         # A PNG with something behind its end: 2 MB that cost nothing to decode.
-        (folder / f"{number}.png").write_bytes(make_picture("red") + os.urandom(2_000_000))
+        (folder / f"{number}.png").write_bytes(make_image("red") + os.urandom(2_000_000))
     asked = run("query", "colours", str(folder), "--format", "json")
     assert asked.exit_code == 0, asked.output
     rows = [json.loads(line) for line in asked.stdout.splitlines()]
     assert [(row["label"], row["reduced"]) for row in rows] == [("red", False)] * 4
 
 
-def test_a_folder_of_pictures_does_not_hide_the_model_that_is_named_after_it(
+def test_a_folder_of_images_does_not_hide_the_model_that_is_named_after_it(
     registered: Any,
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -84,7 +84,7 @@ def test_a_folder_of_pictures_does_not_hide_the_model_that_is_named_after_it(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
     monkeypatch.chdir(tmp_path)
     Path("colours").mkdir()
-    Path("colours/a.png").write_bytes(make_picture("blue"))
+    Path("colours/a.png").write_bytes(make_image("blue"))
     asked = run("query", "--model", "colours", "colours", "--format", "json")
     assert asked.exit_code == 0, asked.output
     assert json.loads(asked.stdout)["label"] == "blue"

@@ -10,7 +10,7 @@ from botocore.stub import Stubber
 
 from visiontuner.aws import account as aws_account
 from visiontuner.aws import request
-from visiontuner.aws.request import JobPlan, Pictures, Price
+from visiontuner.aws.request import JobPlan, Price, S3Images
 from visiontuner.errors import JobFailed
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws
@@ -42,14 +42,14 @@ def plan(account: Aws) -> JobPlan:
         role="arn:aws:iam::123456789012:role/jobs",
         bucket="bucket",
         bucket_exists=True,
-        image="123456789012.dkr.ecr.eu-west-1.amazonaws.com/directed:1",
+        container_image="123456789012.dkr.ecr.eu-west-1.amazonaws.com/directed:1",
         instance_type="ml.m5.xlarge",
         instances=2,
         max_run_seconds=3600,
         price=Price(per_hour=1.5, instances=2),
         tracking_uri=None,
         tracking="later",
-        pictures=Pictures(uri="s3://photos/dogs/"),
+        images=S3Images(uri="s3://photos/dogs/"),
     )
 
 
@@ -97,8 +97,8 @@ def test_everything_that_was_asked_for_arrives(account: Aws, plan: JobPlan) -> N
 def test_a_machine_with_a_disk_of_its_own_gets_no_key_and_a_small_volume(
     account: Aws, plan: JobPlan
 ) -> None:
-    large = replace(plan.pictures or Pictures(uri=""), size=400 * 10**9)
-    on_gpu = replace(plan, instance_type="ml.g5.xlarge", kms_key="key-1", pictures=large)
+    large = replace(plan.images or S3Images(uri=""), size=400 * 10**9)
+    on_gpu = replace(plan, instance_type="ml.g5.xlarge", kms_key="key-1", images=large)
     asked = request.dry_request(account, on_gpu, SOURCE)
     assert asked["ResourceConfig"] == {
         "InstanceType": "ml.g5.xlarge",

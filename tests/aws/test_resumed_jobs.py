@@ -212,9 +212,9 @@ def test_awss_own_image_follows_the_kind_of_machine(account: Any) -> None:
     registry = f"763104351884.dkr.ecr.{REGION}.amazonaws.com/pytorch-training"
     job = place(account, f"{registry}:2.8.0-cpu-directed", 1, "Stopped")
     options = JobOptions(resume=job, instance_type="ml.g5.xlarge", price=1, spot=False)
-    assert plan_job(None, options)[1].image == f"{registry}:2.8.0-gpu-py312"
+    assert plan_job(None, options)[1].container_image == f"{registry}:2.8.0-gpu-py312"
     newer = replace(options, image_version="2.9")
-    assert plan_job(None, newer)[1].image.startswith(f"{registry}:2.9.0-gpu-")
+    assert plan_job(None, newer)[1].container_image.startswith(f"{registry}:2.9.0-gpu-")
 
 
 @pytest.mark.usefixtures("image")
@@ -224,7 +224,7 @@ def test_awss_newer_images_follow_the_kind_of_machine_too(account: Any) -> None:
     job = place(account, on_gpu, 1, "Stopped", ResourceConfig=MACHINES)
     options = JobOptions(resume=job, instance_type="ml.m5.xlarge", price=1, spot=False)
     plan = plan_job(None, options)[1]
-    assert plan.image == f"{registry}:2.14-cpu-amzn2023-sagemaker"
+    assert plan.container_image == f"{registry}:2.14-cpu-amzn2023-sagemaker"
     assert "tested with" not in "\n".join(plan.lines())
     older = plan_job(None, replace(options, image_version="2.9"))[1]
     assert "(PyTorch 2.9.0; visiontuner is tested with <2.15,>=2.14)" in "\n".join(older.lines())

@@ -136,7 +136,7 @@ def secrets_in(text: bytes) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def machine(
     stand_in: Any,
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     new_database: Callable[[Path], str],
@@ -166,7 +166,7 @@ def machine(
         paths = [logs, *filter(None, [os.environ.get("PYTHONPATH")])]
         machine.environment["PYTHONPATH"] = os.pathsep.join(paths)
         new_database(machine.root / "work/mlflow.db")
-        experiment = json.dumps(small_search | {"data": {"source": str(pictures)}})
+        experiment = json.dumps(small_search | {"data": {"source": str(images)}})
         (machine.root / "work/experiment.yaml").write_text(experiment)
         machine.run("tune", "tune", "--experiment", "experiment.yaml", "--output", "search")
         machine.run("evaluate", "evaluate", "search")

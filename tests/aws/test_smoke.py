@@ -51,7 +51,7 @@ def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, mod
     assert done.exit_code == 0, done.output
     # 0.115 x (1800 + 900) / 3600
     assert "It costs at most $0.09. Go on?" in done.stdout
-    assert "3 pictures answered; the first: red" in done.stdout
+    assert "3 images answered; the first: red" in done.stdout
     assert "nothing is left" in done.stdout
     assert account.holds() == NOTHING
 

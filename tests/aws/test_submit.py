@@ -48,7 +48,7 @@ FLAGS = ("--on", "sagemaker", "--image", IMAGE, "--price", "2", "--yes")
 def finished(
     tmp_path_factory: pytest.TempPathFactory,
     running_ray: None,  # noqa: ARG001
-    pictures: Path,
+    images: Path,
     small_search: dict[str, Any],
     shared_cache: Path,
     new_database: Callable[[Path], str],
@@ -59,7 +59,7 @@ def finished(
         patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
         patch.setenv("MLFLOW_TRACKING_URI", new_database(root / "mlflow.db"))
         patch.chdir(root)
-        raw = small_search | {"data": {"source": str(pictures)}}
+        raw = small_search | {"data": {"source": str(images)}}
         run_search(Experiment.parse(raw), output=root / "search")
         yield root / "search"
 
@@ -71,7 +71,7 @@ def account(
     monkeypatch: pytest.MonkeyPatch,
     new_database: Callable[[Path], str],
 ) -> Any:
-    """An account with a role and pictures on S3; MLflow is a database of this test's own."""
+    """An account with a role and images on S3; MLflow is a database of this test's own."""
     aws.put_role("jobs")
     aws.put_image(tag="1", repository="directed")
     s3 = aws.client("s3")
@@ -198,7 +198,7 @@ def test_a_submitted_job_is_what_the_dry_run_showed(account: Any) -> None:
         assert told[key] == request[key]
     assert told["ResourceConfig"]["InstanceCount"] == 2
     assert told["StoppingCondition"]["MaxRuntimeInSeconds"] == 3600
-    assert [c["ChannelName"] for c in told["InputDataConfig"]] == ["pictures", "code", "sm_drivers"]
+    assert [c["ChannelName"] for c in told["InputDataConfig"]] == ["images", "code", "sm_drivers"]
     assert told["InputDataConfig"][0]["DataSource"]["S3DataSource"]["S3Uri"] == (
         "s3://photos/colours/"
     )
@@ -251,7 +251,7 @@ def test_money_bounds_the_running_time() -> None:
             "--max-cost 0.2 lasts 1 min at $2.00 an hour, beside the job's end;",
         ),
         (("--data", "photos"), "There is no data at photos"),
-        (("--data", "s3://photos/none"), "There are no pictures at s3://photos/none/"),
+        (("--data", "s3://photos/none"), "There are no images at s3://photos/none/"),
         (("--data", "s3://nowhere/x"), "There is no bucket 'nowhere'"),
         (("--data", "s3://photos/it's"), "has an apostrophe"),
         (("--tag", "team"), "--tag takes KEY=VALUE"),
@@ -266,8 +266,11 @@ def test_money_bounds_the_running_time() -> None:
         (("--bucket", "nowhere"), "There is no bucket 'nowhere'"),
         (("--bucket", "far-away"), "is in us-west-2, and SageMaker in eu-west-1 takes buckets of"),
         (("--data", "s3://far-away/x"), "'far-away' is in us-west-2, and SageMaker in"),
-        (("--image", "python:3.11"), "is no image in ECR"),
-        (("--image", IMAGE.replace("eu-west-1", "us-west-2")), "The image is in us-west-2 and the"),
+        (("--image", "python:3.11"), "is no container image in ECR"),
+        (
+            ("--image", IMAGE.replace("eu-west-1", "us-west-2")),
+            "The container image is in us-west-2 and the",
+        ),
         (("--image", IMAGE.replace("directed", "other")), "Push it there, or leave --image out"),
         (("--role", "nobody"), "The account has no role 'nobody'"),
         (("--set", "model.weights=w.pt"), "a file of this machine"),
@@ -317,13 +320,13 @@ def test_a_private_mlflow_is_written_live_from_its_vpc_alone(
 def test_an_image_for_another_processor_is_refused(account: Any) -> None:
     image = account.put_image(tag="mac", repository="directed", architecture="arm64")
     done = run("tune", "--on", "sagemaker", "--data", "s3://photos/colours", "--image", image)
-    assert "The image is for linux/arm64, and ml.g5.xlarge is linux/amd64" in said(done)
+    assert "The container image is for linux/arm64, and ml.g5.xlarge is linux/amd64" in said(done)
 
 
 @pytest.mark.usefixtures("account")
-def test_pictures_of_this_machine_are_not_sent_unasked(pictures: Path) -> None:
-    refused = said(run("tune", *FLAGS, "--data", str(pictures)))
-    assert f"Add --upload s3://BUCKET/{pictures.name}" in refused
+def test_images_of_this_machine_are_not_sent_unasked(images: Path) -> None:
+    refused = said(run("tune", *FLAGS, "--data", str(images)))
+    assert f"Add --upload s3://BUCKET/{images.name}" in refused
 
 
 @pytest.mark.usefixtures("account")
@@ -347,24 +350,24 @@ def test_a_jobs_flags_are_refused_where_there_is_no_job() -> None:
     )
 
 
-def test_pictures_are_uploaded_once_if_that_is_asked_for(account: Any, pictures: Path) -> None:
-    flags = ("--data", str(pictures), "--upload", "s3://photos/mine", "--no-wait")
+def test_images_are_uploaded_once_if_that_is_asked_for(account: Any, images: Path) -> None:
+    flags = ("--data", str(images), "--upload", "s3://photos/mine", "--no-wait")
     asked = run("tune", *(flag for flag in FLAGS if flag != "--yes"), *flags)
-    assert f"s3://photos/mine/ (0 MB), uploaded from {pictures}" in asked.stderr
+    assert f"s3://photos/mine/ (0 MB), uploaded from {images}" in asked.stderr
     assert not [key for key in account.holds()["objects"] if key.startswith("mine/")]
     done = run("tune", *FLAGS, *flags)
     assert done.exit_code == 0, done.output
-    files = {f"mine/{p.relative_to(pictures)}" for p in pictures.rglob("*") if p.is_file()}
+    files = {f"mine/{p.relative_to(images)}" for p in images.rglob("*") if p.is_file()}
     assert files == {key for key in account.holds()["objects"] if key.startswith("mine/")}
-    assert f"Uploaded {len(files)} pictures" in done.output
-    assert upload_folder(pictures, "s3://photos/mine/").files == 0
+    assert f"Uploaded {len(files)} images" in done.output
+    assert upload_folder(images, "s3://photos/mine/").files == 0
 
 
 def test_a_table_is_uploaded_with_its_folder_and_is_the_jobs_source(
-    account: Any, pictures: Path, tmp_path: Path
+    account: Any, images: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "mine"
-    shutil.copytree(pictures, folder)
+    shutil.copytree(images, folder)
     rows = [
         f"{path.relative_to(folder).as_posix()},{path.parent.name}"
         for path in folder.rglob("*.png")
@@ -381,12 +384,12 @@ def test_a_table_is_uploaded_with_its_folder_and_is_the_jobs_source(
     assert Experiment.parse(yaml.safe_load(body)).data.source == "s3://photos/mine/labels.csv"
 
 
-def test_what_lies_where_pictures_are_brought_is_said(account: Any, pictures: Path) -> None:
+def test_what_lies_where_images_are_brought_is_said(account: Any, images: Path) -> None:
     account.client("s3").put_object(Bucket="photos", Key="mine/train/red/old.png", Body=b"x")
-    flags = ("--data", str(pictures), "--upload", "s3://photos/mine")
+    flags = ("--data", str(images), "--upload", "s3://photos/mine")
     done = run("tune", *FLAGS, *flags, "--dry-run")
     assert "; 1 other file lies there already, for the job as well" in done.stderr
-    upload_folder(pictures, "s3://photos/mine")
+    upload_folder(images, "s3://photos/mine")
     again = run("tune", *FLAGS, *flags, "--dry-run")
     assert "; 1 other file lies there already" in again.stderr
 
@@ -402,9 +405,9 @@ def test_what_lies_where_pictures_are_brought_is_said(account: Any, pictures: Pa
     ],
 )
 def test_an_upload_that_cannot_be_is_refused(
-    pictures: Path, data: str | None, upload: str, message: str
+    images: Path, data: str | None, upload: str, message: str
 ) -> None:
-    assert message in said(run("tune", *FLAGS, "--data", data or str(pictures), "--upload", upload))
+    assert message in said(run("tune", *FLAGS, "--data", data or str(images), "--upload", upload))
 
 
 # Coming back

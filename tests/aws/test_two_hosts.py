@@ -26,14 +26,14 @@ TRIALS = 16
 
 
 @pytest.fixture
-def account(request: pytest.FixtureRequest, aws: Any, pictures: Path) -> Any:
-    """A role that SageMaker may use, and the coloured pictures on S3."""
+def account(request: pytest.FixtureRequest, aws: Any, images: Path) -> Any:
+    """A role that SageMaker may use, and the coloured images on S3."""
     request.getfixturevalue("hosts_allowed")
     aws.put_role("training")
     s3 = aws.client("s3")
     place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
     s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
-    upload(s3, pictures, "pictures")
+    upload(s3, images, "images")
     return aws
 
 
@@ -100,9 +100,9 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
     new_database: Callable[[Path], str],
     tmp_path: Path,
 ) -> None:
-    pictures = tmp_path / "many"
-    draw_many(pictures, {"train": 340, "valid": 12})
-    upload(account.client("s3"), pictures, "many")
+    images = tmp_path / "many"
+    draw_many(images, {"train": 340, "valid": 12})
+    upload(account.client("s3"), images, "many")
     experiment = json.loads(json.dumps(small_search))
     experiment["search"]["trials"] = 6
     experiment["data"] = {"source": f"s3://{BUCKET}/many/"}
@@ -147,7 +147,7 @@ def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
     (tmp_path / "poison/sagemaker.py").write_text("raise SystemExit('imported the SDK')")
     paths = [str(tmp_path / "poison"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    tune("--data", str(pictures), "--output", "near")
+    tune("--data", str(images), "--output", "near")
     near = SearchRecord.load(tmp_path / "near")
     assert curves(far) == curves(near)
     assert written(uri, far) == written(uri, near)
@@ -171,7 +171,7 @@ class Job:
             "checkpoints": "/opt/ml/checkpoints",
             "token": secrets.token_hex(32),
             "tracking_uri": None,
-            "data_channel": "pictures",
+            "data_channel": "images",
         }
         (code / "job.json").write_text(json.dumps(orders))
         (code / "experiment.yaml").write_text(json.dumps(experiment))
@@ -195,7 +195,7 @@ class Job:
                 "InstanceType": "ml.g5.xlarge",
                 "VolumeSizeInGB": 1,
             },
-            InputDataConfig=[self._channel("code"), self._channel("pictures")],
+            InputDataConfig=[self._channel("code"), self._channel("images")],
             CheckpointConfig={"S3Uri": f"s3://{BUCKET}/checkpoints"},
             OutputDataConfig={"S3OutputPath": f"s3://{BUCKET}/output"},
             StoppingCondition={"MaxRuntimeInSeconds": 300},

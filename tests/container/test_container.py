@@ -27,7 +27,7 @@ from visiontuner.serving.answers import Answer, Options
 from visiontuner.serving.client import HttpTransport, decode_answers, encode_request
 from visiontuner.serving.preflight import (
     Container,
-    build_image,
+    build_container_image,
     docker,
     memory_of,
     require_engine,
@@ -59,15 +59,15 @@ photographs = colours.photographs
 def image(colour_model: Path) -> str:
     """Built by MLflow for the model, requirements baked in."""
     require_engine()
-    return build_image(colour_model)
+    return build_container_image(colour_model)
 
 
-def difference(classifier: Path, pictures: list[bytes], answers: Sequence[Answer]) -> float:
+def difference(classifier: Path, images: list[bytes], answers: Sequence[Answer]) -> float:
     """The largest difference of a probability from the classifier's own."""
     own = Classifier.load(classifier)
     rows = [{c["label"]: c["probability"] for c in a.top_k} for a in answers]
     got = np.array([[row[name] for name in own.class_names] for row in rows])
-    return float(np.abs(got - own.probabilities(pictures)).max())
+    return float(np.abs(got - own.probabilities(images)).max())
 
 
 class RunLocal(Served):
@@ -143,7 +143,7 @@ def test_the_image_holds_what_serving_needs_and_no_torch(image: str, colour_mode
     assert not [name for name in versions if name.startswith("nvidia")]
     platform = docker("image", "inspect", "--format", "{{.Os}}/{{.Architecture}}", image)
     assert platform == "linux/amd64"
-    assert build_image(colour_model) == image
+    assert build_container_image(colour_model) == image
 
 
 @pytest.fixture(scope="module")

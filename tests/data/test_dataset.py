@@ -1,4 +1,4 @@
-"""Folders of pictures and what becomes of them."""
+"""Folders of images and what becomes of them."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from PIL import Image
 
 from visiontuner.data import dataset as layout
 from visiontuner.data.dataset import SPLITS, load_dataset
-from visiontuner.data.images import picture_extensions
+from visiontuner.data.images import image_extensions
 from visiontuner.errors import DataError
 from visiontuner.io import files as digests
 from visiontuner.io.s3 import files_in
@@ -53,7 +53,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_split_folder_that_holds_itself_once_more_is_seen_through(root, cache)
     assert dataset.counts("test") == [1, 1]
 
 
-def test_a_folder_of_pictures_beside_the_splits_is_a_warning_other_ones_are_not(root, cache):
+def test_a_folder_of_images_beside_the_splits_is_a_warning_other_ones_are_not(root, cache):
     draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
     draw_splits(root, {"holdout": {"a": 1, "b": 1}})
     (root / "papers").mkdir()
@@ -117,7 +117,7 @@ def test_the_same_folders_in_every_class_may_be_the_classes(root, cache):
     assert dataset.class_names == ("autumn", "spring")
     assert rules(dataset) == {
         "same_subfolders_in_every_class": "every class folder (autumn, spring) holds the same "
-        "folders (cat, dog), whose pictures are taken together"
+        "folders (cat, dog), whose images are taken together"
     }
 
 
@@ -135,7 +135,7 @@ def test_one_folder_in_each_class_is_nothing_to_warn_of(root, cache):
 
 
 def write_what_commands_leave(folder: Path) -> None:
-    """Pictures among it, as in a real search, a range test, an MLflow store and the cache."""
+    """Images among it, as in a real search, a range test, an MLflow store and the cache."""
     draw(folder / "searches" / "photos-1" / "evaluation" / "confusion.png", 1)
     (folder / "searches" / "photos-1" / "journal.jsonl").write_text("")
     draw(folder / "lr-find" / "photos-1" / "range_test.png", 2)
@@ -182,7 +182,7 @@ def test_classes_are_matched_by_name_never_by_position(root, cache):
         ("valid/b/0.png", 1),
         ("valid/c/0.png", 2),
     ]
-    assert rules(dataset) == {"missing_classes": "1 (a): no pictures in validation"}
+    assert rules(dataset) == {"missing_classes": "1 (a): no images in validation"}
 
 
 def test_the_same_accented_name_in_two_encodings_is_one_class(root, cache):
@@ -246,7 +246,7 @@ def test_hashed_splits_are_those_of_version_0_1_and_adding_an_image_moves_none(r
         assert set(before.splits[split]) <= set(after.splits[split])
 
 
-def test_identical_pictures_never_land_in_two_splits(root, cache):
+def test_identical_images_never_land_in_two_splits(root, cache):
     draw_classes(root, 60)
     for path in list(root.glob("a/*.png")):
         shutil.copy(path, root / "b" / f"copy {path.name}")
@@ -277,7 +277,7 @@ def test_a_wrapping_folder_and_what_zip_programs_leave_are_seen_through(root, ca
     assert dataset.findings == ()
 
 
-def test_pictures_deeper_in_a_class_folder_count(root, cache):
+def test_images_deeper_in_a_class_folder_count(root, cache):
     draw_splits(root, {"train": {"a": 1, "b": 2}, "valid": {"a": 1, "b": 1}})
     draw(root / "train" / "a" / "2024" / "may" / "x.PNG", 77)
     dataset = load_dataset(root, cache=cache)
@@ -390,9 +390,9 @@ def test_images_in_formats_that_are_not_read_are_counted_and_their_class_is_name
 
 
 def test_heic_names_the_package_that_reads_it(root, cache, monkeypatch):
-    read = picture_extensions()
+    read = image_extensions()
     monkeypatch.setattr(
-        layout, "picture_extensions", lambda: {e: f for e, f in read.items() if e[:3] != ".he"}
+        layout, "image_extensions", lambda: {e: f for e, f in read.items() if e[:3] != ".he"}
     )
     draw_splits(root, {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
     write_bytes(root / "train" / "a" / "1.heic", b"\0\0\0\x18ftypheic\0\0\0\0")
@@ -431,21 +431,21 @@ def test_other_files_are_listed(root, cache):
         "ignored_files": "2 (train/a/labels.csv, …): left out: no image in a class folder",
         "images_outside_classes": "1 (train/loose.png): images left out: 1 PNG, in no class folder",
         "broken_links": "1 (train/b/gone.png): left out: the link's target is gone",
-        "empty_class_folders": "1 (train/empty): no pictures in the folder",
+        "empty_class_folders": "1 (train/empty): no images in the folder",
     }
 
 
-def test_classes_with_too_few_pictures_are_found(root, cache):
+def test_classes_with_too_few_images_are_found(root, cache):
     draw_splits(root, {"train": {"a": 2, "b": 1}, "valid": {"a": 1, "b": 1, "c": 1}})
     dataset = load_dataset(root, cache=cache)
     severity = {f.rule: (f.severity, f.evidence[:6]) for f in dataset.findings}
     assert severity == {
-        "classes_without_training_pictures": ("error", "1 (c):"),
-        "classes_with_one_training_picture": ("warning", "1 (b):"),
+        "classes_without_training_images": ("error", "1 (c):"),
+        "classes_with_one_training_image": ("warning", "1 (b):"),
     }
 
 
-def test_a_limit_takes_the_same_pictures_of_every_class(root, cache):
+def test_a_limit_takes_the_same_images_of_every_class(root, cache):
     draw_splits(root, {"train": {"a": 9, "b": 3}, "valid": {"a": 5, "b": 1}})
     small, large = (load_dataset(root, cache=cache, limit_per_class=n) for n in (2, 4))
     assert (small.counts("train"), small.counts("validation")) == ([2, 2], [2, 1])
@@ -479,7 +479,7 @@ def test_the_digest_covers_names_labels_contents_and_splits(root, cache, tmp_pat
     assert len(found) == 6
 
 
-def test_a_second_look_reads_no_picture(root, cache, monkeypatch):
+def test_a_second_look_reads_no_image(root, cache, monkeypatch):
     draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
     seen: list[tuple[int, int]] = []
     first = load_dataset(root, cache=cache, progress=lambda *x: seen.append(x))
@@ -496,7 +496,7 @@ def test_a_second_look_reads_no_picture(root, cache, monkeypatch):
     assert sorted(read) == ["0.png", "new.png"]
 
 
-def test_pictures_that_change_places_are_noticed_whatever_their_times_say(root, cache):
+def test_images_that_change_places_are_noticed_whatever_their_times_say(root, cache):
     draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
     one, other = root / "train/a/0.png", root / "train/b/0.png"
     size = max(one.stat().st_size, other.stat().st_size)
@@ -536,7 +536,7 @@ def test_an_unwritable_cache_is_no_error(root, tmp_path):
     assert load_dataset(root, cache=tmp_path / "file").counts("train") == [3, 3]
 
 
-def test_unreadable_pictures_are_left_out_and_listed(root, cache, monkeypatch):
+def test_unreadable_images_are_left_out_and_listed(root, cache, monkeypatch):
     draw_splits(root, {"train": {"a": 3, "b": 3}, "valid": {"a": 1, "b": 1}})
     real = digests.file_digest
 
@@ -571,7 +571,7 @@ def _loose(root: Path) -> None:
     draw(root / "a.png")
 
 
-def _no_pictures(root: Path) -> None:
+def _no_images(root: Path) -> None:
     (root / "a").mkdir(parents=True)
     (root / "b").mkdir()
     (root / "a" / "notes.txt").write_text("x")
@@ -615,10 +615,10 @@ def _link_to_itself(root: Path) -> None:
     [
         (_no_folder, "There is no folder"),
         (_file, "is a file, not a folder"),
-        (_empty, "holds no pictures in class folders"),
+        (_empty, "holds no images in class folders"),
         (_one_class, "has only one class, a"),
-        (_loose, r"holds no pictures in class folders \(it holds files such as a.png\)"),
-        (_no_pictures, r"such as a/notes.txt"),
+        (_loose, r"holds no images in class folders \(it holds files such as a.png\)"),
+        (_no_images, r"such as a/notes.txt"),
         (_no_train, "has test, valid but no train folder"),
         (_no_classes_in_splits, "train holds no class folders"),
         (_two_validations, "val and valid, which mean the same split"),
@@ -656,7 +656,7 @@ def test_a_class_name_that_cannot_be_printed_is_refused(root, cache):
         load_dataset(root, cache=cache)
 
 
-def test_links_to_pictures_elsewhere_are_followed(root, cache, tmp_path):
+def test_links_to_images_elsewhere_are_followed(root, cache, tmp_path):
     draw_splits(tmp_path / "store", {"train": {"a": 2, "b": 2}, "valid": {"a": 1, "b": 1}})
     root.mkdir()
     (root / "train").symlink_to(tmp_path / "store" / "train")

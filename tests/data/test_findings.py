@@ -1,4 +1,4 @@
-"""What a look at every picture finds, and what it leaves alone."""
+"""What a look at every image finds, and what it leaves alone."""
 
 import shutil
 import signal
@@ -33,8 +33,8 @@ def scene(seed: int, side: int = 96) -> Image.Image:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two classes in three splits, 8 different pictures, nothing wrong with them."""
-    root = tmp_path / "pictures"
+    """Two classes in three splits, 8 different images, nothing wrong with them."""
+    root = tmp_path / "images"
     seed = 0
     for split, number in (("train", 2), ("valid", 1), ("test", 1)):
         for name in ("a", "b"):
@@ -55,22 +55,22 @@ def test_a_clean_data_set_has_no_findings(root, cache):
     assert found(root, cache) == {}
 
 
-def test_a_class_whose_pictures_of_a_split_are_all_unreadable_is_found(root, cache):
+def test_a_class_whose_images_of_a_split_are_all_unreadable_is_found(root, cache):
     for path in (root / "train" / "a").iterdir():
-        path.write_bytes(b"no picture")
-    (root / "test" / "b" / "0.jpg").write_bytes(b"no picture")
-    (root / "train" / "b" / "0.jpg").write_bytes(b"no picture")  # another is left
+        path.write_bytes(b"no image")
+    (root / "test" / "b" / "0.jpg").write_bytes(b"no image")
+    (root / "train" / "b" / "0.jpg").write_bytes(b"no image")  # another is left
     found = inspect_dataset(load_dataset(root, cache=cache), workers=1, cache=cache)
     emptied = [
-        (f.severity, f.evidence) for f in found if f.rule == "classes_without_readable_pictures"
+        (f.severity, f.evidence) for f in found if f.rule == "classes_without_readable_images"
     ]
     assert emptied == [
-        ("error", "1 (a): none of their train pictures can be read"),
-        ("warning", "1 (b): none of their test pictures can be read"),
+        ("error", "1 (a): none of their train images can be read"),
+        ("warning", "1 (b): none of their test images can be read"),
     ]
 
 
-def test_every_rule_names_its_picture(root, cache):
+def test_every_rule_names_its_image(root, cache):
     train = root / "train"
     (train / "a" / "half.jpg").write_bytes((train / "a" / "0.jpg").read_bytes()[:700])
     scene(50, side=31).save(train / "a" / "small.png")
@@ -81,20 +81,18 @@ def test_every_rule_names_its_picture(root, cache):
         image.resize((70, 70)).save(root / "valid" / "b" / "smaller.jpg", quality=60)
     evidence = found(root, cache)
     assert set(evidence) == {
-        "unreadable_pictures",
-        "tiny_pictures",
+        "unreadable_images",
+        "tiny_images",
         "wrong_extensions",
-        "same_picture_in_two_classes",
-        "same_picture_in_two_splits",
+        "same_image_in_two_classes",
+        "same_image_in_two_splits",
         "near_duplicates_in_two_splits",
     }
-    assert evidence["unreadable_pictures"].startswith("1 (train/a/half.jpg: image file is trunc")
-    assert evidence["tiny_pictures"].startswith("1 (train/a/small.png)")
+    assert evidence["unreadable_images"].startswith("1 (train/a/half.jpg: image file is trunc")
+    assert evidence["tiny_images"].startswith("1 (train/a/small.png)")
     assert evidence["wrong_extensions"].startswith("1 (train/a/really.png is JPEG)")
-    assert evidence["same_picture_in_two_classes"].startswith(
-        "1 (train/a/0.jpg = train/b/copy.jpg)"
-    )
-    assert evidence["same_picture_in_two_splits"].startswith("1 (train/a/1.jpg = test/a/copy.jpg)")
+    assert evidence["same_image_in_two_classes"].startswith("1 (train/a/0.jpg = train/b/copy.jpg)")
+    assert evidence["same_image_in_two_splits"].startswith("1 (train/a/1.jpg = test/a/copy.jpg)")
     assert evidence["near_duplicates_in_two_splits"].startswith(
         "1 (train/b/0.jpg ~ valid/b/smaller.jpg)"
     )
@@ -113,7 +111,7 @@ def test_nearly_the_same_image_in_two_groups_is_found(root, cache):
     assert finding.severity == "warning"
 
 
-def test_pictures_that_decode_to_nearly_black_are_found(root, cache):
+def test_images_that_decode_to_nearly_black_are_found(root, cache):
     """12 bits in a file of 16 that does not say so: nobody can know, but anybody can be told."""
     levels = np.random.default_rng(0).integers(0, 4096, (64, 64), dtype=np.uint16)
     Image.fromarray(levels).save(root / "train/a/dark.png")
@@ -121,17 +119,17 @@ def test_pictures_that_decode_to_nearly_black_are_found(root, cache):
     Image.fromarray(np.full((64, 64), 3.0, np.float32)).save(root / "train/b/float.tiff")
     evidence = found(root, cache)
     assert evidence["few_levels"].startswith("1 (train/a/dark.png): nearly black, white or")
-    assert "values from 3 to 3, and 0 to 1 is read" in evidence["unreadable_pictures"]
+    assert "values from 3 to 3, and 0 to 1 is read" in evidence["unreadable_images"]
 
 
-def test_nearly_the_same_picture_within_one_split_is_no_finding(root, cache):
+def test_nearly_the_same_image_within_one_split_is_no_finding(root, cache):
     with Image.open(root / "train/a/0.jpg") as image:
         image.save(root / "train/a/again.jpg", quality=50)
         image.filter(ImageFilter.GaussianBlur(1)).save(root / "train/a/soft.jpg")
     assert found(root, cache) == {}
 
 
-def test_many_blank_pictures_are_one_finding(root, cache):
+def test_many_blank_images_are_one_finding(root, cache):
     for level in range(1, 20):
         Image.new("RGB", (64, 64), (level, level, level)).save(root / f"train/a/blank{level}.png")
         Image.new("L", (65, 65), 100 + level).save(root / f"test/a/blank{level}.png")
@@ -142,10 +140,10 @@ def test_many_blank_pictures_are_one_finding(root, cache):
 def test_imbalance_begins_above_ten_to_one(root, cache, number, fires):
     for index in range(number):
         scene(100 + index, side=40).save(root / "train" / "a" / f"more{index}.png")
-    evidence = found(root, cache)  # 20 or 21 pictures of a, 2 of b
+    evidence = found(root, cache)  # 20 or 21 images of a, 2 of b
     assert ("class_imbalance" in evidence) == fires
     if fires:
-        assert evidence["class_imbalance"] == "a has 21 training pictures, b has 2"
+        assert evidence["class_imbalance"] == "a has 21 training images, b has 2"
 
 
 def test_a_second_look_decodes_only_what_is_new(root, cache, monkeypatch):
@@ -206,7 +204,7 @@ def test_summary_counts_and_measures(root, cache):
     assert summarise(dataset, cache=cache) == summary
 
 
-def test_summary_of_unreadable_pictures_has_no_sizes(tmp_path, cache):
+def test_summary_of_unreadable_images_has_no_sizes(tmp_path, cache):
     for name in ("train/a", "train/b", "valid/a", "valid/b"):
         (tmp_path / "p" / name).mkdir(parents=True)
         (tmp_path / "p" / name / "0.png").write_bytes(name.encode())
@@ -238,7 +236,7 @@ CHILD = """
     import sys, time
     from pathlib import Path
     from visiontuner.data.dataset import load_dataset
-    from visiontuner.data.findings import inspect_pictures
+    from visiontuner.data.findings import inspect_images
 
     def told(done, total):
         print("decoding", flush=True)
@@ -246,7 +244,7 @@ CHILD = """
 
     if __name__ == "__main__":
         root, cache = Path(sys.argv[1]), Path(sys.argv[2])
-        inspect_pictures(load_dataset(root, cache=cache), workers=2, cache=cache, progress=told)
+        inspect_images(load_dataset(root, cache=cache), workers=2, cache=cache, progress=told)
 """
 
 

@@ -1,4 +1,4 @@
-"""What a picture looks like once it is pixels, against torchvision and by hand."""
+"""What an image looks like once it is pixels, against torchvision and by hand."""
 
 import errno
 import gzip
@@ -24,8 +24,8 @@ from visiontuner.data.images import (
     Preprocessing,
     crop_pixels,
     decode_image,
+    image_extensions,
     normalise,
-    picture_extensions,
     read_pixels,
 )
 from visiontuner.errors import BadImageError, ClassifierError, DiskError
@@ -73,7 +73,7 @@ def test_crop_equals_torchvision(size, interpolation):
 
 
 @pytest.mark.parametrize("size", [(20, 20), (64, 21), (21, 64), (19, 44)], ids=str)
-def test_crop_larger_than_the_resized_picture_is_padded_like_torchvision(size):
+def test_crop_larger_than_the_resized_image_is_padded_like_torchvision(size):
     preprocessing = Preprocessing(
         resize=20, size=33, mean=(0, 0, 0), std=(1, 1, 1), interpolation="bilinear"
     )
@@ -94,7 +94,7 @@ def test_normalised_input_equals_torchvision_bit_for_bit():
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1)], ids=str)
-def test_an_extremely_long_picture_costs_little_memory(size):
+def test_an_extremely_long_image_costs_little_memory(size):
     assert (crop_pixels(Image.new("RGB", size, (9, 8, 7)), IMAGENET) == (9, 8, 7)).all()
 
 
@@ -122,7 +122,7 @@ def test_exif_rotation_by_hand():
     assert upright.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_damaged_exif_data_does_not_spoil_the_picture():
+def test_damaged_exif_data_does_not_spoil_the_image():
     content = encoded(noise(8, 8), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode_image(content).size == (8, 8)
 
@@ -145,7 +145,7 @@ def test_damaged_exif_data_does_not_spoil_the_picture():
         (Image.new("I;16B", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
         (Image.new("I", (4, 4), 257 * 100), "TIFF", (100, 100, 100)),
         (Image.new("F", (4, 4), 0.2), "TIFF", (51, 51, 51)),
-        # 0 is black and 1 is white, whatever else the picture holds.
+        # 0 is black and 1 is white, whatever else the image holds.
         (Image.new("F", (4, 4), 1.02), "TIFF", (255, 255, 255)),
         (Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF", (254, 255, 254)),
         (Image.new("RGB", (4, 4), (1, 2, 3)), "BMP", (1, 2, 3)),
@@ -218,7 +218,7 @@ def test_12_bits_that_a_png_declares_are_scaled_by_its_depth(values, expected):
 
 
 def test_the_scale_does_not_depend_on_the_brightest_pixel():
-    """A picture's own range says nothing: its neighbours in the data set have another."""
+    """An image's own range says nothing: its neighbours in the data set have another."""
     for brightest in (1.0, 1.02, 1.9):
         values = np.array([[0.2, brightest, -0.1, np.nan]], dtype=np.float32)
         assert reds(encoded(Image.fromarray(values), "TIFF")) == [51, 255, 0, 0]
@@ -244,7 +244,7 @@ def test_signed_16_bits_are_black_at_0():
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "CMYK", "P", "L", "1", "I;16", "F", "YCbCr"])
-def test_a_picture_converted_in_strips_equals_one_converted_whole(mode, monkeypatch):
+def test_an_image_converted_in_strips_equals_one_converted_whole(mode, monkeypatch):
     levels = np.random.default_rng(1).integers(0, 256, (37, 53, 4), dtype=np.uint8)
     if mode == "F":
         image = Image.fromarray(levels[..., 0].astype(np.float32) / 255)
@@ -276,7 +276,7 @@ def test_an_animation_is_its_first_frame(name):
     assert pixel(content) == (255, 0, 0)
 
 
-def test_multi_picture_jpeg_is_its_first_picture():
+def test_multi_image_jpeg_is_its_first_image():
     content = encoded(
         Image.new("RGB", (32, 32), "red"),
         "MPO",
@@ -304,7 +304,7 @@ def test_a_rotated_jpeg_is_reduced_by_its_shorter_side():
 
 def test_bytes_and_path_give_the_same_pixels(tmp_path):
     content = encoded(noise(300, 200), "JPEG")
-    path = tmp_path / "picture.jpg"
+    path = tmp_path / "image.jpg"
     path.write_bytes(content)
     pixels = read_pixels(path, IMAGENET)
     assert pixels.shape == (32, 32, 3)
@@ -315,8 +315,8 @@ def test_bytes_and_path_give_the_same_pixels(tmp_path):
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"hello, this is text", "not a picture"),
-        (b"<html><body>404</body></html>", "not a picture"),
+        (b"hello, this is text", "not an image"),
+        (b"<html><body>404</body></html>", "not an image"),
         (encoded(noise(64, 64), "JPEG")[:900], "truncated"),
         (encoded(noise(64, 64), "PNG")[:900], "truncated"),
         (b"GIF89a" + bytes(7), "Cannot read"),
@@ -324,7 +324,7 @@ def test_bytes_and_path_give_the_same_pixels(tmp_path):
     ],
     ids=["empty", "text", "html", "half a JPEG", "half a PNG", "no pixels", "PostScript"],
 )
-def test_a_bad_picture_is_one_clear_line(content, reason, tmp_path):
+def test_a_bad_image_is_one_clear_line(content, reason, tmp_path):
     path = tmp_path / "bad.jpg"
     path.write_bytes(content)
     for source in (content, path):
@@ -334,7 +334,7 @@ def test_a_bad_picture_is_one_clear_line(content, reason, tmp_path):
     assert "bad.jpg" in str(caught.value)
 
 
-def test_a_missing_file_and_a_folder_are_bad_pictures(tmp_path):
+def test_a_missing_file_and_a_folder_are_bad_images(tmp_path):
     with pytest.raises(BadImageError, match="No such file"):
         decode_image(tmp_path / "nothing.png")
     with pytest.raises(BadImageError):
@@ -401,11 +401,11 @@ def test_what_pillow_decodes_in_python_is_refused_by_its_name(what, monkeypatch)
 
 
 def test_heic_is_read_where_pillow_heif_is_there_and_else_names_it():
-    if "HEIF" in images.picture_formats():
+    if "HEIF" in images.image_formats():
         assert pixel(encoded(Image.new("RGB", (64, 64)), "HEIF")) == (0, 0, 0)
-        assert {".heic", ".heif"} <= set(picture_extensions())
+        assert {".heic", ".heif"} <= set(image_extensions())
         return
-    assert ".heic" not in picture_extensions()
+    assert ".heic" not in image_extensions()
     with pytest.raises(BadImageError, match=r"HEIC images .* install pillow-heif, or convert to"):
         decode_image(b"\0\0\0\x1cftypheic\0\0\0\0mif1heic")
 
@@ -416,7 +416,7 @@ def test_every_decoder_that_is_let_through_is_in_c():
         assert hasattr(Image.core, f"{name}_decoder"), name
 
 
-def test_the_picture_within_an_icon_is_checked_before_it_is_decoded():
+def test_the_image_within_an_icon_is_checked_before_it_is_decoded():
     large = icon(encoded(Image.new("L", (900, 900)), "PNG"))  # the icon says 16 x 16
     with pytest.raises(BadImageError, match=r"900 x 900 pixels are more than the 1,000 allowed"):
         decode_image(large[:-40], max_pixels=1000)  # decoding would find it truncated
@@ -430,7 +430,7 @@ def test_a_jpeg_of_countless_scans_is_refused():
     assert decode_image(content[:-2] + content[last:-2] * 80 + content[-2:]).size == (64, 64)
     with pytest.raises(BadImageError, match="more than the 100 scans allowed"):
         decode_image(content[:-2] + content[last:-2] * 100 + content[-2:])
-    # What follows the picture, such as the film of a phone's photograph, has no scans.
+    # What follows the image, such as the film of a phone's photograph, has no scans.
     assert decode_image(content + b"\xff\xda" * 200).size == (64, 64)
 
 
@@ -496,7 +496,7 @@ SEEDS = [
     st.lists(st.tuples(st.integers(0, 200), st.integers(0, 255)), max_size=4),
     st.integers(0, 2000),
 )
-def test_mutated_and_truncated_pictures_raise_nothing_but_bad_image(content, changes, cut):
+def test_mutated_and_truncated_images_raise_nothing_but_bad_image(content, changes, cut):
     mutated = bytearray(content)
     for position, value in changes:
         mutated[position % len(mutated)] = value
@@ -513,12 +513,12 @@ def _decodes_or_is_bad(content: bytes) -> None:
 
 
 def test_extensions_count_only_what_can_be_opened():
-    extensions = picture_extensions()
+    extensions = image_extensions()
     assert {".jpg", ".jpeg", ".png", ".webp", ".tiff", ".gif", ".bmp", ".avif", ".mpo"} <= set(
         extensions
     )
     assert not {".pdf", ".eps", ".mpg", ".h5", ".txt", ".fits", ".qoi", ""} & set(extensions)
-    assert "MPO" not in images.picture_formats()
+    assert "MPO" not in images.image_formats()
 
 
 def test_preprocessing_survives_its_dictionary():
@@ -542,7 +542,7 @@ def test_another_input_size_keeps_the_crop_ratio():
     assert (resized.resize, resized.size, resized.interpolation) == (128, 112, "bicubic")
 
 
-def test_a_disk_that_cannot_be_read_makes_no_bad_picture(tmp_path, monkeypatch):
+def test_a_disk_that_cannot_be_read_makes_no_bad_image(tmp_path, monkeypatch):
     def broken(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 

@@ -1,4 +1,4 @@
-"""Where pictures come from: folders, archives, web servers and the built-in digits."""
+"""Where images come from: folders, archives, web servers and the built-in digits."""
 
 import concurrent.futures
 import errno
@@ -37,17 +37,17 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(download_module, "_BACKOFF_SECONDS", (0.0, 0.0))
 
 
-def picture(color: str = "red") -> bytes:
+def image(color: str = "red") -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (4, 4), color).save(stream, "PNG")
     return stream.getvalue()
 
 
 FILES = {
-    "photos/train/a/0.png": picture("red"),
-    "photos/train/b/0.png": picture("blue"),
-    "photos/valid/a/0.png": picture("lime"),
-    "photos/valid/b/0.png": picture("gray"),
+    "photos/train/a/0.png": image("red"),
+    "photos/train/b/0.png": image("blue"),
+    "photos/valid/a/0.png": image("lime"),
+    "photos/valid/b/0.png": image("gray"),
 }
 
 
@@ -294,7 +294,7 @@ def old_zip(names: list[bytes], extra: bytes = b"") -> bytes:
         for number, name in enumerate(names):
             info = zipfile.ZipInfo(f"{number:02d}".ljust(len(name), "~"))
             info.extra = extra
-            bundle.writestr(info, picture(f"#{number:06x}"))
+            bundle.writestr(info, image(f"#{number:06x}"))
     content = stream.getvalue()
     for number, name in enumerate(names):
         content = content.replace(f"{number:02d}".ljust(len(name), "~").encode(), name)
@@ -349,7 +349,7 @@ def old_tar(names: list[bytes]) -> bytes:
         fileobj=stream, mode="w", encoding="utf-8", errors="surrogateescape"
     ) as bundle:
         for number, name in enumerate(names):
-            content = picture(f"#{number:06x}")
+            content = image(f"#{number:06x}")
             info = tarfile.TarInfo(os.fsdecode(name))
             info.size = len(content)
             bundle.addfile(info, io.BytesIO(content))
@@ -417,7 +417,7 @@ GZ = tarred("w:gz", {"a/noise.png": os.urandom(50_000)})
         ("a.zip", b"", "not an archive"),
         ("a.tar.gz", GZ[: len(GZ) // 2], "damaged"),
         ("a.tar.gz", GZ[:30_000] + bytes(1000) + GZ[31_000:], "damaged"),
-        ("a.zip", zipped().replace(picture("blue"), bytes(len(picture("blue")))), "damaged"),
+        ("a.zip", zipped().replace(image("blue"), bytes(len(image("blue")))), "damaged"),
     ],
     ids=["web page", "empty", "half", "bit rot", "zip with a wrong checksum"],
 )
@@ -499,7 +499,7 @@ def test_a_local_archive_must_have_the_checksum(tmp_path, cache):
 def test_a_download_is_unpacked_and_used_again(site, cache):
     seen: list[tuple[int, int]] = []
     folder = fetch_source(site.url, cache=cache, progress=lambda *x: seen.append(x))
-    assert (folder / "photos/train/a/0.png").read_bytes() == picture("red")
+    assert (folder / "photos/train/a/0.png").read_bytes() == image("red")
     assert seen[-1] == (len(site.content), len(site.content))
     assert fetch_source(site.url, cache=cache) == folder
     assert site.sent == [len(site.content)]  # the second answer was 304
@@ -569,7 +569,7 @@ def test_servers_that_cannot_resume_are_asked_for_the_whole_file(site, cache, ch
     vars(site).update(change)
     site.cut_after = [200]
     folder = fetch_source(site.url, cache=cache)
-    assert (folder / "photos/train/b/0.png").read_bytes() == picture("blue")
+    assert (folder / "photos/train/b/0.png").read_bytes() == image("blue")
     assert site.sent == [200, len(site.content)]
 
 

@@ -1,4 +1,4 @@
-"""Pictures to S3 and back: a real moto server, and a proxy before it that has bad days."""
+"""Images to S3 and back: a real moto server, and a proxy before it that has bad days."""
 
 from __future__ import annotations
 
@@ -103,17 +103,17 @@ def s3(
     return proxy
 
 
-def picture(colour: str) -> bytes:
+def image(colour: str) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (4, 4), colour).save(stream, "PNG")
     return stream.getvalue()
 
 
 FILES = {
-    "train/a b/0.png": picture("red"),
-    "train/große Hunde/1 ü+%.png": picture("blue"),
-    "valid/a b/2&3=4?.png": picture("lime"),
-    "valid/große Hunde/犬.png": picture("gray"),
+    "train/a b/0.png": image("red"),
+    "train/große Hunde/1 ü+%.png": image("blue"),
+    "valid/a b/2&3=4?.png": image("lime"),
+    "valid/große Hunde/犬.png": image("gray"),
     "empty.txt": b"",
 }
 
@@ -533,10 +533,10 @@ def test_a_full_disk_is_said_and_leaves_no_half_file(tmp_path, monkeypatch):
     assert held(tmp_path / "back") == {}
 
 
-# Where pictures and weights come from
+# Where images and weights come from
 
 
-def test_pictures_on_s3_are_fetched_once_and_then_what_changed(s3, tmp_path):
+def test_images_on_s3_are_fetched_once_and_then_what_changed(s3, tmp_path):
     upload_folder(write(tmp_path / "here"), URI)
     cache = tmp_path / "cache"
     folder = fetch_source(URI, cache=cache)
@@ -545,12 +545,12 @@ def test_pictures_on_s3_are_fetched_once_and_then_what_changed(s3, tmp_path):
     before = s3.count("GET")
     assert fetch_source(f"{URI}/", cache=cache) == folder
     assert (s3.count("GET"), s3.count("HEAD")) == (before, 0)
-    put("set one/train/a b/0.png", picture("navy"))
+    put("set one/train/a b/0.png", image("navy"))
     DIRECT[0].delete_object(Bucket=BUCKET, Key="set one/empty.txt")
     s3.seen.clear()
     fetch_source(URI, cache=cache)
     assert s3.count("GET") == 1
-    assert held(folder)["train/a b/0.png"] == picture("navy")
+    assert held(folder)["train/a b/0.png"] == image("navy")
     assert "empty.txt" not in held(folder)
 
 
@@ -615,7 +615,7 @@ def test_an_archive_on_s3_is_fetched_once_unpacked_and_checked(s3, tmp_path, mon
         ("s33://photos/set", "Did you mean s3://"),
     ],
 )
-def test_pictures_that_are_not_on_s3_are_one_clear_line(tmp_path, uri, message):
+def test_images_that_are_not_on_s3_are_one_clear_line(tmp_path, uri, message):
     with pytest.raises(DataError, match=message) as caught:
         fetch_source(uri, cache=tmp_path)
     assert "\n" not in str(caught.value)
@@ -640,7 +640,7 @@ def test_weights_on_s3_are_read_once_and_again_when_they_changed(s3, tmp_path):
 
 
 @pytest.mark.usefixtures("s3")
-def test_prepare_brings_pictures_to_s3_and_looks_at_them_there(tmp_path, monkeypatch):
+def test_prepare_brings_images_to_s3_and_looks_at_them_there(tmp_path, monkeypatch):
     monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "cache"))
     here = write(tmp_path / "here", {k: v for k, v in FILES.items() if k.endswith("png")})
     call = ["prepare", "--data", str(here), "--upload", "s3://photos/mine"]

@@ -21,12 +21,12 @@ def test_interval_of_a_mean_is_scipys():
     assert found.high == pytest.approx(expected.confidence_interval.high, abs=0.01)
 
 
-def test_every_resample_draws_as_many_pictures_as_there_are():
+def test_every_resample_draws_as_many_images_as_there_are():
     sums = resampled_sums(np.ones((17, 1)), seed=1, resamples=250)
     assert sums.tolist() == [[17.0]] * 250
 
 
-def test_sparse_and_dense_columns_draw_the_same_pictures():
+def test_sparse_and_dense_columns_draw_the_same_images():
     columns = np.random.default_rng(0).integers(2, size=(40, 3)).astype(float)
     dense = resampled_sums(columns, seed=5, resamples=120)
     assert np.array_equal(dense, resampled_sums(csr_array(columns), seed=5, resamples=120))
@@ -58,7 +58,7 @@ def test_hits_that_were_corrected_need_not_be_whole():
 
 @pytest.mark.parametrize(("hits", "total"), [(0, 0), (-1, 5), (6, 5)])
 def test_a_share_is_of_something(hits, total):
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         share_interval(hits, total)
 
 

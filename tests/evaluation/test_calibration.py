@@ -16,7 +16,7 @@ from visiontuner.evaluation.calibration import (
     choose_threshold,
     expected_calibration_error,
     fit_temperature,
-    picture_losses,
+    image_losses,
     probabilities_of,
     reliability,
     risk_coverage,
@@ -46,16 +46,16 @@ def test_temperature_undoes_a_factor_on_calibrated_logits(factor):
     assert fit_temperature(logits * factor, labels) == pytest.approx(factor, rel=0.06)
 
 
-def test_temperature_is_the_likeliest_one_where_there_are_many_pictures():
+def test_temperature_is_the_likeliest_one_where_there_are_many_images():
     logits = np.random.default_rng(2).normal(size=(3000, 5)) * 6
     labels = drawn_from(logits / 3)
     likeliest = minimize_scalar(
-        lambda t: picture_losses(logits, labels, t).mean(), bounds=(0.5, 10), method="bounded"
+        lambda t: image_losses(logits, labels, t).mean(), bounds=(0.5, 10), method="bounded"
     ).x
     assert fit_temperature(logits, labels) == pytest.approx(likeliest, rel=0.01)
 
 
-def test_temperature_stays_one_where_pictures_do_not_tell():
+def test_temperature_stays_one_where_images_do_not_tell():
     logits = np.random.default_rng(3).normal(size=(150, 5)) * 2
     labels = drawn_from(logits)
     assert fit_temperature(logits, labels) == 1.0
@@ -73,15 +73,15 @@ def test_temperature_never_raises_the_loss_it_is_fitted_on(logits, seed):
     labels = np.random.default_rng(seed).integers(logits.shape[1], size=len(logits))
     temperature = fit_temperature(logits, labels)
     assert LOWEST_TEMPERATURE <= temperature <= HIGHEST_TEMPERATURE
-    before, after = (picture_losses(logits, labels, t).mean() for t in (1.0, temperature))
+    before, after = (image_losses(logits, labels, t).mean() for t in (1.0, temperature))
     assert after <= before
     assert np.isfinite(after)
 
 
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("count", [1, 3])
-def test_temperature_of_a_few_pictures_is_sensible(right, count):
-    # One picture that is right by a hair proves nothing, nor does one that is wrong by a hair.
+def test_temperature_of_a_few_images_is_sensible(right, count):
+    # One image that is right by a hair proves nothing, nor does one that is wrong by a hair.
     logits = np.tile([[0.1, 0.0]], (count, 1))
     assert fit_temperature(logits, np.full(count, 0 if right else 1)) == 1.0
 
@@ -119,7 +119,7 @@ def test_nothing_to_fit_is_temperature_one(logits):
 def test_losses_by_hand():
     # softmax of (0, ln 3) is (1/4, 3/4)
     logits = np.array([[0.0, math.log(3)]] * 2)
-    assert picture_losses(logits, np.array([1, 0])) == pytest.approx([-math.log(0.75), math.log(4)])
+    assert image_losses(logits, np.array([1, 0])) == pytest.approx([-math.log(0.75), math.log(4)])
 
 
 # calibration error
@@ -153,7 +153,7 @@ def test_reliability_and_calibration_error_are_sklearns(num_classes):
     assert expected_calibration_error(probabilities, labels) == pytest.approx(expected)
 
 
-def test_no_pictures_have_no_calibration_error():
+def test_no_images_have_no_calibration_error():
     with pytest.raises(ValueError, match="empty"):
         expected_calibration_error(np.zeros((0, 2)), np.zeros(0, dtype=int))
 
@@ -182,15 +182,15 @@ def test_threshold_is_the_lowest_confidence_that_is_precise_enough():
     assert chosen.value <= 0.9
 
 
-def test_one_confident_picture_makes_no_threshold():
+def test_one_confident_image_makes_no_threshold():
     probabilities, labels = two_classes([0.999, *[0.8] * 50], [True, *[False, True] * 25])
     assert choose_threshold(probabilities, labels, 0.9).value is None
 
 
-@pytest.mark.parametrize(("pictures", "reached"), [(32, False), (33, True)])
-def test_threshold_needs_as_many_pictures_as_carry_a_mistake(pictures, reached):
+@pytest.mark.parametrize(("images", "reached"), [(32, False), (33, True)])
+def test_threshold_needs_as_many_images_as_carry_a_mistake(images, reached):
     # All right, and 0.97 must hold with one wrong added: 33 / 34 = 0.9706, but 32 / 33 = 0.9697.
-    probabilities, labels = two_classes([0.9] * pictures, [True] * pictures)
+    probabilities, labels = two_classes([0.9] * images, [True] * images)
     chosen = choose_threshold(probabilities, labels, 0.97)
     assert (chosen.value is not None) == reached
     assert chosen.coverage == (1.0 if reached else 0.0)
@@ -210,7 +210,7 @@ def test_wanted_precision_is_a_fraction(wanted):
         choose_threshold(*two_classes([0.9], [True]), wanted)
 
 
-def test_no_pictures_give_no_threshold():
+def test_no_images_give_no_threshold():
     assert choose_threshold(np.zeros((0, 2)), np.zeros(0, dtype=int), 0.9).value is None
 
 
@@ -221,7 +221,7 @@ def test_no_pictures_give_no_threshold():
     classes=st.integers(1, 6),
     wanted=st.floats(0.05, 0.995),
 )
-def test_threshold_keeps_its_word_on_the_pictures_it_was_chosen_on(seed, count, classes, wanted):
+def test_threshold_keeps_its_word_on_the_images_it_was_chosen_on(seed, count, classes, wanted):
     generator = np.random.default_rng(seed)
     probabilities = softmax(generator.normal(size=(count, classes)) * 3, axis=1).round(2)
     labels = generator.integers(classes, size=count)

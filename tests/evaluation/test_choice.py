@@ -10,7 +10,7 @@ from visiontuner.evaluation.choice import (
     corrected_for_choice,
     describe_gain,
     estimate_accuracy,
-    picture_scores,
+    image_scores,
     tied_with_best,
     training_seconds,
 )
@@ -19,15 +19,15 @@ from visiontuner.journal import SearchRecord
 OBJECTIVES = ["validation_accuracy", "validation_macro_f1", "validation_loss"]
 
 
-def trained(skill, *, seed, pictures=240, classes=24):
-    """Validation logits: what all trials see in a picture, some noise of their own, and the skill.
+def trained(skill, *, seed, images=240, classes=24):
+    """Validation logits: what all trials see in an image, some noise of their own, and the skill.
 
-    As two trainings with different seeds do, two calls with the same skill agree on most pictures.
+    As two trainings with different seeds do, two calls with the same skill agree on most images.
     """
     shared = np.random.default_rng(0)
-    labels = shared.integers(classes, size=pictures)
-    seen = skill * np.eye(classes)[labels] + shared.normal(size=(pictures, classes))
-    own = np.random.default_rng(seed).normal(size=(pictures, classes))
+    labels = shared.integers(classes, size=images)
+    seen = skill * np.eye(classes)[labels] + shared.normal(size=(images, classes))
+    own = np.random.default_rng(seed).normal(size=(images, classes))
     return seen + 0.2 * own, labels
 
 
@@ -38,7 +38,7 @@ def test_two_equal_configurations_are_tied_and_one_that_learned_nothing_is_not(o
         "again": trained(4.5, seed=2),
         "bad": trained(0.3, seed=3),
     }
-    scores = {name: picture_scores(*pair, objective) for name, pair in logits.items()}
+    scores = {name: image_scores(*pair, objective) for name, pair in logits.items()}
     best = max(["same", "again"], key=lambda name: scores[name].mean())
     assert set(tied_with_best(scores, best)) == {"same", "again"}
     assert tied_with_best(scores, best)[0] == best
@@ -51,8 +51,8 @@ def test_tied_trials_come_best_first():
     assert tied_with_best(scores, "t3") == ("t3", "t2", "t4", "t1")
 
 
-def test_a_difference_counts_by_the_pictures_it_is_made_of():
-    # Ten points better, on the same pictures: 30 gained and 5 lost; chance gives 18 and 17.
+def test_a_difference_counts_by_the_images_it_is_made_of():
+    # Ten points better, on the same images: 30 gained and 5 lost; chance gives 18 and 17.
     best = np.array([1.0] * 200 + [0.0] * 50)
     other = best.copy()
     other[:30], other[-5:] = 0, 1
@@ -62,7 +62,7 @@ def test_a_difference_counts_by_the_pictures_it_is_made_of():
     assert tied_with_best({"a": best, "b": other}, "a") == ("a", "b")
 
 
-def test_few_pictures_tie_everything():
+def test_few_images_tie_everything():
     scores = {"a": np.ones(3), "b": np.zeros(3)}
     assert tied_with_best(scores, "a") == ("a", "b")
 
@@ -82,10 +82,10 @@ def test_equal_trials_are_rarely_told_apart():
     assert behind <= 6  # of 40; 2 on average
 
 
-def equal_trials(generator, pictures, trials=32):
-    """Right answers (N, T) of trials that each name 90 % of all pictures rightly."""
-    chance = np.where(generator.random(pictures) < 0.8, 1.0, 0.5)[:, None]
-    return (generator.random((pictures, trials)) < chance).astype(float)
+def equal_trials(generator, images, trials=32):
+    """Right answers (N, T) of trials that each name 90 % of all images rightly."""
+    chance = np.where(generator.random(images) < 0.8, 1.0, 0.5)[:, None]
+    return (generator.random((images, trials)) < chance).astype(float)
 
 
 def test_the_best_of_many_equal_trials_is_not_ahead_of_them():
@@ -112,12 +112,12 @@ def test_a_trial_that_is_worse_among_many_equal_ones_falls_behind():
     assert found >= 17
 
 
-@pytest.mark.parametrize("pictures", [30, 100])
-def test_the_estimate_is_corrected_for_having_been_chosen(pictures):
+@pytest.mark.parametrize("images", [30, 100])
+def test_the_estimate_is_corrected_for_having_been_chosen(images):
     generator = np.random.default_rng(8)
     told, corrected = [], []
     for _ in range(150):
-        right = equal_trials(generator, pictures)
+        right = equal_trials(generator, images)
         told.append(right.mean(axis=0).max())
         corrected.append(corrected_for_choice(right, right, resamples=100))
     assert np.mean(told) - 0.9 > 0.025
@@ -138,7 +138,7 @@ def test_only_the_ranking_chooses():
 
 
 @pytest.mark.parametrize("shapes", [((1, 2), (1, 2)), ((5, 2), (5, 3)), ((5,), (5,))])
-def test_a_correction_needs_pictures_of_the_same_trials(shapes):
+def test_a_correction_needs_images_of_the_same_trials(shapes):
     with pytest.raises(ValueError, match="the same trials"):
         corrected_for_choice(*map(np.ones, shapes))
 
@@ -147,8 +147,8 @@ def test_a_correction_needs_pictures_of_the_same_trials(shapes):
     ("values", "message"),
     [
         ({"b": np.ones(3)}, "has no scores"),
-        ({"a": np.ones(3), "b": np.ones(4)}, "the same pictures"),
-        ({"a": np.ones(0)}, "the same pictures"),
+        ({"a": np.ones(3), "b": np.ones(4)}, "the same images"),
+        ({"a": np.ones(0)}, "the same images"),
         ({"a": np.ones(2), "b": np.array([1.0, np.nan])}, "finite"),
     ],
 )
@@ -158,10 +158,10 @@ def test_scores_that_do_not_fit_are_refused(values, message):
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 999), trials=st.integers(1, 6), pictures=st.integers(1, 40))
-def test_the_best_is_tied_with_itself_and_with_its_twin(seed, trials, pictures):
+@given(seed=st.integers(0, 999), trials=st.integers(1, 6), images=st.integers(1, 40))
+def test_the_best_is_tied_with_itself_and_with_its_twin(seed, trials, images):
     generator = np.random.default_rng(seed)
-    values = {f"t{i}": generator.integers(2, size=pictures) * 1.0 for i in range(trials)}
+    values = {f"t{i}": generator.integers(2, size=images) * 1.0 for i in range(trials)}
     best = max(values, key=lambda name: values[name].mean())
     tied = tied_with_best({**values, "twin": values[best]}, best, resamples=100)
     assert tied[0] == best
@@ -172,19 +172,19 @@ def test_the_best_is_tied_with_itself_and_with_its_twin(seed, trials, pictures):
 # what an objective is made of
 
 
-def test_picture_scores_by_hand():
+def test_image_scores_by_hand():
     ln3 = np.log(3)
     logits = np.array([[0, ln3], [0, ln3], [0, ln3], [ln3, 0]])
     labels = np.array([1, 1, 0, 0])
-    assert picture_scores(logits, labels, "validation_accuracy").tolist() == [1, 1, 0, 1]
+    assert image_scores(logits, labels, "validation_accuracy").tolist() == [1, 1, 0, 1]
     losses = -np.log([0.75, 0.75, 0.25, 0.75])
-    assert picture_scores(logits, labels, "validation_loss") == pytest.approx(-losses)
+    assert image_scores(logits, labels, "validation_loss") == pytest.approx(-losses)
 
 
 def test_scores_for_macro_f1_give_every_class_the_same_say():
-    # Class 0 has three pictures, all right, class 1 one, wrong, class 2 none: recall 1/2.
+    # Class 0 has three images, all right, class 1 one, wrong, class 2 none: recall 1/2.
     logits = np.eye(3)[[0, 0, 0, 0]]
-    scores = picture_scores(logits, np.array([0, 0, 0, 1]), "validation_macro_f1")
+    scores = image_scores(logits, np.array([0, 0, 0, 1]), "validation_macro_f1")
     assert scores.mean() == pytest.approx(1 / 2)
 
 

@@ -187,12 +187,12 @@ def test_no_runs_are_an_empty_table():
     assert to_csv(frame[["run", "state"]]) == "run,state\n"
 
 
-def test_different_pictures_and_objectives_are_said():
+def test_different_images_and_objectives_are_said():
     told = " ".join(
         notes([trial("t1", 0.5, data_digest="x"), trial("t2", 0.5, data_digest="y",
                objective="validation_loss")])
     )  # fmt: skip
-    assert "different pictures" in told
+    assert "different images" in told
     assert "different things (validation_accuracy, validation_loss)" in told
 
 

@@ -25,7 +25,7 @@ from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
 from visiontuner.evaluation.scores import METRICS
 
 
-def pictures(count, classes, *, seed=0, right=0.8):
+def images(count, classes, *, seed=0, right=0.8):
     """Logits and labels of a classifier that is right about as often as `right` says."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(classes, size=count)
@@ -43,7 +43,7 @@ def evaluate(logits, labels, **more):
 
 
 def test_every_number_is_sklearns():
-    logits, labels = pictures(500, 8)
+    logits, labels = images(500, 8)
     report = evaluate(logits, labels, temperature=1.7)
     values = {name: interval.value for name, interval in report.metrics.items()}
     before, after = probabilities_of(logits), probabilities_of(logits, 1.7)
@@ -65,17 +65,17 @@ def test_every_number_is_sklearns():
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
-    many_logits, many_labels = pictures(200_000, 5, seed=99, right=0.75)
+    many_logits, many_labels = images(200_000, 5, seed=99, right=0.75)
     truth = (many_logits.argmax(axis=1) == many_labels).mean()
     held = 0
     for seed in range(60):
-        interval = evaluate(*pictures(200, 5, seed=seed, right=0.75)).metrics["accuracy"]
+        interval = evaluate(*images(200, 5, seed=seed, right=0.75)).metrics["accuracy"]
         held += interval.low <= truth <= interval.high
     assert held >= 50  # of 60; 57 on average
 
 
 def test_intervals_of_rare_mistakes_hold_the_truth():
-    # 98 % right: percentiles of 100 pictures held the loss in .77 and macro F1 in .84 of draws.
+    # 98 % right: percentiles of 100 images held the loss in .77 and macro F1 in .84 of draws.
     generator = np.random.default_rng(5)
     labels = generator.integers(24, size=50_000)
     logits = 0.8 * generator.gumbel(size=(50_000, 24))
@@ -91,8 +91,8 @@ def test_intervals_of_rare_mistakes_hold_the_truth():
     assert min(held.values()) >= 135, held  # of 150; 142 at 95 %
 
 
-def test_the_error_of_macro_f1_is_that_of_drawing_the_pictures_again():
-    logits, labels = pictures(400, 5, right=0.7)
+def test_the_error_of_macro_f1_is_that_of_drawing_the_images_again():
+    logits, labels = images(400, 5, right=0.7)
     report = evaluate(logits, labels, resamples=1000)
     generator = np.random.default_rng(0)
     drawn = []
@@ -122,7 +122,7 @@ def test_a_class_wholly_right_and_one_wholly_wrong_have_an_interval():
 
 
 def test_the_same_seed_gives_the_same_report():
-    logits, labels = pictures(100, 7)
+    logits, labels = images(100, 7)
     threshold = choose_threshold(probabilities_of(logits), labels, 0.8)
     first, second = (evaluate(logits, labels, threshold=threshold).to_dict() for _ in range(2))
     assert first == second
@@ -130,7 +130,7 @@ def test_the_same_seed_gives_the_same_report():
 
 
 def test_a_report_survives_json():
-    logits, labels = pictures(60, 6)
+    logits, labels = images(60, 6)
     labels[labels == 3] = 2
     logits[:, 4] = -99.0
     threshold = ChosenThreshold(wanted_precision=0.97, value=None, precision=math.nan, coverage=0.0)
@@ -152,7 +152,7 @@ def test_something_else_is_no_report(raw):
 
 
 def test_a_report_with_damaged_numbers_is_none():
-    raw = evaluate(*pictures(20, 3)).to_dict()
+    raw = evaluate(*images(20, 3)).to_dict()
     raw["metrics"]["accuracy"] = "high"
     with pytest.raises(ValueError, match="no evaluation"):
         EvaluationReport.from_dict(raw)
@@ -176,22 +176,22 @@ def test_threshold_on_test_by_hand():
 
 def test_without_a_threshold_every_answer_abstains():
     chosen = ChosenThreshold(wanted_precision=0.99, value=None, precision=math.nan, coverage=0.0)
-    report = evaluate(*pictures(50, 3), threshold=chosen)
+    report = evaluate(*images(50, 3), threshold=chosen)
     assert report.threshold.precision is None
     assert report.threshold.coverage == Interval(value=0, low=0, high=0)
     assert any("every answer abstains" in note for note in report.notes)
 
 
-def test_a_threshold_that_no_test_picture_reaches():
+def test_a_threshold_that_no_test_image_reaches():
     chosen = ChosenThreshold(wanted_precision=0.9, value=1.0, precision=1.0, coverage=0.1)
     report = evaluate(np.zeros((40, 3)), np.zeros(40, dtype=int), threshold=chosen)
     assert report.threshold.precision is None
     assert report.threshold.coverage.value == 0
-    assert "No test picture reaches the threshold 1.000." in report.notes
+    assert "No test image reaches the threshold 1.000." in report.notes
 
 
 def test_a_threshold_that_breaks_its_word_is_said():
-    logits, labels = pictures(400, 4, right=0.3)
+    logits, labels = images(400, 4, right=0.3)
     chosen = ChosenThreshold(wanted_precision=0.9, value=0.5, precision=0.95, coverage=0.9)
     assert any(
         "on test it does not" in note for note in evaluate(logits, labels, threshold=chosen).notes
@@ -209,18 +209,18 @@ def finite(report):
     return report
 
 
-def test_one_picture():
+def test_one_image():
     report = finite(evaluate([[2.0, 0.0, 0.0]], [0]))
     assert report.metrics["accuracy"].value == 1
     assert report.metrics["accuracy"].low == pytest.approx(0.025)  # 1 of 1, exact
-    assert report.notes[0].startswith("Only 1 test picture:")
+    assert report.notes[0].startswith("Only 1 test image:")
 
 
-def test_a_class_without_test_pictures_is_said_and_left_out_of_macro_f1():
+def test_a_class_without_test_images_is_said_and_left_out_of_macro_f1():
     logits, labels = np.eye(3)[[0, 0, 1, 1]] * 5, [0, 0, 1, 1]
     report = finite(evaluate(logits, labels))
     assert report.metrics["macro_f1"].value == 1.0
-    assert "No test pictures of class 2: recall is unknown there." in report.notes
+    assert "No test images of class 2: recall is unknown there." in report.notes
     assert math.isnan(report.classes[2].recall)
     assert report.classes[2].recall_interval is None
 
@@ -234,7 +234,7 @@ def test_a_class_that_nobody_predicts_is_said():
 
 def test_many_missing_classes_are_one_short_note():
     report = finite(evaluate(np.eye(40)[[0, 1]], [0, 1]))
-    (note,) = [note for note in report.notes if note.startswith("No test pictures")]
+    (note,) = [note for note in report.notes if note.startswith("No test images")]
     assert "38 classes (class 2, class 3, class 4, class 5, class 6, …)" in note
 
 
@@ -245,14 +245,14 @@ def test_all_right_and_all_wrong(right):
     accuracy = report.metrics["accuracy"]
     assert accuracy.value == float(right)
     assert accuracy.high - accuracy.low == pytest.approx(1 - 0.025 ** (1 / 60))
-    assert any("Every test picture was named" in note for note in report.notes)
+    assert any("Every test image was named" in note for note in report.notes)
 
 
 def test_one_class_alone():
     report = finite(evaluate(np.zeros((5, 1)), np.zeros(5, dtype=int)))
     assert report.metrics["nll"].value == 0
     assert "top5_accuracy" not in report.metrics
-    assert "All test pictures are of one class, class 0." in report.notes
+    assert "All test images are of one class, class 0." in report.notes
 
 
 def test_two_classes_and_huge_logits():

@@ -48,18 +48,18 @@ def test_the_same_answers_are_tied():
     test = paired_test(a, a)
     assert test.tied
     assert test.p_value == 1.0
-    # Ten pictures do not make it certain: d / sqrt(d (1 - d) / 10) is 1.96 at this end.
+    # Ten images do not make it certain: d / sqrt(d (1 - d) / 10) is 1.96 at this end.
     assert test.difference.high == pytest.approx(1.96**2 / (10 + 1.96**2), abs=1e-4)
     assert test.difference.low == pytest.approx(-test.difference.high)
 
 
-def test_one_picture_decides_nothing():
+def test_one_image_decides_nothing():
     assert paired_test(np.array([True]), np.array([False])).tied
 
 
 def test_the_interval_of_a_difference_is_where_the_score_test_ends():
-    # At a difference d the variance has the likeliest shares of 80, 10, 2 and 8 pictures given d.
-    def best_share(d):  # of pictures that b alone names rightly, by looking for it
+    # At a difference d the variance has the likeliest shares of 80, 10, 2 and 8 images given d.
+    def best_share(d):  # of images that b alone names rightly, by looking for it
         shares = np.linspace(max(0, -d) + 1e-9, (1 - d) / 2 - 1e-9, 200_001)
         likelihood = 10 * np.log(shares + d) + 2 * np.log(shares) + 88 * np.log(1 - 2 * shares - d)
         return shares[likelihood.argmax()]
@@ -82,7 +82,7 @@ def test_the_interval_excludes_0_where_mcnemars_test_does(only_a, only_b, alike)
     assert -1 <= interval.low <= interval.value <= interval.high <= 1
 
 
-def test_the_interval_of_a_difference_holds_the_truth_where_few_pictures_differ():
+def test_the_interval_of_a_difference_holds_the_truth_where_few_images_differ():
     drawn = np.random.default_rng(0).multinomial(100, [0.03, 0.01, 0.96], size=500)
     intervals = [difference_interval(int(a), int(b), 100) for a, b, _ in drawn]
     assert np.mean([i.low <= 0.02 <= i.high for i in intervals]) >= 0.93
@@ -117,8 +117,8 @@ def test_of_many_equal_challengers_hardly_any_is_promoted():
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([True], [True, False]), ([[True]], [[True]])])
-def test_other_pictures_are_refused(a, b):
-    with pytest.raises(ValueError, match="the same pictures"):
+def test_other_images_are_refused(a, b):
+    with pytest.raises(ValueError, match="the same images"):
         paired_test(np.array(a, dtype=bool), np.array(b, dtype=bool))
 
 

@@ -1,4 +1,4 @@
-"""Small real networks and pictures, shared because an export takes seconds."""
+"""Small real networks and images, shared because an export takes seconds."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def _draw(path: Path, seed: int) -> None:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., ImageDataset]:
-    """Pictures of two classes, so many a split, as a data set."""
+    """Images of two classes, so many a split, as a data set."""
 
     def make(train: int = 6, validation: int = 4, test: int = 0) -> ImageDataset:
-        root = tmp_path / "pictures"
+        root = tmp_path / "images"
         splits = {}
         for split, count in {"train": train, "validation": validation, "test": test}.items():
             samples = []

@@ -37,7 +37,7 @@ from visiontuner.model.backbones import (
         ("timm:vit_tiny_patch16_224", 192),
     ],
 )
-def test_every_family_gives_one_vector_a_picture(name: str, feature_dim: int, cache: Path) -> None:
+def test_every_family_gives_one_vector_an_image(name: str, feature_dim: int, cache: Path) -> None:
     backbone = load_backbone(name, weights="none", image_size=64, cache=cache)
     with torch.inference_mode():
         features = backbone.module(torch.rand(3, 3, 64, 64))

@@ -19,7 +19,7 @@ from visiontuner.model.features import ShardRows, compute_features, compute_shar
 
 
 class Means:
-    """512 features of a picture: its mean, times the feature's index."""
+    """512 features of an image: its mean, times the feature's index."""
 
     description = "means"
     batch_size = 16
@@ -49,9 +49,9 @@ Compute = Callable[..., FeatureSet]
 
 @pytest.fixture
 def compute(resnet: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compute:
-    """Features of a data set in shards of 4 pictures; sharing is worth it from 2 of them."""
+    """Features of a data set in shards of 4 images; sharing is worth it from 2 of them."""
     monkeypatch.setattr(shards_module, "SHARD_SIZE", 4)
-    monkeypatch.setattr(features_module, "SHARDS_WORTH_SHARING", 2)
+    monkeypatch.setattr(features_module, "MIN_SHARDS_TO_DISTRIBUTE", 2)
 
     def run(
         dataset: ImageDataset,
@@ -114,12 +114,12 @@ def test_what_others_leave_is_computed_here(
     assert_equal(shared, compute(dataset))
 
 
-def test_a_bad_picture_elsewhere_counts_as_one_here(
+def test_a_bad_image_elsewhere_counts_as_one_here(
     make_dataset: Any, compute: Compute, resnet: Backbone
 ) -> None:
     dataset = make_dataset(train=14, validation=6)
     bad = dataset.splits["train"][5].path
-    (dataset.root / bad).write_bytes(b"no picture")
+    (dataset.root / bad).write_bytes(b"no image")
     with pytest.raises(BadImageError, match=bad):
         compute(dataset, Others(dataset, resnet), on_bad_image="fail")
     skipped = compute(dataset, Others(dataset, resnet), engine=no_engine)
@@ -143,7 +143,7 @@ def test_a_store_that_came_back_in_part_is_computed_again(
 
 
 class Lanes:
-    """Features of a picture: its mean; the third batch is done first. Counts who is inside."""
+    """Features of an image: its mean; the third batch is done first. Counts who is inside."""
 
     description = "lanes"
     batch_size = 2

@@ -35,13 +35,13 @@ class MeanEngine:
     lanes = 1  # it counts
 
     def __init__(self, fail_after: int | None = None) -> None:
-        self.pictures = 0
+        self.images = 0
         self.fail_after = fail_after
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        if self.fail_after is not None and self.pictures >= self.fail_after:
+        if self.fail_after is not None and self.images >= self.fail_after:
             raise KeyboardInterrupt
-        self.pictures += len(images)
+        self.images += len(images)
         means = images.mean(axis=(1, 2, 3), dtype=np.float64)
         return (means[:, None] * np.arange(512)).astype(np.float32)
 
@@ -89,7 +89,7 @@ def test_features_are_the_networks_answers_in_order(
     assert (features.feature_dim, features.computed, features.engine) == (512, 10, "means")
 
 
-def test_a_picture_whose_name_is_no_utf8_has_features(
+def test_an_image_whose_name_is_no_utf8_has_features(
     make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
 ) -> None:
     dataset = make_dataset(train=4, validation=2)
@@ -160,7 +160,7 @@ def test_interrupted_computation_goes_on_at_the_last_full_shard(
     resumed = compute(
         dataset, engine, batch_size=2, progress=lambda done, total: progress.append((done, total))
     )
-    assert engine.pictures == resumed.computed == 9  # one shard of 4 was whole
+    assert engine.images == resumed.computed == 9  # one shard of 4 was whole
     assert progress[0] == (4, 13)
     assert progress[-1] == (13, 13)
     for split in ("train", "validation"):
@@ -196,7 +196,7 @@ def test_damaged_shard_is_computed_again(
     assert again.split("train").features[:, 1].all()
 
 
-def test_bad_pictures_are_left_out_and_listed(
+def test_bad_images_are_left_out_and_listed(
     make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
 ) -> None:
     dataset = make_dataset(train=6, validation=4)
@@ -216,25 +216,25 @@ def test_bad_pictures_are_left_out_and_listed(
         compute(dataset, on_bad_image="fail")
 
 
-def test_bad_picture_can_be_fatal(
+def test_bad_image_can_be_fatal(
     make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
 ) -> None:
     dataset = make_dataset()
     bad = dataset.root / dataset.splits["train"][2].path
-    bad.write_text("no picture")
+    bad.write_text("no image")
     with pytest.raises(BadImageError, match=bad.name):
         compute(dataset, on_bad_image="fail")
 
 
-def test_split_without_a_readable_picture_is_an_error(
+def test_split_without_a_readable_image_is_an_error(
     make_dataset: MakeDataset, compute: Callable[..., FeatureSet]
 ) -> None:
     dataset = make_dataset(train=4, validation=2)
     for sample in dataset.splits["validation"]:
         (dataset.root / sample.path).write_bytes(b"")
-    with pytest.raises(DataError, match="None of the validation pictures can be read"):
+    with pytest.raises(DataError, match="None of the validation images can be read"):
         compute(dataset)
-    with pytest.raises(DataError, match="no pictures for test"):
+    with pytest.raises(DataError, match="no images for test"):
         compute(dataset, splits=("test",))
 
 
@@ -254,7 +254,7 @@ def test_killed_worker_ends_in_one_line(make_dataset: MakeDataset, resnet: Backb
     next(decoded)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(VisiontunerError, match="decodes pictures died"):
+    with pytest.raises(VisiontunerError, match="decodes images died"):
         list(decoded)
 
 

@@ -243,7 +243,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_learns_its_weights(
     assert not any("running" in name or "batches" in name for name in changed)
     assert {"backbone.layer4.1.bn2.weight", "backbone.layer4.1.bn2.bias"} <= changed
     network.train()
-    # One picture is no trouble then, even where it ends as one position.
+    # One image is no trouble then, even where it ends as one position.
     assert network(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 

@@ -99,14 +99,14 @@ def test_folder_is_whole_valid_and_tells_nothing_about_the_machine(
     assert [path.name for path in folder.parent.iterdir()] == ["classifier"]
 
 
-def test_reference_holds_pictures_and_what_this_artifact_answered(
+def test_reference_holds_images_and_what_this_artifact_answered(
     package: Package, dataset: ImageDataset
 ) -> None:
     classifier = package()
     assert classifier.verify_reference() == 0
     raw = json.loads((classifier.folder / "reference.json").read_text())
     sample = dataset.splits["validation"][1]
-    entry = raw["pictures"][1]
+    entry = raw["images"][1]
     assert base64.b64decode(entry["image"]) == (dataset.root / sample.path).read_bytes()
     assert (entry["path"], entry["label"], entry["class_name"]) == (sample.path, 1, "b")
     entry["probabilities"] = [1.0, 0.0]
@@ -115,30 +115,28 @@ def test_reference_holds_pictures_and_what_this_artifact_answered(
     assert classifier.verify_reference() == pytest.approx(1 - expected[0])
 
 
-def test_large_reference_pictures_are_stored_smaller(
-    package: Package, dataset: ImageDataset
-) -> None:
+def test_large_reference_images_are_stored_smaller(package: Package, dataset: ImageDataset) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (900, 1200, 3), dtype=np.uint8)
     large = dataset.root / "validation" / "large.png"
     Image.fromarray(noise).save(large)
     assert large.stat().st_size > 200_000
     classifier = package(reference_paths=["validation/large.png"], reference_labels=None)
     raw = json.loads((classifier.folder / "reference.json").read_text())
-    stored = base64.b64decode(raw["pictures"][0]["image"])
+    stored = base64.b64decode(raw["images"][0]["image"])
     assert len(stored) <= 200_000
     assert min(Image.open(io.BytesIO(stored)).size) >= classifier.preprocessing.resize
-    assert raw["pictures"][0]["class_name"] is None
+    assert raw["images"][0]["class_name"] is None
     assert classifier.verify_reference() == 0
 
 
-def test_unreadable_reference_pictures_are_passed_over(
+def test_unreadable_reference_images_are_passed_over(
     package: Package, dataset: ImageDataset
 ) -> None:
     paths = ["gone.png", *(sample.path for sample in dataset.splits["validation"])]
     classifier = package(reference_paths=paths, reference_labels=None)
     raw = json.loads((classifier.folder / "reference.json").read_text())
-    assert [entry["path"] for entry in raw["pictures"]] == paths[1:]
-    with pytest.raises(DataError, match="reference pictures"):
+    assert [entry["path"] for entry in raw["images"]] == paths[1:]
+    with pytest.raises(DataError, match="reference images"):
         package(reference_paths=["gone.png"], reference_labels=None)
 
 
@@ -202,7 +200,7 @@ def test_softmax_by_hand_and_far_out() -> None:
     np.testing.assert_allclose(values, [[0.25, 0.75], [1.0, 0.0]])
 
 
-def test_no_pictures_and_many(package: Package, dataset: ImageDataset) -> None:
+def test_no_images_and_many(package: Package, dataset: ImageDataset) -> None:
     classifier = package()
     image = dataset.root / dataset.splits["validation"][0].path
     assert classifier.predict([]) == []
@@ -211,10 +209,10 @@ def test_no_pictures_and_many(package: Package, dataset: ImageDataset) -> None:
     np.testing.assert_allclose(many, np.broadcast_to(many[0], many.shape), atol=1e-5)
 
 
-def test_bad_pictures_are_refused(package: Package) -> None:
+def test_bad_images_are_refused(package: Package) -> None:
     classifier = package()
     with pytest.raises(BadImageError):
-        classifier.predict([b"no picture"])
+        classifier.predict([b"no image"])
     with pytest.raises(ValueError, match="top_k must be >= 1"):
         classifier.predict([], top_k=0)
 
@@ -257,7 +255,7 @@ def test_damaged_folder_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"pictures": []}', '{"pictures": [{"image": 1}]}'])
+@pytest.mark.parametrize("content", ["{", "{}", '{"images": []}', '{"images": [{"image": 1}]}'])
 def test_damaged_reference_is_refused(content: str, package: Package) -> None:
     classifier = package()
     (classifier.folder / "reference.json").write_text(content)

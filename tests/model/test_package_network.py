@@ -125,7 +125,7 @@ def test_fine_tuned_network_answers_as_torch_does(
     assert reloaded.weights_digest == metadata["weights_digest"]
 
 
-def test_head_trained_on_pictures_needs_no_new_export(
+def test_head_trained_on_images_needs_no_new_export(
     package: Callable[..., Classifier], resnet: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(package_module, "exported_once")

@@ -46,12 +46,12 @@ def simplified(network, *, size=32):
             nn.init.uniform_(norm.running_var, 0.5, 2)
         nn.init.uniform_(norm.weight, 0.5, 1)
         nn.init.normal_(norm.bias, std=0.1)
-    pictures, had = torch.randn(3, 3, size, size), len(norms_of(network))
-    before = network(pictures).detach()
+    images, had = torch.randn(3, 3, size, size), len(norms_of(network))
+    before = network(images).detach()
     easy = easily_traced(network, torch.randn(1, 3, size, size))
     assert len(norms_of(network)) == had, "the network itself was changed"
     same = float(1e-4 * before.abs().max())
-    torch.testing.assert_close(easy(pictures).detach(), before, rtol=0, atol=same)
+    torch.testing.assert_close(easy(images).detach(), before, rtol=0, atol=same)
     return easy
 
 

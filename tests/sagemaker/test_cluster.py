@@ -26,7 +26,7 @@ from visiontuner.aws.container import (
     last_line,
     tune_arguments,
 )
-from visiontuner.aws.rendezvous import Gathering, Meeting, MeetingError, Outcome
+from visiontuner.aws.rendezvous import Gathering, Outcome, Rendezvous, RendezvousError
 
 # Two addresses of this machine, so that both hosts can listen.
 HEAD, WORKER = "127.0.0.1", "127.0.0.2"
@@ -80,7 +80,7 @@ def run(
     make_job: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., list[Outcome | str]]:
     """Both hosts of a job whose search is a line of shell; their outcomes, or why they gave up."""
-    monkeypatch.setattr(cluster, "MEETING_PORT", free_port())
+    monkeypatch.setattr(cluster, "RENDEZVOUS_PORT", free_port())
     monkeypatch.setattr(cluster, "JOIN_SECONDS", 20.0)
     monkeypatch.setattr(cluster, "UPLOAD_SECONDS", 0.0)
 
@@ -94,7 +94,7 @@ def run(
         def one(part: Callable[..., Outcome], host: str) -> Outcome | str:
             try:
                 return part(make_job(host), terminated)
-            except MeetingError as error:
+            except RendezvousError as error:
                 return str(error)
 
         with ThreadPoolExecutor() as pool:
@@ -126,7 +126,7 @@ def container(tmp_path: Path) -> Path:
         "checkpoints": "/opt/ml/checkpoints",
         "token": "secret",
         "tracking_uri": None,
-        "data_channel": "pictures",
+        "data_channel": "images",
     }
     (tmp_path / "job.json").write_text(json.dumps(orders))
     return tmp_path
@@ -136,22 +136,24 @@ def test_a_job_is_read_from_the_files_of_its_container(container: Path) -> None:
     job = Job.read(container, container, {"TRAINING_JOB_NAME": "j"})
     assert job.head == "algo-1"
     assert job.hosts[-1] == "algo-11"
-    assert job.data == container / "input/data/pictures"
+    assert job.data == container / "input/data/images"
 
 
 def test_what_job_json_lacks_is_named(container: Path) -> None:
     (container / "job.json").write_text('{"checkpoints": "/x"}')
-    with pytest.raises(MeetingError, match=r"lacks '(token|data_channel)'"):
+    with pytest.raises(RendezvousError, match=r"lacks '(token|data_channel)'"):
         Job.read(container, container, {})
     (container / "job.json").write_text("{")
-    with pytest.raises(MeetingError, match=r"Cannot read .*job\.json"):
+    with pytest.raises(RendezvousError, match=r"Cannot read .*job\.json"):
         Job.read(container, container, {})
 
 
 def test_hosts_of_one_job_share_secrets_and_others_do_not(make_job: Callable[..., Job]) -> None:
     assert make_job(HEAD).key("ray") == make_job(WORKER).key("ray")
     others = [make_job(name="other"), make_job(token="other")]
-    secrets = {job.key(purpose) for job in [make_job(), *others] for purpose in ("ray", "meeting")}
+    secrets = {
+        job.key(purpose) for job in [make_job(), *others] for purpose in ("ray", "rendezvous")
+    }
     assert len(secrets) == 6
     assert all(len(secret) == 64 for secret in secrets)
 
@@ -200,10 +202,10 @@ def test_a_host_that_copies_nothing_deletes_nothing_of_the_others(
 
 
 def test_a_search_among_the_checkpoints_goes_on(make_job: Callable[..., Job]) -> None:
-    job = make_job(data=Path("/opt/ml/input/data/pictures"))
+    job = make_job(data=Path("/opt/ml/input/data/images"))
     new = " ".join(tune_arguments(job))
     assert "--experiment" in new
-    assert "--data /opt/ml/input/data/pictures" in new
+    assert "--data /opt/ml/input/data/images" in new
     job.search.mkdir(parents=True)
     (job.search / "experiment.yaml").touch()
     assert tune_arguments(job) == ["tune", "--on", "auto", "--resume", str(job.search)]
@@ -274,20 +276,20 @@ def gathering() -> Any:
         yield gathering
 
 
-def meet(gathering: Gathering, host: str, key: str = "key", seconds: float = 5.0) -> Meeting:
-    return Meeting(host, (HEAD, gathering.port), key, seconds, threading.Event())
+def meet(gathering: Gathering, host: str, key: str = "key", seconds: float = 5.0) -> Rendezvous:
+    return Rendezvous(host, (HEAD, gathering.port), key, seconds, threading.Event())
 
 
 def test_a_host_that_stays_away_is_named(gathering: Gathering) -> None:
     with meet(gathering, "a") as a:
         a.joined()
-        with pytest.raises(MeetingError, match=r"^b did not join within 1 s"):
+        with pytest.raises(RendezvousError, match=r"^b did not join within 1 s"):
             gathering.wait(0.6, threading.Event())
 
 
 @pytest.mark.parametrize(("host", "key"), [("a", "wrong"), ("stranger", "key")])
 def test_strangers_do_not_get_in(gathering: Gathering, host: str, key: str) -> None:
-    with pytest.raises(MeetingError, match="cannot reach the head"):
+    with pytest.raises(RendezvousError, match="cannot reach the head"):
         meet(gathering, host, key, seconds=0.1).__enter__()
 
 
@@ -308,7 +310,7 @@ def test_a_head_that_is_gone_ends_the_workers() -> None:
         worker = meet(gathering, "a").__enter__()
         worker.joined()
         gathering.wait(5, threading.Event())
-    with pytest.raises(MeetingError, match=r"ended without a word"):
+    with pytest.raises(RendezvousError, match=r"ended without a word"):
         worker.wait_for_outcome(lambda: False)
     worker.__exit__()
 

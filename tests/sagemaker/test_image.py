@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from visiontuner.aws.request import awss_version, find_image, torch_range
+from visiontuner.aws.request import awss_version, find_container_image, torch_range
 from visiontuner.errors import UserMistake
 
 # The SageMaker SDK's own, from its own imports.
@@ -27,7 +27,7 @@ def find(
     instance_type: str = "ml.g5.xlarge", version: str | None = None, line: re.Pattern[str] = OLDER
 ) -> re.Match[str]:
     aws: Any = SimpleNamespace(region="eu-west-1")
-    found = line.fullmatch(find_image(aws, None, instance_type, version=version))
+    found = line.fullmatch(find_container_image(aws, None, instance_type, version=version))
     assert found is not None
     return found
 
@@ -60,7 +60,7 @@ def test_a_version_stands_for_its_exact_one(
 def test_awss_public_images_are_its_own_and_no_account_is_asked_about_them() -> None:
     aws: Any = SimpleNamespace(region="eu-west-1")
     public = "public.ecr.aws/deep-learning-containers/pytorch:2.14-cpu-amzn2023-sagemaker"
-    assert find_image(aws, public, "ml.m5.xlarge") == public
+    assert find_container_image(aws, public, "ml.m5.xlarge") == public
     assert awss_version(public) == "2.14"
 
 

@@ -13,8 +13,8 @@ import pytest
 from visiontuner.aws.job import advice_on, paid_seconds
 from visiontuner.aws.request import (
     JobPlan,
-    Pictures,
     Price,
+    S3Images,
     as_channel,
     has_own_disk,
     limit_seconds,
@@ -41,7 +41,7 @@ def make_plan(**changes: Any) -> JobPlan:
         role="arn:aws:iam::123456789012:role/jobs",
         bucket="bucket",
         bucket_exists=True,
-        image="image",
+        container_image="image",
         instance_type="ml.g5.xlarge",
         instances=2,
         max_run_seconds=3600,
@@ -120,7 +120,7 @@ def test_a_job_is_paid_by_what_is_billed_and_before_by_its_running_time() -> Non
 def test_a_plan_says_everything_that_will_happen() -> None:
     plan = make_plan(
         spot=True,
-        pictures=Pictures(uri="s3://photos/dogs/", size=2 * 10**9),
+        images=S3Images(uri="s3://photos/dogs/", size=2 * 10**9),
         subnets=("subnet-1",),
         security_groups=("sg-1",),
     )
@@ -196,7 +196,7 @@ def test_a_resumed_search_keeps_its_checkpoints() -> None:
         ({"tags": {"visiontuner.search": "x"}}, "are taken"),
         ({"tags": {"team": "vision;sound"}}, "in a tag, not ';'"),
         ({"tags": {"team\n": "vision"}}, "in a tag, not '.n'"),
-        ({"pictures": Pictures(uri="s3://photos/it's/")}, "has an apostrophe"),
+        ({"images": S3Images(uri="s3://photos/it's/")}, "has an apostrophe"),
     ],
 )
 def test_a_plan_that_sagemaker_refuses_is_refused_first(
@@ -229,21 +229,21 @@ def test_times_are_said_in_words(seconds: float, words: str) -> None:
 
 
 def test_the_experiments_source_is_where_the_channel_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_plan(pictures=Pictures(uri="s3://photos/a=b/"))
-    archive = make_plan(pictures=Pictures(uri="s3://photos/dogs.zip"))
+    folder = make_plan(images=S3Images(uri="s3://photos/a=b/"))
+    archive = make_plan(images=S3Images(uri="s3://photos/dogs.zip"))
     monkeypatch.setenv("VISIONTUNER_CHANNEL", folder.environment["VISIONTUNER_CHANNEL"])
-    assert at_hand("s3://photos/a=b/") == "/opt/ml/input/data/pictures"
+    assert at_hand("s3://photos/a=b/") == "/opt/ml/input/data/images"
     assert at_hand("s3://photos/other/") == "s3://photos/other/"
     monkeypatch.setenv("VISIONTUNER_CHANNEL", archive.environment["VISIONTUNER_CHANNEL"])
-    assert at_hand("s3://photos/dogs.zip") == "/opt/ml/input/data/pictures/dogs.zip"
+    assert at_hand("s3://photos/dogs.zip") == "/opt/ml/input/data/images/dogs.zip"
     monkeypatch.delenv("VISIONTUNER_CHANNEL")
     assert at_hand("s3://photos/dogs.zip") == "s3://photos/dogs.zip"
 
 
 def test_a_channels_archive_is_not_unpacked_into_what_goes_to_s3(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = shutil.make_archive(str(tmp_path / "dogs"), "zip", pictures)
+    archive = shutil.make_archive(str(tmp_path / "dogs"), "zip", images)
     monkeypatch.setenv("VISIONTUNER_CHANNEL", f"s3://photos/dogs.zip={archive}")
     monkeypatch.setenv("VISIONTUNER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
@@ -370,7 +370,7 @@ def test_a_reason_without_a_next_step_gets_one(reason: str, advice: str) -> None
     assert bool(advice_on(reason)) == bool(advice)
 
 
-def test_pictures_of_this_machine_are_refused_before_aws_is_asked(tmp_path: Any) -> None:
+def test_images_of_this_machine_are_refused_before_aws_is_asked(tmp_path: Any) -> None:
     experiment = Experiment.parse({"data": {"source": str(tmp_path)}})
     with pytest.raises(UserMistake, match="Add --upload s3://BUCKET/"):
         plan_job(experiment, JobOptions())

@@ -1,4 +1,4 @@
-"""Workers elsewhere: files travel to them and home, on a Ray that only plays several machines."""
+"""Workers elsewhere: files travel to them and back, on a Ray that only plays several machines."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,14 +16,14 @@ from visiontuner.diagnostics.history import RECORDING_FILE
 from visiontuner.experiment.schema import Experiment, Model
 from visiontuner.model.features import ShardRows
 from visiontuner.search import remote as hosts
-from visiontuner.search.plan import CHECKPOINT_FOLDER, HEAD_FILE, Home, TrialTask
+from visiontuner.search.plan import CHECKPOINT_FOLDER, HEAD_FILE, DriverNode, TrialTask
 from visiontuner.search.remote import (
-    CheckpointsHome,
+    CheckpointUpload,
     FeatureWorkers,
     _FeatureWorker,
-    at_this_machine,
-    home_of,
-    send_home,
+    driver_node,
+    local_copy,
+    upload_to_driver,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("running_ray")]
@@ -50,20 +50,20 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TrialTask]
         threads=1,
         features_folder=features,
         start_heads={"t0002": search / "trials/t0001" / HEAD_FILE},
-        home=Home(node_id="another", files=files, search="1"),
+        driver=DriverNode(node_id="another", files=files, search="1"),
     )
     ray.kill(files)
 
 
 def test_one_machine_needs_no_home(tmp_path: Path) -> None:
-    with home_of(tmp_path, []) as home:
-        assert home is None
+    with driver_node(tmp_path, []) as driver:
+        assert driver is None
 
 
 def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
     task: TrialTask,
 ) -> None:
-    with at_this_machine(task, "t0002") as here:
+    with local_copy(task, "t0002") as here:
         # Files at the same path are used as they are: the machines share a disk.
         assert here.features_folder == task.features_folder
         assert here.search_folder != task.search_folder
@@ -72,32 +72,32 @@ def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
         folder.mkdir(parents=True)
         (folder / HEAD_FILE).write_text("new weights")
         (folder / "logits.part").write_text("half")
-        send_home(here, "t0002")
+        upload_to_driver(here, "t0002")
         # An epoch that is not the best one leaves the best one's files alone.
         (folder / HEAD_FILE).write_text("worse weights")
         (folder / RECORDING_FILE).write_text("recorded")
-        send_home(here, "t0002", only=RECORDING_FILE)
-    home = task.trial_folder("t0002")
-    assert {path.name for path in home.iterdir()} == {HEAD_FILE, RECORDING_FILE}
-    assert (home / HEAD_FILE).read_text() == "new weights"
+        upload_to_driver(here, "t0002", only=RECORDING_FILE)
+    driver = task.trial_folder("t0002")
+    assert {path.name for path in driver.iterdir()} == {HEAD_FILE, RECORDING_FILE}
+    assert (driver / HEAD_FILE).read_text() == "new weights"
     assert not folder.exists()
 
 
-def _elsewhere(task: TrialTask) -> Home:
-    assert task.home is not None
-    return task.home
+def _elsewhere(task: TrialTask) -> DriverNode:
+    assert task.driver is not None
+    return task.driver
 
 
 def test_a_checkpoint_goes_home_now_and_then_and_to_the_next_machine(task: TrialTask) -> None:
     task = replace(task, checkpoints=True)
     # At the start; before and after the first journey; before one that is too early; the third.
     times = iter([0.0, 0.0, 2.0, 39.0, 41.0, 42.0])
-    with at_this_machine(task, "t0002") as here:
+    with local_copy(task, "t0002") as here:
         checkpoint = here.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
-        assert not checkpoint.exists()  # none has come home yet
+        assert not checkpoint.exists()  # none is uploaded yet
         checkpoint.parent.mkdir(parents=True)
         at_home = task.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
-        sender = CheckpointsHome(here, "t0002", clock=lambda: next(times))
+        sender = CheckpointUpload(here, "t0002", clock=lambda: next(times))
         # A journey of 2 s is worth it every 40 s; one file takes three chunks.
         for state, kept in ((b"1" * 250, b"1"), (b"2" * 20, b"1"), (b"3" * 20, b"3")):
             checkpoint.write_bytes(state)
@@ -105,7 +105,7 @@ def test_a_checkpoint_goes_home_now_and_then_and_to_the_next_machine(task: Trial
             sender.send()
             assert at_home.read_bytes()[:1] == kept
         assert [path.name for path in at_home.parent.iterdir()] == [at_home.name]
-    with at_this_machine(task, "t0002") as there:
+    with local_copy(task, "t0002") as there:
         found = there.trial_folder("t0002") / CHECKPOINT_FOLDER / "checkpoint.safetensors"
         assert found.read_bytes() == b"3" * 20
 
@@ -114,9 +114,9 @@ def test_a_copy_is_whole_and_is_fetched_once(
     task: TrialTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert task.features_folder is not None
-    folder, home = task.features_folder, _elsewhere(task)
+    folder, driver = task.features_folder, _elsewhere(task)
     monkeypatch.setattr(hosts, "_lacks", _never_shared(folder))
-    copy = hosts.fetch_folder(home, folder, tmp_path / "away")
+    copy = hosts.fetch_folder(driver, folder, tmp_path / "away")
     assert copy == tmp_path / "away/features/KEY"
     names = ("meta.json", "train.features.npy")
     assert sorted(path.name for path in copy.iterdir()) == sorted(names)
@@ -125,7 +125,7 @@ def test_a_copy_is_whole_and_is_fetched_once(
     (copy / "meta.json").unlink()
     times = (copy / "train.features.npy").stat().st_mtime_ns
     hosts._FETCHED.clear()
-    hosts.fetch_folder(home, folder, tmp_path / "away")
+    hosts.fetch_folder(driver, folder, tmp_path / "away")
     assert (copy / "meta.json").is_file()
     assert (copy / "train.features.npy").stat().st_mtime_ns == times
 
@@ -134,20 +134,20 @@ def test_a_copy_that_is_damaged_is_fetched_again_by_the_first_worker_of_a_search
     task: TrialTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert task.features_folder is not None
-    folder, home = task.features_folder, _elsewhere(task)
+    folder, driver = task.features_folder, _elsewhere(task)
     commit_folder(folder, {}, ["train.features.npy"])
     monkeypatch.setattr(hosts, "_lacks", _never_shared(folder))
-    copy = hosts.fetch_folder(home, folder, tmp_path / "away") / "train.features.npy"
+    copy = hosts.fetch_folder(driver, folder, tmp_path / "away") / "train.features.npy"
     whole = copy.read_bytes()
     for search, content in {"1": bytes(len(whole)), "2": whole}.items():
         copy.write_bytes(bytes(len(whole)))
         hosts._FETCHED.clear()
-        hosts.fetch_folder(replace(home, search=search), folder, tmp_path / "away")
+        hosts.fetch_folder(replace(driver, search=search), folder, tmp_path / "away")
         assert copy.read_bytes() == content
 
 
 def _never_shared(folder: Path) -> Any:
-    """This machine cannot see the home's disk."""
+    """This machine cannot see the driver's disk."""
     original = hosts._lacks
     return lambda where, sizes: list(sizes) if where == folder else original(where, sizes)
 
@@ -193,6 +193,6 @@ def test_what_no_machine_can_compute_is_left_to_the_driver(tmp_path: Path) -> No
     assert len(list(FeatureWorkers(machines).compute(shards(tmp_path, 8)))) == 3
 
 
-def test_a_machine_without_the_pictures_takes_no_part(tmp_path: Path) -> None:
+def test_a_machine_without_the_images_takes_no_part(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         _FeatureWorker(tmp_path / "nowhere", Model().model_dump(), "fp32")

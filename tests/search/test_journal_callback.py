@@ -20,7 +20,13 @@ from visiontuner.search.plan import (
     WeightsOnDisk,
     settings_of,
 )
-from visiontuner.search.run import EndInOrder, JournalCallback, Losses, RuleStopper, failure_line
+from visiontuner.search.run import (
+    EndInOrder,
+    JournalCallback,
+    RuleStopper,
+    WorkerFailures,
+    failure_line,
+)
 
 RAY_TRACEBACK = """
 ray::ImplicitFunc.train() (pid=1, ip=127.0.0.1)
@@ -166,7 +172,7 @@ def test_the_heads_that_networks_begin_with_stay_while_each_stage_keeps_its_best
 
 
 def test_what_a_training_has_to_say_becomes_findings():
-    memory = "out of memory at 64 pictures, going on with 32 at a time"
+    memory = "out of memory at 64 images, going on with 32 at a time"
     found = findings_of([memory, "the last batch joins the one before it"], 3)
     assert [(f.rule, f.severity, f.evidence, f.step) for f in found] == [
         ("out_of_memory", "warning", memory, 3),
@@ -185,17 +191,17 @@ def test_listeners_hear_what_the_journal_holds(tmp_path):
 
 def test_rays_snapshot_holds_no_open_journal(recorder, tmp_path):
     experiment = Experiment.parse({"name": "x"})
-    stores = Stores(features=tmp_path, pictures=None)
+    stores = Stores(features=tmp_path, images=None)
     rules = LiveRules(tmp_path, experiment, stores.read_labels, recorder)
     weights = WeightsOnDisk(tmp_path, experiment, recorder.record)
-    assert JournalCallback(recorder, rules, weights, Losses()).__getstate__() == {}
+    assert JournalCallback(recorder, rules, weights, WorkerFailures()).__getstate__() == {}
     assert RuleStopper(rules, ()).__getstate__()["_rules"] is None
 
 
 def test_a_rule_stops_a_training_that_went_on_where_it_stops_one_that_was_not_interrupted(
     recorder, tmp_path
 ):
-    # Training pictures are learned by heart; what is learned is of no use for the others.
+    # Training images are learned by heart; what is learned is of no use for the others.
     learned = [1 - 0.9**step for step in range(20)]
     experiment = Experiment.parse({"name": "x", "rules": {"stop_on": ["overfit"]}})
     rules = LiveRules(tmp_path, experiment, lambda: pytest.fail("no labels"), recorder)
@@ -232,11 +238,11 @@ def test_a_trial_whose_worker_died_before_it_began_begins_again(
         config={"trial_id": "t0001", "attempt": attempts_before + 1, "configuration": {}},
         error_file=str(error_file),
     )
-    losses, unused = Losses(), cast(Any, None)
-    JournalCallback(recorder, unused, unused, losses).on_trial_error(1, [trial], trial)
+    failures, unused = WorkerFailures(), cast(Any, None)
+    JournalCallback(recorder, unused, unused, failures).on_trial_error(1, [trial], trial)
     again = SearchRecord.load(tmp_path).trials["t0001"]
     assert (again.state, again.attempt) == ("interrupted", attempts_before + 1)
-    assert losses.take()
+    assert failures.take()
 
 
 def test_settings_are_the_experiments_with_the_trials_own_values_in_place():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from visiontuner.data.arrays import PictureStore, prepare_pictures
+from visiontuner.data.arrays import DecodedImages, prepare_images
 from visiontuner.data.dataset import load_dataset
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import DataError
@@ -23,12 +23,12 @@ SECONDS = {"t0001": 3.0, "t0002": 2.0, "t0003": 1.0}
 
 
 @pytest.fixture
-def store(pictures: Path, tmp_path: Path) -> PictureStore:
+def store(images: Path, tmp_path: Path) -> DecodedImages:
     preprocessing = Preprocessing(
         resize=20, size=16, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bilinear"
     )
-    return prepare_pictures(
-        load_dataset(pictures, cache=tmp_path),
+    return prepare_images(
+        load_dataset(images, cache=tmp_path),
         preprocessing=preprocessing,
         cache=tmp_path,
         augmented=True,
@@ -41,13 +41,13 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def search(tmp_path: Path, store: PictureStore) -> Path:
+def search(tmp_path: Path, store: DecodedImages) -> Path:
     """Three networks with the same right answers, of which two are kept; the third was quickest."""
     folder = tmp_path / "search"
     journal = JournalWriter(folder, "s")
     experiment = Experiment.parse({"name": "x", "model": {"train": "all"}})
     journal.append("search_started", experiment=experiment.model_dump(mode="json"))
-    journal.append("pictures_ready", folder=str(store.folder))
+    journal.append("images_ready", folder=str(store.folder))
     logits = np.eye(3, dtype=np.float32)[store.split("validation").labels]
     for trial_id, seconds in SECONDS.items():
         who: dict[str, Any] = {"trial_id": trial_id, "attempt": 1}
@@ -69,14 +69,14 @@ def answers_of(search: Path) -> ValidationAnswers:
     return ValidationAnswers(search, record, Experiment.parse(record.started["experiment"]))
 
 
-def test_labels_come_from_the_decoded_pictures_where_there_are_no_features(search, store):
+def test_labels_come_from_the_decoded_images_where_there_are_no_features(search, store):
     stores = Stores.of(read_events(search).events)
-    assert stores == Stores(features=None, pictures=store.folder)
+    assert stores == Stores(features=None, images=store.folder)
     labels, names = stores.read_labels()
     assert labels.tolist() == store.split("validation").labels.tolist()
     assert names == ("blue", "green", "red")
     # Features that are gone are no reason to have none.
-    both = Stores(features=search / "gone", pictures=store.folder)
+    both = Stores(features=search / "gone", images=store.folder)
     assert both.read_labels().labels.tolist() == labels.tolist()
 
 
@@ -115,20 +115,20 @@ def test_trials_are_compared_by_their_scores_and_by_their_logits_alike(search, s
     assert answers_of(search).choose("best").tied == ("t0003", "t0001")
 
 
-def test_labels_come_from_the_pictures_where_the_cache_is_gone(search, store, pictures):
+def test_labels_come_from_the_images_where_the_cache_is_gone(search, store, images):
     labels = store.split("validation").labels.tolist()
     store.folder.rename(store.folder.with_name("moved"))
     record = SearchRecord.load(search)
-    experiment = Experiment.parse({"name": "x", "data": {"source": str(pictures)}})
+    experiment = Experiment.parse({"name": "x", "data": {"source": str(images)}})
     inputs = Inputs(experiment, Silent())
     assert ValidationAnswers(search, record, experiment, inputs=inputs).labels.tolist() == labels
 
 
-def test_of_the_pictures_only_the_readable_ones_count(search, store, pictures, tmp_path):
+def test_of_the_images_only_the_readable_ones_count(search, store, images, tmp_path):
     """One was broken before the search began: the trials' answers have no row for it."""
     root = tmp_path / "photos"
-    shutil.copytree(pictures, root)
-    (root / "valid" / "blue" / "00.png").write_bytes(b"no picture")
+    shutil.copytree(images, root)
+    (root / "valid" / "blue" / "00.png").write_bytes(b"no image")
     labels = store.split("validation").labels.tolist()
     store.folder.rename(store.folder.with_name("moved"))
     experiment = Experiment.parse({"name": "x", "data": {"source": str(root)}})
@@ -142,17 +142,17 @@ def test_a_network_that_was_kept_is_not_trained_again(search):
     assert answers.restore(answers.record.trials["t0001"]) is None
 
 
-def test_without_the_pictures_the_message_says_where_they_were(search, store):
+def test_without_the_images_the_message_says_where_they_were(search, store):
     store.folder.rename(store.folder.with_name("moved"))
     with pytest.raises(DataError, match=str(store.folder)):
         _ = answers_of(search).labels
     (note,) = diagnose_search(search).notes
-    assert "decoded pictures" in note
+    assert "decoded images" in note
 
 
-def test_the_rules_on_predictions_read_the_pictures_labels(search):
+def test_the_rules_on_predictions_read_the_images_labels(search):
     labels_wrong = np.zeros((12, 3), dtype=np.float32)
-    labels_wrong[:, 0] = 5  # every picture is taken for the first class
+    labels_wrong[:, 0] = 5  # every image is taken for the first class
     for trial_id in SECONDS:
         np.save(search / "trials" / trial_id / LOGITS_FILE, labels_wrong)
     found = {run.name: [f.rule for f in run.findings] for run in diagnose_search(search).runs}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visiontuner.data.arrays import prepare_pictures
+from visiontuner.data.arrays import prepare_images
 from visiontuner.data.dataset import load_dataset
 from visiontuner.diagnostics.history import RECORDING_FILE
 from visiontuner.errors import CheckpointError, TrialFailed, VisiontunerError
@@ -39,9 +39,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def task(tmp_path: Path, cache: Path, pictures: Path) -> Callable[..., TrialTask]:
-    """Makes what a trial of `model.train` on the coloured pictures is handed."""
-    dataset = load_dataset(pictures, cache=cache)
+def task(tmp_path: Path, cache: Path, images: Path) -> Callable[..., TrialTask]:
+    """Makes what a trial of `model.train` on the coloured images is handed."""
+    dataset = load_dataset(images, cache=cache)
 
     def make(train: str, **training: Any) -> TrialTask:
         settings = {"epochs": 3, "batch_size": 8, "augmentation": "none", "workers": 0, **training}
@@ -51,7 +51,7 @@ def task(tmp_path: Path, cache: Path, pictures: Path) -> Callable[..., TrialTask
         backbone = load_backbone(
             str(BACKBONE["backbone"]), weights="none", image_size=32, cache=cache
         )
-        store = prepare_pictures(
+        store = prepare_images(
             dataset,
             preprocessing=backbone.preprocessing,
             cache=cache,
@@ -69,7 +69,7 @@ def task(tmp_path: Path, cache: Path, pictures: Path) -> Callable[..., TrialTask
             search_folder=tmp_path,
             threads=1,
             features_folder=features.folder,
-            pictures_folder=store.folder,
+            images_folder=store.folder,
             cache=cache,
         )
 
@@ -104,21 +104,21 @@ def test_the_kept_epochs_network_and_answers_are_on_the_disk_when_it_is_told(tas
     assert torch.equal(after, before.module.conv_stem.weight) == (train == "last_stage")
 
 
-def test_the_head_on_pictures_gives_the_curves_of_the_head_on_features(task):
+def test_the_head_on_images_gives_the_curves_of_the_head_on_features(task):
     """Without augmentation the frozen network answers the same in every epoch."""
     given = task("head")
     on_features = numbers(train_head_epochs(CONFIG, given))
-    on_pictures = numbers(train_network_epochs(CONFIG, given))
-    for row, other in zip(on_features, on_pictures, strict=True):
+    on_images = numbers(train_network_epochs(CONFIG, given))
+    for row, other in zip(on_features, on_images, strict=True):
         assert row == pytest.approx(other, abs=1e-4)
     # The backbone is the cached one: the head alone is kept.
     assert not (given.trial_folder("t0001") / NETWORK_FILE).exists()
     assert (given.trial_folder("t0001") / HEAD_FILE).is_file()
 
 
-def test_a_head_that_sees_changed_pictures_learns_on_them(task):
+def test_a_head_that_sees_changed_images_learns_on_them(task):
     given = task("head", augmentation="light", epochs=1)
-    assert given.experiment.trains_on_pictures
+    assert given.experiment.trains_on_images
     (result,) = train_network_epochs(CONFIG, given)
     assert np.isfinite(result.metrics.train_loss)
 

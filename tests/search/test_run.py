@@ -80,7 +80,7 @@ class Search:
                 self.folder,
                 stages_of(self.experiment)[0],
                 recorder,
-                stores=Stores(features=self.features, pictures=None),
+                stores=Stores(features=self.features, images=None),
                 cache=self.folder,
                 time_budget=self.experiment.search.time_budget,
             )

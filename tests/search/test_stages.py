@@ -66,7 +66,7 @@ def test_without_stages_there_is_one_and_it_is_the_experiment():
     chosen = Experiment.parse({"name": "x", "model": {"train": "all"}})
     (only,) = stages_of(chosen)
     assert (only.name, only.experiment) == (None, chosen)
-    assert only.on_pictures
+    assert only.on_images
     plan = plan_stage(only, SearchRecord())
     assert {planned.stage for planned in plan.known} == {None}
     assert "stage" not in plan.known[0].to_config()
@@ -75,7 +75,7 @@ def test_without_stages_there_is_one_and_it_is_the_experiment():
 def test_the_first_stage_searches_heads_on_features_and_the_second_trains_what_was_asked_for():
     head, network = stages_of(experiment())
     assert (head.name, network.name) == ("head", "network")
-    assert (head.on_pictures, network.on_pictures) == (False, True)
+    assert (head.on_images, network.on_images) == (False, True)
     assert head.experiment.model.train == "head"
     assert head.experiment.training.epochs == 20
     assert network.experiment.model.train == "last_stage"

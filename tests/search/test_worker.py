@@ -59,7 +59,9 @@ def test_what_was_not_recorded_is_one_finding(tmp_path):
     samples = FeatureBatches(torch.randn(9, 8), torch.arange(9) % 3, batch_size=3)
     settings = experiment.training.model_copy(update={"epochs": 1})
     with recorded(task, tmp_path, network, began=time.perf_counter()) as recorder:
-        training = Fit(network, samples, samples, settings, num_classes=3, seed=1, watch=recorder)
+        training = Fit(
+            network, samples, samples, settings, num_classes=3, seed=1, callback=recorder
+        )
         (result,) = training.epochs()
         (finding,) = after_epoch(result, recorder, task).findings
     assert (finding.rule, finding.severity, finding.step) == ("recording_incomplete", "info", 1)
@@ -88,7 +90,7 @@ def test_what_is_recorded_is_on_the_disk_before_a_trial_may_be_stopped(tmp_path,
     seen = []
     with recorded(task, tmp_path, network, began=time.perf_counter()) as recorder:
         training = Fit(
-            network, samples, samples, experiment.training, num_classes=3, seed=1, watch=recorder
+            network, samples, samples, experiment.training, num_classes=3, seed=1, callback=recorder
         )
         for result in training.epochs():
             after_epoch(result, recorder, task)

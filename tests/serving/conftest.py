@@ -1,4 +1,4 @@
-"""A classifier that can be checked by eye: it names a picture's strongest colour."""
+"""A classifier that can be checked by eye: it names an image's strongest colour."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ from visiontuner.serving.server import ScoringServer, local_environment
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
 
 
-def picture(colour: str, kind: str = "PNG") -> bytes:
+def image(colour: str, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 30), COLOURS[colour]).save(buffer, kind)
     return buffer.getvalue()
@@ -66,15 +66,15 @@ def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx.save(colour_network(16), folder / "model.onnx")
     save_file({"head.weight": np.eye(3, dtype=np.float32)}, folder / "weights.safetensors")
     classifier = Classifier.load(folder, threads=1)
-    pictures = [
+    images = [
         {
             "path": f"{colour}.png",
-            "image": base64.b64encode(picture(colour)).decode(),
-            "probabilities": classifier.probabilities([picture(colour)])[0].tolist(),
+            "image": base64.b64encode(image(colour)).decode(),
+            "probabilities": classifier.probabilities([image(colour)])[0].tolist(),
         }
         for colour in COLOURS
     ]
-    reference = {"schema_version": 1, "pictures": pictures}
+    reference = {"schema_version": 1, "images": images}
     (folder / "reference.json").write_text(json.dumps(reference))
     return folder
 
@@ -98,7 +98,7 @@ def scoring_server(colour_model: Path) -> Iterator[ScoringServer]:
 
 @pytest.fixture(scope="session")
 def photographs() -> list[bytes]:
-    """Fifty pictures: photographs where VISIONTUNER_PHOTOS is set, else noise as JPEG."""
+    """Fifty images: photographs where VISIONTUNER_PHOTOS is set, else noise as JPEG."""
     folder = os.environ.get("VISIONTUNER_PHOTOS")
     if folder:
         paths = sorted(Path(folder).rglob("*.jpg"))
@@ -115,5 +115,5 @@ def noise(rng: np.random.Generator) -> bytes:
 
 
 @pytest.fixture
-def make_picture() -> object:
-    return picture
+def make_image() -> object:
+    return image

@@ -22,14 +22,14 @@ from visiontuner.io.aws import Aws
 from visiontuner.serving.answers import Options
 from visiontuner.serving.client import (
     HttpTransport,
-    Picture,
-    PictureAnswer,
+    ImageAnswer,
+    ImageSource,
     Reference,
     SageMakerTransport,
     Transport,
     ask_all,
     decode_answers,
-    find_pictures,
+    find_images,
     open_model,
 )
 from visiontuner.serving.server import ScoringServer
@@ -43,19 +43,19 @@ IDENTITY = (
 
 
 @pytest.fixture
-def folder(tmp_path: Path, make_picture: Callable[..., bytes]) -> Path:
-    """Three pictures, one file that is none, and one of another kind."""
-    (tmp_path / "pictures" / "below").mkdir(parents=True)
-    (tmp_path / "pictures" / "a.png").write_bytes(make_picture("red"))
-    (tmp_path / "pictures" / "b.JPG").write_bytes(make_picture("green", "JPEG"))
-    (tmp_path / "pictures" / "below" / "c.webp").write_bytes(make_picture("blue", "WEBP"))
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"no picture")
-    (tmp_path / "pictures" / "notes.txt").write_text("not asked about")
-    return tmp_path / "pictures"
+def folder(tmp_path: Path, make_image: Callable[..., bytes]) -> Path:
+    """Three images, one file that is none, and one of another kind."""
+    (tmp_path / "images" / "below").mkdir(parents=True)
+    (tmp_path / "images" / "a.png").write_bytes(make_image("red"))
+    (tmp_path / "images" / "b.JPG").write_bytes(make_image("green", "JPEG"))
+    (tmp_path / "images" / "below" / "c.webp").write_bytes(make_image("blue", "WEBP"))
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "images" / "notes.txt").write_text("not asked about")
+    return tmp_path / "images"
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Answers each request with the next of `script`, then with one row a picture.
+    """Answers each request with the next of `script`, then with one row an image.
 
     A status of `DROPPED` is a connection that ends without an answer, one of `TORN` within it.
     """
@@ -110,7 +110,7 @@ class Stub(BaseHTTPRequestHandler):
 
 
 def row(text: str) -> dict[str, Any]:
-    """Names a picture by its content, which these tests make a word."""
+    """Names an image by its content, which these tests make a word."""
     name = base64.b64decode(text)[:10].decode(errors="replace")
     return {"label": name, "probability": 0.5, "confident": True, "top_k": [], "error": None}
 
@@ -160,31 +160,31 @@ def amazon(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 
-def words(count: int) -> list[Picture]:
-    return [Picture(name=f"{i}", read=f"word{i}".encode) for i in range(count)]
+def words(count: int) -> list[ImageSource]:
+    return [ImageSource(name=f"{i}", read=f"word{i}".encode) for i in range(count)]
 
 
 def noise(side: int) -> bytes:
-    """A picture that compresses badly: some 2.5 bytes a pixel."""
+    """An image that compresses badly: some 2.5 bytes a pixel."""
     buffer = io.BytesIO()
     Image.effect_noise((side, side), 60).convert("RGB").save(buffer, "PNG")
     return buffer.getvalue()
 
 
-def labels(answers: Iterator[PictureAnswer]) -> list[str | None]:
+def labels(answers: Iterator[ImageAnswer]) -> list[str | None]:
     return [one.answer.label for one in answers]
 
 
 def test_a_folder_is_answered_by_a_server_and_a_bad_file_is_reported(
     scoring_server: ScoringServer, folder: Path
 ) -> None:
-    pictures = find_pictures([str(folder), str(folder / "missing.png")])
-    answers = list(ask_all(HttpTransport(scoring_server.url), pictures, OPTIONS))
-    found = {Path(one.picture).name: one.answer for one in answers}
+    images = find_images([str(folder), str(folder / "missing.png")])
+    answers = list(ask_all(HttpTransport(scoring_server.url), images, OPTIONS))
+    found = {Path(one.image).name: one.answer for one in answers}
     assert {name: answer.label for name, answer in found.items()} == {
         "a.png": "red", "b.JPG": "green", "c.webp": "blue", "broken.png": None, "missing.png": None,
     }  # fmt: skip
-    assert "not a picture" in str(found["broken.png"].error)
+    assert "not an image" in str(found["broken.png"].error)
     assert found["missing.png"].error == "Cannot read it: No such file or directory."
     assert [choice["label"] for choice in found["a.png"].top_k] == ["red", "green"]
 
@@ -192,20 +192,20 @@ def test_a_folder_is_answered_by_a_server_and_a_bad_file_is_reported(
 def test_a_classifier_a_model_and_a_server_give_the_same_answers(
     scoring_server: ScoringServer, colour_classifier: Path, colour_model: Path, folder: Path
 ) -> None:
-    pictures = find_pictures([str(folder)])
+    images = find_images([str(folder)])
     ways = [
         open_model(colour_classifier),
         open_model(colour_model),
         HttpTransport(scoring_server.url),
     ]
-    first, second, third = ([a.to_dict() for a in ask_all(w, pictures, OPTIONS)] for w in ways)
+    first, second, third = ([a.to_dict() for a in ask_all(w, images, OPTIONS)] for w in ways)
     assert first == second
     for one, other in zip(first, third, strict=True):
         assert one["label"] == other["label"]
         assert one["probability"] == pytest.approx(other["probability"], abs=1e-6)
 
 
-def test_answers_come_in_the_order_of_the_pictures(stub: tuple[str, type[Stub]]) -> None:
+def test_answers_come_in_the_order_of_the_images(stub: tuple[str, type[Stub]]) -> None:
     url, handler = stub
     answers = ask_all(HttpTransport(url), words(50), OPTIONS, batch_size=7, workers=5)
     assert labels(answers) == [f"word{i}" for i in range(50)]
@@ -214,19 +214,19 @@ def test_answers_come_in_the_order_of_the_pictures(stub: tuple[str, type[Stub]])
 
 def test_batches_respect_the_payload_limit(stub: tuple[str, type[Stub]]) -> None:
     url, handler = stub
-    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 90) for i in range(10)]
+    images = [ImageSource(name=f"{i}", read=lambda: b"x" * 90) for i in range(10)]
     # 90 bytes are 120 letters, 126 with quotes: 3 fit into 700 - 300 bytes.
-    list(ask_all(HttpTransport(url, body_limit=700), pictures, OPTIONS))
+    list(ask_all(HttpTransport(url, body_limit=700), images, OPTIONS))
     assert sorted(len(batch) for batch in handler.asked) == [1, 3, 3, 3]
 
 
-def test_a_picture_that_exceeds_a_request_is_sent_smaller(
+def test_an_image_that_exceeds_a_request_is_sent_smaller(
     scoring_server: ScoringServer,
 ) -> None:
     content = noise(900)
     transport = HttpTransport(scoring_server.url, body_limit=200_000)
     assert len(content) > transport.body_limit
-    (one,) = ask_all(transport, [Picture(name="noise", read=lambda: content)], OPTIONS)
+    (one,) = ask_all(transport, [ImageSource(name="noise", read=lambda: content)], OPTIONS)
     assert one.reduced
     assert one.answer.error is None
 
@@ -285,8 +285,8 @@ def test_a_busy_endpoint_is_asked_again_after_growing_pauses(
     ("told", "reason"),
     [
         (
-            {"OriginalStatusCode": 400, "OriginalMessage": '{"message": "Row 0: no picture"}'},
-            "Row 0: no picture",
+            {"OriginalStatusCode": 400, "OriginalMessage": '{"message": "Row 0: no image"}'},
+            "Row 0: no image",
         ),
         (
             {"message": "Received server error (0): Your invocation timed out while waiting."},
@@ -324,7 +324,7 @@ def test_a_new_endpoint_is_not_condemned_for_one_broken_connection(
     choices = [{"label": "a", "probability": 0.75}, {"label": "b", "probability": 0.25}]
     answered = {"label": "a", "probability": 0.75, "top_k": choices}
     handler.script = [(DROPPED, {}, None), (200, {}, {"predictions": [answered]})]
-    reference = Reference(["a", "b"], [b"picture"], np.array([[0.75, 0.25]]))
+    reference = Reference(["a", "b"], [b"image"], np.array([[0.75, 0.25]]))
     check_answers(Aws("eu-west-1"), "dogs", reference)
     assert handler.script == []
 
@@ -389,8 +389,8 @@ def test_a_serverless_endpoint_is_sent_no_more_than_it_takes(
     variant = {"VariantName": "a", "CurrentServerlessConfig": {"MaxConcurrency": 5}}
     handler.described = (200, {}, {"EndpointStatus": "InService", "ProductionVariants": [variant]})
     transport = serverless(url, handler, monkeypatch)
-    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(5)]
-    assert labels(ask_all(transport, pictures, OPTIONS, workers=1)) == ["x" * 10] * 5
+    images = [ImageSource(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(5)]
+    assert labels(ask_all(transport, images, OPTIONS, workers=1)) == ["x" * 10] * 5
     assert handler.refused == []
 
 
@@ -400,14 +400,14 @@ def test_what_an_endpoint_finds_too_large_is_halved_and_later_requests_are_small
     """Who asks may not look up whether it is serverless."""
     url, handler = stub
     transport = serverless(url, handler, monkeypatch)
-    pictures = [Picture(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(20)]
-    assert labels(ask_all(transport, pictures, OPTIONS, workers=1)) == ["x" * 10] * 20
+    images = [ImageSource(name=f"{i}", read=lambda: b"x" * 2_000_000) for i in range(20)]
+    assert labels(ask_all(transport, images, OPTIONS, workers=1)) == ["x" * 10] * 20
     # One at work and three that were made up before it was refused.
     assert 1 <= len(handler.refused) <= 5
 
 
 @pytest.mark.parametrize("kind", ["a server", "an endpoint"])
-def test_a_picture_that_is_refused_as_too_large_is_sent_smaller(
+def test_an_image_that_is_refused_as_too_large_is_sent_smaller(
     stub: tuple[str, type[Stub]], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     url, handler = stub
@@ -417,7 +417,7 @@ def test_a_picture_that_is_refused_as_too_large_is_sent_smaller(
     if kind == "an endpoint":
         handler.too_large = OVERSIZE
         transport = endpoint(url, monkeypatch)
-    (one,) = ask_all(transport, [Picture(name="noise", read=lambda: content)], OPTIONS)
+    (one,) = ask_all(transport, [ImageSource(name="noise", read=lambda: content)], OPTIONS)
     assert one.answer.error is None
     assert one.reduced
     assert Image.open(io.BytesIO(handler.asked[-1][0])).format == "JPEG"
@@ -437,10 +437,10 @@ def test_a_row_that_an_older_model_refuses_does_not_take_others_with_it(
     stub: tuple[str, type[Stub]],
 ) -> None:
     url, handler = stub
-    refusal = (400, {}, {"message": "Failed to predict data '…'. \nError: Row 0: no picture"})
+    refusal = (400, {}, {"message": "Failed to predict data '…'. \nError: Row 0: no image"})
     handler.script = [refusal, refusal]
     first, second = ask_all(HttpTransport(url), words(2), OPTIONS)
-    assert first.answer.error == "Row 0: no picture"
+    assert first.answer.error == "Row 0: no image"
     assert second.answer.label == "word1"
 
 
@@ -470,9 +470,9 @@ def test_a_password_in_a_url_is_never_shown(stub: tuple[str, type[Stub]], tmp_pa
         assert done.exit_code == 1
         assert len(done.stderr.splitlines()) == 1
         assert "secret" not in done.output
-    (picture,) = find_pictures(["http://me:secret@127.0.0.1:9/a.png"])
-    (one,) = ask_all(HttpTransport(stub[0]), [picture], OPTIONS)
-    assert one.picture == "http://***@127.0.0.1:9/a.png"
+    (image,) = find_images(["http://me:secret@127.0.0.1:9/a.png"])
+    (one,) = ask_all(HttpTransport(stub[0]), [image], OPTIONS)
+    assert one.image == "http://***@127.0.0.1:9/a.png"
     assert "secret" not in str(one.answer.error)
 
 
@@ -494,14 +494,14 @@ def test_what_is_no_answer_of_ours_is_said(body: bytes) -> None:
         decode_answers(body, 1)
 
 
-def test_pictures_come_from_a_url_too(
-    colour_classifier: Path, make_picture: Callable[..., bytes]
+def test_images_come_from_a_url_too(
+    colour_classifier: Path, make_image: Callable[..., bytes]
 ) -> None:
     class Files(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/red.png" else 404)
             self.end_headers()
-            self.wfile.write(make_picture("red"))
+            self.wfile.write(make_image("red"))
 
         def log_message(self, *_: Any) -> None: ...
 
@@ -509,8 +509,8 @@ def test_pictures_come_from_a_url_too(
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
-    pictures = find_pictures([f"{url}/red.png", f"{url}/none.png"])
-    there, missing = ask_all(open_model(colour_classifier), pictures, OPTIONS)
+    images = find_images([f"{url}/red.png", f"{url}/none.png"])
+    there, missing = ask_all(open_model(colour_classifier), images, OPTIONS)
     server.shutdown()
     server.server_close()
     thread.join()
@@ -522,17 +522,17 @@ def test_pictures_come_from_a_url_too(
 def test_nobody_is_told_to_come_again_without_a_server(
     colour_classifier: Path, colour_model: Path, tmp_path: Path
 ) -> None:
-    """Eight large pictures at a time: a server takes three and answers 429 to the others."""
+    """Eight large images at a time: a server takes three and answers 429 to the others."""
     Image.new("RGBA", (1700, 1700), (220, 20, 20, 255)).save(tmp_path / "red.png")
-    pictures = find_pictures([str(tmp_path / "red.png")] * 24)
+    images = find_images([str(tmp_path / "red.png")] * 24)
     for way in (open_model(colour_classifier), open_model(colour_model)):
-        answers = list(ask_all(way, pictures, OPTIONS, workers=8, batch_size=1))
+        answers = list(ask_all(way, images, OPTIONS, workers=8, batch_size=1))
         assert [one.answer.label for one in answers] == ["red"] * 24
 
 
-def test_a_folder_without_pictures_is_a_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserMistake, match="holds no picture files"):
-        find_pictures([str(tmp_path)])
+def test_a_folder_without_images_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserMistake, match="holds no image files"):
+        find_images([str(tmp_path)])
 
 
 def with_own_code(model: Path, to: Path) -> Path:
@@ -569,10 +569,10 @@ def test_a_folder_that_is_no_model_is_a_mistake(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_the_command_prints_one_object_a_picture(colour_classifier: Path, folder: Path) -> None:
+def test_the_command_prints_one_object_an_image(colour_classifier: Path, folder: Path) -> None:
     arguments = ["--model", str(colour_classifier), "--format", "json", "--threshold", "0.9999"]
     done = CliRunner().invoke(query, [*arguments, str(folder)])
-    assert done.exit_code == 1  # one file is no picture
+    assert done.exit_code == 1  # one file is no image
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["label"] for row in rows] == ["red", "green", "blue", None]
     assert [row["confident"] for row in rows] == [False, False, False, None]
@@ -586,13 +586,13 @@ def test_the_command_shows_names_and_percentages(colour_classifier: Path, folder
 
 
 def test_the_command_reads_standard_input_and_writes_csv(
-    colour_classifier: Path, make_picture: Callable[..., bytes]
+    colour_classifier: Path, make_image: Callable[..., bytes]
 ) -> None:
     arguments = ["--model", str(colour_classifier), "--format", "csv", "--top-k", "1", "-"]
-    done = CliRunner().invoke(query, arguments, input=make_picture("blue"))
+    done = CliRunner().invoke(query, arguments, input=make_image("blue"))
     assert done.exit_code == 0, done.output
     heading, line = done.stdout.splitlines()
-    assert heading == "picture,label,probability,confident,top_k,error,reduced"
+    assert heading == "image,label,probability,confident,top_k,error,reduced"
     assert line.startswith("-,blue,0.99")
 
 
@@ -628,7 +628,7 @@ def test_a_wrong_command_is_told_in_one_line(arguments: list[str], message: str)
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_folder_of_pictures_does_not_hide_the_endpoint_that_is_named_after_it(
+def test_a_folder_of_images_does_not_hide_the_endpoint_that_is_named_after_it(
     stub: tuple[str, type[Stub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     amazon(stub[0], monkeypatch)

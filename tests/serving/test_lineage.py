@@ -1,4 +1,4 @@
-"""From a registered model back to its pictures, code and machine; and whether that still holds."""
+"""From a registered model back to its images, code and machine; and whether that still holds."""
 
 import json
 import shutil
@@ -30,12 +30,12 @@ pytestmark = [
 class Traced:
     """A store with one search, one trial and its registered model."""
 
-    def __init__(self, folder: Path, classifier: Path, pictures: Path) -> None:
+    def __init__(self, folder: Path, classifier: Path, images: Path) -> None:
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.folder, self.classifier = folder, classifier
-        self.pictures = folder / "pictures"
-        shutil.copytree(pictures, self.pictures)
-        self.digest = load_dataset(self.pictures, cache=folder / "cache").digest
+        self.images = folder / "images"
+        shutil.copytree(images, self.images)
+        self.digest = load_dataset(self.images, cache=folder / "cache").digest
         store = Store(self.uri)
         made = store.call("create_experiment", "e", artifact_location=str(folder / "artifacts"))
         code, machine = describe_code(), describe_machine()
@@ -43,7 +43,7 @@ class Traced:
             "kind": "search",
             "search_id": "s1",
             "state": "completed",
-            "data_source": str(self.pictures),
+            "data_source": str(self.images),
             "data_digest": self.digest,
             "code_commit": str(code["commit"]),
             "code_dirty": str(code["dirty"]),
@@ -51,7 +51,7 @@ class Traced:
         }
         self.search = store.call("create_run", made, run_name="colours-1").info.run_id
         self.tag(store, self.search, tags)
-        experiment = Experiment.parse({"name": "c", "data": {"source": str(self.pictures)}})
+        experiment = Experiment.parse({"name": "c", "data": {"source": str(self.images)}})
         store.call("log_text", self.search, experiment.to_yaml(), "experiment.yaml")
         parents = {"mlflow.parentRunId": self.search}
         self.trial = store.call("create_run", made, tags=parents).info.run_id
@@ -81,10 +81,10 @@ def with_answers(folder: Path, copy: Path) -> Path:
     reference = json.loads((copy / "reference.json").read_text())
     import base64
 
-    content = [base64.b64decode(picture["image"]) for picture in reference["pictures"]]
+    content = [base64.b64decode(image["image"]) for image in reference["images"]]
     rows = Classifier.load(copy).probabilities(content)
-    for picture, row in zip(reference["pictures"], rows, strict=True):
-        picture["probabilities"] = row.tolist()
+    for image, row in zip(reference["images"], rows, strict=True):
+        image["probabilities"] = row.tolist()
     (copy / "reference.json").write_text(json.dumps(reference))
     return copy
 
@@ -93,12 +93,12 @@ def with_answers(folder: Path, copy: Path) -> Path:
 def traced(
     tmp_path_factory: pytest.TempPathFactory,
     colour_classifier: Path,
-    pictures: Path,
+    images: Path,
     new_database: Callable[[Path], str],
 ) -> Traced:
     folder = tmp_path_factory.mktemp("lineage")
     new_database(folder / "mlflow.db")
-    return Traced(folder, with_answers(colour_classifier, folder / "classifier"), pictures)
+    return Traced(folder, with_answers(colour_classifier, folder / "classifier"), images)
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_every_end_leads_to_the_same_lineage(traced: Traced) -> None:
     assert found.search is not None
     assert found.search["run_id"] == traced.search
     assert found.experiment is not None
-    assert found.experiment["data"]["source"] == str(traced.pictures)
+    assert found.experiment["data"]["source"] == str(traced.images)
     assert found.data is not None
     assert found.data["digest"] == traced.digest
     assert found.data["class_names"] == ["red", "green", "blue"]
@@ -150,14 +150,14 @@ def test_a_model_that_always_abstains_is_shown_as_one(traced: Traced, said: dict
 def test_an_evaluation_is_part_of_it(traced: Traced) -> None:
     report = {
         "metrics": {"accuracy": {"value": 0.9, "low": 0.8, "high": 0.95}},
-        "num_pictures": 50,
+        "num_images": 50,
         "looks": 2,
         "classifier_digest": "after calibration",
     }
     traced.store.call("log_text", traced.trial, json.dumps(report), "evaluation/report.json")
     shown = call("colours").stdout
-    assert "test accuracy 0.9000 (95 %: 0.8000 to 0.9500) on 50 pictures" in shown
-    assert "looked at 2 time(s); before its calibration" in shown
+    assert "test accuracy 0.9000 (95 %: 0.8000 to 0.9500) on 50 images" in shown
+    assert "test set evaluated 2 time(s); before its calibration" in shown
 
 
 def test_what_others_made_is_refused_in_one_line(traced: Traced) -> None:
@@ -191,7 +191,7 @@ def test_json_holds_everything_and_the_checks(traced: Traced) -> None:
     assert states.pop("code") in ("ok", "differs", "unknown")  # this checkout's own state
     assert states == {
         "classifier digest": "ok",
-        "reference pictures": "ok",
+        "reference images": "ok",
         "data digest": "ok",
         "packages": "ok",
     }
@@ -209,35 +209,35 @@ class TestVerifyFindsWhatChanged:
         checks = json.loads(done.stdout)["checks"]
         return {c["what"]: c["detail"] for c in checks if c["state"] == "differs"}
 
-    def test_a_picture(self, traced: Traced) -> None:
-        picture = next(iter(sorted((traced.pictures / "train").rglob("*.png"))))
-        content = picture.read_bytes()
-        picture.unlink()
+    def test_an_image(self, traced: Traced) -> None:
+        image = next(iter(sorted((traced.images / "train").rglob("*.png"))))
+        content = image.read_bytes()
+        image.unlink()
         try:
             assert "instead of " + traced.digest[:12] in self.differing()["data digest"]
         finally:
-            picture.write_bytes(content)
+            image.write_bytes(content)
 
-    def test_pictures_that_are_gone_cannot_be_checked(self, traced: Traced) -> None:
-        away = traced.pictures.rename(traced.folder / "away")
+    def test_images_that_are_gone_cannot_be_checked(self, traced: Traced) -> None:
+        away = traced.images.rename(traced.folder / "away")
         try:
             shown = call("colours", "--verify").stdout
         finally:
-            away.rename(traced.pictures)
+            away.rename(traced.images)
         assert "data digest: cannot be checked" in shown
 
     def test_the_artifact(self, traced: Traced) -> None:
         path = traced.model_folder / "reference.json"
         before = path.read_text()
         reference = json.loads(before)
-        reference["pictures"][0]["probabilities"] = [0.0, 1.0, 0.0]
+        reference["images"][0]["probabilities"] = [0.0, 1.0, 0.0]
         path.write_text(json.dumps(reference))
         try:
             found = self.differing()
         finally:
             path.write_text(before)
         assert "instead of" in found["classifier digest"]
-        assert "probabilities are off by" in found["reference pictures"]
+        assert "probabilities are off by" in found["reference images"]
 
     def test_an_artifact_that_is_gone(self, traced: Traced) -> None:
         away = traced.model_folder.rename(traced.folder / "gone")

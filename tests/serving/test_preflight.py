@@ -17,11 +17,11 @@ pytestmark = pytest.mark.slow
 
 CHECKS = [
     "ping",
-    "reference pictures",
+    "reference images",
     "a bad row among good ones",
     "malformed requests",
     "payload",
-    "large pictures",
+    "large images",
     "latency",
     "memory",
 ]
@@ -57,12 +57,10 @@ def test_a_good_model_passes_and_is_measured(report: PreflightReport) -> None:
     assert not failed
     assert [check.name for check in report.checks] == CHECKS
     assert 0 < report.p50_ms <= report.p95_ms <= report.p99_ms
-    assert report.pictures_per_second > 0
-    # A transparent picture of 50 million pixels is held as RGBA and as RGB, one at a time.
+    assert report.images_per_second > 0
+    # A transparent image of 50 million pixels is held as RGBA and as RGB, one at a time.
     assert 400 < report.memory_mb < 800
-    assert (
-        f"up to {report.memory_mb:,.0f} MB" in report.checks[CHECKS.index("large pictures")].detail
-    )
+    assert f"up to {report.memory_mb:,.0f} MB" in report.checks[CHECKS.index("large images")].detail
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
 
 
@@ -73,7 +71,7 @@ def test_another_temperature_than_the_references_is_found(copy: Path) -> None:
     before = our_servers()
     done = CliRunner().invoke(preflight, [str(copy), "--env-manager", "local"])
     assert done.exit_code == 1
-    assert "FAIL  reference pictures" in done.stdout
+    assert "FAIL  reference images" in done.stdout
     assert done.stdout.count("FAIL") == 1
     assert "would fail as an endpoint" in done.stdout
     assert "the code that came with it runs here" in done.stderr
@@ -104,7 +102,7 @@ def test_a_server_that_is_not_ready_in_time_is_ended(colour_model: Path) -> None
 
 
 @pytest.mark.parametrize("missing", ["artifacts/classifier/reference.json", "artifacts"])
-def test_a_model_without_reference_pictures_is_refused(copy: Path, missing: str) -> None:
+def test_a_model_without_reference_images_is_refused(copy: Path, missing: str) -> None:
     path = copy / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ClassifierError, match="no MLflow model of visiontuner"):
@@ -113,7 +111,7 @@ def test_a_model_without_reference_pictures_is_refused(copy: Path, missing: str)
 
 def test_a_reference_without_probabilities_is_refused(copy: Path) -> None:
     path = copy / "artifacts" / "classifier" / "reference.json"
-    change_json(path, lambda raw: raw["pictures"][0].pop("probabilities"))
+    change_json(path, lambda raw: raw["images"][0].pop("probabilities"))
     with pytest.raises(ClassifierError, match=r"cannot be used .* Package the classifier again"):
         run_preflight(copy, ScoringServer(copy, local_environment()), name="x")
 
@@ -157,7 +155,7 @@ def test_a_folder_that_says_no_requirements_is_refused(tmp_path: Path) -> None:
 def test_the_smallest_instance_that_holds_the_server_is_recommended(
     memory_mb: float, instance: str, serverless: str | None
 ) -> None:
-    text = recommend(memory_mb=memory_mb, pictures_per_second=50)
+    text = recommend(memory_mb=memory_mb, images_per_second=50)
     assert instance in text
     assert ("serverless" in text) == (serverless is not None)
     assert serverless is None or serverless in text

@@ -1,4 +1,4 @@
-"""The champion moves only to a version that is better on the same test pictures."""
+"""The champion moves only to a version that is better on the same test images."""
 
 import hashlib
 import itertools
@@ -76,7 +76,7 @@ class Registered:
         return str(made.version)
 
     def evaluated(self, wrong: Sequence[int], **parts: Any) -> str:
-        """A version whose evaluation named these pictures wrongly."""
+        """A version whose evaluation named these images wrongly."""
         number = self.version()
         self.evaluate(number, wrong, **parts)
         return number
@@ -87,16 +87,16 @@ class Registered:
         wrong: Sequence[int],
         *,
         names: Sequence[str] = NAMES,
-        pictures: Sequence[int] = range(N),
+        images: Sequence[int] = range(N),
         relabelled: Sequence[int] = (),
         digest: str = "d1",
         **report: Any,
     ) -> None:
-        """Picture i is a cat if i is even, and a dog if it is odd."""
-        true = [NAMES[(i + (i in relabelled)) % 2] for i in pictures]
+        """Image i is a cat if i is even, and a dog if it is odd."""
+        true = [NAMES[(i + (i in relabelled)) % 2] for i in images]
         labels = np.array([names.index(name) for name in true], dtype=np.int64)
         predicted = np.array(
-            [(label + (i in wrong)) % len(names) for i, label in zip(pictures, labels, strict=True)]
+            [(label + (i in wrong)) % len(names) for i, label in zip(images, labels, strict=True)]
         )
         probabilities = np.full((len(labels), len(names)), 0.1, dtype=np.float32)
         probabilities[np.arange(len(labels)), predicted] = 0.9
@@ -105,8 +105,8 @@ class Registered:
             {"class_names": list(names), "data_digest": digest, **report},
             probabilities=probabilities,
             labels=labels,
-            digests=np.array([hashlib.sha256(str(i).encode()).hexdigest() for i in pictures]),
-            paths=np.array([f"{i}.png" for i in pictures]),
+            digests=np.array([hashlib.sha256(str(i).encode()).hexdigest() for i in images]),
+            paths=np.array([f"{i}.png" for i in images]),
         )
 
     def write(self, number: str, report: dict[str, Any], **arrays: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_better_version_takes_over_and_says_why(model: Registered, client: Mlf
     decided = model.promote()
     assert model.champion == better
     assert decided.test is not None
-    # 15 pictures that only the challenger names: p = 2 x 0.5^15.
+    # 15 images that only the challenger names: p = 2 x 0.5^15.
     assert (decided.test.only_a, decided.test.only_b) == (15, 0)
     assert decided.test.p_value == pytest.approx(2 * 0.5**15)
     assert "better beyond noise" in decided.reason
@@ -175,7 +175,7 @@ def test_a_better_version_takes_over_and_says_why(model: Registered, client: Mlf
 def test_a_version_that_is_only_lucky_is_kept_back_and_says_why(model: Registered) -> None:
     first = model.evaluated(wrong=range(10))
     model.promote()
-    lucky = model.evaluated(wrong=range(7))  # 3 pictures more: p = 0.25
+    lucky = model.evaluated(wrong=range(7))  # 3 images more: p = 0.25
     decided = model.promote()
     assert (decided.decision, model.champion) == ("kept", first)
     assert model.tags(lucky)["visiontuner.promotion"] == "kept"
@@ -196,7 +196,7 @@ def test_every_further_model_on_the_same_images_needs_more_evidence(model: Regis
 def test_other_images_and_other_versions_of_a_trial_are_no_looks(
     model: Registered, store: Store
 ) -> None:
-    model.evaluated(wrong=(), pictures=range(50))
+    model.evaluated(wrong=(), images=range(50))
     champion = model.evaluated(wrong=range(10))
     model.promote(champion)
     run_id = store.call("get_model_version", model.name, champion).run_id
@@ -262,10 +262,10 @@ def test_a_version_never_evaluated_is_refused_with_the_command(
         model.promote()
 
 
-def test_without_test_pictures_there_is_nothing_to_go_by(model: Registered) -> None:
+def test_without_test_images_there_is_nothing_to_go_by(model: Registered) -> None:
     number = model.version()
-    model.write(number, {"class_names": list(NAMES), "num_pictures": 0})
-    with pytest.raises(UserMistake, match="without any test picture"):
+    model.write(number, {"class_names": list(NAMES), "num_images": 0})
+    with pytest.raises(UserMistake, match="without any test image"):
         model.promote()
 
 
@@ -281,7 +281,7 @@ def test_calibration_keeps_the_predictions_of_the_same_trial(
     decided = model.promote(second)
     assert decided.test is not None
     assert decided.test.only_a == decided.test.only_b == 0
-    assert "the same pictures" in decided.reason
+    assert "the same images" in decided.reason
     assert model.champion == first
 
 
@@ -292,7 +292,7 @@ def test_an_evaluation_of_another_trial_is_refused(model: Registered) -> None:
         model.promote()
 
 
-class TestTheSamePictures:
+class TestTheSameImages:
     @pytest.fixture
     def champion(self, model: Registered) -> Registered:
         model.evaluated(wrong=range(20))
@@ -301,18 +301,18 @@ class TestTheSamePictures:
 
     def test_their_order_and_that_of_the_classes_do_not_matter(self, champion: Registered) -> None:
         backwards = range(N - 1, -1, -1)
-        champion.evaluated(wrong=range(5), names=("dog", "cat"), pictures=backwards)
+        champion.evaluated(wrong=range(5), names=("dog", "cat"), images=backwards)
         decided = champion.promote()
         assert decided.test is not None
         assert (decided.test.only_a, decided.test.only_b) == (15, 0)
 
-    def test_copies_of_a_picture_are_counted(self, champion: Registered) -> None:
-        champion.evaluated(wrong=(), pictures=[0, *range(N - 1)])
+    def test_copies_of_an_image_are_counted(self, champion: Registered) -> None:
+        champion.evaluated(wrong=(), images=[0, *range(N - 1)])
         with pytest.raises(UserMistake, match="100 and 100, with 99 in common"):
             champion.promote()
 
-    def test_other_pictures_are_refused_naming_both(self, champion: Registered) -> None:
-        number = champion.evaluated(wrong=(), pictures=range(40, 140), digest="d2")
+    def test_other_images_are_refused_naming_both(self, champion: Registered) -> None:
+        number = champion.evaluated(wrong=(), images=range(40, 140), digest="d2")
         with pytest.raises(
             UserMistake, match=rf"Versions {number} and .*60 in common \(data d2 and d1\).*--force"
         ):
@@ -331,11 +331,11 @@ class TestTheSamePictures:
         with pytest.raises(UserMistake, match="only the first knows 'bird'"):
             champion.promote()
 
-    def test_more_training_pictures_are_said(self, champion: Registered) -> None:
+    def test_more_training_images_are_said(self, champion: Registered) -> None:
         champion.evaluated(wrong=(), digest="d2")
         decided = champion.promote()
         assert decided.decision == "promoted"
-        assert "data sets differ (d2 and d1), but not in test pictures" in decided.reason
+        assert "data sets differ (d2 and d1), but not in test images" in decided.reason
 
 
 class TestDamage:
@@ -482,7 +482,7 @@ class TestCommand:
         assert "Would be promoted. " in dry.stdout
         assert f"version {second}" in dry.stdout
         assert f"the champion, version {first}" in dry.stdout
-        assert "right on 15 pictures" in dry.stdout
+        assert "right on 15 images" in dry.stdout
         assert model.champion == first
         done = call(model.name)
         assert f"It answers as models:/{model.name}@champion." in done.stdout

@@ -68,9 +68,9 @@ def reason(response: requests.Response) -> str:
 
 
 def test_an_answer_is_a_name_with_its_probability(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+    scoring_server: ScoringServer, make_image: Callable[..., bytes]
 ) -> None:
-    red, blue = ask(scoring_server, [make_picture("red"), make_picture("blue", "JPEG")], top_k=2)
+    red, blue = ask(scoring_server, [make_image("red"), make_image("blue", "JPEG")], top_k=2)
     assert red["label"] == "red"
     assert red["probability"] == pytest.approx(RED, abs=1e-5)
     assert red["confident"] is True
@@ -80,25 +80,25 @@ def test_an_answer_is_a_name_with_its_probability(
 
 
 def test_below_the_threshold_the_name_stays_and_is_not_confident(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+    scoring_server: ScoringServer, make_image: Callable[..., bytes]
 ) -> None:
-    (row,) = ask(scoring_server, [make_picture("red")], threshold=0.9999)
+    (row,) = ask(scoring_server, [make_image("red")], threshold=0.9999)
     assert (row["label"], row["confident"]) == ("red", False)
-    (row,) = ask(scoring_server, [make_picture("red")], threshold=0.9)
+    (row,) = ask(scoring_server, [make_image("red")], threshold=0.9)
     assert row["confident"] is True
 
 
 def test_the_classifiers_own_threshold_holds_unless_the_request_has_another(
-    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     for path in colour_classifier.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     description = json.loads((tmp_path / "classifier.json").read_text())
     (tmp_path / "classifier.json").write_text(json.dumps(description | {"threshold": 0.9999}))
     classifier = Classifier.load(tmp_path)
-    (own,) = answer(classifier, [make_picture("red")], Options())
-    (other,) = answer(classifier, [make_picture("red")], Options(threshold=0.5))
-    (zero,) = answer(classifier, [make_picture("red")], Options(threshold=0.0))
+    (own,) = answer(classifier, [make_image("red")], Options())
+    (other,) = answer(classifier, [make_image("red")], Options(threshold=0.5))
+    (zero,) = answer(classifier, [make_image("red")], Options(threshold=0.0))
     assert (own.confident, other.confident, zero.confident) == (False, True, True)
 
 
@@ -124,64 +124,64 @@ SAID_1 = [
 @pytest.mark.parametrize("description", [{"abstains": True}, *SAID_1])
 def test_where_every_answer_abstains_a_probability_of_1_is_not_confident(
     colour_classifier: Path,
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     tmp_path: Path,
     description: dict[str, Any],
 ) -> None:
     folder = changed(colour_classifier, tmp_path / "c", temperature=1e-3, **description)
     classifier = Classifier.load(folder)
-    (own,) = answer(classifier, [make_picture("red")], Options())
+    (own,) = answer(classifier, [make_image("red")], Options())
     assert (own.label, own.probability, own.confident) == ("red", 1.0, False)
-    (read,) = classifier.predict([make_picture("red")])
+    (read,) = classifier.predict([make_image("red")])
     assert read.confident is False
     for threshold in (0.0, 1.0):  # the asker's own counts instead
-        (other,) = answer(classifier, [make_picture("red")], Options(threshold=threshold))
+        (other,) = answer(classifier, [make_image("red")], Options(threshold=threshold))
         assert other.confident is True
 
 
 def test_a_threshold_of_1_that_was_chosen_is_one(
-    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     chosen = {"threshold": 1.0, "metadata": precision(0.97)}
     sure = changed(colour_classifier, tmp_path / "sure", temperature=1e-3, **chosen)
     unsure = changed(colour_classifier, tmp_path / "unsure", **chosen)
     for folder, confident in ((sure, True), (unsure, False)):
-        (own,) = answer(Classifier.load(folder), [make_picture("red")], Options())
+        (own,) = answer(Classifier.load(folder), [make_image("red")], Options())
         assert own.confident is confident
 
 
 def test_a_server_abstains_as_the_evaluation_says(
-    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     folder = changed(colour_classifier, tmp_path / "c", temperature=1e-3, abstains=True)
     model = save_classifier(folder, tmp_path / "model")
     with ScoringServer(model, local_environment()) as server:
-        (row,) = ask(server, [make_picture("red")])
+        (row,) = ask(server, [make_image("red")])
         assert (row["probability"], row["confident"]) == (1.0, False)
-        (row,) = ask(server, [make_picture("red")], threshold=0.9)
+        (row,) = ask(server, [make_image("red")], threshold=0.9)
         assert row["confident"] is True
 
 
 def test_good_rows_are_not_lost_when_errors_are_reported(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+    scoring_server: ScoringServer, make_image: Callable[..., bytes]
 ) -> None:
-    contents = [make_picture("red"), b"no picture", make_picture("red")[:60], make_picture("blue")]
+    contents = [make_image("red"), b"no image", make_image("red")[:60], make_image("blue")]
     rows = ask(scoring_server, contents, on_error="report")
     assert [row["label"] for row in rows] == ["red", None, None, "blue"]
     assert [row["error"] is None for row in rows] == [True, False, False, True]
-    assert "not a picture" in rows[1]["error"]
+    assert "not an image" in rows[1]["error"]
     assert "60 bytes" in rows[2]["error"]
     assert rows[1]["probability"] is None
     assert rows[1]["top_k"] == []
 
 
 def test_without_that_the_first_bad_row_is_named(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+    scoring_server: ScoringServer, make_image: Callable[..., bytes]
 ) -> None:
-    contents = [make_picture("red"), make_picture("red")[:60], b"no picture"]
+    contents = [make_image("red"), make_image("red")[:60], b"no image"]
     response = post(scoring_server, table(contents))
     assert response.status_code == 400
-    assert "Row 1: Cannot read a picture of 60 bytes" in reason(response)
+    assert "Row 1: Cannot read an image of 60 bytes" in reason(response)
 
 
 def test_a_text_that_is_no_base64_is_reported_in_its_row(colour_classifier: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_text_that_is_no_base64_is_reported_in_its_row(colour_classifier: Path
     assert row.error == "image is not base64; send the file's content."
 
 
-def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
+def test_an_image_with_too_many_pixels_is_refused_before_it_is_decoded(
     scoring_server: ScoringServer,
 ) -> None:
     buffer = io.BytesIO()
@@ -199,7 +199,7 @@ def test_a_picture_with_too_many_pixels_is_refused_before_it_is_decoded(
     assert "its 10000 x 5001 pixels are more than the 50,000,000 allowed" in text
 
 
-def make_large_pictures() -> dict[str, bytes]:
+def make_large_images() -> dict[str, bytes]:
     """About as large as the endpoint decodes; the `serving_load` benchmark sends them too."""
     return {
         "PNG": encode(Image.new("RGBA", (7000, 7000)), "PNG"),
@@ -212,29 +212,29 @@ def make_large_pictures() -> dict[str, bytes]:
     }
 
 
-def test_large_pictures_take_turns_in_one_gigabyte_and_small_ones_are_answered(
-    colour_model: Path, make_picture: Callable[..., bytes]
+def test_large_images_take_turns_in_one_gigabyte_and_small_ones_are_answered(
+    colour_model: Path, make_image: Callable[..., bytes]
 ) -> None:
-    large_pictures = make_large_pictures()
+    large_images = make_large_images()
     with (
         ScoringServer(colour_model, local_environment()) as server,
         ThreadPoolExecutor(10) as pool,
     ):
         port = server.url.rpartition(":")[2]
         (process,) = [one for one in psutil.Process().children() if port in one.cmdline()]
-        large = [pool.submit(post, server, table([one])) for one in [*large_pictures.values()] * 2]
-        small = [post(server, table([make_picture("red")])) for _ in range(20)]
+        large = [pool.submit(post, server, table([one])) for one in [*large_images.values()] * 2]
+        small = [post(server, table([make_image("red")])) for _ in range(20)]
         statuses = {one.result().status_code for one in large}
         assert {response.status_code for response in small} == {200}
         assert 200 in statuses <= {200, 429}
-        for name, content in large_pictures.items():
+        for name, content in large_images.items():
             assert ask(server, [content])[0]["label"] in COLOURS, name
         status = Path(f"/proc/{process.pid}/status").read_text()
     peak_kb = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])
     assert peak_kb < 900_000
 
 
-def test_a_picture_that_needs_more_memory_than_allowed_is_refused(
+def test_an_image_that_needs_more_memory_than_allowed_is_refused(
     scoring_server: ScoringServer,
 ) -> None:
     content = encode(Image.new("L", (5000, 5000)), "WEBP", method=0)
@@ -242,10 +242,10 @@ def test_a_picture_that_needs_more_memory_than_allowed_is_refused(
     assert "its 5000 x 5000 pixels need 500 MB as WEBP, more than the 400 MB allowed" in text
 
 
-def test_more_large_pictures_than_may_wait_are_to_be_sent_again(
-    colour_classifier: Path, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+def test_more_large_images_than_may_wait_are_to_be_sent_again(
+    colour_classifier: Path, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    classifier, red = Classifier.load(colour_classifier), make_picture("red")
+    classifier, red = Classifier.load(colour_classifier), make_image("red")
     monkeypatch.setattr(answers, "MEMORY", DecodingMemory(small=9599, most=9600, waiting=0))
     with answers.MEMORY.turn(), pytest.raises(BusyError, match="send it again"):
         answer(classifier, [red], Options(on_error="report"))  # 40 x 30 pixels, 8 bytes each
@@ -262,12 +262,12 @@ def test_a_busy_model_answers_429(tmp_path: Path) -> None:
     )
 
 
-def test_a_picture_with_too_many_bytes_is_refused(
-    colour_classifier: Path, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+def test_an_image_with_too_many_bytes_is_refused(
+    colour_classifier: Path, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "MAX_BYTES", len(make_picture("red")) - 1)
+    monkeypatch.setattr(answers, "MAX_BYTES", len(make_image("red")) - 1)
     classifier = Classifier.load(colour_classifier)
-    content = make_picture("red")
+    content = make_image("red")
     for image in (content, base64.b64encode(content).decode()):
         with pytest.raises(BadRequest, match="Row 0: image has"):
             answer(classifier, [image], Options())
@@ -285,26 +285,26 @@ def test_malformed_requests_are_the_clients_mistake(
 
 @pytest.mark.parametrize("form", ["dataframe_records", "inputs", "instances"])
 def test_every_form_of_mlflows_protocol_is_understood(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes], form: str
+    scoring_server: ScoringServer, make_image: Callable[..., bytes], form: str
 ) -> None:
-    text = base64.b64encode(make_picture("green")).decode()
+    text = base64.b64encode(make_image("green")).decode()
     value = {"image": [text]} if form == "inputs" else [{"image": text}]
     response = post(scoring_server, json.dumps({form: value}))
     assert response.json()["predictions"][0]["label"] == "green"
 
 
 BAD_ROWS = {
-    "abcde": "it is not a picture",
+    "abcde": "it is not an image",
     "data:image/png;base64,iVBORw0K": "image is a data URL; send what follows its comma.",
-    None: "it is not a picture",
-    3: "it is not a picture",
+    None: "it is not an image",
+    3: "it is not an image",
 }
 
 
 def test_what_is_no_base64_is_told_in_its_row_of_instances(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes]
+    scoring_server: ScoringServer, make_image: Callable[..., bytes]
 ) -> None:
-    good = base64.b64encode(make_picture("green")).decode()
+    good = base64.b64encode(make_image("green")).decode()
     instances = [{"image": value} for value in (good, *BAD_ROWS, good)]
     body = {"instances": instances, "params": {"on_error": "report"}}
     rows = post(scoring_server, json.dumps(body)).json()["predictions"]
@@ -312,15 +312,15 @@ def test_what_is_no_base64_is_told_in_its_row_of_instances(
     for row, said in zip(rows[1:], BAD_ROWS.values(), strict=False):
         assert said in row["error"]
     refused = post(scoring_server, json.dumps({"instances": instances}))
-    assert "Row 1: Cannot read a picture" in reason(refused)
+    assert "Row 1: Cannot read an image" in reason(refused)
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS)
 def test_what_is_no_base64_in_a_table_is_refused_by_mlflow_before_the_model(
-    scoring_server: ScoringServer, make_picture: Callable[..., bytes], bad: Any
+    scoring_server: ScoringServer, make_image: Callable[..., bytes], bad: Any
 ) -> None:
     """As docs/serving.md says; `instances` is the way around."""
-    response = post(scoring_server, table([make_picture("red"), bad], on_error="report"))
+    response = post(scoring_server, table([make_image("red"), bad], on_error="report"))
     assert "Failed to convert column image" in reason(response)
 
 
@@ -335,7 +335,7 @@ def test_what_is_no_base64_in_a_table_is_refused_by_mlflow_before_the_model(
 )
 def test_mlflows_own_parser_fails_as_the_documentation_says(
     scoring_server: ScoringServer,
-    make_picture: Callable[..., bytes],
+    make_image: Callable[..., bytes],
     body: str,
     content_type: str,
     status: int,
@@ -343,7 +343,7 @@ def test_mlflows_own_parser_fails_as_the_documentation_says(
     response = post(scoring_server, body, content_type)
     assert response.status_code == status
     assert shows_code(response) is (content_type == "text/csv")
-    assert ask(scoring_server, [make_picture("red")])[0]["label"] == "red"
+    assert ask(scoring_server, [make_image("red")])[0]["label"] == "red"
 
 
 def test_no_rows_have_no_answers(scoring_server: ScoringServer) -> None:
@@ -384,7 +384,7 @@ except Exception as error:
     return done.stdout.strip()
 
 
-def test_a_broken_picture_loads_nothing_that_was_not_there_before(colour_classifier: Path) -> None:
+def test_a_broken_image_loads_nothing_that_was_not_there_before(colour_classifier: Path) -> None:
     program = f"""
 import sys, types, warnings
 warnings.simplefilter("ignore")
@@ -398,7 +398,7 @@ print({{name for name in set(sys.modules) - before if name.startswith("PIL.")}})
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines() == [
-        "Cannot read a picture of 1 bytes: it is not a picture that Pillow knows.",
+        "Cannot read an image of 1 bytes: it is not an image that Pillow knows.",
         "set()",
     ], done.stderr
 

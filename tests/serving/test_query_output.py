@@ -44,10 +44,10 @@ def test_a_command_says_what_is_wrong_also_without_a_reader(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])
 def test_a_file_name_that_is_no_text_is_spelled_out(
-    colour_classifier: Path, make_picture: Callable[..., bytes], tmp_path: Path, form: str
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path, form: str
 ) -> None:
     try:
-        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(make_picture("red"))
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(make_image("red"))
     except OSError:
         pytest.skip("this file system takes no such name")
     done = subprocess.run(
@@ -59,4 +59,4 @@ def test_a_file_name_that_is_no_text_is_spelled_out(
     output = done.stdout.decode()
     assert r"caf\udce9.png" in output
     if form == "json":
-        assert os.fsencode(json.loads(output)["picture"]).endswith(b"caf\xe9.png")
+        assert os.fsencode(json.loads(output)["image"]).endswith(b"caf\xe9.png")

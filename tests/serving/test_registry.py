@@ -164,10 +164,10 @@ def test_requirements_are_exact_and_light(model_folder: Path) -> None:
 
 
 def test_the_model_answers_with_names_without_torch(
-    model_folder: Path, make_picture: Callable[..., bytes], tmp_path: Path
+    model_folder: Path, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     """In a fresh process that has no visiontuner."""
-    (tmp_path / "green.png").write_bytes(make_picture("green"))
+    (tmp_path / "green.png").write_bytes(make_image("green"))
     program = f"""
 import sys, json, warnings
 warnings.simplefilter("ignore")
@@ -192,18 +192,18 @@ print(answer.to_json(orient="records"))
 
 
 def test_base64_through_the_scoring_protocol(
-    model_folder: Path, make_picture: Callable[..., bytes]
+    model_folder: Path, make_image: Callable[..., bytes]
 ) -> None:
     from mlflow.pyfunc.scoring_server import invocations
 
     model = mlflow.pyfunc.load_model(str(model_folder))
-    rows = [[base64.b64encode(make_picture(colour)).decode()] for colour in ("blue", "red")]
+    rows = [[base64.b64encode(make_image(colour)).decode()] for colour in ("blue", "red")]
     body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}})
     answer = invocations(body, "application/json", model, model.metadata.get_input_schema())
     assert answer.status == 200
     labels = [row["label"] for row in json.loads(answer.response)["predictions"]]
     assert labels == ["blue", "red"]
-    rows[1] = [base64.b64encode(b"no picture").decode()]
+    rows[1] = [base64.b64encode(b"no image").decode()]
     body = json.dumps({"dataframe_split": {"columns": ["image"], "data": rows}})
     with pytest.raises(mlflow.MlflowException, match="Row 1: ") as refused:
         invocations(body, "application/json", model, model.metadata.get_input_schema())
@@ -267,7 +267,7 @@ class TestPredict:
     @pytest.mark.parametrize(
         ("table", "message"),
         [
-            (pd.DataFrame({"picture": [b"x"]}), 'a column "image"'),
+            (pd.DataFrame({"photo": [b"x"]}), 'a column "image"'),
             (pd.DataFrame({"image": ["/etc/passwd"]}), "Row 0: image is not base64"),
             (pd.DataFrame({"image": [3.5]}), "Row 0: image must be bytes"),
             (pd.DataFrame({"image": [None]}), "Row 0: image must be bytes"),
@@ -275,7 +275,7 @@ class TestPredict:
             ([b"x"], 'a column "image"'),
         ],
     )
-    def test_what_is_no_picture_is_refused_with_its_row(
+    def test_what_is_no_image_is_refused_with_its_row(
         self, model: Any, table: object, message: str
     ) -> None:
         with pytest.raises(mlflow.MlflowException, match=message) as refused:
@@ -284,18 +284,18 @@ class TestPredict:
 
     @pytest.mark.parametrize("top_k", [0, -1, True, 1.5])
     def test_top_k_must_be_a_whole_number(
-        self, model: Any, make_picture: Callable[..., bytes], top_k: object
+        self, model: Any, make_image: Callable[..., bytes], top_k: object
     ) -> None:
         with pytest.raises(mlflow.MlflowException, match="top_k must be"):
-            model.predict(None, pd.DataFrame({"image": [make_picture("red")]}), {"top_k": top_k})
+            model.predict(None, pd.DataFrame({"image": [make_image("red")]}), {"top_k": top_k})
 
     def test_no_rows_give_no_rows(self, model: Any) -> None:
         assert len(model.predict(None, pd.DataFrame({"image": []}))) == 0
 
     def test_a_fault_of_ours_is_a_500_without_details(
-        self, model: Any, make_picture: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
+        self, model: Any, make_image: Callable[..., bytes], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(model, "classifier", None)
         with pytest.raises(mlflow.MlflowException, match=r"^internal error$") as failed:
-            model.predict(None, pd.DataFrame({"image": [make_picture("red")]}))
+            model.predict(None, pd.DataFrame({"image": [make_image("red")]}))
         assert failed.value.get_http_status_code() == 500

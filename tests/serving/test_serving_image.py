@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from visiontuner.errors import ServingError
-from visiontuner.serving.preflight import build_image
+from visiontuner.serving.preflight import build_container_image
 
 ENGINE = """#!/bin/sh
 case "$1 $2" in
@@ -43,7 +43,7 @@ def test_buildx_makes_neither_oci_manifest_nor_attestation_and_logs_are_links(
 ) -> None:
     (engine / "buildx").touch()
     notes: list[str] = []
-    image = build_image(colour_model, note=notes.append)
+    image = build_container_image(colour_model, note=notes.append)
     (build,) = builds(engine)
     assert " buildx build --provenance=false --sbom=false " in build
     assert "--output type=docker,oci-mediatypes=false --platform linux/amd64" in build
@@ -55,18 +55,18 @@ def test_buildx_makes_neither_oci_manifest_nor_attestation_and_logs_are_links(
     assert "ln -sf /dev/stdout /var/log/nginx/access.log" in steps[links]
     assert "ln -sf /dev/stderr /var/log/nginx/error.log" in steps[links]
 
-    assert build_image(colour_model, note=notes.append) == image
+    assert build_container_image(colour_model, note=notes.append) == image
     assert len(builds(engine)) == len(notes) == 1  # kept for the next time
 
 
 def test_without_buildx_the_engine_builds_without_attestations(
     engine: Path, colour_model: Path
 ) -> None:
-    assert build_image(colour_model, "dogs-serving:3") == "dogs-serving:3"
+    assert build_container_image(colour_model, "dogs-serving:3") == "dogs-serving:3"
     assert builds(engine)[0].startswith("1 build --platform linux/amd64 --tag dogs-serving:3 ")
 
 
 def test_a_build_that_fails_is_said_in_one_line(engine: Path, colour_model: Path) -> None:
     (engine / "fails").touch()
     with pytest.raises(ServingError, match="dogs:3 cannot be built: ERROR: no such base image"):
-        build_image(colour_model, "dogs:3")
+        build_container_image(colour_model, "dogs:3")

@@ -20,7 +20,7 @@ class Search:
         self.folder = folder
         self.time = START
         self.journal = JournalWriter(folder, search_id, clock=lambda: self.time)
-        self.experiment = Experiment.parse({"name": "pictures", **experiment})
+        self.experiment = Experiment.parse({"name": "images", **experiment})
 
     def append(self, event: str, **fields: Any) -> None:
         self.time += 1
@@ -29,7 +29,7 @@ class Search:
     def begin(self) -> None:
         self.append(
             "search_started",
-            name="pictures-20261122",
+            name="images-20261122",
             experiment=self.experiment.model_dump(mode="json"),
             data={
                 "source": "photos",

@@ -35,7 +35,7 @@ def drawn(figure: Figure) -> Image.Image:
 
 def evaluated(
     classes: int,
-    pictures: int = 200,
+    images: int = 200,
     *,
     names: list[str] | None = None,
     logits: np.ndarray | None = None,
@@ -43,10 +43,10 @@ def evaluated(
 ) -> tuple[EvaluationReport, dict[str, Figure]]:
     """Answers that are mostly right, their report and its figures."""
     generator = np.random.default_rng(7)
-    labels = np.arange(pictures) % classes
+    labels = np.arange(images) % classes
     if logits is None:
-        logits = generator.normal(size=(pictures, classes))
-        logits[np.arange(pictures), labels] += 3
+        logits = generator.normal(size=(images, classes))
+        logits[np.arange(images), labels] += 3
     report = evaluate_predictions(
         logits=logits,
         labels=labels,
@@ -92,7 +92,7 @@ def test_the_matrix_shows_counts_and_the_names_of_both_sides() -> None:
     figure = confusion_matrix(confusion, ["cat", "dog"])
     texts = [t.get_text() for t in figure.axes[0].texts]
     assert texts == ["5", "2", "7"]  # an empty cell stays empty
-    assert "12 of 14 pictures right" in words(figure)
+    assert "12 of 14 images right" in words(figure)
     assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["cat", "dog"]
     shares = figure.axes[0].images[0].get_array()
     assert np.allclose(np.asarray(shares), [[5 / 7, 2 / 7], [0, 1]])
@@ -154,18 +154,18 @@ def test_a_threshold_that_nothing_reaches_has_no_mark(
 
 
 @pytest.mark.parametrize(
-    ("classes", "pictures"), [(1, 1), (2, 1), (3, 3)], ids=["one class", "one picture", "three"]
+    ("classes", "images"), [(1, 1), (2, 1), (3, 3)], ids=["one class", "one image", "three"]
 )
 @pytest.mark.parametrize("right", [True, False])
-def test_hardly_any_pictures_still_give_figures(classes: int, pictures: int, right: bool) -> None:
-    labels = np.arange(pictures) % classes
+def test_hardly_any_images_still_give_figures(classes: int, images: int, right: bool) -> None:
+    labels = np.arange(images) % classes
     logits = 1e4 * np.eye(classes)[labels if right else (labels + 1) % classes]
-    _, found = evaluated(classes, pictures, logits=logits)
+    _, found = evaluated(classes, images, logits=logits)
     for figure in found.values():
         drawn(figure)
 
 
-def test_classes_without_test_pictures_are_left_out_of_the_scores() -> None:
+def test_classes_without_test_images_are_left_out_of_the_scores() -> None:
     names = ["cat", "dog", "owl"]
     report = evaluate_predictions(
         logits=np.array([[3.0, 0, 0], [0, 3.0, 0]]),
@@ -199,34 +199,34 @@ def test_names_of_folders_are_shown_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 5, 6, 7, 24])
-def test_a_contact_sheet_shows_every_picture_whole(count: int) -> None:
+def test_a_contact_sheet_shows_every_image_whole(count: int) -> None:
     colours: list[Any] = [(250, 0, 0), (0, 120, 0)]
-    pictures = [Image.new("RGB", (40 + 50 * (i % 2), 60), colours[i % 2]) for i in range(count)]
+    images = [Image.new("RGB", (40 + 50 * (i % 2), 60), colours[i % 2]) for i in range(count)]
     captions = [("true $1", "犬" if i % 2 else "wrong", 0.987) for i in range(count)]
-    figure = contact_sheet(pictures, captions)
+    figure = contact_sheet(images, captions)
     image = drawn(figure).convert("RGB")
     rows = -(-count // 6)
     assert image.size == (12 + 180 * min(6, count), 12 + 220 * rows)
-    # In the middle of the first tile is the first picture's colour: one pixel is one pixel.
+    # In the middle of the first tile is the first image's colour: one pixel is one pixel.
     assert image.getpixel((12 + 84, 12 + 84)) == colours[0]
     assert "→ wrong 99%" in words(figure)
     assert ("→ ? 99%" in words(figure)) == (count > 1)
 
 
 def test_arrays_and_odd_modes_can_be_on_a_contact_sheet() -> None:
-    pictures: list[Any] = [
+    images: list[Any] = [
         np.full((9, 300, 3), 60, dtype=np.uint8),
         Image.new("CMYK", (1, 500)),
         Image.new("P", (3, 3)),
         Image.new("RGBA", (3, 3)),
     ]
-    drawn(contact_sheet(pictures, [("a", "b", 1.0)] * 4))
+    drawn(contact_sheet(images, [("a", "b", 1.0)] * 4))
 
 
-def test_a_contact_sheet_needs_a_caption_for_each_picture() -> None:
-    with pytest.raises(ValueError, match="1 pictures and 0 captions"):
+def test_a_contact_sheet_needs_a_caption_for_each_image() -> None:
+    with pytest.raises(ValueError, match="1 images and 0 captions"):
         contact_sheet([Image.new("L", (2, 2))], [])
-    with pytest.raises(ValueError, match="0 pictures"):
+    with pytest.raises(ValueError, match="0 images"):
         contact_sheet([], [])
 
 

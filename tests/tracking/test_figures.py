@@ -93,7 +93,7 @@ def test_a_trials_kept_epoch_is_marked(new_search: NewSearch) -> None:
     ]
 
 
-def test_a_trial_drawn_into_anothers_figure_is_the_same_picture(new_search: NewSearch) -> None:
+def test_a_trial_drawn_into_anothers_figure_is_the_same_image(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()
     search.trial(1, epochs=3)

@@ -86,7 +86,7 @@ def page_of(search: Any, **options: Any) -> Page:
 
 
 def evaluation(names: list[str], **facts: Any) -> dict[str, Any]:
-    """Of four pictures, of which the second one is taken for the last class."""
+    """Of four images, of which the second one is taken for the last class."""
     count = len(names)
     labels = np.array([0, 0, 1, 1])
     logits = np.zeros((4, count))
@@ -126,7 +126,7 @@ def test_the_headline_says_what_was_searched_and_what_came_out(new_search: NewSe
     search.trial(2)
     search.finish()
     page = page_of(search)
-    assert "pictures-20261122" in page.text
+    assert "images-20261122" in page.text
     assert "Searched: learning rate, batch size, by validation accuracy" in page.text
     assert "Completed: 2 of 16 trials finished" in page.text
     assert "2023-11-14 22:13 UTC" in page.text
@@ -185,7 +185,7 @@ def test_test_results_come_with_intervals_threshold_ties_and_edges(new_search: N
     assert "look number 3" in page.text
     assert "confidence of at least 0.500" in page.text
     assert "Why." in page.text
-    assert "told apart from it on the validation pictures: t0001" in page.text
+    assert "told apart from it on the validation images: t0001" in page.text
     assert "Search 0.01 to 1 next." in page.text
     assert page.row("owl")[1:] == ["0.0%", "–", "0.0%", "0", "1"]
     assert ["cat", "owl", "1", "50.0%"] in page.rows
@@ -324,15 +324,15 @@ def test_a_single_trial_has_nothing_to_be_compared_with(new_search: NewSearch) -
     assert "There is no test split" in text  # its data has train and validation only
 
 
-def test_an_evaluation_without_test_pictures_says_so(new_search: NewSearch) -> None:
+def test_an_evaluation_without_test_images_says_so(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()
     search.trial(1)
     raw = evaluation(["cat", "dog"], looks=0)
-    raw |= {"num_pictures": 0, "metrics": {}, "classes": [], "threshold": None, "notes": ["None."],
+    raw |= {"num_images": 0, "metrics": {}, "classes": [], "threshold": None, "notes": ["None."],
             "confused_pairs": [], "mistakes": []}  # fmt: skip
     page = page_of(search, evaluation=raw)
-    assert "no test picture was looked at" in page.text
+    assert "no test image was looked at" in page.text
     assert "Test accuracy" not in page.text
 
 
@@ -341,7 +341,7 @@ def test_an_optimum_at_the_edge_is_said_before_an_evaluation(new_search: NewSear
     search.begin()
     for number in (1, 2):
         search.trial(number)
-    assert re.search(r"learning_rate.*0\.01", page_of(search).text.split("Test pictures")[0])
+    assert re.search(r"learning_rate.*0\.01", page_of(search).text.split("Test images")[0])
 
 
 def test_losses_are_numbers_and_the_lowest_wins(new_search: NewSearch) -> None:
@@ -501,7 +501,7 @@ class Seen(NamedTuple):
     asked: list[str]
     complaints: list[str]
     document: str
-    picture: Image.Image
+    image: Image.Image
 
 
 def browse(source: str, folder: Path) -> Seen:
@@ -529,7 +529,7 @@ def browse(source: str, folder: Path) -> Seen:
         asked=server.asked,  # type: ignore[attr-defined]
         complaints=[line for line in done.stderr.splitlines() if "CONSOLE" in line],
         document=done.stdout,
-        picture=Image.open(folder / "page.png").convert("L"),
+        image=Image.open(folder / "page.png").convert("L"),
     )
 
 
@@ -546,7 +546,7 @@ def test_a_browser_shows_it_without_a_request_or_a_complaint(
     seen = browse(source, tmp_path)
     assert seen.asked == ["/report.html"]
     assert seen.complaints == []
-    assert np.asarray(seen.picture).std() > 10
+    assert np.asarray(seen.image).std() > 10
     # The same eyes see what this page must not do.
     policy = re.search(r"<meta http-equiv.*?>", source)
     assert policy is not None

@@ -138,12 +138,12 @@ def test_the_parent_holds_the_experiment_the_data_and_the_searchs_own_curve(
         search.trial(number)
     search.finish()
     write(search.folder, uri)
-    client, parent = MlflowClient(uri), by_name(uri)["pictures-20261122"]
+    client, parent = MlflowClient(uri), by_name(uri)["images-20261122"]
     assert parent.info.status == "FINISHED"
     assert parent.data.params["training.epochs"] == "5"
     assert parent.data.params["experiment.seed"] == "7"
     assert all("." in key for key in parent.data.params)
-    assert client.get_experiment(parent.info.experiment_id).name == "pictures"
+    assert client.get_experiment(parent.info.experiment_id).name == "images"
     assert parent.inputs.dataset_inputs[0].dataset.digest == "ab" * 16 + "abab"
     best = client.get_metric_history(parent.info.run_id, "best_validation_accuracy")
     assert [(m.step, m.value) for m in best] == [(1, 0.53), (2, 0.59), (3, 0.59)]
@@ -166,7 +166,7 @@ def test_an_address_is_logged_without_password_and_signature(
     search.trial(1)
     search.finish()
     write(search.folder, uri)
-    parent = by_name(uri)["pictures-20261122"]
+    parent = by_name(uri)["images-20261122"]
     assert parent.data.params["data.source"] == "https://***@example.org/p.zip?X-Amz-Signature=***"
     assert (
         parent.data.params["model.weights"] == "https://***@example.org/w.pth?X-Amz-Signature=***"
@@ -257,12 +257,12 @@ def test_a_resumed_search_shows_its_dead_trial_as_killed(new_search: NewSearch, 
     assert by_name(uri)["t0001"].info.status == "RUNNING"
     write(search.folder, uri, search_is_over=True)
     assert by_name(uri)["t0001"].info.status == "KILLED"
-    assert by_name(uri)["pictures-20261122"].info.status == "KILLED"
+    assert by_name(uri)["images-20261122"].info.status == "KILLED"
     search.append("search_resumed", code={}, machine={})
     search.start(1, attempt=2)
     write(search.folder, uri)
     assert by_name(uri)["t0001"].info.status == "RUNNING"
-    assert by_name(uri)["pictures-20261122"].info.status == "RUNNING"
+    assert by_name(uri)["images-20261122"].info.status == "RUNNING"
 
 
 class Killed(BaseException):
@@ -404,7 +404,7 @@ def test_a_run_that_mlflow_run_did_not_open_for_this_search_stays_as_it_is(
     assert project.run_id in notice
     assert NOT_OURS[spoil] in notice
     parent = client.get_run(writer.parent_run_id)
-    assert (parent.info.run_name, parent.info.status) == ("pictures-20261122", "FINISHED")
+    assert (parent.info.run_name, parent.info.status) == ("images-20261122", "FINISHED")
     assert by_name(uri)["t0001"].data.tags["mlflow.parentRunId"] == parent.info.run_id
 
 
@@ -463,14 +463,14 @@ def test_figures_are_logged_with_the_runs_they_show(new_search: NewSearch, store
     writer = write(search.folder, uri, draw=True)
     held = contents(uri)
     assert held["t0001"]["figures"] == ["figures/curves.png"]
-    assert set(held["pictures-20261122"]["figures"]) == {
+    assert set(held["images-20261122"]["figures"]) == {
         "figures/all_curves.png",
         "figures/best_so_far.png",
         "figures/learning_rate_batch_size.png",
         "figures/learning_rate_batch_size.csv",
         "figures/parallel_coordinates.png",
     }
-    assert "report.html" in held["pictures-20261122"]["artifacts"]
+    assert "report.html" in held["images-20261122"]["artifacts"]
     assert "report.html" not in held["t0001"]["artifacts"]
     page = (search.folder / "report.html").read_text(encoding="utf-8")
     assert page.count("data:image/png") == 4
@@ -486,7 +486,7 @@ def test_numbers_do_not_wait_for_artifacts_that_cannot_be_stored(
     """Everything else is there, the runs say what they lack, and a later writing adds it."""
     search, uri, whole = new_search(), store(), store("whole")
     (tmp_path / "artifacts").touch()  # a file where there should be a folder
-    MlflowClient(uri).create_experiment("pictures", str(tmp_path / "artifacts"))
+    MlflowClient(uri).create_experiment("images", str(tmp_path / "artifacts"))
     search.begin()
     search.trial(1)
     search.trial(2, epochs=1, state="failed", error="loss is NaN")
@@ -518,7 +518,7 @@ def test_artifacts_are_tried_again_when_the_search_ends(
 ) -> None:
     search, uri = new_search(), store()
     (tmp_path / "artifacts").touch()
-    MlflowClient(uri).create_experiment("pictures", str(tmp_path / "artifacts"))
+    MlflowClient(uri).create_experiment("images", str(tmp_path / "artifacts"))
     search.begin()
     search.trial(1)
     with MlflowWriter(search.folder, tracking_uri=uri) as writer:
@@ -529,7 +529,7 @@ def test_artifacts_are_tried_again_when_the_search_ends(
         assert writer.catch_up().complete
     held = contents(uri)
     assert held["t0001"]["figures"] == held["t0002"]["figures"] == ["figures/curves.png"]
-    assert "experiment.yaml" in held["pictures-20261122"]["artifacts"]
+    assert "experiment.yaml" in held["images-20261122"]["artifacts"]
     assert not any("visiontuner.missing_artifacts" in run["tags"] for run in held.values())
 
 
@@ -545,7 +545,7 @@ def test_of_many_trials_the_first_the_best_and_the_long_ones_get_a_figure(
     search.finish()
     write(search.folder, uri, draw=True)
     drawn = {name for name, held in contents(uri).items() if held["figures"]}
-    assert drawn == {"t0001", "t0002", "t0004", "t0006", "pictures-20261122"}
+    assert drawn == {"t0001", "t0002", "t0004", "t0006", "images-20261122"}
 
 
 @pytest.mark.slow
@@ -594,7 +594,7 @@ def test_the_memory_file_names_the_runs_and_no_password(new_search: NewSearch, s
     writer = write(search.folder, uri)
     memory = json.loads((search.folder / MLFLOW_FILE).read_text())
     assert memory["runs"] == {"t0001": by_name(uri)["t0001"].info.run_id} == writer.run_ids
-    assert memory["parent_run_id"] == by_name(uri)["pictures-20261122"].info.run_id
+    assert memory["parent_run_id"] == by_name(uri)["images-20261122"].info.run_id
 
 
 def test_only_one_process_writes_a_search(new_search: NewSearch, store: Any) -> None:
@@ -621,7 +621,7 @@ def test_a_deleted_experiment_is_refused_with_the_way_back(
 ) -> None:
     search, uri = new_search(), store()
     client = MlflowClient(uri)
-    experiment_id = client.create_experiment("pictures")
+    experiment_id = client.create_experiment("images")
     client.delete_experiment(experiment_id)
     search.begin()
     with pytest.raises(TrackingRefused, match="mlflow experiments restore"):

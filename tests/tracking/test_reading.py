@@ -37,7 +37,7 @@ def uri(
 @pytest.fixture
 def search(new_search: Callable[..., Any]) -> Any:
     """Four trials: two good, one failed, one with a finding and still running."""
-    search = new_search("pictures-20261122")
+    search = new_search("images-20261122")
     search.begin()
     search.trial(1)
     search.trial(2, state="stopped_early", reason="asha")
@@ -70,7 +70,7 @@ def comparable(rows: Any) -> list[tuple[Any, ...]]:
 def test_mlflow_and_the_journal_give_the_same_table(search, uri):
     parent = write(search.folder, uri).parent_run_id
     record = SearchRecord.load(search.folder)
-    from_journal = runs_of_record(record, name="pictures-20261122", running=True)
+    from_journal = runs_of_record(record, name="images-20261122", running=True)
     from_mlflow = Reader(uri).runs(parent)
     assert comparable(from_mlflow) == comparable(from_journal)
     states = {run.run: run.state for run in from_mlflow}
@@ -85,10 +85,10 @@ def test_mlflow_and_the_journal_give_the_same_table(search, uri):
 
 def test_a_search_is_found_by_run_experiment_and_name(search, uri):
     parent = write(search.folder, uri).parent_run_id
-    for target in (parent, "pictures", "pictures-20261122"):
+    for target in (parent, "images", "images-20261122"):
         runs = Reader(uri).runs(target)
         assert [run.run for run in runs] == ["t0001", "t0002", "t0003", "t0004"], target
-        assert {run.search for run in runs} == {"pictures-20261122"}
+        assert {run.search for run in runs} == {"images-20261122"}
 
 
 def test_one_trial_alone_keeps_its_objective_and_its_searchs_settings(search, uri):
@@ -149,23 +149,23 @@ def test_what_is_not_there_is_said_in_one_line(search, uri):
     client = MlflowClient(uri)
     with pytest.raises(UserMistake, match=f"has no run {'f' * 32}"):
         Reader(uri).runs("f" * 32)
-    with pytest.raises(UserMistake, match=r"'pictres' is no search folder.*Nearest: pictures"):
+    with pytest.raises(UserMistake, match=r"'pictres' is no search folder.*Nearest: images"):
         Reader(uri).runs("pictres")
     with pytest.raises(UserMistake, match="no search folder"):
         Reader(uri).runs('it\'s "so"; DROP TABLE runs')
-    run = Reader(uri).runs("pictures")[0]
+    run = Reader(uri).runs("images")[0]
     client.delete_run(run.run_id)
-    assert len(Reader(uri).runs("pictures")) == 3
+    assert len(Reader(uri).runs("images")) == 3
     with pytest.raises(TrackingRefused, match=f"mlflow runs restore --run-id {run.run_id}"):
         Reader(uri).runs(run.run_id)
-    client.delete_experiment(client.get_experiment_by_name("pictures").experiment_id)
+    client.delete_experiment(client.get_experiment_by_name("images").experiment_id)
     with pytest.raises(TrackingRefused, match="mlflow experiments restore"):
-        Reader(uri).runs("pictures")
+        Reader(uri).runs("images")
 
 
 def test_reading_makes_no_database(tmp_path):
     with pytest.raises(TrackingRefused, match="no MLflow database"):
-        Reader(f"sqlite:///{tmp_path}/mlflow.db").runs("pictures")
+        Reader(f"sqlite:///{tmp_path}/mlflow.db").runs("images")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -184,7 +184,7 @@ def test_more_runs_than_a_page_are_all_read_once(uri, new_search, monkeypatch):
         search.trial(number, epochs=1)
     write(search.folder, uri)
     monkeypatch.setattr("visiontuner.tracking.reading._PAGE", 3)
-    assert [run.run for run in Reader(uri).runs("pictures")] == [f"t000{n}" for n in range(1, 8)]
+    assert [run.run for run in Reader(uri).runs("images")] == [f"t000{n}" for n in range(1, 8)]
 
 
 @pytest.fixture

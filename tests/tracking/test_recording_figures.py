@@ -31,7 +31,7 @@ def step_record(steps: int = 100) -> StepRecord:
     return StepRecord(
         steps=np.arange(1, steps + 1),
         seconds=np.full((steps, 6), 0.01, np.float32),
-        pictures=np.full(steps, 32),
+        images=np.full(steps, 32),
         startup_seconds=3.0,
         device="cpu",
         workers=2,

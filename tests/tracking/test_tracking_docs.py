@@ -68,7 +68,7 @@ def test_every_metric_of_a_recording_is_described(tmp_path: Path, described: set
     steps = StepRecord(
         steps=np.array([1]),
         seconds=np.ones((1, 6), np.float32),
-        pictures=np.array([8]),
+        images=np.array([8]),
         startup_seconds=1.0,
         device="cpu",
         workers=0,
@@ -112,7 +112,7 @@ def evaluation() -> Evaluation:
     names = ("accuracy", "top5_accuracy", "macro_f1", "nll", "nll_uncalibrated")
     report = {
         "temperature": 1.1,
-        "num_pictures": 10,
+        "num_images": 10,
         "test_set": "d",
         "metrics": dict.fromkeys((*names, "ece", "ece_uncalibrated"), interval),
         "threshold": {"value": 0.5, "precision": interval, "coverage": interval},

@@ -57,7 +57,7 @@ def evaluate(folder: Path, trial_id: str) -> None:
         "classifier_digest": "d",
         "looks": 1,
         "metrics": {"accuracy": {"value": 0.9, "low": 0.85, "high": 0.94}},
-        "num_pictures": 179,
+        "num_images": 179,
     }
     (folder / "evaluation").mkdir()
     (folder / "evaluation" / "report.json").write_text(json.dumps(report))
@@ -91,7 +91,7 @@ def test_the_link_names_the_server_and_no_password(uri: str, server: str) -> Non
 
 def test_the_writer_shares_the_view_and_says_whose_runs_they_are(search: Any, uri: str) -> None:
     runs = write(search.folder, uri)
-    experiment = MlflowClient(uri).get_experiment_by_name("pictures")
+    experiment = MlflowClient(uri).get_experiment_by_name("images")
     view = json.loads(experiment.tags[VIEW_TAG])
     assert view["orderByKey"] == "metrics.`best_validation_accuracy`"
     assert str(link_of(search.folder, uri)) == view_link(uri, experiment.experiment_id)
@@ -103,7 +103,7 @@ def test_the_writer_shares_the_view_and_says_whose_runs_they_are(search: Any, ur
 
 
 def test_a_searchs_run_is_described_with_its_five_best(search: Any, uri: str) -> None:
-    lines = write(search.folder, uri)["pictures-20261122"].data.tags[NOTE].splitlines()
+    lines = write(search.folder, uri)["images-20261122"].data.tags[NOTE].splitlines()
     assert lines[0] == (
         "**Best of 7 trials: t0006**, validation_accuracy **0.6800** in epoch 2: "
         "learning_rate 0.01006, batch_size 32."
@@ -120,8 +120,8 @@ def test_an_evaluation_is_in_the_descriptions_of_search_and_trial(search: Any, u
     evaluate(search.folder, "t0006")
     runs = write(search.folder, uri)
     result = "**Test:** accuracy 0.9000 (95 %: 0.8500 to 0.9400) on 179 images, trial t0006."
-    assert result in runs["pictures-20261122"].data.tags[NOTE]
-    assert "visiontuner promote pictures`" in runs["pictures-20261122"].data.tags[NOTE]
+    assert result in runs["images-20261122"].data.tags[NOTE]
+    assert "visiontuner promote images`" in runs["images-20261122"].data.tags[NOTE]
     assert runs["t0006"].data.tags[NOTE].startswith("validation_accuracy **0.6800** in epoch 2")
     assert result in runs["t0006"].data.tags[NOTE]
     assert runs["t0005"].data.tags[NOTE] == before["t0005"].data.tags[NOTE]
@@ -129,7 +129,7 @@ def test_an_evaluation_is_in_the_descriptions_of_search_and_trial(search: Any, u
 
 def test_a_description_that_a_person_wrote_stays(search: Any, uri: str) -> None:
     client = MlflowClient(uri)
-    mine = {"pictures-20261122": "Ours, for the paper.", "t0006": "Look at this one."}
+    mine = {"images-20261122": "Ours, for the paper.", "t0006": "Look at this one."}
     runs = write(search.folder, uri)
     for name, text in mine.items():
         client.set_tag(runs[name].info.run_id, NOTE, text)
@@ -146,7 +146,7 @@ def test_a_failed_trials_description_says_why(new_search: Any, uri: str) -> None
     search.finish()
     runs = write(search.folder, uri)
     assert "failed.\n\nout of memory" in runs["t0001"].data.tags[NOTE]
-    assert runs["pictures-20261122"].data.tags[NOTE].startswith("1 of 1 trials")
+    assert runs["images-20261122"].data.tags[NOTE].startswith("1 of 1 trials")
 
 
 # In a browser

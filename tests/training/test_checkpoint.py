@@ -307,7 +307,7 @@ def test_the_micro_batch_that_fitted_is_remembered(tmp_path):
     settings = Training(epochs=2, batch_size=8)
     first = start(settings, network=nn.Sequential(Memory(), small_network()))
     assert next(first.epochs()).notes == (
-        "out of memory in training at 8 pictures, going on with 4 at a time",
+        "out of memory in training at 8 images, going on with 4 at a time",
     )
     save_checkpoint(tmp_path, first.state_dict())
     second = start(settings, network=nn.Sequential(Memory(), small_network()))

@@ -85,8 +85,8 @@ def test_a_real_allocation_that_fails_halves_until_it_fits():
     assert pieces.run(50, attempt) == 50
     assert tried == [[50], [25, 25], [10] * 5]  # at most 25, then at most 12
     assert pieces.take_notes() == [
-        "out of memory in training at 50 pictures, going on with 25 at a time",
-        "out of memory in training at 25 pictures, going on with 12 at a time",
+        "out of memory in training at 50 images, going on with 25 at a time",
+        "out of memory in training at 25 images, going on with 12 at a time",
     ]
     assert pieces.take_notes() == []
     assert pieces.run(24, attempt) == 24  # it remembers
@@ -107,11 +107,11 @@ def test_what_an_attempt_held_is_free_before_the_next_one():
     assert MicroBatches(None, where="training").run(8, attempt) == 1000
 
 
-def test_one_picture_that_does_not_fit_fails_the_trial_with_advice():
+def test_one_image_that_does_not_fit_fails_the_trial_with_advice():
     def attempt(_sizes):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    with pytest.raises(TrialFailed, match=r"evaluation with one picture .* model\.image_size"):
+    with pytest.raises(TrialFailed, match=r"evaluation with one image .* model\.image_size"):
         MicroBatches(None, where="evaluation").run(7, attempt)
 
 

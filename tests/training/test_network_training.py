@@ -1,4 +1,4 @@
-"""The training loop on pictures: what it does beyond heads on features."""
+"""The training loop on images: what it does beyond heads on features."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ CLASSES = 3
 CLOCK = ("epoch_seconds", "images_per_second")
 
 
-def pictures(samples: int = 64, *, batch_size: int = 64, seed: int = 0) -> FeatureBatches:
+def image_batches(samples: int = 64, *, batch_size: int = 64, seed: int = 0) -> FeatureBatches:
     """Noise, a little brighter from class to class; any tensor's rows make batches."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(samples) ** 2 % CLASSES  # 0 and 1 only: two of three classes, unevenly
@@ -29,7 +29,7 @@ def pictures(samples: int = 64, *, batch_size: int = 64, seed: int = 0) -> Featu
 
 
 class MixedBatches(FeatureBatches):
-    """The same pictures with shares of two classes for labels."""
+    """The same images with shares of two classes for labels."""
 
     def shuffled(self, generator):
         for inputs, labels in super().shuffled(generator):
@@ -56,7 +56,7 @@ def options(**settings) -> Training:
 
 
 def train(net, batches, settings, *, validation=None, **more):
-    validation = validation or pictures(12, seed=1)
+    validation = validation or image_batches(12, seed=1)
     return list(fit(net, batches, validation, settings, num_classes=CLASSES, seed=3, **more))
 
 
@@ -65,7 +65,7 @@ def losses(net, batches, settings) -> list[float]:
     run = Fit(
         net,
         batches,
-        pictures(12, seed=1),
+        image_batches(12, seed=1),
         settings,
         num_classes=CLASSES,
         seed=3,
@@ -85,7 +85,7 @@ def weights_of(net) -> torch.Tensor:
 @pytest.mark.parametrize("kind", [FeatureBatches, MixedBatches])
 @pytest.mark.parametrize("class_weights", ["none", "balanced"])
 def test_a_batch_of_64_as_4_times_16_is_the_batch_of_64(kind, class_weights):
-    data = pictures(640)
+    data = image_batches(640)
     data = kind(data.features, data.labels, batch_size=64)
     whole, parts = (
         losses(
@@ -108,7 +108,7 @@ def test_a_batch_of_64_as_4_times_16_is_the_batch_of_64(kind, class_weights):
 
 def test_micro_batches_leave_the_metrics_as_they_are():
     whole, parts = (
-        train(network(), pictures(100), options(epochs=2, micro_batch_size=size))[-1]
+        train(network(), image_batches(100), options(epochs=2, micro_batch_size=size))[-1]
         for size in (None, 7)
     )
     assert parts.metrics.train_accuracy == whole.metrics.train_accuracy
@@ -117,7 +117,7 @@ def test_micro_batches_leave_the_metrics_as_they_are():
 
 
 class Memory(nn.Module):
-    """Runs out of it, as torch does on this machine, with more than so many pictures."""
+    """Runs out of it, as torch does on this machine, with more than so many images."""
 
     def __init__(self, *, training: int = 1 << 30, evaluation: int = 1 << 30):
         super().__init__()
@@ -133,35 +133,35 @@ class Memory(nn.Module):
 
 def test_out_of_memory_halves_the_micro_batch_and_repeats_the_step():
     net = nn.Sequential(Memory(training=20), network())
-    first, second = train(net, pictures(128), options(epochs=2))
+    first, second = train(net, image_batches(128), options(epochs=2))
     assert first.notes == (
-        "out of memory in training at 64 pictures, going on with 32 at a time",
-        "out of memory in training at 32 pictures, going on with 16 at a time",
+        "out of memory in training at 64 images, going on with 32 at a time",
+        "out of memory in training at 32 images, going on with 16 at a time",
     )
     assert second.notes == ()
     assert [n for training, n in net[0].seen if training] == [16] * 16
     reference = network()
-    train(reference, pictures(128), options(epochs=2, micro_batch_size=16))
+    train(reference, image_batches(128), options(epochs=2, micro_batch_size=16))
     assert torch.equal(weights_of(net), weights_of(reference))
 
 
 def test_out_of_memory_in_evaluation_halves_its_pieces():
     net = nn.Sequential(Memory(evaluation=5), network())
-    (result,) = train(net, pictures(64), options(), validation=pictures(12, seed=1))
+    (result,) = train(net, image_batches(64), options(), validation=image_batches(12, seed=1))
     assert result.notes == (
-        "out of memory in evaluation at 12 pictures, going on with 6 at a time",
-        "out of memory in evaluation at 6 pictures, going on with 3 at a time",
+        "out of memory in evaluation at 12 images, going on with 6 at a time",
+        "out of memory in evaluation at 6 images, going on with 3 at a time",
     )
     assert [n for training, n in net[0].seen if not training] == [3] * 4
     net[0].limit[False] = 100
-    assert torch.allclose(evaluate(net, pictures(12, seed=1))[0], result.validation_logits)
+    assert torch.allclose(evaluate(net, image_batches(12, seed=1))[0], result.validation_logits)
 
 
 @pytest.mark.parametrize("where", ["training", "evaluation"])
-def test_one_picture_too_large_fails_the_trial(where):
+def test_one_image_too_large_fails_the_trial(where):
     net = nn.Sequential(Memory(**{where: 0}), network())
-    with pytest.raises(TrialFailed, match=f"Out of memory in {where} with one picture at a time;"):
-        train(net, pictures(), options())
+    with pytest.raises(TrialFailed, match=f"Out of memory in {where} with one image at a time;"):
+        train(net, image_batches(), options())
 
 
 def test_out_of_memory_elsewhere_fails_the_trial_with_the_batch_size():
@@ -169,14 +169,14 @@ def test_out_of_memory_elsewhere_fails_the_trial_with_the_batch_size():
         def shuffled(self, generator):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    data = pictures()
+    data = image_batches()
     with pytest.raises(TrialFailed, match="Out of memory at batch size 64"):
         train(network(), Loader(data.features, data.labels, batch_size=64), options())
 
 
 def test_another_error_in_the_network_is_not_taken_for_memory():
     with pytest.raises(RuntimeError, match="Given groups=1"):
-        train(nn.Sequential(nn.Conv2d(5, 2, 1)), pictures(), options())
+        train(nn.Sequential(nn.Conv2d(5, 2, 1)), image_batches(), options())
 
 
 # Batch normalisation
@@ -187,21 +187,21 @@ def sizes_seen(net, samples: int, **settings) -> list[int]:
     net.register_forward_pre_hook(
         lambda module, inputs: sizes.append(len(inputs[0])) if module.training else None
     )
-    train(net, pictures(samples, batch_size=8), options(batch_size=8, **settings))
+    train(net, image_batches(samples, batch_size=8), options(batch_size=8, **settings))
     return sizes
 
 
-def test_a_last_batch_of_one_picture_joins_the_one_before():
+def test_a_last_batch_of_one_image_joins_the_one_before():
     assert sizes_seen(network(norm=True), 33) == [8, 8, 8, 9]
     assert sizes_seen(network(norm=True), 34) == [8, 8, 8, 8, 2]
     assert sizes_seen(network(norm=True), 33, micro_batch_size=4) == [4] * 6 + [3] * 3
 
 
-def test_a_last_batch_of_one_picture_stays_where_nothing_normalises():
+def test_a_last_batch_of_one_image_stays_where_nothing_normalises():
     assert sizes_seen(network(), 33) == [8, 8, 8, 8, 1]
 
 
-def test_frozen_batch_normalisation_takes_one_picture():
+def test_frozen_batch_normalisation_takes_one_image():
     class Frozen(nn.Sequential):
         def train(self, mode=True):
             super().train(mode)
@@ -214,13 +214,13 @@ def test_frozen_batch_normalisation_takes_one_picture():
 
 
 def test_the_schedule_counts_the_steps_that_are_made():
-    # 33 pictures by 8 with the last one joined: 4 steps, so a cosine has 1/4 of its way to go.
+    # 33 images by 8 with the last one joined: 4 steps, so a cosine has 1/4 of its way to go.
     rates = []
     net = network(norm=True)
     run = Fit(
         net,
-        pictures(33, batch_size=8),
-        pictures(12),
+        image_batches(33, batch_size=8),
+        image_batches(12),
         options(batch_size=8, learning_rate=1e-3),
         num_classes=CLASSES,
         seed=0,
@@ -233,9 +233,9 @@ def test_the_schedule_counts_the_steps_that_are_made():
 
 
 @pytest.mark.parametrize("settings", [{"batch_size": 1}, {"batch_size": 8, "micro_batch_size": 1}])
-def test_one_picture_at_a_time_with_batch_normalisation_says_what_to_change(settings):
-    data = pictures(16, batch_size=settings["batch_size"])
-    with pytest.raises(TrialFailed, match=r"one picture at a time; use .*freeze_batch_norm"):
+def test_one_image_at_a_time_with_batch_normalisation_says_what_to_change(settings):
+    data = image_batches(16, batch_size=settings["batch_size"])
+    with pytest.raises(TrialFailed, match=r"one image at a time; use .*freeze_batch_norm"):
         train(network(norm=True), data, options(**settings))
 
 
@@ -247,8 +247,8 @@ def test_averaged_weights_by_hand(decay):
     net, trail = network(norm=True), []
     run = Fit(
         net,
-        pictures(60, batch_size=10),
-        pictures(12, seed=1),
+        image_batches(60, batch_size=10),
+        image_batches(12, seed=1),
         options(batch_size=10, ema_decay=decay, learning_rate=0.05),
         num_classes=CLASSES,
         seed=0,
@@ -271,21 +271,21 @@ def test_what_is_evaluated_is_the_average():
     net = network(norm=True)
     for result in fit(
         net,
-        pictures(60, batch_size=10),
-        pictures(12, seed=1),
+        image_batches(60, batch_size=10),
+        image_batches(12, seed=1),
         options(epochs=2, batch_size=10, ema_decay=0.9, learning_rate=0.1),
         num_classes=CLASSES,
         seed=0,
     ):
-        logits, scores = evaluate(result.network, pictures(12, seed=1))
+        logits, scores = evaluate(result.network, image_batches(12, seed=1))
         assert torch.equal(logits, result.validation_logits)
         assert scores.loss == result.metrics.validation_loss
-        assert not torch.allclose(evaluate(net, pictures(12, seed=1))[0], logits)
+        assert not torch.allclose(evaluate(net, image_batches(12, seed=1))[0], logits)
 
 
 def test_without_averaging_the_result_holds_the_network_itself():
     net = network()
-    (result,) = train(net, pictures(), options())
+    (result,) = train(net, image_batches(), options())
     assert result.network is net
 
 
@@ -293,7 +293,7 @@ def test_without_averaging_the_result_holds_the_network_itself():
 
 
 def test_clipping_by_hand():
-    data = pictures(32, batch_size=32)
+    data = image_batches(32, batch_size=32)
     settings = {"batch_size": 32, "optimizer": "sgd", "momentum": 0, "weight_decay": 0}
     settings |= {"learning_rate": 0.1, "schedule": "constant"}
     free, clipped = network(), network()
@@ -309,8 +309,8 @@ def test_clipping_by_hand():
 
 def test_a_clip_that_is_not_reached_changes_nothing():
     free, clipped = network(), network()
-    train(free, pictures(), options(epochs=3))
-    train(clipped, pictures(), options(epochs=3, gradient_clip=1e6))
+    train(free, image_batches(), options(epochs=3))
+    train(clipped, image_batches(), options(epochs=3, gradient_clip=1e6))
     assert torch.equal(weights_of(free), weights_of(clipped))
 
 
@@ -323,8 +323,8 @@ def test_every_parameter_group_follows_the_schedule_from_its_own_rate():
     ]
     run = Fit(
         net,
-        pictures(128),
-        pictures(12),
+        image_batches(128),
+        image_batches(12),
         options(epochs=2, learning_rate=0.2, warmup_fraction=0.25),
         num_classes=CLASSES,
         seed=0,
@@ -343,24 +343,24 @@ def test_only_what_is_in_a_group_moves():
     net = network()
     before = copy.deepcopy(net)
     net[0].requires_grad_(False)
-    train(net, pictures(), options(), parameter_groups=[{"params": list(net[7].parameters())}])
+    train(net, image_batches(), options(), parameter_groups=[{"params": list(net[7].parameters())}])
     assert torch.equal(net[0].weight, before[0].weight)
     assert not torch.equal(net[7].weight, before[7].weight)
 
 
 def test_nothing_to_train_is_said_before_the_first_epoch():
     with pytest.raises(ExperimentError, match=r"Nothing of this network is trained; set model"):
-        train(network().requires_grad_(False), pictures(), options())
+        train(network().requires_grad_(False), image_batches(), options())
 
 
 def test_bf16_is_for_training_and_evaluation_stays_in_float32():
     net, seen = network(), []
     net[0].register_forward_hook(lambda _m, _i, out: seen.append((net.training, out.dtype)))
-    (result,) = train(net, pictures(), options(precision="bf16"))
+    (result,) = train(net, image_batches(), options(precision="bf16"))
     assert seen == [(True, torch.bfloat16), (False, torch.float32)]
     assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert result.validation_logits.dtype == torch.float32
-    plain = train(network(), pictures(), options())[0]
+    plain = train(network(), image_batches(), options())[0]
     assert result.metrics.train_loss == pytest.approx(plain.metrics.train_loss, rel=0.02)
     assert result.metrics.train_loss != plain.metrics.train_loss
 
@@ -371,7 +371,7 @@ def test_evaluation_keeps_all_bits_of_float32_where_a_gpu_would_round():
     net[0].register_forward_hook(
         lambda *_: seen.append((net.training, torch.backends.cudnn.allow_tf32))
     )
-    train(net, pictures(), options())
+    train(net, image_batches(), options())
     assert seen == [(True, before), (False, False)]
     assert torch.backends.cudnn.allow_tf32 == before
 
@@ -386,7 +386,7 @@ def test_bf16_leaves_a_head_on_features_alone():
     assert torch.equal(heads[0].weight, heads[1].weight)
 
 
-def test_pictures_go_through_the_network_channels_last():
+def test_images_go_through_the_network_channels_last():
     net, formats = network(), []
     net[0].register_forward_pre_hook(
         lambda module, inputs: formats.append(
@@ -396,7 +396,7 @@ def test_pictures_go_through_the_network_channels_last():
             )
         )
     )
-    train(net, pictures(), options())
+    train(net, image_batches(), options())
     assert formats == [True, True]
 
 
@@ -426,7 +426,7 @@ def test_mixed_labels_with_class_weights_by_hand():
 
 
 def test_accuracy_on_mixed_labels_is_against_the_larger_share():
-    data = pictures(64)
+    data = image_batches(64)
     mixed = MixedBatches(data.features, data.labels, batch_size=64)
     # The same rate of nothing for both: the first step's accuracy is that of the same network.
     plain, soft = (train(network(), d, options(learning_rate=1e-12))[0] for d in (data, mixed))
@@ -442,8 +442,8 @@ def test_on_step_is_told_every_step():
     done = []
     run = Fit(
         network(),
-        pictures(150),
-        pictures(12),
+        image_batches(150),
+        image_batches(12),
         options(epochs=2, log_every_steps=1),
         num_classes=CLASSES,
         seed=0,
@@ -462,8 +462,8 @@ def test_random_numbers_drawn_between_epochs_change_nothing():
         rows = []
         for result in fit(
             network(dropout=0.5),
-            pictures(),
-            pictures(12, seed=1),
+            image_batches(),
+            image_batches(12, seed=1),
             options(epochs=3, batch_size=16),
             num_classes=CLASSES,
             seed=5,
@@ -477,5 +477,5 @@ def test_random_numbers_drawn_between_epochs_change_nothing():
 
 
 def test_a_batch_larger_than_the_data_set_is_the_data_set():
-    (result,) = train(network(norm=True), pictures(10), options(batch_size=500))
+    (result,) = train(network(norm=True), image_batches(10), options(batch_size=500))
     assert math.isfinite(result.metrics.train_loss)

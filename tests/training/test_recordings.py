@@ -32,7 +32,7 @@ def recording() -> Recording:
         steps=StepRecord(
             steps=np.array([1, 2, 3]),
             seconds=rng.random((3, 6)).astype(np.float32),
-            pictures=np.array([8, 8, 4]),
+            images=np.array([8, 8, 4]),
             startup_seconds=1.5,
             device="cpu",
             workers=2,

@@ -1,4 +1,4 @@
-"""What SageMaker's endpoints and jobs need of an account: role, bucket, price, image."""
+"""What SageMaker's endpoints and jobs need of an account: role, bucket, price, container image."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ _DOCKER_TYPES = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Image:
+class ContainerImage:
     """A container image in ECR; `platform` is None where it could not be looked up.
 
     `media_type` is of its manifest.
@@ -205,7 +205,7 @@ def registry(aws: Aws) -> str:
     return f"{aws.account}.dkr.ecr.{aws.region}.{domain}"
 
 
-def look_up_image(aws: Aws, url: str, *, runs: str, advice: str) -> Image:
+def look_up_container_image(aws: Aws, url: str, *, runs: str, advice: str) -> ContainerImage:
     """What ECR says of an image.
 
     Args:
@@ -218,18 +218,20 @@ def look_up_image(aws: Aws, url: str, *, runs: str, advice: str) -> Image:
     """
     match = _IMAGE.fullmatch(url)
     if match is None:
-        raise UserMistake(f"{url!r} is no image in ECR; SageMaker takes {registry(aws)}/NAME:TAG.")
+        raise UserMistake(
+            f"{url!r} is no container image in ECR; SageMaker takes {registry(aws)}/NAME:TAG."
+        )
     if match["region"] != aws.region:
         raise UserMistake(
-            f"The image is in {match['region']} and {runs} would be in {aws.region}: push it "
-            "there, or choose the image's with --region."
+            f"The container image is in {match['region']} and {runs} would be in {aws.region}: "
+            "push it there, or choose the image's with --region."
         )
     where = {"registryId": match["account"], "repositoryName": match["repository"]}
     found = _find(aws, match, where)
     if found is None:
-        raise UserMistake(f"There is no image {url}. {advice}")
+        raise UserMistake(f"There is no container image {url}. {advice}")
     manifest = json.loads(found["imageManifest"])
-    return Image(
+    return ContainerImage(
         url=url,
         digest=found["imageId"]["imageDigest"],
         platform=_platform(aws, where, manifest),

@@ -13,7 +13,7 @@ Beside it, in the folder where it is started, lie `experiment.yaml` and `job.jso
     checkpoints   /opt/ml/checkpoints: what SageMaker keeps on S3, for the next job on this search
     token         a random value, the same on every host and made for this job alone
     tracking_uri  where MLflow is, or null: the journal travels instead
-    data_channel  the channel that holds the pictures, or null: the experiment's own source
+    data_channel  the channel that holds the images, or null: the experiment's own source
 
 Standard library only: it runs before anything else is known to work.
 """
@@ -40,7 +40,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from visiontuner.aws.rendezvous import Gathering, Meeting, MeetingError, Outcome
+from visiontuner.aws.rendezvous import Gathering, Outcome, Rendezvous, RendezvousError
 
 # A program that a host runs: its last lines kept, and all of it gone at the end.
 
@@ -117,7 +117,7 @@ def last_line(lines: Sequence[str] | deque[str]) -> str:
 
 
 RAY_PORT = 6379
-MEETING_PORT = 6380
+RENDEZVOUS_PORT = 6380
 JOIN_SECONDS = 900.0
 """Hosts install their requirements at their own pace; then one that is missing stays away."""
 INTERRUPTED = 130
@@ -172,7 +172,7 @@ class Job:
         """From the files that SageMaker and the submitter wrote.
 
         Raises:
-            MeetingError: one is missing, or a value in it.
+            RendezvousError: one is missing, or a value in it.
         """
         resources = _read_json(base / "input/config/resourceconfig.json")
         job = _read_json(code / "job.json")
@@ -191,7 +191,7 @@ class Job:
                 code=code,
             )
         except (KeyError, TypeError) as error:
-            raise MeetingError(
+            raise RendezvousError(
                 f"job.json or resourceconfig.json lacks {error}. Submit the job again with "
                 "`visiontuner tune --on sagemaker`."
             ) from None
@@ -215,7 +215,7 @@ def main() -> int:
         shutil.rmtree(job.work, ignore_errors=True)
         with _terminations() as terminated:
             outcome = (lead if job.host == job.head else follow)(job, terminated)
-    except MeetingError as error:
+    except RendezvousError as error:
         outcome = Outcome(1, str(error))
     _say_outcome(outcome, base)
     return outcome.code
@@ -227,7 +227,7 @@ def lead(job: Job, terminated: threading.Event) -> Outcome:
     _say(f"{job.host} is the head of {len(job.hosts)} host(s).")
     arguments = ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
     with (
-        Gathering(job.hosts[1:], (address, MEETING_PORT), job.key("meeting")) as gathering,
+        Gathering(job.hosts[1:], (address, RENDEZVOUS_PORT), job.key("rendezvous")) as gathering,
         _ray(job, address, arguments) as ray,
     ):
         outcome = Outcome(1, f"{job.host} ended before the search began.")
@@ -237,7 +237,7 @@ def lead(job: Job, terminated: threading.Event) -> Outcome:
             gathering.wait(JOIN_SECONDS, terminated)
             _say(f"All {len(job.hosts)} hosts are there.")
             outcome = _search(job, f"{address}:{RAY_PORT}", terminated)
-        except MeetingError as error:
+        except RendezvousError as error:
             outcome = Outcome(INTERRUPTED if terminated.is_set() else 1, str(error))
         finally:
             gathering.tell(outcome)
@@ -250,18 +250,18 @@ def follow(job: Job, terminated: threading.Event) -> Outcome:
     A SIGTERM changes nothing at first: the head got one too, and its search ends in order sooner
     if its trials here do.
     """
-    with Meeting(
-        job.host, (job.head, MEETING_PORT), job.key("meeting"), JOIN_SECONDS, terminated
-    ) as meeting:
+    with Rendezvous(
+        job.host, (job.head, RENDEZVOUS_PORT), job.key("rendezvous"), JOIN_SECONDS, terminated
+    ) as rendezvous:
         try:
             check_gpus(job)
-            with _ray(job, meeting.own_address, [f"--address={job.head}:{RAY_PORT}"]) as ray:
+            with _ray(job, rendezvous.own_address, [f"--address={job.head}:{RAY_PORT}"]) as ray:
                 _wait_until_up(ray, job, terminated)
-                meeting.joined()
+                rendezvous.joined()
                 _say(f"{job.host} has joined {job.head}.")
-                return meeting.wait_for_outcome(lambda: ray.ended)
-        except MeetingError as error:
-            meeting.failed(str(error))
+                return rendezvous.wait_for_outcome(lambda: ray.ended)
+        except RendezvousError as error:
+            rendezvous.failed(str(error))
             raise
 
 
@@ -269,7 +269,7 @@ def check_gpus(job: Job) -> None:
     """Ray would count this host's GPUs, and a torch that cannot use them train on the CPU.
 
     Raises:
-        MeetingError: the host has GPUs that its torch cannot use.
+        RendezvousError: the host has GPUs that its torch cannot use.
     """
     count = os.environ.get("SM_NUM_GPUS") or "0"  # by SageMaker's start script, from nvidia-smi
     if count == "0":
@@ -277,7 +277,7 @@ def check_gpus(job: Job) -> None:
     code = "import torch; torch.cuda.init()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise MeetingError(
+        raise RendezvousError(
             f"{job.host} has {count} GPU(s) that the image's torch cannot use: "
             f"{last_line(done.stderr.splitlines()).rstrip('.')}. Name an --image whose torch is "
             "built for GPUs, or an --instance-type without them."
@@ -367,7 +367,7 @@ class Checkpoints:
         """Take over what an earlier job left.
 
         Raises:
-            MeetingError: it cannot be copied: the disk is full, say.
+            RendezvousError: it cannot be copied: the disk is full, say.
         """
         ignored = shutil.ignore_patterns(*_UNFINISHED, *_MARKERS)
         try:
@@ -375,9 +375,11 @@ class Checkpoints:
                 if (self._kept / part).is_dir():
                     shutil.copytree(self._kept / part, self._work / part, ignore=ignored)
         except shutil.Error as error:  # of several files
-            raise MeetingError(f"The checkpoints cannot be copied: {error.args[0][0][2]}") from None
+            raise RendezvousError(
+                f"The checkpoints cannot be copied: {error.args[0][0][2]}"
+            ) from None
         except OSError as error:
-            raise MeetingError(f"The checkpoints cannot be copied: {error}") from None
+            raise RendezvousError(f"The checkpoints cannot be copied: {error}") from None
         self._stamps = self._find()
 
     def update(self) -> None:
@@ -445,9 +447,9 @@ def _wait_until_up(ray: Child, job: Job, terminated: threading.Event) -> None:
     deadline = time.monotonic() + JOIN_SECONDS
     while not any(_RAY_IS_UP in line for line in ray.tail):
         if terminated.wait(0.1):
-            raise MeetingError(f"{job.host} was stopped while Ray started.")
+            raise RendezvousError(f"{job.host} was stopped while Ray started.")
         if ray.ended or time.monotonic() > deadline:
-            raise MeetingError(f"Ray does not start on {job.host}: {last_line(ray.tail)}")
+            raise RendezvousError(f"Ray does not start on {job.host}: {last_line(ray.tail)}")
 
 
 @contextmanager
@@ -486,7 +488,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise MeetingError(f"Cannot read {path}: {error}") from None
+        raise RendezvousError(f"Cannot read {path}: {error}") from None
 
 
 if __name__ == "__main__":

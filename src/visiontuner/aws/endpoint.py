@@ -24,8 +24,8 @@ from visiontuner import interrupts
 from visiontuner.aws.account import (
     OCI_TYPES,
     PLATFORM,
-    Image,
-    look_up_image,
+    ContainerImage,
+    look_up_container_image,
     make_bucket,
     registry,
 )
@@ -42,17 +42,17 @@ from visiontuner.text import next_command, one_line
 
 _LINES, _LENGTH = 5, 300
 # The first that is found in the reason or the log.
-_MEANINGS = {
-    "exec format error": "the image is for another processor; build it for linux/amd64",
-    "No module named": "the image lacks one of the model's requirements; bake them in, or leave "
-    "MLFLOW_DISABLE_ENV_CREATION out of its environment",
+_CAUSES = {
+    "exec format error": "the container image is for another processor; build it for linux/amd64",
+    "No module named": "the container image lacks one of the model's requirements; bake them in, "
+    "or leave MLFLOW_DISABLE_ENV_CREATION out of its environment",
     "No space left": "the instance's disk is full; choose a larger one",
     "MemoryError": "it needs more memory; `visiontuner preflight MODEL` recommends an instance",
     "Could not access model data": "the execution role may not read the bucket (docs/aws.md)",
     "is damaged": "the model's files are damaged; `visiontuner preflight MODEL` shows it here",
     "ping health check": "the server did not start in time; installing requirements at the start "
-    "takes long, so bake them into the image, and `visiontuner preflight MODEL` shows whether the "
-    "model can be served",
+    "takes long, so bake them into the container image, and `visiontuner preflight MODEL` shows "
+    "whether the model can be served",
 }
 
 
@@ -65,7 +65,7 @@ def explain_failure(aws: Aws, name: str, described: Mapping[str, Any], what: str
     """
     reason = " ".join(str(described.get("FailureReason") or "").split())
     log = _last_lines(aws, name)
-    meaning = next((said for sign, said in _MEANINGS.items() if sign in f"{reason} {log}"), None)
+    meaning = next((said for sign, said in _CAUSES.items() if sign in f"{reason} {log}"), None)
     parts = [f"{what}{': ' + reason.rstrip('.') if reason else ''}."]
     parts += [f"Its log ends with: {log.rstrip('.')}."] if log else []
     parts += [f"Usually {meaning}."] if meaning else []
@@ -111,7 +111,7 @@ def instance_types(aws: Aws) -> list[str]:
     return list(model.shape_for("ProductionVariantInstanceType").enum)
 
 
-def find_image(aws: Aws, wanted: str | None) -> Image:
+def find_container_image(aws: Aws, wanted: str | None) -> ContainerImage:
     """The serving image, known to be in ECR and fit for SageMaker.
 
     Args:
@@ -124,24 +124,24 @@ def find_image(aws: Aws, wanted: str | None) -> Image:
     """
 
     url = wanted or os.environ.get(IMAGE_VARIABLE)
-    image = look_up_image(
+    container_image = look_up_container_image(
         aws,
         url or f"{registry(aws)}/{DEFAULT_REPOSITORY}:{mlflow.version.VERSION}",
         runs="the endpoint",
         advice="Push one with `mlflow sagemaker build-and-push-container`, or name another with "
         "--image.",
     )
-    if image.media_type in OCI_TYPES:
+    if container_image.media_type in OCI_TYPES:
         raise UserMistake(
-            f"SageMaker refuses images of type {image.media_type}, which newer Docker builds make. "
-            f"Build it with `{_REBUILD}` and push it again."
+            f"SageMaker refuses container images of type {container_image.media_type}, which newer "
+            f"Docker builds make. Build it with `{_REBUILD}` and push it again."
         )
-    if image.platform not in (None, PLATFORM):
+    if container_image.platform not in (None, PLATFORM):
         raise UserMistake(
-            f"The image is for {image.platform}, and this endpoint's instances are {PLATFORM}. "
-            f"Build it with `{_REBUILD}`."
+            f"The container image is for {container_image.platform}, and this endpoint's instances "
+            f"are {PLATFORM}. Build it with `{_REBUILD}`."
         )
-    return image
+    return container_image
 
 
 # What is going to be deployed, as MLflow's Python client and its command line take it.
@@ -193,7 +193,7 @@ class DeploymentPlan:
     account: str
     caller: str
     role: str
-    image: Image
+    container_image: ContainerImage
     bucket: str
     bucket_exists: bool = True
     variant: str = DEFAULT_VARIANT
@@ -232,7 +232,7 @@ class DeploymentPlan:
         """MLflow's `-C` values; MLflow reads the same texts from Python."""
         config = {
             "execution_role_arn": self.role,
-            "image_url": self.image.url,
+            "image_url": self.container_image.url,
             "timeout_seconds": str(self.timeout_seconds),
             "tags": json.dumps(dict(self.tags)),
             "bucket": self.bucket,
@@ -264,14 +264,15 @@ class DeploymentPlan:
 
     def lines(self) -> list[str]:
         """What is going to happen, for a person."""
-        platform = self.image.platform or "its processor could not be looked up"
+        platform = self.container_image.platform or "its processor could not be looked up"
         made = "" if self.bucket_exists else " (is made)"
         lines = [
             f"endpoint   {self.name} in {self.region}, account {self.account}, as {self.caller}",
             f"model      {self.model_uri}{self._newer()}",
             f"runs on    {self._machine()}; {self.cost()}",
             f"role       {self.role}",
-            f"image      {self.image.url} ({self.image.digest[:19]}…, {platform})",
+            f"container  {self.container_image.url} ({self.container_image.digest[:19]}…, "
+            f"{platform})",
             f"upload to  s3://{self.bucket}{made}",
         ]
         if CAPTURE in self.more:
@@ -708,7 +709,7 @@ def roll_back(aws: Aws, name: str, old_config: str, timeout_seconds: float, note
 
 
 def check_answers(aws: Aws, name: str, reference: Reference) -> None:
-    """Ask an endpoint its model's reference pictures.
+    """Ask an endpoint its model's reference images.
 
     Raises:
         ServingError: it does not answer, or differently from the artifact.
@@ -717,15 +718,15 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
     ask, options = transport.ask, reference.options()
     try:
         # One by one: together they may exceed a request.
-        answers = [patiently(partial(ask, [one], options))[0] for one in reference.pictures]
+        answers = [patiently(partial(ask, [one], options))[0] for one in reference.images]
     except Refused as error:
-        raise ServingError(f"The endpoint refuses the model's own pictures: {error}") from None
+        raise ServingError(f"The endpoint refuses the model's own images: {error}") from None
     difference = reference.difference([answer.top_k or [] for answer in answers])
     if not difference <= TOLERANCE:  # NaN too
         raise ServingError(
-            f"Endpoint {name!r} answers the model's own pictures differently (by "
+            f"Endpoint {name!r} answers the model's own images differently (by "
             f"{difference:.1e}). "
-            "`visiontuner preflight MODEL` shows whether the model or the image is to blame."
+            "`visiontuner preflight MODEL` shows whether the model or the container is to blame."
         )
 
 
@@ -762,7 +763,7 @@ class Running:
 
     variant: str
     role: str
-    image: str
+    container_image: str
     bucket: str | None
     instance_type: str | None
     instances: int
@@ -804,7 +805,7 @@ def find_running(aws: Aws, name: str) -> Running:
     return Running(
         variant=variant["VariantName"],
         role=model["ExecutionRoleArn"],
-        image=container["Image"],
+        container_image=container["Image"],
         bucket=_bucket(container.get("ModelDataUrl") or ""),
         instance_type=variant.get("InstanceType"),
         instances=max(1, now.get("DesiredInstanceCount") or now.get("CurrentInstanceCount") or 1),
@@ -1019,7 +1020,7 @@ def _tell_of_others(others: Parts, note: Note) -> None:
 #
 # MLflow's client makes and starts everything, so that its own command gives the same endpoint.
 # What it lacks is added: waiting with progress, the reason of a failure, asking the reference
-# pictures, and taking away what a failed or interrupted attempt made.
+# images, and taking away what a failed or interrupted attempt made.
 
 
 def create(

@@ -142,8 +142,8 @@ _ADVICE = {
     "or try later.",
     "No space left": "A disk was full: ask for a larger one with --volume or, where a machine has "
     "its own (ml.g5 say), for a larger --instance-type.",
-    "No matching distribution": "The image's Python has no such version: name another --image.",
-    "could not be installed": "The image's Python has no such version: name another --image.",
+    "No matching distribution": "The container's Python has no such version: name another --image.",
+    "could not be installed": "The container's Python has no such version: name another --image.",
 }
 _TIME = len("20261122224611")
 _SHOWN = 50  # jobs of a list: describing one is a request
@@ -158,7 +158,7 @@ class Job:
         reason: why it failed, in SageMaker's words.
         seconds: how long its machines have been running, which is what is paid for.
         cost: US dollars so far; None where the price is not known.
-        image: the URL of what its machines run.
+        container_image: the URL of what its machines run.
         disk_gb: of each machine.
         max_run_seconds: when SageMaker ends it; `max_wait_seconds` the same of a spot job with all
             its waiting for machines.
@@ -176,7 +176,7 @@ class Job:
     instance_type: str
     instances: int
     spot: bool
-    image: str
+    container_image: str
     disk_gb: int
     seconds: float
     price: Price
@@ -333,7 +333,7 @@ def _job(aws: Aws, told: dict[str, Any]) -> Job:
         instance_type=str(resources.get("InstanceType") or ""),
         instances=instances,
         spot=bool(told.get("EnableManagedSpotTraining")),
-        image=str((told.get("AlgorithmSpecification") or {}).get("TrainingImage") or ""),
+        container_image=str((told.get("AlgorithmSpecification") or {}).get("TrainingImage") or ""),
         disk_gb=int(resources.get("VolumeSizeInGB") or 0),
         seconds=paid_seconds(told, now=datetime.now(UTC)),
         price=Price(per_hour=float(price) if price else None, instances=instances),
@@ -695,7 +695,7 @@ def _plain(value: str) -> str:
 
 # What the SDK's start script leaves as the reason, for requirements that do not install say; and
 # what SageMaker makes of an exit code alone, after a disk too full for a reason.
-_SAYS_NOTHING = re.compile(r"Training Execution failed|^AlgorithmError:\s*,")
+_UNSPECIFIC_REASON = re.compile(r"Training Execution failed|^AlgorithmError:\s*,")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -816,7 +816,7 @@ def why_ended(aws: Aws, job: Job) -> str:
             "MaxWaitTimeExceeded: AWS did not have enough spot machines for it within "
             f"{_hours(job.max_wait_seconds)}."
         )
-    if _SAYS_NOTHING.search(job.reason):
+    if _UNSPECIFIC_REASON.search(job.reason):
         return last_error(aws, job.name) or job.reason
     return job.reason
 

@@ -29,7 +29,7 @@ _RETRY_SECONDS = 0.5
 _LONGEST_LINE = 65536
 
 
-class MeetingError(Exception):
+class RendezvousError(Exception):
     """The hosts do not come together; the message says which and why."""
 
 
@@ -75,17 +75,17 @@ class Gathering:
         """Return when all workers have joined.
 
         Raises:
-            MeetingError: one failed, or did not join in time, or we are told to end.
+            RendezvousError: one failed, or did not join in time, or we are told to end.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
             while missing := sorted(self._workers - self._joined.keys()):
                 if self._failed:
-                    raise MeetingError("; ".join(self._failed.values()))
+                    raise RendezvousError("; ".join(self._failed.values()))
                 if terminated.is_set():
-                    raise MeetingError("The job was stopped before all its hosts were there.")
+                    raise RendezvousError("The job was stopped before all its hosts were there.")
                 if time.monotonic() > deadline:
-                    raise MeetingError(
+                    raise RendezvousError(
                         f"{', '.join(missing)} did not join within {seconds:.0f} s. Their logs "
                         "say how far they came; submit the job again to go on."
                     )
@@ -140,11 +140,11 @@ class Gathering:
         return host
 
 
-class Meeting:
+class Rendezvous:
     """A worker's side: connected to the head when the context is entered.
 
     Raises:
-        MeetingError: the head did not come up in time, or does not take us.
+        RendezvousError: the head did not come up in time, or does not take us.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Meeting:
         self._host, self._head, self._key = host, head, key
         self._seconds, self._terminated = seconds, terminated
 
-    def __enter__(self) -> Meeting:
+    def __enter__(self) -> Rendezvous:
         self._line = self._connect()
         return self
 
@@ -174,14 +174,14 @@ class Meeting:
         self._send({"joined": True})
 
     def failed(self, reason: str) -> None:
-        with suppress(MeetingError):
+        with suppress(RendezvousError):
             self._send({"failed": reason})
 
     def wait_for_outcome(self, ray_ended: Callable[[], bool]) -> Outcome:
         """What the head says at the end; meanwhile our Ray must stay up.
 
         Raises:
-            MeetingError: the head has gone without a word, or Ray ended here.
+            RendezvousError: the head has gone without a word, or Ray ended here.
         """
         self._line.connection.settimeout(1.0)
         while True:
@@ -190,9 +190,9 @@ class Meeting:
                 return Outcome(int(told["code"]), str(told["reason"]))
             except TimeoutError:
                 if ray_ended():
-                    raise MeetingError(f"Ray ended on {self._host}.") from None
+                    raise RendezvousError(f"Ray ended on {self._host}.") from None
             except (OSError, ValueError, KeyError):
-                raise MeetingError(f"The head, {self._head[0]}, ended without a word.") from None
+                raise RendezvousError(f"The head, {self._head[0]}, ended without a word.") from None
 
     def _connect(self) -> _Line:
         deadline = time.monotonic() + self._seconds
@@ -201,12 +201,12 @@ class Meeting:
                 return self._introduce(_Line(socket.create_connection(self._head, timeout=30)))
             except (OSError, ValueError, KeyError) as error:  # not there yet, or not known by name
                 if time.monotonic() > deadline:
-                    raise MeetingError(
+                    raise RendezvousError(
                         f"{self._host} cannot reach the head, {self._head[0]}, in "
                         f"{self._seconds:.0f} s: {error}"
                     ) from None
             if self._terminated.wait(_RETRY_SECONDS):
-                raise MeetingError(f"{self._host} was stopped before it met the head.")
+                raise RendezvousError(f"{self._host} was stopped before it met the head.")
 
     def _introduce(self, line: _Line) -> _Line:
         try:
@@ -223,7 +223,7 @@ class Meeting:
         try:
             self._line.send(message)
         except OSError:
-            raise MeetingError(f"The head, {self._head[0]}, ended without a word.") from None
+            raise RendezvousError(f"The head, {self._head[0]}, ended without a word.") from None
 
 
 class _Line:

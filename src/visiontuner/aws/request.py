@@ -29,7 +29,7 @@ from packaging.version import Version
 
 import visiontuner
 from visiontuner import NO_TELEMETRY
-from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_image
+from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_container_image
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import JobFailed, ServingError, UserMistake
 from visiontuner.experiment.schema import Experiment
@@ -135,7 +135,7 @@ def dollars(amount: float | None) -> str:
 # `exec`: SIGTERM goes to a container's first process, and bash, which that is, passes nothing on.
 COMMAND = "exec python -m visiontuner.aws.container"
 CHECKPOINTS = "/opt/ml/checkpoints"
-CHANNEL = "pictures"
+CHANNEL = "images"
 CHANNEL_FOLDER = f"/opt/ml/input/data/{CHANNEL}"
 
 # The image brings its own torch, built for its GPUs: it is neither listed nor looked behind.
@@ -166,7 +166,7 @@ class JobFile:
     Attributes:
         checkpoints: the folder that SageMaker keeps on S3.
         tracking_uri: an MLflow that the job can reach; None: the journal travels instead.
-        data_channel: a channel to read the pictures from instead of the experiment's source; None:
+        data_channel: a channel to read the images from instead of the experiment's source; None:
             the source is as it says, or `VISIONTUNER_CHANNEL` says where it lies.
         token: random, the same on every host and made for this job alone.
     """
@@ -353,8 +353,8 @@ _GB = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pictures:
-    """Pictures on S3 as a job gets them.
+class S3Images:
+    """Images on S3 as a job gets them.
 
     Attributes:
         uri: a folder, with a slash at its end, or an archive.
@@ -384,10 +384,10 @@ class JobPlan:
 
     Attributes:
         search: names the search's folder in the bucket.
-        experiment: with its pictures on S3, if they have to be.
+        experiment: with its images on S3, if they have to be.
         tracking_uri: an MLflow that the job can reach; None: the journal travels.
         tracking: the same in words.
-        disk_gb: of each host; by the size of the pictures if None.
+        disk_gb: of each host; by the size of the images if None.
         resumed: the job whose checkpoints this one goes on with.
 
     Raises:
@@ -402,14 +402,14 @@ class JobPlan:
     role: str
     bucket: str
     bucket_exists: bool
-    image: str
+    container_image: str
     instance_type: str
     instances: int
     max_run_seconds: int
     price: Price
     tracking_uri: str | None
     tracking: str
-    pictures: Pictures | None = None
+    images: S3Images | None = None
     disk_gb: int | None = None
     spot: bool = False
     warm_pool_seconds: int = 0
@@ -450,7 +450,7 @@ class JobPlan:
 
     @property
     def volume_gb(self) -> int | None:
-        """Of each host: the pictures, unpacked if they are an archive, and room for the rest.
+        """Of each host: the images, unpacked if they are an archive, and room for the rest.
 
         None: the machine's own disk, whatever its size.
         """
@@ -458,12 +458,12 @@ class JobPlan:
             return None
         if self.disk_gb is not None:
             return self.disk_gb
-        size = self.pictures.size if self.pictures else 0
+        size = self.images.size if self.images else 0
         return 50 + round((1 if self._is_folder else 3) * size / _GB)
 
     @property
     def _is_folder(self) -> bool:
-        return self.pictures is None or self.pictures.uri.endswith("/")
+        return self.images is None or self.images.uri.endswith("/")
 
     @property
     def max_wait_seconds(self) -> int | None:
@@ -483,8 +483,8 @@ class JobPlan:
             "PIP_ROOT_USER_ACTION": "ignore",
             "PYTHONUNBUFFERED": "1",
         }
-        if self.pictures is not None:
-            variables["VISIONTUNER_CHANNEL"] = f"{self.pictures.uri}={self.pictures.folder}"
+        if self.images is not None:
+            variables["VISIONTUNER_CHANNEL"] = f"{self.images.uri}={self.images.folder}"
         return variables
 
     @property
@@ -511,11 +511,11 @@ class JobPlan:
             f"job        {self.base_name}-… in {self.region}, account {self.account}, "
             f"as {self.caller}",
             f"search     {self._describe_search()}",
-            f"pictures   {self._describe_pictures()}",
+            f"images     {self._describe_images()}",
             f"runs on    {machines}; at most {words_for(self.max_run_seconds)}",
             f"cost       {self._describe_cost()}",
             f"tracking   {self.tracking}",
-            f"image      {self._describe_image()}",
+            f"container  {self._describe_image()}",
             f"role       {self.role}",
             f"keeps      {self.root}{made}",
         ]
@@ -537,22 +537,22 @@ class JobPlan:
         described = f"{self.search}: {search.trials} trials ({search.algorithm})"
         return described + (f", goes on after {self.resumed}" if self.resumed else "")
 
-    def _describe_pictures(self) -> str:
-        if self.pictures is None:
+    def _describe_images(self) -> str:
+        if self.images is None:
             return self.experiment.data.source
-        size = f" ({self.pictures.size / 1e6:,.0f} MB)" if self.pictures.size else ""
-        origin = f", uploaded from {self.pictures.upload}" if self.pictures.upload else ""
-        count = self.pictures.others
+        size = f" ({self.images.size / 1e6:,.0f} MB)" if self.images.size else ""
+        origin = f", uploaded from {self.images.upload}" if self.images.upload else ""
+        count = self.images.others
         lie = "1 other file lies" if count == 1 else f"{count:,} other files lie"
         others = f"; {lie} there already, for the job as well" if count else ""
-        return f"{self.pictures.uri}{size}{origin}{others}"
+        return f"{self.images.uri}{size}{origin}{others}"
 
     def _describe_image(self) -> str:
-        version = awss_version(self.image)
+        version = awss_version(self.container_image)
         if version is None or version in torch_range():
-            return self.image
+            return self.container_image
         tested = f"visiontuner is tested with {torch_range()}"
-        return f"{self.image} (PyTorch {version}; {tested})"
+        return f"{self.container_image} (PyTorch {version}; {tested})"
 
     def _describe_disk(self) -> str:
         if self.has_own_disk:
@@ -674,7 +674,7 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
         return None
 
 
-# What a job needs beside an account's role and bucket: image, quota, pictures on S3.
+# What a job needs beside an account's role and bucket: container image, quota, images on S3.
 
 
 _OLDEST_PYTHON = 11  # 3.11
@@ -689,7 +689,7 @@ _ARM = re.compile(r"-gb\d")  # NVIDIA's Grace processors
 _QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
 
 
-def find_image(
+def find_container_image(
     aws: Aws, wanted: str | None, instance_type: str, *, version: str | None = None
 ) -> str:
     """AWS's PyTorch training image for a region and a kind of machine, as the SDK knows it.
@@ -703,7 +703,7 @@ def find_image(
             another processor.
     """
     if wanted:
-        _check_image(aws, wanted, instance_type)
+        _check_container_image(aws, wanted, instance_type)
         return wanted
     from sagemaker.core import image_uris
 
@@ -717,7 +717,7 @@ def find_image(
             }
             exact = _exact_version(list(lines), version)
             python = _newest_python(exact) if lines[exact] == _OLDER_LINE else None
-            image: str = image_uris.retrieve(
+            container_image: str = image_uris.retrieve(
                 lines[exact],
                 aws.region,
                 version=exact,
@@ -725,7 +725,7 @@ def find_image(
                 instance_type=instance_type,
                 image_scope="training",
             )
-            return image
+            return container_image
     except ValueError as error:
         raise UserMistake(
             f"AWS has no PyTorch image for {instance_type} in {aws.region} "
@@ -763,24 +763,24 @@ def torch_range() -> SpecifierSet:
     return next(need.specifier for need in needs if need.name == "torch")
 
 
-def awss_version(image: str) -> str | None:
+def awss_version(container_image: str) -> str | None:
     """The PyTorch version of one of AWS's own images; None if it is another one."""
-    match = _AWSS_IMAGE.search(image)
+    match = _AWSS_IMAGE.search(container_image)
     return match[1] if match else None
 
 
-def _check_image(aws: Aws, url: str, instance_type: str) -> None:
+def _check_container_image(aws: Aws, url: str, instance_type: str) -> None:
     if url.startswith(_PUBLIC_IMAGES):
         return
     try:
         advice = "Push it there, or leave --image out for AWS's PyTorch image."
-        image = look_up_image(aws, url, runs="the job", advice=advice)
+        container_image = look_up_container_image(aws, url, runs="the job", advice=advice)
     except AwsRefused:  # not every caller may look; SageMaker itself refuses then
         return
-    if image.platform not in (None, PLATFORM) and not _ARM.search(instance_type):
+    if container_image.platform not in (None, PLATFORM) and not _ARM.search(instance_type):
         raise UserMistake(
-            f"The image is for {image.platform}, and {instance_type} is {PLATFORM}. Build it with "
-            "`docker buildx build --platform linux/amd64 …`."
+            f"The container image is for {container_image.platform}, and {instance_type} is "
+            f"{PLATFORM}. Build it with `docker buildx build --platform linux/amd64 …`."
         )
 
 
@@ -819,7 +819,7 @@ def _quotas(aws: Aws) -> dict[str, float]:
 
 
 def size_on_s3(aws: Aws, uri: str) -> int:
-    """Bytes of the pictures under a URI.
+    """Bytes of the images under a URI.
 
     Raises:
         UserMistake: there is nothing, the bucket is not there, or in another region.
@@ -830,14 +830,14 @@ def size_on_s3(aws: Aws, uri: str) -> int:
     size = sum(int(entry["Size"]) for entry in pages)
     if not size:
         raise UserMistake(
-            f"There are no pictures at {uri}. Name the folder that holds them as --data and add "
+            f"There are no images at {uri}. Name the folder that holds them as --data and add "
             f"--upload {uri}."
         )
     return size
 
 
 def require_bucket(aws: Aws, uri: str) -> None:
-    """Make sure that there is a bucket for pictures.
+    """Make sure that there is a bucket for images.
 
     Raises:
         UserMistake: there is none, not for this caller, or in another region.
@@ -955,7 +955,7 @@ def _trainer(session: Any, plan: JobPlan, source: str) -> Any:
         sagemaker_session=session,
         role=plan.role,
         base_job_name=plan.base_name,
-        training_image=plan.image,
+        training_image=plan.container_image,
         source_code=code,
         compute=configs.Compute(**_compute(plan)),
         stopping_condition=configs.StoppingCondition(
@@ -991,16 +991,16 @@ def _compute(plan: JobPlan) -> dict[str, Any]:
 
 
 def _channels(plan: JobPlan) -> list[Any] | None:
-    if plan.pictures is None:
+    if plan.images is None:
         return None
     from sagemaker.core.shapes import Channel, DataSource, S3DataSource
 
-    pictures = S3DataSource(
+    images = S3DataSource(
         s3_data_type="S3Prefix",
-        s3_uri=plan.pictures.uri,
+        s3_uri=plan.images.uri,
         s3_data_distribution_type="FullyReplicated",
     )
-    source = DataSource(s3_data_source=pictures)
+    source = DataSource(s3_data_source=images)
     return [Channel(channel_name=CHANNEL, data_source=source, input_mode="File")]
 
 

@@ -40,7 +40,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 MACHINES = "With --on sagemaker: machines, time and money"
-ACCOUNT = "With --on sagemaker: pictures, account, image and network"
+ACCOUNT = "With --on sagemaker: images, account, container and network"
 ASKING = "With --on sagemaker: before and after"
 
 
@@ -109,7 +109,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         MACHINES,
         "--volume",
         "GB",
-        "Disk of each machine. Default: by the pictures. Not for types with disks of their own, "
+        "Disk of each machine. Default: by the images. Not for types with disks of their own, "
         "as ml.g5.",
         number(whole=True),
     ),
@@ -135,7 +135,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         "Machines stay so long for a next job, and are PAID while they stay.",
         _OR_OFF,
     ),
-    _value(ACCOUNT, "--upload", "s3://…", "Bring the folder of pictures there first."),
+    _value(ACCOUNT, "--upload", "s3://…", "Bring the folder of images there first."),
     _value(ACCOUNT, "--bucket", "NAME", "For all that is kept. Default: sagemaker-REGION-ACCOUNT."),
     _value(ACCOUNT, "--role", "NAME|ARN", "What the job runs as. Default: found."),
     _value(ACCOUNT, "--image", "URL", "In ECR. Default: AWS's newest PyTorch training image."),

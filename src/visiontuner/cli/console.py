@@ -319,7 +319,7 @@ def print_dataset(
     *,
     list_all: bool = False,
 ) -> None:
-    """Classes with their counts as bars, the sizes of pictures, and what was found.
+    """Classes with their counts as bars, the sizes of images, and what was found.
 
     Args:
         list_all: every file or name that a finding is about, not only the first ten.
@@ -328,7 +328,7 @@ def print_dataset(
     if summary.width and summary.height:
         console.print(f"Width: {_range(summary.width)}; height: {_range(summary.height)}.")
     console.print(
-        f"Imbalance in train: {summary.imbalance:.1f} pictures of the largest class for one of "
+        f"Imbalance in train: {summary.imbalance:.1f} images of the largest class for one of "
         "the smallest."
     )
     if not findings:
@@ -372,7 +372,7 @@ def _class_table(summary: DatasetSummary) -> Table:
     longest = max(train, default=0) or 1
     for label, name in enumerate(summary.class_names):
         counts = [f"{summary.counts[split][label]:,}" for split in splits]
-        bar = "█" * -(-BAR_WIDTH * train[label] // longest)  # rounded up: one picture shows
+        bar = "█" * -(-BAR_WIDTH * train[label] // longest)  # rounded up: one image shows
         table.add_row(Text(printable(name)), *counts, Text(bar, style="cyan"))
     totals = [f"{summary.totals[split]:,}" for split in splits]
     table.add_row(Text("all", style="bold"), *(Text(t, style="bold") for t in totals), "")
@@ -462,7 +462,7 @@ class TrainingConsole(SearchConsole):
         kept = self._training.kept_epoch(trial)
         if kept is not None and kept is not newest:
             words.append(f"lowest validation_loss in epoch {kept.step}")
-        words.append(f"{newest.metrics['images_per_second']:,.0f} pictures/s")
+        words.append(f"{newest.metrics['images_per_second']:,.0f} images/s")
         return "  ".join(words)
 
 

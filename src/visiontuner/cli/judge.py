@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from visiontuner.workflow.lineage import LineageCheck
 
 
-# The command evaluate: choose, calibrate, look at the test pictures once.
+# The command evaluate: choose, calibrate, look at the test images once.
 
 
 _NAMED_TRIALS = 6
@@ -61,11 +61,11 @@ _NAMED_TRIALS = 6
     help="How many of the confident answers shall be right; sets the confidence threshold.",
 )
 def evaluate(search: Path | None, prefer: str, precision: float) -> None:
-    """Test the chosen model on pictures that played no part in the choice.
+    """Test the chosen model on images that played no part in the choice.
 
     The trials that cannot be told apart from the best are named; temperature and confidence
     threshold are fitted on validation and become part of the model, which is registered as a new
-    version. Then the test pictures are looked at, and how many times that was done is counted.
+    version. Then the test images are looked at, and how many times that was done is counted.
     SEARCH is a search folder, by default the newest.
 
     \b
@@ -115,7 +115,7 @@ def _print(result: EvaluationResult) -> None:
 
 def _print_test(report: EvaluationReport, looks: int) -> None:
     metrics = report.metrics
-    click.echo(f"\nTest, {report.num_pictures:,} pictures (95 % interval):")
+    click.echo(f"\nTest, {report.num_images:,} images (95 % interval):")
     for name, label in (
         ("accuracy", "accuracy"),
         ("top5_accuracy", "top-5 accuracy"),
@@ -134,11 +134,12 @@ def _print_test(report: EvaluationReport, looks: int) -> None:
         click.echo(
             f"  answers above {threshold.value:.3f}: {_percent(threshold.precision)} right "
             f"(wanted {threshold.wanted_precision:.0%}), on {threshold.coverage.value:.1%} of "
-            "the pictures"
+            "the images"
         )
     if looks > 1:
         click.echo(
-            f"  This was look {looks} at the test pictures: the more looks, the less they prove."
+            f"  This was evaluation {looks} of the test set: the more evaluations, the less they "
+            "prove."
         )
 
 
@@ -386,7 +387,7 @@ def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
 @click.option("--dry-run", is_flag=True, help="Show the test and the decision; change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def promote(model: str, force: bool, dry_run: bool, as_json: bool) -> None:
-    """Make a version the champion, if it is better on the same test pictures beyond noise.
+    """Make a version the champion, if it is better on the same test images beyond noise.
 
     MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION. Default: the newest version
     of the newest search's model. The reason is written on the version either way.
@@ -419,7 +420,7 @@ def _print_decision(decided: Promotion, *, dry_run: bool) -> None:
         test = decided.test
         click.echo(f"  difference   {_interval(test.difference, '+')}")
         click.echo(
-            f"  only version {number} is right on {test.only_a:,} pictures, only version "
+            f"  only version {number} is right on {test.only_a:,} images, only version "
             f"{decided.champion} on {test.only_b:,}; p = {test.p_value:.2g}"
         )
     word = {"promoted": "Promoted", "kept": "Kept", "unchanged": "Unchanged"}[decided.decision]
@@ -461,7 +462,7 @@ _STATES = {"ok": "ok", "differs": "differs", "unknown": "cannot be checked"}
 @click.option("--assume-role", metavar="ARN", type=TEXT, help="Look at an endpoint as this role.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: bool) -> None:
-    """Say where a model comes from: trial, search, experiment, pictures, code, machine.
+    """Say where a model comes from: trial, search, experiment, images, code, machine.
 
     MODEL is NAME, NAME/VERSION, NAME@ALIAS or models:/NAME/VERSION; RUN the id of a trial's or a
     search's MLflow run; FOLDER a search folder; endpoint:NAME a SageMaker endpoint. Default: the
@@ -556,17 +557,17 @@ def _model_lines(model: Facts, traced: Lineage) -> Iterator[str]:
 
 def _evaluation_lines(evaluation: Facts | None) -> Iterator[str]:
     if evaluation is None:
-        yield "not evaluated on test pictures yet"
+        yield "not evaluated on test images yet"
         return
-    looks = f"looked at {evaluation.get('looks')} time(s)"
+    looks = f"test set evaluated {evaluation.get('looks')} time(s)"
     if evaluation.get("accuracy") is None:
-        yield f"evaluated without test accuracy, {looks}"
+        yield f"without test accuracy, {looks}"
         return
     interval = f"95 %: {evaluation['low']:.4f} to {evaluation['high']:.4f}"
     same = "" if evaluation.get("same_classifier") is not False else "; before its calibration"
     yield (
-        f"test accuracy {evaluation['accuracy']:.4f} ({interval}) on {evaluation['pictures']:,} "
-        f"pictures, {looks}{same}"
+        f"test accuracy {evaluation['accuracy']:.4f} ({interval}) on {evaluation['images']:,} "
+        f"images, {looks}{same}"
     )
 
 
@@ -587,7 +588,7 @@ def _search_lines(search: Facts, traced: Lineage) -> Iterator[str]:
         f"{network.get('engine')}"
     )
     yield f"data: {data.get('source')}, digest {_short(data.get('digest'))}"
-    yield f"pictures: {_counts(data)}"
+    yield f"images: {_counts(data)}"
     yield from _origin_lines(traced)
 
 

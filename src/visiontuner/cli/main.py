@@ -31,7 +31,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "prepare": CommandEntry(
             "search",
             "prepare",
-            "Look at the pictures: how many of which class, and what is wrong with them.",
+            "Look at the images: how many of which class, and what is wrong with them.",
         ),
         "train": CommandEntry(
             "search", "train", "Train once, without a search; the model registers like any other."
@@ -57,7 +57,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "evaluate": CommandEntry(
             "judge",
             "evaluate",
-            "Test the chosen model on pictures that played no part in the choice.",
+            "Test the chosen model on images that played no part in the choice.",
         ),
         "compare": CommandEntry(
             "judge",
@@ -70,12 +70,12 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "promote": CommandEntry(
             "judge",
             "promote",
-            "Make a version the champion, if it is better on the same test pictures beyond noise.",
+            "Make a version the champion, if it is better on the same test images beyond noise.",
         ),
         "lineage": CommandEntry(
             "judge",
             "lineage",
-            "Say where a model comes from: trial, search, experiment, pictures, code, machine.",
+            "Say where a model comes from: trial, search, experiment, images, code, machine.",
         ),
     },
     "Serve": {
@@ -95,7 +95,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "query": CommandEntry(
             "serve",
             "query",
-            "Ask what is on pictures: files, folders, URLs, or - for standard input.",
+            "Ask what is on images: files, folders, URLs, or - for standard input.",
         ),
         "endpoints": CommandEntry(
             "serve",
@@ -169,7 +169,7 @@ class LazyGroup(click.Group):
 @click.version_option(package_name="visiontuner")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:  # noqa: ARG001 `OneLineErrors` reads it
-    """Fine-tune an image classifier on your own pictures.
+    """Fine-tune an image classifier on your own images.
 
     Search the learning rate and the batch size with Ray Tune, see every trial in MLflow, and
     put the best model behind a SageMaker endpoint.

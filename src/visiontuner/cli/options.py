@@ -69,7 +69,7 @@ class _Failure(click.ClickException):
 def _named_empty(args: Sequence[str]) -> str | None:
     """The flag that was given an empty text, or else the argument; None if there is none.
 
-    Taken for "not given", an unset shell variable would mean other pictures or another search.
+    Taken for "not given", an unset shell variable would mean other images or another search.
     """
     for before, word in pairwise(["", *args]):
         name, is_given, value = word.partition("=")
@@ -190,7 +190,7 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--experiment",
             metavar="FILE",
             type=TEXT,
-            help="Experiment file. Default: the quickstart on built-in pictures.",
+            help="Experiment file. Default: the quickstart on built-in images.",
         ),
         click.option(
             "--data",
@@ -220,7 +220,7 @@ def as_overrides(flags: Mapping[str, object]) -> list[str]:
 def read_raw(experiment: str | None, data: str | None) -> tuple[dict[str, Any], str]:
     """An experiment's keys and values, not yet checked, and where they are from.
 
-    The file, or without one the quickstart; own pictures alone get the general defaults.
+    The file, or without one the quickstart; own images alone get the general defaults.
     """
 
     own_data = data is not None

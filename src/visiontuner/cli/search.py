@@ -59,19 +59,19 @@ def choose_training(
 ) -> tuple[Experiment, Origin | None]:
     """What `experiment_options` and `--from` say together, checked.
 
-    With both, the file says which pictures and which network, and the origin only its values.
-    Without a file all is the origin's; other pictures make another model of it, with their name.
+    With both, the file says which images and which network, and the origin only its values.
+    Without a file all is the origin's; other images make another model of it, with their name.
     """
 
     raw, where = read_raw(experiment, data)
-    own, other_pictures = experiment is not None, data is not None
+    own, other_images = experiment is not None, data is not None
     found = None
     if origin is not None:
-        named = own or other_pictures
+        named = own or other_images
         found = find_origin(origin, name=Experiment.parse(raw, where=where).name if named else None)
         if not own:
-            pictures = {"data": raw["data"], "name": None} if other_pictures else {}
-            raw, where = {**found.experiment, **pictures}, origin
+            images = {"data": raw["data"], "name": None} if other_images else {}
+            raw, where = {**found.experiment, **images}, origin
     return one_training(raw, overrides, found, where=where), found
 
 
@@ -84,7 +84,7 @@ def choose_training(
     "--upload",
     metavar="s3://BUCKET/FOLDER",
     type=TEXT,
-    help="Bring the pictures there, as far as they are not there yet.",
+    help="Bring the images there, as far as they are not there yet.",
 )
 @click.option(
     "--all", "list_all", is_flag=True, help="List every file with a fault, not the first ten."
@@ -96,7 +96,7 @@ def prepare(
     upload: str | None,
     list_all: bool,
 ) -> None:
-    """Look at the pictures: how many of which class, and what is wrong with them.
+    """Look at the images: how many of which class, and what is wrong with them.
 
     \b
     Examples:
@@ -338,7 +338,7 @@ def _steps(text: str) -> tuple[int, int]:
     type=click.Choice(["train", "train+validation"]),
     default="train",
     show_default=True,
-    help="Which pictures. Of train+validation the last epoch counts.",
+    help="Which images. Of train+validation the last epoch counts.",
 )
 @click.option(
     "--output",
@@ -428,14 +428,14 @@ def _print_result(result: SearchResult, *, said: set[str]) -> None:
         click.echo(
             f"  temperature and threshold: those of {calibrated['fitted_on']}"
             if calibrated
-            else "  temperature and threshold: not set; no picture is left to fit them on"
+            else "  temperature and threshold: not set; no image is left to fit them on"
         )
     else:
         click.echo(f"\n{record.objective} {best.best_value:.4f} in epoch {best.best_epoch}")
     print_artifacts(result, said=said)
     if not result.tracking_problem:
         command = next_command("evaluate", result.folder)
-        click.echo(f"\nNext, look at the test pictures: {command}")
+        click.echo(f"\nNext, look at the test images: {command}")
 
 
 # The command `lr-find`: where a search for the learning rate belongs.
@@ -457,9 +457,7 @@ _WIDTH = 60
 )
 @click.option("--low", metavar="RATE", type=number(), help="Learning rate to begin with: 1e-6.")
 @click.option("--high", metavar="RATE", type=number(), help="Learning rate to end with: 10.")
-@click.option(
-    "--steps", metavar="N", type=number(whole=True), help="Default: 200, on pictures 100."
-)
+@click.option("--steps", metavar="N", type=number(whole=True), help="Default: 200, on images 100.")
 @click.option(
     "--output",
     metavar="FOLDER",

@@ -22,7 +22,7 @@ from visiontuner.text import csv_row, next_command, printable
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import Endpoint
-    from visiontuner.serving.client import PictureAnswer
+    from visiontuner.serving.client import ImageAnswer
     from visiontuner.serving.preflight import PreflightReport
 
 
@@ -101,7 +101,7 @@ def _print_report(report: PreflightReport) -> None:
     console = SafeConsole()
     console.print(table)
     console.print(
-        f"\nOne picture a request: p50 {report.p50_ms:.0f} ms, p95 {report.p95_ms:.0f} ms, "
+        f"\nOne image a request: p50 {report.p50_ms:.0f} ms, p95 {report.p95_ms:.0f} ms, "
         f"p99 {report.p99_ms:.0f} ms; {report.memory_mb:,.0f} MB of memory."
     )
     console.print(report.recommendation, soft_wrap=True)
@@ -203,7 +203,7 @@ def update(name: str, model: str | None, **given: Any) -> None:
 
     MODEL as in `deploy`; without one the NAME of the model that the endpoint serves. The old
     model answers until the new one is healthy, and again if the new one answers the
-    pictures that it was packaged with differently.
+    images that it was packaged with differently.
 
     \b
     Examples:
@@ -277,7 +277,7 @@ def _run(model: str | None, given: dict[str, Any], *, update: bool) -> None:
     preflight = env_manager if check else None
     act(aws, plan, preflight=preflight, update=update, note=_note)
     click.echo(f"{plan.name} serves {plan.model_uri}.")
-    click.echo(f"Ask it:    {next_command('query', plan.name, 'PICTURE', flags=aws.flags)}")
+    click.echo(f"Ask it:    {next_command('query', plan.name, 'IMAGE', flags=aws.flags)}")
     click.echo(f"Remove it: {next_command('undeploy', plan.name, flags=aws.flags)}")
 
 
@@ -324,17 +324,17 @@ def _life(endpoint: Endpoint, flags: str) -> str:
     return f"{life}, passed: {next_command('undeploy', endpoint.name, flags=flags)}"
 
 
-# The command that asks a model what is on pictures.
+# The command that asks a model what is on images.
 
 
-_FIELDS = ("picture", "label", "probability", "confident", "top_k", "error", "reduced")
+_FIELDS = ("image", "label", "probability", "confident", "top_k", "error", "reduced")
 _SHOWN_CHOICES = 3
 _ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
-_FEW = 32  # pictures that are answered before anyone wants to see progress
+_FEW = 32  # images that are answered before anyone wants to see progress
 
 
 @click.command(cls=OneLineErrors)
-@click.argument("names", metavar="[NAME|URL] PICTURE…", nargs=-1, required=True)
+@click.argument("names", metavar="[NAME|URL] IMAGE…", nargs=-1, required=True)
 @click.option("--local", is_flag=True, help="Ask a server or a model on this machine.")
 @click.option("--url", metavar="URL", type=TEXT, help="With --local. Default: port 5000 here.")
 @click.option(
@@ -376,10 +376,10 @@ def query(
     workers: int,
     request_mb: float,
 ) -> None:
-    """Ask what is on pictures: files, folders, URLs, or - for standard input.
+    """Ask what is on images: files, folders, URLs, or - for standard input.
 
     NAME is a SageMaker endpoint; with --local, --url or --model there is none to name.
-    Exits with 1 if a picture could not be read; the others are answered.
+    Exits with 1 if an image could not be read; the others are answered.
 
     \b
     Examples:
@@ -420,7 +420,7 @@ def query(
 def _where(
     names: Sequence[str], local: bool, url: str | None, model: str | None
 ) -> tuple[dict[str, str], Sequence[str]]:
-    """Whom to ask, as an argument of `workflow.query`, and the pictures."""
+    """Whom to ask, as an argument of `workflow.query`, and the images."""
     if model is not None:
         return {"model": model}, names
     if url is not None:
@@ -429,25 +429,25 @@ def _where(
         from visiontuner.workflow.query import LOCAL_SERVER
 
         return {"url": LOCAL_SERVER}, names
-    first, *pictures = names
-    if pictures and first.startswith(("http://", "https://")):
-        return {"url": first}, pictures
-    # A folder of this name is no picture: endpoints are named after the folder of their pictures.
-    if not pictures or not _ENDPOINT_NAME.fullmatch(first) or Path(first).is_file():
+    first, *images = names
+    if images and first.startswith(("http://", "https://")):
+        return {"url": first}, images
+    # A folder of this name is no image: endpoints are named after the folder of their images.
+    if not images or not _ENDPOINT_NAME.fullmatch(first) or Path(first).is_file():
         raise UserMistake(
-            "Name an endpoint or a URL, then pictures; or --local or --model, then pictures. "
+            "Name an endpoint or a URL, then images; or --local or --model, then images. "
             "`visiontuner query --help` has examples."
         )
-    return {"endpoint": first}, pictures
+    return {"endpoint": first}, images
 
 
 def _stderr_console() -> Any:
     return SafeConsole(stderr=True, soft_wrap=True)
 
 
-def _print_table(answers: Iterable[PictureAnswer]) -> int:
-    """Returns how many pictures failed; what was answered before an error is shown first."""
-    shown: list[PictureAnswer] = []
+def _print_table(answers: Iterable[ImageAnswer]) -> int:
+    """Returns how many images failed; what was answered before an error is shown first."""
+    shown: list[ImageAnswer] = []
     try:
         shown.extend(answers)
     finally:
@@ -455,15 +455,15 @@ def _print_table(answers: Iterable[PictureAnswer]) -> int:
     return sum(one.answer.error is not None for one in shown)
 
 
-def _show_table(shown: Sequence[PictureAnswer]) -> None:
+def _show_table(shown: Sequence[ImageAnswer]) -> None:
     if not shown:
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("picture", "label"):
+    for heading in ("image", "label"):
         table.add_column(heading, overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
     table.add_column("or", style="dim")
-    folder = _common_folder([one.picture for one in shown])
+    folder = _common_folder([one.image for one in shown])
     for one in shown:
         table.add_row(*_table_row(one, folder))
     console = SafeConsole()
@@ -478,28 +478,28 @@ def _show_table(shown: Sequence[PictureAnswer]) -> None:
         console.print(f"{failed} not answered.", style="red")
 
 
-def _table_row(one: PictureAnswer, folder: str) -> tuple[Text | str, ...]:
-    answer, picture = one.answer, Text(printable(one.picture.removeprefix(folder)))
+def _table_row(one: ImageAnswer, folder: str) -> tuple[Text | str, ...]:
+    answer, image = one.answer, Text(printable(one.image.removeprefix(folder)))
     if answer.error is not None:
-        return picture, Text(answer.error, style="red"), "", ""
+        return image, Text(answer.error, style="red"), "", ""
     others = ", ".join(
         f"{choice['label']} {choice['probability']:.1%}"
         for choice in answer.top_k[1:_SHOWN_CHOICES]
     )
     label = f"{answer.label}" + ("" if answer.confident else " (not sure)")
     style = "bold" if answer.confident else "yellow"
-    return picture, Text(label, style=style), f"{answer.probability:.1%}", Text(others)
+    return image, Text(label, style=style), f"{answer.probability:.1%}", Text(others)
 
 
-def _common_folder(pictures: Sequence[str]) -> str:
-    """The folder that all pictures are in, with a slash; empty if they are not."""
-    folders = {picture.rpartition("/")[0] for picture in pictures}
-    if len(pictures) < 2 or not all(folder.startswith("/") for folder in folders):
+def _common_folder(images: Sequence[str]) -> str:
+    """The folder that all images are in, with a slash; empty if they are not."""
+    folders = {image.rpartition("/")[0] for image in images}
+    if len(images) < 2 or not all(folder.startswith("/") for folder in folders):
         return ""
     return os.path.commonpath(folders).rstrip("/") + "/"
 
 
-def _print_json(answers: Iterable[PictureAnswer]) -> int:
+def _print_json(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
     for one in answers:
         failed += one.answer.error is not None
@@ -507,7 +507,7 @@ def _print_json(answers: Iterable[PictureAnswer]) -> int:
     return failed
 
 
-def _print_csv(answers: Iterable[PictureAnswer]) -> int:
+def _print_csv(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
     click.echo(csv_row(_FIELDS), nl=False)
     for one in answers:

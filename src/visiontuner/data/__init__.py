@@ -1,1 +1,1 @@
-"""Where pictures come from and what the network sees of them."""
+"""Where images come from and what the network sees of them."""

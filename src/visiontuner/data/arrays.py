@@ -36,7 +36,7 @@ from visiontuner.data.dataset import (
     Sample,
     few_levels,
     none_readable,
-    unreadable_picture,
+    unreadable_image,
 )
 from visiontuner.data.images import (
     DECODING_VERSION,
@@ -174,20 +174,20 @@ def _flush_folder(folder: Path) -> None:
         flush_to_disk(folder)
 
 
-# Pictures -> pixels in worker processes, in order and with a bounded number in flight.
+# Images -> pixels in worker processes, in order and with a bounded number in flight.
 #
 # No torch here: a worker starts in a fraction of a second and takes little memory.
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodedBatch:
-    """Pixels of the pictures that could be read, and why the others could not.
+    """Pixels of the images that could be read, and why the others could not.
 
     Args:
-        pixels: uint8, shape (number of good pictures, size, size, 3).
+        pixels: uint8, shape (number of good images, size, size, 3).
         good: their positions in the batch.
         bad: position -> reason.
-        few_levels: positions of pictures that are nearly black, white or of one shade.
+        few_levels: positions of images that are nearly black, white or of one shade.
     """
 
     pixels: NDArray[np.uint8]
@@ -213,7 +213,7 @@ def decode_batches(
     remaining = iter(batches)
     try:
         for _ in range(len(batches)):
-            # Two batches ahead of each worker hide its start and a slow picture.
+            # Two batches ahead of each worker hide its start and a slow image.
             while len(waiting) < 2 * max(workers, 1) + 1:
                 paths = next(remaining, None)
                 if paths is None:
@@ -222,7 +222,7 @@ def decode_batches(
             yield interrupts.result(waiting.popleft())
     except BrokenProcessPool:
         raise VisiontunerError(
-            "A process that decodes pictures died (killed, or out of memory). Run the same again: "
+            "A process that decodes images died (killed, or out of memory). Run the same again: "
             "it goes on where it stopped. A script needs `if __name__ == '__main__':`."
         ) from None
     finally:
@@ -230,7 +230,7 @@ def decode_batches(
 
 
 def decode_batch(root: Path, paths: Sequence[str], preprocessing: Preprocessing) -> DecodedBatch:
-    """Decode some pictures, one after the other."""
+    """Decode some images, one after the other."""
     pixels: list[NDArray[np.uint8]] = []
     good: list[int] = []
     bad: dict[int, str] = {}
@@ -242,7 +242,7 @@ def decode_batch(root: Path, paths: Sequence[str], preprocessing: Preprocessing)
             bad[position] = str(error)
     size = preprocessing.size
     stacked = np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8)
-    few = [i for i, picture in zip(good, pixels, strict=True) if has_few_levels(picture)]
+    few = [i for i, image in zip(good, pixels, strict=True) if has_few_levels(image)]
     return DecodedBatch(pixels=stacked, good=good, bad=bad, few_levels=few)
 
 
@@ -260,7 +260,7 @@ def _executor(workers: int) -> Executor:
 # Feature vectors on disk: what trials read, memory-mapped and without torch.
 #
 # features/KEY/   meta.json                   written last: a store that has it is complete; with
-# checksums   train.features.npy          float32 (N, D), the pictures that could be read, in order
+# checksums   train.features.npy          float32 (N, D), the images that could be read, in order
 # train.labels.npy            int64 (N,)   train.samples.json          their paths and content
 # digests   shards/                     while it is being computed
 
@@ -292,10 +292,10 @@ class FeatureSet:
 
     Args:
         folder: open it again by this path, in any process.
-        findings: one for each picture that could not be read.
+        findings: one for each image that could not be read.
         engine: what ran the network.
         seconds: how long the network ran, all sessions together.
-        computed: pictures computed by the call that returned this; 0 if all were there.
+        computed: images computed by the call that returned this; 0 if all were there.
     """
 
     folder: Path
@@ -400,7 +400,7 @@ FOLDER = "shards"
 
 @dataclass(frozen=True)
 class Shard:
-    """Up to SHARD_SIZE neighbouring pictures of one split."""
+    """Up to SHARD_SIZE neighbouring images of one split."""
 
     split: str
     number: int
@@ -421,15 +421,15 @@ class Shard:
         return list(pairwise([*range(0, length, batch_size), length]))
 
     def bad(self) -> dict[int, str]:
-        """Position in the shard -> why that picture could not be read."""
+        """Position in the shard -> why that image could not be read."""
         return {int(position): reason for position, reason in self._facts()["bad"].items()}
 
     def few_levels(self) -> list[str]:
-        """Paths of its pictures that are nearly black, white or of one shade."""
+        """Paths of its images that are nearly black, white or of one shade."""
         return [self.samples[position].path for position in self._facts()["few_levels"]]
 
     def rows(self) -> NDArray[np.float32]:
-        """Features of the readable pictures, float32 (N, D)."""
+        """Features of the readable images, float32 (N, D)."""
         rows: NDArray[np.float32] = np.load(self.path, allow_pickle=False)
         return rows
 
@@ -473,14 +473,14 @@ def assemble(shards: Sequence[Shard], store: FeatureSet) -> None:
         store: the description to write; its findings are filled in.
 
     Raises:
-        DataError: a split has no readable picture.
+        DataError: a split has no readable image.
     """
     findings: list[Finding] = []
     for split in store.splits:
         own = [shard for shard in shards if shard.split == split]
         bad = {shard.path: shard.bad() for shard in own}
         findings += [
-            unreadable_picture(shard.samples[position], reason)
+            unreadable_image(shard.samples[position], reason)
             for shard in own
             for position, reason in sorted(bad[shard.path].items())
         ]
@@ -519,28 +519,28 @@ def _write_split(
     write_json(samples_path(store.folder, split), listing)
 
 
-# Pictures that were decoded once: what a training reads, memory-mapped and without torch.
+# Images that were decoded once: what a training reads, memory-mapped and without torch.
 #
-# pictures/KEY/   meta.json                written last: a store that has it is complete; with
-# checksums   validation.pixels        uint8 (N, S, S, 3), one picture after the other
+# images/KEY/   meta.json                written last: a store that has it is complete; with
+# checksums   validation.pixels        uint8 (N, S, S, 3), one image after the other
 # validation.labels.npy    int64 (N,)   validation.samples.json  their paths   train.pixels
-# the same; or, where training pictures are changed at random,   train.views              small
+# the same; or, where training images are changed at random,   train.views              small
 # JPEG or PNG files, one after the other, and   train.ends.npy           int64 (N,), where each of
 # them ends
 
 
 Form = Literal["pixels", "views"]
-"""`pixels`: what evaluation reads. `views`: a whole picture made small, for random crops."""
+"""`pixels`: what evaluation reads. `views`: a whole image made small, for random crops."""
 
 
-class StoredPictures:
-    """One split of a data set as decoded pictures; small when pickled, since it maps a file.
+class StoredImages:
+    """One split of a data set as decoded images; small when pickled, since it maps a file.
 
     Args:
         folder: the store.
         paths: N posix paths, relative to the data set's root.
         labels: int64, shape (N,), indices into the class names.
-        ends: int64, shape (N,), where each picture ends in the file, in bytes.
+        ends: int64, shape (N,), where each image ends in the file, in bytes.
     """
 
     def __init__(
@@ -574,45 +574,45 @@ class StoredPictures:
 
     @property
     def all_pixels(self) -> NDArray[np.uint8]:
-        """uint8, shape (N, S, S, 3), memory-mapped; each picture as `read_pixels` gives it.
+        """uint8, shape (N, S, S, 3), memory-mapped; each image as `read_pixels` gives it.
 
         Raises:
-            DataError: the store holds views of these pictures, for random crops.
+            DataError: the store holds views of these images, for random crops.
         """
         if self.form != "pixels":
-            raise DataError(f"The pictures in {self.folder} for {self.name} are kept for cropping.")
+            raise DataError(f"The images in {self.folder} for {self.name} are kept for cropping.")
         size = self.preprocessing.size
         return self._bytes.reshape(len(self), size, size, 3)
 
     def pixels(self, index: int) -> NDArray[np.uint8]:
         """uint8, shape (S, S, 3): exactly `data.images.read_pixels` of the file."""
-        picture: NDArray[np.uint8] = self.all_pixels[index]
-        return picture
+        image: NDArray[np.uint8] = self.all_pixels[index]
+        return image
 
     def view(self, index: int) -> Image.Image:
-        """A whole training picture, made small; mode RGB.
+        """A whole training image, made small; mode RGB.
 
         It is opened, not decoded: a JPEG's `draft` is still possible.
 
         Raises:
-            DataError: the store holds pixels of these pictures.
+            DataError: the store holds pixels of these images.
         """
         if self.form != "views":
-            raise DataError(f"The pictures in {self.folder} for {self.name} are cropped already.")
+            raise DataError(f"The images in {self.folder} for {self.name} are cropped already.")
         content = self._bytes[self._starts[index] : self._starts[index + 1]].tobytes()
         return Image.open(io.BytesIO(content), formats=("JPEG", "PNG"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureStore:
-    """A complete store of decoded pictures.
+class DecodedImages:
+    """A complete store of decoded images.
 
     Args:
         folder: open it again by this path, in any process.
         forms: how each split is kept, by the split's name.
-        findings: one for each picture that could not be read.
+        findings: one for each image that could not be read.
         seconds: how long decoding took, in the call that finished it.
-        computed: pictures decoded by the call that returned this; 0 if all were there.
+        computed: images decoded by the call that returned this; 0 if all were there.
     """
 
     folder: Path
@@ -628,8 +628,8 @@ class PictureStore:
         return tuple(self.forms)
 
     @classmethod
-    def open(cls, folder: Path) -> PictureStore:
-        """Read a store's description; its pictures are mapped by `split`.
+    def open(cls, folder: Path) -> DecodedImages:
+        """Read a store's description; its images are mapped by `split`.
 
         Raises:
             DataError: there is no complete store of a version that this code reads.
@@ -648,7 +648,7 @@ class PictureStore:
             )
         except (OSError, ValueError, KeyError, TypeError, ClassifierError):
             raise DataError(
-                f"{folder} holds no decoded pictures, or not all. Start again to decode them."
+                f"{folder} holds no decoded images, or not all. Start again to decode them."
             ) from None
 
     def write(self) -> None:
@@ -664,7 +664,7 @@ class PictureStore:
         files = [name for split, form in self.forms.items() for name in image_files(split, form)]
         commit_folder(self.folder, meta, files)
 
-    def split(self, name: str) -> StoredPictures:
+    def split(self, name: str) -> StoredImages:
         """Map one split.
 
         Raises:
@@ -672,13 +672,13 @@ class PictureStore:
         """
         if name not in self.forms:
             raise DataError(
-                f"The pictures in {self.folder} have no split {name!r}, only "
+                f"The images in {self.folder} have no split {name!r}, only "
                 f"{', '.join(self.splits)}."
             )
         try:
             labels = np.load(array_path(self.folder, name, "labels"), allow_pickle=False)
             samples = json.loads(samples_path(self.folder, name).read_text(encoding="utf-8"))
-            return StoredPictures(
+            return StoredImages(
                 self.folder,
                 name,
                 self.forms[name],
@@ -689,7 +689,7 @@ class PictureStore:
             )
         except (OSError, ValueError, KeyError, EOFError):
             raise DataError(
-                f"The decoded pictures in {self.folder} are damaged. Delete that folder and start "
+                f"The decoded images in {self.folder} are damaged. Delete that folder and start "
                 "again."
             ) from None
 
@@ -719,29 +719,29 @@ def image_files(split: str, form: Form) -> tuple[str, ...]:
     return tuple(path.name for path in paths)
 
 
-def _open_split(folder: Path, split: str) -> StoredPictures:
-    return PictureStore.open(folder).split(split)
+def _open_split(folder: Path, split: str) -> StoredImages:
+    return DecodedImages.open(folder).split(split)
 
 
-# One split of a store of decoded pictures while it is written: append, resume, finish.
+# One split of a store of decoded images while it is written: append, resume, finish.
 
 
 @dataclass(frozen=True, slots=True)
-class DecodedPicture:
-    """A picture as it is stored, and whether it is nearly black, white or of one shade."""
+class EncodedImage:
+    """An image as it is stored, and whether it is nearly black, white or of one shade."""
 
     content: bytes
     few_levels: bool
 
 
 class SplitFile:
-    """A split's pictures, one after the other in a file, and how far that file is.
+    """A split's images, one after the other in a file, and how far that file is.
 
-    A line of the progress file stands for some pictures that are in the file, with the checksum of
+    A line of the progress file stands for some images that are in the file, with the checksum of
     their bytes; what lies beyond the last line that fits the file will be decoded again.
 
     Attributes:
-        done: pictures that need no decoding any more, readable or not.
+        done: images that need no decoding any more, readable or not.
     """
 
     def __init__(self, folder: Path, split: str, form: Form, samples: Sequence[Sample]) -> None:
@@ -751,7 +751,7 @@ class SplitFile:
         self._folder = folder
         self._data = data_path(folder, split, form)
         self._progress = folder / f"{split}.progress.jsonl"
-        self._lengths: list[int] = []  # of each picture in bytes, 0 for an unreadable one
+        self._lengths: list[int] = []  # of each image in bytes, 0 for an unreadable one
         self._bad: dict[int, str] = {}
         self._few_levels: list[int] = []
         self._take_up()
@@ -761,29 +761,29 @@ class SplitFile:
         return len(self._lengths)
 
     def few_levels(self) -> list[str]:
-        """Paths of pictures that are nearly black, white or of one shade."""
+        """Paths of images that are nearly black, white or of one shade."""
         return [self.samples[number].path for number in self._few_levels]
 
-    def append(self, pictures: Sequence[DecodedPicture | BadImageError]) -> None:
-        """Add the next pictures, or why they cannot be read.
+    def append(self, images: Sequence[EncodedImage | BadImageError]) -> None:
+        """Add the next images, or why they cannot be read.
 
         Raises:
             VisiontunerError: the disk is full.
         """
-        contents = [b"" if isinstance(p, BadImageError) else p.content for p in pictures]
+        contents = [b"" if isinstance(p, BadImageError) else p.content for p in images]
         content = b"".join(contents)
         group = {
             "checksum": zlib.crc32(content),
             "lengths": [len(one) for one in contents],
             "bad": {
-                number: str(picture)
-                for number, picture in enumerate(pictures)
-                if isinstance(picture, BadImageError)
+                number: str(image)
+                for number, image in enumerate(images)
+                if isinstance(image, BadImageError)
             },
             "few_levels": [
                 number
-                for number, picture in enumerate(pictures)
-                if isinstance(picture, DecodedPicture) and picture.few_levels
+                for number, image in enumerate(images)
+                if isinstance(image, EncodedImage) and image.few_levels
             ],
         }
         line = json.dumps(group) + "\n"
@@ -797,12 +797,12 @@ class SplitFile:
         self._add(json.loads(line))
 
     def finish(self) -> list[Finding]:
-        """Write what belongs to the pictures; a finding for each that could not be read.
+        """Write what belongs to the images; a finding for each that could not be read.
 
         Raises:
             DataError: none could be read.
         """
-        findings = [unreadable_picture(self.samples[i], why) for i, why in self._bad.items()]
+        findings = [unreadable_image(self.samples[i], why) for i, why in self._bad.items()]
         good = [s for number, s in enumerate(self.samples) if number not in self._bad]
         if not good:
             raise none_readable(self.split, findings)
@@ -821,7 +821,7 @@ class SplitFile:
 
     def _take_up(self) -> None:
         """Read how far an earlier computation came, and cut off what it did not finish."""
-        size = length = 0  # of the pictures, of the lines that tell of them
+        size = length = 0  # of the images, of the lines that tell of them
         try:
             lines = self._progress.read_bytes().split(b"\n")[:-1]  # the last one may be torn
             with self._data.open("rb") as data:
@@ -850,13 +850,13 @@ class SplitFile:
         self._few_levels += [start + int(number) for number in group["few_levels"]]
 
 
-# A data set's pictures, decoded once: a training never decodes a photograph twice.
+# A data set's images, decoded once: a training never decodes a photograph twice.
 #
-# A store is named after everything that determines it: pictures, labels, preprocessing and what it
-# is for. Pixels for evaluation are kept as they are. A training picture that is changed at random
+# A store is named after everything that determines it: images, labels, preprocessing and what it
+# is for. Pixels for evaluation are kept as they are. A training image that is changed at random
 # in every epoch is kept whole, but small.
 #
-# Pictures are appended to one file a split, with a line in a progress file for every few of them,
+# Images are appended to one file a split, with a line in a progress file for every few of them,
 # so that a computation that was killed goes on where it stopped. Two processes that need the same
 # store take turns.
 
@@ -866,13 +866,13 @@ SPLITS = ("train", "validation")
 # A crop of a fifth of a view's area, as small as strong augmentation takes them, still has the
 # network's input size.
 _SMALLEST_CROP = 0.2
-# Beyond it a random crop of usual shape cannot reach more of the picture's length.
+# Beyond it a random crop of usual shape cannot reach more of the image's length.
 _MAX_ASPECT_RATIO = 8
 # A view of so few pixels is kept without loss: small letters and digits suffer most from JPEG.
 _LOSSLESS_PIXELS = 128 * 128
 _JPEG_QUALITY = 90
 _MOST_THREADS = 32
-_GROUP = 32  # pictures in a line of the progress file
+_GROUP = 32  # images in a line of the progress file
 
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
@@ -880,7 +880,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def prepare_pictures(
+def prepare_images(
     dataset: ImageDataset,
     *,
     preprocessing: Preprocessing,
@@ -890,24 +890,24 @@ def prepare_pictures(
     workers: int | None = None,
     progress: Progress | None = None,
     note: Note | None = None,
-) -> PictureStore:
-    """The decoded pictures for training and validation, from the store or made now.
+) -> DecodedImages:
+    """The decoded images for training and validation, from the store or made now.
 
     Args:
-        augmented: keep training pictures whole, for random crops, instead of cropped as in
+        augmented: keep training images whole, for random crops, instead of cropped as in
             evaluation.
-        on_bad_image: leave unreadable pictures out and list them as findings, or fail.
+        on_bad_image: leave unreadable images out and list them as findings, or fail.
         workers: threads that decode; by default one a core.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (images done, images in all).
 
     Raises:
-        DataError: a split has no readable picture.
-        BadImageError: a picture is unreadable and `on_bad_image` is `fail`.
+        DataError: a split has no readable image.
+        BadImageError: an image is unreadable and `on_bad_image` is `fail`.
         VisiontunerError: the disk is full. What is done is kept.
     """
     for split in SPLITS:
         if not dataset.splits[split]:
-            raise DataError(f"{dataset.root} has no pictures for {split}. Add some.")
+            raise DataError(f"{dataset.root} has no images for {split}. Add some.")
     folder = store_folder(dataset, preprocessing, cache, augmented=augmented)
     computed = 0
     if find_damage(folder) is not None:
@@ -915,7 +915,7 @@ def prepare_pictures(
             damage = find_damage(folder)
             if damage is not None:  # else another process has done it meanwhile
                 if (folder / META).exists() and note is not None:
-                    note(f"The decoded pictures in {folder} {damage}: they are decoded anew.")
+                    note(f"The decoded images in {folder} {damage}: they are decoded anew.")
                 (folder / META).unlink(missing_ok=True)
                 computed = _Job(
                     dataset=dataset,
@@ -926,8 +926,8 @@ def prepare_pictures(
                     workers=workers or min(_MOST_THREADS, available_cpus()),
                     progress=progress or (lambda _done, _total: None),
                 ).run()
-    store = PictureStore.open(folder)
-    unreadable = [one for one in store.findings if one.rule == "unreadable_picture"]
+    store = DecodedImages.open(folder)
+    unreadable = [one for one in store.findings if one.rule == "unreadable_image"]
     if on_bad_image == "fail" and unreadable:
         raise _bad_image(unreadable[0].evidence)
     return replace(store, computed=computed)
@@ -936,7 +936,7 @@ def prepare_pictures(
 def store_folder(
     dataset: ImageDataset, preprocessing: Preprocessing, cache: Path, *, augmented: bool
 ) -> Path:
-    """Where these pictures lie: a name made of all that determines them."""
+    """Where these images lie: a name made of all that determines them."""
     identity = {
         "schema": [
             SCHEMA_VERSION,
@@ -956,7 +956,9 @@ def store_folder(
         for sample in dataset.splits[split]:
             row = f"{sample.digest} {sample.label} {sample.path}\n"
             digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
-    return cache / "pictures" / digest.hexdigest()[:32]
+    name = digest.hexdigest()[:32]
+    before = cache / "pictures" / name  # where earlier versions decoded to
+    return before if before.exists() else cache / "images" / name
 
 
 def view_side(preprocessing: Preprocessing) -> int:
@@ -965,9 +967,9 @@ def view_side(preprocessing: Preprocessing) -> int:
 
 
 def make_view(source: Path, preprocessing: Preprocessing) -> bytes:
-    """A training picture as a small JPEG (or, if it is tiny, PNG) file.
+    """A training image as a small JPEG (or, if it is tiny, PNG) file.
 
-    A picture whose shorter side is more than `view_side` is made smaller; none is made larger.
+    An image whose shorter side is more than `view_side` is made smaller; none is made larger.
 
     Raises:
         BadImageError: as `decode_image`.
@@ -1024,7 +1026,7 @@ class _Job:
             findings += file.finish()
         found = few_levels([path for file in files for path in file.few_levels()])
         findings += [Finding(**found.to_dict())] if found else []
-        PictureStore(
+        DecodedImages(
             folder=self.folder,
             class_names=self.dataset.class_names,
             preprocessing=self.preprocessing,
@@ -1036,11 +1038,11 @@ class _Job:
             file.forget_progress()
         return todo
 
-    def _decoded(self, file: SplitFile) -> Iterator[list[DecodedPicture | BadImageError]]:
-        """What the file still lacks, some pictures at a time."""
+    def _decoded(self, file: SplitFile) -> Iterator[list[EncodedImage | BadImageError]]:
+        """What the file still lacks, some images at a time."""
         decode = partial(self._decode, form=file.form)
         paths = [self.dataset.root / sample.path for sample in file.samples[file.done :]]
-        group: list[DecodedPicture | BadImageError] = []
+        group: list[EncodedImage | BadImageError] = []
         for result in _map_ahead(decode, paths, workers=self.workers):
             if isinstance(result, BadImageError) and self.on_bad_image == "fail":
                 raise _bad_image(str(result))
@@ -1051,7 +1053,7 @@ class _Job:
         if group:
             yield group
 
-    def _decode(self, path: Path, form: Form) -> DecodedPicture | BadImageError:
+    def _decode(self, path: Path, form: Form) -> EncodedImage | BadImageError:
         views = form == "views"
         side = view_side(self.preprocessing) if views else self.preprocessing.resize
         try:
@@ -1059,7 +1061,7 @@ class _Job:
         except BadImageError as error:
             return error
         pixels = None if views else crop_pixels(image, self.preprocessing)
-        return DecodedPicture(
+        return EncodedImage(
             content=_encode_view(image, side) if pixels is None else pixels.tobytes(),
             few_levels=has_few_levels(image if pixels is None else pixels),
         )

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from visiontuner.data.images import picture_extensions
+from visiontuner.data.images import image_extensions
 from visiontuner.data.labels import (
     BAD_ROWS,
     TABLE_SUFFIXES,
@@ -44,8 +44,8 @@ from visiontuner.io.download import (
     whole_folder,
 )
 from visiontuner.io.files import (
-    _OUR_MARKS,
-    PictureFile,
+    _OWN_MARKER_FILES,
+    ImageFile,
     content_digests,
     file_digest,
     file_state,
@@ -100,7 +100,7 @@ def listed(
     )
 
 
-# Which picture files a folder holds, in which split and class; file contents are not read.
+# Which image files a folder holds, in which split and class; file contents are not read.
 #
 # Two layouts are understood: `train/CLASS/…` with `valid` and `test` beside it, under any of the
 # names that people give them (`val`, `Training`, `test_set`, …), and one folder per class. Folders
@@ -163,7 +163,7 @@ class Layout:
 
     root: Path
     split_folders: dict[str, str] = field(default_factory=dict)  # folder -> split
-    files: list[PictureFile] = field(default_factory=list)
+    files: list[ImageFile] = field(default_factory=list)
     empty_classes: list[str] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     left_out_classes: list[str] = field(default_factory=list)  # folders of such images alone
@@ -171,7 +171,7 @@ class Layout:
     broken_links: list[str] = field(default_factory=list)
     beside_splits: dict[str, int] = field(default_factory=dict)  # folder -> images in it
     formats: Mapping[str, str] = field(default_factory=dict)  # ending -> format that is read
-    # Class folders with pictures -> the folders right below them that hold some.
+    # Class folders with images -> the folders right below them that hold some.
     class_folders: dict[str, list[str]] = field(default_factory=dict)
     table: str = ""  # what labelled the files, where no folders did
     bad_rows: dict[str, list[str]] = field(default_factory=dict)  # rule -> rows
@@ -181,7 +181,7 @@ class Layout:
 
 
 def read_layout(root: Path) -> Layout:
-    """Find the pictures under a folder.
+    """Find the images under a folder.
 
     Raises:
         DataError: the folder is missing, not a folder, empty, unreadable or no image data set.
@@ -189,9 +189,9 @@ def read_layout(root: Path) -> Layout:
     if not root.exists():
         raise DataError(f"There is no folder {root}. Check data.source.")
     if not root.is_dir():
-        raise DataError(f"{root} is a file, not a folder of pictures. {LAYOUTS}")
+        raise DataError(f"{root} is a file, not a folder of images. {LAYOUTS}")
     given, root = root, _unwrap(root)
-    layout = Layout(root=root, split_folders=_split_folders(root), formats=picture_extensions())
+    layout = Layout(root=root, split_folders=_split_folders(root), formats=image_extensions())
     for above in root.parents:
         if above.is_relative_to(given):
             _read_loose(layout, above)
@@ -373,8 +373,8 @@ def _read_classes(layout: Layout, folder: str, split: str | None) -> None:
             layout.empty_classes.append(prefix + name)
 
 
-def _subfolders(files: Iterable[PictureFile], class_folder: str) -> list[str]:
-    """The folders right below a class folder that hold pictures."""
+def _subfolders(files: Iterable[ImageFile], class_folder: str) -> list[str]:
+    """The folders right below a class folder that hold images."""
     below = (file.path.removeprefix(f"{class_folder}/").split("/") for file in files)
     return sorted({parts[0] for parts in below if len(parts) > 1})
 
@@ -393,7 +393,7 @@ def _add_file(
     if not stat.S_ISREG(status.st_mode):
         layout.ignored.append(relative)
         return
-    layout.files.append(PictureFile(relative, class_name, split, file_state(status)))
+    layout.files.append(ImageFile(relative, class_name, split, file_state(status)))
 
 
 def _walk(
@@ -405,7 +405,7 @@ def _walk(
     if identity in above:
         raise DataError(f"{folder} is a link to a folder above it; remove it.")
     entries = scan_folder(folder)
-    if any(entry.name in _OUR_MARKS for entry in entries):
+    if any(entry.name in _OWN_MARKER_FILES for entry in entries):
         return
     for entry in entries:
         path = f"{relative}/{entry.name}"
@@ -465,7 +465,7 @@ def _check(layout: Layout) -> None:
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
         such = f" (it holds files such as {seen[0]})" if seen else ""
-        raise DataError(f"{layout.root} holds no pictures in class folders{such}.{hint} {LAYOUTS}")
+        raise DataError(f"{layout.root} holds no images in class folders{such}.{hint} {LAYOUTS}")
     if len(names) == 1:
         raise DataError(
             f"{layout.root} has only one class, {names[0]}; a classifier needs at least two."
@@ -485,7 +485,7 @@ def read_table_layout(path: Path, columns: Mapping[str, str | None] | None = Non
     Raises:
         DataError: it is no table of images, or names one class alone.
     """
-    layout = Layout(root=path.parent, formats=picture_extensions(), table=path.name)
+    layout = Layout(root=path.parent, formats=image_extensions(), table=path.name)
     _add_table(layout, path, columns)
     _check(layout)
     return layout
@@ -510,7 +510,7 @@ def find_table_layout(root: Path, columns: Mapping[str, str | None] | None) -> L
         root = root / folders[0]
     for stem in _TABLES:
         if stem in tables:
-            layout = Layout(root=root, formats=picture_extensions(), table=tables[stem].name)
+            layout = Layout(root=root, formats=image_extensions(), table=tables[stem].name)
             _add_table(layout, tables[stem], columns, folders=("", "images/"))
             _check(layout)
             return layout
@@ -522,7 +522,7 @@ def _is_table(entry: os.DirEntry[str]) -> bool:
 
 
 def _metadata_of_splits(root: Path, columns: Mapping[str, str | None] | None) -> Layout | None:
-    layout = Layout(root=root, formats=picture_extensions())
+    layout = Layout(root=root, formats=image_extensions())
     for folder, split in _named_like_splits(root).items():
         for entry in scan_folder(root / folder):
             if _is_table(entry) and Path(entry.name).stem.lower() == "metadata":
@@ -538,7 +538,7 @@ def _tables_of_splits(
     named = {path: split for stem, path in tables.items() if (split := split_named(stem))}
     if "train" not in named.values():
         return None
-    layout = Layout(root=root, formats=picture_extensions())
+    layout = Layout(root=root, formats=image_extensions())
     labelled = [path for path in named if _has_labels(path, columns, named[path], layout)]
     for path in labelled:
         split = named[path] if len(labelled) > 1 else None
@@ -649,8 +649,8 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "empty_class_folders",
             "warning",
             layout.empty_classes,
-            "no pictures in the folder",
-            "Add pictures or remove the folders.",
+            "no images in the folder",
+            "Add images or remove the folders.",
         ),
     ]
     findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
@@ -755,7 +755,7 @@ def _splits_without_classes(layout: Layout) -> list[Finding]:
                     evidence=f"no images are given for validation: {instead}"
                     if layout.table
                     else f"there is no validation folder: {instead}",
-                    advice="Nothing to do; add a valid folder to choose the pictures yourself.",
+                    advice="Nothing to do; add a valid folder to choose the images yourself.",
                 )
             )
     return found
@@ -771,7 +771,7 @@ def _same_subfolders(layout: Layout) -> Finding | None:
         severity="warning",
         evidence=(
             f"every class folder ({_some(list(layout.class_folders))}) holds the same folders "
-            f"({_some(names)}), whose pictures are taken together"
+            f"({_some(names)}), whose images are taken together"
         ),
         advice=(
             "If those are the classes, name the folders above them train, valid and test, or look "
@@ -799,7 +799,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
-# The built-in data set: scikit-learn's 1,797 handwritten digits as pictures.
+# The built-in data set: scikit-learn's 1,797 handwritten digits as images.
 
 
 # Part of the folder's name: another way of drawing them is another data set.
@@ -840,9 +840,9 @@ def _write(folder: Path) -> None:
             place = folder / name / str(digit)
             place.mkdir(parents=True)
             for index in members:
-                picture = Image.fromarray(levels[index])
-                picture = picture.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
-                picture.save(place / f"{index:04}.png")
+                image = Image.fromarray(levels[index])
+                image = image.resize((_SIDE, _SIDE), Image.Resampling.BICUBIC)
+                image.save(place / f"{index:04}.png")
 
 
 def _split(indices: list[int]) -> dict[str, list[int]]:
@@ -957,7 +957,7 @@ def _fetch_s3(
                 command = next_command("prepare", "--data", "FOLDER", "--upload", uri)
                 raise DataError(
                     f"There is nothing at {uri}. Look with `aws s3 ls s3://{bucket}/`, or bring "
-                    f"pictures there: `{command}`."
+                    f"images there: `{command}`."
                 )
     return folder
 
@@ -1012,7 +1012,7 @@ def _missing(path: Path) -> str:
     )
 
 
-# A folder of pictures -> `ImageDataset`: files, labels, class names, splits and one digest.
+# A folder of images -> `ImageDataset`: files, labels, class names, splits and one digest.
 #
 # An image's split, where the folders leave it open, follows from the hashes of the contents in its
 # class: the same content never lands in two splits, and each class has its share in every split.
@@ -1030,7 +1030,7 @@ _WHOLE_SET = (("train", 0.8), ("validation", 0.9), ("test", 1.0))
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One picture of a data set."""
+    """One image of a data set."""
 
     path: str  # posix, relative to the data set's root
     label: int  # index into class_names
@@ -1040,14 +1040,14 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataset:
-    """Pictures with labels in three splits.
+    """Images with labels in three splits.
 
     Args:
         root: the folder that the paths are relative to.
         class_names: sorted; a label is an index into it, the same in every split.
         splits: samples by split name, all three of `SPLITS`; test may be empty.
         digest: SHA-256 over names, paths, labels, splits and contents, hexadecimal.
-        findings: what was noticed without decoding a picture.
+        findings: what was noticed without decoding an image.
         own_validation: whether the user says which images are for validation.
         described: what was found where, in a few words.
     """
@@ -1061,12 +1061,12 @@ class ImageDataset:
     described: str = ""
 
     def counts(self, split: str) -> list[int]:
-        """Pictures of each class in a split, in the order of `class_names`."""
+        """Images of each class in a split, in the order of `class_names`."""
         counts = Counter(sample.label for sample in self.splits[split])
         return [counts[label] for label in range(len(self.class_names))]
 
     def with_validation_in_train(self) -> ImageDataset:
-        """The same pictures, with those of validation in train as well as where they are."""
+        """The same images, with those of validation in train as well as where they are."""
         train = sorted((*self.splits["train"], *self.splits["validation"]), key=lambda s: s.path)
         splits = {**self.splits, "train": tuple(train)}
         return replace(self, splits=splits, digest=_digest(self.class_names, splits))
@@ -1095,9 +1095,9 @@ def load_dataset(
         classes: a table of classes and what becomes of them.
         group: a pattern of file names: images for which it matches the same are in one split.
         split: how images are split that nothing else sorts.
-        limit_per_class: at most so many pictures of a class in each split, always the same ones.
+        limit_per_class: at most so many images of a class in each split, always the same ones.
         on_bad_image: whether rows of a table that name no usable image are left out or refused.
-        cache: where content digests are remembered, so that a second look reads no picture.
+        cache: where content digests are remembered, so that a second look reads no image.
         progress: called with (files read, files to read).
 
     Raises:
@@ -1173,8 +1173,8 @@ def _refine(layout: Layout, labels: Path | None, classes: Path | None, group: st
 
 
 def _same_paths(
-    before: Iterable[PictureFile], after: Iterable[PictureFile]
-) -> Iterator[tuple[PictureFile, PictureFile]]:
+    before: Iterable[ImageFile], after: Iterable[ImageFile]
+) -> Iterator[tuple[ImageFile, ImageFile]]:
     kept = {file.path: file for file in after}
     return ((file, kept[file.path]) for file in before if file.path in kept)
 
@@ -1197,7 +1197,7 @@ def _described(root: Path, layout: Layout) -> str:
 
 
 def _make_splits(
-    files: Iterable[PictureFile],
+    files: Iterable[ImageFile],
     class_names: Sequence[str],
     digests: Mapping[str, str | OSError],
     rule: SplitRule,
@@ -1333,17 +1333,17 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
             groups = {file.group for file in layout.files} - {None}
             whole = f" Each of the {len(groups):,} groups is in one split." if groups else ""
             raise DataError(
-                f"{layout.root} has {total} picture files, and none of them is for {name}.{whole} "
-                f"Add pictures, or sort them into splits yourself. {LAYOUTS}"
+                f"{layout.root} has {total} image files, and none of them is for {name}.{whole} "
+                f"Add images, or sort them into splits yourself. {LAYOUTS}"
             )
 
 
-def unreadable_picture(sample: Sample, reason: str) -> Finding:
-    """A finding about a picture that was left out; `reason` is what `BadImageError` says."""
+def unreadable_image(sample: Sample, reason: str) -> Finding:
+    """A finding about an image that was left out; `reason` is what `BadImageError` says."""
     # "Cannot read /the/root/a/1.png: why." names the file already.
     _, named, why = reason.rpartition(sample.path)
     return Finding(
-        rule="unreadable_picture",
+        rule="unreadable_image",
         severity="warning",
         evidence=f"Cannot read {sample.path}{why if named else f': {reason}'}",
         advice="Repair or delete the file; it was left out.",
@@ -1351,7 +1351,7 @@ def unreadable_picture(sample: Sample, reason: str) -> Finding:
 
 
 def few_levels(paths: Sequence[str]) -> ListedFinding | None:
-    """A finding about pictures that are nearly black, white or of one shade of gray."""
+    """A finding about images that are nearly black, white or of one shade of gray."""
     return listed(
         "few_levels",
         "warning",
@@ -1363,9 +1363,9 @@ def few_levels(paths: Sequence[str]) -> ListedFinding | None:
 
 
 def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
-    """What is said of a split whose pictures are all in `findings`."""
+    """What is said of a split whose images are all in `findings`."""
     return DataError(
-        f"None of the {split} pictures can be read: {findings[-1].evidence.rstrip('.')}. "
+        f"None of the {split} images can be read: {findings[-1].evidence.rstrip('.')}. "
         "`visiontuner prepare --all --data DATA` lists what is wrong with each."
     )
 
@@ -1373,10 +1373,10 @@ def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
 def find_emptied_classes(
     dataset: ImageDataset, readable: Mapping[str, Collection[int]]
 ) -> list[Finding]:
-    """Classes that have pictures in a split, none of which can be read.
+    """Classes that have images in a split, none of which can be read.
 
     Args:
-        readable: by split, the labels of the pictures that can be.
+        readable: by split, the labels of the images that can be.
     """
     found = [_emptied(dataset, split, set(labels)) for split, labels in readable.items()]
     return [finding for finding in found if finding is not None]
@@ -1386,11 +1386,11 @@ def _emptied(dataset: ImageDataset, split: str, left: Collection[int]) -> Findin
     counted = enumerate(zip(dataset.class_names, dataset.counts(split), strict=True))
     names = [name for label, (name, count) in counted if count and label not in left]
     return listed(
-        "classes_without_readable_pictures",
+        "classes_without_readable_images",
         "error" if split == "train" else "warning",
         names,
-        f"none of their {split} pictures can be read",
-        "Repair or replace them: a class without training pictures cannot be learned, one without "
+        f"none of their {split} images can be read",
+        "Repair or replace them: a class without training images cannot be learned, one without "
         "others is not measured.",
     )
 
@@ -1441,8 +1441,8 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
             "missing_classes",
             "warning",
             _classes_with(dataset, split, 0),
-            f"no pictures in {split}",
-            f"Add pictures of them to {split}; until then they are not measured there.",
+            f"no images in {split}",
+            f"Add images of them to {split}; until then they are not measured there.",
         )
         for split in ("validation", "test")
         if dataset.splits[split]
@@ -1456,18 +1456,18 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
             "If they mean the same, write them the same.",
         ),
         listed(
-            "classes_without_training_pictures",
+            "classes_without_training_images",
             "error",
             _classes_with(dataset, "train", 0),
             "classes that cannot be learned",
-            "Add pictures of them to train, or remove the classes.",
+            "Add images of them to train, or remove the classes.",
         ),
         listed(
-            "classes_with_one_training_picture",
+            "classes_with_one_training_image",
             "warning",
             _classes_with(dataset, "train", 1),
-            "one picture is too few to learn a class from",
-            "Add pictures of them to train.",
+            "one image is too few to learn a class from",
+            "Add images of them to train.",
         ),
     ]
     return [finding for finding in findings if finding is not None]

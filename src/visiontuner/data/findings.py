@@ -1,6 +1,6 @@
-"""What is wrong with a data set's pictures, before a training tells it in worse ways.
+"""What is wrong with a data set's images, before a training tells it in worse ways.
 
-Every picture is decoded once, by `inspect_pictures`; the rules are functions of what that showed.
+Every image is decoded once, by `inspect_images`; the rules are functions of what that showed.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from visiontuner.data.images import (
     DECODING_VERSION,
     decode_image,
     has_few_levels,
+    image_extensions,
     open_image,
-    picture_extensions,
 )
 from visiontuner.errors import BadImageError, VisiontunerError
 from visiontuner.io.files import write_cached_json
@@ -93,19 +93,19 @@ def _close_pairs(
     return close
 
 
-# Decode every picture once, in worker processes, and remember what it turned out to be.
+# Decode every image once, in worker processes, and remember what it turned out to be.
 
 
 # 16 x 16 bits of perceptual hash. Measured: a photograph saved again, smaller or brighter is at
 # most 16 bits away, two different photographs at least 90, two handwritten digits at least 26.
 HASH_SIDE = 16
-_BATCH = 32  # pictures in one message to a worker
+_BATCH = 32  # images in one message to a worker
 _VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFacts:
-    """What decoding one picture showed; `error` alone is set where it cannot be decoded."""
+class ImageFacts:
+    """What decoding one image showed; `error` alone is set where it cannot be decoded."""
 
     format: str = ""  # Pillow's name
     width: int = 0  # pixels, as stored
@@ -115,18 +115,18 @@ class PictureFacts:
     few_levels: bool = False
 
 
-def inspect_pictures(
+def inspect_images(
     dataset: ImageDataset,
     *,
     workers: int | None = None,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, PictureFacts]:
-    """Facts by content digest; only pictures that no earlier call has seen are decoded.
+) -> dict[str, ImageFacts]:
+    """Facts by content digest; only images that no earlier call has seen are decoded.
 
     Args:
         workers: processes that decode; one for each core by default.
-        progress: called with (pictures done, pictures to decode).
+        progress: called with (images done, images to decode).
 
     Raises:
         VisiontunerError: a worker died. What was decoded until then is remembered.
@@ -148,22 +148,22 @@ def inspect_pictures(
 
 
 def facts_file(dataset: ImageDataset, cache: Path) -> Path:
-    """Where the facts about a data set's pictures are remembered."""
+    """Where the facts about a data set's images are remembered."""
     key = hashlib.sha256(os.fsencode(dataset.root.resolve())).hexdigest()[:24]
     return cache / "inspections" / f"{key}-{_VERSION}-{DECODING_VERSION}.json"
 
 
-def read_facts(store: Path) -> dict[str, PictureFacts]:
+def read_facts(store: Path) -> dict[str, ImageFacts]:
     """Remembered facts by content digest; none if there is no such file or it is damaged."""
     try:
         raw = json.loads(store.read_text(encoding="utf-8"))
-        return {digest: PictureFacts(*row) for digest, row in raw.items()}
+        return {digest: ImageFacts(*row) for digest, row in raw.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
 
 
 def read_header(path: Path) -> tuple[str, int, int]:
-    """Format, width and height from a picture's header.
+    """Format, width and height from an image's header.
 
     Raises:
         BadImageError: the header cannot be read.
@@ -173,9 +173,9 @@ def read_header(path: Path) -> tuple[str, int, int]:
 
 
 def _decode_all(
-    pictures: Sequence[tuple[str, Path]], workers: int | None
-) -> Iterator[tuple[str, PictureFacts]]:
-    batches = [list(pictures[i : i + _BATCH]) for i in range(0, len(pictures), _BATCH)]
+    images: Sequence[tuple[str, Path]], workers: int | None
+) -> Iterator[tuple[str, ImageFacts]]:
+    batches = [list(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)]
     processes = min(workers or available_cpus(), len(batches))
     # fork is unsafe in a process with threads, and torch and Ray start some.
     methods = multiprocessing.get_all_start_methods()
@@ -186,7 +186,7 @@ def _decode_all(
             yield from zip([digest for digest, _ in batch], found, strict=True)
     except BrokenProcessPool:
         raise VisiontunerError(
-            "A worker process that decodes pictures was killed, perhaps for its memory. "
+            "A worker process that decodes images was killed, perhaps for its memory. "
             "Run the same command again; it goes on where it stopped."
         ) from None
     finally:
@@ -197,11 +197,11 @@ def _paths(batches: Iterable[list[tuple[str, Path]]]) -> list[list[Path]]:
     return [[path for _, path in batch] for batch in batches]
 
 
-def _decode_batch(paths: list[Path]) -> list[PictureFacts]:
+def _decode_batch(paths: list[Path]) -> list[ImageFacts]:
     return [_decode(path) for path in paths]
 
 
-def _decode(path: Path) -> PictureFacts:
+def _decode(path: Path) -> ImageFacts:
     import imagehash  # in the workers only
 
     try:
@@ -209,8 +209,8 @@ def _decode(path: Path) -> PictureFacts:
         image = decode_image(path, target=4 * HASH_SIDE)
         name, width, height = read_header(path)
     except BadImageError as error:
-        return PictureFacts(error=str(error).removeprefix(f"Cannot read {path}: "))
-    return PictureFacts(
+        return ImageFacts(error=str(error).removeprefix(f"Cannot read {path}: "))
+    return ImageFacts(
         format=name,
         width=width,
         height=height,
@@ -219,7 +219,7 @@ def _decode(path: Path) -> PictureFacts:
     )
 
 
-Facts = Mapping[str, PictureFacts]
+Facts = Mapping[str, ImageFacts]
 
 IMBALANCE_RATIO = 10
 TINY_PIXELS = 32  # of a network's usual 224: seven times enlarged
@@ -242,10 +242,10 @@ class DatasetSummary:
     """The numbers that describe a data set.
 
     Args:
-        counts: pictures of each class, in the order of `class_names`, by split name.
-        totals: pictures by split name.
-        width, height: over all readable pictures as they are stored; None if there is none.
-        imbalance: pictures of train's largest class for one of its smallest (empty ones left out).
+        counts: images of each class, in the order of `class_names`, by split name.
+        totals: images by split name.
+        width, height: over all readable images as they are stored; None if there is none.
+        imbalance: images of train's largest class for one of its smallest (empty ones left out).
     """
 
     class_names: tuple[str, ...]
@@ -280,17 +280,17 @@ def inspect_dataset(
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Finding]:
-    """Look at every picture; the findings of `load_dataset` are not repeated.
+    """Look at every image; the findings of `load_dataset` are not repeated.
 
     Args:
         workers: processes that decode; one for each core by default.
         cache: where results are remembered by content, so that a second look decodes nothing.
-        progress: called with (pictures done, pictures to decode).
+        progress: called with (images done, images to decode).
 
     Raises:
         VisiontunerError: a worker process died.
     """
-    facts = inspect_pictures(dataset, workers=workers, cache=cache, progress=progress)
+    facts = inspect_images(dataset, workers=workers, cache=cache, progress=progress)
     findings = [
         find_unreadable(dataset, facts),
         *find_emptied_classes(dataset, _readable(dataset, facts)),
@@ -311,14 +311,14 @@ def find_without_decoding(dataset: ImageDataset) -> list[Finding]:
 
 
 def find_unreadable(dataset: ImageDataset, facts: Facts) -> Finding | None:
-    """Pictures that cannot be decoded."""
+    """Images that cannot be decoded."""
     bad = [
         f"{sample.path}: {facts[sample.digest].error.rstrip('.')}"
         for _, sample in _samples(dataset)
         if facts[sample.digest].error
     ]
     return listed(
-        "unreadable_pictures",
+        "unreadable_images",
         "warning",
         bad,
         "cannot be decoded and will be skipped",
@@ -327,7 +327,7 @@ def find_unreadable(dataset: ImageDataset, facts: Facts) -> Finding | None:
 
 
 def _readable(dataset: ImageDataset, facts: Facts) -> dict[str, set[int]]:
-    """By split, the labels of pictures that can be decoded."""
+    """By split, the labels of images that can be decoded."""
     return {
         split: {sample.label for sample in samples if not facts[sample.digest].error}
         for split, samples in dataset.splits.items()
@@ -335,7 +335,7 @@ def _readable(dataset: ImageDataset, facts: Facts) -> dict[str, set[int]]:
 
 
 def find_imbalance(dataset: ImageDataset) -> Finding | None:
-    """A class with more than ten times the training pictures of another."""
+    """A class with more than ten times the training images of another."""
     ratio = _imbalance(dataset)
     if ratio <= IMBALANCE_RATIO:
         return None
@@ -345,20 +345,20 @@ def find_imbalance(dataset: ImageDataset) -> Finding | None:
     return Finding(
         rule="class_imbalance",
         severity="warning",
-        evidence=f"{many[1]} has {many[0]} training pictures, {few[1]} has {few[0]}",
+        evidence=f"{many[1]} has {many[0]} training images, {few[1]} has {few[0]}",
         advice="Set training.class_weights: balanced and judge by validation_macro_f1.",
     )
 
 
 def find_tiny(dataset: ImageDataset, facts: Facts) -> Finding | None:
-    """Pictures whose shorter side is below 32 pixels."""
+    """Images whose shorter side is below 32 pixels."""
     tiny = [
         sample.path
         for _, sample in _samples(dataset)
         if 0 < min(facts[sample.digest].width, facts[sample.digest].height) < TINY_PIXELS
     ]
     return listed(
-        "tiny_pictures",
+        "tiny_images",
         "info",
         tiny,
         f"the shorter side has fewer than {TINY_PIXELS} pixels",
@@ -368,7 +368,7 @@ def find_tiny(dataset: ImageDataset, facts: Facts) -> Finding | None:
 
 def find_wrong_extensions(dataset: ImageDataset, facts: Facts) -> Finding | None:
     """Files whose ending names another format than their content."""
-    endings = picture_extensions()
+    endings = image_extensions()
     wrong = []
     for _, sample in _samples(dataset):
         found = facts[sample.digest].format
@@ -379,7 +379,7 @@ def find_wrong_extensions(dataset: ImageDataset, facts: Facts) -> Finding | None
         "wrong_extensions",
         "info",
         wrong,
-        "the ending names another format; the pictures are read all the same",
+        "the ending names another format; the images are read all the same",
         "Rename them if other programs are to read them.",
     )
 
@@ -387,10 +387,10 @@ def find_wrong_extensions(dataset: ImageDataset, facts: Facts) -> Finding | None
 def find_two_classes(dataset: ImageDataset) -> Finding | None:
     """The same file under two classes: one of the labels is wrong."""
     return listed(
-        "same_picture_in_two_classes",
+        "same_image_in_two_classes",
         "warning",
         _same_apart(dataset, lambda _, sample: sample.label),
-        "the same picture with different labels",
+        "the same image with different labels",
         "Decide which label is right and remove the other file.",
     )
 
@@ -398,22 +398,22 @@ def find_two_classes(dataset: ImageDataset) -> Finding | None:
 def find_same_across_splits(dataset: ImageDataset) -> Finding | None:
     """The same file in two splits: accuracy is measured on what was learned by heart."""
     return listed(
-        "same_picture_in_two_splits",
+        "same_image_in_two_splits",
         "warning",
         _same_apart(dataset, lambda split, _: split),
-        "the same picture in two splits makes accuracy read too high",
-        "Keep each picture in one split.",
+        "the same image in two splits makes accuracy read too high",
+        "Keep each image in one split.",
     )
 
 
 def find_near_across_splits(dataset: ImageDataset, facts: Facts) -> Finding | None:
-    """Nearly the same picture in two splits: saved again, resized or brightened."""
+    """Nearly the same image in two splits: saved again, resized or brightened."""
     return listed(
         "near_duplicates_in_two_splits",
         "warning",
         _near_apart(_samples(dataset), facts),
-        "nearly the same picture in two splits makes accuracy read too high",
-        "Look at the pairs and keep each picture in one split.",
+        "nearly the same image in two splits makes accuracy read too high",
+        "Look at the pairs and keep each image in one split.",
     )
 
 
@@ -431,7 +431,7 @@ def find_near_across_groups(dataset: ImageDataset, facts: Facts) -> Finding | No
 
 def _near_apart(placed: Iterable[tuple[str, Sample]], facts: Facts) -> list[str]:
     """Nearly equal images in two places, a pair for each two hashes."""
-    # Equal hashes once: a thousand blank pictures are one entry, not half a million pairs.
+    # Equal hashes once: a thousand blank images are one entry, not half a million pairs.
     holders: dict[str, dict[str, Sample]] = defaultdict(dict)
     for place, sample in placed:
         if perceptual_hash := facts[sample.digest].perceptual_hash:

@@ -1,10 +1,10 @@
 """Bytes -> pixels -> network input, the same in training and at the endpoint.
 
 Pillow and numpy only: what the network saw in training is what the endpoint feeds it, because
-there is one implementation. A picture is read as a person sees it: rotated as its EXIF data says,
+there is one implementation. An image is read as a person sees it: rotated as its EXIF data says,
 CMYK and palettes as RGB, 16 bits scaled to 8, transparency on white, an animation's first frame.
 What is black and what is white is what the file declares, never the range of its own values: two
-pictures of a data set, and a training picture and a request, have the same scale.
+images of a data set, and a training image and a request, have the same scale.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from visiontuner.errors import BadImageError, BusyError, ClassifierError, DiskEr
 
 Interpolation = Literal["bilinear", "bicubic", "nearest", "lanczos"]
 
-# Part of the names of all that is remembered about decoded pictures; raised whenever the same file
+# Part of the names of all that is remembered about decoded images; raised whenever the same file
 # becomes other pixels.
 DECODING_VERSION = 2
 
@@ -83,10 +83,10 @@ _TRANSPOSED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# A 1 x 100,000 picture would need 16 GB once its shorter side is 232. What lies that far from the
+# A 1 x 100,000 image would need 16 GB once its shorter side is 232. What lies that far from the
 # centre is cropped away anyway.
 _MAX_ASPECT_RATIO = 100
-# A conversion holds several copies of what it converts: of a strip, not of the whole picture.
+# A conversion holds several copies of what it converts: of a strip, not of the whole image.
 _STRIP_PIXELS = 1 << 20
 _BITS_PER_SAMPLE_TAG, _PHOTOMETRIC_TAG = 258, 262  # TIFF
 _WHITE_IS_ZERO = 0
@@ -98,7 +98,7 @@ _PILLOW_MODULES = re.compile(r"PIL\.")
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """How a picture becomes network input; stored with every classifier.
+    """How an image becomes network input; stored with every classifier.
 
     Args:
         resize: the shorter side after resizing, pixels.
@@ -150,7 +150,7 @@ class Preprocessing:
             raise ClassifierError(f"The preprocessing cannot be read: {error}.") from None
 
     def with_size(self, size: int) -> Preprocessing:
-        """The same for another input size; the crop keeps its share of the picture."""
+        """The same for another input size; the crop keeps its share of the image."""
         return Preprocessing(
             resize=max(size, round(size * self.resize / self.size)),
             size=size,
@@ -161,12 +161,12 @@ class Preprocessing:
 
 
 class DecodingMemory:
-    """What decoding for several requests at a time may hold: small pictures side by side, large
+    """What decoding for several requests at a time may hold: small images side by side, large
     ones one after the other.
 
     Args:
-        small: bytes up to which a picture is decoded beside any others.
-        most: bytes; a picture that needs more is refused.
+        small: bytes up to which an image is decoded beside any others.
+        most: bytes; an image that needs more is refused.
         waiting: requests that may wait for their turn. More would take the threads that answer
             small ones.
     """
@@ -178,7 +178,7 @@ class DecodingMemory:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Until it ends, no other large picture is decoded.
+        """Until it ends, no other large image is decoded.
 
         Raises:
             BusyError: too many wait already.
@@ -210,7 +210,7 @@ def read_pixels(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int | None = None,
 ) -> NDArray[np.uint8]:
-    """Decode and crop one picture.
+    """Decode and crop one image.
 
     Returns:
         uint8, shape (size, size, 3).
@@ -231,17 +231,17 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     max_bytes: int | None = None,
 ) -> Image.Image:
-    """One picture in RGB, as a person sees it.
+    """One image in RGB, as a person sees it.
 
     Args:
         source: the file's content, or its path.
         target: the shorter side that is wanted, pixels. A JPEG may then be decoded smaller (never
             below twice the target), which is several times faster for photographs.
-        max_pixels: larger pictures are refused from their header, before any decoding.
+        max_pixels: larger images are refused from their header, before any decoding.
         max_bytes: so are those whose decoding needs more memory.
 
     Raises:
-        BadImageError: the source is empty, unreadable, truncated, too large, not a picture, or one
+        BadImageError: the source is empty, unreadable, truncated, too large, not an image, or one
             that Pillow decodes in Python.
         DiskError: the disk gives an I/O error.
         LargeImageError: decoding it needs more than `max_bytes`.
@@ -265,13 +265,13 @@ def decode_image(
 
 @contextmanager
 def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """A picture by its header, while the `with` block lasts; `load` decodes it.
+    """An image by its header, while the `with` block lasts; `load` decodes it.
 
     Raises:
         BadImageError: as `decode_image`; also for what is raised in the block.
     """
     _silence_pillow()
-    name = str(source) if isinstance(source, Path) else f"a picture of {len(source):,} bytes"
+    name = str(source) if isinstance(source, Path) else f"an image of {len(source):,} bytes"
     try:
         with _open(source, max_pixels) as image:
             _check_size(image, max_pixels)
@@ -289,7 +289,7 @@ def open_image(source: bytes | Path, *, max_pixels: int = MAX_PIXELS) -> Iterato
         raise BadImageError(f"Cannot read {name}: {_not_opened(source)}.") from None
     except Exception as error:
         if isinstance(error, OSError) and error.errno == errno.EIO:
-            # The picture may be sound: it must not be left out for good.
+            # The image may be sound: it must not be left out for good.
             raise DiskError(
                 f"Cannot read {name}: {error.strerror}. Check the disk, then start again."
             ) from None
@@ -301,7 +301,7 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.
     """Resize the shorter side and take the centre, as torchvision does on Pillow images.
 
     Equal to torchvision's `Resize(resize)` and `CenterCrop(size)` level by level, zero padding of
-    pictures smaller than the crop included. (More than 100 times as long as wide, the ends are cut
+    images smaller than the crop included. (More than 100 times as long as wide, the ends are cut
     off first.)
 
     Args:
@@ -320,12 +320,12 @@ def crop_pixels(image: Image.Image, preprocessing: Preprocessing) -> NDArray[np.
     )
     size = preprocessing.size
     left, top = _crop_offset(image.width, size), _crop_offset(image.height, size)
-    # Pillow fills what lies outside the picture with zeros.
+    # Pillow fills what lies outside the image with zeros.
     return np.array(image.crop((left, top, left + size, top + size)), dtype=np.uint8)
 
 
 def has_few_levels(image: Image.Image | NDArray[np.uint8]) -> bool:
-    """Whether a picture (RGB, or its pixels) is nearly black, white or of one shade of gray."""
+    """Whether an image (RGB, or its pixels) is nearly black, white or of one shade of gray."""
     if isinstance(image, Image.Image):
         ranges = cast(tuple[tuple[int, int], ...], image.getextrema())
         low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
@@ -354,7 +354,7 @@ def normalise(pixels: NDArray[np.uint8], preprocessing: Preprocessing) -> NDArra
 
 
 @cache
-def picture_formats() -> tuple[str, ...]:
+def image_formats() -> tuple[str, ...]:
     """Pillow's names of the formats that it opens here, in the order in which they are tried."""
     Image.init()
     with suppress(ImportError):  # whoever has HEIC photographs installs it
@@ -365,9 +365,9 @@ def picture_formats() -> tuple[str, ...]:
 
 
 @cache
-def picture_extensions() -> Mapping[str, str]:
-    """File name endings that count as pictures, lower case, to Pillow's format name."""
-    known = {*picture_formats(), "ICO", "MPO"}
+def image_extensions() -> Mapping[str, str]:
+    """File name endings that count as images, lower case, to Pillow's format name."""
+    known = {*image_formats(), "ICO", "MPO"}
     return {end: name for end, name in Image.registered_extensions().items() if name in known}
 
 
@@ -387,11 +387,11 @@ def _open(source: bytes | Path, max_pixels: int) -> Image.Image:
     if _start_of(source).startswith(_ICON_MAGIC):
         return _open_icon(_content(source), max_pixels)
     stream = source if isinstance(source, Path) else io.BytesIO(source)
-    return Image.open(stream, formats=picture_formats())
+    return Image.open(stream, formats=image_formats())
 
 
 def _open_icon(content: bytes, max_pixels: int) -> Image.Image:
-    """The largest picture of an icon file; Pillow's opener decodes it before it can be checked."""
+    """The largest image of an icon file; Pillow's opener decodes it before it can be checked."""
     icon = IcoFile(io.BytesIO(content))
     inner = io.BytesIO(content[icon.entry[0].offset :])
     with Image.open(inner, formats=("PNG", "DIB")) as header:
@@ -414,18 +414,18 @@ def _content(source: bytes | Path) -> bytes:
 
 
 def _not_opened(source: bytes | Path) -> str:
-    """Why Pillow does not know a picture: of its other formats, the one whose mark it bears."""
+    """Why Pillow does not know an image: of its other formats, the one whose mark it bears."""
     start = _start_of(source)
-    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and "HEIF" not in picture_formats():
+    if start[4:8] == b"ftyp" and start[8:12] in _HEIC_BRANDS and "HEIF" not in image_formats():
         return "HEIC images are not decoded: install pillow-heif, or convert to JPEG"
     for name in reversed(Image.ID):  # XPM before XBM, which takes any comment for its own
-        if name in (*picture_formats(), "ICO") or name not in Image.OPEN:
+        if name in (*image_formats(), "ICO") or name not in Image.OPEN:
             continue
         accept = Image.OPEN[name][1]
         with suppress(Exception):  # they index into what may be shorter
             if accept is not None and accept(start):
                 return f"{name} images are not decoded: convert to PNG"
-    return "it is not a picture that Pillow knows"
+    return "it is not an image that Pillow knows"
 
 
 def _check_decoders(image: Image.Image) -> None:
@@ -439,7 +439,7 @@ def _check_decoders(image: Image.Image) -> None:
 
 
 def _decoding_bytes(image: Image.Image, whole: int, source: bytes | Path) -> int:
-    """About what decoding a picture will hold, `whole` pixels in its file."""
+    """About what decoding an image will hold, `whole` pixels in its file."""
     each = _BYTES_PER_PIXEL.get(image.format or "", _OTHER_BYTES_PER_PIXEL)
     needed = image.width * image.height * each
     if image.format in ("JPEG", "MPO") and _count_scans(_content(source)) > 1:
@@ -482,7 +482,7 @@ def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
         method = _TRANSPOSED.get(orientation)  # type: ignore[arg-type]
-    except Exception:  # damaged EXIF data: every viewer shows the picture as it is stored
+    except Exception:  # damaged EXIF data: every viewer shows the image as it is stored
         return image
     return image if method is None else image.transpose(method)
 
@@ -490,7 +490,7 @@ def _upright(image: Image.Image) -> Image.Image:
 def _black_and_white(
     image: Image.Image, source: bytes | Path, tags: Mapping[int, Any]
 ) -> tuple[float, float]:
-    """Which values of a picture with more than 8 bits are black and white, as the file declares.
+    """Which values of an image with more than 8 bits are black and white, as the file declares.
 
     A float is 0 to 1, and a whole number of 32 bits 0 to 65,535: they declare no depth.
     """
@@ -525,11 +525,11 @@ def _significant_bits(image: Image.Image, png: bytes) -> int:
 
 
 def _to_rgb(image: Image.Image, black: float, white: float) -> Image.Image:
-    """RGB, on white; `black` and `white` are the values of a picture with more than 8 bits."""
+    """RGB, on white; `black` and `white` are the values of an image with more than 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         return _in_strips(image, lambda strip: _to_8_bits(strip, black, white))
     if image.has_transparency_data:
-        # Programs that know no alpha leave it 0: nothing would be seen of the picture.
+        # Programs that know no alpha leave it 0: nothing would be seen of the image.
         seen = any(_with_alpha(strip).getchannel("A").getbbox() for _, strip in _strips(image))
         return _in_strips(image, _on_white if seen else lambda strip: _with_alpha(strip))
     if image.mode == "RGB":

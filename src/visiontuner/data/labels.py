@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 
-from visiontuner.data.images import picture_extensions
+from visiontuner.data.images import image_extensions
 from visiontuner.errors import DataError
-from visiontuner.io.files import PictureFile, file_state
+from visiontuner.io.files import ImageFile, file_state
 from visiontuner.text import printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -273,7 +273,7 @@ class LabelledFiles:
         repeated: rows that say again what an earlier one said.
     """
 
-    files: list[PictureFile]
+    files: list[ImageFile]
     bad: Mapping[str, list[str]]
     repeated: Sequence[str] = field(default=())
 
@@ -311,7 +311,7 @@ def label_files(
     by_folder = split is None and has_split_folders(table)
     find = _Finder(root, _folder_of(table, root, folders))
     bad: dict[str, list[str]] = defaultdict(list)
-    said: dict[str, tuple[int, PictureFile]] = {}
+    said: dict[str, tuple[int, ImageFile]] = {}
     repeated, contradicted = [], set()
     for row in table.rows:
         read = find.file(row, _first_folder(row.path) if by_folder else split)
@@ -382,10 +382,10 @@ class _Finder:
     def __init__(self, root: Path, folder: str) -> None:
         self._root = os.fspath(root)
         self._folder = folder
-        self._endings = list(picture_extensions())
+        self._endings = list(image_extensions())
         self._known = frozenset(self._endings)
 
-    def file(self, row: Row, split: str | None) -> PictureFile | str:
+    def file(self, row: Row, split: str | None) -> ImageFile | str:
         """The file that a row names, or the rule that it breaks."""
         path = _inside(row.path)
         if path is None:
@@ -401,7 +401,7 @@ class _Finder:
         path, status = found
         if _ending(path) not in self._known:
             return "rows_without_image"
-        return PictureFile(path, row.label, named, file_state(status), row.group or None)
+        return ImageFile(path, row.label, named, file_state(status), row.group or None)
 
     def stat(self, path: str) -> tuple[str, os.stat_result] | None:
         """The file at a path, or at that path with an image's ending; None where there is none."""
@@ -451,9 +451,7 @@ def _ending(path: str) -> str:
 # Labels of single images, and names of classes, that take the place of those that were found.
 
 
-def override_labels(
-    files: Iterable[PictureFile], table: Table
-) -> tuple[list[PictureFile], list[str]]:
+def override_labels(files: Iterable[ImageFile], table: Table) -> tuple[list[ImageFile], list[str]]:
     """Give images the label that a table has for them, or leave them out where it has none.
 
     Returns:
@@ -468,7 +466,7 @@ def override_labels(
         if path in labels:
             raise DataError(f"{table.path}, line {row.line}: {path} a second time.")
         labels[path] = row
-    changed: list[PictureFile] = []
+    changed: list[ImageFile] = []
     for file in files:
         if file.path not in labels:
             changed.append(file)
@@ -478,8 +476,8 @@ def override_labels(
 
 
 def rename_classes(
-    files: Iterable[PictureFile], names: Mapping[str, str]
-) -> tuple[list[PictureFile], list[str]]:
+    files: Iterable[ImageFile], names: Mapping[str, str]
+) -> tuple[list[ImageFile], list[str]]:
     """Rename and merge classes, and leave out those that become nothing.
 
     Returns:
@@ -495,11 +493,11 @@ def rename_classes(
     return changed, [name for name in names if name not in there]
 
 
-def _with_class(file: PictureFile, name: str) -> PictureFile:
-    return PictureFile(file.path, name, file.split, file.state, file.group)
+def _with_class(file: ImageFile, name: str) -> ImageFile:
+    return ImageFile(file.path, name, file.split, file.state, file.group)
 
 
-def group_files(files: Iterable[PictureFile], pattern: str) -> list[PictureFile]:
+def group_files(files: Iterable[ImageFile], pattern: str) -> list[ImageFile]:
     """Group images by a pattern of their file names, or of their paths if it holds a slash.
 
     The group is what the parentheses match, or all of the match without any; an image that does not
@@ -511,5 +509,5 @@ def group_files(files: Iterable[PictureFile], pattern: str) -> list[PictureFile]
         found = compiled.search(file.path if of_path else posixpath.basename(file.path))
         parts: tuple[Any, ...] = (found.groups() or (found[0],)) if found else ()
         group = "/".join(part for part in parts if part) or None
-        grouped.append(PictureFile(file.path, file.class_name, file.split, file.state, group))
+        grouped.append(ImageFile(file.path, file.class_name, file.split, file.state, group))
     return grouped

@@ -103,16 +103,16 @@ class StepRecord:
     Attributes:
         steps: int64, (S,), optimizer steps, from 1; not every one in a long training.
         seconds: float32, (S, 6), by `STEP_PARTS`. On a GPU the parts are its own times.
-        pictures: int64, (S,), in each step's batch.
+        images: int64, (S,), in each step's batch.
         startup_seconds: from the training's start to its first step: network, loaders, first batch.
-            Pictures were decoded, or features computed, before.
+            Images were decoded, or features computed, before.
         device: `cpu` or the GPU's name.
-        workers: processes that prepare pictures.
+        workers: processes that prepare images.
     """
 
     steps: NDArray[np.int64]
     seconds: Floats
-    pictures: NDArray[np.int64]
+    images: NDArray[np.int64]
     startup_seconds: float
     device: str
     workers: int
@@ -221,7 +221,11 @@ def _fields(name: str, arrays: Mapping[str, Any], words: Mapping[str, Any]) -> d
         for key, array in own.items()
         if key.startswith("values/")
     }
-    plain = {key: array for key, array in own.items() if not key.startswith("values/")}
+    plain = {
+        key.replace("picture", "image"): array  # as earlier versions called it
+        for key, array in own.items()
+        if not key.startswith("values/")
+    }
     listed = {k: tuple(v) if isinstance(v, list) else v for k, v in words[name].items()}
     return plain | listed | ({"values": values} if name != "steps" else {})
 
@@ -246,16 +250,16 @@ def loss_bounds(
 
     Args:
         smoothing: in [0, 1).
-        balanced_counts: training pictures of each class, where the loss weights classes by their
+        balanced_counts: training images of each class, where the loss weights classes by their
             inverse; torch then weights the smoothed shares too.
     """
     counts = np.ones(num_classes) if balanced_counts is None else np.asarray(balanced_counts, float)
     present = counts > 0
     weights = np.where(present, counts.sum() / (present.sum() * np.maximum(counts, 1)), 0.0)
     other = smoothing / num_classes * weights  # asked for of every other class, (C,)
-    own = (1 - smoothing) * weights + other  # of a picture's own, (C,)
+    own = (1 - smoothing) * weights + other  # of an image's own, (C,)
     total = own + other.sum() - other
-    # Of one picture of each class: total x entropy of the shares that it is asked for.
+    # Of one image of each class: total x entropy of the shares that it is asked for.
     least = _x_log_x(total) - (_x_log_x(own) + _x_log_x(other).sum() - _x_log_x(other))
     share = counts / (counts * weights).sum()
     return LossBounds(
@@ -286,7 +290,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What the best epoch said about the validation pictures.
+    """What the best epoch said about the validation images.
 
     Attributes:
         probabilities: float, shape (N, C); rows sum to 1.
@@ -308,7 +312,7 @@ class Predictions:
             ValueError: the shapes do not fit each other.
         """
         if logits.shape != (len(labels), len(class_names)):
-            raise ValueError(f"{logits.shape} logits for {len(labels)} pictures")
+            raise ValueError(f"{logits.shape} logits for {len(labels)} images")
         shifted: NDArray[Any] = np.exp(logits - logits.max(axis=1, keepdims=True))
         return cls(
             probabilities=shifted / shifted.sum(axis=1, keepdims=True),
@@ -324,7 +328,7 @@ class Predictions:
 
         Raises:
             OSError: there is no such file.
-            ValueError: it is damaged, or of other pictures.
+            ValueError: it is damaged, or of other images.
         """
         try:
             return cls.from_logits(np.load(path, allow_pickle=False), labels, class_names)
@@ -344,7 +348,7 @@ class Predictions:
         return float((self.predicted == self.labels).mean())
 
     def support(self) -> NDArray[np.int64]:
-        """Validation pictures of each class: int64, shape (C,)."""
+        """Validation images of each class: int64, shape (C,)."""
         counts: NDArray[np.int64] = np.bincount(self.labels, minlength=len(self.class_names))
         return counts
 
@@ -374,15 +378,15 @@ class TrainingHistory:
         configuration: what the training was told: `learning_rate`, `batch_size`, `class_weights`, …
         objective: name of the metric that chooses the best epoch.
         num_classes: if it is known; then ln(num_classes) is the loss of guessing.
-        class_counts: training pictures of each class, in the order of `class_names`.
-        predictions: on the validation pictures, if they were kept.
+        class_counts: training images of each class, in the order of `class_names`.
+        predictions: on the validation images, if they were kept.
         times: seconds since the epoch at which the epochs were reported.
         attempts: which attempt of a training that was resumed reported each of them; empty if all
             are of one.
         now: the present time if the training still runs, else None.
         error: what ended a failed training.
         host: the machine it ran on, in a search on several.
-        preparation_seconds: that went into its pictures before it started; 0 for a trial of a
+        preparation_seconds: that went into its images before it started; 0 for a trial of a
             search, whose trials share them.
         recording: tensors, step times and the machine's use, if they were recorded.
         best: of its search and stage, this training included; None if it is alone.
@@ -428,10 +432,10 @@ class TrainingHistory:
     @property
     def train_loss_is_plain(self) -> bool:
         """Whether the training loss is a cross-entropy like validation's."""
-        return not self._smoothing and not self.mixes_pictures
+        return not self._smoothing and not self.mixes_images
 
     @property
-    def mixes_pictures(self) -> bool:
+    def mixes_images(self) -> bool:
         """MixUp or CutMix: how low the training loss can be depends on what is drawn."""
         augmentation = self.configuration.get("augmentation") or {}
         return any(augmentation.get(name) for name in ("mixup", "cutmix"))
@@ -501,7 +505,7 @@ def history_of_trial(
     counts = (data.get("class_counts") or {}).get("train") or ()
     training = record.started.get("experiment", {}).get("training", {})
     if trial.stage == "head":
-        training = {**training, "augmentation": None}  # its features are of pictures as they are
+        training = {**training, "augmentation": None}  # its features are of images as they are
     metrics = {name for epoch in trial.epochs for name in epoch.metrics}
     return TrainingHistory(
         metrics={name: _curve(trial, name) for name in sorted(metrics)},

@@ -28,7 +28,7 @@ from visiontuner.diagnostics.history import (
 )
 from visiontuner.diagnostics.system import SystemSampler
 from visiontuner.diagnostics.tensors import TensorRecorder, Thinned
-from visiontuner.training.callbacks import Part, Watch
+from visiontuner.training.callbacks import Part, TrainingCallback
 
 # Where the time of every training step goes, without waiting for the device.
 #
@@ -38,7 +38,7 @@ from visiontuner.training.callbacks import Part, Watch
 
 
 MOST_STEPS = 4096
-_NOT_ITS_OWN = "recording"
+_RECORDING_PART = "recording"
 
 
 class Clock(Protocol):
@@ -122,12 +122,12 @@ class StepTimes:
         try:
             yield
         finally:
-            self._laps.append((_NOT_ITS_OWN, self._clock.stamp()))
+            self._laps.append((_RECORDING_PART, self._clock.stamp()))
 
-    def step_begins(self, step: int, pictures: int) -> None:
+    def step_begins(self, step: int, images: int) -> None:
         if self.startup_seconds is None:
             self.startup_seconds = time.perf_counter() - self._began
-        self._step = step, pictures
+        self._step = step, images
 
     def step_ends(self) -> None:
         if self._step is not None and self.kept.wants(self._step[0]):
@@ -147,7 +147,7 @@ class StepTimes:
         return StepRecord(
             steps=np.array(self.kept.numbers, np.int64),
             seconds=np.array(seconds, np.float32).reshape(len(rows), len(STEP_PARTS)),
-            pictures=np.array([pictures for _, pictures in rows], np.int64),
+            images=np.array([images for _, images in rows], np.int64),
             startup_seconds=self.startup_seconds or 0.0,
             device=torch.cuda.get_device_name(self._device)
             if self._device.type == "cuda"
@@ -158,20 +158,20 @@ class StepTimes:
     def go_on(self, record: StepRecord, *, until: int, every: int) -> None:
         """Take over an earlier record, up to a step."""
         self.startup_seconds = record.startup_seconds
-        rows = zip(record.steps, record.seconds, record.pictures, strict=True)
-        kept = [(int(s), (row, int(pictures))) for s, row, pictures in rows if s <= until]
+        rows = zip(record.steps, record.seconds, record.images, strict=True)
+        kept = [(int(s), (row, int(images))) for s, row, images in rows if s <= until]
         self.kept.refill(kept, every)
 
     def _read_passed(self) -> None:
         while self._waiting and self._clock.passed(self._waiting[0][2][-1][1]):
             self._read(*self._waiting.popleft())
 
-    def _read(self, step: int, pictures: int, laps: list[tuple[str, Any]]) -> None:
+    def _read(self, step: int, images: int, laps: list[tuple[str, Any]]) -> None:
         seconds = np.zeros(len(STEP_PARTS), np.float32)
         for (_, earlier), (part, later) in pairwise(laps):
-            if part != _NOT_ITS_OWN:
+            if part != _RECORDING_PART:
                 seconds[STEP_PARTS.index(part)] += self._clock.seconds(earlier, later)
-        self.kept.add(step, (seconds, pictures))
+        self.kept.add(step, (seconds, images))
 
     def _count(self, what: str) -> None:
         now = time.perf_counter()
@@ -186,7 +186,7 @@ class StepTimes:
 _log = logging.getLogger(__name__)
 
 
-class Trace(Watch):
+class Trace(TrainingCallback):
     """Traces whole steps into `trace.json.gz` in a trial's folder; close it at the end.
 
     Args:
@@ -262,8 +262,8 @@ def _harmless(method: Method) -> Method:
     return cast(Method, careful)
 
 
-class Recorder(Watch):
-    """Watches a training and keeps `recording.npz` in its trial's folder; close it at the end.
+class Recorder(TrainingCallback):
+    """Records a training in `recording.npz` of its trial's folder; close it at the end.
 
     A training that goes on from a checkpoint goes on with the file: what was recorded after the
     checkpoint is dropped. One that begins anew begins a new one. Nothing that goes wrong here ends
@@ -384,8 +384,8 @@ class Recorder(Watch):
         about = earlier.about
         if earlier.tensors is not None:
             # As many times less often than asked for as before, whatever is asked for now.
-            thinned = int(about["tensors_every_steps"]) // int(about["every_steps"])
-            every = self._tensors.kept.every * thinned
+            decimation = int(about["tensors_every_steps"]) // int(about["every_steps"])
+            every = self._tensors.kept.every * decimation
             self._tensors.go_on(earlier.tensors, until=steps, every=every)
         if earlier.steps is not None:
             every = int(about["times_every_steps"])

@@ -15,7 +15,7 @@ from visiontuner.journal import Finding, Severity
 def not_a_number(history: TrainingHistory) -> Finding | None:
     """A recorded value, or the loss that ended the training, is NaN or infinite."""
     advice = (
-        "Use a learning rate ten times smaller; if that does not help, look for damaged pictures "
+        "Use a learning rate ten times smaller; if that does not help, look for damaged images "
         "or features."
     )
     for name, curve in history.metrics.items():
@@ -50,13 +50,13 @@ def loss_not_decreasing(history: TrainingHistory) -> Finding | None:
         f"over the last {epochs} epochs the training loss {change}, to {loss.values[-1]:.3g}"
         f"{_guess(history)}",
         "Try learning rates ten times larger and smaller; if none helps, see whether labels and "
-        "pictures belong together.",
+        "images belong together.",
         loss.steps[-1],
     )
 
 
 def overfit(history: TrainingHistory) -> Finding | None:
-    """Training pictures are known far better than validation pictures."""
+    """Training images are known far better than validation images."""
     losses = _together(history, "train_loss", "validation_loss")
     if len(losses) < limits.LOSS_FEWEST_EPOCHS - 1:
         return None
@@ -81,7 +81,7 @@ def overfit(history: TrainingHistory) -> Finding | None:
     else:
         severity = "warning"
     advice = (
-        "Add pictures or augmentation; more training.weight_decay, training.dropout or fewer "
+        "Add images or augmentation; more training.weight_decay, training.dropout or fewer "
         "epochs help a little."
     )
     return _finding("overfit", severity, said, advice, step)
@@ -253,7 +253,7 @@ def _left(history: TrainingHistory) -> float | None:
 def _bounds_are_known(history: TrainingHistory) -> bool:
     if history.train_loss_is_plain:
         return True
-    return not history.mixes_pictures and history.training_bounds is not None
+    return not history.mixes_images and history.training_bounds is not None
 
 
 def _least(history: TrainingHistory) -> float:

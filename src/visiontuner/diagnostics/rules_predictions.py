@@ -1,4 +1,4 @@
-"""Rules on classes and on what the best epoch said about the validation pictures."""
+"""Rules on classes and on what the best epoch said about the validation images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _NAMED = 5
 
 
 def class_imbalance(history: TrainingHistory) -> Finding | None:
-    """One class has over ten times another's training pictures; an error where it shows.
+    """One class has over ten times another's training images; an error where it shows.
 
-    It shows where over 70 % of a rare class's validation pictures get another name.
+    It shows where over 70 % of a rare class's validation images get another name.
     """
     if not _is_imbalanced(history):
         return None
@@ -26,26 +26,26 @@ def class_imbalance(history: TrainingHistory) -> Finding | None:
         return None
     fewest = int(rare[counts[rare].argmin()])
     evidence = (
-        f"{_name(history, int(counts.argmax()))} has {counts.max()} training pictures, "
+        f"{_name(history, int(counts.argmax()))} has {counts.max()} training images, "
         f"{_name(history, fewest)} has {counts[fewest]}"
     )
     if missed:
         worst = max(missed, key=lambda label: missed[label])
         evidence += (
             f"; {len(missed)} of {len(rare)} rare classes are mostly missed, "
-            f"{_name(history, worst)} in {missed[worst]:.0%} of its validation pictures"
+            f"{_name(history, worst)} in {missed[worst]:.0%} of its validation images"
         )
     return Finding(
         rule="class_imbalance",
         severity="error" if missed else "warning",
         evidence=evidence,
-        advice="Add pictures of the rare classes, or set training.class_weights: balanced; judge "
+        advice="Add images of the rare classes, or set training.class_weights: balanced; judge "
         "by validation_macro_f1.",
     )
 
 
 def class_not_predicted(history: TrainingHistory) -> Finding | None:
-    """A class that is in the validation pictures, and that the model names for none of them.
+    """A class that is in the validation images, and that the model names for none of them.
 
     Not in a trial that learned little: see `learning_rate_to_blame`.
     """
@@ -70,15 +70,15 @@ def _class_never_named(history: TrainingHistory) -> Finding | None:
         rule="class_not_predicted",
         severity="error" if sure else "warning",
         evidence=f"never predicted: {shown}{more}",
-        advice="See that these classes have training pictures with right labels, and as many as "
+        advice="See that these classes have training images with right labels, and as many as "
         "others.",
     )
 
 
 def label_noise(history: TrainingHistory) -> Finding | None:
-    """The model is sure that many labels are wrong, or the labels say nothing about the pictures.
+    """The model is sure that many labels are wrong, or the labels say nothing about the images.
 
-    The second: training pictures are learned by heart while validation stays as good as guessing.
+    The second: training images are learned by heart while validation stays as good as guessing.
     Not in a trial that learned little: see `learning_rate_to_blame`.
 
     Source: that confident disagreement points at wrong labels, Northcutt et al. 2021,
@@ -144,7 +144,7 @@ def _labels_say_nothing(history: TrainingHistory) -> Finding | None:
         severity="error",
         evidence=f"the training loss fell from {train.values[0]:.3g} to {train.values[-1]:.3g}, "
         f"validation stayed at guessing: accuracy {accuracy.values[-1]:.3f} of {classes} classes",
-        advice="Look at some pictures with their labels: they do not seem to belong together.",
+        advice="Look at some images with their labels: they do not seem to belong together.",
         step=accuracy.steps[-1],
     )
 
@@ -160,7 +160,7 @@ def _confident_disagreement(history: TrainingHistory) -> Finding | None:
         return None  # a model that knows little, or is sure of everything, cannot judge labels
     doubtful = of_label < limits.CONFIDENT_SHARE_OF_GUESS / len(predictions.class_names)
     count, share = int(doubtful.sum()), float(doubtful.mean())
-    if count < limits.FEWEST_PICTURES or share < limits.NOISE_WARNING:
+    if count < limits.FEWEST_IMAGES or share < limits.NOISE_WARNING:
         return None
     severity: Severity = "error" if share >= limits.NOISE_ERROR else "warning"
     worst = np.bincount(predictions.labels[doubtful], minlength=len(predictions.class_names))
@@ -180,23 +180,23 @@ def _is_imbalanced(history: TrainingHistory) -> bool:
 
 
 def _missed(predictions: Predictions | None, classes: NDArray[np.int64]) -> dict[int, float]:
-    """By class: the share of its validation pictures with another name, where it is too high."""
+    """By class: the share of its validation images with another name, where it is too high."""
     if predictions is None:
         return {}
     wrong = predictions.predicted != predictions.labels
     found = {}
     for label in map(int, classes):
         rows = predictions.labels == label
-        if rows.sum() >= limits.FEWEST_PICTURES and wrong[rows].mean() > limits.MISPREDICTION:
+        if rows.sum() >= limits.FEWEST_IMAGES and wrong[rows].mean() > limits.MISPREDICTION:
             found[label] = float(wrong[rows].mean())
     return found
 
 
 def _described(history: TrainingHistory, predictions: Predictions, label: int) -> str:
-    pictures = f"{predictions.support()[label]} validation pictures"
+    images = f"{predictions.support()[label]} validation images"
     if len(history.class_counts) == len(predictions.class_names):
-        pictures += f", {history.class_counts[label]} for training"
-    return f"{predictions.class_names[label]} ({pictures})"
+        images += f", {history.class_counts[label]} for training"
+    return f"{predictions.class_names[label]} ({images})"
 
 
 def _name(history: TrainingHistory, label: int) -> str:

@@ -79,7 +79,7 @@ def cpu_bottleneck(history: TrainingHistory) -> Finding | None:
 
 
 def io_bottleneck(history: TrainingHistory) -> Finding | None:
-    """Steps wait for pictures.
+    """Steps wait for images.
 
     Source: after Debugger's IOBottleneck, threshold 50: half of the time. It has the kernel's
     waiting for disks, while the steps say themselves how long they waited.
@@ -93,7 +93,7 @@ def io_bottleneck(history: TrainingHistory) -> Finding | None:
         rule="io_bottleneck",
         severity="error" if share > limits.BOTTLENECK_ERROR else "warning",
         evidence=f"{share:.0%} of the time of {len(steps.steps)} steps went into waiting for "
-        f"pictures, {1000 * float(np.median(seconds)):.0f} ms a step; processes that prepare them: "
+        f"images, {1000 * float(np.median(seconds)):.0f} ms a step; processes that prepare them: "
         f"{steps.workers}",
         advice="Use more training.workers (as many as cores), a simpler training.augmentation or a "
         "smaller model.image_size; see that the cache is on a fast local disk.",
@@ -101,7 +101,7 @@ def io_bottleneck(history: TrainingHistory) -> Finding | None:
 
 
 def batch_size_too_small(history: TrainingHistory) -> Finding | None:
-    """Batch normalisation learns from a handful of pictures, or a larger batch would be faster.
+    """Batch normalisation learns from a handful of images, or a larger batch would be faster.
 
     Source: Debugger's BatchSize for GPUs, 95th percentiles of CPU, GPU and GPU memory all below
     70 %. The optimizer's share holds for any device: its time does not depend on the batch. What
@@ -110,15 +110,15 @@ def batch_size_too_small(history: TrainingHistory) -> Finding | None:
     steps = history.recording.steps if history.recording else None
     if steps is None or not len(steps.steps):
         return None
-    pictures = float(np.median(steps.pictures))
-    at_once = min(pictures, history.configuration.get("micro_batch_size") or pictures)
+    images = float(np.median(steps.images))
+    at_once = min(images, history.configuration.get("micro_batch_size") or images)
     severity, evidence = _starved_norms(history, at_once) or _unshared_cost(history) or ("", "")
     if severity not in ("error", "warning"):
         return None
     return Finding(
         rule="batch_size_too_small",
         severity="error" if severity == "error" else "warning",
-        evidence=f"{evidence}, with {pictures:.0f} pictures a step",
+        evidence=f"{evidence}, with {images:.0f} images a step",
         advice="Use a training.batch_size (and training.micro_batch_size) two to four times as "
         "large, with a learning rate larger in proportion; else training.freeze_batch_norm: true.",
     )
@@ -129,14 +129,14 @@ def _starved_norms(history: TrainingHistory, at_once: float) -> tuple[str, str] 
     if record is None or history.configuration.get("freeze_batch_norm"):
         return None
     norms = int((of_kind(record, "BatchNorm") & trained(record)).sum())
-    if not norms or at_once > limits.NORM_PICTURES_WARNING:
+    if not norms or at_once > limits.NORM_IMAGES_WARNING:
         return None
-    severity = "error" if at_once <= limits.NORM_PICTURES_ERROR else "warning"
+    severity = "error" if at_once <= limits.NORM_IMAGES_ERROR else "warning"
     return severity, f"{norms} layers of batch normalisation learn from {at_once:.0f} at a time"
 
 
 def _unshared_cost(history: TrainingHistory) -> tuple[str, str] | None:
-    """What a larger batch would share between more pictures."""
+    """What a larger batch would share between more images."""
     steps = _steps_of(history)
     if steps is None:
         return None
@@ -178,7 +178,7 @@ def memory_increase(history: TrainingHistory) -> Finding | None:
 
 
 def initialisation_too_long(history: TrainingHistory) -> Finding | None:
-    """The first step came late, the preparation of pictures before the training included.
+    """The first step came late, the preparation of images before the training included.
 
     Source: Debugger's MaxInitializationTime, threshold 20 minutes.
     """
@@ -192,9 +192,9 @@ def initialisation_too_long(history: TrainingHistory) -> Finding | None:
         rule="initialisation_too_long",
         severity="error" if trained_for and seconds > trained_for else "warning",
         evidence=f"the first step came after {seconds / 60:.0f} minutes"
-        + (f", {prepared / 60:.0f} of them for pictures and features" if prepared else "")
+        + (f", {prepared / 60:.0f} of them for images and features" if prepared else "")
         + (f"; the epochs took {trained_for / 60:.0f}" if trained_for else ""),
-        advice="Bring the pictures to a local disk (`visiontuner prepare --data DATA`), keep the "
+        advice="Bring the images to a local disk (`visiontuner prepare --data DATA`), keep the "
         "cache (VISIONTUNER_CACHE) between trainings, or use a smaller model.image_size.",
     )
 
@@ -236,7 +236,7 @@ def _steps_of(history: TrainingHistory) -> StepRecord | None:
     return StepRecord(
         steps=steps.steps[1:],
         seconds=np.nan_to_num(steps.seconds[1:]),
-        pictures=steps.pictures[1:],
+        images=steps.images[1:],
         startup_seconds=steps.startup_seconds,
         device=steps.device,
         workers=steps.workers,

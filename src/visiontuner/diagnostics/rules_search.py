@@ -16,7 +16,7 @@ from visiontuner.journal import Finding
 _Key = tuple[str, ...]
 
 # Trainings that differ in these alone begin alike, unless a schedule stretches over all epochs.
-_FELT_LATER = ("epochs", "early_stop")
+_NO_EFFECT_YET = ("epochs", "early_stop")
 
 
 class SimilarRuns:
@@ -38,7 +38,7 @@ class SimilarRuns:
         different = sorted(
             setting
             for setting in {*configuration, *history.configuration}
-            if setting not in _FELT_LATER
+            if setting not in _NO_EFFECT_YET
             and configuration.get(setting) != history.configuration.get(setting)
         )
         if not different:  # of this very training, or the same again

@@ -46,7 +46,7 @@ def exploding_gradient(history: TrainingHistory) -> Finding | None:
         severity="error" if worst >= limits.GRADIENT_ERROR else "warning",
         evidence=f"gradient norm {norm.values[at]:.3g}, {times_over(worst)} times the "
         f"{usual:.3g} before",
-        advice="Use a smaller learning rate or training.warmup_fraction: 0.1; look for pictures "
+        advice="Use a smaller learning rate or training.warmup_fraction: 0.1; look for images "
         "with broken pixels.",
         step=norm.steps[at],
     )
@@ -80,7 +80,7 @@ def exploding_tensor(history: TrainingHistory) -> Finding | None:
         evidence=f"NaN or infinity at step {record.steps[row]} in the {what} of "
         f"{layer_name(record, int(layers.argmax()))}, first of {layers.sum()} such layers",
         advice="Use a ten times smaller training.learning_rate, training.warmup_fraction: 0.1 "
-        "or training.gradient_clip: 1.0; look for damaged pictures.",
+        "or training.gradient_clip: 1.0; look for damaged images.",
         step=epoch_of(history, int(record.steps[row])),
     )
 
@@ -318,7 +318,7 @@ def tensor_variance(history: TrainingHistory) -> Finding | None:
         f"{layer_name(record, layer)} has a standard deviation of {std[-1, layer]:.2g}",
         advice="Use a ten times smaller training.learning_rate or training.gradient_clip: 1.0."
         if what == "large"
-        else "The network answers every picture alike: use a smaller training.learning_rate, and "
+        else "The network answers every image alike: use a smaller training.learning_rate, and "
         "pretrained weights (model.weights: default).",
         step=epoch_of(history, last_step(record)),
     )
@@ -352,7 +352,7 @@ def saturated_activation(history: TrainingHistory) -> Finding | None:
 
 
 def dead_relu(history: TrainingHistory) -> Finding | None:
-    """Most units of a ReLU are at most 0 for every picture of a batch.
+    """Most units of a ReLU are at most 0 for every image of a batch.
 
     Source: Debugger's DeadRelu, threshold_layer 50 %; that the error needs more is our own.
     """
@@ -361,7 +361,7 @@ def dead_relu(history: TrainingHistory) -> Finding | None:
         return None
     shares = np.where(of_kind(record, "ReLU"), record.of("activation_dead"), np.nan)
     layers = lasting(shares > limits.DEAD_SHARE_WARNING)
-    if not layers.any() or _pictures_a_step(history) < limits.DEAD_FEWEST_PICTURES:
+    if not layers.any() or _images_a_step(history) < limits.DEAD_FEWEST_IMAGES:
         return None
     worse = lasting(shares > limits.DEAD_SHARE_ERROR)
     return _share_finding(
@@ -378,10 +378,10 @@ def dead_relu(history: TrainingHistory) -> Finding | None:
 
 
 def check_input_images(history: TrainingHistory) -> Finding | None:
-    """Pictures enter the network with other values than its weights were trained on.
+    """Images enter the network with other values than its weights were trained on.
 
-    Source: after Debugger's CheckInputImages, threshold_mean 0.2, for pictures as a whole: where
-    black and white lie tells what was done to them, while a set of dark pictures is no mistake.
+    Source: after Debugger's CheckInputImages, threshold_mean 0.2, for images as a whole: where
+    black and white lie tells what was done to them, while a set of dark images is no mistake.
     """
     record = tensors_of(history)
     known = history.recording.about if history.recording else {}
@@ -400,23 +400,23 @@ def check_input_images(history: TrainingHistory) -> Finding | None:
         severity="error",
         evidence=f"values from {low:.3g} to {high:.3g}, mean {centre} by channel, enter the "
         f"network: {what}; black is {black:.3g} and white {white:.3g} where it was pretrained",
-        advice="Normalise pictures as the backbone expects: (x / 255 - mean) / std with mean "
+        advice="Normalise images as the backbone expects: (x / 255 - mean) / std with mean "
         f"{_listed(mean)} and std {_listed(std)}.",
         step=epoch_of(history, int(record.steps[0])),
     )
 
 
-def _pictures_a_step(history: TrainingHistory) -> float:
+def _images_a_step(history: TrainingHistory) -> float:
     """The usual size of a batch; infinite if it is unknown."""
     steps = history.recording.steps if history.recording else None
-    return float(np.median(steps.pictures)) if steps and len(steps.pictures) else math.inf
+    return float(np.median(steps.images)) if steps and len(steps.images) else math.inf
 
 
 def _kind_of_pixels(low: float, high: float, black: float, white: float) -> str | None:
     """What the values look like, if they are not those that are expected."""
-    room = limits.INPUT_ROOM * (white - black)
+    room = limits.INPUT_MARGIN * (white - black)
     if low < black - room or high > white + room:
-        return "pixels from 0 to 255" if low >= 0 and high > 2 else "outside what pictures can have"
+        return "pixels from 0 to 255" if low >= 0 and high > 2 else "outside what images can have"
     for bottom, what in ((0.0, "pixels from 0 to 1"), (-1.0, "pixels from -1 to 1")):
         expected = abs(bottom - black) < room and abs(1 - white) < room
         fits = bottom <= low < bottom + room and 1 - room < high <= 1

@@ -191,7 +191,7 @@ class _Processes:
 
 
 def _private(process: psutil.Process) -> int:
-    """Bytes without what is mapped from files: pages of pictures are the system's to take back.
+    """Bytes without what is mapped from files: pages of images are the system's to take back.
 
     Exact numbers (`memory_full_info`) cost 80 ms for a process of one gigabyte, these 10 µs.
     """

@@ -236,7 +236,7 @@ def evenly(tensor: Tensor, *, keep: int | None = None) -> Tensor:
         widest = max(others or range(len(counts)), key=lambda d: counts[d])
         steps[widest] += 1
         counts[widest] = math.ceil(tensor.shape[widest] / steps[widest])
-    # From the middle of the first step: the edge of a picture is no place like others.
+    # From the middle of the first step: the edge of an image is no place like others.
     places = tuple(slice((step - 1) // 2, None, step) for step in steps)
     return tensor[places].reshape(-1).to(torch.float32, copy=True)
 
@@ -257,7 +257,7 @@ def _share(which: Tensor) -> Tensor:
     return which.float().mean()
 
 
-# What is seen of a network in one step: gathered on its device, brought over at once.
+# The statistics of a network in one step: collected on its device, brought over at once.
 
 
 NAMES = tuple(TENSOR_STATISTICS)
@@ -282,7 +282,7 @@ class StatisticsRow:
 
 
 @dataclass
-class Seen:
+class StepStatistics:
     """One step while it is recorded; layers are numbers here.
 
     Attributes:
@@ -318,7 +318,7 @@ class Seen:
         self._calls[layer] += 1
 
     def piece_has_passed(self) -> None:
-        """Whatever layer is called next, it is called for other pictures."""
+        """Whatever layer is called next, it is called for other images."""
         self._calls.clear()
 
     def forget_outputs(self) -> None:
@@ -344,7 +344,7 @@ class Seen:
         """Everything as numbers: one transfer, which waits for the device.
 
         Args:
-            order: which layer is in which column; all that were seen.
+            order: which layer is in which column.
         """
         dead = [(highest <= 0).float().mean().reshape(1) for highest in self._units.values()]
         tensors = [
@@ -461,47 +461,47 @@ class TensorRecorder:
         self._layers: list[Layer] | None = None
         self._shared: list[str] = []
         self._order: list[int] = []  # of layers, as they first ran
-        self._seen: Seen | None = None
+        self._collected: StepStatistics | None = None
         self._failed: dict[int, str] = {}
         self._problems: list[str] = []
         self._inputs: NDArray[np.float16] = np.zeros((0, 0, 0, 0), np.float16)
 
     def step_begins(self, step: int, inputs: Tensor) -> None:
         if self.kept.wants(step):
-            self._seen = Seen(step, inputs.detach())
+            self._collected = StepStatistics(step, inputs.detach())
             with self._recording("it is not recorded"):
-                self._attach(self._seen)
+                self._attach(self._collected)
 
     def passes_begin(self) -> None:
-        if self._seen is not None:
-            self._seen.forget_outputs()
+        if self._collected is not None:
+            self._collected.forget_outputs()
 
     def piece_has_passed(self) -> None:
-        if self._seen is not None:
-            self._seen.piece_has_passed()
+        if self._collected is not None:
+            self._collected.piece_has_passed()
 
     def gradients_ready(self) -> None:
-        if self._seen is not None:
+        if self._collected is not None:
             with self._recording("it is not recorded"):
-                self._see_weights(self._seen)
+                self._collect_weights(self._collected)
 
     def weights_moved(self) -> None:
-        if self._seen is not None:
+        if self._collected is not None:
             with self._recording("it is not recorded"):
-                self._see_updates(self._seen)
+                self._collect_updates(self._collected)
 
     def step_ends(self) -> None:
-        if self._seen is not None:
+        if self._collected is not None:
             with self._recording("it is not recorded"):
-                self._seen.detach()
-                self._keep(self._seen)
-            self._seen = None
+                self._collected.detach()
+                self._keep(self._collected)
+            self._collected = None
 
     def abandon(self) -> None:
         """Take the hooks of a step that will not end off the network."""
-        if self._seen is not None:
-            self._seen.detach()
-            self._seen = None
+        if self._collected is not None:
+            self._collected.detach()
+            self._collected = None
 
     def record(self) -> TensorRecord:
         """What is recorded so far."""
@@ -555,55 +555,55 @@ class TensorRecorder:
             self._layers, self._shared = find_layers(self._network)
         return self._layers
 
-    def _attach(self, seen: Seen) -> None:
+    def _attach(self, collected: StepStatistics) -> None:
         for number, layer in enumerate(self._known):
             if number in self._failed:
                 continue
             try:
-                hook = self._hook(seen, number, layer.kind)
-                seen.handles.append(layer.module.register_forward_hook(hook))
+                hook = self._hook(collected, number, layer.kind)
+                collected.handles.append(layer.module.register_forward_hook(hook))
             except Exception as problem:  # a compiled module takes no hooks
                 self._failed[number] = _one_line(problem)
-        if not self._inputs.size and seen.inputs.dim() == 4:
-            self._inputs = _some(seen.inputs)
+        if not self._inputs.size and collected.inputs.dim() == 4:
+            self._inputs = _some(collected.inputs)
 
-    def _hook(self, seen: Seen, number: int, kind: str) -> Callable[..., None]:
+    def _hook(self, collected: StepStatistics, number: int, kind: str) -> Callable[..., None]:
         def see(_module: nn.Module, _args: Any, output: Any) -> None:
             try:
                 with self._aside(), torch.no_grad():
-                    seen.output(number, kind, output)
+                    collected.output(number, kind, output)
             except Exception as problem:  # whatever it is, the training goes on
                 self._failed[number] = _one_line(problem)
 
         return see
 
-    def _see_weights(self, seen: Seen) -> None:
+    def _collect_weights(self, collected: StepStatistics) -> None:
         """Of every layer's weight and gradient, before the optimizer's step."""
         weights = self._weights
         for (number, weight), norm in zip(
             weights, tensor_norms([w for _, w in weights]), strict=True
         ):
-            seen.add(number, ("weight_norm",), norm)
-            seen.add(number, _WEIGHT, weight_statistics(weight))
+            collected.add(number, ("weight_norm",), norm)
+            collected.add(number, _WEIGHT, weight_statistics(weight))
         learning = [(n, w, w.grad) for n, w in weights if w.grad is not None]
         norms = tensor_norms([gradient for *_, gradient in learning])
         for (number, weight, gradient), norm in zip(learning, norms, strict=True):
-            seen.add(number, ("gradient_norm",), norm)
-            seen.add(number, _GRADIENT, gradient_statistics(gradient))
-            seen.samples[number] = evenly(weight)
+            collected.add(number, ("gradient_norm",), norm)
+            collected.add(number, _GRADIENT, gradient_statistics(gradient))
+            collected.samples[number] = evenly(weight)
 
-    def _see_updates(self, seen: Seen) -> None:
+    def _collect_updates(self, collected: StepStatistics) -> None:
         for number, weight in self._weights:
-            if number in seen.samples:
+            if number in collected.samples:
                 after = evenly(weight)
-                change = update_statistics(seen.samples[number], after, weight.numel())
-                seen.add(number, CHANGE, change)
+                change = update_statistics(collected.samples[number], after, weight.numel())
+                collected.add(number, CHANGE, change)
 
-    def _keep(self, seen: Seen) -> None:
+    def _keep(self, collected: StepStatistics) -> None:
         # As they first ran, then weights whose layers never did.
         weighted = [number for number, _ in self._weights]
-        self._order = list(dict.fromkeys([*self._order, *seen.layers_in_order(), *weighted]))
-        self.kept.add(seen.step, seen.row(self._order))
+        self._order = list(dict.fromkeys([*self._order, *collected.layers_in_order(), *weighted]))
+        self.kept.add(collected.step, collected.row(self._order))
 
     @property
     def _weights(self) -> list[tuple[int, nn.Parameter]]:
@@ -613,7 +613,7 @@ class TensorRecorder:
     @contextmanager
     def _recording(self, otherwise: str) -> Iterator[None]:
         """Whatever goes wrong in it, the training goes on and the notes say so."""
-        step = self._seen
+        step = self._collected
         try:
             with self._aside(), torch.no_grad():
                 yield
@@ -622,7 +622,7 @@ class TensorRecorder:
                 step.detach()
                 if len(self._problems) < _MOST_PROBLEMS:
                     self._problems.append(f"step {step.step}: {otherwise}, {_one_line(problem)}")
-            self._seen = None
+            self._collected = None
 
     def _not_seen(self, layers: list[Layer], values: Floats) -> list[str]:
         """A line on each layer whose output could not be recorded, one on all that never ran."""
@@ -646,11 +646,11 @@ class TensorRecorder:
 
 
 def _some(inputs: Tensor) -> NDArray[np.float16]:
-    """The first pictures of a batch, float16 (N, C, H, W), of 2 MB at most where one fits."""
+    """The first images of a batch, float16 (N, C, H, W), of 2 MB at most where one fits."""
     fitting = _INPUT_BYTES // (2 * inputs[0].numel())
     some = inputs[: min(MOST_INPUTS, max(1, fitting))]
-    pictures: NDArray[np.float16] = some.to("cpu", torch.float16).contiguous().numpy()
-    return pictures
+    images: NDArray[np.float16] = some.to("cpu", torch.float16).contiguous().numpy()
+    return images
 
 
 def _stacked(rows: list[Floats]) -> Floats:

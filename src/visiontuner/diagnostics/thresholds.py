@@ -26,7 +26,7 @@ OVERFIT_GAP_ERROR = 0.25
 OVERTRAINING_PATIENCE = 10
 OVERTRAINING_DELTA = 0.01
 OVERTRAINING_LONG = 50
-# Two standard errors of an accuracy of 0.98 over 200 pictures.
+# Two standard errors of an accuracy of 0.98 over 200 images.
 ACCURACY_DELTA = 0.02
 # Under a schedule that falls to 0 the last epochs change little: only what was lost counts.
 # Measured on heads with a cosine: the loss rises by up to 40 %, the accuracy stays within 0.035.
@@ -58,7 +58,7 @@ STALLED_FACTOR = 3.0
 # class_imbalance. Debugger: threshold_imbalance 10, threshold_misprediction 0.7.
 IMBALANCE_RATIO = 10.0
 MISPREDICTION = 0.7
-FEWEST_PICTURES = 5
+FEWEST_IMAGES = 5
 
 # class_not_predicted, label_noise: a trial this far behind its search's best says nothing about the
 # data. Measured at 30 times the best learning rate: 0.02 to 0.04, and 4 to 6 times the loss; at a
@@ -70,7 +70,7 @@ FAR_LOSS = 1.5
 LUCK = 0.01
 
 # label_noise. Confident: the label gets less than a tenth of what guessing would give it.
-# Measured: 0.4 % to 7 % of the validation pictures with right labels, 4 % to 26 % with 20 % to 30 %
+# Measured: 0.4 % to 7 % of the validation images with right labels, 4 % to 26 % with 20 % to 30 %
 # of them wrong.
 CONFIDENT_SHARE_OF_GUESS = 0.1
 NOISE_WARNING = 0.08
@@ -118,9 +118,9 @@ SATURATED_SHARE = 0.5
 DEAD_SHARE_WARNING = 0.5
 DEAD_SHARE_ERROR = 0.9
 # In a batch of 4 over half of the units of a healthy network are 0 by chance (VGG, RegNet).
-DEAD_FEWEST_PICTURES = 16
+DEAD_FEWEST_IMAGES = 16
 # check_input_images: how far from where it is expected black or white may lie, by their distance.
-INPUT_ROOM = 0.02
+INPUT_MARGIN = 0.02
 
 # Rules on steps and on the machine. Debugger waits for 1,000 samples, two a second; ours for these:
 # in a training of seconds there is nothing to gain.
@@ -139,10 +139,10 @@ WAITING_WARNING = 0.25
 # batch_size_too_small. Debugger: 95th percentiles of CPU, GPU and GPU memory, all below 70.
 BATCH_P95 = 70.0
 OPTIMIZER_WARNING = 0.3
-# ImageNet error of a ResNet-50 by pictures that batch normalisation sees at a time: 23.6 % with 32,
+# ImageNet error of a ResNet-50 by images that batch normalisation sees at a time: 23.6 % with 32,
 # 24.8 % with 8, 27.3 % with 4, 34.7 % with 2 (Wu and He 2018, https://arxiv.org/abs/1803.08494).
-NORM_PICTURES_WARNING = 4
-NORM_PICTURES_ERROR = 2
+NORM_IMAGES_WARNING = 4
+NORM_IMAGES_ERROR = 2
 # memory_increase. Debugger: increase 5 (points of a hundred), window 10 samples, which are two a
 # second; ours are one in two seconds.
 MEMORY_GROWTH = 5.0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.evaluation.calibration import picture_losses
+from visiontuner.evaluation.calibration import image_losses
 
 REGRESSION = "logistic_regression"
 NEIGHBOURS = "nearest_neighbours"
@@ -86,7 +86,7 @@ def logistic_regression(
         ):
             answers[place, own] = features[own] @ weights.T + biases
     answers, truth = answers[:, judged], labels[judged]
-    losses = np.stack([picture_losses(logits, truth) for logits in answers], axis=1)
+    losses = np.stack([image_losses(logits, truth) for logits in answers], axis=1)
     best = int(losses.mean(axis=0).argmin())
     chosen = np.ones(len(labels), dtype=bool) if refit else ~judged
     path = _path(features[chosen], labels[chosen], penalties[: best + 1], num_classes)
@@ -130,7 +130,7 @@ def nearest_neighbours(
             shares = (seen + 1 / num_classes) / (seen.sum(axis=1, keepdims=True) + 1)
             logits[place, start : start + len(rows)] = np.log(shares)
     truth = labels[judged]
-    losses = [picture_losses(answers, truth).mean() for answers in logits]
+    losses = [image_losses(answers, truth).mean() for answers in logits]
     best = int(np.argmin(losses))
     return Baseline(
         name=NEIGHBOURS,

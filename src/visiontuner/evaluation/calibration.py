@@ -1,6 +1,6 @@
 """How far a probability can be trusted: temperature, calibration error, threshold, risk.
 
-Temperature and threshold are chosen on validation pictures. What they are worth is seen on test.
+Temperature and threshold are chosen on validation images. What they are worth is seen on test.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax, softmax
 
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 0.05, 20.0
-MIN_CONFIDENT_PICTURES = 10
+MIN_CONFIDENT_IMAGES = 10
 # Half the 95 % quantile of chi-squared with one degree of freedom, nats.
 _MIN_GAIN = 1.92
 
@@ -27,10 +27,10 @@ def probabilities_of(logits: NDArray[np.floating], temperature: float = 1.0) -> 
     return shares
 
 
-def picture_losses(
+def image_losses(
     logits: NDArray[np.floating], labels: NDArray[np.integer], temperature: float = 1.0
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of each picture's label in nats, shape (N,)."""
+    """Negative log-likelihood of each image's label in nats, shape (N,)."""
     logs = log_softmax(np.asarray(logits, dtype=np.float64) / temperature, axis=1)
     losses: NDArray[np.float64] = -logs[np.arange(len(labels)), labels]
     return losses
@@ -39,19 +39,19 @@ def picture_losses(
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     """The temperature under which the labels are most likely.
 
-    It minimises the sum of the pictures' losses plus ln(T)^2 nats, which weighs as much as one
-    picture: without a mistake among the pictures the likeliest temperature would be 0, and every
+    It minimises the sum of the images' losses plus ln(T)^2 nats, which weighs as much as one
+    image: without a mistake among the images the likeliest temperature would be 0, and every
     later mistake would cost without bound. It stays 1 unless that gains 1.92 nats, the likelihood
-    ratio test at 5 %: less is noise, and other pictures pay for it. The loss of the given pictures
+    ratio test at 5 %: less is noise, and other images pay for it. The loss of the given images
     never rises.
 
     Args:
-        logits: float, shape (N, C), of validation pictures; finite.
+        logits: float, shape (N, C), of validation images; finite.
         labels: int, shape (N,), values in [0, C).
 
     Returns:
         In [0.05, 20]; above 1 the network was too sure of itself. 1.0 also where there is nothing
-        to fit: no pictures, one class, or logits that are not finite.
+        to fit: no images, one class, or logits that are not finite.
 
     Source: Guo et al. 2017, section 4.2, https://arxiv.org/abs/1706.04599; Wilks 1938
     """
@@ -60,7 +60,7 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
         return 1.0
 
     def cost(log_temperature: float) -> float:
-        losses = picture_losses(logits, labels, math.exp(log_temperature))
+        losses = image_losses(logits, labels, math.exp(log_temperature))
         return float(losses.sum()) + log_temperature**2
 
     # The extra term can leave two valleys: a coarse walk finds the deeper one.
@@ -75,22 +75,22 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
 def calibration_notes(
     logits: NDArray[np.floating], labels: NDArray[np.integer], temperature: float
 ) -> list[str]:
-    """What a reader must know about a temperature that was fitted on these pictures."""
+    """What a reader must know about a temperature that was fitted on these images."""
     notes = []
     classes = len(np.unique(labels))
     if classes < 2:
         notes.append(
-            f"{'One class' if classes else 'No pictures'} in validation: temperature and threshold "
+            f"{'One class' if classes else 'No images'} in validation: temperature and threshold "
             "say little about the others."
         )
     elif temperature != 1 and (np.argmax(logits, axis=1) == labels).all():
         notes.append(
-            f"All {len(labels):,} validation pictures were named rightly: without a mistake the "
+            f"All {len(labels):,} validation images were named rightly: without a mistake the "
             f"temperature {temperature:.2f} rests on caution, not on evidence."
         )
     if temperature == 1 and classes >= 2:
         notes.append(
-            f"The {len(labels):,} validation pictures do not tell a temperature apart from 1: "
+            f"The {len(labels):,} validation images do not tell a temperature apart from 1: "
             "probabilities stay as they are."
         )
     if temperature in (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE):
@@ -105,7 +105,7 @@ class Reliability:
     """Confidence against accuracy in equal-width bins of confidence, lowest first.
 
     Args:
-        confidence, accuracy: float64, shape (bins,), means over a bin's pictures; NaN where none.
+        confidence, accuracy: float64, shape (bins,), means over a bin's images; NaN where none.
         count: int64, shape (bins,).
     """
 
@@ -142,13 +142,13 @@ def bin_of(confidence: NDArray[np.float64], bins: int) -> NDArray[np.int64]:
 def expected_calibration_error(
     probabilities: NDArray[np.floating], labels: NDArray[np.integer], bins: int = 15
 ) -> float:
-    """Gap between confidence and accuracy, averaged over the pictures of equal-width bins.
+    """Gap between confidence and accuracy, averaged over the images of equal-width bins.
 
     Returns:
         A fraction in [0, 1].
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
 
     Source: Guo et al. 2017, section 2
     """
@@ -167,7 +167,7 @@ class ChosenThreshold:
         value: answers with at least this probability count; None: no confidence was enough, so
             every answer abstains.
         precision: the fraction of counted answers that is right; NaN without any.
-        coverage: the fraction of pictures whose answer counts.
+        coverage: the fraction of images whose answer counts.
     """
 
     wanted_precision: float
@@ -181,11 +181,11 @@ def choose_threshold(
 ) -> ChosenThreshold:
     """The lowest confidence at or above which answers are right often enough.
 
-    One confident picture proves nothing. The precision must hold with one wrong answer added, which
-    takes at least p / (1 - p) pictures (33 for 0.97), and never fewer than ten.
+    One confident image proves nothing. The precision must hold with one wrong answer added, which
+    takes at least p / (1 - p) images (33 for 0.97), and never fewer than ten.
 
     Args:
-        probabilities: float, shape (N, C), calibrated, of validation pictures.
+        probabilities: float, shape (N, C), calibrated, of validation images.
         labels: int, shape (N,).
         wanted_precision: a fraction in (0, 1).
 
@@ -197,7 +197,7 @@ def choose_threshold(
     if not 0 < wanted_precision < 1:
         raise ValueError(f"wanted_precision must be > 0 and < 1, got {wanted_precision}")
     confidence, answered, right = _by_confidence(probabilities, labels)
-    enough = (right / (answered + 1) >= wanted_precision) & (answered >= MIN_CONFIDENT_PICTURES)
+    enough = (right / (answered + 1) >= wanted_precision) & (answered >= MIN_CONFIDENT_IMAGES)
     if not enough.any():
         return ChosenThreshold(
             wanted_precision=wanted_precision, value=None, precision=math.nan, coverage=0.0
@@ -230,7 +230,7 @@ def risk_coverage(probabilities: NDArray[np.floating], labels: NDArray[np.intege
     """The risk-coverage curve.
 
     Raises:
-        ValueError: no pictures.
+        ValueError: no images.
 
     Source: El-Yaniv and Wiener 2010; the area as in Geifman et al. 2019,
         https://arxiv.org/abs/1805.08206

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import eye_array
 
-from visiontuner.evaluation.calibration import picture_losses
+from visiontuner.evaluation.calibration import image_losses
 from visiontuner.evaluation.intervals import (
     CONFIDENCE,
     SIGNIFICANCE_LEVEL,
@@ -49,13 +49,13 @@ class Choice:
     reason: str
 
 
-def picture_scores(
+def image_scores(
     logits: NDArray[np.floating], labels: NDArray[np.integer], objective: Objective
 ) -> NDArray[np.float64]:
-    """What the objective is made of, for each validation picture; higher is better.
+    """What the objective is made of, for each validation image; higher is better.
 
-    For `validation_loss` the picture's loss with its sign changed, for `validation_accuracy` 1 for
-    a right answer and 0 for a wrong one. Macro F1 is no mean over pictures; its nearest relative,
+    For `validation_loss` the image's loss with its sign changed, for `validation_accuracy` 1 for
+    a right answer and 0 for a wrong one. Macro F1 is no mean over images; its nearest relative,
     macro recall, is: right answers, weighted so that every class has the same say.
 
     Args:
@@ -66,7 +66,7 @@ def picture_scores(
         float64, shape (N,).
     """
     correct = np.argmax(logits, axis=1) == labels
-    return scores_of_answers(correct, picture_losses(logits, labels), labels, objective)
+    return scores_of_answers(correct, image_losses(logits, labels), labels, objective)
 
 
 def scores_of_answers(
@@ -79,7 +79,7 @@ def scores_of_answers(
 
     Args:
         correct: bool or uint8, shape (N,): whether each answer is right.
-        losses: float, shape (N,): of each picture in nats.
+        losses: float, shape (N,): of each image in nats.
         labels: int, shape (N,).
     """
     if objective == "validation_loss":
@@ -98,30 +98,30 @@ def tied_with_best(
     seed: int = 7,
     resamples: int = 2000,
 ) -> tuple[str, ...]:
-    """Trials that the validation pictures cannot tell apart from the best.
+    """Trials that the validation images cannot tell apart from the best.
 
     The best of many equal trials is ahead of the others by luck, and more so the more there are. So
     a gap counts, in units of its standard error, if it is larger than 95 % of the largest gaps that
-    the best of equally good trials has: the pictures are drawn again, and every trial's mean is
+    the best of equally good trials has: the images are drawn again, and every trial's mean is
     taken off. Trials that are behind leave, and the others are asked again without them. Besides,
-    fewer than 5 % of the gaps that chance makes by flipping the pictures' signs may be as large.
+    fewer than 5 % of the gaps that chance makes by flipping the images' signs may be as large.
 
     Args:
-        values: by trial id: float, shape (N,), a score of each picture, higher is better, the same
-            pictures in the same order; see `picture_scores`.
+        values: by trial id: float, shape (N,), a score of each image, higher is better, the same
+            images in the same order; see `image_scores`.
 
     Returns:
         Trial ids, `best` first, then by mean score; of equals by id.
 
     Raises:
-        ValueError: `best` is not among them, the pictures differ, or a score is not finite.
+        ValueError: `best` is not among them, the images differ, or a score is not finite.
 
     Source: Westfall and Young 1993, chapter 2 (step-down); Hansen et al. 2011,
         https://doi.org/10.3982/ECTA5771; Efron and Tibshirani 1993, chapter 15
     """
     ids = [best, *sorted(trial_id for trial_id in values if trial_id != best)]
     scores = _columns(values, ids)
-    gaps = scores[:, :1] - scores  # (N, T): by how much the best is ahead on each picture
+    gaps = scores[:, :1] - scores  # (N, T): by how much the best is ahead on each image
     gap, total = gaps.mean(axis=0), len(gaps)
     by_chance = np.abs(sign_flipped_sums(gaps, seed=seed, resamples=resamples)) / total
     p_value = (by_chance >= np.abs(gap) - _ROUNDING).mean(axis=0)
@@ -150,7 +150,7 @@ def _beyond_the_luck_of_the_best(
         variance = covariance.diagonal()
         squared = variance[best][:, None] + variance - 2 * covariance[best]
         error = np.sqrt(np.maximum(squared, 0))
-        certain = np.where(gaps > _ROUNDING, np.inf, 0.0)  # the same gap on every picture
+        certain = np.where(gaps > _ROUNDING, np.inf, 0.0)  # the same gap on every image
         ratios: NDArray[np.float64] = np.divide(gaps, error, out=certain, where=error > _ROUNDING)
         return ratios
 
@@ -174,28 +174,28 @@ def corrected_for_choice(
     seed: int = 7,
     resamples: int = 500,
 ) -> float:
-    """The mean score to expect, on other pictures, of the trial that `ranking` chooses.
+    """The mean score to expect, on other images, of the trial that `ranking` chooses.
 
     The chosen trial's own mean is too good, since luck had a say in the choice. So a trial is
-    chosen on pictures that were drawn again, and scored on those that were not drawn; this is the
+    chosen on images that were drawn again, and scored on those that were not drawn; this is the
     mean over all draws. `intervals.share_interval` of the corrected hits has its interval.
 
     Args:
-        scores: float, shape (N, T), what is told of each picture: 1 for a right answer, or a loss.
+        scores: float, shape (N, T), what is told of each image: 1 for a right answer, or a loss.
         ranking: float, shape (N, T), by whose mean a trial is chosen, higher is better; of equals
             the first.
 
     Raises:
-        ValueError: the shapes differ, or there are fewer than two pictures.
+        ValueError: the shapes differ, or there are fewer than two images.
 
     Source: Tsamardinos et al. 2018 (BBC-CV), https://doi.org/10.1007/s10994-018-5714-4
     """
     scores, ranking = (np.asarray(a, dtype=np.float64) for a in (scores, ranking))
     if scores.ndim != 2 or scores.shape != ranking.shape or len(scores) < 2:
         raise ValueError(
-            f"needs two pictures and the same trials, got {scores.shape} and {ranking.shape}"
+            f"needs two images and the same trials, got {scores.shape} and {ranking.shape}"
         )
-    # Of one column for each picture the sums are how often it was drawn.
+    # Of one column for each image the sums are how often it was drawn.
     drawn = resampled_sums(eye_array(len(scores)).tocsr(), seed=seed, resamples=resamples)  # (R, N)
     chosen = (drawn @ ranking).argmax(axis=1)
     left_out = drawn == 0
@@ -368,7 +368,7 @@ def _columns(values: Mapping[str, NDArray[np.floating]], ids: Sequence[str]) -> 
         raise ValueError(f"the best trial {ids[0]} has no scores")
     shapes = {np.shape(values[trial_id]) for trial_id in ids}
     if len(shapes) > 1 or shapes == {(0,)}:
-        raise ValueError(f"every trial needs the scores of the same pictures, got {sorted(shapes)}")
+        raise ValueError(f"every trial needs the scores of the same images, got {sorted(shapes)}")
     scores = np.stack([values[trial_id] for trial_id in ids], axis=1).astype(np.float64)
     if not np.isfinite(scores).all():
         raise ValueError("scores must be finite")
@@ -442,7 +442,7 @@ def edges(
     A range has its edges in the outer 5 % of its span, on its own scale; a list of three or more
     numbers in its lowest and highest one. A trial of a second stage counts as the one it began
     with. There is no finding where nothing can lie beyond (dropout 0, a batch of all training
-    pictures), where a tied trial is away from that edge, or where the value hardly decides.
+    images), where a tied trial is away from that edge, or where the value hardly decides.
 
     Args:
         space: `experiment.search.space`.

@@ -118,7 +118,7 @@ _BACK = ("best_epoch", "epochs", "seconds", "findings", "reason", "started", "ru
 _LOWER_IS_BETTER = {"loss", "error", "nll", "ece", "mae", "mse", "rmse", "perplexity", "seconds"}
 _NUMBER = re.compile(r"[+-]?(\d{1,300}(\.\d*)?|\.\d+)(e[+-]?\d+)?|nan|[+-]?inf", re.I | re.A)
 # They differ between any two searches and explain nothing.
-_DULL = ("experiment.name", "search.", "data.sha256")
+_UNINFORMATIVE = ("experiment.name", "search.", "data.sha256")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +290,7 @@ def notes(runs: Sequence[RunSummary]) -> list[str]:
             "No run says what it optimised, so the newest come first; name a metric with --sort."
         )
     if len({run.data_digest for run in runs if run.data_digest}) > 1:
-        told.append("The searches looked at different pictures: their values do not compare.")
+        told.append("The searches looked at different images: their values do not compare.")
     going = sum(run.state == "running" for run in runs)
     if going:
         told.append(f"{_count(going, 'run')} still going: the last value so far is shown.")
@@ -371,7 +371,7 @@ def _number(value: object) -> int | float | None:
 
 def _worth_a_column(frame: pd.DataFrame, name: str) -> bool:
     """A searched value, or a setting that differs; nothing that differs for no reason."""
-    if _empty(frame[name]) or name.startswith(_DULL):
+    if _empty(frame[name]) or name.startswith(_UNINFORMATIVE):
         return False
     return frame[name].nunique(dropna=False) > 1 or ("." not in name and len(frame) == 1)
 
@@ -578,7 +578,7 @@ def _summary(
 # Searches side by side: how good each was after how many seconds and trials.
 
 
-_MOST_TOLD = 6
+_MAX_OUTCOMES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -624,10 +624,10 @@ def search_progress(runs: Sequence[RunSummary]) -> list[SearchProgress]:
 def describe_progress(searches: Sequence[SearchProgress]) -> list[str]:
     """A sentence for each search, the best first, then how each pair of the best three compares."""
     if len({search.objective for search in searches}) > 1:
-        told = [_outcome(search) for search in searches[:_MOST_TOLD]]
+        told = [_outcome(search) for search in searches[:_MAX_OUTCOMES]]
         return [*told, *_rest(searches), "They optimised different things, so none is ahead."]
     ranked = sorted(searches, key=_rank)
-    told = [_outcome(search) for search in ranked[:_MOST_TOLD]] + _rest(ranked)
+    told = [_outcome(search) for search in ranked[:_MAX_OUTCOMES]] + _rest(ranked)
     pairs = [
         _comparison(a, b) for a, b in combinations(ranked[:3], 2) if _comparable_searches(a, b)
     ]
@@ -677,7 +677,7 @@ def _outcome(search: SearchProgress) -> str:
 
 
 def _rest(searches: Sequence[SearchProgress]) -> list[str]:
-    left = len(searches) - _MOST_TOLD
+    left = len(searches) - _MAX_OUTCOMES
     return [f"And {left} more."] if left > 0 else []
 
 

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from scipy import optimize, stats
 from scipy.sparse import csr_array
 
-# Shares of pictures have exact intervals. Those of other scores come from drawing the pictures
+# Shares of images have exact intervals. Those of other scores come from drawing the images
 # again, with replacement.
 #
-# Everything that is resampled is a sum over pictures, or is made of such sums: accuracy, a mean
-# loss, the counts behind F1. So a resample is a row of weights (how often each picture was drawn),
+# Everything that is resampled is a sum over images, or is made of such sums: accuracy, a mean
+# loss, the counts behind F1. So a resample is a row of weights (how often each image was drawn),
 # and all sums of all resamples are one product of matrices.
 #
 # Source: Efron and Tibshirani 1993, chapters 6, 12 (bootstrap-t) and 13 (percentiles).
@@ -44,9 +44,9 @@ class Interval:
 def resampled_sums(
     columns: NDArray[np.float64] | csr_array, *, seed: int, resamples: int
 ) -> NDArray[np.float64]:
-    """Sums of each column over pictures that were drawn with replacement.
+    """Sums of each column over images that were drawn with replacement.
 
-    The same seed draws the same pictures, whatever the columns.
+    The same seed draws the same images, whatever the columns.
 
     Args:
         columns: float64, shape (N, K), dense or sparse.
@@ -61,10 +61,10 @@ def resampled_sums(
 def sign_flipped_sums(
     columns: NDArray[np.float64], *, seed: int, resamples: int
 ) -> NDArray[np.float64]:
-    """Sums of each column with every picture's sign drawn anew: what a difference is by chance.
+    """Sums of each column with every image's sign drawn anew: what a difference is by chance.
 
     Args:
-        columns: float64, shape (N, K), differences on each picture.
+        columns: float64, shape (N, K), differences on each image.
 
     Returns:
         float64, shape (resamples, K).
@@ -95,20 +95,20 @@ def percentile_interval(value: float, samples: NDArray[np.float64]) -> Interval:
 
 
 def share_interval(hits: float, total: int) -> Interval:
-    """`hits` of `total` pictures, with the exact binomial interval.
+    """`hits` of `total` images, with the exact binomial interval.
 
-    A bootstrap is too narrow for few pictures: 16 of 19 reach up to 1, 0 of 5 would be certain.
+    A bootstrap is too narrow for few images: 16 of 19 reach up to 1, 0 of 5 would be certain.
 
     Args:
         hits: not whole where it was corrected, see `choice.corrected_for_choice`.
 
     Raises:
-        ValueError: no pictures, or not 0 <= hits <= total.
+        ValueError: no images, or not 0 <= hits <= total.
 
     Source: Clopper and Pearson 1934
     """
     if not 0 <= hits <= total or not total:
-        raise ValueError(f"needs hits of at least one picture, got {hits} of {total}")
+        raise ValueError(f"needs hits of at least one image, got {hits} of {total}")
     tail, misses = (1 - CONFIDENCE) / 2, total - hits
     low = stats.beta.ppf(tail, hits, misses + 1) if hits else 0.0
     high = stats.beta.ppf(1 - tail, hits + 1, misses) if misses else 1.0
@@ -126,7 +126,7 @@ def studentised_interval(
 ) -> Interval:
     """The bootstrap-t interval: resampled deviations are measured in their own standard errors.
 
-    So a skewed score gets a skewed interval. Percentiles of few pictures are too narrow on the side
+    So a skewed score gets a skewed interval. Percentiles of few images are too narrow on the side
     where the rare, costly mistakes are.
 
     Args:
@@ -145,14 +145,14 @@ def studentised_interval(
     return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
-def _weights(num_pictures: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
-    """How often each picture was drawn, shape (some resamples, num_pictures), until all came."""
+def _weights(num_images: int, *, seed: int, resamples: int) -> Iterator[NDArray[np.float64]]:
+    """How often each image was drawn, shape (some resamples, num_images), until all came."""
     generator = np.random.default_rng(seed)
     for rows in _portions(resamples):
-        drawn = generator.integers(num_pictures, size=(rows, num_pictures))
-        drawn += np.arange(rows)[:, None] * num_pictures
-        counts = np.bincount(drawn.ravel(), minlength=rows * num_pictures)
-        yield counts.reshape(rows, num_pictures).astype(np.float64)
+        drawn = generator.integers(num_images, size=(rows, num_images))
+        drawn += np.arange(rows)[:, None] * num_images
+        counts = np.bincount(drawn.ravel(), minlength=rows * num_images)
+        yield counts.reshape(rows, num_images).astype(np.float64)
 
 
 def _portions(resamples: int) -> list[int]:
@@ -160,14 +160,14 @@ def _portions(resamples: int) -> list[int]:
     return [_RESAMPLES_AT_ONCE] * whole + [rest] * (rest > 0)
 
 
-# Is one classifier better than another on the same pictures, or is it noise?
+# Is one classifier better than another on the same images, or is it noise?
 
 
 SIGNIFICANCE_LEVEL = 0.05
 
 
 def level_at_look(look: int) -> float:
-    """The two-sided level at which the n-th model is compared on the same test pictures.
+    """The two-sided level at which the n-th model is compared on the same test images.
 
     The first is compared at 5 %, the second at 5/3 %, the third at 5/6 %: all levels together are
     10 %, of which half is the side of being better. So however many equal models are compared with
@@ -183,11 +183,11 @@ def level_at_look(look: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedTest:
-    """Two classifiers, a and b, on the same pictures.
+    """Two classifiers, a and b, on the same images.
 
     Args:
         difference: accuracy of a minus accuracy of b, a fraction in [-1, 1].
-        only_a, only_b: pictures that only one of them named rightly.
+        only_a, only_b: images that only one of them named rightly.
         p_value: of the exact McNemar test, two-sided.
         level: below which it counts, see `level_at_look`.
     """
@@ -209,28 +209,28 @@ class PairedTest:
 
     @property
     def tied(self) -> bool:
-        """The pictures cannot tell the two apart; that is not to say that they are equal."""
+        """The images cannot tell the two apart; that is not to say that they are equal."""
         return not (self.a_is_better or self.b_is_better)
 
 
 def paired_test(
     correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_], *, look: int = 1
 ) -> PairedTest:
-    """Compare two classifiers by the pictures on which only one of them is right.
+    """Compare two classifiers by the images on which only one of them is right.
 
     Args:
-        correct_a, correct_b: bool, shape (N,), for the same pictures in the same order.
-        look: how many models were compared on these pictures so far, this one included;
+        correct_a, correct_b: bool, shape (N,), for the same images in the same order.
+        look: how many models were compared on these images so far, this one included;
             see `level_at_look`.
 
     Raises:
-        ValueError: no pictures, or not the same number of them.
+        ValueError: no images, or not the same number of them.
 
     Source: McNemar 1947; Dietterich 1998, https://doi.org/10.1162/089976698300017197
     """
     a, b = np.asarray(correct_a, dtype=bool), np.asarray(correct_b, dtype=bool)
     if a.ndim != 1 or a.shape != b.shape or not len(a):
-        raise ValueError(f"needs the same pictures, at least one, got {a.shape} and {b.shape}")
+        raise ValueError(f"needs the same images, at least one, got {a.shape} and {b.shape}")
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     discordant = only_a + only_b
     return PairedTest(
@@ -243,14 +243,14 @@ def paired_test(
 
 
 def difference_interval(only_a: int, only_b: int, total: int) -> Interval:
-    """The difference of two shares of the same pictures, by the score test of every difference.
+    """The difference of two shares of the same images, by the score test of every difference.
 
     It excludes 0 where McNemar's test without continuity correction gives p < 0.05. A bootstrap is
     certain where the two never differ, and too narrow where they seldom do.
 
     Args:
-        only_a, only_b: pictures that are hits of one alone.
-        total: all pictures, at least one.
+        only_a, only_b: images that are hits of one alone.
+        total: all images, at least one.
 
     Source: Tango 1998, Statistics in Medicine 17:891-908
     """
@@ -258,7 +258,7 @@ def difference_interval(only_a: int, only_b: int, total: int) -> Interval:
 
     def score(difference: float) -> float:
         """How many standard errors the observed difference lies above an assumed one."""
-        # The likeliest share of pictures that are hits of b alone, given the assumed difference.
+        # The likeliest share of images that are hits of b alone, given the assumed difference.
         b = (2 * total - only_a + only_b) * difference - only_a - only_b
         c = -only_b * difference * (1 - difference)
         share = (math.sqrt(max(b * b - 8 * total * c, 0)) - b) / (4 * total)

@@ -22,24 +22,30 @@ from visiontuner.evaluation.scores import (
     score_classes,
 )
 
-_FEW_PICTURES = 30
+_FEW_IMAGES = 30
 _NAMES_IN_A_NOTE = 5
+
+
+def image_count(report: Mapping[str, Any]) -> int | None:
+    """How many test images a `report.json` is about, one of an earlier version included."""
+    count: int | None = report.get("num_images", report.get("num_pictures"))
+    return count
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EvaluationReport:
-    """Everything that the test pictures say about one classifier.
+    """Everything that the test images say about one classifier.
 
     Args:
         temperature: by which logits were divided.
         metrics: accuracy, top5_accuracy (from 6 classes on), macro_f1, nll and nll_uncalibrated
-            (nats a picture), ece and ece_uncalibrated.
+            (nats an image), ece and ece_uncalibrated.
         confusion: int64, shape (C, C); rows are true classes, columns predicted ones.
         notes: sentences without which the numbers mislead.
     """
 
     class_names: tuple[str, ...]
-    num_pictures: int
+    num_images: int
     temperature: float
     metrics: dict[str, Interval]
     classes: tuple[ClassScore, ...]
@@ -62,7 +68,7 @@ class EvaluationReport:
         try:
             return cls(
                 class_names=tuple(raw["class_names"]),
-                num_pictures=int(raw["num_pictures"]),
+                num_images=int(raw["num_images"] if "num_images" in raw else raw["num_pictures"]),
                 temperature=float(raw["temperature"]),
                 metrics={str(k): _metric(v) for k, v in raw["metrics"].items()},
                 classes=tuple(_class_score(score) for score in raw["classes"]),
@@ -85,7 +91,7 @@ def evaluate_predictions(
     seed: int = 7,
     resamples: int = 1000,
 ) -> EvaluationReport:
-    """Score the answers to test pictures.
+    """Score the answers to test images.
 
     Args:
         logits: float, shape (N, C), as the network gave them; finite.
@@ -94,10 +100,10 @@ def evaluate_predictions(
         temperature: fitted on validation.
         threshold: chosen on validation, on probabilities with this temperature; None: none wanted.
         notes: sentences that come first, such as `calibration_notes`.
-        resamples: of the bootstrap; 10,000 pictures of 133 classes take some seconds with 1,000.
+        resamples: of the bootstrap; 10,000 images of 133 classes take some seconds with 1,000.
 
     Raises:
-        ValueError: no pictures, or shapes, labels or logits that break the rules above.
+        ValueError: no images, or shapes, labels or logits that break the rules above.
     """
     answers, truth = np.asarray(logits, dtype=np.float64), np.asarray(labels, dtype=np.int64)
     _check(answers, truth, class_names, temperature)
@@ -111,7 +117,7 @@ def evaluate_predictions(
         on_test = apply_threshold(threshold, probabilities_of(answers, temperature), truth)
     return EvaluationReport(
         class_names=tuple(class_names),
-        num_pictures=len(labels),
+        num_images=len(labels),
         temperature=float(temperature),
         metrics={name: metrics[name] for name in METRICS if name in metrics},
         classes=classes,
@@ -131,7 +137,7 @@ def _check(
         raise ValueError("cannot score an empty split")
     if logits.shape != (len(labels), len(class_names)):
         raise ValueError(
-            f"logits must have the shape {(len(labels), len(class_names))}, one row a picture and "
+            f"logits must have the shape {(len(labels), len(class_names))}, one row an image and "
             f"one column a class, got {logits.shape}"
         )
     if labels.min() < 0 or labels.max() >= len(class_names):
@@ -147,20 +153,20 @@ def _notes(
 ) -> list[str]:
     notes = []
     total = sum(score.support for score in classes)
-    if total < _FEW_PICTURES:
-        notes.append(f"Only {_count(total, 'test picture')}: no number here means much.")
+    if total < _FEW_IMAGES:
+        notes.append(f"Only {_count(total, 'test image')}: no number here means much.")
     if accuracy.value in (0.0, 1.0):
         how = "rightly" if accuracy.value else "wrongly"
         notes.append(
-            f"Every test picture was named {how}: no resample differs, so intervals other than "
+            f"Every test image was named {how}: no resample differs, so intervals other than "
             "those of accuracy, precision and recall have no width or too little."
         )
     present = [score.name for score in classes if score.support]
     absent = [score.name for score in classes if not score.support]
     if len(present) == 1:
-        notes.append(f"All test pictures are of one class, {present[0]}.")
+        notes.append(f"All test images are of one class, {present[0]}.")
     if absent:
-        notes.append(f"No test pictures of {_names(absent)}: recall is unknown there.")
+        notes.append(f"No test images of {_names(absent)}: recall is unknown there.")
     unused = [score.name for score in classes if not score.predicted and score.support]
     if unused:
         notes.append(f"Never predicted on test: {_names(unused)}.")
@@ -173,7 +179,7 @@ def abstention_notes(threshold: ChosenThreshold | Threshold | None) -> list[str]
         return []
     return [
         f"Validation cannot show a precision of {threshold.wanted_precision:g} at any confidence: "
-        "every answer abstains. Ask for less, or add validation pictures."
+        "every answer abstains. Ask for less, or add validation images."
     ]
 
 
@@ -182,7 +188,7 @@ def _threshold_notes(threshold: Threshold) -> list[str]:
     if threshold.value is None:
         return abstention_notes(threshold)
     if threshold.precision is None:
-        return [f"No test picture reaches the threshold {threshold.value:.3f}."]
+        return [f"No test image reaches the threshold {threshold.value:.3f}."]
     if threshold.precision.high < threshold.wanted_precision:
         return [f"The threshold was to give a precision of {wanted}; on test it does not."]
     return []

@@ -14,7 +14,7 @@ from visiontuner.evaluation.calibration import (
     ChosenThreshold,
     bin_of,
     expected_calibration_error,
-    picture_losses,
+    image_losses,
     probabilities_of,
 )
 from visiontuner.evaluation.intervals import (
@@ -32,7 +32,7 @@ class Mistake:
     """One wrong answer.
 
     Args:
-        index: the picture's row.
+        index: the image's row.
         true, predicted: class names.
         probability: of the predicted class, in [0, 1].
         true_probability: of the true class.
@@ -75,10 +75,10 @@ def confident_mistakes(
 
 @dataclass(frozen=True, kw_only=True)
 class ConfusedPair:
-    """Pictures of the class `true` that were taken for `predicted`.
+    """Images of the class `true` that were taken for `predicted`.
 
     Args:
-        share: of all pictures of the class `true`, in (0, 1].
+        share: of all images of the class `true`, in (0, 1].
     """
 
     true: str
@@ -133,9 +133,9 @@ class ClassScore:
 
     Args:
         precision: NaN for a class that was never predicted.
-        recall: NaN for a class without test pictures; so is `f1` if it was not predicted either.
-        support: test pictures of the class.
-        predicted: test pictures that were taken for it.
+        recall: NaN for a class without test images; so is `f1` if it was not predicted either.
+        support: test images of the class.
+        predicted: test images that were taken for it.
         precision_interval, recall_interval: None where the value is NaN.
     """
 
@@ -156,7 +156,7 @@ class Threshold:
     Args:
         value: None: the wanted precision was not reached on validation, so every answer abstains.
         precision: on test, of the answers that count; None if none does.
-        coverage: on test, the fraction of pictures whose answer counts.
+        coverage: on test, the fraction of images whose answer counts.
     """
 
     wanted_precision: float
@@ -189,12 +189,12 @@ def _mean_loss(
 ) -> Interval:
     """The mean loss; its standard error is at least what the probabilities themselves imply.
 
-    Most of the loss is in rare mistakes, and a few pictures may hold none of them. The
+    Most of the loss is in rare mistakes, and a few images may hold none of them. The
     probabilities say how often to expect one, and what it costs.
     """
-    losses, total = picture_losses(logits, labels, temperature), len(labels)
+    losses, total = image_losses(logits, labels, temperature), len(labels)
     value, error = float(losses.mean()), math.sqrt(losses.var() / max(total - 1, 1))
-    if not error:  # all pictures alike: no resample differs
+    if not error:  # all images alike: no resample differs
         return Interval(value=value, low=value, high=value)
     means, squares = (draw(np.column_stack([losses, losses**2])) / total).T
     errors = np.sqrt(np.maximum(squares - means**2, 0) / (total - 1))
@@ -206,7 +206,7 @@ def _mean_loss(
 def _expected_losses(
     probabilities: NDArray[np.float64],
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and variance of each picture's loss, shape (N,), if labels follow the probabilities."""
+    """Mean and variance of each image's loss, shape (N,), if labels follow the probabilities."""
     losses = -np.log(np.maximum(probabilities, np.finfo(np.float64).tiny))
     expected = (probabilities * losses).sum(axis=1)
     variance = (probabilities * (losses - expected[:, None]) ** 2).sum(axis=1)
@@ -234,7 +234,7 @@ def score_classes(
     predicted, classes = logits.argmax(axis=1), len(class_names)
     hits = np.bincount(labels[predicted == labels], minlength=classes)
     support, answers = (np.bincount(rows, minlength=classes) for rows in (labels, predicted))
-    with np.errstate(invalid="ignore"):  # 0 / 0 is a class without pictures: NaN
+    with np.errstate(invalid="ignore"):  # 0 / 0 is a class without images: NaN
         precision, recall, f1 = hits / answers, hits / support, 2 * hits / (support + answers)
     scores = tuple(
         ClassScore(
@@ -266,7 +266,7 @@ def macro_f1(predicted: NDArray[np.integer], labels: NDArray[np.integer]) -> flo
 def _macro_f1(
     predicted: NDArray[np.int64], labels: NDArray[np.int64], num_classes: int, draw: Draw
 ) -> Interval:
-    """Pictures of one class with one answer are alike, so their numbers are all there is to draw.
+    """Images of one class with one answer are alike, so their numbers are all there is to draw.
 
     Without a mistake, or with nothing else, no resample differs. There it has the ends of the
     accuracy's interval.
@@ -291,19 +291,19 @@ def _f1_and_error(
     """Macro F1 and its standard error by the delta method, each of shape (R,).
 
     Args:
-        counts: float64, shape (R, K), pictures of each pair.
+        counts: float64, shape (R, K), images of each pair.
         pairs: int64, shape (2, K), label and answer.
     """
     number, hit = np.arange(pairs.shape[1]), pairs[0] == pairs[1]
     shape = (pairs.shape[1], num_classes)
     hits = csr_array((np.ones(hit.sum()), (number[hit], pairs[0, hit])), shape=shape)
-    # A picture counts in the support of its class, and among the answers of the one it was given.
+    # An image counts in the support of its class, and among the answers of the one it was given.
     sides = csr_array((np.ones(pairs.size), (np.tile(number, 2), pairs.ravel())), shape=shape)
     size = counts @ sides  # (R, C), 2 TP + FP + FN
     present = np.maximum((size > 0).sum(axis=1, keepdims=True), 1)
     size = np.maximum(size, 1)
     f1 = 2 * (counts @ hits) / size
-    # What one more picture of a pair changes, (R, K).
+    # What one more image of a pair changes, (R, K).
     change = ((2 / size) @ hits.T - (f1 / size) @ sides.T) / present
     variance = (counts * change**2).sum(axis=1)
     return f1.sum(axis=1) / present[:, 0], np.sqrt(variance)
@@ -321,7 +321,7 @@ def apply_threshold(
     answered = probabilities.max(axis=1) >= (math.inf if chosen.value is None else chosen.value)
     right = answered & (probabilities.argmax(axis=1) == labels)
     coverage = share_interval(int(answered.sum()), len(labels))
-    if chosen.value is None:  # not a measurement: it will be so for every picture
+    if chosen.value is None:  # not a measurement: it will be so for every image
         coverage = Interval(value=0.0, low=0.0, high=0.0)
     return Threshold(
         wanted_precision=chosen.wanted_precision,

@@ -35,7 +35,7 @@ from visiontuner.experiment.reading import (
 )
 from visiontuner.text import without_secrets
 
-# The sections of an experiment file: which pictures, which network, how it is trained.
+# The sections of an experiment file: which images, which network, how it is trained.
 
 
 STOPPING_RULES = (
@@ -173,9 +173,9 @@ class Model(Section):
 
 
 class Augmentation(Section):
-    """Random changes to a training picture; those of validation and test are never changed.
+    """Random changes to a training image; those of validation and test are never changed.
 
-    `crop_scale` is the smallest share of the picture's area that a random crop takes, 1 for the
+    `crop_scale` is the smallest share of the image's area that a random crop takes, 1 for the
     fixed crop of evaluation; `flip` and `erasing` are probabilities; `mixup` and `cutmix` are the
     alpha of their Beta distribution, 0 for without.
     """
@@ -189,7 +189,7 @@ class Augmentation(Section):
 
     @property
     def is_off(self) -> bool:
-        """Whether a training picture is the same in every epoch, as evaluation reads it."""
+        """Whether a training image is the same in every epoch, as evaluation reads it."""
         return self == NO_AUGMENTATION
 
 
@@ -557,7 +557,7 @@ class Experiment(Section):
         return NO_AUGMENTATION if self.model.train == "head" else AUGMENTATIONS["light"]
 
     @property
-    def trains_on_pictures(self) -> bool:
+    def trains_on_images(self) -> bool:
         """Whether trials run the network in every step, instead of a head on features."""
         return self.model.train != "head" or not self.augmentation.is_off
 
@@ -570,7 +570,7 @@ class Experiment(Section):
         """
         if self.training.record_every_steps is not None:
             return self.training.record_every_steps
-        return 50 if self.trains_on_pictures else 0
+        return 50 if self.trains_on_images else 0
 
     def head_stage(self) -> Experiment:
         """The first of two stages: heads on features, over the whole space."""
@@ -595,7 +595,7 @@ class Experiment(Section):
     @property
     def can_fold(self) -> bool:
         """Whether trials can be judged by folds: heads on features, and nothing after them."""
-        return not self.trains_on_pictures and self.search.stages is None
+        return not self.trains_on_images and self.search.stages is None
 
     @property
     def refits(self) -> bool:

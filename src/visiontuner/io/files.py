@@ -215,7 +215,7 @@ def file_digest(path: Path) -> str:
 
 def content_digests(
     root: Path,
-    files: Iterable[PictureFile],
+    files: Iterable[ImageFile],
     *,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -229,7 +229,7 @@ def content_digests(
     )
     known = _read_store(store)
     digests: dict[str, str | OSError] = {}
-    unknown: list[PictureFile] = []
+    unknown: list[ImageFile] = []
     for file in files:
         state, digest = known.get(file.path, ([], ""))
         if state == file.state:
@@ -256,9 +256,9 @@ def write_cached_json(path: Path, value: object) -> None:
 
 
 def _hash(
-    root: Path, files: list[PictureFile], progress: Callable[[int, int], None] | None
+    root: Path, files: list[ImageFile], progress: Callable[[int, int], None] | None
 ) -> dict[str, str | OSError]:
-    def digest(file: PictureFile) -> str | OSError:
+    def digest(file: ImageFile) -> str | OSError:
         try:
             return file_digest(root / file.path)
         except OSError as error:
@@ -288,7 +288,7 @@ def _read_store(store: Path) -> dict[str, tuple[list[int], str]]:
 
 
 def _write_store(
-    store: Path, files: Iterable[PictureFile], digests: dict[str, str | OSError]
+    store: Path, files: Iterable[ImageFile], digests: dict[str, str | OSError]
 ) -> None:
     rows = {
         file.path: [*file.state, digests[file.path]]
@@ -298,18 +298,18 @@ def _write_store(
     write_cached_json(store, rows)
 
 
-_NOT_DATA = frozenset(
+_IGNORED_FILES = frozenset(
     {"__macosx", "thumbs.db", "desktop.ini", "mlflow.db", "mlruns", "mlartifacts"}
 )
 
 
 # In the folder of a search, of a range test, and in the cache.
-_OUR_MARKS = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
+_OWN_MARKER_FILES = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
 
 
 @dataclass(frozen=True, slots=True)
-class PictureFile:
-    """One picture file: `split` is None where the folders say nothing about splits."""
+class ImageFile:
+    """One image file: `split` is None where the folders say nothing about splits."""
 
     path: str  # posix, relative to the layout's root
     class_name: str
@@ -335,7 +335,7 @@ def is_made_by_commands(folder: Path) -> bool:
 
 
 def _has_mark(folder: Path) -> bool:
-    return any(os.path.exists(folder / mark) for mark in _OUR_MARKS)  # noqa: PTH110 never raises
+    return any(os.path.exists(folder / mark) for mark in _OWN_MARKER_FILES)  # noqa: PTH110 never raises
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:
@@ -353,4 +353,4 @@ def is_no_data(path: Path) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in _NOT_DATA
+    return name.startswith(".") or name.lower() in _IGNORED_FILES

@@ -61,7 +61,7 @@ class RemoteFile:
 
 
 def files_in(folder: Path) -> dict[str, Path]:
-    """All files under a folder of pictures by name (posix, relative), links followed.
+    """All files under a folder of images by name (posix, relative), links followed.
 
     Hidden ones stay, and what commands leave in a folder: searches, MLflow's store, the cache.
 
@@ -335,7 +335,7 @@ def _advice(response: Mapping[str, Any], bucket: str, doing: str) -> str | None:
         needed = "s3:GetObject" if doing == "read" else "s3:PutObject, s3:GetObject"
         return (
             f"These credentials may not {doing} s3://{bucket}. They need s3:ListBucket on the "
-            f"bucket and {needed} on its objects (docs/aws.md, Pictures on S3), or set AWS_PROFILE "
+            f"bucket and {needed} on its objects (docs/aws.md, Images on S3), or set AWS_PROFILE "
             "to others."
         )
     if code in _ELSEWHERE:
@@ -832,11 +832,11 @@ def _delete_others(folder: Path, names: set[str]) -> None:
             Path(where).rmdir()
 
 
-# A copy that came whole once, and does while what it is a copy of cannot be reached.
+# A complete copy of an earlier download, used while S3 cannot be reached.
 
 
 class WholeCopy(AbstractContextManager["WholeCopy", bool | None]):
-    """Around a download: where S3 is away, what came whole before is enough, and that is said.
+    """Around a download: where S3 is away, a complete earlier copy is enough, and that is said.
 
     Only if not a file of it has changed since: a copy that was being brought up to date is no whole
     one. What S3 refuses stays refused.

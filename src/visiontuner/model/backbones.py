@@ -1,6 +1,6 @@
 """Pretrained networks without their heads: torchvision, timm and bundled ones behind one interface.
 
-A backbone maps pictures to feature vectors, (B, 3, S, S) -> (B, D), and knows how a picture has to
+A backbone maps images to feature vectors, (B, 3, S, S) -> (B, D), and knows how an image has to
 be prepared for it.
 """
 
@@ -42,7 +42,7 @@ class Architecture:
 
     Args:
         module: (B, 3, size, size) -> (B, feature_dim).
-        preprocessing: what turns a picture into its input.
+        preprocessing: what turns an image into its input.
         head: the top-level modules under which a state dict's head lies, `("fc",)`.
         default_weights: fetches the pretrained weights.
     """
@@ -451,7 +451,7 @@ def _feature_dim(module: nn.Module, size: int, name: str) -> int:
     if not isinstance(features, Tensor) or features.ndim != 2:
         shape = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise BackboneError(
-            f"Backbone {name!r} gives {shape}, not one feature vector a picture. Choose another: "
+            f"Backbone {name!r} gives {shape}, not one feature vector an image. Choose another: "
             "`visiontuner backbones`."
         )
     return features.shape[1]

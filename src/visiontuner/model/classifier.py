@@ -1,9 +1,9 @@
-"""The artifact that is served: pictures in, named probabilities out, in a folder without pickles.
+"""The artifact that is served: images in, named probabilities out, in a folder without pickles.
 
     classifier.json        class names, preprocessing, temperature, threshold, abstains, metadata
     model.onnx             "image" float32 (B, 3, size, size) -> "logits" float32 (B, num_classes)
     weights.safetensors    the same weights, for training on
-    reference.json         some pictures with the probabilities that this very artifact gave
+    reference.json         some images with the probabilities that this very artifact gave
 
 Needs numpy, Pillow and ONNX Runtime; no torch.
 """
@@ -51,7 +51,7 @@ ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """The answer for one picture.
+    """The answer for one image.
 
     Args:
         label: the most probable class's name.
@@ -121,7 +121,7 @@ class Classifier:
         """Name what is on each image.
 
         Args:
-            images: paths, contents of files (in any format of `images.picture_extensions`), PIL
+            images: paths, contents of files (in any format of `images.image_extensions`), PIL
                 images, or arrays: uint8, shape (H, W, 3) RGB or (H, W) grey; one or many.
             top_k: how many classes to list; at most all.
 
@@ -137,13 +137,13 @@ class Classifier:
         return [self.prediction(row, top_k) for row in self.probabilities(files)]
 
     def probabilities(self, images: Sequence[bytes | Path]) -> NDArray[np.float64]:
-        """Class probabilities of each picture.
+        """Class probabilities of each image.
 
         Returns:
             float64, shape (B, num_classes); rows sum to 1.
 
         Raises:
-            BadImageError: a picture cannot be read.
+            BadImageError: an image cannot be read.
         """
         rows, errors = self.probabilities_or_errors(images)
         for error in errors:
@@ -158,17 +158,17 @@ class Classifier:
         max_pixels: int = MAX_PIXELS,
         memory: DecodingMemory | None = None,
     ) -> tuple[NDArray[np.float64], list[BadImageError | None]]:
-        """Class probabilities of each picture that can be read, and what is wrong with the others.
+        """Class probabilities of each image that can be read, and what is wrong with the others.
 
         Args:
-            max_pixels: larger pictures are not decoded.
+            max_pixels: larger images are not decoded.
             memory: shared by all calls that may run at a time; no bound if None.
 
         Returns:
-            float64, shape (B, num_classes), NaN where a picture cannot be read; B errors or None.
+            float64, shape (B, num_classes), NaN where an image cannot be read; B errors or None.
 
         Raises:
-            BusyError: too many other calls wait to decode large pictures.
+            BusyError: too many other calls wait to decode large images.
         """
         read_small = partial(
             self._read, max_pixels=max_pixels, max_bytes=memory.small if memory else None
@@ -176,7 +176,7 @@ class Classifier:
         rows = np.full((len(images), len(self.class_names)), np.nan)
         errors: list[BadImageError | None] = []
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
-            # One picture is decoded before a thread has started.
+            # One image is decoded before a thread has started.
             each = pool.map if len(images) > 1 else map
             for start in range(0, len(images), _BATCH_SIZE):
                 batch = images[start : start + _BATCH_SIZE]
@@ -208,13 +208,13 @@ class Classifier:
         return np.asarray(logits, dtype=np.float64)
 
     def warm_up(self) -> None:
-        """Load what the first picture, and the first that cannot be read, would wait for."""
+        """Load what the first image, and the first that cannot be read, would wait for."""
         size = self.preprocessing.size
         self.logits(np.zeros((1, size, size, 3), np.uint8))
-        self.probabilities_or_errors([b"no picture"])
+        self.probabilities_or_errors([b"no image"])
 
     def verify_reference(self) -> float:
-        """Answer the reference pictures again.
+        """Answer the reference images again.
 
         Returns:
             The largest absolute difference from the recorded probabilities; about 0 on the machine
@@ -225,10 +225,12 @@ class Classifier:
         """
         raw = _read_json(self.folder, REFERENCE)
         try:
-            contents = [base64.b64decode(p["image"], validate=True) for p in raw["pictures"]]
-            recorded = np.array([p["probabilities"] for p in raw["pictures"]], dtype=np.float64)
+            contents = [base64.b64decode(p["image"], validate=True) for p in reference_entries(raw)]
+            recorded = np.array(
+                [p["probabilities"] for p in reference_entries(raw)], dtype=np.float64
+            )
             if recorded.shape != (len(contents), len(self.class_names)) or not contents:
-                raise ValueError("it has no pictures, or other classes")
+                raise ValueError("it has no images, or other classes")
         except (ValueError, TypeError, KeyError) as error:
             raise _damaged(self.folder, REFERENCE, error) from None
         return float(np.abs(self.probabilities(contents) - recorded).max())
@@ -246,7 +248,7 @@ class Classifier:
     def prediction(
         self, row: NDArray[np.float64], top_k: int, *, threshold: float | None = None
     ) -> Prediction:
-        """Names for one picture's probabilities.
+        """Names for one image's probabilities.
 
         Args:
             row: float64, shape (num_classes,).
@@ -320,6 +322,12 @@ def read_threshold(raw: Mapping[str, Any]) -> tuple[float | None, bool]:
     if abstains not in (None, False, True) or (abstains and threshold is not None):
         raise ValueError(f"abstains must be false, or true without a threshold, got {abstains}")
     return None if threshold is None else float(threshold), bool(abstains)
+
+
+def reference_entries(reference: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The entries of a `reference.json`, one of an earlier version included."""
+    images: list[dict[str, Any]] = reference["images" if "images" in reference else "pictures"]
+    return images
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:

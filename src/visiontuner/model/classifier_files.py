@@ -22,56 +22,57 @@ from visiontuner.model.classifier import (
     SCHEMA_VERSION,
     WEIGHTS,
     Classifier,
+    reference_entries,
 )
 from visiontuner.text import next_command
 
-# The validation pictures that a classifier folder records with its own answers.
+# The validation images that a classifier folder records with its own answers.
 
 
-REFERENCE_PICTURES = 20
-# Twenty pictures as base64: at most 20 x 200 kB x 4/3 = 5.3 MB.
-_LARGEST_PICTURE = 200_000
+REFERENCE_IMAGES = 20
+# Twenty images as base64: at most 20 x 200 kB x 4/3 = 5.3 MB.
+_LARGEST_IMAGE = 200_000
 _JPEG_QUALITY = 90
 
 
-def reference_pictures(
+def reference_images(
     root: Path,
     paths: Sequence[str],
     *,
     labels: Sequence[int] | None,
     preprocessing: Preprocessing,
 ) -> list[dict[str, Any]]:
-    """The first 20 pictures that can be read: "content" (bytes), "path" and "label" (or None).
+    """The first 20 images that can be read: "content" (bytes), "path" and "label" (or None).
 
     A file of more than 200 kB becomes a smaller JPEG that still exceeds what the network sees.
 
     Args:
         paths: relative to `root`.
-        labels: the pictures' classes.
+        labels: the images' classes.
 
     Raises:
         DataError: none can be read.
     """
-    pictures: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
     for index, path in enumerate(paths):
-        if len(pictures) == REFERENCE_PICTURES:
+        if len(images) == REFERENCE_IMAGES:
             break
         with suppress(BadImageError, OSError):
             content = _small_content(root / path, preprocessing)
             label = None if labels is None else int(labels[index])
-            pictures.append({"path": path, "content": content, "label": label})
-    if not pictures:
+            images.append({"path": path, "content": content, "label": label})
+    if not images:
         raise DataError(
-            f"None of the {len(paths)} reference pictures in {root} can be read. "
+            f"None of the {len(paths)} reference images in {root} can be read. "
             f"Run `{next_command('prepare', '--data', root)}` to see why."
         )
-    return pictures
+    return images
 
 
 def _small_content(path: Path, preprocessing: Preprocessing) -> bytes:
     """The file as it is, or a smaller JPEG that still exceeds what the network sees."""
     content = path.read_bytes()
-    if len(content) <= _LARGEST_PICTURE:
+    if len(content) <= _LARGEST_IMAGE:
         decode_image(content, target=preprocessing.resize)
         return content
     image = decode_image(content, target=preprocessing.resize)
@@ -81,7 +82,7 @@ def _small_content(path: Path, preprocessing: Preprocessing) -> bytes:
         smaller = smaller.resize([max(1, round(length * scale)) for length in smaller.size])
         buffer = io.BytesIO()
         smaller.save(buffer, "JPEG", quality=_JPEG_QUALITY)
-        if buffer.tell() <= _LARGEST_PICTURE:
+        if buffer.tell() <= _LARGEST_IMAGE:
             break
     return buffer.getvalue()
 
@@ -109,7 +110,7 @@ def recalibrate(
         VisiontunerError: the folder cannot be written.
     """
     folder = folder.absolute()
-    pictures = _recorded_pictures(folder)
+    images = _recorded_images(folder)
     try:
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
@@ -124,50 +125,50 @@ def recalibrate(
             description["metadata"] |= metadata
             write_json(temporary / DESCRIPTION, description)
             classifier = Classifier.load(temporary)
-            write_json(temporary / REFERENCE, reference_document(classifier, pictures))
+            write_json(temporary / REFERENCE, reference_document(classifier, images))
             replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
     return Classifier.load(folder)
 
 
-def _recorded_pictures(folder: Path) -> list[dict[str, Any]]:
+def _recorded_images(folder: Path) -> list[dict[str, Any]]:
     Classifier.load(folder).verify_reference()  # damaged: said before anything is written
     try:
         reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))
         return [
             {
-                "path": picture.get("path"),
-                "label": picture.get("label"),
-                "content": base64.b64decode(picture["image"], validate=True),
+                "path": image.get("path"),
+                "label": image.get("label"),
+                "content": base64.b64decode(image["image"], validate=True),
             }
-            for picture in reference["pictures"]
+            for image in reference_entries(reference)
         ]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ClassifierError(f"{folder / REFERENCE} is damaged ({error}).") from None
 
 
 def reference_document(
-    classifier: Classifier, pictures: Sequence[Mapping[str, Any]]
+    classifier: Classifier, images: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What `reference.json` holds: pictures with the probabilities that this artifact gives now.
+    """What `reference.json` holds: images with the probabilities that this artifact gives now.
 
     Args:
-        pictures: each with "path", "content" (bytes of a picture file) and "label" (or None).
+        images: each with "path", "content" (bytes of an image file) and "label" (or None).
     """
-    probabilities = classifier.probabilities([picture["content"] for picture in pictures])
+    probabilities = classifier.probabilities([image["content"] for image in images])
     return {
         "schema_version": SCHEMA_VERSION,
-        "pictures": [
+        "images": [
             {
-                "path": picture["path"],
-                "label": picture["label"],
-                "class_name": _name(classifier, picture["label"]),
+                "path": image["path"],
+                "label": image["label"],
+                "class_name": _name(classifier, image["label"]),
                 "predicted": classifier.class_names[int(row.argmax())],
                 "probabilities": row.tolist(),
-                "image": base64.b64encode(picture["content"]).decode(),
+                "image": base64.b64encode(image["content"]).decode(),
             }
-            for picture, row in zip(pictures, probabilities, strict=True)
+            for image, row in zip(images, probabilities, strict=True)
         ],
     }
 

@@ -1,7 +1,7 @@
 """A frozen backbone over a data set, once.
 
-The features lie in a store named after everything that determines them: pictures, network,
-weights, preprocessing and precision. They are computed in shards of 256 pictures; a computation
+The features lie in a store named after everything that determines them: images, network,
+weights, preprocessing and precision. They are computed in shards of 256 images; a computation
 that was killed goes on at the last full shard. Two processes that need the same store take turns.
 """
 
@@ -57,7 +57,7 @@ class BackboneDescription:
     Args:
         name: as in the experiment file.
         feature_dim: D, the length of one feature vector.
-        preprocessing: what turns a picture into the network's input.
+        preprocessing: what turns an image into the network's input.
         weights_digest: SHA-256 (hex) over the tensors by name.
     """
 
@@ -126,7 +126,7 @@ def _read(path: Path) -> BackboneDescription | None:
         return None
 
 
-# Shards of pictures -> their features: on this machine, and what others are asked for.
+# Shards of images -> their features: on this machine, and what others are asked for.
 
 
 # Starting worker processes takes about as long as decoding so many photographs.
@@ -134,9 +134,9 @@ _DECODE_IN_PROCESS_BELOW = 64
 
 
 class ShardRows(NamedTuple):
-    """A computed shard: float32 (N, D) of its readable pictures, and why others are not there.
+    """A computed shard: float32 (N, D) of its readable images, and why others are not there.
 
-    `few_levels` are the positions of pictures that are nearly black, white or of one shade.
+    `few_levels` are the positions of images that are nearly black, white or of one shade.
     """
 
     shard: Shard
@@ -165,12 +165,12 @@ def compute_shards(
     batch_size: int | None = None,
     on_batch: Callable[[DecodedBatch], None] = lambda _: None,
 ) -> Generator[ShardRows]:
-    """Decode the pictures of some shards and run the network over them, in order.
+    """Decode the images of some shards and run the network over them, in order.
 
     Args:
         root: the data set's folder.
         workers: processes that decode, see `decoding_workers`.
-        batch_size: pictures that go through the network at a time; the engine's own if None.
+        batch_size: images that go through the network at a time; the engine's own if None.
     """
     batch_size = batch_size or engine.batch_size
     batches = [
@@ -222,20 +222,20 @@ def _features(
     return engine.features(normalise(batch.pixels, backbone.preprocessing))
 
 
-def decoding_workers(pictures: int, asked: int | None = None) -> int:
+def decoding_workers(images: int, asked: int | None = None) -> int:
     """Processes that decode; 0 is a thread."""
     if asked is not None:
         return asked
-    if pictures < _DECODE_IN_PROCESS_BELOW:
+    if images < _DECODE_IN_PROCESS_BELOW:
         return 0
     # Two cores are busy with the network: a thread overlaps as well (Pillow lets go of Python's
-    # lock), and a process more cost speed: 122 pictures/s against 76 with a 4.6M-parameter network.
+    # lock), and a process more cost speed: 122 images/s against 76 with a 4.6M-parameter network.
     cores = available_cpus()
     return 0 if cores < 4 else min(16, cores // 2)
 
 
 # Other machines load and export the network first, as long as a shard or two take.
-SHARDS_WORTH_SHARING = 4
+MIN_SHARDS_TO_DISTRIBUTE = 4
 
 Progress = Callable[[int, int], None]
 Note = Callable[[str], None]
@@ -260,23 +260,23 @@ def compute_features(
 
     Args:
         engine: makes what runs the network; called only if something has to be computed.
-        splits: which pictures are looked at. Test stays out until a model has been chosen.
-        on_bad_image: leave unreadable pictures out and list them as findings, or fail.
+        splits: which images are looked at. Test stays out until a model has been chosen.
+        on_bad_image: leave unreadable images out and list them as findings, or fail.
         workers: processes that decode; default by the cores, 0 decodes in a thread.
-        batch_size: pictures that go through the network at a time; the engine's own if None.
-        progress: called with (pictures done, pictures in all).
+        batch_size: images that go through the network at a time; the engine's own if None.
+        progress: called with (images done, images in all).
         note: told in one line why features that are in the cache are not used.
         machines: opens others that compute the shards of a large set instead; gives None where
             there are none.
 
     Raises:
-        DataError: a split has no readable picture.
-        BadImageError: a picture is unreadable and `on_bad_image` is `fail`.
+        DataError: a split has no readable image.
+        BadImageError: an image is unreadable and `on_bad_image` is `fail`.
         VisiontunerError: the disk is full, or a decoding process died. What is done is kept.
     """
     for split in splits:
         if not dataset.splits[split]:
-            raise DataError(f"{dataset.root} has no pictures for {split}. Add some.")
+            raise DataError(f"{dataset.root} has no images for {split}. Add some.")
     folder = store_folder(dataset, backbone, precision, splits, cache)
     computed = 0
     if find_damage(folder) is not None:
@@ -298,7 +298,7 @@ def compute_features(
                 )
                 computed = job.run(engine, workers)
     features = FeatureSet.open(folder)
-    unreadable = [one for one in features.findings if one.rule == "unreadable_picture"]
+    unreadable = [one for one in features.findings if one.rule == "unreadable_image"]
     if on_bad_image == "fail" and unreadable:
         raise _bad_image(unreadable[0].evidence)
     return replace(features, computed=computed)
@@ -345,7 +345,7 @@ class _Job:
     machines: Callable[[], AbstractContextManager[Machines | None]]
 
     def run(self, make_engine: Callable[[], Engine], workers: int | None) -> int:
-        """Compute what is missing and put it together; the number of pictures computed."""
+        """Compute what is missing and put it together; the number of images computed."""
         started = time.monotonic()
         shards = [
             shard
@@ -358,7 +358,7 @@ class _Job:
         self.progress(total - todo, total)
         description = "unknown"
         done = total - todo
-        if len(missing) >= SHARDS_WORTH_SHARING:
+        if len(missing) >= MIN_SHARDS_TO_DISTRIBUTE:
             with self.machines() as machines:
                 if machines is not None:
                     description = machines.description
@@ -439,7 +439,7 @@ class Engine(Protocol):
     """What runs where, for people: `ONNX Runtime fp32 on 2 CPU threads`."""
 
     batch_size: int
-    """Pictures at a time at which it is fast."""
+    """Images at a time at which it is fast."""
 
     lanes: int
     """Threads that may call `features` at the same time, and have to for it to be fast."""

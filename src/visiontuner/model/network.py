@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from visiontuner.model.backbones import Backbone
 
 
-# The parts of a network from its input to its features, found by watching a picture pass.
+# The parts of a network from its input to its features, found by watching an image pass.
 #
 # A stage is all layers whose output has the same resolution (Lin et al. 2017, Feature Pyramid
 # Networks, section 3, https://arxiv.org/abs/1612.03144); a layer that halves the resolution opens
@@ -94,7 +94,7 @@ def is_within(name: str, modules: Sequence[str]) -> bool:
 
 
 def find_stages(module: nn.Module, size: int) -> Stages | None:
-    """The stages of a network without its head; None if no picture passes, or nothing is learnt.
+    """The stages of a network without its head; None if no image passes, or nothing is learnt.
 
     Args:
         module: in eval mode, on the CPU; maps (B, 3, size, size) to (B, D).
@@ -237,7 +237,7 @@ def _parent(name: str) -> str:
 
 
 def _watch(module: nn.Module, size: int) -> dict[str, _Call] | None:
-    """What each module took and gave, by its name; None if the network takes no picture."""
+    """What each module took and gave, by its name; None if the network takes no image."""
     for side in (max(size, _PROBE_SIZE), size):
         try:
             return _watched(module, side)
@@ -256,7 +256,7 @@ def _watched(module: nn.Module, size: int) -> dict[str, _Call]:
     def after(name: str, _: nn.Module, *inputs_and_output: object) -> None:
         order, side_in = begun[name]
         side_out = _side(inputs_and_output[-1])
-        # What gives no picture-like tensor counts as changing nothing.
+        # What gives no image-like tensor counts as changing nothing.
         side_in = side_in or side_out or 1.0
         calls[name] = _Call(order, side_in, side_out or side_in)
 
@@ -276,7 +276,7 @@ def _watched(module: nn.Module, size: int) -> dict[str, _Call]:
 
 
 def _side(value: object) -> float | None:
-    """Positions a side of the first tensor in a module's input or output, for one picture."""
+    """Positions a side of the first tensor in a module's input or output, for one image."""
     tensor = _first_tensor(value)
     if tensor is None or not 2 <= tensor.ndim <= 4:
         return None
@@ -312,13 +312,13 @@ _POSITIONS = ("pos_embed", "position_embedding", "pos_embedding", "relative_posi
 
 
 class Network(nn.Module):
-    """Pictures (B, 3, size, size) -> logits (B, num_classes).
+    """Images (B, 3, size, size) -> logits (B, num_classes).
 
     In training mode the parts that are not trained stay as in evaluation: their batch-norm
     statistics never move and nothing in them is dropped.
 
     Args:
-        backbone: pictures -> features; its parameters need gradients where they are trained.
+        backbone: images -> features; its parameters need gradients where they are trained.
         head: `Dropout` and `Linear`.
         name: the backbone's.
         train: how much of it is trained.
@@ -346,7 +346,7 @@ class Network(nn.Module):
         self.freeze_batch_norm = freeze_batch_norm
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float (B, num_classes), of normalised pictures (B, 3, size, size)."""
+        """Logits, float (B, num_classes), of normalised images (B, 3, size, size)."""
         logits: Tensor = self.head(self.backbone(images))  # features are (B, D)
         return logits
 

@@ -45,7 +45,7 @@ def easily_traced(network: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         network: in eval mode.
-        example: a picture that it takes, of noise at best, float32 (1, 3, H, W).
+        example: an image that it takes, of noise at best, float32 (1, 3, H, W).
     """
     return _clamped(_fused(network, example) or copy.deepcopy(network))
 
@@ -215,7 +215,7 @@ def _exported(backbone: Backbone, path: Path) -> onnx.ModelProto:
 
 def _export(backbone: Backbone, path: Path) -> None:
     size = backbone.preprocessing.size
-    # Two pictures: torch.export takes a dimension of 1 for a constant.
+    # Two images: torch.export takes a dimension of 1 for a constant.
     example = torch.zeros(2, 3, size, size)
     noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     try:
@@ -245,7 +245,7 @@ def _load_onnx(path: Path, backbone: Backbone) -> onnx.ModelProto:
     first = model.graph.input[0].type.tensor_type.shape.dim[0]
     if not first.dim_param:
         raise ExportError(
-            f"Backbone {backbone.name!r} exports for a fixed number of pictures only. "
+            f"Backbone {backbone.name!r} exports for a fixed number of images only. "
             "Choose another: `visiontuner backbones`."
         )
     return model
@@ -346,8 +346,8 @@ def make_engine(
 class OnnxEngine:
     """An exported backbone in ONNX Runtime on the CPU, in fp32."""
 
-    # A core with pictures of its own waits for no other, and what a layer hands on stays in its
-    # cache: on 2 cores, 2 pictures for each, 250 pictures/s where both cores with 4 pictures give
+    # A core with images of its own waits for no other, and what a layer hands on stays in its
+    # cache: on 2 cores, 2 images for each, 250 images/s where both cores with 4 images give
     # 225 and with 8 220 (EfficientNet-Lite0); 360, 300 and 305 (MobileNetV3); 46, 45 and 45
     # (ResNet-50).
     batch_size = 2
@@ -434,7 +434,7 @@ def _check_against_torch(engine: OnnxEngine, backbone: Backbone, path: Path) -> 
 
 def _difference(engine: OnnxEngine, backbone: Backbone) -> float:
     size = backbone.preprocessing.size
-    # Three pictures, not the two of the export: a batch size that was frozen shows.
+    # Three images, not the two of the export: a batch size that was frozen shows.
     images = np.random.default_rng(0).standard_normal((3, 3, size, size), dtype=np.float32)
     with torch.inference_mode():
         expected = backbone.module(torch.from_numpy(images)).numpy()

@@ -28,7 +28,7 @@ from visiontuner.model.classifier import (
 )
 from visiontuner.model.classifier_files import (
     reference_document,
-    reference_pictures,
+    reference_images,
     replace_folder,
     write_json,
 )
@@ -61,7 +61,7 @@ def package_classifier(
     cache: Path,
     reference_labels: Sequence[int] | None = None,
 ) -> Classifier:
-    """Write a classifier folder and check it against torch on real pictures.
+    """Write a classifier folder and check it against torch on real images.
 
     The folder appears whole, and replaces an older one.
 
@@ -69,16 +69,16 @@ def package_classifier(
         backbone: the pretrained network; also where `network_weights` are given.
         head_weights: safetensors with "weight" (num_classes, D) and "bias" (num_classes,).
         network_weights: instead of a head, what `save_network` wrote of a fine-tuned network.
-        reference_paths: validation pictures, relative to `dataset_root`; the first 20 that can be
+        reference_paths: validation images, relative to `dataset_root`; the first 20 that can be
             read are recorded.
         metadata: plain JSON values; what was trained and what the check measured is added.
-        reference_labels: the pictures' classes, recorded with them.
+        reference_labels: the images' classes, recorded with them.
 
     Raises:
         ExportError: the network cannot be written as ONNX, or answers differently there.
         BackboneError: the network's weights are of another architecture.
         ClassifierError: the head does not fit the backbone or the class names.
-        DataError: no reference picture can be read.
+        DataError: no reference image can be read.
         VisiontunerError: the folder cannot be written.
     """
     if (head_weights is None) == (network_weights is None):
@@ -88,7 +88,7 @@ def package_classifier(
     else:
         assert head_weights is not None
         trained = _Trained(backbone, _read_head(head_weights, backbone, class_names), "head")
-    pictures = reference_pictures(
+    images = reference_images(
         dataset_root,
         reference_paths,
         labels=reference_labels,
@@ -105,10 +105,10 @@ def package_classifier(
             description = _description(trained, class_names, metadata)
             write_json(temporary / DESCRIPTION, description)
             classifier = Classifier.load(temporary)
-            difference = _check_against_torch(classifier, trained, pictures)
+            difference = _check_against_torch(classifier, trained, images)
             description["metadata"]["onnx_difference"] = difference
             write_json(temporary / DESCRIPTION, description)
-            write_json(temporary / REFERENCE, reference_document(classifier, pictures))
+            write_json(temporary / REFERENCE, reference_document(classifier, images))
             replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
@@ -203,11 +203,11 @@ def _description(
 
 
 def _check_against_torch(
-    classifier: Classifier, trained: _Trained, pictures: Sequence[Mapping[str, Any]]
+    classifier: Classifier, trained: _Trained, images: Sequence[Mapping[str, Any]]
 ) -> float:
     """The largest absolute difference of the logits."""
     preprocessing = trained.backbone.preprocessing
-    pixels = np.stack([read_pixels(picture["content"], preprocessing) for picture in pictures])
+    pixels = np.stack([read_pixels(image["content"], preprocessing) for image in images])
     expected = _torch_logits(trained, normalise(pixels, preprocessing))
     got = classifier.logits(pixels)
     difference = float(np.abs(got - expected).max())

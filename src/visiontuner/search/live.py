@@ -106,7 +106,7 @@ class LiveRules:
     others wait for its end, when its curves and its predictions are complete.
 
     Args:
-        labels: reads the validation pictures' labels, once and not before they are needed.
+        labels: reads the validation images' labels, once and not before they are needed.
     """
 
     def __init__(

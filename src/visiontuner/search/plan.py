@@ -11,7 +11,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.arrays import FeatureSet, PictureStore, array_path, find_damage, has_checksums
+from visiontuner.data.arrays import (
+    DecodedImages,
+    FeatureSet,
+    array_path,
+    find_damage,
+    has_checksums,
+)
 from visiontuner.data.folds import folds_for
 from visiontuner.errors import DataError
 from visiontuner.experiment.schema import Configuration, Experiment, Stages, Training
@@ -35,13 +41,13 @@ def settle(experiment: Experiment, *, images: int, own_validation: bool) -> Expe
     elif data.validation == "folds" and data.folds is None:
         data = data.model_copy(update={"folds": folds_for(images) or 5})
     if search.scheduler == "auto":  # heads take seconds, and ASHA judges them by luck
-        networks = experiment.trains_on_pictures and search.stages is None
+        networks = experiment.trains_on_images and search.stages is None
         scheduler = "asha" if networks else "none"
         search = search.model_copy(update={"scheduler": scheduler})
     return experiment.model_copy(update={"data": data, "search": search})
 
 
-# The labels of the validation pictures, from whatever the trials of a search were trained on.
+# The labels of the validation images, from whatever the trials of a search were trained on.
 
 
 class ValidationLabels(NamedTuple):
@@ -54,10 +60,10 @@ class ValidationLabels(NamedTuple):
 def read_labels(
     *,
     features: Path | None = None,
-    pictures: Path | None = None,
+    images: Path | None = None,
     splits: Sequence[str] = ("validation",),
 ) -> ValidationLabels:
-    """From the first store that is named and still there; both hold the same pictures in order.
+    """From the first store that is named and still there; both hold the same images in order.
 
     They are verified first, but in a store of an earlier version, which has nothing to do it by.
 
@@ -68,14 +74,14 @@ def read_labels(
         try:
             return _read_labels(FeatureSet.open(features), splits)
         except DataError:
-            if pictures is None:
+            if images is None:
                 raise
-    if pictures is None:
+    if images is None:
         raise DataError("The journal says nothing of what its trials were trained on.")
-    return _read_labels(PictureStore.open(pictures), splits)
+    return _read_labels(DecodedImages.open(images), splits)
 
 
-def _read_labels(store: FeatureSet | PictureStore, splits: Sequence[str]) -> ValidationLabels:
+def _read_labels(store: FeatureSet | DecodedImages, splits: Sequence[str]) -> ValidationLabels:
     folder = store.folder
     if has_checksums(folder):
         damage = find_damage(folder, [array_path(folder, name, "labels").name for name in splits])
@@ -86,19 +92,19 @@ def _read_labels(store: FeatureSet | PictureStore, splits: Sequence[str]) -> Val
 
 
 class Stores(NamedTuple):
-    """Where the features and the pictures of a search lie, as far as it has them."""
+    """Where the features and the images of a search lie, as far as it has them."""
 
     features: Path | None
-    pictures: Path | None
+    images: Path | None
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> Stores:
         """As a search's journal names them last."""
         found: dict[str, Path] = {}
         for event in events:
-            if event["event"] in ("features_ready", "pictures_ready") and event.get("folder"):
+            if event["event"] in ("features_ready", "images_ready") and event.get("folder"):
                 found[event["event"]] = Path(str(event["folder"]))
-        return cls(found.get("features_ready"), found.get("pictures_ready"))
+        return cls(found.get("features_ready"), found.get("images_ready"))
 
     @property
     def are_verified(self) -> bool:
@@ -108,10 +114,10 @@ class Stores(NamedTuple):
     def read_labels(self, *, folds: bool = False) -> ValidationLabels:
         """Of the images that trials are judged by: of folds those of training come first."""
         splits = ("train", "validation") if folds else ("validation",)
-        return read_labels(features=self.features, pictures=self.pictures, splits=splits)
+        return read_labels(features=self.features, images=self.images, splits=splits)
 
 
-# The epochs after which ASHA compares trials, for who stops them and for who is stopped.
+# ASHA rung epochs, shared by the scheduler and the workers.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,15 +174,15 @@ class TrialTask:
     Args:
         features_folder: what heads are trained on.
         threads: of one trial's arithmetic.
-        pictures_folder: a `PictureStore`; if it is given, trials run the network on it.
-        cache: where the network's weights are kept; needed with pictures.
+        images_folder: a `DecodedImages`; if it is given, trials run the network on it.
+        cache: where the network's weights are kept; needed with images.
         start_heads: by trial id the trained head (safetensors) that a network begins with.
         checkpoints: keep the whole state of a running training in `trials/ID/checkpoint` after
             every epoch, and go on from there. Whoever runs the trial removes it at the end.
-        trained_on: with `train+validation` no picture is left to choose an epoch by: the last one's
-            weights are kept, and no logits. `pictures_folder` then holds all of them as `train`.
+        trained_on: with `train+validation` no image is left to choose an epoch by: the last one's
+            weights are kept, and no logits. `images_folder` then holds all of them as `train`.
         trace_steps: the first and the last step of which a profiler's trace is written.
-        home: where these paths are, in a cluster of several machines.
+        driver: the node that these paths are on, in a cluster of several machines.
         folds: int64, (N,), of the training and then the validation images: heads are judged by
             cross-validation, each image by the head that did not learn from its fold.
         only_epoch: write the files of this epoch, whatever it is.
@@ -186,13 +192,13 @@ class TrialTask:
     search_folder: Path
     threads: int
     features_folder: Path | None = None
-    pictures_folder: Path | None = None
+    images_folder: Path | None = None
     cache: Path | None = None
     start_heads: Mapping[str, Path] = field(default_factory=dict)
     checkpoints: bool = False
     trained_on: TrainedOn = "train"
     trace_steps: tuple[int, int] | None = None
-    home: Home | None = None
+    driver: DriverNode | None = None
     folds: NDArray[np.int64] | None = None
     only_epoch: int | None = None
 
@@ -339,9 +345,9 @@ class Stage:
     search: Experiment
 
     @property
-    def on_pictures(self) -> bool:
+    def on_images(self) -> bool:
         """Whether its trials run the network; otherwise they train heads on features."""
-        return self.experiment.trains_on_pictures
+        return self.experiment.trains_on_images
 
 
 def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
@@ -402,21 +408,21 @@ def make_task(
         starts: by trial id the trial of the first stage whose head it begins with.
     """
     search_folder = folder.resolve()
-    pictures = stores.pictures if stage.on_pictures else None
-    features = None if stage.on_pictures else stores.features
+    images = stores.images if stage.on_images else None
+    features = None if stage.on_images else stores.features
     return TrialTask(
         experiment=stage.experiment,
         search_folder=search_folder,
         threads=threads,
         features_folder=features and features.resolve(),
-        pictures_folder=pictures and pictures.resolve(),
+        images_folder=images and images.resolve(),
         cache=cache.resolve(),
         start_heads={
             trial_id: search_folder / "trials" / head / HEAD_FILE
             for trial_id, head in (starts or {}).items()
         },
         checkpoints=checkpoints,
-        folds=None if stage.on_pictures else read_folds(folder),
+        folds=None if stage.on_images else read_folds(folder),
     )
 
 
@@ -561,7 +567,7 @@ def kept_weights(folder: Path, trial_id: str, *, refitted: bool = False) -> Path
 
 
 @dataclass(frozen=True, kw_only=True)
-class Home:
+class DriverNode:
     """The driver's machine: where it is in the cluster, and who reads and writes files there.
 
     Args:

@@ -51,7 +51,7 @@ _ENVIRONMENT = {
 }
 
 
-# Below `uv run` Ray would pack the working folder, pictures and all, and run workers in the copy.
+# Below `uv run` Ray would pack the working folder, images and all, and run workers in the copy.
 _UV_RUN = "RAY_ENABLE_UV_RUN_RUNTIME_ENV"
 _VITAL = ("raylet", "gcs_server")
 _WATCH_SECONDS = 0.5
@@ -61,7 +61,7 @@ _LAST_WRITES_SECONDS = 5.0
 _LONGEST_TMPDIR = 103 - len(
     "/vt-12345678/ray/session_2026-11-30_23-59-59_123456_4194304/sockets/plasma_store"
 )
-_HOW_TO_JOIN = (
+_CLUSTER_ADVICE = (
     "Start one with `ray start --head` and set RAY_ADDRESS to it (and RAY_AUTH_MODE=token if it "
     "wants its token), or leave out `--on auto` to search on this machine alone."
 )
@@ -72,7 +72,7 @@ class Resources:
     """What one trial takes, and how many trials run at once.
 
     Args:
-        threads: of one trial's arithmetic, or beside a GPU of what prepares its pictures.
+        threads: of one trial's arithmetic, or beside a GPU of what prepares its images.
     """
 
     cpus_per_trial: float
@@ -159,7 +159,7 @@ class RayForSearch:
         except Exception as error:  # a Ray that is not up in time is a plain Exception
             why = one_line(error, 200)
             raise SearchFailed(
-                f"There is no Ray cluster to join here ({why}). {_HOW_TO_JOIN}"
+                f"There is no Ray cluster to join here ({why}). {_CLUSTER_ADVICE}"
                 if self.joins
                 else f"Ray does not start here ({why}). Is the machine busy or its memory "
                 "full? `visiontuner doctor` looks for the reason."
@@ -280,7 +280,7 @@ def _require_cluster(address: str) -> str | None:
         socket.create_connection((parts.hostname, parts.port), _ANSWERS_WITHIN_SECONDS).close()
     except (OSError, ValueError) as error:
         raise SearchFailed(
-            f"There is no Ray cluster at RAY_ADDRESS={address} ({error}). {_HOW_TO_JOIN}"
+            f"There is no Ray cluster at RAY_ADDRESS={address} ({error}). {_CLUSTER_ADVICE}"
         ) from None
     return parts.hostname
 
@@ -405,7 +405,7 @@ def resources_for(search: Search) -> Resources:
 def share_out(machines: Sequence[Mapping[str, float]], search: Search) -> Resources:
     """What a trial gets of machines with so many "CPU" and "GPU".
 
-    A GPU's trials share all cores of its machine, since each needs many to prepare its pictures.
+    A GPU's trials share all cores of its machine, since each needs many to prepare its images.
 
     Raises:
         ExperimentError: one trial wants more than the largest machine has.

@@ -23,7 +23,7 @@ from visiontuner.io.files import temporary_folder
 from visiontuner.model.backbones import load_backbone
 from visiontuner.model.features import ShardRows, compute_shards, decoding_workers
 from visiontuner.model.onnx import make_engine
-from visiontuner.search.plan import CHECKPOINT_FOLDER, Home
+from visiontuner.search.plan import CHECKPOINT_FOLDER, DriverNode
 
 if TYPE_CHECKING:
     from visiontuner.search.plan import TrialTask
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 # Trials on other machines than the search's own.
 #
-# A search has its folder and its features on the driver's machine, its home. A worker elsewhere
+# A search has its folder and its features on the driver node. A worker elsewhere
 # sees neither: it first fetches the files it lacks, once for all trials of its machine, and what a
-# trial writes travels home before its report does. One small actor at home reads and writes for
-# all.
+# trial writes is uploaded to the driver before its report. One small actor on the driver reads and
+# writes for all.
 
 
-# A chunk is in memory twice, at home and where it goes.
+# A chunk is in memory twice, on the driver and on the worker.
 _CHUNK_BYTES = 16 * 1024**2
-_WORTH = 19
-"""A checkpoint travels again after so many times what the last journey took."""
+_PAUSE_PER_UPLOAD = 19
+"""Pause between two uploads of a checkpoint, over the last one's seconds: uploads take 1 / 20."""
 
 
 @contextmanager
-def home_of(search_folder: Path, stores: Sequence[Path]) -> Iterator[Home | None]:
-    """A home for a search, as long as its trials run; None where the cluster is one machine.
+def driver_node(search_folder: Path, stores: Sequence[Path]) -> Iterator[DriverNode | None]:
+    """Serve the driver's files while trials run; yields None where the cluster is one machine.
 
     Args:
         search_folder: what trials write goes below it, and heads that they begin with are read.
-        stores: features and pictures that workers read.
+        stores: features and images that workers read.
     """
     alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     if len(alive) < 2:
@@ -62,59 +62,59 @@ def home_of(search_folder: Path, stores: Sequence[Path]) -> Iterator[Home | None
     )
     files: Any = actor.remote(search_folder.resolve(), [store.resolve() for store in stores])
     try:
-        yield Home(node_id=node_id, files=files, search=uuid.uuid4().hex)
+        yield DriverNode(node_id=node_id, files=files, search=uuid.uuid4().hex)
     finally:
         ray.kill(files)
 
 
 @contextmanager
-def at_this_machine(task: TrialTask, trial_id: str) -> Iterator[TrialTask]:
-    """The same task with paths of the worker's own machine; what the trial writes here goes."""
-    home = task.home
-    if home is None or home.is_here:
+def local_copy(task: TrialTask, trial_id: str) -> Iterator[TrialTask]:
+    """The task with local copies of its files; what the trial writes there is deleted after it."""
+    driver = task.driver
+    if driver is None or driver.is_here:
         yield task
         return
     cache = _cache(task)
     with temporary_folder() as folder:
         start = task.start_heads.get(trial_id)
-        features, pictures = (
-            store and fetch_folder(home, store, cache)
-            for store in (task.features_folder, task.pictures_folder)
+        features, images = (
+            store and fetch_folder(driver, store, cache)
+            for store in (task.features_folder, task.images_folder)
         )
         if task.checkpoints:
-            _fetch_checkpoint(home, task.trial_folder(trial_id), Path(folder, "trials", trial_id))
+            _fetch_checkpoint(driver, task.trial_folder(trial_id), Path(folder, "trials", trial_id))
         yield replace(
             task,
             search_folder=Path(folder),
             features_folder=features,
-            pictures_folder=pictures,
+            images_folder=images,
             cache=cache,
-            start_heads={trial_id: _fetch_file(home, start, Path(folder))} if start else {},
+            start_heads={trial_id: _fetch_file(driver, start, Path(folder))} if start else {},
         )
 
 
-def send_home(task: TrialTask, trial_id: str, *, only: str | None = None) -> None:
-    """Write what a trial has on disk into the search folder too, if that is elsewhere.
+def upload_to_driver(task: TrialTask, trial_id: str, *, only: str | None = None) -> None:
+    """Upload a trial's files to the search folder, if that is on another machine.
 
     Args:
         only: name of the one file that is sent, if it is there; default: all.
     """
-    if task.home is None or task.home.is_here:
+    if task.driver is None or task.driver.is_here:
         return
     for path in task.trial_folder(trial_id).iterdir():
         if path.is_file() and path.suffix != ".part" and only in (None, path.name):
-            _send(task.home, path, f"trials/{trial_id}/{path.name}")
+            _send(task.driver, path, f"trials/{trial_id}/{path.name}")
 
 
-class CheckpointsHome:
-    """Sends a running trial's checkpoints home, so that a lost machine costs no whole training.
+class CheckpointUpload:
+    """Uploads a running trial's checkpoints to the driver: a lost machine costs no whole training.
 
     A checkpoint is three times its network, and training waits while it travels: the next one goes
     when that costs a twentieth of the time at most.
     """
 
     def __init__(self, task: TrialTask, trial_id: str, *, clock: Callable[[], float]) -> None:
-        self._home = None if task.home is None or task.home.is_here else task.home
+        self._driver = None if task.driver is None or task.driver.is_here else task.driver
         self._folder = task.trial_folder(trial_id) / CHECKPOINT_FOLDER
         self._name = f"trials/{trial_id}/{CHECKPOINT_FOLDER}"
         self._clock = clock
@@ -123,37 +123,37 @@ class CheckpointsHome:
     def send(self) -> None:
         """What is on the disk now, unless the last time is too near."""
         began = self._clock()
-        if self._home is None or began < self._next:
+        if self._driver is None or began < self._next:
             return
         for path in self._folder.iterdir():
             if path.suffix != ".part":
-                _send(self._home, path, f"{self._name}/{path.name}")
+                _send(self._driver, path, f"{self._name}/{path.name}")
         ended = self._clock()
-        self._next = ended + _WORTH * (ended - began)
+        self._next = ended + _PAUSE_PER_UPLOAD * (ended - began)
 
 
-def _send(home: Home, path: Path, name: str) -> None:
-    """One file in chunks; at home it replaces what was there once all of it has come."""
+def _send(driver: DriverNode, path: Path, name: str) -> None:
+    """One file in chunks; on the driver it replaces the old one once it is complete."""
     size = path.stat().st_size
     with path.open("rb") as file:
         for offset in range(0, max(size, 1), _CHUNK_BYTES):
             content = file.read(_CHUNK_BYTES)
             whole = offset + len(content) >= size
-            ray.get(home.files.write.remote(name, content, offset=offset, whole=whole))
+            ray.get(driver.files.write.remote(name, content, offset=offset, whole=whole))
 
 
 _FETCHED: dict[Path, Path] = {}
 
 
-def fetch_folder(home: Home, folder: Path, cache: Path) -> Path:
-    """A folder of the home, here: the same one where the machines share it, else a copy.
+def fetch_folder(driver: DriverNode, folder: Path, cache: Path) -> Path:
+    """A local copy of a folder of the driver; the folder itself where the machines share it.
 
     A copy lies in the cache under the same name. Files that are there already, by name and size,
     are not fetched again: what the folders hold is named after all that determines it. The first
     worker of a search on a machine verifies what is there; what is damaged is fetched again.
     """
     if folder not in _FETCHED:
-        sizes: dict[str, int] = ray.get(home.files.sizes.remote(folder))
+        sizes: dict[str, int] = ray.get(driver.files.sizes.remote(folder))
         copy = cache / folder.parent.name / folder.name
         copy.parent.mkdir(parents=True, exist_ok=True)
         with copy.with_suffix(".lock").open("w") as lock:
@@ -161,14 +161,14 @@ def fetch_folder(home: Home, folder: Path, cache: Path) -> Path:
             target = copy if _lacks(folder, sizes) else folder
             verified = copy.with_suffix(".verified")
             for name in _lacks(target, sizes):
-                _fetch(home, folder / name, target / name, sizes[name])
+                _fetch(driver, folder / name, target / name, sizes[name])
                 verified.unlink(missing_ok=True)
-            if not verified.is_file() or verified.read_text() != home.search:
+            if not verified.is_file() or verified.read_text() != driver.search:
                 if has_checksums(target) and find_damage(target) is not None:
                     for name, size in sizes.items():
-                        _fetch(home, folder / name, copy / name, size)
+                        _fetch(driver, folder / name, copy / name, size)
                     target = copy
-                verified.write_text(home.search)
+                verified.write_text(driver.search)
         _FETCHED[folder] = target
     return _FETCHED[folder]
 
@@ -184,27 +184,27 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _fetch_file(home: Home, path: Path, folder: Path) -> Path:
+def _fetch_file(driver: DriverNode, path: Path, folder: Path) -> Path:
     target = folder / "start" / path.name
-    _fetch(home, path, target, ray.get(home.files.size.remote(path)))
+    _fetch(driver, path, target, ray.get(driver.files.size.remote(path)))
     return target
 
 
-def _fetch_checkpoint(home: Home, trial: Path, here: Path) -> None:
-    """What another machine sent home of this trial before it was lost, if it did."""
-    sizes: dict[str, int] = ray.get(home.files.sizes.remote(trial / CHECKPOINT_FOLDER))
+def _fetch_checkpoint(driver: DriverNode, trial: Path, here: Path) -> None:
+    """The trial's checkpoint that a lost machine had uploaded, if there is one."""
+    sizes: dict[str, int] = ray.get(driver.files.sizes.remote(trial / CHECKPOINT_FOLDER))
     for name, size in sizes.items():
-        _fetch(home, trial / CHECKPOINT_FOLDER / name, here / CHECKPOINT_FOLDER / name, size)
+        _fetch(driver, trial / CHECKPOINT_FOLDER / name, here / CHECKPOINT_FOLDER / name, size)
 
 
-def _fetch(home: Home, path: Path, target: Path, size: int) -> None:
+def _fetch(driver: DriverNode, path: Path, target: Path, size: int) -> None:
     """One file in chunks; whole or not there."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with part.open("wb") as file:
             for offset in range(0, size, _CHUNK_BYTES):
-                file.write(ray.get(home.files.read.remote(path, offset, _CHUNK_BYTES)))
+                file.write(ray.get(driver.files.read.remote(path, offset, _CHUNK_BYTES)))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -219,7 +219,7 @@ def _cache(task: TrialTask) -> Path:
 
 
 class _Files:
-    """Reads and writes at home; only below the folders that the search named."""
+    """Reads and writes on the driver, only below the folders that the search named."""
 
     def __init__(self, search_folder: Path, stores: Sequence[Path]) -> None:
         self._search = search_folder
@@ -261,9 +261,9 @@ class _Files:
         return resolved
 
 
-# Features from all GPUs of a cluster: each machine takes shards of pictures until none is left.
+# Features from all GPUs of a cluster: each machine takes shards of images until none is left.
 #
-# A machine takes part with each of its GPUs, or as a whole if it has none. It reads the pictures
+# A machine takes part with each of its GPUs, or as a whole if it has none. It reads the images
 # from its own disk, at the path where the driver has them; one that has none there computes none.
 
 
@@ -374,7 +374,7 @@ def _shares() -> list[dict[str, Any]]:
 
 
 def _ready(workers: Sequence[Any]) -> dict[Any, str]:
-    """Those that could load the network and see the pictures, with what runs it there."""
+    """Those that could load the network and see the images, with what runs it there."""
     asked = {worker: worker.describe.remote() for worker in workers}
     ready: dict[Any, str] = {}
     if not asked:

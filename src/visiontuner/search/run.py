@@ -39,7 +39,7 @@ from visiontuner.search.plan import (
     trial_name,
 )
 from visiontuner.search.ray_cluster import resources_for
-from visiontuner.search.remote import home_of
+from visiontuner.search.remote import driver_node
 from visiontuner.search.space import Suggester
 from visiontuner.search.worker import run_trial
 from visiontuner.workarounds.ray import skip_callback_statistics
@@ -50,10 +50,10 @@ from visiontuner.workarounds.ray import skip_callback_statistics
 # So Ray writes of an actor whose process or machine has gone. What a trial itself raised begins
 # with `ray::`, and an actor that could not even be made would fail anywhere.
 _LOST = re.compile(r"(?:Failure # \d+ .*\n)?The actor (?!died because of an error)")
-MOST_LOSSES = 3
+MOST_WORKER_FAILURES = 3
 
 
-class Losses:
+class WorkerFailures:
     """Counts the workers that each trial has lost in this run of the search.
 
     Args:
@@ -72,12 +72,12 @@ class Losses:
     def begins_again(self, trial_id: str, told: str) -> bool:
         """Whether a trial of which Ray told this lost its worker and is to run again.
 
-        A trial that has lost as many as `MOST_LOSSES` is taken to be what ends them.
+        A trial that has lost as many as `MOST_WORKER_FAILURES` is taken to be what ends them.
         """
         if not _LOST.match(told):
             return False
         self._lost[trial_id] += 1
-        again = self._lost[trial_id] < MOST_LOSSES
+        again = self._lost[trial_id] < MOST_WORKER_FAILURES
         self._waiting = self._waiting or again
         return again
 
@@ -241,7 +241,7 @@ def run_trials(
     those whose worker or machine died; they run again on what is left, when the others have ended.
 
     Args:
-        stores: what the trials train on: features, or pictures where the network is trained.
+        stores: what the trials train on: features, or images where the network is trained.
         cache: where the network's weights are kept.
         time_budget: seconds from now on.
 
@@ -249,13 +249,13 @@ def run_trials(
         DiskError: a disk is full or broken; the trials that it failed are `interrupted` too.
     """
     stopper = EndInOrder(time_budget)
-    losses = Losses(end_search=stopper.interrupt)
+    failures = WorkerFailures(end_search=stopper.interrupt)
     with interrupts.handled():
         while True:
-            _run_plan(folder, stage, recorder, stopper, losses, stores=stores, cache=cache)
-            if losses.disk_error is not None:
-                raise DiskError(losses.disk_error)
-            if stopper.reason or not losses.take():
+            _run_plan(folder, stage, recorder, stopper, failures, stores=stores, cache=cache)
+            if failures.disk_error is not None:
+                raise DiskError(failures.disk_error)
+            if stopper.reason or not failures.take():
                 return stopper.reason or "completed"
 
 
@@ -264,7 +264,7 @@ def _run_plan(
     stage: Stage,
     recorder: Recorder,
     stopper: EndInOrder,
-    losses: Losses,
+    failures: WorkerFailures,
     *,
     stores: Stores,
     cache: Path,
@@ -281,7 +281,7 @@ def _run_plan(
         cache=cache,
         threads=resources.threads,
         starts={p.trial_id: p.starts_from for p in plan.known if p.starts_from is not None},
-        checkpoints=stage.on_pictures,
+        checkpoints=stage.on_images,
     )
     searcher = PlanSearcher(plan, experiment, recorder.record)
     labels = functools.partial(stores.read_labels, folds=task.folds is not None)
@@ -293,9 +293,9 @@ def _run_plan(
         _closing_running(recorder, stopper),
         temporary_folder() as scratch,  # for Ray's own records, which are never read again
         _quiet_tune(),
-        home_of(folder, [f for f in stores if f is not None]) as home,
+        driver_node(folder, [f for f in stores if f is not None]) as driver,
     ):
-        task = replace(task, home=home)
+        task = replace(task, driver=driver)
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, task=task), resources.to_ray()),
             tune_config=tune.TuneConfig(
@@ -314,7 +314,7 @@ def _run_plan(
                 storage_path=str(scratch),
                 verbose=0,
                 stop=CombinedStopper(stopper, RuleStopper(rules, METRICS)),
-                callbacks=[JournalCallback(recorder, rules, weights, losses)],
+                callbacks=[JournalCallback(recorder, rules, weights, failures)],
             ),
         ).fit()
 
@@ -323,12 +323,12 @@ class JournalCallback(Callback):
     """Ray Tune's news as journal events; runs in the driver."""
 
     def __init__(
-        self, recorder: Recorder, rules: LiveRules, weights: WeightsOnDisk, losses: Losses
+        self, recorder: Recorder, rules: LiveRules, weights: WeightsOnDisk, failures: WorkerFailures
     ) -> None:
         self._recorder = recorder
         self._rules = rules
         self._weights = weights
-        self._losses = losses
+        self._failures = failures
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # Ray snapshots its callbacks; an open journal stays here
@@ -383,11 +383,11 @@ class JournalCallback(Callback):
         begun = self._recorder.record.trials.get(trial_id)
         if begun is None or begun.attempt != trial.config["attempt"]:  # no worker ever had it
             self.on_trial_start(iteration, trials, trial)
-        if self._losses.begins_again(trial_id, traceback):
+        if self._failures.begins_again(trial_id, traceback):
             end_trial(self._recorder, trial_id, "interrupted", reason="its worker died")
             return
         error = failure_line(traceback) or "the worker ended without a message"
-        if self._losses.is_of_disk(traceback, error):
+        if self._failures.is_of_disk(traceback, error):
             end_trial(self._recorder, trial_id, "interrupted", reason=error)
             return
         self._rules.end(trial_id, error=error)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from visiontuner.data.arrays import FeatureSet, PictureStore
+from visiontuner.data.arrays import DecodedImages, FeatureSet
 from visiontuner.diagnostics.history import RECORDING_FILE, TrainingHistory
 from visiontuner.diagnostics.recorder import Recorder, Trace
 from visiontuner.diagnostics.rules import LASTING_RECORDED, diagnose_recording
@@ -44,8 +44,8 @@ from visiontuner.search.plan import (
     may_be_stopped,
     settings_of,
 )
-from visiontuner.training.batches import FeatureBatches, PictureBatches
-from visiontuner.training.callbacks import Watch, Watches
+from visiontuner.training.batches import FeatureBatches, ImageBatches
+from visiontuner.training.callbacks import TrainingCallback, TrainingCallbacks
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.folds import FoldedBatches, FoldedHead
 from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
@@ -63,7 +63,7 @@ def train_again(config: dict[str, Any], task: TrialTask, *, kept_epoch: int) -> 
     training = task.experiment.training.model_copy(update={"record_every_steps": 0})
     unrecorded = task.experiment.model_copy(update={"training": training})
     task = replace(task, experiment=unrecorded, only_epoch=kept_epoch)
-    if task.pictures_folder is not None:
+    if task.images_folder is not None:
         epochs = train_network_epochs(config, task)
     else:
         epochs = train_head_epochs(config, task)
@@ -142,11 +142,11 @@ def run_epochs(
 
 def _sender(task: TrialTask, trial_id: str) -> Callable[[], None]:
     """Brings checkpoints to where the search is, if that is another machine."""
-    if task.home is None or not task.checkpoints:
+    if task.driver is None or not task.checkpoints:
         return lambda: None
-    from visiontuner.search.remote import CheckpointsHome
+    from visiontuner.search.remote import CheckpointUpload
 
-    return CheckpointsHome(task, trial_id, clock=time.monotonic).send
+    return CheckpointUpload(task, trial_id, clock=time.monotonic).send
 
 
 @contextmanager
@@ -169,15 +169,17 @@ def recorded(
 
 
 @contextmanager
-def watched(task: TrialTask, folder: Path, recorder: Recorder | None) -> Iterator[Watch]:
-    """Who watches the training: the recorder, and whoever traces some of its steps."""
+def training_callback(
+    task: TrialTask, folder: Path, recorder: Recorder | None
+) -> Iterator[TrainingCallback]:
+    """The training's callback: the recorder, and a tracer of some steps if there is one."""
     if task.trace_steps is None:
-        yield recorder or Watch()
+        yield recorder or TrainingCallback()
         return
 
     with closing(Trace(folder, *task.trace_steps)) as trace:
         # Around the recorder: what it does in a step is in the trace.
-        yield Watches([trace, recorder]) if recorder is not None else trace
+        yield TrainingCallbacks([trace, recorder]) if recorder is not None else trace
 
 
 def after_epoch(result: EpochResult, recorder: Recorder | None, task: TrialTask) -> EpochResult:
@@ -216,7 +218,7 @@ def _incomplete(recording: Recording, epoch: int) -> list[Finding]:
 def save_answers(
     folder: Path, result: EpochResult, task: TrialTask, *, labels: torch.Tensor
 ) -> None:
-    """An epoch's validation logits and scores, each whole; none of pictures that were trained on.
+    """An epoch's validation logits and scores, each whole; none of images that were trained on.
 
     The scores stay with every trial, the logits with those whose weights do (`WeightsOnDisk`).
 
@@ -238,11 +240,11 @@ def report(result: EpochResult, task: TrialTask, trial_id: str) -> None:
     """Tell Ray of an epoch, once the files of the kept one are where the search is."""
     from ray import tune
 
-    if task.home is not None:
-        from visiontuner.search.remote import send_home
+    if task.driver is not None:
+        from visiontuner.search.remote import upload_to_driver
 
         everything = task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last)
-        send_home(task, trial_id, only=None if everything else RECORDING_FILE)
+        upload_to_driver(task, trial_id, only=None if everything else RECORDING_FILE)
     tune.report(to_report(result))
 
 
@@ -316,7 +318,7 @@ def train_head_epochs(
     folder.mkdir(parents=True, exist_ok=True)
     with (
         recorded(task, folder, start.head, began=began) as recorder,
-        watched(task, folder, recorder) as watch,
+        training_callback(task, folder, recorder) as callback,
     ):
         training = Fit(
             start.head,
@@ -326,7 +328,7 @@ def train_head_epochs(
             num_classes=len(start.class_names),
             seed=task.experiment.seed,
             on_step=on_step,
-            watch=watch,
+            callback=callback,
         )
         for result in run_epochs(training, folder, task, start.class_names):
             if task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last):
@@ -429,13 +431,13 @@ def _open_joined(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([train[0], validation[0]]), torch.cat([train[1], validation[1]])
 
 
-# One configuration of the network itself, trained on pictures: in a Ray worker, or without Ray.
+# One configuration of the network itself, trained on images: in a Ray worker, or without Ray.
 #
 # A worker writes only into its trial's own folder: the best epoch's weights and validation logits,
 # and while it runs a checkpoint. It never touches the journal or MLflow.
 
 
-# Pictures evaluated at a time: the numbers do not depend on it, memory does.
+# Images evaluated at a time: the numbers do not depend on it, memory does.
 _EVALUATION_BATCH = 64
 
 
@@ -457,16 +459,16 @@ def train_network_epochs(
     would have given without the interruption (on the CPU in fp32).
 
     Raises:
-        TrialFailed: the loss is not finite, or one picture is too much for the memory.
+        TrialFailed: the loss is not finite, or one image is too much for the memory.
         CheckpointError: the checkpoint is of another network or other classes.
         VisiontunerError: a file cannot be written.
     """
-    assert task.pictures_folder is not None
+    assert task.images_folder is not None
     began = time.perf_counter()
     prepare_worker(task.threads)
-    experiment, pictures = task.experiment, PictureStore.open(task.pictures_folder)
+    experiment, images = task.experiment, DecodedImages.open(task.images_folder)
     settings = settings_of(experiment.training, config["configuration"])
-    device, num_classes = training_device(), len(pictures.class_names)
+    device, num_classes = training_device(), len(images.class_names)
     assert task.cache is not None
     network = start_network(
         experiment,
@@ -478,14 +480,14 @@ def train_network_epochs(
     folder = task.trial_folder(config["trial_id"])
     folder.mkdir(parents=True, exist_ok=True)
     with (
-        closing(train_batches(pictures, experiment, settings, device)) as train,
-        closing(_validation_batches(pictures, settings, device)) as validation,
+        closing(train_batches(images, experiment, settings, device)) as train,
+        closing(_validation_batches(images, settings, device)) as validation,
         recorded(
-            task, folder, network, began=began, workers=train.workers, about=_about(pictures)
+            task, folder, network, began=began, workers=train.workers, about=_about(images)
         ) as recorder,
-        watched(task, folder, recorder) as watch,
+        training_callback(task, folder, recorder) as callback,
     ):
-        train.watch = watch
+        train.callback = callback
         training = Fit(
             network,
             train,
@@ -495,16 +497,16 @@ def train_network_epochs(
             seed=experiment.seed,
             parameter_groups=parameter_groups(network, settings),
             on_step=on_step,
-            watch=watch,
+            callback=callback,
         )
-        for result in run_epochs(training, folder, task, pictures.class_names):
+        for result in run_epochs(training, folder, task, images.class_names):
             if task.keeps(result.epoch, is_kept=result.is_kept, is_last=result.is_last):
                 # Before the report: a scheduler may end the trial inside it.
                 save_best_network(
                     folder,
                     result,
                     task,
-                    class_names=pictures.class_names,
+                    class_names=images.class_names,
                     labels=validation.labels,
                 )
             noted = replace(result, notes=(*result.notes, *train.take_notes()))
@@ -531,9 +533,9 @@ def save_best_network(
     save_answers(folder, result, task, labels=labels)
 
 
-def _about(pictures: PictureStore) -> dict[str, Any]:
+def _about(images: DecodedImages) -> dict[str, Any]:
     """What a recording says of what enters the network."""
-    preprocessing = pictures.preprocessing
+    preprocessing = images.preprocessing
     return {"mean": list(preprocessing.mean), "std": list(preprocessing.std)}
 
 
@@ -588,13 +590,13 @@ def _loaded(name: str, weights: str, image_size: int | None, cache: Path) -> Bac
 
 
 def train_batches(
-    pictures: PictureStore, experiment: Experiment, settings: Training, device: torch.device
-) -> PictureBatches:
-    return PictureBatches(
-        pictures.split("train"),
-        preprocessing=pictures.preprocessing,
+    images: DecodedImages, experiment: Experiment, settings: Training, device: torch.device
+) -> ImageBatches:
+    return ImageBatches(
+        images.split("train"),
+        preprocessing=images.preprocessing,
         augmentation=experiment.augmentation,
-        num_classes=len(pictures.class_names),
+        num_classes=len(images.class_names),
         batch_size=settings.batch_size,
         workers=settings.workers,
         device=device,
@@ -602,14 +604,14 @@ def train_batches(
 
 
 def _validation_batches(
-    pictures: PictureStore, settings: Training, device: torch.device
-) -> PictureBatches:
+    images: DecodedImages, settings: Training, device: torch.device
+) -> ImageBatches:
     at_once = settings.micro_batch_size or settings.batch_size
-    return PictureBatches(
-        pictures.split("validation"),
-        preprocessing=pictures.preprocessing,
+    return ImageBatches(
+        images.split("validation"),
+        preprocessing=images.preprocessing,
         augmentation=NO_AUGMENTATION,
-        num_classes=len(pictures.class_names),
+        num_classes=len(images.class_names),
         batch_size=min(at_once, _EVALUATION_BATCH),
         workers=settings.workers,
         device=device,

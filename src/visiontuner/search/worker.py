@@ -10,17 +10,17 @@ from visiontuner.workarounds import python as garbage
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
-    if task.home is not None:
-        from visiontuner.search.remote import at_this_machine
+    if task.driver is not None:
+        from visiontuner.search.remote import local_copy
 
-        with at_this_machine(task, config["trial_id"]) as here:
+        with local_copy(task, config["trial_id"]) as here:
             _train(config, here)
     else:
         _train(config, task)
 
 
 def _train(config: dict[str, Any], task: TrialTask) -> None:
-    if task.pictures_folder is not None:
+    if task.images_folder is not None:
         with garbage.left_alone():
             from visiontuner.search.trial import train_network
 

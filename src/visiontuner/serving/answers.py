@@ -1,4 +1,4 @@
-"""Pictures in, one answer each: what the MLflow model and its client have in common. No torch."""
+"""Images in, one answer each: what the MLflow model and its client have in common. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_BYTES = 25_000_000
 # A phone's largest photographs.
 MAX_PIXELS = 50_000_000
 # Of a PNG or BMP 50 million pixels, of a WebP 20, of a JPEG 2000 14. A process answers five or more
-# requests at a time: one decodes a large picture, two wait, and the others stay for small pictures.
+# requests at a time: one decodes a large image, two wait, and the others stay for small images.
 MEMORY = DecodingMemory(small=20_000_000, most=400_000_000, waiting=2)
 
 _ON_ERROR = ("fail", "report")
@@ -39,7 +39,7 @@ class Options:
         top_k: how many of the most probable classes to list, at least 1.
         threshold: an answer below this probability is not confident; None for what the classifier
             itself says, which may be that no answer is.
-        on_error: a picture that cannot be read fails the request, or is reported in its row.
+        on_error: an image that cannot be read fails the request, or is reported in its row.
     """
 
     top_k: int = DEFAULT_TOP_K
@@ -72,7 +72,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What is on one picture, or why nobody knows.
+    """What is on one image, or why nobody knows.
 
     Args:
         label: the most probable class; None with an error.
@@ -80,7 +80,7 @@ class Answer:
         confident: whether the probability reaches the threshold; always without a threshold, and
             never where every answer abstains.
         top_k: `{"label", "probability"}` of the most probable classes, best first.
-        error: why the picture was not answered; None if it was.
+        error: why the image was not answered; None if it was.
     """
 
     label: str | None = None
@@ -95,14 +95,14 @@ class Answer:
 
 
 def answer(classifier: Classifier, images: Sequence[object], options: Options) -> list[Answer]:
-    """Name the picture in each row, all of them in one run through the network.
+    """Name the image in each row, all of them in one run through the network.
 
     Args:
         images: files' contents, as bytes or as base64 text. A path is never read.
 
     Raises:
-        BadRequest: a picture cannot be read and `on_error` is "fail"; names the first such row.
-        BusyError: too many other requests hold large pictures.
+        BadRequest: an image cannot be read and `on_error` is "fail"; names the first such row.
+        BusyError: too many other requests hold large images.
     """
     contents = [_content(image) for image in images]
     rows, errors = classifier.probabilities_or_errors(
@@ -144,7 +144,7 @@ def _content(image: object) -> bytes | BadImageError:
     content = bytes(image)
     if content.startswith(b"data:"):
         return BadImageError("image is a data URL; send what follows its comma.")
-    # MLflow hands on the base64 of `inputs` and `instances` as it came. No picture's content is
+    # MLflow hands on the base64 of `inputs` and `instances` as it came. No image's content is
     # base64: every format has bytes outside its alphabet.
     with suppress(binascii.Error):
         content = base64.b64decode(content, validate=True)

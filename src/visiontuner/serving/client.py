@@ -27,15 +27,15 @@ from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
 from visiontuner import interrupts
-from visiontuner.data.images import decode_image, picture_extensions
+from visiontuner.data.images import decode_image, image_extensions
 from visiontuner.errors import BadImageError, ClassifierError, ServingError, UserMistake
 from visiontuner.io.aws import default_region, explained, is_busy
-from visiontuner.model.classifier import DESCRIPTION, Classifier
+from visiontuner.model.classifier import DESCRIPTION, Classifier, reference_entries
 from visiontuner.paths import CLASSIFIER_FOLDER
 from visiontuner.serving.answers import MAX_BYTES, MEMORY, Answer, Options, answer
 from visiontuner.text import one_line, without_secrets
 
-# Which pictures a query is about: files, folders, URLs and standard input, read one at a time.
+# Which images a query is about: files, folders, URLs and standard input, read one at a time.
 
 
 _TIMEOUT_SECONDS = (10, 60)  # to connect, between two blocks
@@ -45,28 +45,28 @@ _SMALLER = ((1024, 92), (768, 85), (512, 80), (256, 70))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """One picture of a query; `read` gives its content or raises BadImageError."""
+class ImageSource:
+    """One image of a query; `read` gives its content or raises BadImageError."""
 
     name: str
     read: Callable[[], bytes]
 
 
-def find_pictures(sources: Sequence[str]) -> list[Picture]:
+def find_images(sources: Sequence[str]) -> list[ImageSource]:
     """Files, folders (with all below them), http(s) URLs, and `-` for standard input.
 
     A file that is not there is found out by reading it, so that it does not hold up the others.
 
     Raises:
-        UserMistake: a folder holds no picture, or `-` is given twice.
+        UserMistake: a folder holds no image, or `-` is given twice.
     """
     if list(sources).count("-") > 1:
-        raise UserMistake("`-`, standard input, holds one picture; give it once.")
-    return [picture for source in sources for picture in _pictures(source)]
+        raise UserMistake("`-`, standard input, holds one image; give it once.")
+    return [image for source in sources for image in _images(source)]
 
 
 def shrink(content: bytes, max_bytes: int) -> bytes:
-    """The same picture as a JPEG of at most so many bytes, still more than a network sees.
+    """The same image as a JPEG of at most so many bytes, still more than a network sees.
 
     Raises:
         BadImageError: it cannot be read, or not be made so small.
@@ -84,23 +84,23 @@ def shrink(content: bytes, max_bytes: int) -> bytes:
     raise BadImageError(f"{len(content):,} bytes cannot be reduced to the {max_bytes:,} allowed.")
 
 
-def _pictures(source: str) -> Iterator[Picture]:
+def _images(source: str) -> Iterator[ImageSource]:
     if source == "-":
-        yield Picture(name="-", read=_read_stdin)
+        yield ImageSource(name="-", read=_read_stdin)
     elif source.startswith(("http://", "https://")):
-        yield Picture(name=without_secrets(source), read=partial(_read_url, source))
+        yield ImageSource(name=without_secrets(source), read=partial(_read_url, source))
     elif (folder := Path(source)).is_dir():
         yield from _below(folder)
     else:
-        yield Picture(name=source, read=partial(_read_file, Path(source)))
+        yield ImageSource(name=source, read=partial(_read_file, Path(source)))
 
 
-def _below(folder: Path) -> list[Picture]:
-    endings = picture_extensions()
+def _below(folder: Path) -> list[ImageSource]:
+    endings = image_extensions()
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
     if not paths:
-        raise UserMistake(f"{folder} holds no picture files.")
-    return [Picture(name=str(path), read=partial(_read_file, path)) for path in paths]
+        raise UserMistake(f"{folder} holds no image files.")
+    return [ImageSource(name=str(path), read=partial(_read_file, path)) for path in paths]
 
 
 def _read_file(path: Path) -> bytes:
@@ -142,7 +142,7 @@ def _too_large(length: int) -> str:
 
 # What every way to a model has in common, and the way to a SageMaker endpoint.
 #
-# A transport answers one batch of pictures, or says why it cannot; patience, batches and the order
+# A transport answers one batch of images, or says why it cannot; patience, batches and the order
 # of answers are `batching.ask_all`'s. `http_client.py` has the way to a scoring server's URL.
 
 
@@ -449,7 +449,7 @@ def _seconds(value: str | None) -> float | None:
 # Ask a model in this process, without a server.
 
 
-# As many as may decode or wait to decode a large picture: here none is told to come again.
+# As many as may decode or wait to decode a large image: here none is told to come again.
 _AT_A_TIME = threading.BoundedSemaphore(MEMORY.waiting + 1)
 
 
@@ -488,58 +488,58 @@ class ClassifierFolder:
             return answer(self._classifier, contents, options)
 
 
-# Ask about many pictures: in batches, several under way, answered in the order of the pictures.
+# Ask about many images: in batches, several under way, answered in the order of the images.
 
 
-PICTURES_PER_REQUEST = 16
+IMAGES_PER_REQUEST = 16
 
-_REQUEST_OVERHEAD = 300  # bytes of a request besides its pictures
+_REQUEST_OVERHEAD = 300  # bytes of a request besides its images
 _BACKOFF_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 _LONGEST_WAIT_SECONDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureAnswer:
-    """The answer for one picture.
+class ImageAnswer:
+    """The answer for one image.
 
     Args:
-        picture: its path or URL, or `-`.
+        image: its path or URL, or `-`.
         reduced: it was sent smaller than it is, to fit into a request.
     """
 
-    picture: str
+    image: str
     answer: Answer
     reduced: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"picture": self.picture, **self.answer.to_dict(), "reduced": self.reduced}
+        return {"image": self.image, **self.answer.to_dict(), "reduced": self.reduced}
 
 
 def ask_all(
     transport: Transport,
-    pictures: Iterable[Picture],
+    images: Iterable[ImageSource],
     options: Options,
     *,
     workers: int = 4,
-    batch_size: int = PICTURES_PER_REQUEST,
+    batch_size: int = IMAGES_PER_REQUEST,
     sleep: Callable[[float], None] = interrupts.sleep,
-) -> Iterator[PictureAnswer]:
-    """Answer every picture, in their order; one that cannot be read has an error for an answer.
+) -> Iterator[ImageAnswer]:
+    """Answer every image, in their order; one that cannot be read has an error for an answer.
 
     Args:
         options: `on_error` is always "report" here.
         workers: requests under way at a time.
-        batch_size: most pictures a request.
+        batch_size: most images a request.
 
     Raises:
         ServingError: nothing answers, or it stays busy; what was answered before has been given.
     """
     options = Options(top_k=options.top_k, threshold=options.threshold, on_error="report")
     pool = ThreadPoolExecutor(workers, thread_name_prefix="query")
-    pending: deque[Future[list[PictureAnswer]]] = deque()
+    pending: deque[Future[list[ImageAnswer]]] = deque()
     try:
-        for batch in _batches(pictures, transport, batch_size):
+        for batch in _batches(images, transport, batch_size):
             pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
             if len(pending) > 2 * workers:
                 yield from interrupts.result(pending.popleft())
@@ -574,7 +574,7 @@ def patiently(
 
 @dataclass(frozen=True)
 class _Read:
-    """A picture as it will be sent, or the reason why it cannot be."""
+    """An image as it will be sent, or the reason why it cannot be."""
 
     name: str
     content: bytes = b""
@@ -583,13 +583,13 @@ class _Read:
 
 
 def _batches(
-    pictures: Iterable[Picture], transport: Transport, batch_size: int
+    images: Iterable[ImageSource], transport: Transport, batch_size: int
 ) -> Iterator[list[_Read]]:
     batch: list[_Read] = []
     length = 0
-    for picture in pictures:
+    for image in images:
         limit = _room(transport)  # may be less than it was
-        one = _fitting(_read(picture), limit)
+        one = _fitting(_read(image), limit)
         if batch and (len(batch) == batch_size or length + _sent(one) > limit):
             yield batch
             batch, length = [], 0
@@ -603,18 +603,18 @@ def _room(transport: Transport) -> int:
     return transport.body_limit - _REQUEST_OVERHEAD
 
 
-def _read(picture: Picture) -> _Read:
+def _read(image: ImageSource) -> _Read:
     try:
-        content = picture.read()
+        content = image.read()
         if not content:
             raise BadImageError("It is empty.")
-        return _Read(picture.name, content)
+        return _Read(image.name, content)
     except BadImageError as error:
-        return _Read(picture.name, error=str(error))
+        return _Read(image.name, error=str(error))
 
 
 def _fitting(one: _Read, limit: int) -> _Read:
-    """The picture itself, or a smaller one that needs at most `limit` bytes of a request."""
+    """The image itself, or a smaller one that needs at most `limit` bytes of a request."""
     if one.error is not None or _sent(one) <= limit:
         return one
     try:
@@ -630,7 +630,7 @@ def _sent(one: _Read) -> int:
 
 def _ask_batch(
     transport: Transport, batch: Sequence[_Read], options: Options, sleep: Callable[[float], None]
-) -> list[PictureAnswer]:
+) -> list[ImageAnswer]:
     asked = [one for one in batch if one.error is None]
     answers = iter(_ask_in_parts(transport, asked, options, sleep))
     return [next(answers) if one.error is None else _failed(one, one.error) for one in batch]
@@ -638,15 +638,15 @@ def _ask_batch(
 
 def _ask_in_parts(
     transport: Transport, asked: Sequence[_Read], options: Options, sleep: Callable[[float], None]
-) -> list[PictureAnswer]:
-    """A batch that is refused is asked in halves: one bad picture must not take others with it."""
+) -> list[ImageAnswer]:
+    """A batch that is refused is asked in halves: one bad image must not take others with it."""
     if not asked:
         return []
     try:
         contents = [one.content for one in asked]
         answers = patiently(lambda: transport.ask(contents, options), sleep)
         return [
-            PictureAnswer(picture=one.name, answer=answer, reduced=one.reduced)
+            ImageAnswer(image=one.name, answer=answer, reduced=one.reduced)
             for one, answer in zip(asked, answers, strict=True)
         ]
     except Refused as error:
@@ -663,11 +663,11 @@ def _ask_in_parts(
     ]
 
 
-def _failed(one: _Read, reason: str) -> PictureAnswer:
-    return PictureAnswer(picture=one.name, answer=Answer(error=reason), reduced=one.reduced)
+def _failed(one: _Read, reason: str) -> ImageAnswer:
+    return ImageAnswer(image=one.name, answer=Answer(error=reason), reduced=one.reduced)
 
 
-# The pictures that a model was packaged with, and its own answers to them.
+# The images that a model was packaged with, and its own answers to them.
 
 
 TOLERANCE = 1e-5
@@ -678,12 +678,12 @@ class Reference:
     """What the artifact itself answered when it was packaged.
 
     Args:
-        pictures: the contents of N picture files.
+        images: the contents of N image files.
         probabilities: float64, shape (N, C), in the order of `class_names`.
     """
 
     class_names: list[str]
-    pictures: list[bytes]
+    images: list[bytes]
     probabilities: np.ndarray[Any, np.dtype[np.float64]]
 
     @classmethod
@@ -691,16 +691,16 @@ class Reference:
         """From an MLflow model folder.
 
         Raises:
-            ClassifierError: it holds no readable reference pictures.
+            ClassifierError: it holds no readable reference images.
         """
         folder = model / "artifacts" / CLASSIFIER_FOLDER
         try:
             names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
-            raw = json.loads((folder / "reference.json").read_text("utf-8"))["pictures"]
-            pictures = [base64.b64decode(picture["image"]) for picture in raw]
-            recorded = np.array([picture["probabilities"] for picture in raw], dtype=np.float64)
-            if recorded.shape != (len(pictures), len(names)) or not pictures:
-                raise ValueError("no pictures, or other classes")
+            raw = reference_entries(json.loads((folder / "reference.json").read_text("utf-8")))
+            images = [base64.b64decode(image["image"]) for image in raw]
+            recorded = np.array([image["probabilities"] for image in raw], dtype=np.float64)
+            if recorded.shape != (len(images), len(names)) or not images:
+                raise ValueError("no images, or other classes")
         except OSError as error:
             raise ClassifierError(
                 f"{model} is no MLflow model of visiontuner ({error.strerror}: {error.filename})."
@@ -710,21 +710,21 @@ class Reference:
                 f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
                 "Package the classifier again."
             ) from None
-        return cls(names, pictures, recorded)
+        return cls(names, images, recorded)
 
     def options(self) -> Options:
         """Ask with these to compare: every class is listed."""
         return Options(top_k=len(self.class_names))
 
     def bodies(self) -> Iterator[bytes]:
-        """Requests with one picture each, without end."""
-        return cycle([encode_request([picture], Options()) for picture in self.pictures])
+        """Requests with one image each, without end."""
+        return cycle([encode_request([image], Options()) for image in self.images])
 
     def difference(self, answers: Sequence[Sequence[Mapping[str, Any]]]) -> float:
-        """The largest difference of a probability; NaN if classes or pictures are missing.
+        """The largest difference of a probability; NaN if classes or images are missing.
 
         Args:
-            answers: for each picture the `top_k` of its answer.
+            answers: for each image the `top_k` of its answer.
         """
         answered = [{c["label"]: c["probability"] for c in top} for top in answers]
         got = np.array([[row.get(name, np.nan) for name in self.class_names] for row in answered])

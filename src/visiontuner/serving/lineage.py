@@ -1,4 +1,4 @@
-"""Where a model comes from: version -> trial -> search -> experiment, pictures, code, machine.
+"""Where a model comes from: version -> trial -> search -> experiment, images, code, machine.
 
 Read from what every step wrote into MLflow, as sections of plain JSON values. A section that nobody
 can fill is None; what is missing and why is in the notes. An endpoint joins by its model version:
@@ -20,6 +20,7 @@ from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
 
 from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.evaluation.report import image_count
 from visiontuner.io.files import temporary_folder
 from visiontuner.model.classifier import read_threshold
 from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
@@ -46,7 +47,7 @@ class Lineage:
     Attributes:
         model: name, version, uri, aliases, registered, model_id, classifier_digest, class_names,
             temperature, threshold, abstains, promotion, promotion_reason.
-        evaluation: accuracy, low, high, pictures, looks, data_digest, same_classifier.
+        evaluation: accuracy, low, high, images, looks, data_digest, same_classifier.
         trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
         search: name, search_id, run_id, folder, state, objective, started, experiment_file.
         experiment: the resolved experiment file.
@@ -153,7 +154,7 @@ def evaluation_facts(report: Mapping[str, Any], classifier_digest: str | None) -
         "accuracy": accuracy.get("value"),
         "low": accuracy.get("low"),
         "high": accuracy.get("high"),
-        "pictures": report.get("num_pictures"),
+        "images": image_count(report),
         "looks": report.get("looks"),
         "data_digest": report.get("data_digest"),
         # False for the version from before calibration: the same answers, other probabilities.

@@ -46,7 +46,7 @@ def _table(value: Any, **params: Any) -> bytes:
     return json.dumps({"dataframe_split": table, "params": params}).encode()
 
 
-# The smallest picture there is, one pixel.
+# The smallest image there is, one pixel.
 _GIF = base64.b64encode(
     base64.b64decode("R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7")
 ).decode()
@@ -57,12 +57,12 @@ MALFORMED: dict[str, tuple[bytes, str]] = {
     "a list": (b"[1, 2]", JSON),
     "no table": (b'{"image": "x"}', JSON),
     "another column": (b'{"dataframe_split": {"columns": ["x"], "data": [["x"]]}}', JSON),
-    "a number for a picture": (_table(3), JSON),
-    "null for a picture": (_table(None), JSON),
+    "a number for an image": (_table(3), JSON),
+    "null for an image": (_table(None), JSON),
     "no base64": (_table("§"), JSON),
-    "no picture": (_table(base64.b64encode(b"no picture").decode()), JSON),
-    "an empty picture": (_table(""), JSON),
-    "half a picture": (_table(_GIF[:40]), JSON),
+    "no image": (_table(base64.b64encode(b"no image").decode()), JSON),
+    "an empty image": (_table(""), JSON),
+    "half an image": (_table(_GIF[:40]), JSON),
     "top_k of 0": (_table(_GIF, top_k=0), JSON),
     "top_k of text": (_table(_GIF, top_k="many"), JSON),
     "threshold of 2": (_table(_GIF, threshold=2.0), JSON),
@@ -85,16 +85,16 @@ SERVERLESS_MB = (1024, 2048, 3072, 4096, 5120, 6144)
 # ml.FAMILY.SIZE; of a family's letters after its generation a g means AWS's own ARM processor.
 _TYPE = re.compile(r"ml\.[a-z]+\d+(?P<letters>[a-z]*)(-[a-z0-9]+)?\.[a-z0-9-]+")
 
-_ROOM = 1.2  # other formats and pictures than the largest ones that were measured
+_MEMORY_MARGIN = 1.2  # other formats and images than the largest ones that were measured
 _SYSTEM_MB = 500  # nginx, MLflow's parent process, the agent
 
 
-def recommend(*, memory_mb: float, pictures_per_second: float) -> str:
+def recommend(*, memory_mb: float, images_per_second: float) -> str:
     """The smallest instance whose memory holds the server, and serverless if that does.
 
     Args:
         memory_mb: the most that the server held, in 10^6 bytes.
-        pictures_per_second: measured on this machine, for the sentence.
+        images_per_second: measured on this machine, for the sentence.
     """
     needed = _needed_mb(memory_mb)
     fitting = [one for one in _INSTANCES if needed <= one[2] * 1024]
@@ -105,7 +105,7 @@ def recommend(*, memory_mb: float, pictures_per_second: float) -> str:
     serverless = next((size for size in SERVERLESS_MB if needed <= size), None)
     if serverless:
         text += f". For a few requests a minute: serverless with {serverless} MB"
-    return f"{text}. This machine answers {pictures_per_second:.0f} pictures a second."
+    return f"{text}. This machine answers {images_per_second:.0f} images a second."
 
 
 def check_instance_type(wanted: str, known: Sequence[str]) -> None:
@@ -150,7 +150,7 @@ def shortage(
 
 
 def _needed_mb(memory_mb: float) -> float:
-    return memory_mb * _ROOM + _SYSTEM_MB
+    return memory_mb * _MEMORY_MARGIN + _SYSTEM_MB
 
 
 # Check a model as an endpoint will serve it, over HTTP, before it is deployed.
@@ -182,8 +182,8 @@ class PreflightReport:
     """What was found.
 
     Args:
-        p50_ms, p95_ms, p99_ms: of requests with one picture, one at a time, milliseconds.
-        pictures_per_second: with 8 clients that send one picture a request.
+        p50_ms, p95_ms, p99_ms: of requests with one image, one at a time, milliseconds.
+        images_per_second: with 8 clients that send one image a request.
         memory_mb: the most resident memory that the server held, in 10^6 bytes.
         recommendation: where to run it, one sentence.
     """
@@ -193,7 +193,7 @@ class PreflightReport:
     p50_ms: float
     p95_ms: float
     p99_ms: float
-    pictures_per_second: float
+    images_per_second: float
     memory_mb: float
     recommendation: str
 
@@ -216,7 +216,7 @@ class PreflightReport:
             f"PreflightReport {self.model}: "
             f"{'failed: ' + ', '.join(failed) if failed else f'{len(self.checks)} checks passed'}\n"
             f"{self.p50_ms:.0f} ms an image (95 %: {self.p95_ms:.0f} ms), "
-            f"{self.pictures_per_second:.0f} images/s with 8 clients, {self.memory_mb:,.0f} MB\n"
+            f"{self.images_per_second:.0f} images/s with 8 clients, {self.memory_mb:,.0f} MB\n"
             f"{self.recommendation}"
         )
 
@@ -238,7 +238,7 @@ def run_preflight(
         requests_measured: how many one after another, and as many again by 8 clients.
 
     Raises:
-        ClassifierError: the model holds no readable reference pictures.
+        ClassifierError: the model holds no readable reference images.
         ServingError: it cannot be served at all.
     """
     reference = Reference.read(model)
@@ -254,7 +254,7 @@ def run_preflight(
         rate = _many_at_a_time(asked, reference, requests_measured // _CLIENTS)
         after = server.memory_mb()
         checks.append(_check_payload(asked, reference))
-        large, peak = _check_large_pictures(asked)
+        large, peak = _check_large_images(asked)
         checks.append(large)
         peak = max(after, peak)
     p50, p95, p99 = (float(v) for v in np.percentile(milliseconds, (50, 95, 99)))
@@ -265,9 +265,9 @@ def run_preflight(
         p50_ms=p50,
         p95_ms=p95,
         p99_ms=p99,
-        pictures_per_second=rate,
+        images_per_second=rate,
         memory_mb=peak,
-        recommendation=recommend(memory_mb=peak, pictures_per_second=rate),
+        recommendation=recommend(memory_mb=peak, images_per_second=rate),
     )
 
 
@@ -308,7 +308,7 @@ class _Asked:
         response = self.post(encode_request(contents, options))
         if response.status_code != 200:
             raise ServingError(
-                f"The model answers its own reference pictures with {response.status_code}: "
+                f"The model answers its own reference images with {response.status_code}: "
                 f"{one_line(response.text, 300)}"
             )
         rows: list[dict[str, Any]] = response.json()["predictions"]
@@ -324,15 +324,15 @@ def _check_ping(asked: _Asked) -> Check:
 
 
 def _check_reference(asked: _Asked, reference: Reference) -> Check:
-    rows = asked.rows(reference.pictures, reference.options())
+    rows = asked.rows(reference.images, reference.options())
     difference = reference.difference([row["top_k"] for row in rows])
-    detail = f"{len(rows)} pictures, probabilities differ by at most {difference:.1e}"
-    return _check("reference pictures", difference <= TOLERANCE, detail)  # NaN fails
+    detail = f"{len(rows)} images, probabilities differ by at most {difference:.1e}"
+    return _check("reference images", difference <= TOLERANCE, detail)  # NaN fails
 
 
 def _check_reported_rows(asked: _Asked, reference: Reference) -> Check:
     name = "a bad row among good ones"
-    contents = [b"no picture", reference.pictures[0]]
+    contents = [b"no image", reference.images[0]]
     response = asked.post(encode_request(contents, Options(on_error="report")))
     if response.status_code != 200:
         return _check(
@@ -355,17 +355,17 @@ def _check_malformed(asked: _Asked) -> Check:
 
 def _check_payload(asked: _Asked, reference: Reference) -> Check:
     """The largest request that an endpoint takes."""
-    pictures: list[bytes] = []
+    images: list[bytes] = []
     length = len(encode_request([], Options()))
-    for picture in cycle(reference.pictures):
-        # What follows a picture's end is ignored: small ones become as large as photographs.
-        content = picture.ljust(_PHOTOGRAPH_BYTES, b"\0")
+    for image in cycle(reference.images):
+        # What follows an image's end is ignored: small ones become as large as photographs.
+        content = image.ljust(_PHOTOGRAPH_BYTES, b"\0")
         length += (len(content) + 2) // 3 * 4 + 6
         if length > REQUEST_BYTES:
             break
-        pictures.append(content)
+        images.append(content)
     began = time.perf_counter()
-    response = asked.post(encode_request(pictures, Options()))
+    response = asked.post(encode_request(images, Options()))
     seconds = time.perf_counter() - began
     passed = (
         response.status_code == 200
@@ -373,14 +373,14 @@ def _check_payload(asked: _Asked, reference: Reference) -> Check:
         and seconds <= _ANSWER_SECONDS
     )
     detail = (
-        f"{len(pictures)} pictures in {REQUEST_BYTES / 1e6:g} MB: status {response.status_code} "
+        f"{len(images)} images in {REQUEST_BYTES / 1e6:g} MB: status {response.status_code} "
         f"in {seconds:.1f} s, {len(response.content) / 1e6:.2f} MB back"
     )
     return _check("payload", passed, detail)
 
 
-def _check_large_pictures(asked: _Asked) -> tuple[Check, float]:
-    """The largest pictures that are decoded, some at a time, and the memory in MB meanwhile."""
+def _check_large_images(asked: _Asked) -> tuple[Check, float]:
+    """The largest images that are decoded, some at a time, and the memory in MB meanwhile."""
     side = math.isqrt(MAX_PIXELS)
     body = encode_request([_transparent_png(side)], Options())
     peak = asked.server.memory_mb()
@@ -395,11 +395,11 @@ def _check_large_pictures(asked: _Asked) -> tuple[Check, float]:
         f"{_LARGE_AT_A_TIME} transparent ones of {side:,} x {side:,} pixels at a time: status "
         f"{', '.join(map(str, sorted({*statuses})))}, up to {peak:,.0f} MB of memory"
     )
-    return _check("large pictures", passed, detail), peak
+    return _check("large images", passed, detail), peak
 
 
 def _transparent_png(side: int) -> bytes:
-    """A square RGBA picture, made without its pixels in memory."""
+    """A square RGBA image, made without its pixels in memory."""
     pack = zlib.compressobj(1)
     row = bytes(1 + 4 * side)
     rows = b"".join([*(pack.compress(row) for _ in range(side)), pack.flush()])
@@ -436,7 +436,7 @@ def _one_at_a_time(asked: _Asked, reference: Reference, count: int) -> list[floa
 
 
 def _many_at_a_time(asked: _Asked, reference: Reference, count: int) -> float:
-    """Pictures a second, with several clients that ask so often each."""
+    """Images a second, with several clients that ask so often each."""
     clients = [_Asked(asked.server) for _ in range(_CLIENTS)]
     began = time.perf_counter()
     with ThreadPoolExecutor(_CLIENTS) as pool:
@@ -461,7 +461,9 @@ VARIABLES = {
 
 _PORT = 8080
 _CONTAINER_LOOK_SECONDS = 1.0
-_SAID_BY_ALL = 2 * (os.cpu_count() or 1)  # MLflow starts a worker a core, and all of them again
+_REPEATS_OF_A_FATAL_ERROR = 2 * (
+    os.cpu_count() or 1
+)  # MLflow starts a worker a core, and all of them again
 _CALL_SECONDS = 120.0
 _BUILD_SECONDS = 3600.0
 # MLflow starts nginx and then puts these links in the place of its log files. A log file that is
@@ -471,8 +473,8 @@ _LOG_LINKS = (
     "RUN ln -sf /dev/stdout /var/log/nginx/access.log && "
     "ln -sf /dev/stderr /var/log/nginx/error.log"
 )
-_OF_NGINX = re.compile(r"GET /ping|\[(notice|error)\] \d+#")
-_TELLING = re.compile(r"[\w.]+(Error|Exception): ")
+_NGINX_LINE = re.compile(r"GET /ping|\[(notice|error)\] \d+#")
+_ERROR_LINE = re.compile(r"[\w.]+(Error|Exception): ")
 _MEMORY = re.compile(r"([\d.]+)\s*([KMG]?)i?B")
 _BYTES = {"": 1.0, "K": 2.0**10, "M": 2.0**20, "G": 2.0**30}
 
@@ -501,8 +503,8 @@ def require_engine() -> None:
     )
 
 
-def build_image(
-    model: Path, image: str | None = None, *, note: Callable[[str], None] = lambda _: None
+def build_container_image(
+    model: Path, container_image: str | None = None, *, note: Callable[[str], None] = lambda _: None
 ) -> str:
     """Build the image that serves a model, its requirements baked in, of a type SageMaker takes.
 
@@ -518,9 +520,9 @@ def build_image(
         ClassifierError: the model does not say what it needs.
         ServingError: it cannot be built.
     """
-    name = image or _image_name(model)
-    if image or not docker("images", "--quiet", name):
-        note(f"Building the image {name}; it takes some minutes, once.")
+    name = container_image or _image_name(model)
+    if container_image or not docker("images", "--quiet", name):
+        note(f"Building the container image {name}; it takes some minutes, once.")
         with temporary_folder() as folder:
             _step([sys.executable, "-m", "mlflow", "models", "generate-dockerfile", "-m",
                    str(model.absolute()), "-d", str(folder), "--env-manager", "local"],
@@ -547,7 +549,7 @@ def _builder() -> list[str]:
             "--output", "type=docker,oci-mediatypes=false"]  # fmt: skip
 
 
-def _step(command: list[str], image: str) -> None:
+def _step(command: list[str], container_image: str) -> None:
     # Where `docker build` is an alias of buildx: attestations need an OCI manifest.
     environment = {**os.environ, "BUILDX_NO_DEFAULT_ATTESTATIONS": "1"}
     try:
@@ -556,9 +558,11 @@ def _step(command: list[str], image: str) -> None:
             text=True, env=environment, timeout=_BUILD_SECONDS, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise ServingError(f"Building {image} took over {_BUILD_SECONDS:g} s.") from None
+        raise ServingError(f"Building {container_image} took over {_BUILD_SECONDS:g} s.") from None
     if done.returncode != 0:
-        raise ServingError(f"The image {image} cannot be built: {_reason(done.stdout)}")
+        raise ServingError(
+            f"The container image {container_image} cannot be built: {_reason(done.stdout)}"
+        )
 
 
 class Container(Served):
@@ -569,16 +573,16 @@ class Container(Served):
 
     Args:
         model: an MLflow model folder.
-        image: one that MLflow built.
+        container_image: one that MLflow built.
         ready_seconds: how long it may take until `/ping` answers.
 
     Raises:
         ServingError: on entering, if it ends or is not ready in time.
     """
 
-    def __init__(self, model: Path, image: str, *, ready_seconds: float = 120.0) -> None:
+    def __init__(self, model: Path, container_image: str, *, ready_seconds: float = 120.0) -> None:
         self.model = model.absolute()
-        self.image = image
+        self.container_image = container_image
         self.ready_seconds = ready_seconds
         self.url = ""
         self.started_seconds = 0.0
@@ -587,11 +591,13 @@ class Container(Served):
 
     @property
     def description(self) -> str:
-        return f"the container image {self.image}"
+        return f"the container image {self.container_image}"
 
     @property
     def installed(self) -> str:
-        size = float(docker("image", "inspect", "--format", "{{.Size}}", self.image)) / 1e6
+        size = (
+            float(docker("image", "inspect", "--format", "{{.Size}}", self.container_image)) / 1e6
+        )
         return f"image of {size:,.0f} MB"
 
     def __enter__(self) -> Self:
@@ -599,7 +605,7 @@ class Container(Served):
         began = time.monotonic()
         self._id = docker(
             "run", "--detach", "--volume", f"{self.model}:/opt/ml/model:ro", *variables,
-            "--publish", f"127.0.0.1::{_PORT}", self.image, "serve",
+            "--publish", f"127.0.0.1::{_PORT}", self.container_image, "serve",
         )  # fmt: skip
         try:
             wait_until_ready(self, "The container", began, runs=self._runs)
@@ -622,7 +628,7 @@ class Container(Served):
     def last_lines(self) -> str:
         """Why it does not serve, or the end of what it printed, in one line."""
         lines = self._log()
-        telling = [line for line in lines if _TELLING.match(line)]
+        telling = [line for line in lines if _ERROR_LINE.match(line)]
         return " ".join(" ".join(telling[-1:] or lines).split())[-400:] or "it printed nothing"
 
     def stop(self) -> None:
@@ -648,8 +654,8 @@ class Container(Served):
         if not published:  # it ended just now
             return False
         self.url = f"http://127.0.0.1:{published[0].rpartition(':')[2]}"
-        said = Counter(line for line in self._log() if _TELLING.match(line))
-        if said and max(said.values()) >= _SAID_BY_ALL:
+        said = Counter(line for line in self._log() if _ERROR_LINE.match(line))
+        if said and max(said.values()) >= _REPEATS_OF_A_FATAL_ERROR:
             raise ServingError(f"The server in the container cannot start: {self.last_lines()}")
         return True
 
@@ -663,7 +669,7 @@ class Container(Served):
         except (OSError, subprocess.TimeoutExpired):
             return []
         lines = done.stdout.decode(errors="replace").splitlines()
-        return [line for line in lines if line.strip() and not _OF_NGINX.search(line)]
+        return [line for line in lines if line.strip() and not _NGINX_LINE.search(line)]
 
 
 def memory_of(container: str) -> float:

@@ -21,6 +21,7 @@ from visiontuner.evaluation.intervals import (
     paired_test,
     share_interval,
 )
+from visiontuner.evaluation.report import image_count
 from visiontuner.io.files import temporary_folder
 from visiontuner.paths import (
     EVALUATION_FOLDER,
@@ -50,11 +51,11 @@ _TRIAL_ID = "visiontuner.trial_id"
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPredictions:
-    """What one version answered on its test pictures.
+    """What one version answered on its test images.
 
     Args:
         predicted, labels: int64, shape (N,), indices into `class_names`; N > 0.
-        digests: of the pictures' contents, hexadecimal, in the same order.
+        digests: of the images' contents, hexadecimal, in the same order.
         data_digest: of the whole data set; None if the evaluation does not say.
     """
 
@@ -69,12 +70,12 @@ class StoredPredictions:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which pictures were named rightly, shape (N,)."""
+        """Which images were named rightly, shape (N,)."""
         return np.asarray(self.predicted == self.labels)
 
     @property
-    def pictures(self) -> list[tuple[str, str]]:
-        """(content digest, name of the true class) of every picture, in order."""
+    def images(self) -> list[tuple[str, str]]:
+        """(content digest, name of the true class) of every image, in order."""
         names = (self.class_names[label] for label in self.labels)
         return list(zip(self.digests, names, strict=True))
 
@@ -112,9 +113,9 @@ def read_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredictions
     if report is None:
         return None
     _require_same_model(version, report)
-    if report.get("num_pictures") == 0:
+    if image_count(report) == 0:
         raise UserMistake(
-            f"Version {version.version} of {version.name} was evaluated without any test picture. "
+            f"Version {version.version} of {version.name} was evaluated without any test image. "
             "Add a folder `test` beside `train` and search again; --force names a champion without."
         )
     if f"{EVALUATION_FOLDER}/{EVALUATION_PREDICTIONS}" not in _stored(mlflow, version.run_id):
@@ -168,7 +169,7 @@ def _check(
     digests: Sequence[str],
 ) -> None:
     if not len(labels):
-        raise ValueError("it holds no pictures")
+        raise ValueError("it holds no images")
     if probabilities.shape != (len(labels), len(names)) or len(digests) != len(labels):
         raise ValueError(
             f"{probabilities.shape} probabilities, {labels.shape} labels and {len(digests)} "
@@ -217,11 +218,11 @@ class Promotion:
         decision: `promoted`; `kept` if the champion stays; `unchanged` if there was nothing to
             decide, because the challenger is the champion.
         reason: a sentence or two; written on the challenger.
-        accuracy: of the challenger on its test pictures; None if it could not be read.
+        accuracy: of the challenger on its test images; None if it could not be read.
         champion: the version that was champion before; None if there was none.
         test: the challenger (a) against the champion (b); None if they were not compared.
         look: number of this comparison on these test images, from 1; None as `test`.
-        pictures: test pictures of the challenger.
+        images: test images of the challenger.
         changed: False if nothing was written: a dry run, or nothing to decide.
     """
 
@@ -234,7 +235,7 @@ class Promotion:
     champion_accuracy: Interval | None = None
     test: PairedTest | None = None
     look: int | None = None
-    pictures: int = 0
+    images: int = 0
     forced: bool = False
     changed: bool = False
 
@@ -251,7 +252,7 @@ def promote(
 ) -> Promotion:
     """Make a version the champion if it is better than the one that is.
 
-    Better means: more test pictures named rightly, on the same pictures, by a paired test. The
+    Better means: more test images named rightly, on the same images, by a paired test. The
     first evaluated version is champion at once. The decision and its reason are written on the
     version: tags `visiontuner.promotion`, `visiontuner.promotion_reason`, and its description.
 
@@ -262,7 +263,7 @@ def promote(
 
     Raises:
         UserMistake: there is no such version; or, without `force`, one of the two was not
-            evaluated, or not on the same pictures and classes.
+            evaluated, or not on the same images and classes.
         TrackingError: MLflow is away or refuses, or another champion was named meanwhile.
     """
     challenger = find_version(mlflow, reference)
@@ -306,7 +307,7 @@ def _decide(
     try:
         mine = _require_predictions(mlflow, challenger)
         decided = replace(
-            decided, accuracy=share_interval(int(mine.correct.sum()), len(mine)), pictures=len(mine)
+            decided, accuracy=share_interval(int(mine.correct.sum()), len(mine)), images=len(mine)
         )
         if champion is None:
             return replace(decided, reason=_first(decided))
@@ -314,7 +315,7 @@ def _decide(
         decided = replace(
             decided, champion_accuracy=share_interval(int(theirs.correct.sum()), len(theirs))
         )
-        correct = _on_the_same_pictures(challenger, mine, champion, theirs)
+        correct = _on_the_same_images(challenger, mine, champion, theirs)
     except UserMistake as error:
         if not force:
             raise
@@ -349,7 +350,7 @@ def _require_predictions(mlflow: Mlflow, version: ModelVersion) -> StoredPredict
     predictions = read_predictions(mlflow, version)
     if predictions is None:
         raise UserMistake(
-            f"Version {version.version} of {version.name} was never evaluated on test pictures. "
+            f"Version {version.version} of {version.name} was never evaluated on test images. "
             f"{_how_to_evaluate(mlflow, version)} first; --force names a champion without."
         )
     return predictions
@@ -373,18 +374,18 @@ def _how_to_evaluate(mlflow: Mlflow, version: ModelVersion) -> str:
     return f"Run `{command}` with the folder of the search {parent.run_name}"
 
 
-def _on_the_same_pictures(
+def _on_the_same_images(
     challenger: ModelVersion,
     mine: StoredPredictions,
     champion: ModelVersion,
     theirs: StoredPredictions,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """What each named rightly, bool, shape (N,), in one order of pictures.
+    """What each named rightly, bool, shape (N,), in one order of images.
 
-    Pictures are known by their content and classes by their names, never by position.
+    Images are known by their content and classes by their names, never by position.
 
     Raises:
-        UserMistake: they were not asked for the same classes or not about the same pictures.
+        UserMistake: they were not asked for the same classes or not about the same images.
     """
     who = f"Versions {challenger.version} and {champion.version} of {challenger.name}"
     names, others = set(mine.class_names), set(theirs.class_names)
@@ -393,16 +394,16 @@ def _on_the_same_pictures(
             f"{who} tell other classes apart ({_difference(names, others)}), so they cannot be "
             "compared. Search again with the same classes, or use --force."
         )
-    pictures, other_pictures = mine.pictures, theirs.pictures
-    if Counter(pictures) != Counter(other_pictures):
+    images, other_images = mine.images, theirs.images
+    if Counter(images) != Counter(other_images):
         raise UserMistake(
-            f"{who} were evaluated on different test pictures: {_overlap(mine, theirs)} "
-            f"(data {_short(mine)} and {_short(theirs)}). Evaluate both on the same pictures, or "
+            f"{who} were evaluated on different test images: {_overlap(mine, theirs)} "
+            f"(data {_short(mine)} and {_short(theirs)}). Evaluate both on the same images, or "
             "use --force."
         )
-    # Copies of one picture within a class get the same answer: their order does not matter.
-    order = sorted(range(len(pictures)), key=pictures.__getitem__)
-    other_order = sorted(range(len(pictures)), key=other_pictures.__getitem__)
+    # Copies of one image within a class get the same answer: their order does not matter.
+    order = sorted(range(len(images)), key=images.__getitem__)
+    other_order = sorted(range(len(images)), key=other_images.__getitem__)
     return mine.correct[order], theirs.correct[other_order]
 
 
@@ -419,7 +420,7 @@ def _difference(names: set[str], others: set[str]) -> str:
 def _overlap(mine: StoredPredictions, theirs: StoredPredictions) -> str:
     shared = sum((Counter(mine.digests) & Counter(theirs.digests)).values())
     if shared == len(mine) == len(theirs):
-        changed = sum((Counter(mine.pictures) - Counter(theirs.pictures)).values())
+        changed = sum((Counter(mine.images) - Counter(theirs.images)).values())
         return f"the same {shared:,}, but {changed:,} with another class"
     return f"{len(mine):,} and {len(theirs):,}, with {shared:,} in common"
 
@@ -432,8 +433,8 @@ def _first(decided: Promotion) -> str:
     accuracy = decided.accuracy
     assert accuracy is not None
     return (
-        f"The first evaluated version: it names {accuracy.value:.4f} of {decided.pictures:,} test "
-        f"pictures rightly (95 %: {accuracy.low:.4f} to {accuracy.high:.4f})."
+        f"The first evaluated version: it names {accuracy.value:.4f} of {decided.images:,} test "
+        f"images rightly (95 %: {accuracy.low:.4f} to {accuracy.high:.4f})."
     )
 
 
@@ -443,12 +444,12 @@ def _compared(decided: Promotion, test: PairedTest) -> str:
     elif test.b_is_better:
         verdict = "worse beyond noise"
     elif test.only_a == test.only_b == 0:
-        verdict = "right and wrong on the same pictures"
+        verdict = "right and wrong on the same images"
     else:
         verdict = "no difference beyond noise"
     change = test.difference
     return (
-        f"Against version {decided.champion} on the same {decided.pictures:,} test pictures: "
+        f"Against version {decided.champion} on the same {decided.images:,} test images: "
         f"{verdict}. Accuracy {change.value:+.4f} (95 %: {change.low:+.4f} to {change.high:+.4f}); "
         f"right alone on {test.only_a:,} and {test.only_b:,}, p = {test.p_value:.2g}; in "
         f"comparison {decided.look} on these images p below {test.level:.2g} counts."
@@ -458,9 +459,7 @@ def _compared(decided: Promotion, test: PairedTest) -> str:
 def _other_data(mine: StoredPredictions, theirs: StoredPredictions) -> str:
     if mine.data_digest == theirs.data_digest:
         return ""
-    return (
-        f" Their data sets differ ({_short(mine)} and {_short(theirs)}), but not in test pictures."
-    )
+    return f" Their data sets differ ({_short(mine)} and {_short(theirs)}), but not in test images."
 
 
 def _carry_out(

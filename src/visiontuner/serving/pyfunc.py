@@ -1,8 +1,8 @@
 """The MLflow model: image in, named probabilities out. No torch.
 
 MLflow runs this file itself ("models from code"), so no pickle is involved. The modules it imports
-from visiontuner travel with the model. A request is a table with a column `image`: the content of a
-picture file, as bytes or as base64 text. A path is never read: it would be a path on the server.
+from visiontuner travel with the model. A request is a table with a column `image`: the content of
+an image file, as bytes or as base64 text. A path is never read: it would be a path on the server.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from visiontuner.serving.answers import Answer, BadRequest, Options, answer
 
 _COLUMN = "image"
 # glibc's parameters. Blocks from a threshold on are mapped, and go back when they are freed; left
-# alone it rises to the largest block so far, a picture's, and what is below stays in its arenas.
+# alone it rises to the largest block so far, an image's, and what is below stays in its arenas.
 _ARENA_MAX, _MMAP_THRESHOLD = -8, -3
 
 
@@ -46,23 +46,23 @@ class ClassifierModel(PythonModel):
         model_input: pd.DataFrame,
         params: dict[str, Any] | None = None,
     ) -> pd.DataFrame:
-        """Name the picture in each row.
+        """Name the image in each row.
 
         Args:
             model_input: a column `image` of bytes or base64 text.
             params: `top_k`, how many of the most probable classes to list, default 5; `threshold`,
                 below which an answer is not confident, default what the classifier says, which may
-                be that no answer is; `on_error`, "fail" (default) or "report": a picture that
+                be that no answer is; `on_error`, "fail" (default) or "report": an image that
                 cannot be read is then told in its row.
 
         Returns:
-            A row a picture: `label`, `probability` in [0, 1], `confident`, and `top_k`, a list of
+            A row an image: `label`, `probability` in [0, 1], `confident`, and `top_k`, a list of
             `{"label", "probability"}` with the most probable first. With `on_error` "report" also
-            `error`, None for pictures that were answered; the others are None where it is not.
+            `error`, None for images that were answered; the others are None where it is not.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (status 400) with the row for what a client can
-                put right, RESOURCE_EXHAUSTED (429) while others wait to decode large pictures,
+                put right, RESOURCE_EXHAUSTED (429) while others wait to decode large images,
                 INTERNAL_ERROR (500) without details for anything else.
         """
         try:

@@ -35,6 +35,7 @@ import visiontuner
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, packaged_trial
+from visiontuner.model.classifier import reference_entries
 from visiontuner.paths import CLASSIFIER_FOLDER
 from visiontuner.text import next_command, one_line
 from visiontuner.workarounds.mlflow import requirements_taken_on_trust
@@ -86,13 +87,13 @@ def requirements() -> list[str]:
 
 
 def signature() -> ModelSignature:
-    """A column of picture files in; label, probability, confidence and the top k out."""
+    """A column of image files in; label, probability, confidence and the top k out."""
     choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
         outputs=Schema(
             [
-                # None for a picture that could not be read, where `on_error` is "report".
+                # None for an image that could not be read, where `on_error` is "report".
                 ColSpec(DataType.string, "label", required=False),
                 ColSpec(DataType.double, "probability", required=False),
                 ColSpec(DataType.boolean, "confident", required=False),
@@ -140,15 +141,15 @@ def _importable(folder: str) -> Iterator[None]:
 
 
 def _example(folder: Path) -> pd.DataFrame:
-    """Two real pictures: the first of the reference."""
+    """Two real images: the first of the reference."""
     try:
         reference = json.loads((folder / "reference.json").read_text(encoding="utf-8"))
-        contents = [base64.b64decode(p["image"]) for p in reference["pictures"][:_EXAMPLES]]
+        contents = [base64.b64decode(p["image"]) for p in reference_entries(reference)[:_EXAMPLES]]
         if not contents:
             raise ValueError("it has none")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ClassifierError(
-            f"{folder}/reference.json has no picture to show as an example: {error}."
+            f"{folder}/reference.json has no image to show as an example: {error}."
         ) from None
     return pd.DataFrame({"image": contents})
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from visiontuner.evaluation.scores import ClassScore, Threshold
 
 
-# What a search's page says about the test pictures: an evaluation -> words and rows.
+# What a search's page says about the test images: an evaluation -> words and rows.
 
 
 METRICS = {
@@ -61,7 +61,7 @@ class MetricRow:
 
 @dataclass(frozen=True, kw_only=True)
 class TestPart:
-    """Everything that the page says about the test pictures."""
+    """Everything that the page says about the test images."""
 
     accuracy: str
     accuracy_detail: str
@@ -86,7 +86,7 @@ def describe_test(evaluation: Mapping[str, Any]) -> TestPart:
     accuracy = report.metrics.get("accuracy")
     return TestPart(
         accuracy=percent(accuracy.value) if accuracy else "",
-        accuracy_detail=f"{_interval(accuracy)} on {report.num_pictures:,} pictures"
+        accuracy_detail=f"{_interval(accuracy)} on {report.num_images:,} images"
         if accuracy
         else "",
         summary=_summary(report, evaluation),
@@ -119,13 +119,13 @@ def _summary(report: EvaluationReport, evaluation: Mapping[str, Any]) -> str:
     looks = evaluation.get("looks") or 1
     trial = evaluation.get("trial_id") or "the best trial"
     text = f"{trial}, its probabilities calibrated on validation (T = {report.temperature:.3g})"
-    if report.num_pictures:
-        text += f", on {report.num_pictures:,} pictures that no choice was made with."
+    if report.num_images:
+        text += f", on {report.num_images:,} images that no choice was made with."
     else:
-        text += "; no test picture was looked at."
+        text += "; no test image was looked at."
     if looks != 1:
         text += (
-            f" This was look number {looks} at these pictures: the best of several looks is too "
+            f" This was evaluation {looks} of the test set: the best of several is too "
             "good to be true."
         )
     if evaluation.get("model"):
@@ -155,16 +155,16 @@ def _threshold(threshold: Threshold) -> str:
     if threshold.value is None or threshold.precision is None:
         return (
             f"A precision of {wanted} was wanted; no confidence reached it on validation with "
-            "enough pictures, so every answer abstains."
+            "enough images, so every answer abstains."
             if threshold.value is None
-            else f"A precision of {wanted} was wanted; no test picture reached the confidence "
+            else f"A precision of {wanted} was wanted; no test image reached the confidence "
             f"{threshold.value:.3f} that gave it on validation."
         )
     return (
         f"Answers with a confidence of at least {threshold.value:.3f}, chosen on validation for a "
         f"precision of {wanted}, are right in {percent(threshold.precision.value)} of the cases "
         f"({_interval(threshold.precision)}) and cover {percent(threshold.coverage.value)} of the "
-        f"test pictures ({_interval(threshold.coverage)})."
+        f"test images ({_interval(threshold.coverage)})."
     )
 
 
@@ -180,7 +180,7 @@ def _choice(evaluation: Mapping[str, Any]) -> Iterable[str]:
             yield str(choice["reason"])
         tied = [str(trial) for trial in choice.get("tied") or () if trial != choice.get("chosen")]
         if tied:
-            yield f"Cannot be told apart from it on the validation pictures: {', '.join(tied)}."
+            yield f"Cannot be told apart from it on the validation images: {', '.join(tied)}."
     edges = evaluation.get("edges")
     for edge in edges if isinstance(edges, list) else ():
         yield str(edge.get("sentence", edge)) if isinstance(edge, Mapping) else str(edge)
@@ -344,7 +344,7 @@ def _trained(model: Mapping[str, Any], search: Mapping[str, Any]) -> str:
 
 def _source(record: SearchRecord) -> str:
     data = _section(record, "data")
-    return str(data.get("source") or "pictures of an unknown source")
+    return str(data.get("source") or "images of an unknown source")
 
 
 def _outcome(record: SearchRecord, state: str, where: Mapping[str, Any]) -> str:
@@ -411,7 +411,7 @@ def _tiles(record: SearchRecord, test: TestPart | None) -> Iterable[Tile]:
     counts = _section(record, "data").get("counts") or {}
     if counts:
         yield Tile(
-            label="Pictures",
+            label="Images",
             value=f"{sum(counts.values()):,}",
             detail=", ".join(f"{number:,} {split}" for split, number in counts.items()),
         )
@@ -432,8 +432,8 @@ def _choice_lines(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[st
         return
     if record.is_unvalidated:
         yield (
-            "The validation pictures were trained on as well: nothing was chosen by them, and only "
-            "the test pictures can say how good it is."
+            "The validation images were trained on as well: nothing was chosen by them, and only "
+            "the test images can say how good it is."
         )
         return
     best, name = ranking[0], label(record.objective).lower()
@@ -472,7 +472,7 @@ def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:
     counts = _section(record, "data").get("counts") or {}
     if counts and not counts.get("test"):
         return (
-            "There is no test split: nobody knows how the best trial does on pictures that no "
+            "There is no test split: nobody knows how the best trial does on images that no "
             "choice was made with."
         )
     if record.best is None:
@@ -553,7 +553,7 @@ def _training_seconds(trial: TrialRecord) -> float | None:
     return sum(spent) if spent else None
 
 
-# Pictures and origin
+# Images and origin
 
 
 def _data_facts(data: Mapping[str, Any]) -> dict[str, str]:
@@ -564,7 +564,7 @@ def _data_facts(data: Mapping[str, Any]) -> dict[str, str]:
         "Read from": data.get("root"),
         "Digest": data.get("digest"),
         "Classes": len(data.get("class_names") or ()) or None,
-        "Pictures": ", ".join(f"{number:,} {split}" for split, number in counts.items()) or None,
+        "Images": ", ".join(f"{number:,} {split}" for split, number in counts.items()) or None,
     }
     return _known(facts)
 
@@ -572,7 +572,7 @@ def _data_facts(data: Mapping[str, Any]) -> dict[str, str]:
 def _classes(
     data: Mapping[str, Any],
 ) -> tuple[tuple[str, ...], tuple[tuple[str, tuple[int, ...]], ...]]:
-    """The splits, and each class with its pictures in them; nothing in journals without these."""
+    """The splits, and each class with its images in them; nothing in journals without these."""
     counts, names = data.get("class_counts") or {}, data.get("class_names") or ()
     splits = tuple(split for split in counts if len(counts[split]) == len(names))
     if not splits:
@@ -682,11 +682,11 @@ _CAPTIONS = {
     "parallel_coordinates": "Every trial's searched values and its outcome",
     "importance": "How much each searched value decided",
     "reliability": "Confidence against accuracy, before and after temperature scaling",
-    "risk_coverage": "Share of wrong answers against the share of answered pictures",
+    "risk_coverage": "Share of wrong answers against the share of answered images",
     "confusion": "Confusion matrix: true classes in rows, predicted ones in columns",
     "confused_pairs": "The most confused pairs of classes",
     "per_class": "Recall and precision of the weakest classes",
-    "mistakes": "The pictures that were most confidently taken for another class",
+    "mistakes": "The images that were most confidently taken for another class",
 }
 
 
@@ -911,7 +911,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _features(events: Sequence[Event]) -> dict[str, Any]:
-    kinds = ("features_ready", "pictures_ready")
+    kinds = ("features_ready", "images_ready")
     found = next((event for event in events if event["event"] in kinds), {})
     return {name: found.get(name) for name in ("backbone", "weights_digest", "engine")}
 

@@ -223,7 +223,7 @@ class SearchPlan:
             self._start(event)
         elif kind == "search_started":
             self.features = event.get("features") or {}
-        elif kind in ("features_ready", "pictures_ready"):
+        elif kind in ("features_ready", "images_ready"):
             # A resumed search finds them in the cache: the first time says how they were made.
             self.features = self.features or event
         elif kind == "baseline_ended":

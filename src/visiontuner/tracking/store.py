@@ -460,13 +460,13 @@ def findings_text(findings: Iterable[Finding]) -> str:
 
 
 def dataset_input(data: Mapping[str, Any]) -> DatasetInput:
-    """A dataset entry made from the journal alone: no picture is looked at."""
+    """A dataset entry made from the journal alone: no image is looked at."""
     source = str(data.get("source") or data.get("root") or "")
     folder = source.rpartition("/")[0] if is_table_name(source) else source
     profile = {"counts": data.get("counts"), "classes": len(data.get("class_names") or ())}
     return DatasetInput(
         Dataset(
-            name=folder.rstrip("/").rsplit("/", 1)[-1][:500] or "pictures",
+            name=folder.rstrip("/").rsplit("/", 1)[-1][:500] or "images",
             digest=str(data["digest"])[:36],  # MLflow's limit; the tag has all of it
             source_type="local",
             source=json.dumps({"uri": source}),

@@ -198,7 +198,7 @@ def _test_result(report: Mapping[str, Any] | None) -> list[str]:
         return []
     return [
         f"**Test:** accuracy {accuracy['value']:.4f} (95 %: {accuracy['low']:.4f} to "
-        f"{accuracy['high']:.4f}) on {report['num_pictures']:,} images, "
+        f"{accuracy['high']:.4f}) on {report['num_images']:,} images, "
         f"trial {report['trial_id']}."
     ]
 

@@ -22,6 +22,7 @@ from mlflow.entities import Run
 
 from visiontuner.diagnostics.history import find_recording
 from visiontuner.errors import DataError, JournalError, TrackingError
+from visiontuner.evaluation.report import image_count
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import read_events
 from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
@@ -922,7 +923,7 @@ def version_tags(evaluation: Evaluation) -> dict[str, str]:
         tags |= {
             "visiontuner.evaluated": "true",
             "visiontuner.test_accuracy": f"{accuracy:.4f}",
-            "visiontuner.test_pictures": str(evaluation.report["num_pictures"]),
+            "visiontuner.test_images": str(image_count(evaluation.report)),
         }
     return tags
 

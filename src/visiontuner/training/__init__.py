@@ -1,1 +1,1 @@
-"""Epochs over feature vectors and pictures, and the numbers they give."""
+"""Epochs over feature vectors and images, and the numbers they give."""

@@ -1,4 +1,4 @@
-"""Random changes to training pictures, with torchvision's transforms (v2)."""
+"""Random changes to training images, with torchvision's transforms (v2)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _ASPECT_RATIOS = (3 / 4, 4 / 3)
 
 
 class Augmenter:
-    """A training picture -> network input, changed at random as its seed says.
+    """A training image -> network input, changed at random as its seed says.
 
     In this order: a random crop (or evaluation's, with `crop_scale` 1), a flip, a policy's changes
-    of colour and shape, an erased rectangle. The same picture and seed always give the same pixels.
+    of colour and shape, an erased rectangle. The same image and seed always give the same pixels.
 
     Sources: random crops, Szegedy et al. 2015, https://arxiv.org/abs/1409.4842; RandAugment, Cubuk
     et al. 2019, https://arxiv.org/abs/1909.13719; TrivialAugment, Müller and Hutter 2021,
@@ -48,7 +48,7 @@ class Augmenter:
         self._erase = v2.RandomErasing(augmentation.erasing, value=colour)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """uint8, shape (3, S, S), from a picture of any size in mode RGB.
+        """uint8, shape (3, S, S), from an image of any size in mode RGB.
 
         A JPEG that was opened but not decoded yet is decoded only as large as its crop needs.
         """
@@ -91,7 +91,7 @@ def mix(
     num_classes: int,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Blend each picture of a batch with another one, MixUp or CutMix; with both, either in turn.
+    """Blend each image of a batch with another one, MixUp or CutMix; with both, either in turn.
 
     Args:
         images: float32, shape (B, 3, S, S).
@@ -99,7 +99,7 @@ def mix(
         generator: on the CPU.
 
     Returns:
-        The blended pictures and the classes' shares in them, float32, shape (B, num_classes).
+        The blended images and the classes' shares in them, float32, shape (B, num_classes).
 
     Sources: Zhang et al. 2017, https://arxiv.org/abs/1710.09412; Yun et al. 2019,
     https://arxiv.org/abs/1905.04899.
@@ -111,7 +111,7 @@ def mix(
     if augmentation.cutmix > 0:
         kinds.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=num_classes))
     if not kinds:
-        raise ValueError("mixup or cutmix must be > 0 to mix pictures")
+        raise ValueError("mixup or cutmix must be > 0 to mix images")
     which = int(torch.randint(len(kinds), (), generator=generator))
     with _seeded(int(torch.randint(2**31, (), generator=generator))):
         mixed: tuple[Tensor, Tensor] = kinds[which](images, labels)

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from visiontuner.data.arrays import PictureStore, StoredPictures, available_cpus, initialise_worker
+from visiontuner.data.arrays import DecodedImages, StoredImages, available_cpus, initialise_worker
 from visiontuner.data.images import Preprocessing
 from visiontuner.errors import DataError, TrialFailed, VisiontunerError
 from visiontuner.experiment.schema import Augmentation
 from visiontuner.training.augment import Augmenter, mix
-from visiontuner.training.callbacks import Watch
+from visiontuner.training.callbacks import TrainingCallback
 from visiontuner.workarounds.python import clean_workers
 
-# What a training runs on: batches of inputs and labels, from features or from pictures.
+# What a training runs on: batches of inputs and labels, from features or from images.
 
 
 # Rows of logits computed at a time in evaluation: bounds memory, whatever the split's size.
@@ -44,7 +44,7 @@ class Batches(Protocol):
     def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of (inputs, labels) batches in random order; every sample once.
 
-        Labels are int64 (B,), or float32 (B, num_classes) with rows that sum to 1 where pictures
+        Labels are int64 (B,), or float32 (B, num_classes) with rows that sum to 1 where images
         are mixed. What is random follows from `generator` alone, or from torch's global generator.
         """
 
@@ -88,7 +88,7 @@ def learns_from_batches(network: nn.Module) -> bool:
 def join_last_single(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches; a last one of a single sample becomes part of the one before it.
 
-    Batch normalisation cannot learn from one picture: it has no variance.
+    Batch normalisation cannot learn from one image: it has no variance.
     """
     held: tuple[Tensor, Tensor] | None = None
     for inputs, labels in batches:
@@ -178,14 +178,13 @@ class MicroBatches:
             torch.cuda.empty_cache()
         if tried == 1:
             raise TrialFailed(
-                f"Out of memory in {self.where} with one picture at a time; choose a smaller "
+                f"Out of memory in {self.where} with one image at a time; choose a smaller "
                 "model.image_size or backbone, train less of it (model.train), or run fewer "
                 "trials side by side (search.gpus_per_trial, search.cpus_per_trial)."
             )
         self.size = tried // 2
         self._notes.append(
-            f"out of memory in {self.where} at {tried} pictures, "
-            f"going on with {self.size} at a time"
+            f"out of memory in {self.where} at {tried} images, going on with {self.size} at a time"
         )
 
 
@@ -214,14 +213,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
 
 
-# What worker processes do for `PictureBatches`, and how many there should be.
+# What worker processes do for `ImageBatches`, and how many there should be.
 #
 # Workers come from a server process that knows this module and nothing of the training: no Ray, no
 # CUDA context, none of its memory.
 
 
 Key = tuple[int, int]
-"""A picture's place in its split, and the seed of its changes."""
+"""An image's place in its split, and the seed of its changes."""
 
 PREFETCHED = 2  # batches that each worker is ahead
 SHARED_MEMORY = Path("/dev/shm")
@@ -245,38 +244,38 @@ Batch = Tensor | NDArray[np.uint8] | Failed
 
 
 class Views(Dataset[Tensor]):
-    """Training pictures by key, decoded and changed at random; a worker maps the store itself."""
+    """Training images by key, decoded and changed at random; a worker maps the store itself."""
 
     def __init__(
-        self, pictures: StoredPictures, augmentation: Augmentation, preprocessing: Preprocessing
+        self, images: StoredImages, augmentation: Augmentation, preprocessing: Preprocessing
     ) -> None:
-        self._pictures: StoredPictures | None = pictures
-        self._where = pictures.folder, pictures.name
+        self._images: StoredImages | None = images
+        self._where = images.folder, images.name
         self._augment = Augmenter(augmentation, preprocessing)
         self.size = preprocessing.size
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pictures": None}
+        return {**self.__dict__, "_images": None}
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """uint8, shape (B, 3, S, S), channels last in memory."""
         try:
-            if self._pictures is None:
+            if self._images is None:
                 folder, name = self._where
-                self._pictures = PictureStore.open(folder).split(name)
+                self._images = DecodedImages.open(folder).split(name)
             batch = torch.empty((len(keys), self.size, self.size, 3), dtype=torch.uint8)
             for row, (index, seed) in enumerate(keys):
-                batch[row] = self._one(self._pictures, index, seed).permute(1, 2, 0)
+                batch[row] = self._one(self._images, index, seed).permute(1, 2, 0)
             return _shared(batch.permute(0, 3, 1, 2))
         except VisiontunerError as error:
             return Failed(type(error), str(error))
 
-    def _one(self, pictures: StoredPictures, index: int, seed: int) -> Tensor:
+    def _one(self, images: StoredImages, index: int, seed: int) -> Tensor:
         try:
-            return self._augment(pictures.view(index), seed)
+            return self._augment(images.view(index), seed)
         except (OSError, SyntaxError):  # what Pillow says of damaged JPEG and PNG files
             raise DataError(
-                f"{pictures.paths[index]} is damaged in {pictures.folder}. Delete that folder and "
+                f"{images.paths[index]} is damaged in {images.folder}. Delete that folder and "
                 "start again."
             ) from None
 
@@ -284,7 +283,7 @@ class Views(Dataset[Tensor]):
 def choose_workers(asked: int | None, device: torch.device) -> int:
     """How many workers; where nobody says, beside a GPU all threads of this process but one.
 
-    On a CPU the network itself uses every thread, and a picture costs a fiftieth of what the
+    On a CPU the network itself uses every thread, and an image costs a fiftieth of what the
     network does with it: one worker for four threads. More than there are cores help nobody.
     """
     threads = torch.get_num_threads()
@@ -328,33 +327,33 @@ def worker_died(error: Exception) -> TrialFailed | None:
     if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker (pid"):
         return None
     return TrialFailed(
-        "A process that prepares pictures died (killed, or out of memory). Run the same again, "
+        "A process that prepares images died (killed, or out of memory). Run the same again, "
         "with fewer of them (training.workers) or with none (training.workers=0)."
     )
 
 
-# Batches of decoded pictures for `fit`, prepared in worker processes where that helps.
+# Batches of decoded images for `fit`, prepared in worker processes where that helps.
 #
 # Pixels that are only read (evaluation's, and training's without augmentation) are gathered in
 # this process. Views are decoded, cropped and changed at random by torch's DataLoader.
 
 
-class PictureBatches:
-    """Batches of the pictures of one split; implements `fit.Batches`.
+class ImageBatches:
+    """Batches of the images of one split; implements `fit.Batches`.
 
     Every random number follows from one number that `shuffled` draws for an epoch and from the
-    picture's place in the split, so that the batches are the same with any number of workers.
+    image's place in the split, so that the batches are the same with any number of workers.
 
     Args:
-        augmentation: how training pictures are changed; `in_order` never changes one.
-        workers: processes that prepare pictures, at most one a core; by default so many as suit
+        augmentation: how training images are changed; `in_order` never changes one.
+        workers: processes that prepare images, at most one a core; by default so many as suit
             the device and the threads of this process. 0 prepares them in this process.
         device: where the batches are handed over.
     """
 
     def __init__(
         self,
-        pictures: StoredPictures,
+        images: StoredImages,
         *,
         preprocessing: Preprocessing,
         augmentation: Augmentation,
@@ -363,11 +362,11 @@ class PictureBatches:
         workers: int | None = None,
         device: torch.device,
     ) -> None:
-        self.pictures = pictures
+        self.images = images
         self.batch_size = batch_size
         self.device = device
-        self.labels = torch.from_numpy(pictures.labels).to(device)
-        self.watch = Watch()
+        self.labels = torch.from_numpy(images.labels).to(device)
+        self.callback = TrainingCallback()
         """Told when the pixels of a training batch are there, and when they are on the device."""
         self._notes: dict[str, bool] = {}  # what is other than asked for -> it was told
         self._augmentation = augmentation
@@ -376,13 +375,13 @@ class PictureBatches:
             torch.tensor(values, dtype=torch.float32, device=device).reshape(1, 3, 1, 1)
             for values in (preprocessing.mean, preprocessing.std)
         )
-        self._views = Views(pictures, augmentation, preprocessing)
+        self._views = Views(images, augmentation, preprocessing)
         self._workers = choose_workers(workers, device)
         self._keys: list[list[Key]] = []
         self._loader: DataLoader[Tensor] | None = None
 
     def shuffled(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """One epoch in random order, every picture once.
+        """One epoch in random order, every image once.
 
         Yields:
             Inputs, float32 (B, 3, S, S), normalised; and labels, int64 (B,), or float32
@@ -410,7 +409,7 @@ class PictureBatches:
         """One pass over the inputs, float32 (B, 3, S, S), as evaluation reads them.
 
         Raises:
-            DataError: the store holds views of these pictures, for random crops.
+            DataError: the store holds views of these images, for random crops.
         """
         for rows in torch.split(torch.arange(len(self.labels)), self.batch_size):
             yield self._normalised(self._gather(rows))
@@ -427,18 +426,18 @@ class PictureBatches:
 
     @property
     def workers(self) -> int:
-        """Processes that prepare training pictures; 0 where this one does."""
+        """Processes that prepare training images; 0 where this one does."""
         return 0 if self._augmentation.is_off else self._workers
 
     def _handed_over(self, pixels: Tensor) -> Tensor:
-        self.watch.spent_on("data")
+        self.callback.spent_on("data")
         inputs = self._normalised(pixels)
-        self.watch.spent_on("to_device")
+        self.callback.spent_on("to_device")
         return inputs
 
     def _gather(self, rows: Tensor) -> Tensor:
         """uint8, shape (B, 3, S, S), channels last in memory; pinned where it goes to a GPU."""
-        pixels = torch.from_numpy(self.pictures.all_pixels)
+        pixels = torch.from_numpy(self.images.all_pixels)
         size = (len(rows), *pixels.shape[1:])
         gathered = torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
         return torch.index_select(pixels, 0, rows, out=gathered).permute(0, 3, 1, 2)
@@ -463,7 +462,7 @@ class PictureBatches:
     def _prepared(self, keys: list[list[Key]]) -> Iterator[Tensor]:
         """uint8 (B, 3, S, S) for each list of keys."""
         if self._workers and self._loader is None and not room_for_queues():
-            self._note("this process prepares the pictures, without worker processes")
+            self._note("this process prepares the images, without worker processes")
             self._workers = 0
         in_process = map(self._views.__getitems__, keys)
         for batch in self._by_workers(keys) if self._workers else in_process:
@@ -514,7 +513,7 @@ class PictureBatches:
 
 
 def _seed(epoch: int, number: int) -> int:
-    """A 32-bit seed from an epoch's number and a picture's; torch's generator takes no more."""
+    """A 32-bit seed from an epoch's number and an image's; torch's generator takes no more."""
     return int(np.random.SeedSequence((epoch, number)).generate_state(1)[0])
 
 

@@ -1,4 +1,4 @@
-"""Who watches a training from within: it is told every part of every step, and changes nothing."""
+"""Callbacks of a training: told every part of every step, they change nothing."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Part = Literal["data", "to_device", "forward", "backward", "optimizer", "reporti
 """What a step's time is spent on: `recording.records.STEP_PARTS`."""
 
 
-class Watch:
-    """Told what a training does, as it does it; this one takes no notice.
+class TrainingCallback:
+    """Called with every part of every training step; this base class does nothing.
 
-    Nothing that is seen may be changed, and no random number drawn: a training that is watched
-    gives the numbers of one that is not.
+    Nothing that is seen may be changed, and no random number drawn: a training with a callback
+    gives the numbers of one without.
     """
 
     def epoch_begins(self, epoch: int, steps_per_epoch: int) -> None:
@@ -43,40 +43,40 @@ class Watch:
         """After the evaluation of an epoch."""
 
 
-class Watches(Watch):
+class TrainingCallbacks(TrainingCallback):
     """Several at once, told in order."""
 
-    def __init__(self, watches: Sequence[Watch]) -> None:
-        self._watches = tuple(watches)
+    def __init__(self, callbacks: Sequence[TrainingCallback]) -> None:
+        self._callbacks = tuple(callbacks)
 
     def epoch_begins(self, epoch: int, steps_per_epoch: int) -> None:
-        for watch in self._watches:
-            watch.epoch_begins(epoch, steps_per_epoch)
+        for callback in self._callbacks:
+            callback.epoch_begins(epoch, steps_per_epoch)
 
     def spent_on(self, part: Part) -> None:
-        for watch in self._watches:
-            watch.spent_on(part)
+        for callback in self._callbacks:
+            callback.spent_on(part)
 
     def step_begins(self, step: int, inputs: Tensor) -> None:
-        for watch in self._watches:
-            watch.step_begins(step, inputs)
+        for callback in self._callbacks:
+            callback.step_begins(step, inputs)
 
     def passes_begin(self) -> None:
-        for watch in self._watches:
-            watch.passes_begin()
+        for callback in self._callbacks:
+            callback.passes_begin()
 
     def gradients_ready(self) -> None:
-        for watch in self._watches:
-            watch.gradients_ready()
+        for callback in self._callbacks:
+            callback.gradients_ready()
 
     def weights_moved(self) -> None:
-        for watch in self._watches:
-            watch.weights_moved()
+        for callback in self._callbacks:
+            callback.weights_moved()
 
     def step_ends(self) -> None:
-        for watch in self._watches:
-            watch.step_ends()
+        for callback in self._callbacks:
+            callback.step_ends()
 
     def epoch_ends(self) -> None:
-        for watch in self._watches:
-            watch.epoch_ends()
+        for callback in self._callbacks:
+            callback.epoch_ends()

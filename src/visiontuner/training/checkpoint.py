@@ -25,14 +25,20 @@ from visiontuner.experiment.schema import Training
 # What a training's state must agree with before it goes on, and how it is put back.
 
 
-_ANEW = "; go on with what it was made with, or begin anew without it."
+_CHECKPOINT_ADVICE = "; go on with what it was made with, or begin anew without it."
 # These leave a training's numbers as they are, or answer to this machine.
-_MAY_DIFFER = {"workers", "micro_batch_size", "log_every_steps", "record_every_steps", "refit"}
+_CHANGEABLE_SETTINGS = {
+    "workers",
+    "micro_batch_size",
+    "log_every_steps",
+    "record_every_steps",
+    "refit",
+}
 
 
 def identity_of(settings: Training, *, seed: int, num_classes: int) -> dict[str, Any]:
-    """What determines a training besides its network and its pictures."""
-    kept = settings.model_dump(mode="json", exclude=_MAY_DIFFER)
+    """What determines a training besides its network and its images."""
+    kept = settings.model_dump(mode="json", exclude=_CHANGEABLE_SETTINGS)
     return {"num_classes": num_classes, "seed": seed} | {
         f"training.{name}": value for name, value in kept.items()
     }
@@ -49,7 +55,7 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
         if before != now:
             raise CheckpointError(
                 f"The checkpoint was made with {name} {_short(before)}, this training has "
-                f"{_short(now)}{_ANEW}"
+                f"{_short(now)}{_CHECKPOINT_ADVICE}"
             )
 
 
@@ -64,12 +70,14 @@ def require_fitting(saved: Mapping[str, Tensor], network: nn.Module) -> None:
     unknown = [name for name in saved if name not in current]
     if missing or unknown:
         which = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}"
-        raise CheckpointError(f"The checkpoint is of another network: it {which}{_ANEW}")
+        raise CheckpointError(
+            f"The checkpoint is of another network: it {which}{_CHECKPOINT_ADVICE}"
+        )
     for name, tensor in current.items():
         if saved[name].shape != tensor.shape:
             raise CheckpointError(
                 f"The checkpoint is of another network: {name} is {_sizes(saved[name])} there and "
-                f"{_sizes(tensor)} here{_ANEW}"
+                f"{_sizes(tensor)} here{_CHECKPOINT_ADVICE}"
             )
 
 
@@ -118,7 +126,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         optimizer.load_state_dict(state)
     except ValueError as error:
         raise CheckpointError(
-            f"The checkpoint is of a training of other parts of the network ({error}){_ANEW}"
+            f"The checkpoint is of a training of other parts of the network "
+            f"({error}){_CHECKPOINT_ADVICE}"
         ) from None
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

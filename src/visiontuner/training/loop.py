@@ -27,7 +27,7 @@ from visiontuner.training.batches import (
     learns_from_batches,
     needs_joining,
 )
-from visiontuner.training.callbacks import Watch
+from visiontuner.training.callbacks import TrainingCallback
 from visiontuner.training.checkpoint import (
     identity_of,
     load_optimizer,
@@ -167,7 +167,7 @@ class TrainingStep:
     Args:
         class_weights: float32, (num_classes,), on the network's device, or None.
         average: follows the weights, or None.
-        watch: told what is done.
+        callback: told what is done.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class TrainingStep:
         *,
         class_weights: Tensor | None = None,
         average: WeightAverage | None = None,
-        watch: Watch | None = None,
+        callback: TrainingCallback | None = None,
     ) -> None:
         self.network = network
         self.optimizer = optimizer
@@ -187,7 +187,7 @@ class TrainingStep:
         self.settings = settings
         self.class_weights = class_weights
         self.average = average
-        self.watch = watch or Watch()
+        self.callback = callback or TrainingCallback()
         self.micro_batches = MicroBatches(
             settings.micro_batch_size,
             where="training",
@@ -202,19 +202,19 @@ class TrainingStep:
         Of a `FoldedHead` the labels are those of `FoldedBatches`, and the loss is the heads' mean.
 
         Raises:
-            TrialFailed: one picture does not fit into memory, or batch normalisation got one value.
+            TrialFailed: one image does not fit into memory, or batch normalisation got one value.
         """
         backward = functools.partial(self._backward, inputs, labels)
         loss, correct = self.micro_batches.run(len(labels), backward)
-        self.watch.gradients_ready()
+        self.callback.gradients_ready()
         with torch.no_grad():
             norm = self._clip()
         self.optimizer.step()
         self.schedule.step()
         if self.average is not None:
             self.average.update(self.network)
-        self.watch.spent_on("optimizer")
-        self.watch.weights_moved()
+        self.callback.spent_on("optimizer")
+        self.callback.weights_moved()
         return StepOutcome(loss, correct, norm)
 
     def _clip(self) -> Tensor:
@@ -232,7 +232,7 @@ class TrainingStep:
     def _backward(self, inputs: Tensor, labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
         """The batch's loss and number of correct answers; its gradients are in the parameters."""
         self.optimizer.zero_grad()
-        self.watch.passes_begin()
+        self.callback.passes_begin()
         if len(sizes) == 1:
             loss, correct = self._forward(inputs, labels)
             self._backpropagate(loss)
@@ -256,9 +256,9 @@ class TrainingStep:
 
     def _backpropagate(self, loss: Tensor) -> None:
         """Of folds the loss of each head, (num_folds,): they have no weight in common."""
-        self.watch.spent_on("forward")
+        self.callback.spent_on("forward")
         loss.sum().backward()  # type: ignore[no-untyped-call]
-        self.watch.spent_on("backward")
+        self.callback.spent_on("backward")
 
     def _forward(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         try:
@@ -267,9 +267,9 @@ class TrainingStep:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise TrialFailed(
-                "Batch normalisation cannot learn from one picture at a time; use a batch_size "
+                "Batch normalisation cannot learn from one image at a time; use a batch_size "
                 "(and micro_batch_size) of at least 2, or training.freeze_batch_norm: true.",
-                comes_back=True,
+                deterministic=True,
             ) from None
         smoothing = self.settings.label_smoothing
         if isinstance(self.network, FoldedHead):
@@ -370,12 +370,12 @@ def train_epoch(
     loss_sum, correct, norm_sum = zero.clone(), zero.clone(), zero.clone()
     learning_rate = learning_rate_of(take_step.optimizer)
     samples, steps, before, step_losses = 0, 0, (epoch - 1) * steps_per_epoch, []
-    watch = take_step.watch
+    callback = take_step.callback
     for inputs, labels in batches:
         interrupts.check()
         steps += 1
-        watch.spent_on("data")
-        watch.step_begins(before + steps, inputs)
+        callback.spent_on("data")
+        callback.step_begins(before + steps, inputs)
         outcome = take_step(inputs, labels)
         samples += len(labels)
         loss_sum += outcome.loss * len(labels)
@@ -385,8 +385,8 @@ def train_epoch(
             step_losses.append((before + steps, outcome.loss))
         if on_step is not None:
             on_step(StepDone(epoch, before + steps, steps_per_epoch, outcome.loss))
-        watch.spent_on("reporting")
-        watch.step_ends()
+        callback.spent_on("reporting")
+        callback.step_ends()
     return Trained(
         loss=float(loss_sum) / samples,
         accuracy=float(correct) / samples,
@@ -397,7 +397,7 @@ def train_epoch(
     )
 
 
-# One pass over the pictures a network has not seen.
+# One pass over the images a network has not seen.
 
 
 def evaluate(
@@ -408,7 +408,7 @@ def evaluate(
     Always in float32, whatever the training's precision: as the packaged classifier answers.
 
     Raises:
-        TrialFailed: one picture does not fit into memory.
+        TrialFailed: one image does not fit into memory.
     """
     network.eval()
     pieces = micro_batches or MicroBatches(None, where="evaluation")
@@ -434,7 +434,7 @@ def _answer(network: nn.Module, inputs: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([network(part).float() for part in torch.split(inputs, sizes)])
 
 
-# Epochs -> EpochResult: one training loop, for feature vectors and for pictures.
+# Epochs -> EpochResult: one training loop, for feature vectors and for images.
 #
 # `fit` knows neither Ray nor MLflow: it yields after every epoch and stops when it is no longer
 # asked. `Fit` is the same with a state that can be saved between two epochs.
@@ -483,7 +483,7 @@ class Fit:
             are laid out channels last.
         parameter_groups: learning rates and decays of parts of the network; default: one group.
         on_step: called after every optimizer step.
-        watch: told what is done within a step.
+        callback: told what is done within a step.
 
     Raises:
         ExperimentError: nothing of the network is trained.
@@ -500,7 +500,7 @@ class Fit:
         seed: int,
         parameter_groups: Sequence[ParameterGroup] | None = None,
         on_step: Callable[[StepDone], None] | None = None,
-        watch: Watch | None = None,
+        callback: TrainingCallback | None = None,
     ) -> None:
         self.network = network.to(memory_format=torch.channels_last)
         self.settings = settings
@@ -509,7 +509,7 @@ class Fit:
         self._train, self._validation = train, validation
         self._num_classes, self._seed = num_classes, seed
         self._identity = identity_of(settings, seed=seed, num_classes=num_classes)
-        self._on_step, self._watch = on_step, watch or Watch()
+        self._on_step, self._callback = on_step, callback or TrainingCallback()
         self._lowest_loss, self._epochs_without_better = math.inf, 0
         self._order = torch.Generator().manual_seed(seed)
         self._random: dict[str, Tensor] | None = None
@@ -540,7 +540,7 @@ class Fit:
             settings,
             class_weights=weights,
             average=self._average,
-            watch=self._watch,
+            callback=self._callback,
         )
 
     @property
@@ -563,7 +563,7 @@ class Fit:
 
         Raises:
             TrialFailed: the loss is not finite (the message has the epoch and the learning rate),
-                or one picture is more than memory holds.
+                or one image is more than memory holds.
         """
         while not self.finished:
             with failing_out_of_memory(self.settings.batch_size):
@@ -621,13 +621,13 @@ class Fit:
         else:  # whatever was drawn between two epochs
             set_random_state(self._random, self._device)
         epoch, started = self.epoch + 1, time.perf_counter()
-        self._watch.epoch_begins(epoch, self.steps_per_epoch)
+        self._callback.epoch_begins(epoch, self.steps_per_epoch)
         trained = self._train_epoch()
         _require_finite(trained.loss, "training loss", epoch, trained.learning_rate)
         seconds = time.perf_counter() - started
         network = self.network if self._average is None else self._average.module
         logits, scores = evaluate(network, self._validation, self._evaluation)
-        self._watch.epoch_ends()
+        self._callback.epoch_ends()
         _require_finite(scores.loss, "validation loss", epoch, trained.learning_rate)
         metrics = trained.joined_with(scores, seconds=seconds)
         if isinstance(self._validation, FoldedBatches):
@@ -687,5 +687,5 @@ def _require_finite(loss: float, what: str, epoch: int, learning_rate: float) ->
         raise TrialFailed(
             f"The {what} is {loss} in epoch {epoch} at learning rate {learning_rate:.3g}; "
             "try a smaller learning rate.",
-            comes_back=True,
+            deterministic=True,
         )

@@ -36,7 +36,7 @@ _FEWEST_STEPS = 20
 # What is left of it, down to the lowest loss, is a small batch set being learned by heart.
 _BEGUN, _DONE = 0.1, 0.9
 # A fall smaller than this share of the first loss is noise.
-_LEAST_FALL = 0.02
+_MIN_RELATIVE_FALL = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def range_test(
             break
     if not losses:
         raise TrialFailed(
-            "The loss is not finite before the first step. Look at the pictures "
+            "The loss is not finite before the first step. Look at the images "
             "(`visiontuner prepare --data DATA`) and at the backbone's weights."
         )
     made = tuple(rates[: len(losses)])
@@ -168,7 +168,7 @@ def suggest(learning_rates: Sequence[float], smoothed: Sequence[float]) -> Sugge
     # The first values are means of a few steps, and noisy: their median is the level.
     start = float(np.median(values[: max(3, lowest // 4)]))
     fall = start - float(values[lowest])
-    if lowest < 2 or fall < _LEAST_FALL * start:
+    if lowest < 2 or fall < _MIN_RELATIVE_FALL * start:
         return None
     before = values[: lowest + 1]
     # The last place above the threshold: noise at the start must not count as a beginning.

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Loss in nats a picture; accuracy and macro F1 as fractions in [0, 1]."""
+    """Loss in nats an image; accuracy and macro F1 as fractions in [0, 1]."""
 
     loss: float
     accuracy: float

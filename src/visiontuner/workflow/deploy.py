@@ -20,7 +20,7 @@ from visiontuner.aws.endpoint import (
     check_free,
     deployed_model,
     endpoint_name,
-    find_image,
+    find_container_image,
     find_running,
     instance_types,
     list_endpoints,
@@ -122,7 +122,9 @@ def plan_deployment(
         account=aws.account,
         caller=aws.caller,
         role=find_role(aws, options.role or (running.role if running else None)),
-        image=find_image(aws, options.image or (running.image if running else None)),
+        container_image=find_container_image(
+            aws, options.image or (running.container_image if running else None)
+        ),
         bucket=bucket,
         bucket_exists=exists,
         instance_type=options.instance_type
@@ -180,7 +182,7 @@ def _priced_and_tagged(
     tags = make_tags(
         {
             **facts,
-            "visiontuner.image_digest": plan.image.digest,
+            "visiontuner.image_digest": plan.container_image.digest,
             "visiontuner.ttl": options.ttl,
             "visiontuner.price_per_hour": whole,
         }

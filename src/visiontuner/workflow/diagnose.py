@@ -62,7 +62,7 @@ class Diagnosis:
     """What was looked at, where, and what was found.
 
     Attributes:
-        data: findings on the pictures themselves, from the search's journal.
+        data: findings on the images themselves, from the search's journal.
     """
 
     target: str
@@ -201,15 +201,15 @@ class _TrialFiles:
 
     def _open(self, events: Sequence[dict[str, Any]]) -> None:
         stores = Stores.of(events)
-        if stores.features is None and stores.pictures is None:
+        if stores.features is None and stores.images is None:
             return
         try:
             folds = SearchRecord.of(events).folds is not None
             self._labels, self._names = stores.read_labels(folds=folds)
         except VisiontunerError:
-            what = "features" if stores.features else "decoded pictures"
+            what = "features" if stores.features else "decoded images"
             self.notes.append(
-                f"The {what} in {stores.features or stores.pictures} are gone, and the labels "
+                f"The {what} in {stores.features or stores.images} are gone, and the labels "
                 "with them: the rules on predictions are left out."
             )
 

@@ -243,7 +243,7 @@ def _check(status: Status, detail: str, advice: str = "") -> Check:
 
 GB = 10**9
 MIB = 2**20
-# One search of 100,000 pictures writes 0.5 GB of features, and a download is kept beside its copy.
+# One search of 100,000 images writes 0.5 GB of features, and a download is kept beside its copy.
 DISK_WARNING, DISK_ERROR = 5 * GB, 1 * GB
 # Chosen, not measured: a driver, Ray and two workers each import torch.
 MEMORY_WARNING, MEMORY_ERROR = 3 * GB, 1 * GB

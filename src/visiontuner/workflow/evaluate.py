@@ -1,7 +1,7 @@
-"""Look at the test pictures once, with the chosen model, and make what they say part of it.
+"""Look at the test images once, with the chosen model, and make what they say part of it.
 
 The order matters: the model is chosen, its temperature fitted and its threshold set on validation;
-only then are the test pictures opened. Everything lands in FOLDER/evaluation, from where `sync`
+only then are the test images opened. Everything lands in FOLDER/evaluation, from where `sync`
 writes it into MLflow; the calibrated classifier becomes a new registered version.
 """
 
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from visiontuner.evaluation.scores import Mistake
 
 
-# A classifier over many pictures of a data set: what an evaluation looks at. No torch.
+# A classifier over many images of a data set: what an evaluation looks at. No torch.
 
 
 _BATCH_SIZE = 4  # see engine.py
@@ -75,11 +75,11 @@ _BATCH_SIZE = 4  # see engine.py
 
 @dataclass(frozen=True, kw_only=True)
 class Answers:
-    """The raw answers for the pictures that could be read, in order.
+    """The raw answers for the images that could be read, in order.
 
     Args:
         logits: float64, shape (N, num_classes), before the temperature.
-        samples: the N pictures.
+        samples: the N images.
         bad: path -> why it could not be read.
     """
 
@@ -88,18 +88,18 @@ class Answers:
     bad: dict[str, str]
 
 
-def answer_pictures(
+def answer_images(
     classifier: Classifier,
     root: Path,
     samples: Sequence[Sample],
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> Answers:
-    """Run the very artifact over pictures; the next batch is decoded meanwhile.
+    """Run the very artifact over images; the next batch is decoded meanwhile.
 
     Args:
         root: what the samples' paths are relative to.
-        progress: called with (pictures done, pictures in all).
+        progress: called with (images done, images in all).
     """
     starts = range(0, len(samples), _BATCH_SIZE)
     batches = [samples[start : start + _BATCH_SIZE] for start in starts]
@@ -121,29 +121,29 @@ def answer_pictures(
 
 # What an evaluation leaves in FOLDER/evaluation; the folder appears whole.
 #
-# report.json          numbers with intervals, choice, mistakes, how many looks
+# report.json          numbers with intervals, choice, mistakes, evaluations of the test set
 # predictions.npz      probabilities (N, C), labels, content digests, paths; for paired tests
 # classes.csv          one line a class
 # *.png                reliability, risk and coverage, confusion, mistakes
 
 
-# Sides of the pictures on the contact sheet, in pixels.
+# Sides of the images on the contact sheet, in pixels.
 _THUMBNAIL = 224
 
 
-def looks_so_far(folder: Path) -> int:
-    """How many times a search's test pictures were looked at."""
+def num_test_evaluations(folder: Path) -> int:
+    """How many evaluations of its test set a search has had."""
     files = (folder / TEST_LOOKS_FILE, folder / EVALUATION_FOLDER / EVALUATION_REPORT)
-    return max(map(_read_looks, files))
+    return max(map(_read_num_evaluations, files))
 
 
-def count_look(folder: Path) -> int:
-    """Write down one more look, so that it counts whatever becomes of its evaluation.
+def count_test_evaluation(folder: Path) -> int:
+    """Count one more evaluation of the test set, whether or not it is finished.
 
     Raises:
         VisiontunerError: the folder cannot be written.
     """
-    looks = looks_so_far(folder) + 1
+    looks = num_test_evaluations(folder) + 1
     path = folder / TEST_LOOKS_FILE
     try:
         fresh = path.with_suffix(".part")  # a kill must not leave half of it
@@ -154,7 +154,7 @@ def count_look(folder: Path) -> int:
     return looks
 
 
-def _read_looks(file: Path) -> int:
+def _read_num_evaluations(file: Path) -> int:
     try:
         return int(json.loads(file.read_text(encoding="utf-8"))["looks"])
     except (OSError, ValueError, LookupError, TypeError):
@@ -175,7 +175,7 @@ def write_evaluation(
     Args:
         facts: plain JSON values, written beside the report's own.
         root: what the samples' paths are relative to.
-        mistakes: how many of the most confidently wrong pictures to show.
+        mistakes: how many of the most confidently wrong images to show.
 
     Raises:
         VisiontunerError: the folder cannot be written.
@@ -195,7 +195,7 @@ def write_evaluation(
 def _write_test(
     folder: Path, report: EvaluationReport, answers: Answers, root: Path, count: int
 ) -> dict[str, Any]:
-    """Tables and figures over the test pictures; returns what the report says of them."""
+    """Tables and figures over the test images; returns what the report says of them."""
 
     if not answers.samples:
         return {"mistakes": [], "confused_pairs": []}
@@ -251,18 +251,18 @@ def _draw(
 
 
 def _draw_mistakes(folder: Path, wrong: Sequence[Mistake], answers: Answers, root: Path) -> None:
-    pictures: list[Image] = []
+    images: list[Image] = []
     captions: list[tuple[str, str, float]] = []
     for mistake in wrong:
         try:
-            picture = decode_image(root / answers.samples[mistake.index].path, target=_THUMBNAIL)
+            image = decode_image(root / answers.samples[mistake.index].path, target=_THUMBNAIL)
         except BadImageError:  # it was there a minute ago
             continue
-        picture.thumbnail((_THUMBNAIL, _THUMBNAIL))
-        pictures.append(picture)
+        image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+        images.append(image)
         captions.append((mistake.true, mistake.predicted, mistake.probability))
-    if pictures:
-        (folder / "mistakes.png").write_bytes(to_png(contact_sheet(pictures, captions)))
+    if images:
+        (folder / "mistakes.png").write_bytes(to_png(contact_sheet(images, captions)))
 
 
 Prefer = Literal["best", "cheapest"]
@@ -276,7 +276,7 @@ class EvaluationResult:
     """What an evaluation found.
 
     Attributes:
-        report: over the test pictures; without any, its notes say so and its metrics are empty.
+        report: over the test images; without any, its notes say so and its metrics are empty.
         looks: how many times models of this name were evaluated on these test images, this time
             included.
         model: `models:/NAME/VERSION` of the calibrated classifier, if MLflow took it.
@@ -302,7 +302,7 @@ def evaluate_search(
     precision: float = DEFAULT_PRECISION,
     observer: Observer | None = None,
 ) -> EvaluationResult:
-    """Choose, calibrate, look at the test pictures once, and register the result.
+    """Choose, calibrate, look at the test images once, and register the result.
 
     Args:
         folder: a search folder; default: the newest search.
@@ -312,7 +312,7 @@ def evaluate_search(
             right on validation.
 
     Raises:
-        UserMistake: the search is still running, its pictures have changed, or a value is wrong.
+        UserMistake: the search is still running, its images have changed, or a value is wrong.
         SearchFailed: no trial of the search can be used.
     """
     if not 0 < precision < 1:
@@ -427,7 +427,7 @@ class _Evaluation:
             },
         )
 
-    # the test pictures
+    # the test images
 
     @cached_property
     def _classifier(self) -> Classifier:
@@ -436,17 +436,17 @@ class _Evaluation:
         return Classifier.load(self.folder / CLASSIFIER_FOLDER)
 
     def _answer(self, dataset: ImageDataset) -> Answers:
-        return answer_pictures(
+        return answer_images(
             self._classifier,
             dataset.root,
             dataset.splits["test"],
-            progress=lambda done, total: self.observer.progress("Test", done, total, "pictures"),
+            progress=lambda done, total: self.observer.progress("Test", done, total, "images"),
         )
 
     def _count_look(self, answers: Answers) -> int:
         if not answers.samples:
-            return looks_so_far(self.folder)
-        looks = count_look(self.folder)
+            return num_test_evaluations(self.folder)
+        looks = count_test_evaluation(self.folder)
         name = self.record.started["experiment"]["name"]
         try:
             return max(looks, 1 + earlier_looks(open_store(), name, _test_set(answers)))
@@ -470,7 +470,7 @@ class _Evaluation:
         if not answers.samples:
             return EvaluationReport(
                 class_names=names,
-                num_pictures=0,
+                num_images=0,
                 temperature=temperature,
                 metrics={},
                 classes=(),
@@ -544,14 +544,14 @@ def _test_set(answers: Answers) -> str:
 
 
 def _untested(bad: Mapping[str, str], source: str) -> str:
-    """Why there are no numbers: no test pictures, or none that can be read."""
-    why = "There are no test pictures"
+    """Why there are no numbers: no test images, or none that can be read."""
+    why = "There are no test images"
     step = "Add a folder `test` beside `train`."
     if bad:
-        why = f"None of the {len(bad)} test pictures can be read"
+        why = f"None of the {len(bad)} test images can be read"
         command = next_command("prepare", "--all", "--data", source)
         step = f"Repair them; `{command}` lists what is wrong with each."
-    return f"{why}: nothing is known about pictures that played no part in the choice. {step}"
+    return f"{why}: nothing is known about images that played no part in the choice. {step}"
 
 
 def _facts(threshold: ChosenThreshold) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from visiontuner import interrupts
-from visiontuner.data.arrays import FeatureSet, available_cpus, prepare_pictures
+from visiontuner.data.arrays import FeatureSet, available_cpus, prepare_images
 from visiontuner.data.dataset import (
     ImageDataset,
     Sample,
@@ -22,7 +22,7 @@ from visiontuner.data.dataset import (
     find_emptied_classes,
     load_dataset,
 )
-from visiontuner.data.findings import inspect_pictures
+from visiontuner.data.findings import inspect_images
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
@@ -32,20 +32,20 @@ from visiontuner.paths import at_hand, writable_cache_folder
 from visiontuner.search.plan import Stores
 
 if TYPE_CHECKING:
-    from visiontuner.data.arrays import PictureStore
+    from visiontuner.data.arrays import DecodedImages
     from visiontuner.model.backbones import Backbone
     from visiontuner.model.features import BackboneDescription, Engine, Machines
     from visiontuner.search.live import Recorder
 
 
-# Who watches the work.
+# Observers of the work.
 
 
-NAMED = 5  # of a thousand unreadable pictures
+NAMED = 5  # of a thousand unreadable images
 
 
 class Observer(Protocol):
-    """Who watches a search: `console.SearchConsole` at the command line."""
+    """Observes a search: `console.SearchConsole` at the command line."""
 
     def note(self, text: str) -> None: ...
     def progress(self, label: str, done: int, total: int, unit: str) -> None: ...
@@ -82,12 +82,12 @@ def training_threads(experiment: Experiment) -> int:
     trained alone is then the same as the one that a search trained.
     """
 
-    if experiment.trains_on_pictures:
+    if experiment.trains_on_images:
         return available_cpus()
     return int(experiment.search.cpus_per_trial) or 1
 
 
-# From an experiment to its pictures.
+# From an experiment to its images.
 
 
 def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
@@ -143,23 +143,23 @@ def require_same_data(record: SearchRecord, dataset: ImageDataset) -> None:
     began_with = record.started.get("data", {}).get("digest")
     if began_with != dataset.digest:
         raise UserMistake(
-            f"The pictures in {dataset.root} are not those this search began with "
+            f"The images in {dataset.root} are not those this search began with "
             f"(digest {dataset.digest[:12]} instead of {str(began_with)[:12]}). "
-            "Start a new search, or bring the old pictures back."
+            "Start a new search, or bring the old images back."
         )
 
 
-# What one training in this process needs: pictures, network, features or decoded pictures.
+# What one training in this process needs: images, network, features or decoded images.
 
 
 T = TypeVar("T")
 
-# A batch of pictures, or at the beginning a network's export.
+# A batch of images, or at the beginning a network's export.
 _STOPS_WITHIN_SECONDS = 15.0
 
 
 class Inputs:
-    """An experiment's pictures and network, each fetched once and when it is first asked for.
+    """An experiment's images and network, each fetched once and when it is first asked for.
 
     Raises from every property: DataError, BackboneError, DownloadError, VisiontunerError, with what
     to do about it.
@@ -180,10 +180,10 @@ class Inputs:
         return load_data(self.experiment, self.observer)
 
     def readable(self, split: str) -> list[Sample]:
-        """The pictures of a split that can be decoded; each is, once."""
+        """The images of a split that can be decoded; each is, once."""
 
         samples = self.dataset.splits[split]
-        facts = inspect_pictures(
+        facts = inspect_images(
             replace(self.dataset, splits={split: samples}),
             cache=self.cache,
             progress=self._progress("Looking"),
@@ -219,12 +219,12 @@ class Inputs:
             load=lambda: self.backbone,
         )
 
-    def store(self, *, on_pictures: bool) -> tuple[FeatureSet | PictureStore, float]:
-        """Decoded pictures or features, and the seconds they took."""
-        return self.pictures() if on_pictures else self.features()
+    def store(self, *, on_images: bool) -> tuple[FeatureSet | DecodedImages, float]:
+        """Decoded images or features, and the seconds they took."""
+        return self.images() if on_images else self.features()
 
     def features(self) -> tuple[FeatureSet, float]:
-        """The features of training and validation pictures, and the seconds they took."""
+        """The features of training and validation images, and the seconds they took."""
 
         began = time.monotonic()
         features = compute_features(
@@ -240,11 +240,11 @@ class Inputs:
         )
         return features, round(time.monotonic() - began, 3)
 
-    def pictures(self, dataset: ImageDataset | None = None) -> tuple[PictureStore, float]:
-        """The pictures, decoded once, and the seconds it took."""
+    def images(self, dataset: ImageDataset | None = None) -> tuple[DecodedImages, float]:
+        """The images, decoded once, and the seconds it took."""
 
         began = time.monotonic()
-        store = prepare_pictures(
+        store = prepare_images(
             dataset or self.dataset,
             preprocessing=self.description.preprocessing,
             cache=self.cache,
@@ -273,13 +273,13 @@ class Inputs:
         def tell(done: int, total: int) -> None:
             interrupts.check()
             if self._stopped:
-                raise SearchInterrupted(f"{what}: stopped at {done} of {total} pictures.")
-            self.observer.progress(what, done, total, "pictures")
+                raise SearchInterrupted(f"{what}: stopped at {done} of {total} images.")
+            self.observer.progress(what, done, total, "images")
 
         return tell
 
     def facts(self, folder: Path, computed: int, seconds: float) -> dict[str, Any]:
-        """What the journal says of features and of decoded pictures alike."""
+        """What the journal says of features and of decoded images alike."""
         return {
             "backbone": self.description.name,
             "weights_digest": self.description.weights_digest,
@@ -326,33 +326,33 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
 
 
 class StoreRecorder:
-    """Writes what features and decoded pictures are ready, and what is wrong with some."""
+    """Writes what features and decoded images are ready, and what is wrong with some."""
 
     def __init__(self, inputs: Inputs, recorder: Recorder) -> None:
         self._inputs = inputs
         self._recorder = recorder
         self._known_findings: set[str] = set()
 
-    def record(self, store: FeatureSet | PictureStore, seconds: float) -> Stores:
+    def record(self, store: FeatureSet | DecodedImages, seconds: float) -> Stores:
         """Either kind; `seconds` is how long it took to get it."""
 
         self._record_emptied_classes(store)
         if isinstance(store, FeatureSet):
             self._record_features(store, seconds)
-            return Stores(features=store.folder, pictures=None)
-        self._record_pictures(store, seconds)
-        return Stores(features=None, pictures=store.folder)
+            return Stores(features=store.folder, images=None)
+        self._record_images(store, seconds)
+        return Stores(features=None, images=store.folder)
 
     def record_findings(self, findings: Iterable[Finding]) -> None:
-        """Features and pictures are made of the same files: what is wrong with one is said once."""
+        """Features and images are made of the same files: what is wrong with one is said once."""
         new = [finding for finding in findings if finding.evidence not in self._known_findings]
         self._known_findings |= {finding.evidence for finding in new}
         for finding in new:
             self._recorder.append("finding", **finding.to_dict())
         note_findings(self._inputs.observer, new)
 
-    def _record_emptied_classes(self, store: FeatureSet | PictureStore) -> None:
-        """Before the unreadable pictures themselves, which may be many."""
+    def _record_emptied_classes(self, store: FeatureSet | DecodedImages) -> None:
+        """Before the unreadable images themselves, which may be many."""
         readable = {name: store.split(name).labels.tolist() for name in ("train", "validation")}
         self.record_findings(find_emptied_classes(self._inputs.dataset, readable))
 
@@ -367,12 +367,12 @@ class StoreRecorder:
             self._inputs.observer.note("Features: all in the cache, nothing to compute.")
         self.record_findings(features.findings)
 
-    def _record_pictures(self, pictures: PictureStore, seconds: float) -> None:
+    def _record_images(self, images: DecodedImages, seconds: float) -> None:
         self._recorder.append(
-            "pictures_ready",
-            **self._inputs.facts(pictures.folder, pictures.computed, seconds),
+            "images_ready",
+            **self._inputs.facts(images.folder, images.computed, seconds),
             feature_dim=self._inputs.description.feature_dim,
         )
-        if not pictures.computed:
-            self._inputs.observer.note("Pictures: all decoded in the cache.")
-        self.record_findings(pictures.findings)
+        if not images.computed:
+            self._inputs.observer.note("Images: all decoded in the cache.")
+        self.record_findings(images.findings)

@@ -181,7 +181,7 @@ def _trial(trial: TrialRecord, objective: str) -> dict[str, Any]:
 
 
 def _network(folder: Path) -> dict[str, Any] | None:
-    kinds = ("features_ready", "pictures_ready")
+    kinds = ("features_ready", "images_ready")
     ready = [e for e in read_events(folder).events if e["event"] in kinds]
     # A resumed search finds its features in the cache: the first time says how they were made.
     first = ready[0] if ready else {}
@@ -228,9 +228,9 @@ class LineageCheck:
 
 
 def verify(lineage: Lineage, *, observer: Observer | None = None) -> list[LineageCheck]:
-    """Compare the artifact, the pictures, the code and the packages with what was recorded.
+    """Compare the artifact, the images, the code and the packages with what was recorded.
 
-    The classifier is downloaded, and the pictures are read where the experiment found them; an
+    The classifier is downloaded, and the images are read where the experiment found them; an
     archive at a URL that is not in the cache is downloaded again.
     """
     return [
@@ -242,7 +242,7 @@ def verify(lineage: Lineage, *, observer: Observer | None = None) -> list[Lineag
 
 
 def _check_classifier(lineage: Lineage) -> Iterator[LineageCheck]:
-    """The artifact's digest, and its answers to its reference pictures."""
+    """The artifact's digest, and its answers to its reference images."""
     with temporary_folder() as temporary:
         try:
             folder = _fetch_classifier(lineage, temporary)
@@ -286,7 +286,7 @@ def _check_digest(folder: Path, recorded: str | None) -> LineageCheck:
 
 
 def _check_reference(folder: Path) -> LineageCheck:
-    what = "reference pictures"
+    what = "reference images"
     try:
         difference = Classifier.load(folder).verify_reference()
     except VisiontunerError as error:
@@ -319,7 +319,7 @@ def _changes(before: Mapping[str, int], now: Mapping[str, int]) -> str:
         for name, count in before.items()
         if now.get(name, 0) != count
     ]
-    return f"; {', '.join(changed)}" if changed else "; as many pictures, but not the same"
+    return f"; {', '.join(changed)}" if changed else "; as many images, but not the same"
 
 
 def _check_code(recorded: Facts) -> LineageCheck:

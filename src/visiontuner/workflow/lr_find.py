@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 FOLDER = Path(RANGE_TESTS_FOLDER)
 FIGURE_FILE = "range_test.png"
 
-# Enough for a smooth curve: steps on features take milliseconds, on pictures a second or so.
+# Enough for a smooth curve: steps on features take milliseconds, on images a second or so.
 STEPS_ON_FEATURES = 200
-STEPS_ON_PICTURES = 100
+STEPS_ON_IMAGES = 100
 
 OnStep = Callable[[int, int, float, float], None]
 
@@ -81,7 +81,7 @@ def find_learning_rate(
         origin: a network begins with its trained head, as `train` would.
         output: a new folder; default: `lr-find/NAME-TIME` here.
         low, high: learning rates to go from and to; default: 1e-6 to 10.
-        steps: of the optimizer, 20 at least; default: 200 on features, 100 on pictures.
+        steps: of the optimizer, 20 at least; default: 200 on features, 100 on images.
         on_step: called with (step from 1, of how many, learning rate, smoothed loss).
 
     Raises:
@@ -92,7 +92,7 @@ def find_learning_rate(
     observer = observer or Silent()
     folder = output or FOLDER / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     low, high = low or LOWEST, high or HIGHEST
-    steps = steps or (STEPS_ON_PICTURES if experiment.trains_on_pictures else STEPS_ON_FEATURES)
+    steps = steps or (STEPS_ON_IMAGES if experiment.trains_on_images else STEPS_ON_FEATURES)
     _check(folder, low, high, steps)
     inputs = Inputs(experiment, observer)
     with ExitStack() as stack:
@@ -138,10 +138,10 @@ def _start(inputs: Inputs, stack: ExitStack, origin: Origin | None) -> _Start:
     """As a trial begins; `stack` ends the processes that decode."""
 
     prepare_worker(training_threads(inputs.experiment))
-    if not inputs.experiment.trains_on_pictures:
+    if not inputs.experiment.trains_on_images:
         return _start_on_features(inputs)
     head = None if origin is None else starting_head(origin, inputs)
-    return _start_on_pictures(inputs, stack, head)
+    return _start_on_images(inputs, stack, head)
 
 
 def _start_on_features(inputs: Inputs) -> _Start:
@@ -150,14 +150,14 @@ def _start_on_features(inputs: Inputs) -> _Start:
     return _Start(network=start.head, train=start.train)
 
 
-def _start_on_pictures(inputs: Inputs, stack: ExitStack, head: Path | None) -> _Start:
+def _start_on_images(inputs: Inputs, stack: ExitStack, head: Path | None) -> _Start:
     experiment, device = inputs.experiment, training_device()
     settings = experiment.training
-    pictures, _ = inputs.pictures()
+    images, _ = inputs.images()
     network = start_network(
-        experiment, settings, num_classes=len(pictures.class_names), cache=inputs.cache, head=head
+        experiment, settings, num_classes=len(images.class_names), cache=inputs.cache, head=head
     ).to(device)
-    train = train_batches(pictures, experiment, settings, device)
+    train = train_batches(images, experiment, settings, device)
     stack.enter_context(closing(train))
     return _Start(
         network=network,

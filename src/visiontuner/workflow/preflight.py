@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Literal
 from visiontuner import interrupts
 from visiontuner.io.files import temporary_folder
 from visiontuner.paths import writable_cache_folder
-from visiontuner.serving.preflight import Container, build_image, require_engine, run_preflight
+from visiontuner.serving.preflight import (
+    Container,
+    build_container_image,
+    require_engine,
+    run_preflight,
+)
 from visiontuner.serving.registry import save_classifier
 from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
 from visiontuner.workflow.promote import locate_model, model_folder, passed_over
@@ -89,13 +94,13 @@ def build_serving_image(
     """
     require_engine()
     with model_folder(model) as found, temporary_folder() as temporary:
-        return build_image(_as_mlflow_model(found, temporary / "model"), image, note=note)
+        return build_container_image(_as_mlflow_model(found, temporary / "model"), image, note=note)
 
 
 def _container(
     folder: Path, image: str | None, ready_seconds: float, note: Callable[[str], None]
 ) -> Served:
-    found = image or build_image(folder, note=note)
+    found = image or build_container_image(folder, note=note)
     return Container(folder, found, ready_seconds=ready_seconds)
 
 

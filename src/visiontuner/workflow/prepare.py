@@ -32,13 +32,13 @@ class Prepared:
 def prepare(
     experiment: Experiment, *, upload: str | None = None, observer: Observer | None = None
 ) -> Prepared:
-    """Fetch the pictures and look at every one of them.
+    """Fetch the images and look at every one of them.
 
     Args:
         upload: `s3://BUCKET/FOLDER`, where they are brought afterwards.
 
     Raises:
-        UserMistake: the pictures cannot be read, or S3 does not take them.
+        UserMistake: the images cannot be read, or S3 does not take them.
         ServingError: S3 stays away.
     """
 
@@ -49,7 +49,7 @@ def prepare(
     findings = inspect_dataset(
         dataset,
         cache=writable_cache_folder(),
-        progress=lambda done, total: observer.progress("Looking", done, total, "pictures"),
+        progress=lambda done, total: observer.progress("Looking", done, total, "images"),
     )
     prepared = Prepared(
         dataset=dataset,

@@ -70,7 +70,7 @@ _MODEL_FILES = ("MLmodel", "classifier.json")
 def locate_model(model: str | None) -> Path | str:
     """The folder that a text names, or `models:/NAME/VERSION` of the registered model.
 
-    A folder without a model in it hides none: models are named after the folder of their pictures.
+    A folder without a model in it hides none: models are named after the folder of their images.
 
     Args:
         model: an MLflow model's, a classifier's or a search's folder, or NAME (its champion, or the

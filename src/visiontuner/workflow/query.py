@@ -1,4 +1,4 @@
-"""Ask an endpoint, a server or a model what is on pictures."""
+"""Ask an endpoint, a server or a model what is on images."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from visiontuner.serving.client import (
     HttpTransport,
     SageMakerTransport,
     ask_all,
-    find_pictures,
+    find_images,
     open_model,
 )
 from visiontuner.workflow.promote import model_folder
 
 if TYPE_CHECKING:
-    from visiontuner.serving.client import PictureAnswer, Transport
+    from visiontuner.serving.client import ImageAnswer, Transport
 
 LOCAL_SERVER = "http://127.0.0.1:5000"
 
@@ -38,8 +38,8 @@ def query(
     workers: int = 4,
     request_bytes: int | None = None,
     progress: Callable[[str, int, int, str], None] = lambda *_: None,
-) -> Iterator[PictureAnswer]:
-    """Answers for pictures, in their order, as they come.
+) -> Iterator[ImageAnswer]:
+    """Answers for images, in their order, as they come.
 
     Args:
         sources: files, folders, http(s) URLs, `-` for standard input.
@@ -64,12 +64,12 @@ def query(
         options = Options.read({"top_k": top_k, "threshold": threshold, "on_error": "report"})
     except BadRequest as error:
         raise UserMistake(str(error)) from None
-    pictures = find_pictures(sources)
+    images = find_images(sources)
     limit = request_bytes or REQUEST_BYTES
     with _way(endpoint, url, model, region, assume_role, limit) as transport:
-        answers = ask_all(transport, pictures, options, workers=1 if model else workers)
+        answers = ask_all(transport, images, options, workers=1 if model else workers)
         for done, answer in enumerate(answers, 1):
-            progress("Asking", done, len(pictures), "pictures")
+            progress("Asking", done, len(images), "images")
             yield answer
 
 

@@ -42,7 +42,7 @@ from visiontuner.evaluation.calibration import (
     calibration_notes,
     choose_threshold,
     fit_temperature,
-    picture_losses,
+    image_losses,
     probabilities_of,
 )
 from visiontuner.evaluation.choice import (
@@ -217,7 +217,7 @@ def read_record(folder: Path, dataset: ImageDataset) -> SearchRecord:
     """What an earlier process of this search left; empty for a new one.
 
     Raises:
-        UserMistake: the pictures are not those the search began with.
+        UserMistake: the images are not those the search began with.
     """
     if not (folder / JOURNAL_FILE).exists():
         return SearchRecord()
@@ -283,7 +283,7 @@ def open_journal(
 
 
 def _serious_findings(dataset: ImageDataset) -> list[Finding]:
-    """What will spoil the result, as far as no picture has to be decoded; errors first."""
+    """What will spoil the result, as far as no image has to be decoded; errors first."""
 
     found = [*dataset.findings, *find_without_decoding(dataset)]
     serious = [finding for finding in found if finding.severity != "info"]
@@ -330,7 +330,7 @@ def write_experiment(folder: Path, experiment: Experiment) -> None:
 # A trial of a search -> the classifier in its folder.
 
 
-REFERENCE_PICTURES = 20
+REFERENCE_IMAGES = 20
 
 
 def package_trial(
@@ -353,7 +353,7 @@ def package_trial(
 
     classifier = folder / CLASSIFIER_FOLDER
     refitted = experiment.refits
-    reference = _spread(dataset.splits["validation"], REFERENCE_PICTURES)
+    reference = _spread(dataset.splits["validation"], REFERENCE_IMAGES)
     package_classifier(
         folder=classifier,
         backbone=backbone,
@@ -399,7 +399,7 @@ def is_packaged(folder: Path, record: SearchRecord) -> bool:
 
 
 def _spread(samples: Sequence[Sample], count: int) -> Sequence[Sample]:
-    """`count` pictures spread evenly over a split, so that many classes are among them."""
+    """`count` images spread evenly over a split, so that many classes are among them."""
     step = max(1, len(samples) // count)
     return samples[::step][:count]
 
@@ -469,7 +469,7 @@ def _keep_baseline(
     place.mkdir(parents=True, exist_ok=True)
     logits = baseline.logits.astype(np.float32)  # as they are kept
     predicted = logits.argmax(axis=1)
-    correct, losses = predicted == labels, picture_losses(logits, labels)
+    correct, losses = predicted == labels, image_losses(logits, labels)
     write_whole(place / LOGITS_FILE, lambda file: np.save(file, logits))
     write_whole(place / SCORES_FILE, lambda file: np.savez(file, correct=correct, log_loss=losses))
     if baseline.weights is not None and baseline.biases is not None:
@@ -518,8 +518,8 @@ _LOSS_TOLERANCE = 1e-3  # nats
 _NAMED = 6
 
 
-class PictureScores(NamedTuple):
-    """Of each validation picture: whether the answer is right, and its loss in nats, both (N,)."""
+class ImageScores(NamedTuple):
+    """Of each validation image: whether the answer is right, and its loss in nats, both (N,)."""
 
     correct: NDArray[np.bool_]
     log_loss: NDArray[np.floating]
@@ -529,7 +529,7 @@ class ValidationAnswers:
     """The validation logits of a search's trials and the labels that belong to them.
 
     Args:
-        inputs: the search's pictures, from which comes what is gone from the cache.
+        inputs: the search's images, from which comes what is gone from the cache.
     """
 
     def __init__(
@@ -553,27 +553,27 @@ class ValidationAnswers:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """int64 (N,), of the validation pictures in the order of the kept logits.
+        """int64 (N,), of the validation images in the order of the kept logits.
 
         Raises:
-            DataError: neither the features nor the decoded pictures are there, nor the pictures.
+            DataError: neither the features nor the decoded images are there, nor the images.
         """
         try:
             return self.stores.read_labels(folds=self.record.folds is not None).labels
         except DataError:
             if self.inputs is not None:
-                return self._labels_of_pictures(self.inputs)
+                return self._labels_of_images(self.inputs)
             raise self._gone() from None
 
     def _gone(self) -> DataError:
-        where = self.stores.features or self.stores.pictures
+        where = self.stores.features or self.stores.images
         return DataError(
             f"What this search was trained on is gone from {where}. Any search on the same "
-            "pictures and backbone computes it again."
+            "images and backbone computes it again."
         )
 
-    def _labels_of_pictures(self, inputs: Inputs) -> NDArray[np.int64]:
-        """Of the pictures that can be read: those that trials were measured on."""
+    def _labels_of_images(self, inputs: Inputs) -> NDArray[np.int64]:
+        """Of the images that can be read: those that trials were measured on."""
 
         splits = ("validation",) if self.record.folds is None else ("train", "validation")
         samples = [sample for split in splits for sample in inputs.dataset.splits[split]]
@@ -587,45 +587,45 @@ class ValidationAnswers:
         """float64, shape (N, num_classes): of the trial's best epoch, before any temperature.
 
         Raises:
-            DataError: they are gone, damaged or of other pictures.
+            DataError: they are gone, damaged or of other images.
         """
 
         logits = self._read_logits(trial_id)
         path = self._file(trial_id, LOGITS_FILE)
         if len(logits) != len(self.labels):
-            raise DataError(f"{path} is about other pictures than the search's. Search again.")
+            raise DataError(f"{path} is about other images than the search's. Search again.")
         kept = self._read_scores(trial_id)
         if kept is not None and not np.array_equal(logits.argmax(axis=1) == self.labels, kept[0]):
             raise DataError(f"{path} is damaged: its answers are not those that were scored.")
         return logits
 
-    def scores(self, trial_id: str) -> PictureScores:
+    def scores(self, trial_id: str) -> ImageScores:
         """Of the trial's best epoch; every trial keeps them, of earlier versions its logits.
 
         Raises:
-            DataError: they are gone, damaged or of other pictures.
+            DataError: they are gone, damaged or of other images.
         """
 
         kept = self._read_scores(trial_id)
         if kept is None:
             logits = self.logits(trial_id)
-            return PictureScores(
-                logits.argmax(axis=1) == self.labels, picture_losses(logits, self.labels)
+            return ImageScores(
+                logits.argmax(axis=1) == self.labels, image_losses(logits, self.labels)
             )
         if len(kept.correct) != len(self.labels):
             path = self._file(trial_id, SCORES_FILE)
-            raise DataError(f"{path} is about other pictures than the search's. Search again.")
+            raise DataError(f"{path} is about other images than the search's. Search again.")
         return kept
 
     def _file(self, trial_id: str, name: str) -> Path:
         return self.folder / "trials" / trial_id / name
 
-    def _read_scores(self, trial_id: str) -> PictureScores | None:
+    def _read_scores(self, trial_id: str) -> ImageScores | None:
         """None where there are none that can be read; what zip's own checksums belie cannot."""
 
         try:
             with np.load(self._file(trial_id, SCORES_FILE), allow_pickle=False) as file:
-                return PictureScores(file["correct"].astype(bool), file["log_loss"])
+                return ImageScores(file["correct"].astype(bool), file["log_loss"])
         except (OSError, ValueError, LookupError, EOFError, BadZipFile):
             return None
 
@@ -646,7 +646,7 @@ class ValidationAnswers:
         ranking = self.record.ranking()
         if self.record.is_unvalidated:
             only = ranking[0].trial_id
-            reason = f"{only} was trained on the validation pictures too: there is no choice."
+            reason = f"{only} was trained on the validation images too: there is no choice."
             return Choice(best=only, tied=(only,), chosen=only, reason=reason)
         candidates = self._candidates(ranking)
         choice = choose(
@@ -752,7 +752,7 @@ class ValidationAnswers:
         if kept_weights(self.folder, trial_id, refitted=refitted) is not None:
             return True
         trial = self.record.trials.get(trial_id)
-        return trial is not None and not stage_of(self.experiment, trial).on_pictures
+        return trial is not None and not stage_of(self.experiment, trial).on_images
 
     def restore(self, trial: TrialRecord) -> str | None:
         """A search keeps weights and logits of its five best; another trial is trained again.
@@ -778,7 +778,7 @@ class ValidationAnswers:
         if difference <= _LOSS_TOLERANCE:
             return said
         return (
-            f"{said} warning: a picture's validation loss differs by {difference:.2g} nats from "
+            f"{said} warning: an image's validation loss differs by {difference:.2g} nats from "
             "the search's: another machine or number of threads."
         )
 
@@ -786,7 +786,7 @@ class ValidationAnswers:
         refits = self.experiment.refits
         if self.has_logits(name) and kept_weights(self.folder, name, refitted=refits) is not None:
             return None
-        stores = self._stores_to_train_on(on_pictures=False)
+        stores = self._stores_to_train_on(on_images=False)
         make_baseline(name, self.folder, stores.features or self.folder, refitted=refits)
         return f"Computed {name} again: its files were gone or damaged."
 
@@ -849,25 +849,25 @@ class ValidationAnswers:
         return make_task(
             self.folder,
             stage,
-            stores=self._stores_to_train_on(on_pictures=stage.on_pictures),
+            stores=self._stores_to_train_on(on_images=stage.on_images),
             cache=writable_cache_folder(),
             threads=int(self.experiment.search.cpus_per_trial) or 1,
             starts=starts,
         )
 
-    def _stores_to_train_on(self, *, on_pictures: bool) -> Stores:
+    def _stores_to_train_on(self, *, on_images: bool) -> Stores:
         """Those of the search; computed again if they are gone from the cache."""
 
         known = self.stores
-        found = Stores(None, known.pictures) if on_pictures else Stores(known.features, None)
+        found = Stores(None, known.images) if on_images else Stores(known.features, None)
         if any(found) and found.are_verified:
             return found
         if self.inputs is None:
             raise self._gone()
-        store, _ = self.inputs.store(on_pictures=on_pictures)
-        if on_pictures:
-            return Stores(features=None, pictures=store.folder)
-        return Stores(features=store.folder, pictures=None)
+        store, _ = self.inputs.store(on_images=on_images)
+        if on_images:
+            return Stores(features=None, images=store.folder)
+        return Stores(features=store.folder, images=None)
 
     def calibrate(
         self, trial_id: str, precision: float
@@ -886,7 +886,7 @@ class ValidationAnswers:
         return temperature, threshold, calibration_notes(logits, self.labels, temperature)
 
     def _calibration_taken_over(self) -> tuple[float, ChosenThreshold | None, list[str]]:
-        seen = "The validation pictures were trained on, so nothing was fitted on them"
+        seen = "The validation images were trained on, so nothing was fitted on them"
         taken = self.record.started.get("calibration")
         if taken is None:
             return 1.0, None, [f"{seen}: there is no temperature and no threshold."]

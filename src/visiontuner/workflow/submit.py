@@ -24,13 +24,13 @@ from visiontuner.aws.job import (
 from visiontuner.aws.job import dry_run as look
 from visiontuner.aws.request import (
     JobPlan,
-    Pictures,
     Price,
+    S3Images,
     as_channel,
     awss_version,
     check_no_apostrophe,
     check_quota,
-    find_image,
+    find_container_image,
     has_own_disk,
     limit_seconds,
     reachable_tracking,
@@ -72,10 +72,10 @@ class JobOptions:
         max_run: how long the job may run, as `2h`.
         max_cost: US dollars; shortens `max_run`.
         price: US dollars for an hour of one instance.
-        volume: GB of each machine's disk; by the size of the pictures if None.
+        volume: GB of each machine's disk; by the size of the images if None.
         warm_pool: how long machines stay for a next job, as `30m`.
         tags: with `resume` beside those of that job.
-        upload: `s3://BUCKET/FOLDER`, where pictures of this machine are brought.
+        upload: `s3://BUCKET/FOLDER`, where images of this machine are brought.
         resume: a job of ours; its search goes on from its checkpoints.
     """
 
@@ -127,17 +127,17 @@ def _seconds(flag: str, text: str) -> float:
     return seconds
 
 
-# The pictures of a job: on S3, brought there, or fetched by the job itself.
+# The images of a job: on S3, brought there, or fetched by the job itself.
 
 
 def check_source(experiment: Experiment, upload: str | None) -> None:
     """Refuse what a job could not read, before AWS is asked for anything.
 
     Args:
-        upload: `s3://BUCKET/FOLDER`, where pictures of this machine are brought.
+        upload: `s3://BUCKET/FOLDER`, where images of this machine are brought.
 
     Raises:
-        UserMistake: pictures or weights of this machine, or no pictures that could be uploaded.
+        UserMistake: images or weights of this machine, or no images that could be uploaded.
     """
 
     source, weights = experiment.data.source, experiment.model.weights
@@ -153,7 +153,7 @@ def check_source(experiment: Experiment, upload: str | None) -> None:
         _check_folder(source, upload)
     elif upload is not None:
         raise UserMistake(
-            f"--upload brings pictures of this machine to S3, and the data source is {source}: "
+            f"--upload brings images of this machine to S3, and the data source is {source}: "
             "leave --upload out, or name a folder as --data."
         )
 
@@ -165,7 +165,7 @@ def _check_folder(source: str, upload: str | None) -> None:
     if upload is None:
         raise UserMistake(
             f"{source} is on this machine, where a job cannot read it. Add --upload "
-            f"s3://BUCKET/{path.resolve().name}, or name pictures that are on S3 already."
+            f"s3://BUCKET/{path.resolve().name}, or name images that are on S3 already."
         )
     if not path.is_dir() and not is_table_name(source):
         raise UserMistake(f"--upload takes a folder, and {source} is a file: unpack it first.")
@@ -189,8 +189,8 @@ def _is_elsewhere(source: str) -> bool:
     return source == "digits" or source.split("://")[0].lower() in ("s3", "http", "https")
 
 
-def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictures | None:
-    """What a job reads from S3; None if it fetches its pictures itself.
+def find_images(aws: Aws, experiment: Experiment, upload: str | None) -> S3Images | None:
+    """What a job reads from S3; None if it fetches its images itself.
 
     Raises:
         UserMistake: there is nothing, no such bucket, or one in another region.
@@ -199,21 +199,21 @@ def find_pictures(aws: Aws, experiment: Experiment, upload: str | None) -> Pictu
     source = experiment.data.source
     if source.lower().startswith("s3://"):
         uri = as_channel(source)
-        return Pictures(uri=uri, size=size_on_s3(aws, uri))
+        return S3Images(uri=uri, size=size_on_s3(aws, uri))
     if _is_elsewhere(source):
         return None
     path = Path(source).expanduser().resolve()
     return _to_upload(aws, path.parent if path.is_file() else path, upload or "")
 
 
-def _to_upload(aws: Aws, folder: Path, upload: str) -> Pictures:
+def _to_upload(aws: Aws, folder: Path, upload: str) -> S3Images:
     bucket, prefix = split_folder(upload)
     uri = f"s3://{bucket}/{prefix}"
     require_bucket(aws, uri)
     files = files_in(folder)
     with explained(bucket, "read"):
         there = list_files(connect(aws.session, aws.region), bucket, prefix)
-    return Pictures(
+    return S3Images(
         uri=uri,
         size=sum(path.stat().st_size for path in files.values()),
         upload=folder,
@@ -221,27 +221,27 @@ def _to_upload(aws: Aws, folder: Path, upload: str) -> Pictures:
     )
 
 
-def upload_pictures(
+def upload_images(
     aws: Aws,
     plan: JobPlan,
     *,
     note: Callable[[str], None],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Bring the pictures where the job reads them, as far as they are not there."""
-    if plan.pictures is None or plan.pictures.upload is None:
+    """Bring the images where the job reads them, as far as they are not there."""
+    if plan.images is None or plan.images.upload is None:
         return
 
     moved = upload_folder(
-        plan.pictures.upload,
-        plan.pictures.uri,
+        plan.images.upload,
+        plan.images.uri,
         client=connect(aws.session, aws.region),
         kms_key=plan.kms_key,
         progress=progress,
         note=note,
     )
     note(
-        f"Uploaded {moved.files:,} pictures to {plan.pictures.uri}; {moved.skipped:,} were "
+        f"Uploaded {moved.files:,} images to {plan.images.uri}; {moved.skipped:,} were "
         "there already."
     )
 
@@ -270,7 +270,7 @@ def resume_job(aws: Aws, name: str, options: JobOptions) -> Resumed:
     """
 
     if options.upload:
-        raise UserMistake("--resume goes on with the pictures it began with: leave --upload out.")
+        raise UserMistake("--resume goes on with the images it began with: leave --upload out.")
     before = describe(aws, name)
     if not before.ended:
         raise UserMistake(_is_running(aws, before.name))
@@ -380,9 +380,9 @@ def _with_image(options: JobOptions, before: Job, *, same_type: bool) -> JobOpti
 
     if options.image or options.image_version:
         return options
-    version = awss_version(before.image)
+    version = awss_version(before.container_image)
     if same_type or version is None:
-        return replace(options, image=before.image)
+        return replace(options, image=before.container_image)
     return replace(options, image_version=version)
 
 
@@ -409,10 +409,10 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     kind, instances = options.instance_type or DEFAULT_INSTANCE, options.instances or 1
     default = f"sagemaker-{aws.region}-{aws.account}"
     bucket, exists = find_bucket(aws, options.bucket, default=default)
-    pictures = find_pictures(aws, experiment, options.upload)
-    if pictures is not None:
+    images = find_images(aws, experiment, options.upload)
+    if images is not None:
         table = experiment.data.source.rpartition("/")[2]
-        source = pictures.uri + (table if is_table_name(table) else "")
+        source = images.uri + (table if is_table_name(table) else "")
         data = experiment.data.model_copy(update={"source": source})
         experiment = experiment.model_copy(update={"data": data})
     hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
@@ -427,7 +427,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         role=find_role(aws, options.role),
         bucket=bucket,
         bucket_exists=exists,
-        image=options.image or "",
+        container_image=options.image or "",
         instance_type=kind,
         instances=instances,
         max_run_seconds=limit_seconds(
@@ -439,7 +439,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         price=price,
         tracking_uri=tracking,
         tracking=words,
-        pictures=pictures,
+        images=images,
         disk_gb=options.volume,
         spot=bool(options.spot),
         warm_pool_seconds=int(options.warm_pool_seconds),
@@ -451,8 +451,8 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     )
     check_quota(aws, kind, instances, spot=plan.spot, warm_pool=plan.warm_pool_seconds > 0)
     # Last: the SDK, which knows AWS's images, takes seconds to import.
-    image = find_image(aws, options.image, kind, version=options.image_version)
-    return aws, replace(plan, image=image)
+    image = find_container_image(aws, options.image, kind, version=options.image_version)
+    return aws, replace(plan, container_image=image)
 
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
@@ -476,7 +476,7 @@ def submit_job(
 
     if plan.resumed is not None:  # once more: a question may have been open for hours
         require_idle(aws, plan.search)
-    upload_pictures(aws, plan, note=note, progress=progress)
+    upload_images(aws, plan, note=note, progress=progress)
     with interrupts.in_order():  # the name of a job that was created is told
         return submit(aws, plan, note=note)
 

@@ -11,7 +11,7 @@ It is told and it answers in lines of JSON, on its standard input and output:
                                                 "seconds": {"writing": …, "figures": …, "cpu": …}}
     {"do": "register"}                      -> {"model": "models:/NAME/VERSION"}
                                                or {"problem": …, "error": "TrackingError"}
-    and at any time                         -> {"notice": …}, for who watches the search
+    and at any time                         -> {"notice": …}, for the search's observer
 
 It ends with its input: when whoever started it has ended, in whatever way.
 """
@@ -215,7 +215,7 @@ def _start() -> subprocess.Popen[str]:
     package = str(Path(visiontuner.__file__).resolve().parent.parent)
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.Popen(
-        # -P: a folder of pictures may hold an `mlflow` too.
+        # -P: a folder of images may hold an `mlflow` too.
         [sys.executable, "-P", "-m", "visiontuner.workflow.tracking_process"],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.PIPE,

@@ -100,7 +100,7 @@ class Origin:
         head_trial: whose head a network may begin with: its own, if it trained nothing else, or
             the one it began with itself.
         model_id: of its logged model, where it has one.
-        data_digest: of its pictures, splits included.
+        data_digest: of its images, splits included.
         complete: it ran all its epochs, and measured them on validation.
     """
 
@@ -124,7 +124,7 @@ class Origin:
         return path if path.is_file() else None
 
     def calibration(self) -> Calibration | None:
-        """Temperature and threshold that the origin got from pictures it had not seen.
+        """Temperature and threshold that the origin got from images it had not seen.
 
         Those of its evaluated classifier; else fitted now, on the validation answers that its
         search kept. None where neither is there.
@@ -162,7 +162,7 @@ def find_origin(text: str, *, name: str | None = None) -> Origin:
 def starting_head(origin: Origin, inputs: Inputs) -> Path | None:
     """The origin's trained head, where a network can begin with it; says so, or why not."""
     head = origin.head()
-    if head is None or not inputs.experiment.trains_on_pictures:
+    if head is None or not inputs.experiment.trains_on_images:
         return None
     theirs, ours = origin.experiment["model"], inputs.experiment.model
     same = all(theirs[name] == getattr(ours, name) for name in ("backbone", "weights"))
@@ -356,7 +356,7 @@ CHANGEABLE = ("training.workers", "training.micro_batch_size", "training.record_
 
 
 class TrainingObserver(Observer, Protocol):
-    """Who watches a training, step by step."""
+    """Observes a training, step by step."""
 
     def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
         """After step `step` (from 1) of `steps` in an epoch; reading the loss takes time."""
@@ -401,7 +401,7 @@ def train(
         )
     observer = observer or SilentTraining()
     if trained_on != "train" and experiment.training.early_stop is not None:
-        observer.note("No early stop: no picture is left to see from when to stop.")
+        observer.note("No early stop: no image is left to see from when to stop.")
         training = experiment.training.model_copy(update={"early_stop": None})
         experiment = experiment.model_copy(update={"training": training})
     run = _Training(with_absolute_paths(experiment), folder, observer, trace_steps)
@@ -421,7 +421,7 @@ def resume_training(
 
     Raises:
         JournalError: the folder holds no training, or another process is running it.
-        UserMistake: the pictures are not those it began with.
+        UserMistake: the images are not those it began with.
         CheckpointError: the checkpoint is of another network, class list or setting.
     """
     if not (folder / JOURNAL_FILE).is_file() or not (folder / EXPERIMENT_FILE).is_file():
@@ -440,7 +440,7 @@ def resume_training(
 
 
 class _Training:
-    """One run of a training, from the pictures to the registered model."""
+    """One run of a training, from the images to the registered model."""
 
     def __init__(
         self,
@@ -501,8 +501,8 @@ class _Training:
         if not known or trained_on != "train":
             return False
         theirs = one_training(origin.experiment, (), origin, where=origin.description)
-        same_pictures = origin.data_digest == self.inputs.dataset.digest
-        return same_pictures and _deciding(theirs) == _deciding(self.experiment)
+        same_images = origin.data_digest == self.inputs.dataset.digest
+        return same_images and _deciding(theirs) == _deciding(self.experiment)
 
     def _what_would_differ(self, origin: Origin) -> str:
         more = {"head": "last_stage", "last_stage": "all"}.get(self.experiment.model.train)
@@ -547,7 +547,7 @@ class _Training:
         try:
             self._run_epochs(self._task(stores, recorder.record), recorder, rules)
         except TrialFailed as error:
-            if not error.comes_back:
+            if not error.deterministic:
                 raise
             rules.end(TRIAL_ID, error=str(error))
             end_trial(recorder, TRIAL_ID, "failed", error=str(error))
@@ -577,22 +577,22 @@ class _Training:
     def _stores(self, recorder: Recorder) -> Stores:
         """What is trained on, ready and in the journal."""
         stores = StoreRecorder(self.inputs, recorder)
-        if not self.experiment.trains_on_pictures:
+        if not self.experiment.trains_on_images:
             computing = self.inputs.beside(self.inputs.features)
             return stores.record(*interrupts.result(computing))
         dataset = self.inputs.dataset
         if recorder.record.is_unvalidated:
             dataset = dataset.with_validation_in_train()
-        decoding = self.inputs.beside(lambda: self.inputs.pictures(dataset))
+        decoding = self.inputs.beside(lambda: self.inputs.images(dataset))
         return stores.record(*interrupts.result(decoding))
 
     def _warn(self) -> None:
         """What of the settings a training alone does not show."""
-        training, pictures = self.experiment.training, len(self.inputs.dataset.splits["train"])
-        if training.batch_size > pictures:
+        training, images = self.experiment.training, len(self.inputs.dataset.splits["train"])
+        if training.batch_size > images:
             self.observer.note(
-                f"warning: batch_size {training.batch_size} is more than the {pictures} training "
-                "pictures: every epoch is a single step. Choose a smaller one."
+                f"warning: batch_size {training.batch_size} is more than the {images} training "
+                "images: every epoch is a single step. Choose a smaller one."
             )
 
     def _task(self, stores: Stores, record: SearchRecord) -> TrialTask:
@@ -603,7 +603,7 @@ class _Training:
             search_folder=folder,
             threads=training_threads(self.experiment),
             features_folder=stores.features,
-            pictures_folder=stores.pictures,
+            images_folder=stores.images,
             cache=self.inputs.cache,
             start_heads={TRIAL_ID: head} if head.is_file() else {},
             checkpoints=True,
@@ -724,7 +724,7 @@ class _Training:
 
 
 def _deciding(experiment: Experiment) -> dict[str, Any]:
-    """What of an experiment decides the weights, besides the pictures."""
+    """What of an experiment decides the weights, besides the images."""
     unimportant = {name.removeprefix("training.") for name in CHANGEABLE}
     return {
         "training": experiment.training.model_dump(exclude=unimportant),
@@ -737,8 +737,8 @@ def _deciding(experiment: Experiment) -> dict[str, Any]:
 def _epochs(
     config: dict[str, Any], task: TrialTask, on_step: Callable[[StepDone], None]
 ) -> Generator[EpochResult, None, None]:
-    """The epochs, on pictures or on features."""
-    if task.pictures_folder is not None:
+    """The epochs, on images or on features."""
+    if task.images_folder is not None:
         from visiontuner.search.trial import train_network_epochs as train_network
 
         return train_network(config, task, on_step=on_step)
@@ -748,7 +748,7 @@ def _epochs(
 
 
 def _metrics(result: EpochResult, *, unvalidated: bool) -> dict[str, float]:
-    """Without what was measured on pictures that were trained on."""
+    """Without what was measured on images that were trained on."""
     return {
         name: value
         for name, value in result.metrics.to_dict().items()

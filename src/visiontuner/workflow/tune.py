@@ -1,4 +1,4 @@
-"""A search from the pictures to the registered model."""
+"""A search from the images to the registered model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class StageRunner:
             self.observer.note(describe_cluster())
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
-        computing = self.inputs.beside(lambda: self.inputs.store(on_pictures=stage.on_pictures))
+        computing = self.inputs.beside(lambda: self.inputs.store(on_images=stage.on_images))
         # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
         # mistake in it shows there as well.
         self.inputs.beside(lambda: self.inputs.backbone)
@@ -111,7 +111,7 @@ class StageRunner:
         from visiontuner.search.run import run_trials
 
         stores = self._stores.record(*computed)
-        if not stage.on_pictures and stores.features is not None:
+        if not stage.on_images and stores.features is not None:
             deal_folds(self.inputs, self.folder, stores.features)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
@@ -145,8 +145,8 @@ class StageRunner:
     # the second stage
 
     def _prepare_heads(self, plan: Plan, stores: Stores) -> None:
-        """The heads that networks begin with: on the disk, and of the same pictures."""
-        self._require_same_pictures(stores)
+        """The heads that networks begin with: on the disk, and of the same images."""
+        self._require_same_images(stores)
         record = self.recorder.record
         answers = ValidationAnswers(self.folder, record, self.inputs.experiment, inputs=self.inputs)
         for planned in plan.known:
@@ -156,8 +156,8 @@ class StageRunner:
             if said:
                 self.observer.note(said)
 
-    def _require_same_pictures(self, stores: Stores) -> None:
-        """Logits of both stages are compared picture by picture."""
+    def _require_same_images(self, stores: Stores) -> None:
+        """Logits of both stages are compared image by image."""
 
         features = Stores.of(read_events(self.folder).events).features
         try:
@@ -166,8 +166,8 @@ class StageRunner:
             return  # gone from the cache: the digest of the data is the same
         if not np.array_equal(heads.labels, stores.read_labels().labels):
             raise DataError(
-                "Other pictures can be read now than when the heads were trained. "
-                "Bring the pictures back as they were, or start a new search."
+                "Other images can be read now than when the heads were trained. "
+                "Bring the images back as they were, or start a new search."
             )
 
 
@@ -232,7 +232,7 @@ def resume_search(
 
     Raises:
         JournalError: the folder holds no search, or another process is running it.
-        UserMistake: the pictures are not those the search began with, or an override would make
+        UserMistake: the images are not those the search began with, or an override would make
             another search of it.
     """
     for override in overrides:
@@ -252,7 +252,7 @@ def resume_search(
 
 
 class _Run:
-    """One run of a search, from the pictures to the registered model."""
+    """One run of a search, from the images to the registered model."""
 
     def __init__(self, experiment: Experiment, folder: Path, on: Where, observer: Observer) -> None:
         self.experiment = experiment

@@ -14,7 +14,7 @@ from visiontuner.diagnostics.history import Recording
 from visiontuner.diagnostics.recorder import Recorder
 from visiontuner.experiment.schema import Training
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.callbacks import Watch, Watches
+from visiontuner.training.callbacks import TrainingCallback, TrainingCallbacks
 from visiontuner.training.loop import Fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, EPOCHS = 3, 4
 
 
-def pictures(samples: int = 24) -> FeatureBatches:
+def image_batches(samples: int = 24) -> FeatureBatches:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(samples) % CLASSES
     images = torch.randn(samples, 3, 8, 8, generator=generator) + labels[:, None, None, None]
@@ -36,9 +36,17 @@ def network() -> nn.Sequential:
     )
 
 
-def training_of(net: nn.Module, watch: Watch | None) -> Fit:
+def training_of(net: nn.Module, callback: TrainingCallback | None) -> Fit:
     settings = Training(epochs=EPOCHS, batch_size=8, learning_rate=0.05)
-    return Fit(net, pictures(), pictures(6), settings, num_classes=CLASSES, seed=3, watch=watch)
+    return Fit(
+        net,
+        image_batches(),
+        image_batches(6),
+        settings,
+        num_classes=CLASSES,
+        seed=3,
+        callback=callback,
+    )
 
 
 def recorder_of(folder: Path, net: nn.Module, *, every_steps: int = 1) -> Recorder:
@@ -181,7 +189,9 @@ def test_a_head_on_features_can_be_recorded(tmp_path):
     head = nn.Sequential(nn.Dropout(0.0), nn.Linear(5, CLASSES))
     recorder = recorder_of(tmp_path, head)
     settings = Training(epochs=1, batch_size=8)
-    training = Fit(head, features, features, settings, num_classes=CLASSES, seed=3, watch=recorder)
+    training = Fit(
+        head, features, features, settings, num_classes=CLASSES, seed=3, callback=recorder
+    )
     list(training.epochs())
     recorder.close()
     record = Recording.load(tmp_path / "recording.npz").tensors
@@ -191,7 +201,7 @@ def test_a_head_on_features_can_be_recorded(tmp_path):
 
 
 def test_several_can_watch():
-    class Counting(Watch):
+    class Counting(TrainingCallback):
         def __init__(self) -> None:
             self.told: list[str] = []
 
@@ -220,7 +230,7 @@ def test_several_can_watch():
             self.told.append("evaluated")
 
     first, second = Counting(), Counting()
-    next(training_of(network(), Watches([first, second])).epochs())
+    next(training_of(network(), TrainingCallbacks([first, second])).epochs())
     assert first.told == second.told
     step = ["data", "step 1", "passes", "forward", "backward", "gradients", "optimizer", "moved"]
     assert first.told[:11] == ["epoch 1", *step, "reporting", "end"]

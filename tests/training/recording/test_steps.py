@@ -32,11 +32,11 @@ class HandClock:
         return later - earlier
 
 
-def take_step(times: StepTimes, clock: HandClock, number: int, *, pictures: int = 8) -> None:
+def take_step(times: StepTimes, clock: HandClock, number: int, *, images: int = 8) -> None:
     """One, two, … seconds for each part in turn."""
     for seconds, part in enumerate(STEP_PARTS, start=1):
         if part == "forward":
-            times.step_begins(number, pictures)
+            times.step_begins(number, images)
         clock.now += seconds
         times.spent_on(part)
     times.step_ends()
@@ -52,11 +52,11 @@ def times_by_hand(**options) -> tuple[StepTimes, HandClock]:
 def test_each_part_gets_the_time_before_its_end():
     times, clock = times_by_hand()
     take_step(times, clock, 1)
-    take_step(times, clock, 2, pictures=5)
+    take_step(times, clock, 2, images=5)
     record = times.record()
     assert record.steps.tolist() == [1, 2]
     assert record.seconds.tolist() == [[1, 2, 3, 4, 5, 6]] * 2
-    assert record.pictures.tolist() == [8, 5]
+    assert record.images.tolist() == [8, 5]
     assert (record.device, record.workers) == ("cpu", 2)
 
 
@@ -124,7 +124,7 @@ def test_a_long_training_keeps_fewer_of_its_steps():
         take_step(times, clock, number)
     record = times.record()
     assert record.steps.tolist() == [1, 8, 16, 24, 32, 40]
-    assert len(record.seconds) == len(record.pictures) == 6
+    assert len(record.seconds) == len(record.images) == 6
 
 
 def test_going_on_drops_what_came_after_the_checkpoint():

@@ -77,7 +77,7 @@ def test_memory_is_that_of_the_training_and_of_the_processes_it_started(tmp_path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell them apart")
 def test_pages_of_a_mapped_file_are_not_the_trainings_memory(tmp_path):
-    """Every worker maps the decoded pictures, and reads ever more of them."""
+    """Every worker maps the decoded images, and reads ever more of them."""
     path = tmp_path / "pixels"
     path.write_bytes(bytes(200_000_000))
     mapped = np.memmap(path, np.uint8, "r")

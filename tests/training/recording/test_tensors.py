@@ -15,7 +15,7 @@ from visiontuner.diagnostics.history import TENSOR_STATISTICS, TensorRecord
 from visiontuner.diagnostics.tensors import TensorRecorder, find_layers
 from visiontuner.experiment.schema import Training
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.callbacks import Watch
+from visiontuner.training.callbacks import TrainingCallback
 from visiontuner.training.loop import Fit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,14 +23,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES = 3
 
 
-def pictures(samples: int = 48, *, batch_size: int = 16) -> FeatureBatches:
+def image_batches(samples: int = 48, *, batch_size: int = 16) -> FeatureBatches:
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(samples) % CLASSES
     images = torch.randn(samples, 3, 8, 8, generator=generator) + labels[:, None, None, None]
     return FeatureBatches(images, labels, batch_size=batch_size)
 
 
-class Recording(Watch):
+class Recording(TrainingCallback):
     """Only the tensors, as `Recorder` passes them on."""
 
     def __init__(self, network: nn.Module, **options) -> None:
@@ -49,7 +49,7 @@ class Recording(Watch):
 def train(
     network: nn.Module,
     *,
-    watch: Watch | None = None,
+    callback: TrainingCallback | None = None,
     **settings,
 ) -> list[float]:
     """The losses of every step, and the weights at the end in one number."""
@@ -58,13 +58,13 @@ def train(
     groups = [{"params": [p for p in network.parameters() if p.requires_grad]}]
     training = Fit(
         network,
-        pictures(),
-        pictures(12),
+        image_batches(),
+        image_batches(12),
         Training(**settings),
         num_classes=CLASSES,
         seed=3,
         parameter_groups=groups,
-        watch=watch,
+        callback=callback,
         on_step=lambda done: losses.append(float(done.loss)),
     )
     for result in training.epochs():
@@ -74,9 +74,9 @@ def train(
 
 def recorded(network: nn.Module, **options) -> TensorRecord:
     recorder = {k: options.pop(k) for k in ("every", "most_steps") if k in options}
-    watch = Recording(network, **recorder)
-    train(network, watch=watch, **options)
-    return watch.tensors.record()
+    callback = Recording(network, **recorder)
+    train(network, callback=callback, **options)
+    return callback.tensors.record()
 
 
 def column(record: TensorRecord, statistic: str, layer: str) -> np.ndarray:
@@ -175,7 +175,7 @@ def test_an_in_place_activation_leaves_the_numbers_of_the_layer_before_it():
 
 def test_what_enters_the_network_is_kept():
     record = recorded(network_of_kinds())
-    first = next(pictures().shuffled(torch.Generator().manual_seed(3)))[0]
+    first = next(image_batches().shuffled(torch.Generator().manual_seed(3)))[0]
     assert record.inputs.shape == (8, 3, 8, 8)
     assert record.inputs == pytest.approx(first[:8].numpy(), abs=0.01)
     assert record.input_mean.shape == (6, 3)
@@ -346,9 +346,9 @@ def test_a_watched_training_gives_the_same_numbers_bit_for_bit(
     make: Callable[[], nn.Module], settings: dict[str, object]
 ):
     network = make()
-    watch = Recording(network)
-    assert train(network, watch=watch, **settings) == train(make(), **settings)
-    record = watch.tensors.record()
+    callback = Recording(network)
+    assert train(network, callback=callback, **settings) == train(make(), **settings)
+    record = callback.tensors.record()
     assert record.steps.tolist() == [1, 2, 3, 4, 5, 6]
     assert not any(module._forward_hooks for module in network.modules())
 

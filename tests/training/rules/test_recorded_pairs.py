@@ -88,7 +88,7 @@ def every(statistic: str, value: Any, *layers: str) -> dict[tuple[str, str], Any
     return {(layer, statistic): value for layer in layers or ("first", "norm", "head")}
 
 
-def pictures(low: float, high: float, centre: float = 0.0, **about: Any) -> TrainingHistory:
+def images(low: float, high: float, centre: float = 0.0, **about: Any) -> TrainingHistory:
     history = tensors(
         input_min=np.full(4, low, np.float32),
         input_max=np.full(4, high, np.float32),
@@ -110,7 +110,7 @@ def steps(
     record = StepRecord(
         steps=np.arange(1, number + 1),
         seconds=seconds,
-        pictures=np.full(number, 32),
+        images=np.full(number, 32),
         startup_seconds=startup,
         device=device,
         workers=2,
@@ -118,12 +118,12 @@ def steps(
     return TrainingHistory(recording=Recording(steps=record, system=system), **rest)
 
 
-def in_batches_of(pictures: int, history: TrainingHistory) -> TrainingHistory:
+def in_batches_of(images: int, history: TrainingHistory) -> TrainingHistory:
     of_steps = steps().recording
     assert history.recording is not None
     assert of_steps is not None
     assert of_steps.steps is not None
-    sized = replace(of_steps.steps, pictures=np.full(50, pictures))
+    sized = replace(of_steps.steps, images=np.full(50, images))
     return replace(history, recording=replace(history.recording, steps=sized))
 
 
@@ -294,12 +294,12 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
         in_batches_of(16, tensors({("relu", "activation_dead"): 0.6})),
         in_batches_of(15, tensors({("relu", "activation_dead"): 0.6})),
     ),
-    "check_input_images: 0 to 255": ("error", pictures(0, 255, 110), pictures(-2.12, 2.64)),
-    "check_input_images: 0 to 1": ("error", pictures(0, 1, 0.4), pictures(-2.12, 1, -1.4)),
+    "check_input_images: 0 to 255": ("error", images(0, 255, 110), images(-2.12, 2.64)),
+    "check_input_images: 0 to 1": ("error", images(0, 1, 0.4), images(-2.12, 1, -1.4)),
     "check_input_images: what the backbone expects": (
         "error",
-        pictures(-1, 1),
-        pictures(-1, 1, mean=[0.5] * 3, std=[0.5] * 3),
+        images(-1, 1),
+        images(-1, 1, mean=[0.5] * 3, std=[0.5] * 3),
     ),
     "low_gpu_use: idle": (
         "error",

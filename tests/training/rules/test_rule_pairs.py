@@ -75,7 +75,7 @@ def fifty_epochs_idle(rise: float) -> TrainingHistory:
 
 
 def missed(rare_recall: float, **parts: Any) -> TrainingHistory:
-    """100, 100 and 5 training pictures; ten of the rare class in validation."""
+    """100, 100 and 5 training images; ten of the rare class in validation."""
     right = round(10 * rare_recall)
     labels = [0] * 10 + [1] * 10 + [2] * 10
     said = labels[:20] + [2] * right + [0] * (10 - right)
@@ -105,16 +105,16 @@ def behind(loss: float, accuracy: float) -> TrainingHistory:
 
 
 def doubtful(wrong: int, sure: float = 0.995) -> TrainingHistory:
-    """100 validation pictures of ten classes, `wrong` of them confidently another one."""
+    """100 validation images of ten classes, `wrong` of them confidently another one."""
     labels = [n % 10 for n in range(100)]
     said = [(label + 1) % 10 if n < wrong else label for n, label in enumerate(labels)]
     return history(predictions=predictions(said, labels, sure=sure))
 
 
-def of_shape(pictures: int, classes: int) -> Predictions:
+def of_shape(images: int, classes: int) -> Predictions:
     return Predictions(
-        probabilities=np.full((pictures, classes), 1 / classes),
-        labels=np.zeros(pictures, np.int64),
+        probabilities=np.full((images, classes), 1 / classes),
+        labels=np.zeros(images, np.int64),
         class_names=tuple("abc"[:classes]),
     )
 
@@ -185,8 +185,8 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
             num_classes=2,
         ),
     ),
-    "loss_not_decreasing: with mixed pictures": ("error", mixed(1.9, 0.4), mixed(1.9, 0.56)),
-    "loss_not_decreasing: with mixed pictures, by the loss": (
+    "loss_not_decreasing: with mixed images": ("error", mixed(1.9, 0.4), mixed(1.9, 0.56)),
+    "loss_not_decreasing: with mixed images, by the loss": (
         "error",
         mixed(1.9, 0.4),
         mixed(1.9, 0.4, validation_loss=1.1),
@@ -242,7 +242,7 @@ PAIRS: dict[str, tuple[str, TrainingHistory, TrainingHistory]] = {
             train_loss=falling(2.25, 1.9), validation_loss=falling(2.2, 2.0), configuration=SMOOTHED
         ),
     ),
-    "learning_rate_too_low: with mixed pictures": (
+    "learning_rate_too_low: with mixed images": (
         "error",
         history(
             train_loss=falling(2.3, 2.2), validation_loss=falling(2.3, 2.2), configuration=MIXED
@@ -408,7 +408,7 @@ def test_evidence_stays_short(rule: str, huge: TrainingHistory) -> None:
         history(predictions=of_shape(0, 3)),
         history(predictions=of_shape(4, 1)),
     ],
-    ids=["empty", "one class", "zeros", "not finite", "negative", "no pictures", "none", "one"],
+    ids=["empty", "one class", "zeros", "not finite", "negative", "no images", "none", "one"],
 )
 def test_no_rule_fails_on_an_odd_history(rule: str, odd: TrainingHistory) -> None:
     finding = RULES[rule](odd)
@@ -524,7 +524,7 @@ def test_an_experiment_refuses_other_rules(stop_on: Any, told: str) -> None:
 
 @pytest.mark.parametrize("counts", [None, (30, 5, 1), (30, 5, 0)])
 def test_the_least_loss_is_what_a_perfect_model_has(counts: tuple[int, ...] | None) -> None:
-    """Against torch: the logits of each class's pictures fitted until the loss falls no more."""
+    """Against torch: the logits of each class's images fitted until the loss falls no more."""
     labels = torch.repeat_interleave(torch.arange(3), torch.tensor(counts or (7, 7, 7)))
     weights = balanced_class_weights(labels, 3) if counts else None
     logits = torch.zeros(3, 3, requires_grad=True)
@@ -553,13 +553,13 @@ def test_a_trial_that_was_resumed_and_has_no_new_epoch_is_not_stalled() -> None:
     assert RULES["stalled"](history_of_trial(record, resumed, now=40_000.0)) is None
 
 
-def test_what_a_training_waited_for_its_pictures_counts_for_a_single_one_alone() -> None:
+def test_what_a_training_waited_for_its_images_counts_for_a_single_one_alone() -> None:
     events = [
         {"event": "search_started", "search_id": "s", "trained_on": "train"},
-        {"event": "pictures_ready", "seconds": 1500.0},
+        {"event": "images_ready", "seconds": 1500.0},
         {"event": "trial_started", "trial_id": "t", "attempt": 1, "configuration": {}, "time": 1.0},
         {"event": "search_resumed"},
-        {"event": "pictures_ready", "seconds": 0.5},
+        {"event": "images_ready", "seconds": 0.5},
     ]
     training = SearchRecord.of(events)
     assert history_of_trial(training, training.trials["t"]).preparation_seconds == 1500.0
@@ -567,7 +567,7 @@ def test_what_a_training_waited_for_its_pictures_counts_for_a_single_one_alone()
     assert history_of_trial(search, search.trials["t"]).preparation_seconds == 0.0
 
 
-def test_the_head_of_a_staged_search_sees_no_mixed_pictures() -> None:
+def test_the_head_of_a_staged_search_sees_no_mixed_images() -> None:
     started = {"experiment": {"training": MIXED}, "data": {"class_names": ["a", "b"]}}
     head, network = (
         TrialRecord(
@@ -576,12 +576,12 @@ def test_the_head_of_a_staged_search_sees_no_mixed_pictures() -> None:
         for stage in ("head", "network")
     )
     record = SearchRecord(started=started)
-    assert not history_of_trial(record, head).mixes_pictures
-    assert history_of_trial(record, network).mixes_pictures
+    assert not history_of_trial(record, head).mixes_images
+    assert history_of_trial(record, network).mixes_images
 
 
 def test_logits_of_another_shape_are_no_predictions() -> None:
-    with pytest.raises(ValueError, match="logits for 3 pictures"):
+    with pytest.raises(ValueError, match="logits for 3 images"):
         Predictions.from_logits(np.zeros((2, 2)), np.zeros(3, np.int64), ("a", "b"))
 
 

@@ -37,14 +37,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def drawn(number: int) -> tuple[Tensor, Tensor]:
-    """Pictures in [0, 1], (N, 3, S, S): noise, and a bright square in one of four corners."""
+    """Images in [0, 1], (N, 3, S, S): noise, and a bright square in one of four corners."""
     rng = np.random.default_rng(number)
     pixels = rng.uniform(0, 1, (number, 3, SIZE, SIZE)).astype(np.float32)
     labels = np.arange(number) % CLASSES
-    for picture, label in zip(pixels, labels, strict=True):
+    for image, label in zip(pixels, labels, strict=True):
         top, left = SIZE // 2 * (label // 2), SIZE // 2 * (label % 2)
-        picture[:, top : top + SIZE // 2, left : left + SIZE // 2] *= 0.2
-    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = 0, 1  # black and white are in every picture
+        image[:, top : top + SIZE // 2, left : left + SIZE // 2] *= 0.2
+    pixels[:, 0, 0, 0], pixels[:, 0, 0, 1] = 0, 1  # black and white are in every image
     return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
@@ -81,7 +81,11 @@ def findings(
         about={"mean": [MEAN] * 3, "std": [STD] * 3},
     )  # fmt: skip
     try:
-        list(Fit(network, *batches, training, num_classes=CLASSES, seed=7, watch=recorder).epochs())
+        list(
+            Fit(
+                network, *batches, training, num_classes=CLASSES, seed=7, callback=recorder
+            ).epochs()
+        )
     except TrialFailed:
         pass
     finally:

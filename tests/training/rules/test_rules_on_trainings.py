@@ -101,7 +101,7 @@ def test_shuffled_labels(splits):
     assert findings(shuffled, valid).get("label_noise") == "error"
 
 
-def test_a_class_without_training_pictures(splits):
+def test_a_class_without_training_images(splits):
     train, valid = splits
     assert findings(train.only(train.labels != 3), valid).get("class_not_predicted") == "error"
 
@@ -113,7 +113,7 @@ def test_ninety_percent_of_one_class(splits):
     assert findings(train.only(rows), valid).get("class_imbalance") == "error"
 
 
-def test_two_hundred_epochs_on_fifty_pictures(splits):
+def test_two_hundred_epochs_on_fifty_images(splits):
     train, valid = splits
     found = findings(train.only(np.arange(50)), valid, epochs=200, batch_size=16)
     assert "error" in (found.get("overfit"), found.get("overtraining"))

@@ -1,4 +1,4 @@
-"""Figures of an evaluation on the test pictures."""
+"""Figures of an evaluation on the test images."""
 
 from __future__ import annotations
 
@@ -36,63 +36,63 @@ if TYPE_CHECKING:
     from visiontuner.evaluation.scores import Threshold
 
 
-# Pictures side by side with what was said about them.
+# Images side by side with what was said about them.
 
 
-_DPI = 90  # as `to_png` draws: one pixel of a picture is one pixel of the sheet
+_DPI = 90  # as `to_png` draws: one pixel of an image is one pixel of the sheet
 _TILE, _GAP, _CAPTION = 168, 12, 40
 _COLUMNS = 6
 
-Picture = Image.Image | NDArray[np.uint8]
+AnyImage = Image.Image | NDArray[np.uint8]
 Caption = tuple[str, str, float]
 """True class, predicted class, probability of the predicted one."""
 
 
-def contact_sheet(pictures: Sequence[Picture], captions: Sequence[Caption]) -> Figure:
-    """The most confidently wrong pictures, six in a row, with their true and predicted classes.
+def contact_sheet(images: Sequence[AnyImage], captions: Sequence[Caption]) -> Figure:
+    """The most confidently wrong images, six in a row, with their true and predicted classes.
 
     Args:
-        pictures: Pillow images, or uint8 arrays of shape (H, W, 3); shown whole, as they are.
-        captions: one for each picture.
+        images: Pillow images, or uint8 arrays of shape (H, W, 3); shown whole, as they are.
+        captions: one for each image.
 
     Raises:
-        ValueError: no pictures, or not one caption for each.
+        ValueError: no images, or not one caption for each.
     """
-    if not pictures or len(pictures) != len(captions):
-        raise ValueError(f"{len(pictures)} pictures and {len(captions)} captions")
+    if not images or len(images) != len(captions):
+        raise ValueError(f"{len(images)} images and {len(captions)} captions")
     said = [
         (drawable(true, 26) or "?", f"→ {drawable(predicted, 19) or '?'} {probability:.0%}")
         for true, predicted, probability in captions
     ]
-    return picture_sheet(pictures, said)
+    return image_sheet(images, said)
 
 
-def picture_sheet(
-    pictures: Sequence[Picture],
+def image_sheet(
+    images: Sequence[AnyImage],
     captions: Sequence[tuple[str, str]],
     *,
     tile: int = _TILE,
     columns: int = _COLUMNS,
     title_lines: int = 0,
 ) -> Figure:
-    """Pictures in rows, each with two lines below it.
+    """Images in rows, each with two lines below it.
 
     Args:
-        tile: sides of a picture's place, in pixels.
+        tile: sides of an image's place, in pixels.
         title_lines: for how many lines there is room above.
     """
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
     caption = _CAPTION if any(second for _, second in captions) else _CAPTION - 15
     width = columns * (tile + _GAP) + _GAP
     above = 18 * title_lines
     height = rows * (tile + caption + _GAP) + _GAP + above
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")
     sheet = Image.new("RGB", (width, height), "white")
-    for index, (picture, (first, second)) in enumerate(zip(pictures, captions, strict=True)):
+    for index, (image, (first, second)) in enumerate(zip(images, captions, strict=True)):
         left = _GAP + index % columns * (tile + _GAP)
         top = above + _GAP + index // columns * (tile + caption + _GAP)
-        small = _fitted(picture, tile)
+        small = _fitted(image, tile)
         sheet.paste(small, (left + (tile - small.width) // 2, top + tile - small.height))
         line = height - top - tile - 14
         literally([
@@ -105,8 +105,8 @@ def picture_sheet(
     return figure
 
 
-def _fitted(picture: Picture, tile: int) -> Image.Image:
-    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+def _fitted(shown: AnyImage, tile: int) -> Image.Image:
+    image = shown if isinstance(shown, Image.Image) else Image.fromarray(shown)
     image = image.convert("RGB")
     scale = tile / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -176,7 +176,7 @@ def risk_coverage_curve(curve: RiskCoverage, threshold: Threshold | None) -> Fig
     axes.set(xlim=(0, 1.02), ylim=(-0.03 * (highest or 1), 1.12 * highest or 1.0))
     as_percent(axes)
     as_percent(axes, axis="x")
-    label_axes(axes, "Answered pictures (coverage)", "Wrong among them (risk)")
+    label_axes(axes, "Answered images (coverage)", "Wrong among them (risk)")
     return figure
 
 
@@ -184,7 +184,7 @@ def confusion_matrix(confusion: NDArray[np.int64], class_names: Sequence[str]) -
     """Counts by true class (rows) and predicted class (columns); colour is the share of the row."""
     names, size = readable(class_names), len(class_names)
     height = max(3.4, min(8.6, 2.4 + 0.235 * size))
-    right = _picture_counts(int(np.trace(confusion)), int(confusion.sum()))
+    right = _image_counts(int(np.trace(confusion)), int(confusion.sum()))
     figure, (axes,) = panels(1, f"Confusion   {right}", left=0.25, height=height)
     figure.subplots_adjust(bottom=1.75 / height)
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
@@ -227,12 +227,12 @@ def most_confused(confusion: NDArray[np.int64], class_names: Sequence[str]) -> F
     axes.set_xlim(0, 1.15 * max(pair.count for pair in pairs))
     axes.grid(visible=False, axis="y")
     _from_the_top(axes, len(pairs))
-    label_axes(axes, "Pictures of the true class taken for the other (share of the class)", "")
+    label_axes(axes, "Images of the true class taken for the other (share of the class)", "")
     return figure
 
 
 def per_class(report: EvaluationReport) -> Figure | None:
-    """Recall and precision of the classes with the lowest F1; None without test pictures."""
+    """Recall and precision of the classes with the lowest F1; None without test images."""
     scored = [s for s in report.classes if not math.isnan(s.f1)]
     shown = sorted(scored, key=lambda score: (score.f1, score.name))[:_SHOWN_CLASSES]
     if not shown:
@@ -258,7 +258,7 @@ def per_class(report: EvaluationReport) -> Figure | None:
     axes.set_xlim(max(-0.02, lowest - 0.06), 1.02)
     _from_the_top(axes, len(shown))
     as_percent(axes, axis="x")
-    label_axes(axes, "On test; how many pictures of the class there are stands in brackets", "")
+    label_axes(axes, "On test; how many images of the class there are stands in brackets", "")
     add_legend(axes, "upper right", outside=True)
     return figure
 
@@ -305,5 +305,5 @@ def _from_the_top(axes: Axes, rows: int) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def _picture_counts(right: int, total: int) -> str:
-    return f"{right:,} of {count(total, 'picture')} right"
+def _image_counts(right: int, total: int) -> str:
+    return f"{right:,} of {count(total, 'image')} right"

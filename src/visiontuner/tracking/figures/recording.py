@@ -25,7 +25,7 @@ from visiontuner.diagnostics.history import (
     TensorRecord,
     find_recording,
 )
-from visiontuner.tracking.figures.evaluation import picture_sheet
+from visiontuner.tracking.figures.evaluation import image_sheet
 from visiontuner.tracking.figures.parts import (
     BLUE,
     GREEN,
@@ -42,7 +42,7 @@ from visiontuner.tracking.figures.parts import (
 )
 from visiontuner.tracking.plan import Point
 
-# Pictures as they enter the network.
+# Images as they enter the network.
 
 
 _MOST = 8
@@ -63,7 +63,7 @@ def network_inputs(record: TensorRecord, about: Mapping[str, Any]) -> Figure | N
         (f"mean {_number(float(one.mean()))}, std {_number(float(one.std()))}", "")
         for one in np.nan_to_num(inputs)
     ]
-    figure = picture_sheet(
+    figure = image_sheet(
         [Image.fromarray(one) for one in pixels], captions, title_lines=2, columns=4
     )
     _title(figure, record)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from visiontuner.search.run import MOST_LOSSES, Losses
+from visiontuner.search.run import MOST_WORKER_FAILURES, WorkerFailures
 
 UNAVAILABLE = (
     "Failure # 1 (occurred at 2026-11-22_22-54-35)\nThe actor f62d1b99 is unavailable: The actor "
@@ -17,10 +17,10 @@ DIED = (
 
 @pytest.mark.parametrize("told", [UNAVAILABLE, DIED, DIED.split("\n", 1)[1]])
 def test_a_trial_whose_worker_died_begins_again(told: str) -> None:
-    losses = Losses()
-    assert losses.begins_again("t0001", told)
-    assert losses.take()
-    assert not losses.take()
+    failures = WorkerFailures()
+    assert failures.begins_again("t0001", told)
+    assert failures.take()
+    assert not failures.take()
 
 
 @pytest.mark.parametrize(
@@ -33,9 +33,9 @@ def test_a_trial_whose_worker_died_begins_again(told: str) -> None:
     ],
 )
 def test_what_a_trial_itself_raised_does_not(told: str) -> None:
-    losses = Losses()
-    assert not losses.begins_again("t0001", told)
-    assert not losses.take()
+    failures = WorkerFailures()
+    assert not failures.begins_again("t0001", told)
+    assert not failures.take()
 
 
 @pytest.mark.parametrize(
@@ -54,21 +54,21 @@ def test_what_a_trial_itself_raised_does_not(told: str) -> None:
 )
 def test_a_disk_that_fails_a_trial_ends_the_search(error: str) -> None:
     ended: list[str] = []
-    losses = Losses(end_search=lambda: ended.append("search"))
+    failures = WorkerFailures(end_search=lambda: ended.append("search"))
     told = f"Failure # 1 (now)\nray::ImplicitFunc.train() (pid=1)\n{error}\n"
-    assert losses.is_of_disk(told, error)
-    assert (losses.disk_error, ended) == (error, ["search"])
+    assert failures.is_of_disk(told, error)
+    assert (failures.disk_error, ended) == (error, ["search"])
 
 
 def test_other_failures_are_the_trials_own() -> None:
-    losses = Losses(end_search=pytest.fail)
-    assert not losses.is_of_disk("TrialFailed: The training loss is nan", "nan")
-    assert not losses.is_of_disk("FileNotFoundError: [Errno 2] No such file", "gone")
-    assert losses.disk_error is None
+    failures = WorkerFailures(end_search=pytest.fail)
+    assert not failures.is_of_disk("TrialFailed: The training loss is nan", "nan")
+    assert not failures.is_of_disk("FileNotFoundError: [Errno 2] No such file", "gone")
+    assert failures.disk_error is None
 
 
 def test_a_trial_that_ends_every_worker_fails_at_last() -> None:
-    losses = Losses()
-    again = [losses.begins_again("t0001", DIED) for _ in range(MOST_LOSSES)]
-    assert again == [True] * (MOST_LOSSES - 1) + [False]
-    assert losses.begins_again("t0002", DIED)
+    failures = WorkerFailures()
+    again = [failures.begins_again("t0001", DIED) for _ in range(MOST_WORKER_FAILURES)]
+    assert again == [True] * (MOST_WORKER_FAILURES - 1) + [False]
+    assert failures.begins_again("t0002", DIED)

@@ -19,27 +19,27 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from visiontuner.data.arrays import PictureStore, prepare_pictures
+from visiontuner.data.arrays import DecodedImages, prepare_images
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.images import Preprocessing, normalise, read_pixels
 from visiontuner.errors import DataError, TrialFailed
 from visiontuner.experiment.schema import AUGMENTATIONS, NO_AUGMENTATION, Augmentation
-from visiontuner.training import batches as picture_workers
-from visiontuner.training.batches import FeatureBatches, PictureBatches
+from visiontuner.training import batches as image_workers
+from visiontuner.training.batches import FeatureBatches, ImageBatches
 
 SMALL = Preprocessing(
     resize=36, size=32, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3), interpolation="bilinear"
 )
 STRONG = AUGMENTATIONS["strong"]
 CPU = torch.device("cpu")
-TRAIN = 21  # the last class has one picture
+TRAIN = 21  # the last class has one image
 Batch = tuple[Tensor, Tensor]
-MakeBatches = Callable[..., PictureBatches]
+MakeBatches = Callable[..., ImageBatches]
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
-    root = tmp_path_factory.mktemp("pictures")
+    root = tmp_path_factory.mktemp("images")
     splits: dict[str, tuple[Sample, ...]] = {"test": ()}
     for split, count in {"train": TRAIN, "validation": 5}.items():
         samples = []
@@ -56,16 +56,16 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
 
 
 @pytest.fixture
-def store(dataset: ImageDataset, tmp_path: Path) -> PictureStore:
+def store(dataset: ImageDataset, tmp_path: Path) -> DecodedImages:
     """Views to train on, pixels to evaluate."""
-    return prepare_pictures(dataset, preprocessing=SMALL, cache=tmp_path, augmented=True)
+    return prepare_images(dataset, preprocessing=SMALL, cache=tmp_path, augmented=True)
 
 
 @pytest.fixture
-def make_batches(store: PictureStore) -> Iterator[MakeBatches]:
-    made: list[PictureBatches] = []
+def make_batches(store: DecodedImages) -> Iterator[MakeBatches]:
+    made: list[ImageBatches] = []
 
-    def make(split: str = "train", **options: object) -> PictureBatches:
+    def make(split: str = "train", **options: object) -> ImageBatches:
         defaults = {
             "preprocessing": SMALL,
             "augmentation": STRONG,
@@ -74,7 +74,7 @@ def make_batches(store: PictureStore) -> Iterator[MakeBatches]:
             "workers": 0,
             "device": CPU,
         }
-        made.append(PictureBatches(store.split(split), **(defaults | options)))
+        made.append(ImageBatches(store.split(split), **(defaults | options)))
         return made[-1]
 
     yield make
@@ -83,10 +83,10 @@ def make_batches(store: PictureStore) -> Iterator[MakeBatches]:
 
 
 @pytest.fixture
-def plain(dataset: ImageDataset, tmp_path: Path) -> PictureBatches:
-    """Training pictures that no epoch changes."""
-    unaugmented = prepare_pictures(dataset, preprocessing=SMALL, cache=tmp_path, augmented=False)
-    return PictureBatches(
+def plain(dataset: ImageDataset, tmp_path: Path) -> ImageBatches:
+    """Training images that no epoch changes."""
+    unaugmented = prepare_images(dataset, preprocessing=SMALL, cache=tmp_path, augmented=False)
+    return ImageBatches(
         unaugmented.split("train"),
         preprocessing=SMALL,
         augmentation=NO_AUGMENTATION,
@@ -96,7 +96,7 @@ def plain(dataset: ImageDataset, tmp_path: Path) -> PictureBatches:
     )
 
 
-def epochs(batches: PictureBatches, number: int, *, seed: int = 7) -> list[Batch]:
+def epochs(batches: ImageBatches, number: int, *, seed: int = 7) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     return [batch for _ in range(number) for batch in batches.shuffled(generator)]
 
@@ -132,7 +132,7 @@ def awaited(look: Callable[[], Any]) -> Any:
 
 
 def test_unaugmented_epoch_is_what_evaluation_would_read(
-    plain: PictureBatches, dataset: ImageDataset
+    plain: ImageBatches, dataset: ImageDataset
 ) -> None:
     expected = read(dataset, "train")
     batches = epochs(plain, 1)
@@ -146,7 +146,7 @@ def test_unaugmented_epoch_is_what_evaluation_would_read(
     assert labels.dtype == torch.int64
 
 
-def test_unaugmented_epochs_have_the_order_of_features(plain: PictureBatches) -> None:
+def test_unaugmented_epochs_have_the_order_of_features(plain: ImageBatches) -> None:
     features = torch.arange(TRAIN, dtype=torch.float32).reshape(-1, 1)
     on_features = FeatureBatches(features, plain.labels, batch_size=4)
     ours, theirs = (torch.Generator().manual_seed(3) for _ in range(2))
@@ -156,9 +156,7 @@ def test_unaugmented_epochs_have_the_order_of_features(plain: PictureBatches) ->
     assert torch.equal(ours.get_state(), theirs.get_state())
 
 
-def test_evaluation_reads_pictures_in_order(
-    make_batches: MakeBatches, dataset: ImageDataset
-) -> None:
+def test_evaluation_reads_images_in_order(make_batches: MakeBatches, dataset: ImageDataset) -> None:
     batches = make_batches("validation", batch_size=2)
     inputs = list(batches.in_order())
     assert [len(part) for part in inputs] == [2, 2, 1]
@@ -171,13 +169,13 @@ def test_views_cannot_be_evaluated(make_batches: MakeBatches) -> None:
         next(make_batches("train").in_order())
 
 
-def test_batches_are_channels_last(make_batches: MakeBatches, plain: PictureBatches) -> None:
+def test_batches_are_channels_last(make_batches: MakeBatches, plain: ImageBatches) -> None:
     for batches in (make_batches(), plain):
         inputs, _ = epochs(batches, 1)[0]
         assert inputs.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_epoch_has_every_picture_once_with_its_label(make_batches: MakeBatches) -> None:
+def test_epoch_has_every_image_once_with_its_label(make_batches: MakeBatches) -> None:
     batches = make_batches(augmentation=AUGMENTATIONS["light"])
     labels = torch.cat([labels for _, labels in epochs(batches, 1)])
     assert labels.bincount().tolist() == [10, 10, 1]
@@ -207,9 +205,9 @@ def test_batch_larger_than_the_data_set_is_one_batch(make_batches: MakeBatches) 
     [(64, 96, 16), (64, 8, 8), (3, 96, 3), (0, 96, 0), (None, 96, 10), (None, 4, 4)],
 )
 def test_there_are_never_more_than_16_workers_or_one_a_core(monkeypatch, asked, cores, workers):
-    monkeypatch.setattr(picture_workers, "available_cpus", lambda: cores)
+    monkeypatch.setattr(image_workers, "available_cpus", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 40)
-    assert picture_workers.choose_workers(asked, torch.device("cpu")) == workers
+    assert image_workers.choose_workers(asked, torch.device("cpu")) == workers
 
 
 @pytest.mark.slow
@@ -245,7 +243,7 @@ def test_killed_worker_is_one_line_and_the_next_epoch_has_new_ones(
             if number == 1:
                 os.kill(awaited(worker_pids)[0], signal.SIGKILL)
     assert awaited(lambda: worker_pids() == [])
-    assert "A process that prepares pictures died" in str(failure.value)
+    assert "A process that prepares images died" in str(failure.value)
     assert "training.workers=0" in str(failure.value)
     assert "\n" not in str(failure.value)
     assert same(epochs(batches, 1), epochs(make_batches(batch_size=1), 1))
@@ -259,7 +257,7 @@ def test_full_shared_memory_costs_speed_alone(make_batches: MakeBatches) -> None
     for number, batch in enumerate(batches.shuffled(generator)):
         made.append(batch)
         if number == 0:
-            for pid in worker_pids():  # a picture has 3,072 bytes
+            for pid in worker_pids():  # an image has 3,072 bytes
                 psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (1000, 1000))
     made += batches.shuffled(generator)
     assert same(made, epochs(make_batches(), 2))
@@ -268,21 +266,21 @@ def test_full_shared_memory_costs_speed_alone(make_batches: MakeBatches) -> None
     assert batches.take_notes() == []  # said once
 
 
-def test_without_any_shared_memory_this_process_prepares_the_pictures(
+def test_without_any_shared_memory_this_process_prepares_the_images(
     make_batches: MakeBatches, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(picture_workers, "SHARED_MEMORY", Path("/proc"))  # 0 bytes are free there
+    monkeypatch.setattr(image_workers, "SHARED_MEMORY", Path("/proc"))  # 0 bytes are free there
     batches = make_batches(workers=2)
     assert same(epochs(batches, 2), epochs(make_batches(), 2))
     assert worker_pids() == []
     (note,) = batches.take_notes()
-    assert "this process prepares the pictures" in note
+    assert "this process prepares the images" in note
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.slow
 def test_damaged_view_is_one_line_with_its_name(
-    make_batches: MakeBatches, store: PictureStore, workers: int
+    make_batches: MakeBatches, store: DecodedImages, workers: int
 ) -> None:
     batches = make_batches(workers=workers)
     file = store.folder / "train.views"
@@ -296,7 +294,7 @@ def test_damaged_view_is_one_line_with_its_name(
 
 @pytest.mark.slow
 def test_store_deleted_before_the_workers_come_is_one_line(
-    make_batches: MakeBatches, store: PictureStore
+    make_batches: MakeBatches, store: DecodedImages
 ) -> None:
     in_process, by_workers = make_batches(workers=0), make_batches(workers=2)
     shutil.rmtree(store.folder)
@@ -304,13 +302,13 @@ def test_store_deleted_before_the_workers_come_is_one_line(
     with pytest.raises(DataError) as failure:
         epochs(by_workers, 1)
     assert worker_pids() == []
-    assert "holds no decoded pictures" in str(failure.value)
+    assert "holds no decoded images" in str(failure.value)
     assert "\n" not in str(failure.value)
 
 
 @pytest.mark.slow
 def test_workers_end_with_their_training_and_know_nothing_of_its_script(
-    store: PictureStore, tmp_path: Path
+    store: DecodedImages, tmp_path: Path
 ) -> None:
     script = tmp_path / "script.py"
     script.write_text(
@@ -323,12 +321,12 @@ def test_workers_end_with_their_training_and_know_nothing_of_its_script(
                 runs.write("once more ")
 
             import psutil, torch
-            from visiontuner.data.arrays import PictureStore
+            from visiontuner.data.arrays import DecodedImages
             from visiontuner.experiment.schema import AUGMENTATIONS
-            from visiontuner.training.batches import PictureBatches
+            from visiontuner.training.batches import ImageBatches
 
-            store = PictureStore.open(Path({str(store.folder)!r}))
-            batches = PictureBatches(
+            store = DecodedImages.open(Path({str(store.folder)!r}))
+            batches = ImageBatches(
                 store.split("train"), preprocessing=store.preprocessing, num_classes=3,
                 augmentation=AUGMENTATIONS["light"], batch_size=4, workers=2,
                 device=torch.device("cpu"),

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from visiontuner.data.arrays import (
-    PictureStore,
-    StoredPictures,
+    DecodedImages,
+    StoredImages,
     make_view,
-    prepare_pictures,
+    prepare_images,
     store_folder,
     view_side,
 )
@@ -30,7 +30,7 @@ from visiontuner.errors import BadImageError, DataError, VisiontunerError
 SMALL = Preprocessing(
     resize=36, size=32, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bilinear"
 )
-Prepare = Callable[..., PictureStore]
+Prepare = Callable[..., DecodedImages]
 MakeSet = Callable[..., ImageDataset]
 
 
@@ -43,10 +43,10 @@ def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> MakeSet:
-    """Pictures of two classes; `bad` files of train hold no picture."""
+    """Images of two classes; `bad` files of train hold no image."""
 
     def make(train: int = 5, validation: int = 3, bad: tuple[int, ...] = ()) -> ImageDataset:
-        root = tmp_path / "pictures"
+        root = tmp_path / "images"
         splits: dict[str, tuple[Sample, ...]] = {"test": ()}
         for split, count in {"train": train, "validation": validation}.items():
             samples = []
@@ -55,7 +55,7 @@ def make_set(tmp_path: Path) -> MakeSet:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 photograph(80, 60, seed=number + len(split)).save(path)
                 if split == "train" and number in bad:
-                    path.write_bytes(b"no picture")
+                    path.write_bytes(b"no image")
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 samples.append(Sample(f"{split}/{path.name}", number % 2, digest))
             splits[split] = tuple(samples)
@@ -68,9 +68,9 @@ def make_set(tmp_path: Path) -> MakeSet:
 
 @pytest.fixture
 def prepare(tmp_path: Path) -> Prepare:
-    def run(dataset: ImageDataset, **options: object) -> PictureStore:
+    def run(dataset: ImageDataset, **options: object) -> DecodedImages:
         defaults = {"preprocessing": SMALL, "cache": tmp_path / "cache", "augmented": False}
-        return prepare_pictures(dataset, **(defaults | options))
+        return prepare_images(dataset, **(defaults | options))
 
     return run
 
@@ -79,8 +79,8 @@ def expected(dataset: ImageDataset, split: str) -> list[np.ndarray]:
     return [read_pixels(dataset.root / s.path, SMALL) for s in dataset.splits[split]]
 
 
-def content(pictures: StoredPictures) -> bytes:
-    return (pictures.folder / f"{pictures.name}.{pictures.form}").read_bytes()
+def content(images: StoredImages) -> bytes:
+    return (images.folder / f"{images.name}.{images.form}").read_bytes()
 
 
 def test_pixels_are_exactly_what_evaluation_reads(make_set: MakeSet, prepare: Prepare) -> None:
@@ -92,16 +92,16 @@ def test_pixels_are_exactly_what_evaluation_reads(make_set: MakeSet, prepare: Pr
         ("a", "b"),
     )
     for split in store.splits:
-        pictures = store.split(split)
+        images = store.split(split)
         for index, pixels in enumerate(expected(dataset, split)):
-            np.testing.assert_array_equal(pictures.pixels(index), pixels)
-        assert pictures.labels.tolist() == [s.label for s in dataset.splits[split]]
-        assert pictures.labels.dtype == np.int64
-        assert pictures.paths == tuple(s.path for s in dataset.splits[split])
-        assert isinstance(pictures.pixels(0), np.memmap)
+            np.testing.assert_array_equal(images.pixels(index), pixels)
+        assert images.labels.tolist() == [s.label for s in dataset.splits[split]]
+        assert images.labels.dtype == np.int64
+        assert images.paths == tuple(s.path for s in dataset.splits[split])
+        assert isinstance(images.pixels(0), np.memmap)
 
 
-def test_a_picture_whose_name_is_no_utf8_is_decoded(make_set: MakeSet, prepare: Prepare) -> None:
+def test_an_image_whose_name_is_no_utf8_is_decoded(make_set: MakeSet, prepare: Prepare) -> None:
     dataset = make_set()
     odd, *others = dataset.splits["train"]
     renamed = replace(odd, path=os.fsdecode(b"train/caf\xe9.png"))
@@ -142,7 +142,7 @@ def test_view_is_as_small_as_its_crops_allow(
     assert difference.mean() < 4
 
 
-def test_view_never_enlarges_a_picture_and_keeps_a_tiny_one_without_loss(tmp_path: Path) -> None:
+def test_view_never_enlarges_an_image_and_keeps_a_tiny_one_without_loss(tmp_path: Path) -> None:
     network = SMALL.with_size(224)
     for size, kind in {(8, 8): "PNG", (300, 200): "JPEG"}.items():
         photograph(*size).save(tmp_path / "a.png")
@@ -152,7 +152,7 @@ def test_view_never_enlarges_a_picture_and_keeps_a_tiny_one_without_loss(tmp_pat
 
 
 @pytest.mark.parametrize("size", [(1, 3000), (70_000, 3)])
-def test_view_of_a_very_long_picture_is_its_middle(tmp_path: Path, size: tuple[int, int]) -> None:
+def test_view_of_a_very_long_image_is_its_middle(tmp_path: Path, size: tuple[int, int]) -> None:
     Image.new("RGB", size, "red").save(tmp_path / "a.png")
     (tmp_path / "view").write_bytes(make_view(tmp_path / "a.png", SMALL))
     with Image.open(tmp_path / "view") as view:
@@ -170,7 +170,7 @@ def test_second_time_decodes_nothing(make_set: MakeSet, prepare: Prepare) -> Non
     assert names == {"json", "pixels", "labels.npy", "samples.json"}
 
 
-def test_whatever_changes_the_pictures_is_another_store(make_set: MakeSet, tmp_path: Path) -> None:
+def test_whatever_changes_the_images_is_another_store(make_set: MakeSet, tmp_path: Path) -> None:
     dataset = make_set()
     relabelled = replace(dataset.splits["train"][0], label=1)
     other = {**dataset.splits, "train": (relabelled, *dataset.splits["train"][1:])}
@@ -187,7 +187,7 @@ def test_whatever_changes_the_pictures_is_another_store(make_set: MakeSet, tmp_p
 
 
 @pytest.mark.parametrize("augmented", [False, True])
-def test_unreadable_picture_is_left_out_and_listed(
+def test_unreadable_image_is_left_out_and_listed(
     make_set: MakeSet, prepare: Prepare, augmented: bool
 ) -> None:
     dataset = make_set(train=5, bad=(1,))
@@ -197,8 +197,8 @@ def test_unreadable_picture_is_left_out_and_listed(
     assert train.labels.tolist() == [0, 0, 1, 0]
     finding = store.findings[0]
     assert len(store.findings) == 1
-    assert finding.rule == "unreadable_picture"
-    assert finding.evidence == ("Cannot read train/001.png: it is not a picture that Pillow knows.")
+    assert finding.rule == "unreadable_image"
+    assert finding.evidence == ("Cannot read train/001.png: it is not an image that Pillow knows.")
     last = np.asarray(train.view(3)) if augmented else train.pixels(3)
     original = Image.open(dataset.root / "train/004.png")
     np.testing.assert_array_equal(
@@ -236,13 +236,13 @@ def test_findings_are_those_of_the_features(
     )
     store = prepare(dataset)
     assert store.findings == features.findings == prepare(dataset, augmented=True).findings
-    assert [finding.rule for finding in store.findings][-2:] == ["unreadable_picture", "few_levels"]
+    assert [finding.rule for finding in store.findings][-2:] == ["unreadable_image", "few_levels"]
     assert store.findings[-1].evidence.startswith("2 (train/001.png, …): nearly black")
     assert prepare(dataset).findings == store.findings  # from the store
     assert store.split("train").paths == tuple(features.split("train").paths)
 
 
-def test_unreadable_picture_can_fail_the_preparation(make_set: MakeSet, prepare: Prepare) -> None:
+def test_unreadable_image_can_fail_the_preparation(make_set: MakeSet, prepare: Prepare) -> None:
     dataset = make_set(bad=(1,))
     rule = r"train/001.png.*set `data.on_bad_image: skip`"
     with pytest.raises(BadImageError, match=rule):
@@ -252,18 +252,18 @@ def test_unreadable_picture_can_fail_the_preparation(make_set: MakeSet, prepare:
         prepare(dataset, on_bad_image="fail")
 
 
-def test_split_without_a_readable_picture_is_a_data_error(
+def test_split_without_a_readable_image_is_a_data_error(
     make_set: MakeSet, prepare: Prepare
 ) -> None:
-    with pytest.raises(DataError, match=r"None of the train pictures .*train/001.png"):
+    with pytest.raises(DataError, match=r"None of the train images .*train/001.png"):
         prepare(make_set(train=2, bad=(0, 1)))
-    with pytest.raises(DataError, match="no pictures for validation"):
+    with pytest.raises(DataError, match="no images for validation"):
         prepare(make_set(validation=0))
 
 
-def stop_after(pictures: int) -> Callable[[int, int], None]:
+def stop_after(images: int) -> Callable[[int, int], None]:
     def progress(done: int, _total: int) -> None:
-        if done >= pictures:
+        if done >= images:
             raise KeyboardInterrupt
 
     return progress
@@ -279,10 +279,10 @@ def test_interrupted_preparation_goes_on_where_it_stopped(
         prepare(dataset, augmented=augmented, progress=stop_after(64))
     folder = store_folder(dataset, SMALL, tmp_path / "cache", augmented=augmented)
     with pytest.raises(DataError, match="Start again"):
-        PictureStore.open(folder)
+        DecodedImages.open(folder)
     # What a kill leaves: pixels without their line, and half a line.
     with (folder / f"train.{'views' if augmented else 'pixels'}").open("ab") as data:
-        data.write(b"half a picture")
+        data.write(b"half an image")
     with (folder / "train.progress.jsonl").open("a") as lines:
         lines.write('{"lengths": [1')
     seen: list[tuple[int, int]] = []
@@ -325,7 +325,7 @@ def test_interrupted_preparation_takes_up_only_what_was_written(
         store_folder(dataset, SMALL, tmp_path / "cache", augmented=False) / "train.pixels"
     )
     store = prepare(dataset)
-    assert store.computed == 73 - 32  # the first line's pictures are as they were
+    assert store.computed == 73 - 32  # the first line's images are as they were
     for index in (0, 31, 32, 69):
         np.testing.assert_array_equal(
             store.split("train").pixels(index), expected_of(dataset, index)
@@ -342,7 +342,7 @@ def test_interrupted_preparation_takes_up_only_what_was_written(
         (False, "validation.samples.json"),
     ],
 )
-def test_pictures_that_are_not_what_was_written_are_decoded_anew(
+def test_images_that_are_not_what_was_written_are_decoded_anew(
     make_set: MakeSet, prepare: Prepare, augmented: bool, name: str
 ) -> None:
     dataset = make_set(train=40)
@@ -360,7 +360,7 @@ def test_pictures_that_are_not_what_was_written_are_decoded_anew(
     assert len(said) == 1
 
 
-def test_two_at_once_decode_each_picture_once(make_set: MakeSet, prepare: Prepare) -> None:
+def test_two_at_once_decode_each_image_once(make_set: MakeSet, prepare: Prepare) -> None:
     dataset = make_set(train=20)
     computed: list[int] = []
     threads = [
@@ -390,7 +390,7 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(
     dataset = make_set(train=70)
     with files_of_at_most(32 * 32 * 32 * 3 + 1000), pytest.raises(VisiontunerError) as failure:
         prepare(dataset)
-    assert "Cannot write pictures to" in str(failure.value)
+    assert "Cannot write images to" in str(failure.value)
     assert "VISIONTUNER_CACHE" in str(failure.value)
     assert "\n" not in str(failure.value)
     store = prepare(dataset)
@@ -401,8 +401,8 @@ def test_full_disk_is_one_line_and_what_is_done_is_kept(
 def test_missing_or_damaged_store_is_a_data_error(
     make_set: MakeSet, prepare: Prepare, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match="holds no decoded pictures"):
-        PictureStore.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no decoded images"):
+        DecodedImages.open(tmp_path / "nowhere")
     store = prepare(make_set())
     with pytest.raises(DataError, match="no split 'test', only train, validation"):
         store.split("test")
@@ -411,31 +411,31 @@ def test_missing_or_damaged_store_is_a_data_error(
     with pytest.raises(DataError, match="are damaged"):
         store.split("train")
     (store.folder / "meta.json").write_text("{")
-    with pytest.raises(DataError, match="holds no decoded pictures"):
-        PictureStore.open(store.folder)
+    with pytest.raises(DataError, match="holds no decoded images"):
+        DecodedImages.open(store.folder)
 
 
 def test_store_deleted_in_mid_use_stays_readable_where_it_is_open(
     make_set: MakeSet, prepare: Prepare
 ) -> None:
     dataset = make_set()
-    pictures = prepare(dataset).split("train")
-    shutil.rmtree(pictures.folder)
-    np.testing.assert_array_equal(pictures.pixels(3), expected_of(dataset, 3))
+    images = prepare(dataset).split("train")
+    shutil.rmtree(images.folder)
+    np.testing.assert_array_equal(images.pixels(3), expected_of(dataset, 3))
     with pytest.raises(DataError, match="Start again"):
-        PictureStore.open(pictures.folder)
+        DecodedImages.open(images.folder)
 
 
 def test_split_is_small_when_it_goes_to_another_process(
     make_set: MakeSet, prepare: Prepare
 ) -> None:
-    pictures = prepare(make_set(train=40)).split("train")
-    pickled = pickle.dumps(pictures)
+    images = prepare(make_set(train=40)).split("train")
+    pickled = pickle.dumps(images)
     assert len(pickled) < 1000
-    np.testing.assert_array_equal(pickle.loads(pickled).pixels(7), pictures.pixels(7))
+    np.testing.assert_array_equal(pickle.loads(pickled).pixels(7), images.pixels(7))
 
 
-def test_class_with_one_picture_is_like_any_other(make_set: MakeSet, prepare: Prepare) -> None:
+def test_class_with_one_image_is_like_any_other(make_set: MakeSet, prepare: Prepare) -> None:
     dataset = make_set(train=3)
     assert [s.label for s in dataset.splits["train"]].count(1) == 1
     assert prepare(dataset).split("train").labels.tolist() == [0, 1, 0]
