@@ -162,6 +162,9 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     assert run.data.metrics["test_accuracy"] == accuracy.value
     assert run.data.metrics["test_accuracy_low"] == accuracy.low
     assert run.data.tags["visiontuner.test_looks"] == "1"
+    version = client.get_model_version_by_alias(MODEL, "challenger")
+    right = round(accuracy.value * report.num_images)
+    assert version.description.startswith(f"{right} of {report.num_images} test images right (")
     logged = {item.path for item in client.list_artifacts(run.info.run_id, "evaluation")}
     assert {f"evaluation/{path.name}" for path in (search / "evaluation").iterdir()} == logged
     parent = client.get_run(run.data.tags["mlflow.parentRunId"])

@@ -71,11 +71,12 @@ def train_again(config: dict[str, Any], task: TrialTask, *, kept_epoch: int) -> 
         next(result for result in epochs if result.epoch == kept_epoch)
 
 
-def refit(config: dict[str, Any], task: TrialTask) -> Path:
-    """Train a head with a trial's values on the training and validation images, to its last epoch.
+def train_one_head(config: dict[str, Any], task: TrialTask, *, trained_on: TrainedOn) -> Path:
+    """Train a head with a trial's values to its last epoch, without anything to judge it by.
 
     Returns:
-        Its weights, `REFIT_FILE` in the trial's folder.
+        Its weights in the trial's folder: `REFIT_FILE` if it learnt from validation images as well,
+        else `HEAD_FILE`.
     """
     assert task.features_folder is not None
     settings = settings_of(task.experiment.training, config["configuration"])
@@ -84,7 +85,7 @@ def refit(config: dict[str, Any], task: TrialTask) -> Path:
         task.features_folder,
         settings,
         seed=task.experiment.seed,
-        trained_on="train+validation",
+        trained_on=trained_on,
     )
     training = Fit(
         start.head,
@@ -96,7 +97,8 @@ def refit(config: dict[str, Any], task: TrialTask) -> Path:
     )
     head = [result.network for result in training.epochs()][-1]
     assert isinstance(head, nn.Sequential)
-    path = task.trial_folder(config["trial_id"]) / REFIT_FILE
+    name = HEAD_FILE if trained_on == "train" else REFIT_FILE
+    path = task.trial_folder(config["trial_id"]) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     save_head(head[1], path)
     return path

@@ -198,8 +198,12 @@ def register_classifier(
     uri: str,
     *,
     tags: Mapping[str, str] | None = None,
+    tested: str | None = None,
 ) -> str:
     """Log and register the classifier once, on the run of the trial that made it.
+
+    Args:
+        tested: what the test images say of it, in one sentence; default: what to expect of it.
 
     Raises:
         TrackingError: MLflow is away or refuses.
@@ -222,8 +226,18 @@ def register_classifier(
             "visiontuner.data_digest": record.started["data"]["digest"],
             **(tags or {}),
         },
+        description=tested or _expected(record),
     )
     return f"models:/{version.name}/{version.version}"
+
+
+def _expected(record: SearchRecord) -> str | None:
+    """What the choice says of the model's accuracy, before any test image was looked at."""
+    estimate = (record.choice or {}).get("estimate")
+    if not estimate:
+        return None
+    value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
+    return f"Expected on new images: {value:.1f} % right ({low:.1f} to {high:.1f}); not tested yet."
 
 
 def log_classifier(
@@ -233,6 +247,7 @@ def log_classifier(
     tracking_uri: str,
     name: str,
     tags: Mapping[str, str] | None = None,
+    description: str | None = None,
 ) -> ModelVersionInfo:
     """Log a classifier folder on a trial's run and register it as the newest challenger.
 
@@ -243,6 +258,7 @@ def log_classifier(
         run_id: the run of the trial that made it.
         name: of the registered model; made if missing.
         tags: more tags for the model and its version; lineage tags come from the runs.
+        description: of a new version.
 
     Raises:
         ClassifierError: the folder is not a classifier.
@@ -256,7 +272,7 @@ def log_classifier(
             labels = {**_lineage(client, run), **(tags or {}), DIGEST_TAG: digest}
             model_id = _find_model(client, run, digest) or _log_model(client, folder, run, labels)
             _link_dataset(client, run, model_id)
-            version = _register(client, name, run_id, model_id, labels)
+            version = _register(client, name, run_id, model_id, labels, description)
         except (MlflowException, OSError) as error:
             text = one_line(error, 300)
             raise TrackingError(
@@ -386,7 +402,12 @@ def _link_dataset(client: MlflowClient, run: Run, model_id: str) -> None:
 
 
 def _register(
-    client: MlflowClient, name: str, run_id: str, model_id: str, tags: Mapping[str, str]
+    client: MlflowClient,
+    name: str,
+    run_id: str,
+    model_id: str,
+    tags: Mapping[str, str],
+    description: str | None,
 ) -> ModelVersion:
     try:
         client.create_registered_model(name)
@@ -397,7 +418,12 @@ def _register(
     version = next((v for v in versions if v.tags.get(DIGEST_TAG) == tags[DIGEST_TAG]), None)
     if version is None:
         version = client.create_model_version(
-            name, f"models:/{model_id}", run_id=run_id, tags=dict(tags), model_id=model_id
+            name,
+            f"models:/{model_id}",
+            run_id=run_id,
+            tags=dict(tags),
+            model_id=model_id,
+            description=description,
         )
     for key, value in tags.items():
         if version.tags.get(key) != value:  # evaluated once more, for example

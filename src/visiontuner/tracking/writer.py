@@ -928,6 +928,16 @@ def version_tags(evaluation: Evaluation) -> dict[str, str]:
     return tags
 
 
+def version_description(evaluation: Evaluation) -> str | None:
+    """`573 of 600 test images right (95.5 %, 93.8 to 97.0).`; None without test images."""
+    accuracy, images = evaluation.report["metrics"].get("accuracy"), image_count(evaluation.report)
+    if not accuracy or not images:
+        return None
+    value, low, high = (100 * accuracy[name] for name in ("value", "low", "high"))
+    right = round(accuracy["value"] * images)
+    return f"{right} of {images} test images right ({value:.1f} %, {low:.1f} to {high:.1f})."
+
+
 def _look(evaluation: Evaluation) -> dict[str, str]:
     """Which test images were looked at, and how many times."""
     test_set = evaluation.report.get("test_set")

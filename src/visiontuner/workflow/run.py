@@ -83,6 +83,7 @@ from visiontuner.search.plan import (
     REFIT_FILE,
     SCORES_FILE,
     Stores,
+    TrainedOn,
     TrialTask,
     kept_weights,
     make_task,
@@ -802,11 +803,19 @@ class ValidationAnswers:
             return None  # fitted to all of them by itself
         if kept_weights(self.folder, trial.trial_id, refitted=True) is not None:
             return None
-        from visiontuner.search.trial import refit
+        self._train_one_head(trial, "train+validation")
+        return f"Trained {trial.trial_id} on train and validation: that is the model."
+
+    def head_of_train(self, trial: TrialRecord) -> Path:
+        """The head of a trial that was judged by folds, trained on the training images alone."""
+        kept = kept_weights(self.folder, trial.trial_id)
+        return kept or self._train_one_head(trial, "train")
+
+    def _train_one_head(self, trial: TrialRecord, trained_on: TrainedOn) -> Path:
+        from visiontuner.search.trial import train_one_head
 
         config = {"trial_id": trial.trial_id, "configuration": trial.configuration}
-        refit(config, self._task(trial))
-        return f"Trained {trial.trial_id} on train and validation: that is the model."
+        return train_one_head(config, self._task(trial), trained_on=trained_on)
 
     def _why_to_train_again(self, trial_id: str) -> str | None:
         from visiontuner.model.network import read_tensors

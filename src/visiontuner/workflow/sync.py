@@ -18,6 +18,7 @@ from visiontuner.tracking.writer import (
     MlflowWriter,
     log_evaluation,
     read_evaluation,
+    version_description,
     version_tags,
 )
 from visiontuner.workflow.inputs import Observer, Silent
@@ -60,8 +61,8 @@ def sync_search(
     state: SearchState = record.ended["state"] if record.ended else "interrupted"
     model = None
     if classifier.is_dir() and record.best is not None:
-        evaluation = _log_evaluation(folder, run_ids, parent_run_id, uri)
-        model = register_classifier(folder, record, run_ids, uri, tags=evaluation)
+        tags, tested = _log_evaluation(folder, run_ids, parent_run_id, uri)
+        model = register_classifier(folder, record, run_ids, uri, tags=tags, tested=tested)
     if written.problem is not None:
         raise TrackingError(written.problem)
     return SearchResult(
@@ -76,14 +77,14 @@ def sync_search(
 
 def _log_evaluation(
     folder: Path, run_ids: Mapping[str, str], parent_run_id: str | None, uri: str
-) -> dict[str, str]:
+) -> tuple[dict[str, str], str | None]:
     """The evaluation of this classifier, if there is one, on its trial's run.
 
     Returns:
-        What the registered version should say of it.
+        Tags of the registered version, and its description.
     """
     if not (folder / EVALUATION_FOLDER / EVALUATION_REPORT).is_file():
-        return {}
+        return {}, None
 
     evaluation = read_evaluation(folder / EVALUATION_FOLDER)
     store = Store(uri)
@@ -93,5 +94,5 @@ def _log_evaluation(
     if parent_run_id is not None:
         store.call("log_artifact", parent_run_id, str(write_page(folder)))
     if evaluation.classifier_digest != classifier_digest(folder / CLASSIFIER_FOLDER):
-        return {}  # packaged again since: another artifact
-    return version_tags(evaluation)
+        return {}, None  # packaged again since: another artifact
+    return version_tags(evaluation), version_description(evaluation)

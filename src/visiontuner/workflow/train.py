@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from visiontuner import interrupts
 from visiontuner.diagnostics.history import TRACE_FILE
 from visiontuner.errors import (
+    DataError,
     JournalError,
     SearchFailed,
     SearchInterrupted,
@@ -25,6 +26,7 @@ from visiontuner.errors import (
     UserMistake,
     VisiontunerError,
 )
+from visiontuner.evaluation.baselines import REGRESSION
 from visiontuner.experiment.schema import SEARCHABLE, Configuration, Experiment, Training
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search, packaged_trial
@@ -102,6 +104,7 @@ class Origin:
         model_id: of its logged model, where it has one.
         data_digest: of its images, splits included.
         complete: it ran all its epochs, and measured them on validation.
+        model_of: what the model of the origin learnt from; None if that is another trial's.
     """
 
     description: str
@@ -114,6 +117,7 @@ class Origin:
     model_id: str | None = None
     data_digest: str | None = None
     complete: bool = False
+    model_of: TrainedOn | None = "train"
 
     def head(self) -> Path | None:
         """A trained head for a network to begin with; None if none was kept."""
@@ -121,7 +125,17 @@ class Origin:
             return None
 
         path = self.folder / "trials" / self.head_trial / HEAD_FILE
-        return path if path.is_file() else None
+        if path.is_file():
+            return path
+        record = SearchRecord.load(self.folder)
+        if record.folds is None:
+            return None
+        experiment = Experiment.load(self.folder / EXPERIMENT_FILE)
+        answers = ValidationAnswers(self.folder, record, experiment)
+        try:
+            return answers.head_of_train(record.trials[self.head_trial])
+        except DataError:  # what it was trained on is gone
+            return None
 
     def calibration(self) -> Calibration | None:
         """Temperature and threshold that the origin got from images it had not seen.
@@ -229,6 +243,7 @@ def _from_folder(folder: Path) -> Origin:
             f"`{next_command('diagnose', folder)}` says what went wrong."
         )
     experiment = stage_of(Experiment.load(folder / EXPERIMENT_FILE), best).experiment
+    learnt_from: TrainedOn = "train+validation" if experiment.refits else "train"
     return Origin(
         description=f"{best.trial_id} of {folder}",
         experiment=experiment.model_dump(mode="json"),
@@ -238,6 +253,7 @@ def _from_folder(folder: Path) -> Origin:
         folder=folder.resolve(),
         head_trial=best.trial_id if experiment.model.train == "head" else best.starts_from,
         data_digest=record.started["data"].get("digest"),
+        model_of=learnt_from if record.kept is best else None,
         complete=best.state == "completed" and not record.is_unvalidated,
     )
 
@@ -252,6 +268,11 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
         raise UserMistake(
             f"{text} says nothing about its hyperparameters: its runs are gone from MLflow, or "
             "nothing was trained there. Name a search folder, or a trial's run."
+        )
+    if trial["trial_id"] == REGRESSION:
+        raise UserMistake(
+            f"{text} is a logistic regression, which has no hyperparameters of a training. Name "
+            "the search's folder, or a trial's run."
         )
     searched = Experiment.parse(lineage.experiment, where=text)
     experiment = stage_named(searched, trial.get("stage")).experiment
@@ -270,6 +291,7 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
         class_names=tuple((lineage.data or {}).get("class_names") or ()),
         model_id=model.get("model_id"),
         data_digest=(lineage.data or {}).get("digest"),
+        model_of="train+validation" if experiment.refits else "train",
         # A training on validation too has no best value.
         complete=trial.get("state") == "completed" and bool(trial.get("best")),
     )
@@ -498,7 +520,7 @@ class _Training:
     def _repeats(self, origin: Origin, trained_on: TrainedOn) -> bool:
         """Whether everything that decides the weights is as it was for the origin's trial."""
         known = origin.data_digest is not None and origin.complete
-        if not known or trained_on != "train":
+        if not known or trained_on != origin.model_of:
             return False
         theirs = one_training(origin.experiment, (), origin, where=origin.description)
         same_images = origin.data_digest == self.inputs.dataset.digest
@@ -507,10 +529,11 @@ class _Training:
     def _what_would_differ(self, origin: Origin) -> str:
         more = {"head": "last_stage", "last_stage": "all"}.get(self.experiment.model.train)
         network = f", --set model.train={more}" if more else ""
+        other = "train" if origin.model_of == "train+validation" else "train+validation"
         return (
             f"warning: nothing differs from {origin.description}, so this trains the same model "
             "again and registers it as a new version. It would be another one with --epochs, "
-            f"--on train+validation{network}, or another value with --set."
+            f"--on {other}{network}, or another value with --set."
         )
 
     def _keep_head(self, origin: Origin) -> None:
