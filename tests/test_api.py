@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import visiontuner as vt
-from visiontuner.aws.account import Image as ContainerImage
+from visiontuner.aws.account import ContainerImage
 from visiontuner.aws.endpoint import DeploymentPlan
 from visiontuner.journal import JournalWriter
 from visiontuner.serving.lineage import Lineage
@@ -145,7 +145,7 @@ def test_what_python_returns_prints_in_three_lines(tmp_path):
         account="123456789012",
         caller="arn:aws:iam::123456789012:user/me",
         role="arn:aws:iam::123456789012:role/endpoints",
-        image=ContainerImage(url="registry/pyfunc:3", digest="sha256:abc", platform=None),
+        container_image=ContainerImage(url="registry/pyfunc:3", digest="sha256:abc", platform=None),
         bucket="models",
         price_per_hour=0.115,
     )

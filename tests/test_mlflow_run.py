@@ -83,7 +83,7 @@ def test_mlflow_run_searches_and_the_model_answers_with_a_name(
     assert parent.data.tags["mlflow.project.entryPoint"] == "tune"
     assert parent.data.tags["visiontuner.kind"] == "search"
     assert parent.info.status == "FINISHED"
-    trials = [run for run in runs if run is not parent]
+    trials = [run for run in runs if run.data.tags["visiontuner.kind"] == "trial"]
     assert {run.data.tags["mlflow.parentRunId"] for run in trials} == {parent.info.run_id}
     assert [run.info.status for run in trials] == ["FINISHED", "FINISHED"]
     for run in trials:

@@ -58,7 +58,7 @@ def test_an_endpoint_is_asked_within_its_limits_and_its_errors_are_understood(
     told = failed.value.response
     assert (told["Error"]["Code"], told["OriginalStatusCode"]) == ("ModelError", 400)
 
-    with pytest.raises(Refused, match=r"^Row 0: Cannot read an image of 10 bytes"):
+    with pytest.raises(Refused, match=r"^Row 0: Cannot read an image of 8 bytes"):
         serverless.ask([b"no image"], Options())
     with pytest.raises(ServingError, match=r"Endpoint .* of account \d+ not found"):
         SageMakerTransport("nowhere").ask([make_image("red")], Options())

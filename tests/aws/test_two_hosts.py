@@ -76,8 +76,10 @@ def written(uri: str, search: SearchRecord) -> dict[str, Any]:
                 name: [(p.step, p.value) for p in client.get_metric_history(run.info.run_id, name)]
                 for name in (*METRICS, f"best_{search.objective}", "learning_rate")
             }
-            ids = ("visiontuner.search_id", "mlflow.parentRunId")
-            tags = {key: value for key, value in run.data.tags.items() if key not in ids}
+            # Ids, and what depends on which trials had ended before.
+            apart = ("visiontuner.search_id", "mlflow.parentRunId", "visiontuner.findings",
+                     "mlflow.note.content")  # fmt: skip
+            tags = {key: value for key, value in run.data.tags.items() if key not in apart}
             found[trial_id] = {
                 "status": run.info.status,
                 "params": run.data.params,

@@ -45,7 +45,9 @@ def search(tmp_path: Path, store: DecodedImages) -> Path:
     """Three networks with the same right answers, of which two are kept; the third was quickest."""
     folder = tmp_path / "search"
     journal = JournalWriter(folder, "s")
-    experiment = Experiment.parse({"name": "x", "model": {"train": "all"}})
+    experiment = Experiment.parse(
+        {"name": "x", "model": {"train": "all"}, "training": {"epochs": 1}}
+    )
     journal.append("search_started", experiment=experiment.model_dump(mode="json"))
     journal.append("images_ready", folder=str(store.folder))
     logits = np.eye(3, dtype=np.float32)[store.split("validation").labels]

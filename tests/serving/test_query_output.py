@@ -53,7 +53,7 @@ def test_a_file_name_that_is_no_text_is_spelled_out(
     done = subprocess.run(
         [*COMMAND, "query", "--model", str(colour_classifier), str(tmp_path), "--format", form],
         capture_output=True,
-        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"},
+        env=os.environ | {"PYTHONIOENCODING": "utf-8:strict", "COLUMNS": "400"},
     )
     assert done.returncode == 0, done.stderr
     output = done.stdout.decode()

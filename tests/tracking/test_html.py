@@ -182,7 +182,7 @@ def test_test_results_come_with_intervals_threshold_ties_and_edges(new_search: N
     assert page.row("Accuracy")[1] == "75.0%"
     low, high = re.findall(r"[\d.]+", page.row("Accuracy")[2])
     assert float(low) <= 75 <= float(high)
-    assert "look number 3" in page.text
+    assert "evaluation 3 of the test set" in page.text
     assert "confidence of at least 0.500" in page.text
     assert "Why." in page.text
     assert "told apart from it on the validation images: t0001" in page.text

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from visiontuner.errors import JournalError
+from visiontuner.evaluation.report import image_count
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
 from visiontuner.paths import MLFLOW_FILE, tracking_uri
 from visiontuner.text import next_command
@@ -135,14 +136,14 @@ def describe_search(record: SearchRecord, folder: Path, report: Mapping[str, Any
     """
     ranking, ended = record.ranking(), sum(trial.finished for trial in record.trials.values())
     parts = [f"{ended} of {len(record.trials)} trials finished; none can be used."]
-    if ranking:
+    if record.is_unvalidated:
+        parts = ["Trained on train and validation: only the test images can judge it."]
+    elif ranking:
         best = ranking[0]
         parts = [
             f"**Best of {ended} trials: {best.trial_id}**, {record.objective} "
             f"**{best.best_value:.4f}** in epoch {best.best_epoch}: {_values(best)}."
         ]
-    elif record.is_unvalidated:
-        parts = ["Trained on train and validation: only the test images can judge it."]
     parts += _chosen(record)
     parts += _test_result(report)
     if len(ranking) > 1:
@@ -198,7 +199,7 @@ def _test_result(report: Mapping[str, Any] | None) -> list[str]:
         return []
     return [
         f"**Test:** accuracy {accuracy['value']:.4f} (95 %: {accuracy['low']:.4f} to "
-        f"{accuracy['high']:.4f}) on {report['num_images']:,} images, "
+        f"{accuracy['high']:.4f}) on {image_count(report):,} images, "
         f"trial {report['trial_id']}."
     ]
 
