@@ -11,6 +11,7 @@ import pytest
 from visiontuner.text import (
     SafeStream,
     csv_row,
+    csv_text,
     has_secrets,
     hide_secrets,
     one_line,
@@ -117,6 +118,11 @@ def test_names_of_any_language_stay_as_they_are(name: str) -> None:
 )
 def test_no_cell_is_a_formula(text: str) -> None:
     assert csv_row([text]).strip('"\n')[0] == "'"
+
+
+@pytest.mark.parametrize("text", ["=1", "-green/9.png", "＝1", "'a'", "'", "a", "-"])
+def test_a_cell_is_read_as_the_text_that_was_written(text: str) -> None:
+    assert csv_text(csv_row([text]).strip('"\n')) == text
 
 
 def test_a_sign_alone_is_no_formula() -> None:

@@ -144,8 +144,17 @@ def _csv_cell(value: object) -> object:
     if not isinstance(value, str):
         return value
     text = shown(value, keep="")
-    beginning = value.strip()
-    return f"'{text}" if beginning.startswith(_FORMULA) and len(beginning) > 1 else text
+    return f"'{text}" if _is_formula(value) else text
+
+
+def csv_text(cell: str) -> str:
+    """A cell without the `'` that `csv_row` puts before what looks like a formula."""
+    return cell[1:] if cell.startswith("'") and _is_formula(cell[1:]) else cell
+
+
+def _is_formula(text: str) -> bool:
+    beginning = text.strip()
+    return beginning.startswith(_FORMULA) and len(beginning) > 1
 
 
 class SafeStream:
@@ -199,7 +208,7 @@ NO_TRACKING = "none"
 """As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
 
 # They neither read nor write MLflow.
-_WITHOUT_STORE = ("doctor", "endpoints", "jobs", "prepare", "query", "stop", "undeploy")
+_WITHOUT_STORE = ("doctor", "endpoints", "jobs", "prepare", "query", "stop", "suspects", "undeploy")
 
 
 def next_command(

@@ -26,7 +26,7 @@ import pyarrow.parquet as parquet
 from visiontuner.data.images import image_extensions
 from visiontuner.errors import DataError
 from visiontuner.io.files import ImageFile, file_state
-from visiontuner.text import printable
+from visiontuner.text import csv_text, printable
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
@@ -208,7 +208,7 @@ def _read_csv(path: Path, choose: Choose) -> Columns:
                     )
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: {error} (quotes?).") from None
-    return lines, {role: [row[index] for row in rows] for role, index in chosen.items()}
+    return lines, {role: [csv_text(row[index]) for row in rows] for role, index in chosen.items()}
 
 
 def _read_json_lines(path: Path, choose: Choose) -> Columns:
