@@ -51,7 +51,7 @@ from visiontuner.paths import (
 )
 from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
-from visiontuner.tracking.figures.evaluation import contact_sheet, evaluation_figures
+from visiontuner.tracking.figures.evaluation import Caption, contact_sheet, evaluation_figures
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import importances
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
@@ -64,7 +64,6 @@ if TYPE_CHECKING:
 
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
-    from visiontuner.evaluation.scores import Mistake
 
 
 # A classifier over many images of a data set: what an evaluation looks at. No torch.
@@ -216,7 +215,8 @@ def _write_test(
     (folder / EVALUATION_CLASSES).write_text("".join(map(csv_row, table)), encoding="utf-8")
     wrong = confident_mistakes(probabilities, labels, report.class_names, count)
     _draw(folder, report, answers, probabilities, labels)
-    _draw_mistakes(folder, wrong, answers, root)
+    shown = [(answers.samples[m.index].path, (m.true, m.predicted, m.probability)) for m in wrong]
+    write_contact_sheet(folder / "mistakes.png", root, shown)
     return {
         "mistakes": [
             {
@@ -250,19 +250,24 @@ def _draw(
         (folder / f"{name}.png").write_bytes(to_png(figure))
 
 
-def _draw_mistakes(folder: Path, wrong: Sequence[Mistake], answers: Answers, root: Path) -> None:
+def write_contact_sheet(file: Path, root: Path, shown: Sequence[tuple[str, Caption]]) -> None:
+    """Draw images with their captions; without any that can still be read there is no file.
+
+    Args:
+        root: what the images' paths are relative to.
+    """
     images: list[Image] = []
-    captions: list[tuple[str, str, float]] = []
-    for mistake in wrong:
+    captions: list[Caption] = []
+    for path, caption in shown:
         try:
-            image = decode_image(root / answers.samples[mistake.index].path, target=_THUMBNAIL)
+            image = decode_image(root / path, target=_THUMBNAIL)
         except BadImageError:  # it was there a minute ago
             continue
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         images.append(image)
-        captions.append((mistake.true, mistake.predicted, mistake.probability))
+        captions.append(caption)
     if images:
-        (folder / "mistakes.png").write_bytes(to_png(contact_sheet(images, captions)))
+        file.write_bytes(to_png(contact_sheet(images, captions)))
 
 
 Prefer = Literal["best", "cheapest"]

@@ -104,8 +104,8 @@ def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     dataset = load_dataset(
         root,
         columns=data.columns.model_dump(),
-        labels=_beside(root, data.labels),
-        classes=_beside(root, data.classes),
+        labels=find_beside(root, data.labels),
+        classes=find_beside(root, data.classes),
         group=data.group,
         split=data.split,
         limit_per_class=data.limit_per_class,
@@ -118,7 +118,7 @@ def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     return dataset
 
 
-def _beside(root: Path, name: str | None) -> Path | None:
+def find_beside(root: Path, name: str | None) -> Path | None:
     """A file that belongs to a data set: in its folder, or where the command runs."""
     if name is None:
         return None
@@ -313,7 +313,7 @@ def with_absolute_paths(experiment: Experiment) -> Experiment:
     if data.source != "digits" and source.exists():
         data = data.model_copy(update={"source": str(source.resolve())})
     for key in ("labels", "classes"):
-        path = _beside(source, getattr(data, key))
+        path = find_beside(source, getattr(data, key))
         inside = source.parent if is_table_name(source.name) else source
         if path is not None and path.exists() and not path.is_relative_to(inside):
             data = data.model_copy(update={key: str(path.resolve())})

@@ -502,14 +502,23 @@ def deal_folds(inputs: Inputs, folder: Path, features: Path) -> None:
     known = {s.path: s for of in inputs.dataset.splits.values() for s in of}
     store = FeatureSet.open(features)
     samples = [known[p] for name in ("train", "validation") for p in store.split(name).paths]
-    labels, digests = [s.label for s in samples], [s.digest for s in samples]
-    units = list(map(find_units(samples), samples))
-    groups = units if len(set(units)) < len(units) else None
     try:
-        folds = assign_folds(labels, digests, folds=data.folds, groups=groups)
+        folds = folds_of(samples, data.folds)
     except ValueError as error:
         raise UserMistake(f"{error}; give data.folds a smaller number.") from None
     write_whole(folder / FOLDS_FILE, lambda file: np.save(file, folds))
+
+
+def folds_of(samples: Sequence[Sample], folds: int) -> NDArray[np.int64]:
+    """Each image's fold, shape (N,); those of one group and copies are in one fold.
+
+    Raises:
+        ValueError: fewer images or groups than folds.
+    """
+    labels, digests = [s.label for s in samples], [s.digest for s in samples]
+    units = list(map(find_units(samples), samples))
+    groups = units if len(set(units)) < len(units) else None
+    return assign_folds(labels, digests, folds=folds, groups=groups)
 
 
 # What a search keeps of its trials' validation answers: which trial, temperature and threshold.
