@@ -42,6 +42,7 @@ BENCHMARKS = (
     "interval_coverage",
     "promotion",
     "choice",
+    "suspects",
     "fine_tune",
     "peer",
 )

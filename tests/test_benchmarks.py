@@ -39,6 +39,7 @@ NAMES = (
     "interval_coverage",
     "promotion",
     "choice",
+    "suspects",
     "fine_tune",
     "peer",
 )
@@ -105,7 +106,7 @@ def test_list_names_all_without_measuring() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(NAMES)
 
 
-@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "choice", "peer"])
+@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "choice", "suspects", "peer"])
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,7 +22,12 @@ from visiontuner.errors import ClassifierError, UserMistake
 from visiontuner.experiment.schema import QUICKSTART, Experiment
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
 from visiontuner.model.classifier import Classifier
-from visiontuner.paths import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EXPERIMENT_FILE
+from visiontuner.paths import (
+    CLASSIFIER_FOLDER,
+    EVALUATION_FOLDER,
+    EXPERIMENT_FILE,
+    JOURNAL_FILE,
+)
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import all_curves, learning_rate_batch_size_map
 from visiontuner.workflow import deploy as endpoint_verbs
@@ -37,6 +42,7 @@ from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.prepare import prepare as look_at_images
 from visiontuner.workflow.promote import promote as promote_model
 from visiontuner.workflow.query import query as query_images
+from visiontuner.workflow.suspects import find_suspects
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import DeploymentPlan
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
     from visiontuner.workflow.evaluate import EvaluationResult
     from visiontuner.workflow.prepare import Prepared
     from visiontuner.workflow.run import SearchResult
+    from visiontuner.workflow.suspects import SuspectsResult
 
 Settings = Mapping[str, Any] | Sequence[str]
 """Overrides of an experiment: {"training.epochs": 5}, or ["training.epochs=5"] as `--set` takes."""
@@ -439,6 +446,46 @@ def diagnose(target: str | Path | Search | None = None) -> pd.DataFrame:
     columns = ["run", "severity", "rule", "step", "evidence", "advice"]
     rows = [(run, *(getattr(finding, name) for name in columns[1:])) for run, finding in found]
     return pd.DataFrame(rows, columns=columns)
+
+
+def suspects(
+    target: str | Path | Search | Experiment | None = None,
+    *,
+    settings: Settings = (),
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> SuspectsResult:
+    """Name the images whose label is probably wrong, in a table that `data.labels` reads.
+
+    Args:
+        target: a search or its folder, whose images and network are taken, or images as `tune`
+            takes them; default: the newest search.
+        settings: overrides of the experiment, with images.
+        output: where suspects.csv is written; default: `suspects` in the search folder, or here.
+
+    Raises:
+        UserMistake: the images are too few or too many, or suspects.csv is there and was edited.
+    """
+    search, experiment = None, None
+    if isinstance(target, Search):
+        search = target.folder
+    elif target is not None and not isinstance(target, Experiment) and _is_search(target):
+        search = Path(target)
+    elif target is not None:
+        experiment = _experiment(target, {}, settings)
+    if experiment is None and settings:
+        raise UserMistake("Settings go with images: a search has its own.")
+    with _console(progress) as console:
+        return find_suspects(
+            search,
+            experiment=experiment,
+            output=Path(output) if output else None,
+            observer=console,
+        )
+
+
+def _is_search(target: str | Path) -> bool:
+    return (Path(target) / JOURNAL_FILE).is_file()
 
 
 def promote(

@@ -17,8 +17,12 @@ from visiontuner.text import DEFAULT_TRACKING_URI, without_secrets
 # Where the commands run:
 SEARCHES_FOLDER = "searches"
 RANGE_TESTS_FOLDER = "lr-find"
+SUSPECTS_FOLDER = "suspects"  # or in a search folder
 # In the folder of a range test:
 RANGE_TEST_FILE = "range_test.json"
+# In a folder of suspects:
+SUSPECTS_FILE = "suspects.csv"
+SUSPECTS_SHEET = "suspects.png"
 # In the cache folder:
 CACHE_MARK_FILE = ".writable"
 # In a search folder, beside its journal:

@@ -1,4 +1,4 @@
-"""The commands that judge: evaluate, compare, diagnose, promote, lineage."""
+"""The commands that judge: evaluate, compare, diagnose, suspects, promote, lineage."""
 
 from __future__ import annotations
 
@@ -16,11 +16,21 @@ from rich.text import Text
 from rich.tree import Tree
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, print_runs
-from visiontuner.cli.options import FOLDER, TEXT, Given, OneLineErrors, number
+from visiontuner.cli.options import (
+    FOLDER,
+    TEXT,
+    Given,
+    OneLineErrors,
+    experiment_options,
+    load_experiment,
+    number,
+)
+from visiontuner.errors import UserMistake
 from visiontuner.evaluation import compare as formats
 from visiontuner.evaluation.compare import default_columns, pick_columns
 from visiontuner.evaluation.compare import sort as sort_rows
 from visiontuner.evaluation.compare import where as keep
+from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_SHEET
 from visiontuner.text import next_command
 from visiontuner.workarounds import python as garbage
 
@@ -36,6 +46,7 @@ if TYPE_CHECKING:
     from visiontuner.workflow.diagnose import DiagnosedRun, Diagnosis
     from visiontuner.workflow.evaluate import EvaluationResult
     from visiontuner.workflow.lineage import LineageCheck
+    from visiontuner.workflow.suspects import SuspectsResult
 
 
 # The command evaluate: choose, calibrate, look at the test images once.
@@ -376,6 +387,81 @@ def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
     quiet = sum(not run.findings for run in runs)
     trainings = "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
     return f"{target}: {trainings}, {errors} with errors, {quiet} with nothing to say."
+
+
+# `visiontuner suspects`: parsing and printing.
+
+
+_NAMED_SUSPECTS = 10
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("search", metavar="[SEARCH]", required=False, type=FOLDER)
+@experiment_options
+@click.option("--output", metavar="FOLDER", type=FOLDER, help="Where suspects.csv is written.")
+def suspects(
+    search: Path | None,
+    experiment: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    output: Path | None,
+) -> None:
+    """Name the images whose label is probably wrong, in a table to correct them with.
+
+    A regression on the features answers each training and validation image without having seen it;
+    where it gives the image's own label almost no chance, the label is suspect. SEARCH is a search
+    folder, by default the newest; --data or --experiment look at images without a search.
+
+    \b
+    Examples:
+      visiontuner suspects
+      visiontuner suspects searches/dog-breeds-20261122-154100
+      visiontuner suspects --data photos/
+    """
+    from visiontuner.workflow.suspects import find_suspects
+
+    given = bool(experiment or data or overrides)
+    if given and search is not None:
+        raise UserMistake("Name a search, or images with --data or --experiment, not both.")
+    chosen = load_experiment(experiment, data, overrides) if given else None
+    console = SearchConsole()
+    try:
+        result = find_suspects(search, experiment=chosen, output=output, observer=console)
+    finally:
+        console.close()
+    if result.search is not None:
+        experiment = str(result.search / EXPERIMENT_FILE)
+    _print_suspects(result, experiment, data, overrides)
+
+
+def _print_suspects(
+    result: SuspectsResult, experiment: str | None, data: str | None, overrides: Sequence[str]
+) -> None:
+    number, images = len(result.suspects), f"{result.images:,} training and validation images"
+    if not number:
+        click.echo(f"\nNo label of {images} is suspect.")
+        return
+    click.echo(f"\nSuspect labels: {number:,} of {images} ({number / result.images:.1%})")
+    click.echo("  score   label → suggested")
+    for suspect in result.suspects[:_NAMED_SUSPECTS]:
+        click.echo(f"  {suspect.score:.4f}  {suspect.label} → {suspect.suggested}   {suspect.path}")
+    if number > _NAMED_SUSPECTS:
+        click.echo(f"  … and {number - _NAMED_SUSPECTS:,} more")
+    click.echo(f"\nAll of them: {result.file}; the first as images: {SUSPECTS_SHEET} beside it.")
+    if result.kept_rows:
+        click.echo(f"It also holds {result.kept_rows:,} rows of the data.labels of before.")
+    flags = [
+        word
+        for flag, value in (("--experiment", experiment), ("--data", data))
+        if value
+        for word in (flag, value)
+    ]
+    flags += [word for override in overrides for word in ("--set", override)]
+    command = next_command("tune", *flags, "--set", f"data.labels={result.file}")
+    click.echo(
+        "\nNext, look at them and correct the column `label`; empty, the image is left out. Then:\n"
+        f"{command}"
+    )
 
 
 # `visiontuner promote`: parsing and printing.

@@ -67,6 +67,11 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "diagnose": CommandEntry(
             "judge", "diagnose", "Say what went wrong in a training, why, and what to change."
         ),
+        "suspects": CommandEntry(
+            "judge",
+            "suspects",
+            "Name the images whose label is probably wrong, in a table to correct them with.",
+        ),
         "promote": CommandEntry(
             "judge",
             "promote",

@@ -28,6 +28,8 @@ from visiontuner.paths import (
     RANGE_TEST_FILE,
     RANGE_TESTS_FOLDER,
     SEARCHES_FOLDER,
+    SUSPECTS_FILE,
+    SUSPECTS_FOLDER,
 )
 
 # JSON as we write it into files: UTF-8, readable by any reader.
@@ -328,7 +330,9 @@ def scan_folder(folder: Path | str) -> list[os.DirEntry[str]]:
 
 
 def is_made_by_commands(folder: Path) -> bool:
-    """Whether a search, a range test, a folder of them or the cache lies there."""
+    """Whether a search, a range test, a folder of them, suspects or the cache lies there."""
+    if folder.name == SUSPECTS_FOLDER:
+        return (folder / SUSPECTS_FILE).exists()
     if folder.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
         return any(_has_mark(Path(child.path)) for child in scan_folder(folder) if is_folder(child))
     return _has_mark(folder)

@@ -1,0 +1,223 @@
+"""Name the images whose label is probably wrong, in a table that `data.labels` reads.
+
+Logistic regression on the features answers each training and validation image in the fold that it
+was held out of. Test images stay out: labels that a model has corrected would flatter every model.
+"""
+
+from __future__ import annotations
+
+import posixpath
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from visiontuner.data.arrays import FeatureSet
+from visiontuner.data.labels import Row, read_table
+from visiontuner.errors import UserMistake, VisiontunerError
+from visiontuner.evaluation.baselines import is_affordable, logistic_regression
+from visiontuner.evaluation.calibration import probabilities_of
+from visiontuner.evaluation.suspects import find_suspect_labels
+from visiontuner.experiment.schema import Experiment
+from visiontuner.journal import SearchRecord, newest_search
+from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_FILE, SUSPECTS_FOLDER, SUSPECTS_SHEET
+from visiontuner.text import csv_row, next_command
+from visiontuner.workflow.evaluate import write_contact_sheet
+from visiontuner.workflow.inputs import Inputs, Observer, Silent, find_beside, require_same_data
+from visiontuner.workflow.run import folds_of
+
+FOLDS = 5
+_DRAWN = 48  # eight rows
+_COLUMNS = ("path", "label", "suggested", "score")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """An image whose label is probably wrong.
+
+    Args:
+        path: relative to the data's folder, as `prepare --all` prints it.
+        label: the class it is given as.
+        suggested: the most probable of the other classes.
+        probability: of the suggested class, by a regression that was fitted without the image.
+        score: one minus the label's own probability, in [0, 1].
+    """
+
+    path: str
+    label: str
+    suggested: str
+    probability: float = field(repr=False)
+    score: float
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class SuspectsResult:
+    """What `find_suspects` found.
+
+    Args:
+        folder: holds suspects.csv and, if there are any, suspects.png.
+        search: the search whose images they are; None without one.
+        images: training and validation images that were looked at.
+        suspects: the surest first.
+        kept_rows: rows of the experiment's own `data.labels`, which suspects.csv holds as well.
+    """
+
+    folder: Path
+    search: Path | None
+    images: int
+    suspects: tuple[Suspect, ...]
+    kept_rows: int = 0
+
+    @property
+    def file(self) -> Path:
+        """The table, for `data.labels`."""
+        return self.folder / SUSPECTS_FILE
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row a suspect: path, label, suggested, score."""
+        return pd.DataFrame(map(asdict, self.suspects), columns=list(_COLUMNS))
+
+    def __repr__(self) -> str:
+        first = ", ".join(suspect.path for suspect in self.suspects[:3])
+        more = ", …" if len(self.suspects) > 3 else ""
+        return (
+            f"SuspectsResult {self.file}\n"
+            f"suspect labels: {len(self.suspects):,} of {self.images:,} images\n"
+            f"first: {first or 'none'}{more}"
+        )
+
+
+def find_suspects(
+    search: Path | None = None,
+    *,
+    experiment: Experiment | None = None,
+    output: Path | None = None,
+    observer: Observer | None = None,
+) -> SuspectsResult:
+    """Name the training and validation images whose label is probably wrong.
+
+    Args:
+        search: a search folder, whose images and network are taken; default: the newest search.
+        experiment: images and network without a search.
+        output: where the files go; default: `suspects` in the search folder, or where the command
+            runs.
+
+    Raises:
+        UserMistake: the images have changed since the search, are too few or too many, or
+            suspects.csv is there and was edited.
+        VisiontunerError: the features cannot be computed, or the folder cannot be written.
+    """
+    observer = observer or Silent()
+    if experiment is not None:
+        search, inputs = None, Inputs(experiment, observer)
+    else:
+        search = search or newest_search()
+        record = SearchRecord.load(search)
+        inputs = Inputs(Experiment.load(search / EXPERIMENT_FILE), observer)
+        require_same_data(record, inputs.dataset)
+    _refuse_too_many(inputs)
+    features, _ = inputs.features()
+    images, suspects = _suspects_among(inputs, features)
+    kept = _rows_of_before(inputs, {suspect.path for suspect in suspects})
+    folder = output or (search or Path()) / SUSPECTS_FOLDER
+    _write(folder, inputs.dataset.root, suspects, kept)
+    return SuspectsResult(
+        folder=folder,
+        search=search,
+        images=images,
+        suspects=tuple(suspects),
+        kept_rows=len(kept),
+    )
+
+
+def _refuse_too_many(inputs: Inputs) -> None:
+    """Before features are computed, which may take minutes."""
+    dataset = inputs.dataset
+    images = sum(len(dataset.splits[name]) for name in ("train", "validation"))
+    classes = len(dataset.class_names)
+    if not is_affordable(images, inputs.description.feature_dim, classes):
+        some = next_command(
+            "suspects", "--data", inputs.experiment.data.source, "--set", "data.limit_per_class=50"
+        )
+        raise UserMistake(
+            f"{images:,} images of {classes:,} classes would take many minutes. "
+            f"Look at some of them: `{some}`."
+        )
+
+
+def _suspects_among(inputs: Inputs, features: FeatureSet) -> tuple[int, list[Suspect]]:
+    """How many images there are, and the suspects among them."""
+    splits = [features.split(name) for name in ("train", "validation")]
+    paths = [path for split in splits for path in split.paths]
+    labels = np.concatenate([split.labels for split in splits])
+    known = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
+    try:
+        folds = folds_of([known[path] for path in paths], min(FOLDS, len(paths)))
+    except ValueError as error:
+        raise UserMistake(f"Too few images in {inputs.dataset.root}: {error}.") from None
+    inputs.observer.note(f"Comparing {len(paths):,} labels with what the other images say.")
+    names = features.class_names
+    probabilities = out_of_fold_probabilities(
+        np.concatenate([split.features for split in splits]), labels, folds, len(names)
+    )
+    found = find_suspect_labels(probabilities, labels)
+    return len(paths), [
+        Suspect(
+            path=paths[row],
+            label=names[labels[row]],
+            suggested=names[suggested],
+            probability=float(probabilities[row, suggested]),
+            score=round(float(score), 4),
+        )
+        for row, suggested, score in zip(found.rows, found.suggested, found.scores, strict=True)
+    ]
+
+
+def out_of_fold_probabilities(
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    folds: NDArray[np.int64],
+    num_classes: int,
+) -> NDArray[np.float64]:
+    """What a regression on the images of the other folds says of each, float64, shape (N, C).
+
+    Args:
+        features: float32, shape (N, D).
+        labels: int64, shape (N,).
+        folds: int64, shape (N,), from 0 on.
+    """
+    # Every image has a fold, so that `refit=False` spares a last fit, which nobody would look at.
+    fitted = logistic_regression(features, labels, folds, num_classes=num_classes, refit=False)
+    return probabilities_of(fitted.logits)
+
+
+def _rows_of_before(inputs: Inputs, suspects: set[str]) -> list[Row]:
+    """What the experiment's own `data.labels` says of other images: it shall not get lost."""
+    root = inputs.dataset.root
+    earlier = find_beside(root, inputs.experiment.data.labels)
+    rows: Iterable[Row] = read_table(earlier).rows if earlier is not None else ()
+    return [row for row in rows if posixpath.normpath(row.path) not in suspects]
+
+
+def _write(folder: Path, root: Path, suspects: Sequence[Suspect], kept: Sequence[Row]) -> None:
+    rows: list[Sequence[object]] = [(s.path, s.label, s.suggested, s.score) for s in suspects]
+    rows += [(row.path, row.label, None, None) for row in kept]
+    content = "".join(map(csv_row, [_COLUMNS, *rows])).encode(errors="replace")
+    file = folder / SUSPECTS_FILE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if file.exists() and file.read_bytes() != content:
+            raise UserMistake(
+                f"{file} is there, and perhaps with your corrections. Give it another name, or "
+                "delete it."
+            )
+        file.write_bytes(content)
+        (folder / SUSPECTS_SHEET).unlink(missing_ok=True)
+        shown = [(s.path, (s.label, s.suggested, s.probability)) for s in suspects[:_DRAWN]]
+        write_contact_sheet(folder / SUSPECTS_SHEET, root, shown)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
