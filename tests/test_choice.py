@@ -125,10 +125,27 @@ def test_the_choice_is_in_the_journal_and_evaluation_comes_to_the_same(folder: P
 
 def test_resumed_after_its_end_a_search_changes_nothing(folder: Path) -> None:
     before = SearchRecord.load(folder)
-    after = resume_search(folder).record
+    resume_search(folder)
+    after = SearchRecord.load(folder)
+    assert sum(e["event"] == "choice_made" for e in read_events(folder).events) == 1
     assert (after.trials, after.baselines) == (before.trials, before.baselines)
     assert after.kept == before.kept
     assert json.loads((folder / "classifier/classifier.json").read_text())["metadata"]
+
+
+def test_killed_before_the_choice_a_search_chooses_when_it_goes_on(folder: Path) -> None:
+    before = SearchRecord.load(folder)
+    lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    later = ("choice_made", "search_ended", "baseline_ended")
+    kept = [line for line in lines if json.loads(line)["event"] not in later]
+    (folder / "journal.jsonl").write_bytes(b"".join(kept))
+    shutil.rmtree(folder / "classifier")
+    after = resume_search(folder).record
+    assert set(after.baselines) == set(before.baselines)
+    assert after.kept is not None
+    assert before.kept is not None
+    assert after.kept.trial_id == before.kept.trial_id
+    assert Classifier.load(folder / "classifier").metadata["trial_id"] == after.kept.trial_id
 
 
 @pytest.mark.parametrize("lost", ["validation_logits.npy", "refit.safetensors"])

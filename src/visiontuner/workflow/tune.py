@@ -277,7 +277,8 @@ class _Run:
                 self._settle()
                 self._fit_space()
             remaining = remaining_trials(self.experiment, record)
-            self._had_ended = record.best is not None and not remaining
+            # Not one that was killed between its last trial and the choice.
+            self._had_ended = record.best is not None and not remaining and record.ended is not None
             self._require_what_it_needs()
             if not is_named:
                 self.folder = claim_folder(self.folder)
@@ -342,7 +343,7 @@ class _Run:
                     raise self._interrupted_by_disk(error, recorder) from None
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
-            if state != "interrupted":
+            if state != "interrupted" and not self._had_ended:
                 state = self._choose(state, recorder)
             # Before Ray ends, which takes seconds that a signal may not leave.
             best = recorder.record.best
