@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import pytest
 from mlflow import MlflowClient
 from safetensors.numpy import load_file
 
+from visiontuner.errors import DiskError
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
+from visiontuner.workflow import tune
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.run import SearchResult
 from visiontuner.workflow.train import find_origin
@@ -133,13 +136,34 @@ def test_resumed_after_its_end_a_search_changes_nothing(folder: Path) -> None:
     assert json.loads((folder / "classifier/classifier.json").read_text())["metadata"]
 
 
-def test_killed_before_the_choice_a_search_chooses_when_it_goes_on(folder: Path) -> None:
-    before = SearchRecord.load(folder)
+def cut_before_the_choice(folder: Path) -> None:
+    """As a kill after the last trial leaves a search."""
     lines = (folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
     later = ("choice_made", "search_ended", "baseline_ended")
     kept = [line for line in lines if json.loads(line)["event"] not in later]
     (folder / "journal.jsonl").write_bytes(b"".join(kept))
     shutil.rmtree(folder / "classifier")
+
+
+@pytest.mark.parametrize("event", ["killed", "stopped", "disk full"])
+def test_a_bad_moment_before_the_choice_loses_nothing(
+    folder: Path, event: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = SearchRecord.load(folder)
+    cut_before_the_choice(folder)
+    error = KeyboardInterrupt() if event == "stopped" else OSError(errno.ENOSPC, "No space left")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    if event != "killed":
+        with monkeypatch.context() as patch:
+            patch.setattr(tune, "choose_and_record", fail)
+            if event == "stopped":
+                assert resume_search(folder).state == "interrupted"
+            else:
+                with pytest.raises(DiskError, match=r"nothing is lost.*--resume"):
+                    resume_search(folder)
     after = resume_search(folder).record
     assert set(after.baselines) == set(before.baselines)
     assert after.kept is not None

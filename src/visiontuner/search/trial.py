@@ -79,6 +79,7 @@ def train_one_head(config: dict[str, Any], task: TrialTask, *, trained_on: Train
         else `HEAD_FILE`.
     """
     assert task.features_folder is not None
+    prepare_worker(task.threads)
     settings = settings_of(task.experiment.training, config["configuration"])
     settings = settings.model_copy(update={"early_stop": None, "log_every_steps": None})
     start = start_head(

@@ -277,8 +277,9 @@ class _Run:
                 self._settle()
                 self._fit_space()
             remaining = remaining_trials(self.experiment, record)
-            # Not one that was killed between its last trial and the choice.
-            self._had_ended = record.best is not None and not remaining and record.ended is not None
+            # Not one that was killed or stopped between its last trial and the choice.
+            whole = (record.ended or {}).get("state") == "completed"
+            self._had_ended = record.best is not None and not remaining and whole
             self._require_what_it_needs()
             if not is_named:
                 self.folder = claim_folder(self.folder)
@@ -336,6 +337,8 @@ class _Run:
             try:
                 if remaining:
                     state = StageRunner(self.inputs, self.folder, recorder, ray).run()
+                if state != "interrupted" and not self._had_ended:
+                    self._choose(recorder)
             except KeyboardInterrupt:
                 state = "interrupted"
             except Exception as error:
@@ -343,29 +346,22 @@ class _Run:
                     raise self._interrupted_by_disk(error, recorder) from None
                 recorder.append("search_ended", state="failed", best_trial=None, error=str(error))
                 raise
-            if state != "interrupted" and not self._had_ended:
-                state = self._choose(state, recorder)
             # Before Ray ends, which takes seconds that a signal may not leave.
             best = recorder.record.best
             recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
             return state, recorder
 
-    def _choose(self, state: SearchState, recorder: Recorder) -> SearchState:
+    def _choose(self, recorder: Recorder) -> None:
         """Baselines beside the trials, and what is kept of them all."""
-        record, experiment = recorder.record, self.experiment
-        if record.best is None:
-            return state
-        if experiment.search.baselines and experiment.can_fold:
+        if recorder.record.best is None:
+            return
+        if self.experiment.search.baselines and self.experiment.can_fold:
             self.observer.note("Baselines: logistic regression and nearest neighbours.")
             computing = self.inputs.beside(
                 lambda: run_baselines(self.inputs, self.folder, recorder)
             )
-            try:
-                interrupts.result(computing)
-            except KeyboardInterrupt:
-                return "interrupted"
+            interrupts.result(computing)
         choose_and_record(self.folder, recorder, self.inputs)
-        return state
 
     def _tell_that_ray_is_gone(self) -> None:
         self.observer.trials_end()
