@@ -157,7 +157,6 @@ def _path(
     are first written in a basis of that span: the same answer from a smaller problem.
     """
     # A second to import, which a search need not wait for as it begins.
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     values = features.astype(np.float64)
@@ -172,7 +171,8 @@ def _path(
         weights, biases = np.zeros((1, values.shape[1])), np.zeros(1)
         if len(present) > 1:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # the loss on others decides
+                # The loss on other images decides.
+                warnings.filterwarnings("ignore", "lbfgs failed to converge")
                 model.set_params(C=penalty).fit(values, labels)
             weights, biases = model.coef_, model.intercept_
         if len(present) == 2:  # one score: the second class against the first

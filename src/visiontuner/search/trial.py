@@ -47,7 +47,7 @@ from visiontuner.search.plan import (
 from visiontuner.training.batches import FeatureBatches, ImageBatches
 from visiontuner.training.callbacks import TrainingCallback, TrainingCallbacks
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
-from visiontuner.training.folds import FoldedBatches, FoldedHead
+from visiontuner.training.cross_validation import FoldedBatches, FoldedHead
 from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
 
 if TYPE_CHECKING:

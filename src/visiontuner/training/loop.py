@@ -37,7 +37,7 @@ from visiontuner.training.checkpoint import (
     require_same,
     set_random_state,
 )
-from visiontuner.training.folds import (
+from visiontuner.training.cross_validation import (
     FoldedBatches,
     FoldedHead,
     folded_losses,

@@ -7,7 +7,7 @@ import torch
 from visiontuner.data.folds import assign_folds, folds_for
 from visiontuner.experiment.schema import Training
 from visiontuner.training.batches import FeatureBatches
-from visiontuner.training.folds import FoldedBatches, FoldedHead
+from visiontuner.training.cross_validation import FoldedBatches, FoldedHead
 from visiontuner.training.loop import Fit, linear_head
 
 CLASSES, DIM, FOLDS = 3, 6, 4
