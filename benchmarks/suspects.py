@@ -24,7 +24,7 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.model.features import compute_features
 from visiontuner.model.onnx import make_engine
 from visiontuner.workflow.inputs import Inputs, Silent
-from visiontuner.workflow.run import folds_of
+from visiontuner.workflow.selection import folds_of
 from visiontuner.workflow.suspects import FOLDS, out_of_fold_probabilities
 
 TARGETS = (

@@ -17,7 +17,7 @@ from visiontuner.journal import JournalWriter, SearchRecord, read_events
 from visiontuner.search.plan import LOGITS_FILE, NETWORK_FILE, SCORES_FILE, Stores
 from visiontuner.workflow.diagnose import diagnose_search
 from visiontuner.workflow.inputs import Inputs, Silent
-from visiontuner.workflow.run import ValidationAnswers
+from visiontuner.workflow.selection import ValidationAnswers
 
 SECONDS = {"t0001": 3.0, "t0002": 2.0, "t0003": 1.0}
 

@@ -56,7 +56,8 @@ from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import importances
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.promote import open_store
-from visiontuner.workflow.run import ValidationAnswers, is_packaged, package_trial
+from visiontuner.workflow.run import is_packaged, package_trial
+from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.sync import sync_search
 
 if TYPE_CHECKING:

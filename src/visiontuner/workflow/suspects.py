@@ -27,7 +27,7 @@ from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_FILE, SUSPECTS_FOLDER, S
 from visiontuner.text import csv_row, next_command
 from visiontuner.workflow.evaluate import write_contact_sheet
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, find_beside, require_same_data
-from visiontuner.workflow.run import folds_of
+from visiontuner.workflow.selection import folds_of
 
 FOLDS = 5
 _DRAWN = 48  # eight rows

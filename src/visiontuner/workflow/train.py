@@ -53,12 +53,12 @@ from visiontuner.workflow.inputs import (
 )
 from visiontuner.workflow.run import (
     SearchResult,
-    ValidationAnswers,
     is_packaged,
     open_journal,
     package_trial,
     read_record,
 )
+from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.tracking_process import BackgroundTracking
 
 if TYPE_CHECKING:

@@ -45,14 +45,16 @@ from visiontuner.tracking.plan import take_project_run
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder, with_absolute_paths
 from visiontuner.workflow.run import (
     SearchResult,
-    ValidationAnswers,
-    choose_and_record,
     claim_folder,
-    deal_folds,
     is_packaged,
     open_journal,
     package_trial,
     read_record,
+)
+from visiontuner.workflow.selection import (
+    ValidationAnswers,
+    choose_and_record,
+    deal_folds,
     run_baselines,
 )
 from visiontuner.workflow.tracking_process import BackgroundTracking
