@@ -16,6 +16,8 @@ from torch.nn import functional
 
 from visiontuner.training.batches import FeatureBatches
 
+_ROWS = 256  # images answered at once: their features stay in a core's cache
+
 
 class FoldedHead(nn.Sequential):
     """One head for each fold; float32 (B, feature_dim) -> (B, num_folds, num_classes).
@@ -36,12 +38,26 @@ class FoldedHead(nn.Sequential):
         super().__init__(dropout, folded, nn.Unflatten(1, (num_folds, linear.out_features)))
         self.num_folds = num_folds
 
+    def out_of_fold(self, batches: FoldedBatches) -> Tensor:
+        """Answers to each image by the head of its own fold: (num_samples, num_classes)."""
+        _, linear, _ = self
+        assert isinstance(linear, nn.Linear)
+        weights = linear.weight.view(self.num_folds, -1, linear.in_features)
+        biases = linear.bias.view(self.num_folds, -1)
+        logits: Tensor = weights.new_empty(len(batches.labels), weights.shape[1])
+        for fold in range(self.num_folds):
+            rows = torch.nonzero(batches.folds == fold)[:, 0]
+            for piece in torch.split(rows, _ROWS):
+                inputs = batches.features.index_select(0, piece)
+                logits[piece] = functional.linear(inputs, weights[fold], biases[fold])
+        return logits
+
     @torch.no_grad()
     def clip_gradients(self, largest: float | None) -> Tensor:
         """Clip each head's gradient by itself; the mean of their L2 norms before that."""
         gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        squares = [g.reshape(self.num_folds, -1).square().sum(dim=1) for g in gradients]
-        norms = torch.stack(squares).sum(dim=0).sqrt()  # (num_folds,)
+        parts = [torch.linalg.vector_norm(g.reshape(self.num_folds, -1), dim=1) for g in gradients]
+        norms: Tensor = torch.linalg.vector_norm(torch.stack(parts), dim=0)  # (num_folds,)
         if largest is not None:
             shares = (largest / (norms + 1e-6)).clamp(max=1)  # as clip_grad_norm_ does
             for gradient in gradients:
@@ -69,10 +85,6 @@ class FoldedBatches(FeatureBatches):
         for rows in torch.split(order, self.batch_size):
             yield self.features.index_select(0, rows), targets.index_select(0, rows)
 
-    def out_of_fold(self, logits: Tensor) -> Tensor:
-        """(num_samples, num_folds, num_classes) -> each image's own head's, (num_samples, C)."""
-        return logits[torch.arange(len(logits), device=logits.device), self.folds]
-
     def spread(self, values: Tensor) -> float:
         """Standard deviation over the folds of the mean of `values`, shape (num_samples,)."""
         folds = int(self.folds.max()) + 1
@@ -93,15 +105,14 @@ def folded_losses(
         targets: int64, (B, 2): label and fold.
     """
     seen, weights = _seen(targets, logits.shape[1], class_weights)
-    labels = targets[:, 0, None].expand(-1, logits.shape[1])  # (B, num_folds)
     losses = functional.cross_entropy(
-        logits.transpose(1, 2),
-        labels,
+        logits.flatten(0, 1),
+        targets[:, 0].repeat_interleave(logits.shape[1]),
         weight=class_weights,
         label_smoothing=label_smoothing,
         reduction="none",
     )
-    return (losses * seen).sum(dim=0) / weights
+    return (losses.view_as(seen) * seen).sum(dim=0) / weights
 
 
 def folded_weights(targets: Tensor, num_folds: int, class_weights: Tensor | None) -> Tensor:

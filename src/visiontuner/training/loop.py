@@ -275,9 +275,9 @@ class TrainingStep:
         if isinstance(self.network, FoldedHead):
             loss = folded_losses(logits, labels, self.class_weights, smoothing)
             with torch.no_grad():  # the mean of the heads that learn from an image
-                right = (logits.argmax(dim=2) == labels[:, :1]).sum(dim=1)
-                own = logits.argmax(dim=2).gather(1, labels[:, 1:])[:, 0] == labels[:, 0]
-                return loss, (right - own.long()).sum() / (self.network.num_folds - 1)
+                right = logits.argmax(dim=2) == labels[:, :1]  # (B, num_folds)
+                own = right.gather(1, labels[:, 1:])
+                return loss, (right.sum() - own.sum()) / (self.network.num_folds - 1)
         loss = training_loss(logits, labels, self.class_weights, smoothing)
         with torch.no_grad():
             label = labels.argmax(dim=1) if labels.is_floating_point() else labels
@@ -413,14 +413,15 @@ def evaluate(
     network.eval()
     pieces = micro_batches or MicroBatches(None, where="evaluation")
     with torch.inference_mode(), full_float32():
-        logits = torch.cat(
-            [
-                pieces.run(len(inputs), functools.partial(_answer, network, inputs))
-                for inputs in batches.in_order()
-            ]
-        )
-        if isinstance(batches, FoldedBatches):
-            logits = batches.out_of_fold(logits)
+        if isinstance(network, FoldedHead) and isinstance(batches, FoldedBatches):
+            logits = network.out_of_fold(batches)
+        else:
+            logits = torch.cat(
+                [
+                    pieces.run(len(inputs), functools.partial(_answer, network, inputs))
+                    for inputs in batches.in_order()
+                ]
+            )
         scores = score(logits, batches.labels.to(logits.device))
     return logits.cpu(), scores
 
