@@ -18,7 +18,7 @@ from visiontuner.cli import search as commands
 from visiontuner.cli.main import COMMANDS as LISTED
 from visiontuner.cli.main import main
 from visiontuner.errors import TrackingError, UserMistake
-from visiontuner.experiment.schema import Experiment
+from visiontuner.experiment.schema import OFFLINE_BACKBONES, Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.workflow import sync
 
@@ -212,6 +212,19 @@ def test_weights_that_cannot_be_fetched_name_the_choice_that_needs_none(tmp_path
     assert "efficientnet_lite0" in line
     assert "Traceback" not in result.output
     assert not (tmp_path / "s").exists()
+
+
+def test_recommended_networks_have_licence_size_and_accuracy():
+    lines = call("backbones", "--recommend").stdout.splitlines()
+    (small,) = [line for line in lines if line.startswith("efficientnet_lite0")]
+    assert small.split() == ["efficientnet_lite0", "19", "224", "74.8", "%", "Apache-2.0", "offline"]
+    assert [line.split()[0] for line in lines if line.endswith("offline")] == list(OFFLINE_BACKBONES)
+
+
+def test_data_of_backbones_is_for_the_recommended_ones():
+    result = call("backbones", "--data", "photos")
+    assert result.exit_code == 2
+    assert "--data is for --recommend" in one_line(result)
 
 
 # What reaches the workflow

@@ -7,10 +7,12 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     search_started   experiment, data, code, machine      the first line; of a single training also
                      trained_on and from (where its hyperparameters come from)
     search_resumed   code, machine                        one for each `--resume`
-    features_ready   backbone, weights_digest, feature_dim, engine, computed, seconds, folder
+    features_ready   backbone, weights_digest, weights_licence, feature_dim, engine, computed,
+                     seconds, folder; one for each network that is searched
     baseline_ended   name, configuration, metrics, seconds
     choice_made      chosen, best, tied, reason, estimate
-    images_ready     backbone, weights_digest, feature_dim, computed, seconds, folder
+    images_ready     backbone, weights_digest, weights_licence, feature_dim, computed, seconds,
+                     folder
     trial_started    configuration; stage and starts_from (a trial) where `search.stages` is set
     epoch            step (1 is the first epoch), metrics
     finding          rule, severity, step, evidence, advice
@@ -86,6 +88,8 @@ TrialState = Literal["running", "completed", "stopped_early", "failed", "interru
 FINISHED: tuple[TrialState, ...] = ("completed", "stopped_early", "failed")
 Severity = Literal["info", "warning", "error"]
 StageName = Literal["head", "network"]
+NETWORK_FACTS = ("backbone", "weights_digest", "weights_licence", "engine")
+"""What `features_ready` says of a network, under the names that MLflow's tags have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +280,8 @@ class SearchRecord:
 
     `preparation_seconds` went into features and decoded images before the first trial.
     `baselines` are what trials are compared with, by name; they are no trials and have no epochs.
-    `choice` is the last `choice_made`.
+    `choice` is the last `choice_made`. `networks` are by name what is known of each pretrained
+    network, as the first event about it says: a resumed search finds its features in the cache.
     """
 
     search_id: str = ""
@@ -286,6 +291,7 @@ class SearchRecord:
     preparation_seconds: float = 0.0
     baselines: dict[str, TrialRecord] = field(default_factory=dict, repr=False)
     choice: Event | None = field(default=None, repr=False)
+    networks: dict[str, Event] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -309,6 +315,7 @@ class SearchRecord:
                 if trial.state == "running":
                     trial.state = "interrupted"
         elif kind in ("features_ready", "images_ready"):
+            self.networks.setdefault(str(event.get("backbone")), event)
             if not self.trials:
                 self.preparation_seconds += float(event.get("seconds") or 0.0)
         elif kind == "search_ended":
@@ -425,6 +432,15 @@ class SearchRecord:
         """
         chosen = str(self.choice["chosen"]) if self.choice is not None else None
         return self.named(chosen) or self.best
+
+    @property
+    def network(self) -> dict[str, Any]:
+        """Facts of the kept trial's pretrained network: backbone, its weights, what ran it."""
+        kept = self.kept
+        name = None if kept is None else kept.configuration.get("backbone")
+        first = next(iter(self.networks.values()), None)
+        event = self.networks.get(str(name)) or first or self.started.get("features") or {}
+        return {key: event[key] for key in NETWORK_FACTS if event.get(key) is not None}
 
     def searching(self) -> SearchRecord:
         """The same search with the trials that searched the space: without a second stage's."""

@@ -47,7 +47,11 @@ class Search:
             },
         )
         self.append(
-            "features_ready", backbone="efficientnet_lite0", weights_digest="w1", engine="ONNX"
+            "features_ready",
+            backbone="efficientnet_lite0",
+            weights_digest="w1",
+            weights_licence="Apache-2.0",
+            engine="ONNX",
         )
 
     def start(self, number: int, *, attempt: int = 1) -> None:

@@ -35,6 +35,7 @@ from visiontuner.workflow.doctor import Check
 if TYPE_CHECKING:
     import pandas as pd
 
+    from visiontuner.workflow.networks import Recommendation
     from visiontuner.workflow.run import SearchResult
 
 
@@ -358,6 +359,28 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
         if check.advice:
             detail.append(f"\n{check.advice}", style="bold")
         table.add_row(status, Text(check.name), detail)
+    console.print(table)
+
+
+def print_recommendations(console: Console, found: Sequence[Recommendation]) -> None:
+    """One line a network; what a pass takes where it was measured."""
+    measured = any(one.pass_seconds is not None for one in found)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("network", no_wrap=True)
+    for heading in ("MB", "pixels", "ImageNet"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("licence", no_wrap=True)
+    if measured:
+        table.add_column(f"pass over {found[0].images:,} images", justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for one in found:
+        network = one.network
+        accuracy = f"{network.accuracy:.1f} %" + (" linear" if network.measure == "linear" else "")
+        cells = [network.name, f"{network.megabytes:.0f}", str(network.image_size), accuracy]
+        cells.append(network.licence)
+        if measured:
+            cells.append("" if one.pass_seconds is None else _duration(one.pass_seconds))
+        table.add_row(*map(Text, cells), Text("offline" if network.is_offline else ""))
     console.print(table)
 
 

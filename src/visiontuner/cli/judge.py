@@ -671,11 +671,16 @@ def _search_lines(search: Facts, traced: Lineage) -> Iterator[str]:
     network, data = traced.network or {}, traced.data or {}
     yield (
         f"network: {network.get('backbone')}, weights {_short(network.get('weights_digest'))}, "
-        f"{network.get('engine')}"
+        f"{network.get('engine')}{_licensed(network)}"
     )
     yield f"data: {data.get('source')}, digest {_short(data.get('digest'))}"
     yield f"images: {_counts(data)}"
     yield from _origin_lines(traced)
+
+
+def _licensed(network: Facts) -> str:
+    licence = network.get("weights_licence")
+    return f", licence of the weights: {licence}" if licence else ""
 
 
 def _origin_lines(traced: Lineage) -> Iterator[str]:

@@ -20,6 +20,7 @@ from visiontuner.cli.console import (
     print_artifacts,
     print_checks,
     print_dataset,
+    print_recommendations,
     print_result,
 )
 from visiontuner.cli.options import (
@@ -153,14 +154,32 @@ def sync(folder: Path | None) -> None:
 
 @click.command(cls=OneLineErrors)
 @click.argument("contains", default="")
-def backbones(contains: str) -> None:
+@click.option("--recommend", is_flag=True, help="A short table of those worth trying first.")
+@click.option(
+    "--data",
+    metavar="FOLDER|ARCHIVE|S3-ADDRESS",
+    type=TEXT,
+    help="With --recommend: measure what a pass over these images takes here.",
+)
+def backbones(contains: str, recommend: bool, data: str | None) -> None:
     """List pretrained networks whose name contains a text.
 
     \b
     Examples:
       visiontuner backbones resnet
       visiontuner backbones timm:convnext
+      visiontuner backbones --recommend --data photos/
     """
+    if recommend:
+        if contains:
+            raise UserMistake(
+                "--recommend lists the networks worth trying first; leave out "
+                f"{contains!r}, or leave out --recommend."
+            )
+        _print_recommended(data)
+        return
+    if data is not None:
+        raise UserMistake("--data is for --recommend: visiontuner backbones --recommend --data …")
     from visiontuner.model.backbones import list_backbones
 
     found = list_backbones(contains)
@@ -175,6 +194,23 @@ def backbones(contains: str) -> None:
     click.echo(
         f"{len(found)} networks; use one as --backbone NAME. The weights of torchvision's and "
         "timm's are downloaded once.",
+        err=True,
+    )
+
+
+def _print_recommended(data: str | None) -> None:
+    from visiontuner.workflow.networks import recommend
+
+    console = SearchConsole()
+    try:
+        experiment = None if data is None else load_experiment(None, data, [])
+        found = recommend(experiment, observer=console)
+    finally:
+        console.close()
+    print_recommendations(make_console(), found)
+    click.echo(
+        "Use one as --backbone NAME, or search several: --backbones NAME,NAME or --backbones "
+        "offline. The others are downloaded once. Where the accuracies are from: docs/networks.md.",
         err=True,
     )
 

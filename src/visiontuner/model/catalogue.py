@@ -12,6 +12,12 @@ from visiontuner.experiment.schema import OFFLINE_BACKBONES
 Measure = Literal["top-1", "linear"]
 """What a published accuracy is of: the network with its own head, or a linear head on features."""
 
+BUNDLED_LICENCE = "Apache-2.0"
+TORCHVISION_LICENCE = "BSD-3-Clause"
+"""torchvision's own; it says that weights may have other terms, from the images they learnt from."""
+
+_SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": "CC-BY-NC-4.0"}
+
 _TIMM = "https://github.com/huggingface/pytorch-image-models/blob/aa4b585/results"
 _SOURCES = {
     "timm": f"{_TIMM}/results-imagenet.csv",
@@ -61,7 +67,7 @@ RECOMMENDED = (
         name="efficientnet_lite0",
         parameters=4_652_008,
         image_size=224,
-        licence="Apache-2.0",
+        licence=BUNDLED_LICENCE,
         accuracy=74.8,
         published="timm",
     ),
@@ -69,7 +75,7 @@ RECOMMENDED = (
         name="efficientnet_lite1",
         parameters=5_416_680,
         image_size=240,
-        licence="Apache-2.0",
+        licence=BUNDLED_LICENCE,
         accuracy=76.7,
         published="timm",
     ),
@@ -77,7 +83,7 @@ RECOMMENDED = (
         name="efficientnet_lite2",
         parameters=6_092_072,
         image_size=260,
-        licence="Apache-2.0",
+        licence=BUNDLED_LICENCE,
         accuracy=77.5,
         published="timm",
     ),
@@ -93,7 +99,7 @@ RECOMMENDED = (
         name="resnet50",
         parameters=25_557_032,
         image_size=224,
-        licence="BSD-3-Clause",
+        licence=TORCHVISION_LICENCE,
         accuracy=80.9,
         published="torchvision",
     ),
@@ -140,6 +146,11 @@ RECOMMENDED = (
         measure="linear",
     ),
 )
+
+
+def licence_name(text: str) -> str:
+    """As SPDX writes it, where timm's spelling is known: `apache-2.0` -> `Apache-2.0`."""
+    return _SPDX.get(text, text)
 
 
 def package_of_weights(name: str) -> str:

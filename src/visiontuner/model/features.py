@@ -61,12 +61,14 @@ class BackboneDescription:
         feature_dim: D, the length of one feature vector.
         preprocessing: what turns an image into the network's input.
         weights_digest: SHA-256 (hex) over the tensors by name.
+        weights_licence: as whoever published the weights states it; None if that is not known.
     """
 
     name: str
     feature_dim: int
     preprocessing: Preprocessing
     weights_digest: str
+    weights_licence: str | None = None
 
 
 def describe_backbone(
@@ -116,6 +118,7 @@ def _to_dict(description: BackboneDescription) -> dict[str, Any]:
         "feature_dim": description.feature_dim,
         "preprocessing": description.preprocessing.to_dict(),
         "weights_digest": description.weights_digest,
+        "weights_licence": description.weights_licence,
     }
 
 
@@ -127,6 +130,7 @@ def _read(path: Path) -> BackboneDescription | None:
             feature_dim=int(raw["feature_dim"]),
             preprocessing=Preprocessing.from_dict(raw["preprocessing"]),
             weights_digest=raw["weights_digest"],
+            weights_licence=raw["weights_licence"],
         )
     except (OSError, ValueError, KeyError, TypeError, ClassifierError):
         return None
@@ -199,6 +203,44 @@ def compute_shards(
                 parts.append(rows)
                 on_batch(batch)
             yield ShardRows(shard, np.concatenate(parts), bad, few)
+
+
+# Of images decoded and run through the network to tell how long a pass takes.
+_PACE_SECONDS, _PACE_IMAGES = 1.0, 256
+
+
+def measure_pace(
+    samples: Sequence[Sample],
+    *,
+    root: Path,
+    backbone: BackboneDescription,
+    engine: Engine,
+    seconds: float = _PACE_SECONDS,
+) -> float:
+    """Images a second of a pass over some images, decoding included, measured on a few of them.
+
+    Args:
+        samples: at least one; measured on up to 256, spread over all.
+        root: what the samples' paths are relative to.
+        seconds: how long to measure, after the first batch of each lane; at least one batch.
+    """
+    step = max(1, len(samples) // _PACE_IMAGES)
+    paths = [sample.path for sample in samples[::step]]
+    size = engine.batch_size
+    batches = [paths[start : start + size] for start in range(0, len(paths), size)]
+    warm_up = min(engine.lanes + 1, len(batches) - 1)
+    done, began = 0, time.perf_counter()
+    with (
+        closing(decode_batches(root, batches, backbone.preprocessing, workers=0)) as decoded,
+        closing(_in_lanes(decoded, backbone, engine)) as computed,
+    ):
+        for number, (batch, _) in enumerate(computed, start=1):
+            done += len(batch.good) + len(batch.bad)
+            if number == warm_up:
+                done, began = 0, time.perf_counter()
+            if number > warm_up and time.perf_counter() - began > seconds:
+                break
+        return done / (time.perf_counter() - began)
 
 
 def _in_lanes(

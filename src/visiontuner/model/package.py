@@ -198,6 +198,7 @@ def _description(
             "train": trained.train,
             "backbone": trained.backbone.name,
             "weights_digest": trained.backbone.weights_digest,
+            "weights_licence": trained.backbone.weights_licence,
         },
     }
 

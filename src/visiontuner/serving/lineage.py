@@ -22,6 +22,7 @@ from mlflow.entities.model_registry import ModelVersion
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.evaluation.report import image_count
 from visiontuner.io.files import temporary_folder
+from visiontuner.journal import NETWORK_FACTS
 from visiontuner.model.classifier import read_threshold
 from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG, read_report
@@ -51,7 +52,7 @@ class Lineage:
         trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
         search: name, search_id, run_id, folder, state, objective, started, experiment_file.
         experiment: the resolved experiment file.
-        network: backbone, weights_digest, engine.
+        network: backbone, weights_digest, weights_licence, engine.
         data: source, root, digest, counts, class_names.
         code: version, commit, dirty.
         environment: host, platform, packages (with Python's own version).
@@ -283,7 +284,7 @@ def _tagged(tags: Mapping[str, str]) -> dict[str, Any]:
     packages = _packages(tags.get(f"{_OURS}packages"))
     dirty = tags.get(f"{_OURS}code_dirty")
     sections: dict[str, Facts] = {
-        "network": _known(tags, ("backbone", "weights_digest", "engine")),
+        "network": _known(tags, NETWORK_FACTS),
         "data": _known(tags, ("source", "digest"), "data_"),
         "code": {
             **_known(tags, ("version",)),

@@ -174,6 +174,7 @@ _LINEAGE = (
     "visiontuner.version",
     "visiontuner.backbone",
     "visiontuner.weights_digest",
+    "visiontuner.weights_licence",
 )
 _URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 _LOGGERS = ("mlflow", "sagemaker", "alembic")

@@ -26,7 +26,13 @@ from visiontuner.errors import ExperimentError
 from visiontuner.evaluation.choice import edges
 from visiontuner.evaluation.report import EvaluationReport
 from visiontuner.experiment.schema import Experiment
-from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord, is_running, read_events
+from visiontuner.journal import (
+    Finding,
+    SearchRecord,
+    TrialRecord,
+    is_running,
+    read_events,
+)
 from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.text import next_command, shown
 from visiontuner.tracking.figures.parts import LABELS, count, to_png
@@ -616,6 +622,7 @@ def _origin(record: SearchRecord, where: Mapping[str, Any]) -> dict[str, str]:
         "Processors": machine.get("cpus"),
         "Pretrained network": where.get("backbone"),
         "Digest of its weights": where.get("weights_digest"),
+        "Licence of its weights": where.get("weights_licence"),
         "Features by": where.get("engine"),
     }  # fmt: skip
     return _known(facts)
@@ -730,7 +737,7 @@ def write_page(
         evaluation=evaluation,
         evaluation_figures=_read_figures(folder / EVALUATION_FOLDER) if evaluation else {},
         findings=data_findings(events),
-        where={**_features(events), **facts},
+        where={**record.network, **facts},
         state=state,
         notes=[problem] if problem else [],
     )
@@ -908,12 +915,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # MLflow was away, or a kill came first: the page does without
     return raw if isinstance(raw, dict) else {}
-
-
-def _features(events: Sequence[Event]) -> dict[str, Any]:
-    kinds = ("features_ready", "images_ready")
-    found = next((event for event in events if event["event"] in kinds), {})
-    return {name: found.get(name) for name in ("backbone", "weights_digest", "engine")}
 
 
 def _write_whole(path: Path, text: str) -> Path:

@@ -175,7 +175,6 @@ class SearchPlan:
     last_seen: int = 0
     rules: set[str] = field(default_factory=set)
     finished: set[str] = field(default_factory=set)
-    features: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> SearchPlan:
@@ -221,11 +220,6 @@ class SearchPlan:
             self._interrupt_trials()
         elif kind == "trial_started":
             self._start(event)
-        elif kind == "search_started":
-            self.features = event.get("features") or {}
-        elif kind in ("features_ready", "images_ready"):
-            # A resumed search finds them in the cache: the first time says how they were made.
-            self.features = self.features or event
         elif kind == "baseline_ended":
             self._take_baseline(event)
         elif kind == "choice_made":
@@ -268,7 +262,7 @@ class SearchPlan:
             **{f"data_{k}": self._fact("data", k) for k in ("source", "digest")},
             **{f"code_{k}": self._fact("code", k) for k in ("commit", "dirty")},
             "version": self._fact("code", "version"),
-            **{k: self.features.get(k) for k in ("backbone", "weights_digest", "engine")},
+            **self.record.network,
             **{k: self._fact("machine", k) for k in ("host", "platform")},
             "packages": self._packages(),
         }

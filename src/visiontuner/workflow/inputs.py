@@ -27,7 +27,7 @@ from visiontuner.data.labels import is_table_name
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, Finding, SearchRecord
-from visiontuner.model.features import compute_features, describe_backbone
+from visiontuner.model.features import compute_features, describe_backbone, measure_pace
 from visiontuner.paths import at_hand, writable_cache_folder
 from visiontuner.search.plan import Stores
 
@@ -165,10 +165,12 @@ class Inputs:
     to do about it.
     """
 
-    def __init__(self, experiment: Experiment, observer: Observer) -> None:
+    def __init__(
+        self, experiment: Experiment, observer: Observer, *, cache: Path | None = None
+    ) -> None:
         self.experiment = experiment
         self.observer = observer
-        self.cache: Path = writable_cache_folder()
+        self.cache: Path = cache or writable_cache_folder()
         self.on_cluster = False  # whether Ray's other machines help with features
         self._loading = threading.Lock()  # asked for beside other work, and once is enough
         self._backbone: Backbone | None = None
@@ -178,6 +180,14 @@ class Inputs:
     @cached_property
     def dataset(self) -> ImageDataset:
         return load_data(self.experiment, self.observer)
+
+    def of(self, experiment: Experiment, *, cache: Path | None = None) -> Inputs:
+        """Another experiment on the same images, which are not read again."""
+        other = Inputs(experiment, self.observer, cache=cache or self.cache)
+        other.dataset = self.dataset
+        other.on_cluster = self.on_cluster
+        other._working = self._working
+        return other
 
     def readable(self, split: str) -> list[Sample]:
         """The images of a split that can be decoded; each is, once."""
@@ -230,7 +240,7 @@ class Inputs:
         features = compute_features(
             self.dataset,
             backbone=self.description,
-            engine=self._engine,
+            engine=self._say_engine,
             precision=self.experiment.training.precision,
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
@@ -239,6 +249,15 @@ class Inputs:
             machines=self._machines if self.on_cluster else nullcontext,
         )
         return features, round(time.monotonic() - began, 3)
+
+    def pace(self) -> float:
+        """Images a second of a pass over the training images, measured on a few of them."""
+        return measure_pace(
+            self.dataset.splits["train"],
+            root=self.dataset.root,
+            backbone=self.description,
+            engine=self.engine,
+        )
 
     def images(self, dataset: ImageDataset | None = None) -> tuple[DecodedImages, float]:
         """The images, decoded once, and the seconds it took."""
@@ -283,6 +302,7 @@ class Inputs:
         return {
             "backbone": self.description.name,
             "weights_digest": self.description.weights_digest,
+            "weights_licence": self.description.weights_licence,
             "folder": str(folder),
             "computed": computed,
             "seconds": seconds,
@@ -296,14 +316,18 @@ class Inputs:
             self.dataset.root.resolve(), experiment.model, experiment.training.precision
         )
 
-    def _engine(self) -> Engine:
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the network; writing it as ONNX takes seconds, once."""
         from visiontuner.model.onnx import make_engine
 
-        engine = make_engine(
+        return make_engine(
             self.backbone, precision=self.experiment.training.precision, cache=self.cache
         )
-        self.observer.note(f"Features are computed once, by {engine.description}.")
-        return engine
+
+    def _say_engine(self) -> Engine:
+        self.observer.note(f"Features are computed once, by {self.engine.description}.")
+        return self.engine
 
 
 def with_absolute_paths(experiment: Experiment) -> Experiment:

@@ -20,7 +20,6 @@ from visiontuner.journal import (
     TrialRecord,
     newest_search,
     packaged_trial,
-    read_events,
 )
 from visiontuner.model.classifier import Classifier
 from visiontuner.paths import (
@@ -181,11 +180,7 @@ def _trial(trial: TrialRecord, objective: str) -> dict[str, Any]:
 
 
 def _network(folder: Path) -> dict[str, Any] | None:
-    kinds = ("features_ready", "images_ready")
-    ready = [e for e in read_events(folder).events if e["event"] in kinds]
-    # A resumed search finds its features in the cache: the first time says how they were made.
-    first = ready[0] if ready else {}
-    return {k: first[k] for k in ("backbone", "weights_digest", "engine") if k in first} or None
+    return SearchRecord.load(folder).network or None
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:
