@@ -19,7 +19,7 @@ from PIL import Image
 
 from visiontuner.cli.console import SearchConsole, TrainingConsole
 from visiontuner.errors import ClassifierError, UserMistake
-from visiontuner.experiment.schema import QUICKSTART, Experiment
+from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
 from visiontuner.model.classifier import Classifier
 from visiontuner.paths import (
@@ -309,6 +309,7 @@ def tune(
     data: str | Path | Experiment | None = None,
     *,
     backbone: str | None = None,
+    backbones: Sequence[str] | None = None,
     trials: int | None = None,
     algorithm: Literal["random", "optuna", "grid"] | None = None,
     settings: Settings = (),
@@ -322,6 +323,8 @@ def tune(
         data: a folder, an archive (path or URL), s3://… or an `Experiment`; default: the
             quickstart on built-in images.
         backbone: a pretrained network; `visiontuner backbones` lists them.
+        backbones: several, to search the best one of them too; `["offline"]` are those that need
+            no download.
         trials: how many configurations to try.
         settings: overrides of any value of the experiment.
         output: a new folder for the search; default: `searches/NAME-TIME`.
@@ -336,7 +339,10 @@ def tune(
         "search.trials": trials,
         "search.algorithm": algorithm,
     }
-    experiment = _experiment(data, flags, settings)
+    if backbone is not None and backbones is not None:
+        raise UserMistake("backbone is one network and backbones are several; give one of them.")
+    networks = [] if backbones is None else search_networks(backbones)
+    experiment = _experiment(data, flags, [*networks, *_overrides(settings)])
     with _console(progress) as console:
         result = search_verbs.run_search(
             experiment, output=Path(output) if output else None, on=on, observer=console

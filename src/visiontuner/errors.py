@@ -43,6 +43,10 @@ class BackboneError(UserMistake):
     """An unknown backbone, or weights that do not fit it."""
 
 
+class WeightsAway(BackboneError):
+    """Pretrained weights that cannot be had now: not installed, or not downloaded."""
+
+
 class ClassifierError(UserMistake):
     """A classifier folder that is missing, incomplete or damaged."""
 

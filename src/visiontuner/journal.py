@@ -9,6 +9,8 @@ epoch); lines about a trial have `trial_id` and `attempt`. The events and what e
     search_resumed   code, machine                        one for each `--resume`
     features_ready   backbone, weights_digest, weights_licence, feature_dim, engine, computed,
                      seconds, folder; one for each network that is searched
+    network_left_out backbone, reason                     its weights cannot be had, say
+    network_stopped  backbone, reason, trials             it gets no more trials
     baseline_ended   name, configuration, metrics, seconds
     choice_made      chosen, best, tied, reason, estimate
     images_ready     backbone, weights_digest, weights_licence, feature_dim, computed, seconds,
@@ -282,6 +284,7 @@ class SearchRecord:
     `baselines` are what trials are compared with, by name; they are no trials and have no epochs.
     `choice` is the last `choice_made`. `networks` are by name what is known of each pretrained
     network, as the first event about it says: a resumed search finds its features in the cache.
+    `left_out` and `stopped` are networks that get no trials, or no more, and why.
     """
 
     search_id: str = ""
@@ -292,6 +295,8 @@ class SearchRecord:
     baselines: dict[str, TrialRecord] = field(default_factory=dict, repr=False)
     choice: Event | None = field(default=None, repr=False)
     networks: dict[str, Event] = field(default_factory=dict, repr=False)
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
+    stopped: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -318,6 +323,10 @@ class SearchRecord:
             self.networks.setdefault(str(event.get("backbone")), event)
             if not self.trials:
                 self.preparation_seconds += float(event.get("seconds") or 0.0)
+        elif kind == "network_left_out":
+            self.left_out[event["backbone"]] = event["reason"]
+        elif kind == "network_stopped":
+            self.stopped[event["backbone"]] = event["reason"]
         elif kind == "search_ended":
             self.ended = event
         elif kind == "baseline_ended":
@@ -433,11 +442,12 @@ class SearchRecord:
         chosen = str(self.choice["chosen"]) if self.choice is not None else None
         return self.named(chosen) or self.best
 
-    @property
-    def network(self) -> dict[str, Any]:
-        """Facts of the kept trial's pretrained network: backbone, its weights, what ran it."""
-        kept = self.kept
-        name = None if kept is None else kept.configuration.get("backbone")
+    def network_of(self, trial: TrialRecord | None) -> dict[str, Any]:
+        """Facts of a trial's pretrained network: backbone, its weights, what ran it.
+
+        Without a trial, of the first one of the search.
+        """
+        name = None if trial is None else trial.configuration.get("backbone")
         first = next(iter(self.networks.values()), None)
         event = self.networks.get(str(name)) or first or self.started.get("features") or {}
         return {key: event[key] for key in NETWORK_FACTS if event.get(key) is not None}
@@ -558,6 +568,8 @@ _REQUIRED = {
     "trial_ended": ("trial_id", "state"),
     "baseline_ended": ("name", "configuration", "metrics", "seconds"),
     "choice_made": ("chosen",),
+    "network_left_out": ("backbone", "reason"),
+    "network_stopped": ("backbone", "reason"),
 }
 
 

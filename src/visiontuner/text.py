@@ -121,6 +121,15 @@ def one_line(text: object, length: int) -> str:
     return shown(" ".join(str(text).split()))[:length]
 
 
+def duration(seconds: float) -> str:
+    """For people: `41 s`, `2 min 5 s`, `1 h 3 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def shell_word(uri: str, variable: str) -> str:
     """A URI for a command to copy; if it holds a secret, `"$VARIABLE"`, which holds it as well."""
     return f'"${variable}"' if has_secrets(uri) else shlex.quote(uri)

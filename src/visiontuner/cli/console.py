@@ -23,6 +23,7 @@ from visiontuner.data.findings import DatasetSummary, SizeRange
 from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.text import (
     DEFAULT_TRACKING_URI,
+    duration,
     SafeStream,
     next_command,
     printable,
@@ -167,7 +168,7 @@ class SearchConsole:
             words.append(f"best {self._record.objective} {_number(best.best_value)}")
         left = self._seconds_left(finished)
         if left is not None:
-            words.append(f"about {_duration(left)} left")
+            words.append(f"about {duration(left)} left")
         return ", ".join(words)
 
     def _seconds_left(self, finished: int) -> float | None:
@@ -297,14 +298,6 @@ def _amount(amount: float, unit: str) -> str:
     return f"{amount / 1e6:,.1f}" if unit == "B" else f"{amount:,.0f}"
 
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 # Tables for the terminal: what `prepare` and `doctor` found.
 
 
@@ -379,7 +372,7 @@ def print_recommendations(console: Console, found: Sequence[Recommendation]) -> 
         cells = [network.name, f"{network.megabytes:.0f}", str(network.image_size), accuracy]
         cells.append(network.licence)
         if measured:
-            cells.append("" if one.pass_seconds is None else _duration(one.pass_seconds))
+            cells.append("" if one.pass_seconds is None else duration(one.pass_seconds))
         table.add_row(*map(Text, cells), Text("offline" if network.is_offline else ""))
     console.print(table)
 

@@ -17,7 +17,7 @@ import psutil
 from visiontuner import interrupts
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.experiment.reading import read_experiment
-from visiontuner.experiment.schema import QUICKSTART, Experiment
+from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
 from visiontuner.text import printable
 
 # How a command ends when it fails: one line, and an exit code that says whose fault it was.
@@ -215,6 +215,11 @@ def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def as_overrides(flags: Mapping[str, object]) -> list[str]:
     """Flags that stand for a key of the experiment, as `--set` would have them."""
     return [f"{key}={value}" for key, value in flags.items() if value is not None]
+
+
+def overrides_of_networks(names: str | None) -> list[str]:
+    """`resnet18,offline` as what `--set` has for a search over these networks."""
+    return [] if names is None else search_networks(names.split(","))
 
 
 def read_raw(experiment: str | None, data: str | None) -> tuple[dict[str, Any], str]:

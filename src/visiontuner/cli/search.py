@@ -32,6 +32,7 @@ from visiontuner.cli.options import (
     experiment_options,
     load_experiment,
     number,
+    overrides_of_networks,
     read_raw,
 )
 from visiontuner.errors import UserMistake
@@ -236,6 +237,12 @@ def doctor() -> None:
 @click.command(cls=JobCommand)
 @experiment_options
 @click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option(
+    "--backbones",
+    metavar="NAME,NAME",
+    type=TEXT,
+    help="Search several networks; `offline` names those that need no download.",
+)
 @click.option("--trials", metavar="N", type=TEXT, help="How many configurations to try.")
 @click.option("--algorithm", metavar="random|optuna|grid", type=TEXT, help="How to choose.")
 @click.option(
@@ -270,6 +277,7 @@ def tune(
     data: str | None,
     overrides: tuple[str, ...],
     backbone: str | None,
+    backbones: str | None,
     trials: str | None,
     algorithm: str | None,
     no_baselines: bool,
@@ -284,6 +292,7 @@ def tune(
     Examples:
       visiontuner tune
       visiontuner tune --data photos/ --backbone resnet50 --trials 32
+      visiontuner tune --data photos/ --backbones offline,resnet50 --trials 32
       visiontuner tune --experiment experiments/dog_breeds.yaml --set training.epochs=5
       visiontuner tune --resume searches/digits-20261122-154100
       visiontuner tune --resume searches/digits-20261122-154100 --set search.time_budget=2h
@@ -297,7 +306,9 @@ def tune(
         "search.algorithm": algorithm,
         "search.baselines": "false" if no_baselines else None,
     }
-    given = as_overrides(flags)
+    if backbone and backbones:
+        raise UserMistake("--backbone is one network and --backbones are several; give one flag.")
+    given = [*as_overrides(flags), *overrides_of_networks(backbones)]
     if resume is not None:
         # A job's search may come home to another folder than the one of the job before.
         fixed = overrides if on == "sagemaker" else output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -289,6 +290,7 @@ SEARCHABLE = (
     "optimizer",
     "epochs",
     "backbone_learning_rate_factor",
+    "backbone",
 )
 INTEGERS = ("batch_size", "epochs")
 LARGEST_GRID = 100_000
@@ -382,7 +384,15 @@ class Search(Section):
     def _read_space(cls, raw: object) -> object:
         if not isinstance(raw, Mapping) or not raw:
             raise ValueError("must name at least one of " + ", ".join(SEARCHABLE))
-        return {name: _read_domain(name, domain) for name, domain in raw.items()}
+        space = {name: _read_domain(name, domain) for name, domain in raw.items()}
+        # Networks alone: heads are searched within each as they are without.
+        return {**space, **default_space()} if set(space) == {"backbone"} else space
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """The networks that are searched; empty where `model.backbone` is the only one."""
+        domain = self.space.get("backbone")
+        return tuple(map(str, domain.values)) if isinstance(domain, Values) else ()
 
     @field_validator("first", mode="before")
     @classmethod
@@ -404,6 +414,15 @@ class Search(Section):
             raise told(
                 f"search.trials must be >= {len(first)}, the number of configurations in "
                 f"search.first, got {self.trials}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _every_network_gets_a_trial(self) -> Self:
+        if self.algorithm != "grid" and self.trials < len(self.backbones):
+            raise told(
+                f"search.trials must be >= {len(self.backbones)}, the number of networks in "
+                f"search.space.backbone, got {self.trials}"
             )
         return self
 
@@ -437,6 +456,8 @@ def _read_domain(name: object, raw: object) -> Domain:
     where = f"search.space.{name}"
     if isinstance(raw, Section):
         raw = raw.model_dump()
+    if name == "backbone":
+        return _read_networks(where, raw)
     if not isinstance(raw, Mapping):
         raise told(
             f"{where} must be {{low: …, high: …, scale: log}} or {{values: [...]}}, got {raw!r}"
@@ -456,6 +477,39 @@ def _read_domain(name: object, raw: object) -> Domain:
     for bound in (domain.low, domain.high):
         _read_value(where, str(name), bound)
     return domain
+
+
+OFFLINE = "offline"
+"""In `search.space.backbone`: the networks that need no download."""
+
+
+def search_networks(names: Sequence[str]) -> list[str]:
+    """Overrides with which an experiment searches these networks, whatever its file names.
+
+    Args:
+        names: `offline` among them stands for each of `OFFLINE_BACKBONES`.
+    """
+    given = [name.strip() for name in names if name.strip()]
+    if not given:
+        raise ExperimentError("--backbones names no network; write NAME,NAME or offline.")
+    first = OFFLINE_BACKBONES[0] if given[0] == OFFLINE else given[0]
+    return [
+        f"model.backbone={json.dumps(first)}",
+        f"search.space.backbone={json.dumps({'values': given})}",
+    ]
+
+
+def _read_networks(where: str, raw: object) -> Values:
+    """`{values: [resnet50, offline]}`; `offline` stands for each of `OFFLINE_BACKBONES`."""
+    values = raw.get("values") if isinstance(raw, Mapping) and set(raw) == {"values"} else raw
+    values = [values] if values == OFFLINE else values
+    if not isinstance(values, list | tuple) or not values:
+        raise told(f"{where} must be {{values: [NAME, …]}}: networks have no order, got {raw!r}")
+    names = [one for v in values for one in (OFFLINE_BACKBONES if v == OFFLINE else (v,))]
+    read = [_read_value(where, "backbone", name) for name in names]
+    if OFFLINE in values:
+        return Values(values=tuple(dict.fromkeys(read)))
+    return Values(values=_read_choices(where, "backbone", read))
 
 
 def _read_choices(
@@ -478,12 +532,13 @@ def _read_configuration(index: int, raw: object) -> Configuration:
 
 
 def _read_value(where: str, name: str, value: object) -> float | int | str:
-    """A searched value as `training` reads the same name: 64.0 is the batch size 64."""
+    """A searched value as its own section reads the same name: 64.0 is the batch size 64."""
+    section: type[Section] = Model if name == "backbone" else Training
     try:
-        training = Training.model_validate({name: value})
+        checked = section.model_validate({name: value})
     except ValidationError as error:
-        raise told(explain(error, Training).replace(name, where, 1)) from None
-    read: float | int | str = getattr(training, name)
+        raise told(explain(error, section).replace(name, where, 1)) from None
+    read: float | int | str = getattr(checked, name)
     return read
 
 
@@ -493,7 +548,8 @@ def _check_configuration(where: str, configuration: Configuration, space: Space)
             raise told(f"{where}: {name} is not in search.space; add it there")
         if not space[name].holds(value):
             raise told(f"{where}.{name} must be in search.space ({space[name]}), got {value!r}")
-    missing = [name for name in space if name not in configuration]
+    # A configuration that names no network is tried with each.
+    missing = [name for name in space if name not in configuration and name != "backbone"]
     if missing:
         raise told(
             f"{where}: gives no value for {', '.join(missing)}; "
@@ -576,6 +632,22 @@ class Experiment(Section):
             return self.training.record_every_steps
         return 50 if self.trains_on_images else 0
 
+    def for_backbone(self, name: str) -> Experiment:
+        """The search over one of its networks alone: the same space without `backbone`."""
+        search = self.search
+        first = search.first and tuple(
+            {key: value for key, value in configuration.items() if key != "backbone"}
+            for configuration in search.first
+            if configuration.get("backbone", name) == name
+        )
+        space = {key: domain for key, domain in search.space.items() if key != "backbone"}
+        return self._changed(model={"backbone": name}, search={"space": space, "first": first})
+
+    def for_configuration(self, configuration: Mapping[str, object]) -> Experiment:
+        """What a trial runs: with the network that its configuration names, if it names one."""
+        name = configuration.get("backbone")
+        return self if name is None else self.for_backbone(str(name))
+
     def head_stage(self) -> Experiment:
         """The first of two stages: heads on features, over the whole space."""
         return self._changed(
@@ -625,6 +697,33 @@ class Experiment(Section):
         return self
 
     @model_validator(mode="after")
+    def _can_search_networks(self) -> Self:
+        names = self.search.backbones
+        if not names:
+            return self
+        if self.model.backbone not in names:
+            if "backbone" in self.model.model_fields_set:
+                raise told(
+                    f"model.backbone: {self.model.backbone!r} is not in search.space.backbone; "
+                    "leave it out, or add it there"
+                )
+            # What stands for all of them where one network has to be named.
+            model = self.model.model_copy(update={"backbone": names[0]})
+            object.__setattr__(self, "model", model)
+        if not self.can_fold:
+            raise told(
+                "search.space.backbone is for heads on features (model.train: head, no "
+                "augmentation, no search.stages); search the networks first, then train the best "
+                "one: visiontuner train --from SEARCH --set model.train=last_stage"
+            )
+        if len(names) > 1 and self.model.weights not in ("default", "none"):
+            raise told(
+                f"model.weights: {self.model.weights!r} are weights of one network, and "
+                "search.space.backbone names several; use default"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _has_something_to_train(self) -> Self:
         if self.model.train != "head":
             return self
@@ -646,12 +745,17 @@ class Experiment(Section):
 
         A space, first trials or a batch size that the file gives stay as they are.
         """
-        if "space" in self.search.model_fields_set or self.search.first is not None:
+        search = self.search
+        heads = {key: domain for key, domain in search.space.items() if key != "backbone"}
+        only_networks = bool(search.backbones) and heads == default_space()
+        if "space" in search.model_fields_set and not only_networks:
+            return self
+        if search.first is not None:
             return self
         own = self.training.batch_size
         given = "batch_size" in self.training.model_fields_set
         sizes = [n for n in DEFAULT_BATCH_SIZES if n <= count or (given and n == own)] or [count]
-        space = {**self.search.space, "batch_size": Values(values=tuple(sizes))}
+        space = {**search.space, "batch_size": Values(values=tuple(sizes))}
         # `training` stays among the trials.
         training = {"batch_size": own if given else min(own, sizes[-1])}
         return self._changed(search={"space": space}, training=training)
@@ -661,6 +765,13 @@ class Experiment(Section):
 
         Without the defaults among its trials a search can lose to them.
         """
+        if self.search.backbones:
+            each = {name: self.for_backbone(name) for name in self.search.backbones}
+            return [
+                {"backbone": name, **configuration}
+                for name, experiment in each.items()
+                for configuration in experiment.first_trials()
+            ]
         if self.search.first is not None:
             return list(self.search.first)
         space = self.search.space

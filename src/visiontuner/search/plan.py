@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -98,10 +98,16 @@ class Stores(NamedTuple):
     images: Path | None
 
     @classmethod
-    def of(cls, events: Iterable[Event]) -> Stores:
-        """As a search's journal names them last."""
+    def of(cls, events: Iterable[Event], backbone: str | None = None) -> Stores:
+        """As a search's journal names them last.
+
+        Args:
+            backbone: of this network, where several are searched.
+        """
         found: dict[str, Path] = {}
         for event in events:
+            if backbone is not None and event.get("backbone") != backbone:
+                continue
             if event["event"] in ("features_ready", "images_ready") and event.get("folder"):
                 found[event["event"]] = Path(str(event["folder"]))
         return cls(found.get("features_ready"), found.get("images_ready"))
@@ -186,6 +192,8 @@ class TrialTask:
         folds: int64, (N,), of the training and then the validation images: heads are judged by
             cross-validation, each image by the head that did not learn from its fold.
         only_epoch: write the files of this epoch, whatever it is.
+        features_of: by network the features that heads are trained on, where several networks are
+            searched; `features_folder` is then the one of the trial's network, see `for_trial`.
     """
 
     experiment: Experiment
@@ -201,6 +209,16 @@ class TrialTask:
     driver: DriverNode | None = None
     folds: NDArray[np.int64] | None = None
     only_epoch: int | None = None
+    features_of: Mapping[str, Path] = field(default_factory=dict)
+
+    def for_trial(self, configuration: Mapping[str, Any]) -> TrialTask:
+        """The task of a trial's own network, where several are searched."""
+        name = configuration.get("backbone")
+        if name is None:
+            return self
+        experiment = self.experiment.for_configuration(configuration)
+        folder = self.features_of.get(str(name), self.features_folder)
+        return replace(self, experiment=experiment, features_folder=folder, features_of={})
 
     def keeps(self, epoch: int, *, is_kept: bool, is_last: bool) -> bool:
         """Whether an epoch's files replace those of the epochs before it.
@@ -227,7 +245,8 @@ def may_be_stopped(experiment: Experiment, epoch: int) -> bool:
 
 def settings_of(training: Training, configuration: Mapping[str, Any]) -> Training:
     """The experiment's training settings with a trial's own values in place."""
-    return Training.model_validate({**training.model_dump(), **configuration})
+    own = {name: value for name, value in configuration.items() if name != "backbone"}
+    return Training.model_validate({**training.model_dump(), **own})
 
 
 # Which configurations are still to run: from the experiment and what the journal already holds.
@@ -289,7 +308,11 @@ def make_plan(
         for trial in record.trials.values()
         if not trial.finished
     ]
-    if experiment.search.algorithm == "optuna":
+    listed: list[tuple[int, Configuration]]
+    if races_networks(experiment):
+        listed = []  # which network is next follows from the trials before: `NetworkRace`
+        total = experiment.search.trials
+    elif experiment.search.algorithm == "optuna":
         first = [clean(c, experiment.search.space) for c in experiment.first_trials()]
         listed = list(enumerate(first[: experiment.search.trials], start=1))
         total = experiment.search.trials
@@ -312,6 +335,11 @@ def make_plan(
         next_number=highest_number(names) + 1,
         stage=stage,
     )
+
+
+def races_networks(experiment: Experiment) -> bool:
+    """Whether the trials before decide which network the next trial is of; a grid is run whole."""
+    return bool(experiment.search.backbones) and experiment.search.algorithm != "grid"
 
 
 def trial_name(number: int) -> str:
@@ -361,8 +389,10 @@ def stages_of(experiment: Experiment) -> tuple[Stage, ...]:
 
 
 def stage_of(experiment: Experiment, trial: TrialRecord) -> Stage:
-    """The stage that a trial belongs to."""
-    return stage_named(experiment, trial.stage)
+    """The stage that a trial or a baseline belongs to, with its own network."""
+    stage = stage_named(experiment, trial.stage)
+    own = stage.experiment.for_configuration(trial.configuration)
+    return replace(stage, experiment=own)
 
 
 def stage_named(experiment: Experiment, name: str | None) -> Stage:
@@ -401,10 +431,12 @@ def make_task(
     threads: int,
     starts: Mapping[str, str] | None = None,
     checkpoints: bool = False,
+    features_of: Mapping[str, Path] | None = None,
 ) -> TrialTask:
     """What the trials of a stage are handed.
 
     Args:
+        features_of: by network, where several are searched.
         starts: by trial id the trial of the first stage whose head it begins with.
     """
     search_folder = folder.resolve()
@@ -423,6 +455,7 @@ def make_task(
         },
         checkpoints=checkpoints,
         folds=None if stage.on_images else read_folds(folder),
+        features_of={name: path.resolve() for name, path in (features_of or {}).items()},
     )
 
 

@@ -7,7 +7,7 @@ import logging
 import re
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,15 +27,18 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import disk_problem, temporary_folder
 from visiontuner.journal import EpochMetrics, Finding, SearchRecord
 from visiontuner.search.live import LiveRules, Recorder, end_trial, findings_of
+from visiontuner.search.networks import NetworkRace
 from visiontuner.search.plan import (
     Plan,
     PlannedTrial,
     Rungs,
     Stage,
     Stores,
+    ValidationLabels,
     WeightsOnDisk,
     make_task,
     plan_stage,
+    races_networks,
     trial_name,
 )
 from visiontuner.search.ray_cluster import resources_for
@@ -162,7 +165,13 @@ class PlanSearcher(Searcher):
     Ray's own trial ids are forgotten here: `trial_id` in the config is the journal's.
     """
 
-    def __init__(self, plan: Plan, experiment: Experiment, record: SearchRecord) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        experiment: Experiment,
+        record: SearchRecord,
+        race: NetworkRace | None = None,
+    ) -> None:
         super().__init__(metric=experiment.objective, mode=experiment.mode)
         self._known = deque(plan.known)
         self._suggestions_left = plan.suggestions
@@ -170,12 +179,16 @@ class PlanSearcher(Searcher):
         self._stage = plan.stage
         self._record = record
         self._running: dict[str, PlannedTrial] = {}
+        self._race = race
         self._suggester: Suggester | None = None
-        if experiment.search.algorithm == "optuna" and plan.suggestions:
+        if race is None and experiment.search.algorithm == "optuna" and plan.suggestions:
             ended = [t for t in record.trials.values() if t.finished]
             self._suggester = Suggester(experiment, trials_told=len(ended))
             for trial in ended:
                 self._suggester.tell(trial.trial_id, trial.configuration, trial.best_value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_race": None}  # Ray snapshots it; an open journal stays here
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         planned = self._next()
@@ -188,9 +201,10 @@ class PlanSearcher(Searcher):
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         planned = self._running.pop(trial_id, None)
-        if planned is None or self._suggester is None:
+        chooser = self._race or self._suggester
+        if planned is None or chooser is None:
             return
-        self._suggester.tell(
+        chooser.tell(
             planned.trial_id, planned.configuration, None if error else self._value(planned)
         )
 
@@ -203,12 +217,13 @@ class PlanSearcher(Searcher):
     def _next(self) -> PlannedTrial | None:
         if self._known:
             return self._known.popleft()
-        if self._suggester is None or self._suggestions_left == 0:
+        chooser = self._race or self._suggester
+        if chooser is None or self._suggestions_left == 0:
             return None
         self._suggestions_left -= 1
         name = trial_name(self._next_number)
         self._next_number += 1
-        configuration = self._suggester.ask(name)
+        configuration = chooser.ask(name)
         return PlannedTrial(
             trial_id=name, attempt=1, configuration=configuration, stage=self._stage
         )
@@ -233,6 +248,7 @@ def run_trials(
     stores: Stores,
     cache: Path,
     time_budget: float | None = None,
+    features_of: Mapping[str, Path] | None = None,
 ) -> SearchState:
     """Run what the journal does not hold yet of a stage; Ray must be initialised.
 
@@ -244,6 +260,7 @@ def run_trials(
         stores: what the trials train on: features, or images where the network is trained.
         cache: where the network's weights are kept.
         time_budget: seconds from now on.
+        features_of: by network, the cheapest first, where several are searched.
 
     Raises:
         DiskError: a disk is full or broken; the trials that it failed are `interrupted` too.
@@ -252,7 +269,16 @@ def run_trials(
     failures = WorkerFailures(end_search=stopper.interrupt)
     with interrupts.handled():
         while True:
-            _run_plan(folder, stage, recorder, stopper, failures, stores=stores, cache=cache)
+            _run_plan(
+                folder,
+                stage,
+                recorder,
+                stopper,
+                failures,
+                stores=stores,
+                cache=cache,
+                features_of=features_of or {},
+            )
             if failures.disk_error is not None:
                 raise DiskError(failures.disk_error)
             if stopper.reason or not failures.take():
@@ -268,6 +294,7 @@ def _run_plan(
     *,
     stores: Stores,
     cache: Path,
+    features_of: Mapping[str, Path],
 ) -> None:
     """Run every trial that is left once, less those whose workers die."""
     experiment, plan = stage.experiment, plan_stage(stage, recorder.record)
@@ -282,9 +309,11 @@ def _run_plan(
         threads=resources.threads,
         starts={p.trial_id: p.starts_from for p in plan.known if p.starts_from is not None},
         checkpoints=stage.on_images,
+        features_of=features_of,
     )
-    searcher = PlanSearcher(plan, experiment, recorder.record)
     labels = functools.partial(stores.read_labels, folds=task.folds is not None)
+    race = _race(folder, experiment, recorder, labels, list(features_of))
+    searcher = PlanSearcher(plan, experiment, recorder.record, race)
     rules = LiveRules(folder, experiment, labels, recorder)
     weights = WeightsOnDisk(folder, stage.search, recorder.record)
     weights.prune()  # a kill may have come between a trial's end and this
@@ -293,7 +322,9 @@ def _run_plan(
         _closing_running(recorder, stopper),
         temporary_folder() as scratch,  # for Ray's own records, which are never read again
         _quiet_tune(),
-        driver_node(folder, [f for f in stores if f is not None]) as driver,
+        driver_node(
+            folder, [f for f in {*stores, *features_of.values()} if f is not None]
+        ) as driver,
     ):
         task = replace(task, driver=driver)
         tune.Tuner(
@@ -317,6 +348,30 @@ def _run_plan(
                 callbacks=[JournalCallback(recorder, rules, weights, failures)],
             ),
         ).fit()
+
+
+def _race(
+    folder: Path,
+    experiment: Experiment,
+    recorder: Recorder,
+    labels: Callable[[], ValidationLabels],
+    networks: Sequence[str],
+) -> NetworkRace | None:
+    """What gives the networks their trials; None where no choice is left between them."""
+    if not races_networks(experiment):
+        return None
+
+    def stop(name: str, reason: str, trials: int) -> None:
+        recorder.append("network_stopped", backbone=name, reason=reason, trials=trials)
+
+    return NetworkRace(
+        experiment,
+        recorder.record,
+        networks,
+        folder=folder,
+        labels=functools.cache(lambda: labels().labels),
+        stop=stop,
+    )
 
 
 class JournalCallback(Callback):

@@ -10,6 +10,7 @@ from visiontuner.workarounds import python as garbage
 
 def run_trial(config: dict[str, Any], task: TrialTask) -> None:
     """Train one configuration; `config` holds `trial_id` and `configuration`."""
+    task = task.for_trial(config["configuration"])
     if task.driver is not None:
         from visiontuner.search.remote import local_copy
 

@@ -737,7 +737,7 @@ def write_page(
         evaluation=evaluation,
         evaluation_figures=_read_figures(folder / EVALUATION_FOLDER) if evaluation else {},
         findings=data_findings(events),
-        where={**record.network, **facts},
+        where={**record.network_of(record.kept), **facts},
         state=state,
         notes=[problem] if problem else [],
     )

@@ -243,12 +243,16 @@ class SearchPlan:
 
         The space and what is not set are columns that nobody compares: they are in its file.
         """
-        flat = self.experiment().flatten()
-        return {
+        experiment = self.experiment()
+        flat = experiment.flatten()
+        params = {
             key if "." in key else f"experiment.{key}": _cut(value, _PARAM_LENGTH)
             for key, value in flat.items()
             if value != "null" and not key.startswith("search.space.")
         }
+        if names := experiment.search.backbones:  # then no one network is the search's own
+            params["model.backbone"] = _cut(", ".join(names), _PARAM_LENGTH)
+        return params
 
     def tags(self) -> dict[str, str]:
         """Who the run is, what it ran on, and what came out."""
@@ -262,7 +266,7 @@ class SearchPlan:
             **{f"data_{k}": self._fact("data", k) for k in ("source", "digest")},
             **{f"code_{k}": self._fact("code", k) for k in ("commit", "dirty")},
             "version": self._fact("code", "version"),
-            **self.record.network,
+            **self.record.network_of(self.record.kept),
             **{k: self._fact("machine", k) for k in ("host", "platform")},
             "packages": self._packages(),
         }
@@ -303,6 +307,7 @@ class SearchPlan:
             stage=event.get("stage"),
             starts_from=event.get("starts_from"),
             stands_out=len(self.trials) < MOST_CURVES_OF_SHORT,
+            details=self._network_tags(trial_id),
         )
 
     def _take_baseline(self, event: Event) -> None:
@@ -318,12 +323,21 @@ class SearchPlan:
             last_seen=ended,
             stands_out=False,
             kind="baseline",
+            details=self._network_tags(name),
         )
         values = {**event["metrics"]}
         if self.record.objective in values:
             values[f"best_{self.record.objective}"] = values[self.record.objective]
         baseline.points = [Point(k, _storable(v), ended, 1) for k, v in values.items()]
         self.trials[name] = baseline
+
+    def _network_tags(self, name: str) -> dict[str, str]:
+        """Of a trial or a baseline: which network it is about, where several are searched."""
+        trial = self.record.named(name)
+        if trial is None or "backbone" not in trial.configuration:
+            return {}
+        facts = self.record.network_of(trial)
+        return {f"visiontuner.{key}": _cut(value, _TAG_LENGTH) for key, value in facts.items()}
 
     def _take_choice(self, event: Event) -> None:
         """The accuracy to expect of what is kept, on the search's own run."""

@@ -409,7 +409,7 @@ class _Evaluation:
             trial,
             experiment=self.experiment,
             dataset=dataset,
-            backbone=self.inputs.backbone,
+            backbone=self.inputs.of_trial(trial).backbone,
             cache=self.inputs.cache,
         )
 

@@ -14,7 +14,7 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from visiontuner import interrupts
-from visiontuner.data.arrays import FeatureSet, available_cpus, prepare_images
+from visiontuner.data.arrays import FeatureSet, available_cpus, find_damage, prepare_images
 from visiontuner.data.dataset import (
     ImageDataset,
     Sample,
@@ -26,8 +26,13 @@ from visiontuner.data.findings import inspect_images
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
-from visiontuner.journal import Event, Finding, SearchRecord
-from visiontuner.model.features import compute_features, describe_backbone, measure_pace
+from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
+from visiontuner.model.features import (
+    compute_features,
+    describe_backbone,
+    measure_pace,
+    store_folder,
+)
 from visiontuner.paths import at_hand, writable_cache_folder
 from visiontuner.search.plan import Stores
 
@@ -174,6 +179,8 @@ class Inputs:
         self.on_cluster = False  # whether Ray's other machines help with features
         self._loading = threading.Lock()  # asked for beside other work, and once is enough
         self._backbone: Backbone | None = None
+        self._networks: dict[str, Inputs] = {}
+        self._label = ""  # of whose features are shown, where there are several
         self._working: list[Future[Any]] = []
         self._stopped = False
 
@@ -185,9 +192,25 @@ class Inputs:
         """Another experiment on the same images, which are not read again."""
         other = Inputs(experiment, self.observer, cache=cache or self.cache)
         other.dataset = self.dataset
-        other.on_cluster = self.on_cluster
-        other._working = self._working
         return other
+
+    def of_network(self, name: str | None) -> Inputs:
+        """The same with one of the networks that are searched; None is the experiment's own."""
+        if name is None:
+            return self
+        if name not in self._networks:
+            other = self._networks[name] = self.of(self.experiment.for_backbone(name))
+            other._label = f" of {name}"
+        return self._networks[name]
+
+    def of_trial(self, trial: TrialRecord) -> Inputs:
+        """The same with the network of a trial or a baseline."""
+        return self.of_network(trial.configuration.get("backbone"))
+
+    def join_cluster(self) -> None:
+        """From now on Ray's other machines help with features."""
+        for each in (self, *self._networks.values()):
+            each.on_cluster = True
 
     def readable(self, split: str) -> list[Sample]:
         """The images of a split that can be decoded; each is, once."""
@@ -244,19 +267,37 @@ class Inputs:
             precision=self.experiment.training.precision,
             cache=self.cache,
             on_bad_image=self.experiment.data.on_bad_image,
-            progress=self._progress("Features"),
+            progress=self._progress(f"Features{self._label}"),
             note=self.observer.note,
             machines=self._machines if self.on_cluster else nullcontext,
         )
         return features, round(time.monotonic() - began, 3)
 
-    def pace(self) -> float:
-        """Images a second of a pass over the training images, measured on a few of them."""
+    @property
+    def has_features(self) -> bool:
+        """Whether the features are in the cache, as they were written."""
+        folder = store_folder(
+            self.dataset,
+            self.description,
+            self.experiment.training.precision,
+            ("train", "validation"),
+            self.cache,
+        )
+        return find_damage(folder) is None
+
+    def release(self) -> None:
+        """Let go of the network and of what runs it; they come again when they are asked for."""
+        self._backbone = None
+        self.__dict__.pop("engine", None)
+
+    def pace(self, seconds: float = 1.0) -> float:
+        """Images a second of a pass over the training images, measured for some seconds."""
         return measure_pace(
             self.dataset.splits["train"],
             root=self.dataset.root,
             backbone=self.description,
             engine=self.engine,
+            seconds=seconds,
         )
 
     def images(self, dataset: ImageDataset | None = None) -> tuple[DecodedImages, float]:
@@ -281,7 +322,8 @@ class Inputs:
 
     def stop(self) -> None:
         """End what `beside` began, at the next batch; what is done is kept."""
-        self._stopped = True
+        for each in (self, *self._networks.values()):
+            each._stopped = True
 
     def close(self) -> None:
         """Stop and wait: a thread inside the network takes the process down as Python ends."""
@@ -326,7 +368,8 @@ class Inputs:
         )
 
     def _say_engine(self) -> Engine:
-        self.observer.note(f"Features are computed once, by {self.engine.description}.")
+        if not self._label:
+            self.observer.note(f"Features are computed once, by {self.engine.description}.")
         return self.engine
 
 
@@ -357,12 +400,17 @@ class StoreRecorder:
         self._recorder = recorder
         self._known_findings: set[str] = set()
 
-    def record(self, store: FeatureSet | DecodedImages, seconds: float) -> Stores:
-        """Either kind; `seconds` is how long it took to get it."""
+    def record(
+        self, store: FeatureSet | DecodedImages, seconds: float, *, backbone: str | None = None
+    ) -> Stores:
+        """Either kind; `seconds` is how long it took to get it.
 
+        Args:
+            backbone: whose features they are, where several networks are searched.
+        """
         self._record_emptied_classes(store)
         if isinstance(store, FeatureSet):
-            self._record_features(store, seconds)
+            self._record_features(store, seconds, self._inputs.of_network(backbone))
             return Stores(features=store.folder, images=None)
         self._record_images(store, seconds)
         return Stores(features=None, images=store.folder)
@@ -380,15 +428,15 @@ class StoreRecorder:
         readable = {name: store.split(name).labels.tolist() for name in ("train", "validation")}
         self.record_findings(find_emptied_classes(self._inputs.dataset, readable))
 
-    def _record_features(self, features: FeatureSet, seconds: float) -> None:
+    def _record_features(self, features: FeatureSet, seconds: float, inputs: Inputs) -> None:
         self._recorder.append(
             "features_ready",
-            **self._inputs.facts(features.folder, features.computed, seconds),
+            **inputs.facts(features.folder, features.computed, seconds),
             feature_dim=features.feature_dim,
             engine=features.engine,
         )
-        if not features.computed:
-            self._inputs.observer.note("Features: all in the cache, nothing to compute.")
+        if not features.computed and inputs is self._inputs:
+            inputs.observer.note("Features: all in the cache, nothing to compute.")
         self.record_findings(features.findings)
 
     def _record_images(self, images: DecodedImages, seconds: float) -> None:

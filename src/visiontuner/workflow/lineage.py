@@ -159,7 +159,7 @@ def trace_folder(folder: Path) -> Lineage:
             "experiment_file": str(folder / EXPERIMENT_FILE),
         },
         experiment=started.get("experiment"),
-        network=_network(folder),
+        network=record.network_of(trial or record.kept) or None,
         data=started.get("data"),
         code=started.get("code"),
         environment={
@@ -177,10 +177,6 @@ def _trial(trial: TrialRecord, objective: str) -> dict[str, Any]:
         "best_epoch": trial.best_epoch,
         "best": {f"best_{objective}": trial.best_value},
     }
-
-
-def _network(folder: Path) -> dict[str, Any] | None:
-    return SearchRecord.load(folder).network or None
 
 
 def _evaluation(folder: Path) -> dict[str, Any] | None:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from visiontuner.errors import BackboneError
+from visiontuner.data.arrays import FeatureSet
+from visiontuner.errors import BackboneError, WeightsAway
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
+from visiontuner.journal import SearchRecord
 from visiontuner.model.catalogue import RECOMMENDED, KnownNetwork
-from visiontuner.workflow.inputs import Inputs, Observer, Silent
+from visiontuner.text import duration
+from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder
+
+if TYPE_CHECKING:
+    from visiontuner.search.live import Recorder
+
+# Which networks are recommended, and what a pass of each takes here.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,3 +79,85 @@ def _pass_seconds(network: KnownNetwork, inputs: Inputs, images: int) -> float |
         except BackboneError as error:
             inputs.observer.note(f"warning: {network.name} is not measured: {error}")
             return None
+
+
+# The networks of a search: which of them can be had, and the features of each, once.
+
+
+# Of a pass of seconds; what it says is to choose an order by, and for people.
+_PACE_SECONDS = 0.25
+
+
+def leave_out_missing(inputs: Inputs, record: SearchRecord) -> dict[str, str]:
+    """The networks whose weights cannot be had, and why; each is loaded or known from before.
+
+    Those that an earlier process of the search left out stay out and are not named again.
+
+    Raises:
+        BackboneError: a network is unknown, or none is left.
+    """
+    missing: dict[str, str] = {}
+    names = [name for name in inputs.experiment.search.backbones if name not in record.left_out]
+    for name in names:
+        try:
+            _ = inputs.of_network(name).description
+        except WeightsAway as error:
+            missing[name] = str(error)
+            inputs.observer.note(f"warning: {name} is left out: {error}")
+    if names and len(missing) == len(names):
+        first = next(iter(missing.values()))
+        raise BackboneError(f"None of the {len(names)} networks can be had. The first: {first}")
+    return missing
+
+
+def compute_features_of(
+    inputs: Inputs, recorder: Recorder, stores: StoreRecorder
+) -> dict[str, Path]:
+    """The features of every network that is searched and not left out, the cheapest first.
+
+    What each will take is said before. A network that reads other images than the first one is
+    left out: trials are compared image by image.
+
+    Returns:
+        By network the folder of its features, in that order.
+    """
+    folders: dict[str, Path] = {}
+    first: FeatureSet | None = None
+    for name in _in_order_of_cost(inputs, recorder.record):
+        own = inputs.of_network(name)
+        features, seconds = own.features()
+        own.release()
+        if first is not None and not _same_images(first, features):
+            reason = "it reads other images than the others: some are damaged for it alone"
+            recorder.append("network_left_out", backbone=name, reason=reason)
+            inputs.observer.note(f"warning: {name} is left out: {reason}.")
+            continue
+        first = first or features
+        folders[name] = stores.record(features, seconds, backbone=name).features or features.folder
+    return folders
+
+
+def _in_order_of_cost(inputs: Inputs, record: SearchRecord) -> list[str]:
+    """The networks by what a pass takes here, which is said; those in the cache come first."""
+    names = [name for name in inputs.experiment.search.backbones if name not in record.left_out]
+    images = sum(len(inputs.dataset.splits[split]) for split in ("train", "validation"))
+    seconds: dict[str, float] = {}
+    for name in names:
+        own = inputs.of_network(name)
+        cached = own.has_features
+        pace = 0.0 if cached else own.pace(_PACE_SECONDS)
+        seconds[name] = 0.0 if cached else images / pace
+        inputs.observer.note(
+            f"{name}: features in the cache."
+            if cached
+            else f"{name}: {images:,} images at {pace:.0f} images/s, about "
+            f"{duration(seconds[name])} ({own.engine.description})."
+        )
+    known = list(record.networks)  # of an earlier process of the search: in the same order
+    return sorted(
+        names, key=lambda n: (known.index(n) if n in known else len(known), seconds[n])
+    )
+
+
+def _same_images(one: FeatureSet, other: FeatureSet) -> bool:
+    return all(one.split(name).paths == other.split(name).paths for name in one.splits)

@@ -86,7 +86,10 @@ def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
     Raises:
         DataError: the features are gone or damaged.
     """
-    store = Stores.of(read_events(folder).events).features or folder
+    best = recorder.record.best
+    # Beside several networks: on the features of the best trial's.
+    backbone = None if best is None else best.configuration.get("backbone")
+    store = Stores.of(read_events(folder).events, backbone).features or folder
     features = FeatureSet.open(store)
     images = sum(len(features.split(name).labels) for name in ("train", "validation"))
     if not is_affordable(images, features.feature_dim, len(features.class_names)):
@@ -101,7 +104,10 @@ def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
             recorder.append(
                 "baseline_ended",
                 name=name,
-                configuration=dict(baseline.configuration),
+                configuration={
+                    **baseline.configuration,
+                    **({} if backbone is None else {"backbone": backbone}),
+                },
                 metrics=metrics,
                 seconds=round(baseline.seconds, 3),
             )
@@ -336,7 +342,7 @@ class ValidationAnswers:
             self.labels,
             objective=self.experiment.objective,
             mode=self.experiment.mode,
-            simplest=[REGRESSION, *self._defaults()],
+            simplest=[REGRESSION, *self._defaults_first_of(ranking[0])],
             prefer=prefer,
         )
         said = [choice.reason]
@@ -386,13 +392,25 @@ class ValidationAnswers:
         return found
 
     def _defaults(self) -> list[str]:
-        """The id of the trial with the values under `training`, if there is one."""
+        """The ids of trials with the values under `training`: one for each network at most."""
         training = self.experiment.training
         return [
             trial.trial_id
             for trial in self.record.trials.values()
-            if all(getattr(training, name) == v for name, v in trial.configuration.items())
+            if all(
+                getattr(training, name) == value
+                for name, value in trial.configuration.items()
+                if name != "backbone"
+            )
         ]
+
+    def _defaults_first_of(self, best: TrialRecord) -> list[str]:
+        """Those of each network, the best trial's network first."""
+        network = best.configuration.get("backbone")
+        return sorted(
+            self._defaults(),
+            key=lambda name: self.record.trials[name].configuration.get("backbone") != network,
+        )
 
     def describe_gain(self, choice: Choice) -> str | None:
         """What the search gave beside the baselines and the defaults; None without any."""
@@ -468,7 +486,7 @@ class ValidationAnswers:
         refits = self.experiment.refits
         if self.has_logits(name) and kept_weights(self.folder, name, refitted=refits) is not None:
             return None
-        stores = self._stores_to_train_on(on_images=False)
+        stores = self._stores_to_train_on(self.record.baselines[name], on_images=False)
         make_baseline(name, self.folder, stores.features or self.folder, refitted=refits)
         return f"Computed {name} again: its files were gone or damaged."
 
@@ -539,22 +557,22 @@ class ValidationAnswers:
         return make_task(
             self.folder,
             stage,
-            stores=self._stores_to_train_on(on_images=stage.on_images),
+            stores=self._stores_to_train_on(trial, on_images=stage.on_images),
             cache=writable_cache_folder(),
             threads=int(self.experiment.search.cpus_per_trial) or 1,
             starts=starts,
         )
 
-    def _stores_to_train_on(self, *, on_images: bool) -> Stores:
-        """Those of the search; computed again if they are gone from the cache."""
-
-        known = self.stores
+    def _stores_to_train_on(self, trial: TrialRecord, *, on_images: bool) -> Stores:
+        """Those of the trial's network; computed again if they are gone from the cache."""
+        backbone = trial.configuration.get("backbone")
+        known = Stores.of(read_events(self.folder).events, backbone)
         found = Stores(None, known.images) if on_images else Stores(known.features, None)
         if any(found) and found.are_verified:
             return found
         if self.inputs is None:
             raise self._gone()
-        store, _ = self.inputs.store(on_images=on_images)
+        store, _ = self.inputs.of_trial(trial).store(on_images=on_images)
         if on_images:
             return Stores(features=None, images=store.folder)
         return Stores(features=store.folder, images=None)

@@ -117,7 +117,11 @@ def find_suspects(
     else:
         search = search or newest_search()
         record = SearchRecord.load(search)
-        inputs = Inputs(Experiment.load(search / EXPERIMENT_FILE), observer)
+        experiment = Experiment.load(search / EXPERIMENT_FILE)
+        model = record.kept
+        inputs = Inputs(experiment, observer).of_network(
+            None if model is None else model.configuration.get("backbone")
+        )
         require_same_data(record, inputs.dataset)
     _refuse_too_many(inputs)
     features, _ = inputs.features()

@@ -247,7 +247,7 @@ def _from_folder(folder: Path) -> Origin:
     return Origin(
         description=f"{best.trial_id} of {folder}",
         experiment=experiment.model_dump(mode="json"),
-        configuration=dict(best.configuration),
+        configuration=_of_training(best.configuration),
         facts=_facts(record, best) | {"folder": str(folder.resolve())},
         class_names=tuple(record.started["data"]["class_names"]),
         folder=folder.resolve(),
@@ -275,7 +275,8 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
             "the search's folder, or a trial's run."
         )
     searched = Experiment.parse(lineage.experiment, where=text)
-    experiment = stage_named(searched, trial.get("stage")).experiment
+    params = trial.get("configuration") or {}
+    experiment = stage_named(searched, trial.get("stage")).experiment.for_configuration(params)
     facts = {
         "search_id": (lineage.search or {}).get("search_id"),
         "trial_id": trial["trial_id"],
@@ -286,7 +287,7 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
     return Origin(
         description=f"{trial['trial_id']} of {model.get('uri') or 'run ' + str(text)}",
         experiment=experiment.model_dump(mode="json"),
-        configuration=_read_params(trial.get("configuration") or {}),
+        configuration=_read_params(params),
         facts=known,
         class_names=tuple((lineage.data or {}).get("class_names") or ()),
         model_id=model.get("model_id"),
@@ -299,9 +300,14 @@ def _from_lineage(text: str, lineage: Lineage) -> Origin:
 
 def _read_params(params: Mapping[str, str]) -> Configuration:
     """MLflow keeps text; what is no searched value was somebody else's."""
-    searched = {name: value for name, value in params.items() if name in SEARCHABLE}
+    searched = {name: v for name, v in _of_training(params).items() if name in SEARCHABLE}
     training = Training.model_validate(searched)
     return {name: getattr(training, name) for name in SEARCHABLE if name in searched}
+
+
+def _of_training(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The searched values without the network, which is `model.backbone` of the experiment."""
+    return {name: value for name, value in configuration.items() if name != "backbone"}
 
 
 def _newest_name() -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from visiontuner.search.ray_cluster import RayForSearch, describe_cluster, requi
 from visiontuner.text import next_command, one_line
 from visiontuner.tracking.plan import take_project_run
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder, with_absolute_paths
+from visiontuner.workflow.networks import compute_features_of, leave_out_missing
 from visiontuner.workflow.run import (
     SearchResult,
     claim_folder,
@@ -60,9 +61,14 @@ from visiontuner.workflow.selection import (
 from visiontuner.workflow.tracking_process import BackgroundTracking
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from visiontuner.search.live import Recorder
     from visiontuner.search.plan import Plan, Stage
     from visiontuner.search.run import SearchState
+
+
+T = TypeVar("T")
 
 
 # The stages of a search, one after the other: what their trials train on, then the trials.
@@ -96,27 +102,53 @@ class StageRunner:
     def _run_stage(self, stage: Stage, plan: Plan) -> SearchState:
         if self.ray.joins and not self.inputs.on_cluster:
             self._start_ray()
-            self.inputs.on_cluster = True
+            self.inputs.join_cluster()
             self.observer.note(describe_cluster())
+        networks = self.inputs.experiment.search.backbones
+        if networks:
+            return self._run_networks(stage, plan)
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
         computing = self.inputs.beside(lambda: self.inputs.store(on_images=stage.on_images))
         # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
         # mistake in it shows there as well.
         self.inputs.beside(lambda: self.inputs.backbone)
-        try:
-            self._start_ray()
-            computed = interrupts.result(computing)
-        except BaseException:  # a Ctrl-C, or a Ray that does not start
-            self.inputs.stop()
-            raise
-        from visiontuner.search.run import run_trials
-
-        stores = self._stores.record(*computed)
+        stores = self._stores.record(*self._with_ray(computing))
         if not stage.on_images and stores.features is not None:
             deal_folds(self.inputs, self.folder, stores.features)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
+        return self._run_trials(stage, plan, stores)
+
+    def _run_networks(self, stage: Stage, plan: Plan) -> SearchState:
+        """Heads on the features of several networks, which are computed one after the other."""
+        computing = self.inputs.beside(
+            lambda: compute_features_of(self.inputs, self.recorder, self._stores)
+        )
+        features_of = self._with_ray(computing)
+        stores = Stores(features=next(iter(features_of.values())), images=None)
+        assert stores.features is not None
+        deal_folds(self.inputs, self.folder, stores.features)
+        return self._run_trials(stage, plan, stores, features_of)
+
+    def _with_ray(self, computing: Future[T]) -> T:
+        """What is computed beside, once Ray runs."""
+        try:
+            self._start_ray()
+            return interrupts.result(computing)
+        except BaseException:  # a Ctrl-C, or a Ray that does not start
+            self.inputs.stop()
+            raise
+
+    def _run_trials(
+        self,
+        stage: Stage,
+        plan: Plan,
+        stores: Stores,
+        features_of: Mapping[str, Path] | None = None,
+    ) -> SearchState:
+        from visiontuner.search.run import run_trials
+
         record = self.recorder.record
         finished = sum(trial.finished for trial in record.trials.values())
         self.observer.note(describe_stage(stage, finished, plan.remaining))
@@ -129,6 +161,7 @@ class StageRunner:
                 stores=stores,
                 cache=self.inputs.cache,
                 time_budget=self._seconds_left(),
+                features_of=features_of,
             )
         finally:
             self.observer.trials_end()
@@ -182,7 +215,9 @@ def describe_stage(stage: Stage, finished: int, remaining: int) -> str:
             f"{done}{remaining} go on with the network (model.train: {model.train}) for "
             f"{stage.experiment.training.epochs} epochs."
         )
-    names = " and ".join(name.replace("_", " ") for name in search.space)
+    names = " and ".join(name.replace("_", " ") for name in search.space if name != "backbone")
+    if networks := search.backbones:
+        names += f" on {len(networks)} networks"
     scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
     how = "grid: every combination" if search.algorithm == "grid" else search.algorithm
     return f"{done}{remaining} trials over {names} to run ({how}{scheduler})."
@@ -264,6 +299,7 @@ class _Run:
         self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
         self.project_run = take_project_run()
+        self._left_out: Mapping[str, str] = {}  # networks whose weights cannot be had, and why
 
     def run(self, *, is_named: bool = True) -> SearchResult:
         """Everything; a folder that nobody has named gets a name that nobody else has taken."""
@@ -282,7 +318,7 @@ class _Run:
             # Not one that was killed or stopped between its last trial and the choice.
             whole = (record.ended or {}).get("state") == "completed"
             self._had_ended = record.best is not None and not remaining and whole
-            self._require_what_it_needs()
+            self._require_what_it_needs(record)
             if not is_named:
                 self.folder = claim_folder(self.folder)
             journal.enter_context(interrupts.in_order())
@@ -316,10 +352,13 @@ class _Run:
             )
         self.experiment = self.inputs.experiment = fitting
 
-    def _require_what_it_needs(self) -> None:
+    def _require_what_it_needs(self, record: SearchRecord) -> None:
         """What cannot work ends here, before there is a folder or a run to clean up."""
 
-        _ = self.inputs.description
+        if self.experiment.search.backbones:
+            self._left_out = leave_out_missing(self.inputs, record)
+        else:
+            _ = self.inputs.description
         if self.on == "local":
             require_room(self.experiment.search)
 
@@ -335,6 +374,8 @@ class _Run:
         with RayForSearch(self.on, on_loss=self._tell_that_ray_is_gone) as ray:
             recorder = journal.enter_context(closing(self._open_journal(record)))
             tracking.begin(self.folder)
+            for name, reason in self._left_out.items():
+                recorder.append("network_left_out", backbone=name, reason=reason)
             state: SearchState = "completed"
             try:
                 if remaining:
@@ -422,7 +463,7 @@ class _Run:
                 kept,
                 experiment=self.experiment,
                 dataset=self.inputs.dataset,
-                backbone=self.inputs.backbone,
+                backbone=self.inputs.of_trial(kept).backbone,
                 cache=self.inputs.cache,
             )
 
