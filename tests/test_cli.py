@@ -217,8 +217,9 @@ def test_weights_that_cannot_be_fetched_name_the_choice_that_needs_none(tmp_path
 def test_recommended_networks_have_licence_size_and_accuracy():
     lines = call("backbones", "--recommend").stdout.splitlines()
     (small,) = [line for line in lines if line.startswith("efficientnet_lite0")]
-    assert small.split() == ["efficientnet_lite0", "19", "224", "74.8", "%", "Apache-2.0", "offline"]
-    assert [line.split()[0] for line in lines if line.endswith("offline")] == list(OFFLINE_BACKBONES)
+    assert small.split()[1:] == ["19", "224", "74.8", "%", "Apache-2.0", "offline"]
+    offline = [line.split()[0] for line in lines if line.endswith("offline")]
+    assert offline == list(OFFLINE_BACKBONES)
 
 
 def test_data_of_backbones_is_for_the_recommended_ones():

@@ -284,7 +284,8 @@ class SearchRecord:
     `baselines` are what trials are compared with, by name; they are no trials and have no epochs.
     `choice` is the last `choice_made`. `networks` are by name what is known of each pretrained
     network, as the first event about it says: a resumed search finds its features in the cache.
-    `left_out` and `stopped` are networks that get no trials, or no more, and why.
+    `left_out` are networks that get no trials, and why; `stopped` those that get no more, by the
+    event that says so.
     """
 
     search_id: str = ""
@@ -296,7 +297,7 @@ class SearchRecord:
     choice: Event | None = field(default=None, repr=False)
     networks: dict[str, Event] = field(default_factory=dict, repr=False)
     left_out: dict[str, str] = field(default_factory=dict, repr=False)
-    stopped: dict[str, str] = field(default_factory=dict, repr=False)
+    stopped: dict[str, Event] = field(default_factory=dict, repr=False)
 
     @classmethod
     def load(cls, folder: Path) -> SearchRecord:
@@ -326,7 +327,7 @@ class SearchRecord:
         elif kind == "network_left_out":
             self.left_out[event["backbone"]] = event["reason"]
         elif kind == "network_stopped":
-            self.stopped[event["backbone"]] = event["reason"]
+            self.stopped[event["backbone"]] = event
         elif kind == "search_ended":
             self.ended = event
         elif kind == "baseline_ended":
@@ -441,6 +442,14 @@ class SearchRecord:
         """
         chosen = str(self.choice["chosen"]) if self.choice is not None else None
         return self.named(chosen) or self.best
+
+    def best_by_network(self) -> dict[str, TrialRecord]:
+        """The best usable trial of each network that is searched, the best network first."""
+        found: dict[str, TrialRecord] = {}
+        for trial in self.ranking():
+            if (name := trial.configuration.get("backbone")) is not None:
+                found.setdefault(str(name), trial)
+        return found
 
     def network_of(self, trial: TrialRecord | None) -> dict[str, Any]:
         """Facts of a trial's pretrained network: backbone, its weights, what ran it.
@@ -569,7 +578,7 @@ _REQUIRED = {
     "baseline_ended": ("name", "configuration", "metrics", "seconds"),
     "choice_made": ("chosen",),
     "network_left_out": ("backbone", "reason"),
-    "network_stopped": ("backbone", "reason"),
+    "network_stopped": ("backbone", "reason", "trials"),
 }
 
 

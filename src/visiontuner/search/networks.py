@@ -27,9 +27,9 @@ class NetworkRace:
     """Gives each network a trial in turn, and none any more to one that cannot catch up.
 
     A network is judged when 3, 6, 12, … of its trials have ended. It leaves if it is in the lower
-    half of those that are left and if its best trial is behind the best trial of all beyond noise,
-    by the objective on the same validation images (paired, one-sided test at 5 %): networks that
-    the images cannot tell apart all go on. One whose trials all fail leaves too.
+    half of those that came so far, and if its best trial is behind the best trial of all beyond
+    noise, by the objective on the same validation images (paired, one-sided test at 5 %): networks
+    that the images cannot tell apart all go on. One whose trials all fail leaves too.
 
     Within a network the configurations are those of a search over it alone: the first ones of the
     experiment, then drawn from the seed, or suggested by Optuna from the network's own trials.
@@ -99,11 +99,10 @@ class NetworkRace:
 
     def _judge(self) -> None:
         """Stop the networks that reached a rung and cannot catch up."""
-        best = {name: trial for name in self._left() if (trial := self._best(name)) is not None}
+        best = {n: trial for n in self._networks if (trial := self._best(n)) is not None}
         if not best:
             return
         ranking = sorted(best, key=lambda name: self._place(best[name]))
-        lower_half = ranking[math.ceil(len(self._left()) / 2) :]
         for name in self._left():
             rung = _rung(len(self._ended(name)))
             if rung <= self._judged[name]:
@@ -111,8 +110,15 @@ class NetworkRace:
             self._judged[name] = rung
             if name not in best:
                 self._stop(name, f"all its {rung} trials failed", rung)
-            elif name in lower_half:
+                continue
+            entered = [other for other in ranking if self._entered(other, rung)]
+            if name in entered[math.ceil(len(entered) / 2) :]:
                 self._stop_if_behind(name, best[name], best[ranking[0]])
+
+    def _entered(self, name: str, rung: int) -> bool:
+        """Whether a network was not stopped at an earlier rung."""
+        stopped = self._record.stopped.get(name)
+        return stopped is None or _rung(int(stopped["trials"])) >= rung
 
     def _stop_if_behind(self, name: str, own: TrialRecord, leader: TrialRecord) -> None:
         scores = [self._scores(trial.trial_id) for trial in (own, leader)]

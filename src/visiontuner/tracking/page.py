@@ -27,6 +27,7 @@ from visiontuner.evaluation.choice import edges
 from visiontuner.evaluation.report import EvaluationReport
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import (
+    Event,
     Finding,
     SearchRecord,
     TrialRecord,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,9 +58,7 @@ def recommend(
         for number, network in enumerate(RECOMMENDED):
             observer.progress("Measuring", number, len(RECOMMENDED), "networks")
             seconds = _pass_seconds(network, inputs, len(samples))
-            found.append(
-                Recommendation(network=network, pass_seconds=seconds, images=len(samples))
-            )
+            found.append(Recommendation(network=network, pass_seconds=seconds, images=len(samples)))
         observer.progress("Measuring", len(RECOMMENDED), len(RECOMMENDED), "networks")
     return found
 
@@ -70,9 +67,7 @@ def _pass_seconds(network: KnownNetwork, inputs: Inputs, images: int) -> float |
     """What a pass takes without the export, which comes once; with random weights."""
     model = {"backbone": network.name, "weights": "none", "image_size": None}
     experiment = inputs.experiment
-    changed = experiment.model_copy(
-        update={"model": experiment.model.model_copy(update=model)}
-    )
+    changed = experiment.model_copy(update={"model": experiment.model.model_copy(update=model)})
     with temporary_folder() as cache:  # an export of random weights is of no use later
         try:
             return images / inputs.of(changed, cache=cache).pace()
@@ -154,9 +149,7 @@ def _in_order_of_cost(inputs: Inputs, record: SearchRecord) -> list[str]:
             f"{duration(seconds[name])} ({own.engine.description})."
         )
     known = list(record.networks)  # of an earlier process of the search: in the same order
-    return sorted(
-        names, key=lambda n: (known.index(n) if n in known else len(known), seconds[n])
-    )
+    return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), seconds[n]))
 
 
 def _same_images(one: FeatureSet, other: FeatureSet) -> bool:

@@ -416,7 +416,7 @@ class ValidationAnswers:
         """What the search gave beside the baselines and the defaults; None without any."""
         ranking = self._comparable(self.record.ranking())
         labels = {name: name.replace("_", " ") for name in self.record.baselines}
-        labels |= dict.fromkeys(self._defaults(), "defaults")
+        labels |= dict.fromkeys(self._defaults_first_of(ranking[0])[:1], "defaults")
         search = Told("Search", ranking[0].trial_id, ranking[0].best_value or math.nan)
         others = [
             Told(label, name, trial.best_value)

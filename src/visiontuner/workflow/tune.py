@@ -151,7 +151,7 @@ class StageRunner:
 
         record = self.recorder.record
         finished = sum(trial.finished for trial in record.trials.values())
-        self.observer.note(describe_stage(stage, finished, plan.remaining))
+        self.observer.note(describe_stage(stage, finished, plan.remaining, len(features_of or {})))
         self.observer.trials_begin(record, finished + plan.remaining)
         try:
             return run_trials(
@@ -206,8 +206,8 @@ class StageRunner:
             )
 
 
-def describe_stage(stage: Stage, finished: int, remaining: int) -> str:
-    """What is about to run, in one line."""
+def describe_stage(stage: Stage, finished: int, remaining: int, networks: int = 0) -> str:
+    """What is about to run, in one line; `networks` is how many are searched."""
     search, model = stage.experiment.search, stage.experiment.model
     done = f"{finished} trials are finished, " if finished else ""
     if stage.name == "network":
@@ -216,8 +216,8 @@ def describe_stage(stage: Stage, finished: int, remaining: int) -> str:
             f"{stage.experiment.training.epochs} epochs."
         )
     names = " and ".join(name.replace("_", " ") for name in search.space if name != "backbone")
-    if networks := search.backbones:
-        names += f" on {len(networks)} networks"
+    if networks:
+        names += f" on {networks} network" + "s" * (networks > 1)
     scheduler = "" if search.scheduler == "none" else f", {search.scheduler} stops the weak ones"
     how = "grid: every combination" if search.algorithm == "grid" else search.algorithm
     return f"{done}{remaining} trials over {names} to run ({how}{scheduler})."
