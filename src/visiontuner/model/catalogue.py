@@ -14,7 +14,7 @@ Measure = Literal["top-1", "linear"]
 
 BUNDLED_LICENCE = "Apache-2.0"
 TORCHVISION_LICENCE = "BSD-3-Clause"
-"""torchvision's own; it says that weights may have other terms, from the images they learnt from."""
+"""torchvision's own; it says that the images may put the weights under other terms."""
 
 _SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": "CC-BY-NC-4.0"}
 
