@@ -156,14 +156,19 @@ class Search:
     def evaluate(
         self,
         *,
-        prefer: Literal["best", "cheapest"] = "best",
+        prefer: Literal["best", "cheapest", "fastest"] = "best",
         precision: float = 0.95,
+        within: float | None = None,
+        max_latency_ms: float | None = None,
         progress: bool = True,
     ) -> Evaluation:
         """Choose and calibrate on validation, then look at the test images once.
 
         Args:
-            prefer: `cheapest` takes the fastest of the trials that are tied with the best one.
+            prefer: `cheapest` takes the fastest of the trials that are tied with the best one,
+                `fastest` the one whose network answers fastest here.
+            within: with `fastest`, how much less accurate it may be, 0.01 is a point.
+            max_latency_ms: only networks that answer one image as fast, on one thread.
             precision: how many of the answers called confident shall be right, in (0, 1].
 
         Raises:
@@ -172,7 +177,12 @@ class Search:
 
         with _console(progress) as console:
             result = evaluate_search(
-                self.folder, prefer=prefer, precision=precision, observer=console
+                self.folder,
+                prefer=prefer,
+                precision=precision,
+                within=within,
+                max_latency_ms=max_latency_ms,
+                observer=console,
             )
         self.__dict__.pop("classifier", None)  # it has another temperature now
         self.model = result.model or self.model

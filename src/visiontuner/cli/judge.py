@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -59,10 +60,22 @@ _NAMED_TRIALS = 6
 @click.argument("search", metavar="[SEARCH]", required=False, type=FOLDER)
 @click.option(
     "--prefer",
-    type=click.Choice(["best", "cheapest"]),
+    type=click.Choice(["best", "cheapest", "fastest"]),
     default="best",
     show_default=True,
-    help="Keep the best trial, or of those tied with it the one that trained fastest.",
+    help="Keep the best trial; or of those tied with it the one that trained fastest; or the one "
+    "whose network answers fastest.",
+)
+@click.option(
+    "--within",
+    metavar="SHARE",
+    type=TEXT,
+    help="With --prefer fastest: how much less accurate it may be, 1% or 0.01.",
+)
+@click.option(
+    "--max-latency-ms",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Only networks that answer one image in so many milliseconds on one thread here.",
 )
 @click.option(
     "--precision",
@@ -71,7 +84,13 @@ _NAMED_TRIALS = 6
     show_default=True,
     help="How many of the confident answers shall be right; sets the confidence threshold.",
 )
-def evaluate(search: Path | None, prefer: str, precision: float) -> None:
+def evaluate(
+    search: Path | None,
+    prefer: str,
+    within: str | None,
+    max_latency_ms: float | None,
+    precision: float,
+) -> None:
     """Test the chosen model on images that played no part in the choice.
 
     The trials that cannot be told apart from the best are named; temperature and confidence
@@ -83,6 +102,7 @@ def evaluate(search: Path | None, prefer: str, precision: float) -> None:
     Examples:
       visiontuner evaluate
       visiontuner evaluate --prefer cheapest
+      visiontuner evaluate --prefer fastest --within 1% --max-latency-ms 10
       visiontuner evaluate searches/dog-breeds-20261122-154100 --precision 0.99
     """
     from visiontuner.workflow.evaluate import evaluate_search
@@ -93,11 +113,25 @@ def evaluate(search: Path | None, prefer: str, precision: float) -> None:
             search,
             prefer=prefer,  # type: ignore[arg-type]
             precision=precision,
+            within=None if within is None else _share(within),
+            max_latency_ms=max_latency_ms,
             observer=console,
         )
     finally:
         console.close()
     _print(result)
+
+
+def _share(text: str) -> float:
+    """`1%` or `0.01` -> 0.01."""
+    number, is_percent, rest = text.strip().partition("%")
+    try:
+        share = float(number) / (100 if is_percent else 1)
+    except ValueError:
+        share = math.nan
+    if rest or not 0 <= share < 1:
+        raise UserMistake(f"--within must be a share such as 1% or 0.01, got {text!r}.")
+    return share
 
 
 def _print(result: EvaluationResult) -> None:

@@ -26,7 +26,7 @@ from visiontuner.journal import SearchRecord, TrialRecord
 # Which trial of a search is kept: the best one, or one that cannot be told apart from it.
 
 
-Preference = Literal["best", "cheapest"]
+Preference = Literal["best", "cheapest", "fastest"]
 
 # Equal sums of floats, added in another order.
 _ROUNDING = 1e-12
@@ -238,7 +238,7 @@ def choose(
     objective: Objective,
     mode: Literal["min", "max"],
     simplest: Sequence[str] = (),
-    prefer: Preference = "best",
+    prefer: Literal["best", "cheapest"] = "best",
 ) -> Choice:
     """Pick what to keep: of all that are tied by the objective the one with the lowest loss.
 

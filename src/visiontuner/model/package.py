@@ -115,6 +115,25 @@ def package_classifier(
     return Classifier.load(folder)
 
 
+def package_untrained(
+    folder: Path, backbone: Backbone, class_names: Sequence[str], *, cache: Path
+) -> Path:
+    """Write a classifier whose head is zero, to measure what a network costs; it is not checked.
+
+    Raises:
+        ExportError: the network cannot be written as ONNX.
+    """
+    head = {
+        "weight": torch.zeros(len(class_names), backbone.feature_dim),
+        "bias": torch.zeros(len(class_names)),
+    }
+    untrained = _Trained(backbone, head, "head")
+    folder.mkdir(parents=True)
+    save_onnx(_onnx(untrained, cache=cache), folder / NETWORK)
+    write_json(folder / DESCRIPTION, _description(untrained, class_names, {}))
+    return folder
+
+
 def _onnx(trained: _Trained, *, cache: Path | None) -> onnx.ModelProto:
     """The whole network; without a cache its backbone is exported for this once."""
     if cache is None:

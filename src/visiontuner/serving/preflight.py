@@ -15,7 +15,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -97,15 +97,24 @@ def recommend(*, memory_mb: float, images_per_second: float) -> str:
         images_per_second: measured on this machine, for the sentence.
     """
     needed = _needed_mb(memory_mb)
-    fitting = [one for one in _INSTANCES if needed <= one[2] * 1024]
-    name, cpus, gigabytes = fitting[0] if fitting else _INSTANCES[-1]
+    name, cpus, gigabytes = choose_instance(memory_mb)
     text = f"{name} ({cpus} vCPUs, {gigabytes} GB): the server needs {needed / 1000:.1f} GB"
-    if not fitting:
+    if needed > gigabytes * 1024:
         text += ", more than that has; choose one with more"
     serverless = next((size for size in SERVERLESS_MB if needed <= size), None)
     if serverless:
         text += f". For a few requests a minute: serverless with {serverless} MB"
     return f"{text}. This machine answers {images_per_second:.0f} images a second."
+
+
+def choose_instance(memory_mb: float) -> tuple[str, int, int]:
+    """Name, vCPUs and GiB of the smallest instance whose memory holds a server, or the largest.
+
+    Args:
+        memory_mb: the most that the server held, in 10^6 bytes.
+    """
+    needed = _needed_mb(memory_mb)
+    return next((one for one in _INSTANCES if needed <= one[2] * 1024), _INSTANCES[-1])
 
 
 def check_instance_type(wanted: str, known: Sequence[str]) -> None:
@@ -424,11 +433,23 @@ def _check_memory(before: float, after: float) -> Check:
 
 def _one_at_a_time(asked: _Asked, reference: Reference, count: int) -> list[float]:
     """Milliseconds of each request."""
+    bodies = islice(reference.bodies(), count)
+    return milliseconds_each(asked.post, bodies, seconds=_MEASURE_SECONDS)
+
+
+def milliseconds_each(
+    answer: Callable[[bytes], object], questions: Iterable[bytes], *, seconds: float
+) -> list[float]:
+    """Milliseconds of each answer, one after the other.
+
+    Args:
+        seconds: after so many no more questions are asked.
+    """
     milliseconds: list[float] = []
-    end = time.perf_counter() + _MEASURE_SECONDS
-    for body in islice(reference.bodies(), count):
+    end = time.perf_counter() + seconds
+    for question in questions:
         began = time.perf_counter()
-        asked.post(body)
+        answer(question)
         milliseconds.append((time.perf_counter() - began) * 1e3)
         if time.perf_counter() > end:
             break

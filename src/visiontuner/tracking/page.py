@@ -241,6 +241,23 @@ class TrialRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NetworkRow:
+    """One network of a search over several; costs are words, and empty before an evaluation."""
+
+    backbone: str
+    licence: str
+    trials: int
+    best_trial: str
+    value: float | None
+    feature_seconds: float | None
+    accuracy: str
+    milliseconds: str
+    size: str
+    price: str
+    remark: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PageData:
     """Everything on the page but the figures."""
 
@@ -258,6 +275,7 @@ class PageData:
     is_loss: bool
     parameters: tuple[str, ...]
     trials: tuple[TrialRow, ...]
+    networks: tuple[NetworkRow, ...]
     data: dict[str, str]
     splits: tuple[str, ...]
     class_table: tuple[tuple[str, tuple[int, ...]], ...]
@@ -297,6 +315,7 @@ def describe_search(
         is_loss=record.mode == "min",
         parameters=_parameters(record),
         trials=tuple(_trial_rows(record, state, where)),
+        networks=tuple(_network_rows(record, evaluation)),
         data=_data_facts(data),
         splits=splits,
         class_table=table,
@@ -634,6 +653,52 @@ def _experiment_text(record: SearchRecord) -> str:
     return yaml.safe_dump(dict(experiment), sort_keys=False, allow_unicode=True)
 
 
+# Networks
+
+
+def _network_rows(
+    record: SearchRecord, evaluation: Mapping[str, Any] | None
+) -> Iterable[NetworkRow]:
+    """The networks of a search over several, the best first; then those without a trial."""
+    best = record.best_by_network()
+    rest = [name for name in (*record.stopped, *record.left_out) if name not in best]
+    measured = (evaluation or {}).get("networks")
+    costs = {str(row["backbone"]): row for row in measured or [] if isinstance(row, Mapping)}
+    for name in [*best, *dict.fromkeys(rest)]:
+        trial = best.get(name)
+        yield NetworkRow(
+            backbone=name,
+            licence=str(record.networks.get(name, {}).get("weights_licence") or ""),
+            trials=sum(t.configuration.get("backbone") == name for t in record.trials.values()),
+            best_trial=trial.trial_id if trial else "",
+            value=trial.best_value if trial else None,
+            feature_seconds=record.networks.get(name, {}).get("seconds"),
+            **_cost_words(costs.get(name)),
+            remark=_network_remark(record, name),
+        )
+
+
+def _cost_words(row: Mapping[str, Any] | None) -> dict[str, str]:
+    if row is None:
+        return dict.fromkeys(("accuracy", "milliseconds", "size", "price"), "")
+    low, high = percent(row["accuracy_low"]), percent(row["accuracy_high"])
+    return {
+        "accuracy": f"{percent(row['accuracy'])} ({low} to {high})",
+        "milliseconds": f"{row['ms_one_thread']:.1f} / {row['ms_all_threads']:.1f}",
+        "size": f"{row['megabytes']:.1f} / {row['memory_mb']:.0f}",
+        "price": f"{row['dollars_per_million']:.2f} on {row['instance']}"
+        + (", on the front" if row["on_front"] else ""),
+    }
+
+
+def _network_remark(record: SearchRecord, name: str) -> str:
+    if name in record.left_out:
+        return f"left out: {record.left_out[name]}"
+    if name in record.stopped:
+        return f"no more trials: {record.stopped[name]['reason']}"
+    return ""
+
+
 # Small things
 
 
@@ -694,6 +759,7 @@ _CAPTIONS = {
     "confusion": "Confusion matrix: true classes in rows, predicted ones in columns",
     "confused_pairs": "The most confused pairs of classes",
     "per_class": "Recall and precision of the weakest classes",
+    "networks": "What each network gives for what an answer costs; those of the front in green",
     "mistakes": "The images that were most confidently taken for another class",
 }
 

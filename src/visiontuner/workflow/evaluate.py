@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,7 @@ from visiontuner.errors import (
 )
 from visiontuner.evaluation.calibration import probabilities_of, reliability, risk_coverage
 from visiontuner.evaluation.choice import edges
+from visiontuner.evaluation.front import NetworkPoint, table
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
@@ -51,10 +52,16 @@ from visiontuner.paths import (
 )
 from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
-from visiontuner.tracking.figures.evaluation import Caption, contact_sheet, evaluation_figures
+from visiontuner.tracking.figures.evaluation import (
+    Caption,
+    contact_sheet,
+    evaluation_figures,
+    network_front,
+)
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import importances
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
+from visiontuner.workflow.networks import measure_networks
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import is_packaged, package_trial
 from visiontuner.workflow.selection import ValidationAnswers
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
 
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
+    from visiontuner.serving.cost import NetworkCost
 
 
 # A classifier over many images of a data set: what an evaluation looks at. No torch.
@@ -124,6 +132,7 @@ def answer_images(
 # report.json          numbers with intervals, choice, mistakes, evaluations of the test set
 # predictions.npz      probabilities (N, C), labels, content digests, paths; for paired tests
 # classes.csv          one line a class
+# networks.csv         of a search over several: accuracy against what an answer costs
 # *.png                reliability, risk and coverage, confusion, mistakes
 
 
@@ -186,6 +195,7 @@ def write_evaluation(
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
             more = _write_test(temporary, report, answers, root, mistakes)
+            _write_networks(temporary, facts.get("networks") or [])
             write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
             replace_folder(temporary, folder)
     except OSError as error:
@@ -234,6 +244,15 @@ def _write_test(
     }
 
 
+def _write_networks(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Accuracy against cost of the networks, as a table and a figure; nothing without any."""
+    if not rows:
+        return
+    lines = [tuple(rows[0]), *(tuple(row.values()) for row in rows)]
+    (folder / "networks.csv").write_text("".join(map(csv_row, lines)), encoding="utf-8")
+    (folder / "networks.png").write_bytes(to_png(network_front(rows)))
+
+
 def _draw(
     folder: Path,
     report: EvaluationReport,
@@ -271,7 +290,7 @@ def write_contact_sheet(file: Path, root: Path, shown: Sequence[tuple[str, Capti
         file.write_bytes(to_png(contact_sheet(images, captions)))
 
 
-Prefer = Literal["best", "cheapest"]
+Prefer = Literal["best", "cheapest", "fastest"]
 
 DEFAULT_PRECISION = 0.95
 _MISTAKES = 24
@@ -306,6 +325,8 @@ def evaluate_search(
     *,
     prefer: Prefer = "best",
     precision: float = DEFAULT_PRECISION,
+    within: float | None = None,
+    max_latency_ms: float | None = None,
     observer: Observer | None = None,
 ) -> EvaluationResult:
     """Choose, calibrate, look at the test images once, and register the result.
@@ -313,7 +334,11 @@ def evaluate_search(
     Args:
         folder: a search folder; default: the newest search.
         prefer: `cheapest` takes, of the trials that cannot be told apart from the best one, the
-            one with the fewest training seconds.
+            one with the fewest training seconds; `fastest`, of the networks that cannot be told
+            apart from the best one, the one that answers fastest on this machine.
+        within: with `fastest`, networks that are less accurate by so much count too; a fraction.
+        max_latency_ms: only networks that answer one image in so many milliseconds on one thread
+            of this machine.
         precision: the confidence threshold is set so that so many of the answers above it are
             right on validation.
 
@@ -323,6 +348,9 @@ def evaluate_search(
     """
     if not 0 < precision < 1:
         raise UserMistake(f"--precision must be between 0 and 1, got {precision:g}.")
+    if within is not None and prefer != "fastest":
+        raise UserMistake("--within is for --prefer fastest: how much less accurate it may be.")
+    wanted = Wanted(prefer, precision, within, max_latency_ms)
     folder = folder or newest_search()
     record = SearchRecord.load(folder)
     if is_running(folder):
@@ -332,7 +360,16 @@ def evaluate_search(
             f"{folder} has no trial that could be evaluated. "
             f"`{next_command('diagnose', folder)}` says what went wrong."
         )
-    return _Evaluation(folder, record, prefer, precision, observer or Silent()).run()
+    return _Evaluation(folder, record, wanted, observer or Silent()).run()
+
+
+class Wanted(NamedTuple):
+    """What the model is to be, see `evaluate_search`."""
+
+    prefer: Prefer
+    precision: float
+    within: float | None = None
+    max_latency_ms: float | None = None
 
 
 class _Evaluation:
@@ -342,14 +379,13 @@ class _Evaluation:
         self,
         folder: Path,
         record: SearchRecord,
-        prefer: Prefer,
-        precision: float,
+        wanted: Wanted,
         observer: Observer,
     ) -> None:
         self.folder = folder
         self.record = record
-        self.prefer = prefer
-        self.precision = precision
+        self.wanted = wanted
+        self.precision = wanted.precision
         self.observer = observer
         self.experiment = Experiment.load(folder / EXPERIMENT_FILE)
         self.inputs = Inputs(self.experiment, observer)
@@ -358,7 +394,13 @@ class _Evaluation:
     def run(self) -> EvaluationResult:
         dataset = self.inputs.dataset
         require_same_data(self.record, dataset)
-        choice = self.validation.choose(self.prefer)
+        costs = self._costs()
+        choice = self.validation.choose(
+            self.wanted.prefer,
+            milliseconds={name: cost.ms_one_thread for name, cost in costs.items()} or None,
+            within=self.wanted.within,
+            max_latency_ms=self.wanted.max_latency_ms,
+        )
         self.observer.note(choice.reason)
         trial = self.record.named(choice.chosen)
         assert trial is not None
@@ -378,7 +420,7 @@ class _Evaluation:
                 importance=importances(self.record),
             )
         )
-        self._write(dataset.root, choice, at_edges, report, answers, looks, threshold)
+        self._write(dataset.root, choice, at_edges, report, answers, looks, threshold, costs)
         model, problem = self._track()
         return EvaluationResult(
             folder=self.folder,
@@ -390,6 +432,29 @@ class _Evaluation:
             model=model,
             tracking_problem=problem,
             unreadable=answers.bad,
+        )
+
+    def _costs(self) -> dict[str, NetworkCost]:
+        """Of the networks, where there are several or an answer's time is asked about."""
+        names = list(self.record.best_by_network()) or [self.experiment.model.backbone]
+        wanted = self.wanted
+        asked = wanted.prefer == "fastest" or wanted.max_latency_ms is not None
+        if (len(names) < 2 and not asked) or self.record.is_unvalidated:
+            return {}
+        self.observer.note(f"Measuring what an answer of {', '.join(names)} takes here.")
+        return measure_networks(self.inputs, names)
+
+    def _networks(self, costs: Mapping[str, NetworkCost]) -> list[dict[str, Any]]:
+        """Accuracy against cost, one row a network."""
+        if not costs:
+            return []
+        accuracy = self.validation.accuracy_by_network()
+        return table(
+            [
+                NetworkPoint(backbone=name, accuracy=accuracy[name], cost=cost.to_dict())
+                for name, cost in costs.items()
+                if name in accuracy
+            ]
         )
 
     def _package(self, trial: TrialRecord, dataset: ImageDataset) -> None:
@@ -509,7 +574,9 @@ class _Evaluation:
         answers: Answers,
         looks: int,
         threshold: ChosenThreshold | None,
+        costs: Mapping[str, NetworkCost],
     ) -> None:
+        networks = self._networks(costs)
         facts: dict[str, Any] = {
             "looks": looks,
             "test_set": _test_set(answers) if answers.samples else None,
@@ -525,6 +592,7 @@ class _Evaluation:
                 "reason": choice.reason,
             },
             "edges": list(at_edges),
+            "networks": networks,
             "unreadable": answers.bad,
             "validation_threshold": None if threshold is None else _facts(threshold),
         }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -325,10 +325,26 @@ class ValidationAnswers:
             raise DataError(f"Cannot read {path} ({type(error).__name__}). Search again.") from None
         return logits
 
-    def choose(self, prefer: Preference) -> Choice:
+    def choose(
+        self,
+        prefer: Preference,
+        *,
+        milliseconds: Mapping[str, float] | None = None,
+        within: float | None = None,
+        max_latency_ms: float | None = None,
+    ) -> Choice:
         """What to keep: a trial that ran to its end, or a baseline.
 
         Of a training on validation too there is one trial alone.
+
+        Args:
+            milliseconds: of an answer, by network; `fastest` and `max_latency_ms` need it.
+            within: with `fastest`, by how much less accurate than the best a network may be, as a
+                fraction; None: it has to be tied with the best.
+            max_latency_ms: only networks that answer as fast.
+
+        Raises:
+            UserMistake: no network answers as fast.
         """
 
         ranking = self.record.ranking()
@@ -337,15 +353,18 @@ class ValidationAnswers:
             reason = f"{only} was trained on the validation images too: there is no choice."
             return Choice(best=only, tied=(only,), chosen=only, reason=reason)
         candidates = self._candidates(ranking)
-        choice = choose(
-            candidates,
-            self.labels,
-            objective=self.experiment.objective,
-            mode=self.experiment.mode,
-            simplest=[REGRESSION, *self._defaults_first_of(ranking[0])],
-            prefer=prefer,
-        )
-        said = [choice.reason]
+        said = []
+        if milliseconds is not None:
+            candidates, why = self._of_fast_networks(
+                candidates,
+                milliseconds,
+                within=within,
+                limit=max_latency_ms,
+                fastest=prefer == "fastest",
+            )
+            said += why
+        choice = self._choose_among(candidates, "best" if prefer == "fastest" else prefer)
+        said.append(choice.reason)
         ready = {candidate.name for candidate in candidates if candidate.can_be_kept}
         if prefer == "cheapest" and not ready.issuperset(choice.tied):
             kept = len(ready.intersection(choice.tied))
@@ -354,10 +373,81 @@ class ValidationAnswers:
             said.append("No trial ran to its end; the furthest are compared.")
         compared = {candidate.name for candidate in candidates}
         missing = [t.trial_id for t in self._comparable(ranking) if t.trial_id not in compared]
-        if missing:
+        if missing and milliseconds is None:
             named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
             said.append(f"Not compared, since their validation answers are gone: {named}.")
         return replace(choice, reason=" ".join(said))
+
+    def _choose_among(
+        self, candidates: Sequence[Candidate], prefer: Literal["best", "cheapest"]
+    ) -> Choice:
+        best = self.record.named(candidates[0].name)
+        assert best is not None
+        return choose(
+            candidates,
+            self.labels,
+            objective=self.experiment.objective,
+            mode=self.experiment.mode,
+            simplest=[REGRESSION, *self._defaults_first_of(best)],
+            prefer=prefer,
+        )
+
+    def network_of(self, name: str) -> str:
+        """The network of a trial or a baseline."""
+        trial = self.record.named(name)
+        own = None if trial is None else trial.configuration.get("backbone")
+        return str(own or self.experiment.model.backbone)
+
+    def _of_fast_networks(
+        self,
+        candidates: Sequence[Candidate],
+        milliseconds: Mapping[str, float],
+        *,
+        within: float | None,
+        limit: float | None,
+        fastest: bool,
+    ) -> tuple[list[Candidate], list[str]]:
+        """The candidates to choose among, and why it is these; by the cost of their networks."""
+        found, said = list(candidates), []
+        if limit is not None:
+            found = [c for c in found if milliseconds[self.network_of(c.name)] <= limit]
+            if not found:
+                name = min(milliseconds, key=milliseconds.__getitem__)
+                raise UserMistake(
+                    f"No network of this search answers in {limit:g} ms. The fastest, {name}, "
+                    f"takes {milliseconds[name]:.1f} ms; give --max-latency-ms that, or search "
+                    "smaller networks (visiontuner backbones --recommend)."
+                )
+            said.append(f"Networks that answer in {limit:g} ms were compared.")
+        if not fastest:
+            return found, said
+        best = self._choose_among(found, "best")
+        most = next(c for c in found if c.name == best.best).correct.mean()
+        near = {
+            self.network_of(c.name)
+            for c in found
+            if c.name in best.tied or (within is not None and c.correct.mean() >= most - within)
+        }
+        network = min(near, key=lambda name: (milliseconds[name], name))
+        how = "tied with" if within is None else f"tied with or within {100 * within:g} points of"
+        said.append(
+            f"{network} is the fastest of {len(near)} networks that are {how} the best: "
+            f"{milliseconds[network]:.1f} ms an image on one thread."
+        )
+        return [c for c in found if self.network_of(c.name) == network], said
+
+    def accuracy_by_network(self) -> dict[str, Interval]:
+        """Accuracy to expect of the best of each network, corrected for its choice."""
+        by_network: dict[str, list[Candidate]] = {}
+        for candidate in self._candidates(self.record.ranking()):
+            by_network.setdefault(self.network_of(candidate.name), []).append(candidate)
+        return {
+            name: estimate_accuracy(
+                np.stack([c.correct for c in own], axis=1).astype(bool),
+                np.stack([c.losses for c in own], axis=1),
+            )
+            for name, own in by_network.items()
+        }
 
     def _comparable(self, ranking: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Those that ran to their end; where none did, those that came furthest."""

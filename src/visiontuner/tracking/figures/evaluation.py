@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -307,3 +307,40 @@ def _from_the_top(axes: Axes, rows: int) -> None:
 
 def _image_counts(right: int, total: int) -> str:
     return f"{right:,} of {count(total, 'image')} right"
+
+
+# Accuracy against what an answer costs, one point a network.
+
+
+def network_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Networks by milliseconds and by size, with intervals; those of the front are joined.
+
+    Args:
+        rows: as `evaluation.front.table` makes them.
+    """
+    figure, both = panels(2, "Networks: accuracy against what an answer costs on this machine")
+    names = readable([str(row["backbone"]).removeprefix("timm:") for row in rows])
+    for axes, column, unit in zip(
+        both,
+        ("ms_one_thread", "megabytes"),
+        ("Milliseconds an image, one thread", "MB"),
+        strict=True,
+    ):
+        front = sorted((row for row in rows if row["on_front"]), key=lambda row: row[column])
+        axes.plot(
+            [row[column] for row in front],
+            [row["accuracy"] for row in front],
+            color=GREEN,
+            linewidth=1,
+            zorder=1,
+        )
+        for row, name in zip(rows, names, strict=True):
+            x, y = row[column], row["accuracy"]
+            error = [[y - row["accuracy_low"]], [row["accuracy_high"] - y]]
+            colour = GREEN if row["on_front"] else GREY
+            axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3, zorder=2)
+            literally([axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)])
+        axes.margins(x=0.25)
+        label_axes(axes, unit, "Accuracy to expect")
+        as_percent(axes)
+    return figure

@@ -1,0 +1,152 @@
+"""What an answer of each network costs: time, memory, size, price; measured on this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from visiontuner.errors import ServingError
+from visiontuner.io.files import temporary_folder
+from visiontuner.model.classifier import NETWORK, Classifier
+from visiontuner.serving.preflight import choose_instance, milliseconds_each
+
+# US dollars an hour of a real-time endpoint, on demand, in us-east-1, as AWS listed them in 2025;
+# other regions differ by up to a half. `visiontuner deploy` asks AWS for the price of its endpoint.
+HOURLY_PRICES = {
+    "ml.c5.large": 0.102,
+    "ml.m5.large": 0.115,
+    "ml.m5.xlarge": 0.23,
+    "ml.m5.2xlarge": 0.461,
+}
+
+_ROUNDS, _IN_A_ROUND, _WARM_UP = 6, 20, 5
+_ROUND_SECONDS = 3.0  # of a slow network fewer images
+_PROBE_SECONDS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCost:
+    """One network as it is served, without HTTP, which adds about the same to each.
+
+    Args:
+        ms_one_thread, ms_all_threads: median milliseconds from an image's file to its answer,
+            one at a time; on one CPU thread and on `threads`.
+        megabytes: of the network as it is deployed, 10^6 bytes.
+        memory_mb: resident, of a process that has answered with it, 10^6 bytes.
+        instance: the smallest of preflight's instances whose memory holds it.
+        dollars_per_million: of answers, with every vCPU of that instance as fast as one thread
+            here, and all of them busy.
+    """
+
+    ms_one_thread: float
+    ms_all_threads: float
+    threads: int
+    megabytes: float
+    memory_mb: float
+    instance: str
+    dollars_per_million: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def measure_costs(
+    classifiers: Mapping[str, Path], images: Sequence[bytes]
+) -> dict[str, NetworkCost]:
+    """Answer images with every network, and weigh what it takes.
+
+    The networks take turns, 20 images each, six times: what else the machine does meets all alike.
+
+    Args:
+        classifiers: by name a classifier folder, trained or not.
+        images: contents of image files; at least one.
+
+    Raises:
+        ClassifierError: a folder is no classifier.
+        ServingError: a process cannot load one.
+    """
+    opened = {name: Classifier.load(folder) for name, folder in classifiers.items()}
+    alone = {name: Classifier.load(folder, threads=1) for name, folder in classifiers.items()}
+    one, all_threads = (_milliseconds(each, images) for each in (alone, opened))
+    return {
+        name: _cost(
+            ms_one=one[name],
+            ms_all=all_threads[name],
+            threads=opened[name].threads,
+            network=folder / NETWORK,
+            memory_mb=_memory_mb(folder, images[0]),
+        )
+        for name, folder in classifiers.items()
+    }
+
+
+def _milliseconds(
+    classifiers: Mapping[str, Classifier], images: Sequence[bytes]
+) -> dict[str, float]:
+    """The median of each, over all rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in classifiers}
+    for classifier in classifiers.values():
+        for image in islice(cycle(images), _WARM_UP):
+            classifier.predict(image)
+    for _ in range(_ROUNDS):
+        for name, classifier in classifiers.items():
+            asked = islice(cycle(images), _IN_A_ROUND)
+            taken[name] += milliseconds_each(classifier.predict, asked, seconds=_ROUND_SECONDS)
+    return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+def _cost(
+    *, ms_one: float, ms_all: float, threads: int, network: Path, memory_mb: float
+) -> NetworkCost:
+    instance, cpus, _ = choose_instance(memory_mb)
+    per_second = cpus * 1000 / ms_one
+    return NetworkCost(
+        ms_one_thread=round(ms_one, 2),
+        ms_all_threads=round(ms_all, 2),
+        threads=threads,
+        megabytes=round(network.stat().st_size / 1e6, 1),
+        memory_mb=round(memory_mb, 1),
+        instance=instance,
+        dollars_per_million=round(HOURLY_PRICES[instance] / 3600 / per_second * 1e6, 3),
+    )
+
+
+# A process of its own: this one holds more than the network. `visiontuner.model.classifier` is
+# what an endpoint imports, without torch.
+_PROBE = """
+import json, pathlib, sys, psutil
+from visiontuner.model.classifier import Classifier
+classifier = Classifier.load(sys.argv[1])
+for _ in range(5):
+    classifier.predict(pathlib.Path(sys.argv[2]).read_bytes())
+print(json.dumps(psutil.Process().memory_info().rss / 1e6))
+"""
+
+
+def _memory_mb(folder: Path, image: bytes) -> float:
+    with temporary_folder() as temporary:
+        path = temporary / "image"
+        path.write_bytes(image)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", _PROBE, str(folder), str(path)],
+                capture_output=True,
+                text=True,
+                timeout=_PROBE_SECONDS,
+                check=True,
+            )
+            return float(json.loads(done.stdout))
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            raise ServingError(
+                f"A process that loads {folder} does not answer ({type(error).__name__}): its "
+                "memory is not known."
+            ) from None
