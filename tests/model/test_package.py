@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -20,7 +21,7 @@ from visiontuner.errors import BadImageError, ClassifierError, DataError, Export
 from visiontuner.model import package as package_module
 from visiontuner.model.backbones import Backbone
 from visiontuner.model.classifier import Classifier, softmax
-from visiontuner.model.package import package_classifier
+from visiontuner.model.package import package_classifier, with_head
 
 Package = Callable[..., Classifier]
 
@@ -76,6 +77,50 @@ def test_classifier_answers_as_torch_does(
     assert [len(answer.top_k) for answer in answers] == [2] * 4
     assert classifier.metadata["trial_id"] == "t0001"
     assert classifier.metadata["onnx_difference"] < 1e-3
+
+
+def test_features_and_the_map_whose_mean_they_are_come_with_the_logits(
+    package: Package, dataset: ImageDataset, resnet: Backbone, tmp_path: Path
+) -> None:
+    classifier = package()
+    assert classifier.output_names == ("logits", "features", "feature_map")
+    paths = [dataset.root / sample.path for sample in dataset.splits["validation"]]
+    pixels = np.stack([read_pixels(path, resnet.preprocessing) for path in paths])
+    logits, features, maps = classifier.outputs(pixels, classifier.output_names)
+    with torch.inference_mode():
+        expected = resnet.module(torch.from_numpy(normalise(pixels, resnet.preprocessing)))
+    np.testing.assert_allclose(features, expected.numpy(), rtol=1e-4, atol=1e-4)
+    assert maps.shape == (4, 512, 2, 2)
+    # Class activation maps are exact: their mean plus the bias is the logit.
+    head = load_file(tmp_path / "head.safetensors")
+    class_maps = np.einsum("cd,bdhw->bchw", head["weight"].numpy(), maps)
+    activation = class_maps.mean((2, 3)) + head["bias"].numpy()
+    np.testing.assert_allclose(activation, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+@pytest.mark.parametrize(
+    ("pooling", "outputs"),
+    [
+        (["GlobalAveragePool", "Flatten"], ["logits", "features", "feature_map"]),
+        (["GlobalMaxPool", "Flatten"], ["logits", "features"]),
+        (["GlobalAveragePool", "Flatten", "Relu"], ["logits", "features"]),
+    ],
+)
+def test_a_map_is_there_where_the_features_are_its_plain_mean(
+    pooling: list[str], outputs: list[str]
+) -> None:
+    nodes, name = [helper.make_node("Relu", ["image"], ["map"])], "map"
+    for kind in pooling:
+        new = "features" if kind == pooling[-1] else kind
+        nodes.append(helper.make_node(kind, [name], [new]))
+        name = new
+    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, 4, 4])
+    features = helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 3])
+    graph = helper.make_graph(nodes, "network", [image], [features])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    network = with_head(model, {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)})
+    assert [output.name for output in network.graph.output] == outputs
+    onnx.checker.check_model(network, full_check=True)
 
 
 def test_folder_is_whole_valid_and_tells_nothing_about_the_machine(

@@ -1,11 +1,13 @@
 """The artifact that is served: images in, named probabilities out, in a folder without pickles.
 
     classifier.json        class names, preprocessing, temperature, threshold, abstains, metadata
-    model.onnx             "image" float32 (B, 3, size, size) -> "logits" float32 (B, num_classes)
+    model.onnx             "image" float32 (B, 3, size, size) -> "logits" float32 (B, num_classes),
+                           "features" float32 (B, D) and, of a network whose features are the mean
+                           of a map, "feature_map" float32 (B, D, height, width)
     weights.safetensors    the same weights, for training on
     reference.json         some images with the probabilities that this very artifact gave
 
-Needs numpy, Pillow and ONNX Runtime; no torch.
+Needs numpy, Pillow and ONNX Runtime; no torch. Format 1 had "logits" alone; it still loads.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ from visiontuner.data.images import (
 )
 from visiontuner.errors import BadImageError, ClassifierError, LargeImageError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 DESCRIPTION = "classifier.json"
 NETWORK = "model.onnx"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.json"
+# The network's outputs.
+LOGITS, FEATURES, FEATURE_MAP = "logits", "features", "feature_map"
 
 # With 32 a network of 4.6M parameters holds 170 MB more and is hardly faster.
 _BATCH_SIZE = 4  # see model/engine.py
@@ -203,9 +207,27 @@ class Classifier:
         Returns:
             float64, shape (B, num_classes).
         """
-        image = normalise(pixels, self.preprocessing)
-        (logits,) = self.session.run(["logits"], {"image": image})
+        (logits,) = self.outputs(pixels, [LOGITS])
         return np.asarray(logits, dtype=np.float64)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """What `outputs` can be asked for: `LOGITS`, and from format 2 on more."""
+        return tuple(node.name for node in self.session.get_outputs())
+
+    def outputs(self, pixels: NDArray[np.uint8], names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Some of the network's outputs, all in one run.
+
+        Args:
+            pixels: uint8, shape (B, size, size, 3).
+            names: some of `output_names`.
+
+        Returns:
+            float32; logits (B, num_classes), features (B, D), feature_map (B, D, height, width).
+        """
+        image = normalise(pixels, self.preprocessing)
+        found: list[NDArray[np.float32]] = self.session.run(list(names), {"image": image})
+        return found
 
     def warm_up(self) -> None:
         """Load what the first image, and the first that cannot be read, would wait for."""
@@ -389,7 +411,7 @@ def _check_network(classifier: Classifier) -> None:
     session = classifier.session
     inputs = {node.name: node.shape[1:] for node in session.get_inputs()}
     outputs = {node.name: node.shape[1:] for node in session.get_outputs()}
-    if inputs != {"image": [3, size, size]} or outputs.get("logits") != [count]:
+    if inputs != {"image": [3, size, size]} or outputs.get(LOGITS) != [count]:
         raise ClassifierError(
             f"{classifier.folder / NETWORK} takes {inputs} and gives {outputs}; {DESCRIPTION} "
             f"needs image {[3, size, size]} and logits {[count]}. Package the classifier again."

@@ -26,6 +26,7 @@ from visiontuner.data.arrays import Precision, available_cpus, commit_folder, fi
 from visiontuner.errors import DiskError, ExportError, VisiontunerError
 from visiontuner.io.files import disk_problem, locked, temporary_folder
 from visiontuner.model.backbones import Backbone
+from visiontuner.model.classifier import FEATURE_MAP, FEATURES
 from visiontuner.model.features import Engine, Features, Images
 from visiontuner.workarounds.torch import full_float32
 
@@ -174,6 +175,61 @@ def exported_once(backbone: Backbone) -> onnx.ModelProto:
     """
     with temporary_folder() as folder:
         return _exported(backbone, folder / "backbone.onnx")
+
+
+# What only gives its input another shape.
+_RESHAPING = ("Flatten", "Reshape", "Squeeze", "Identity")
+
+
+def add_feature_map(model: onnx.ModelProto) -> None:
+    """Make what is pooled to the features an output, `feature_map`, if they are a plain mean of it.
+
+    Then features = feature_map.mean((2, 3)), float32 (B, D, height, width), and a linear head on
+    them has an exact class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150).
+    """
+    graph = model.graph
+    name = _find_pooled(graph)
+    if name is None:
+        return
+    inferred = onnx.shape_inference.infer_shapes(model).graph
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in inferred.value_info}
+    sides = [side.dim_value for side in shapes.get(name, ())[1:]]
+    if len(sides) != 3 or not all(sides):
+        return
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [FEATURE_MAP if one == name else one for one in names]
+    kept = [value for value in graph.value_info if value.name != name]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    kind = onnx.TensorProto.FLOAT
+    graph.output.append(onnx.helper.make_tensor_value_info(FEATURE_MAP, kind, [batch, *sides]))
+
+
+def _find_pooled(graph: onnx.GraphProto) -> str | None:
+    """The tensor (B, D, height, width) whose mean over height and width is the features."""
+    made_by = {name: node for node in graph.node for name in node.output}
+    name = FEATURES
+    while (node := made_by.get(name)) is not None:
+        if node.op_type == "GlobalAveragePool" or (
+            node.op_type == "ReduceMean" and _axes_of(node, graph) in ({2, 3}, {-1, -2})
+        ):
+            # One that the graph does not compute, the image itself, cannot be renamed.
+            return node.input[0] if node.input[0] in made_by else None
+        if node.op_type not in _RESHAPING:
+            return None
+        name = node.input[0]
+    return None
+
+
+def _axes_of(node: onnx.NodeProto, graph: onnx.GraphProto) -> set[int]:
+    for attribute in node.attribute:  # until opset 17
+        if attribute.name == "axes":
+            return set(attribute.ints)
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    axes = constants.get(node.input[1]) if len(node.input) > 1 else None
+    return set() if axes is None else set(onnx.numpy_helper.to_array(axes).ravel().tolist())
 
 
 def save_onnx(model: onnx.ModelProto, path: Path) -> None:

@@ -20,6 +20,8 @@ from visiontuner.io.files import temporary_folder
 from visiontuner.model.backbones import Backbone
 from visiontuner.model.classifier import (
     DESCRIPTION,
+    FEATURES,
+    LOGITS,
     NETWORK,
     REFERENCE,
     SCHEMA_VERSION,
@@ -40,7 +42,7 @@ from visiontuner.model.network import (
     trained_amount,
     write_tensors,
 )
-from visiontuner.model.onnx import export_backbone, exported_once, save_onnx
+from visiontuner.model.onnx import add_feature_map, export_backbone, exported_once, save_onnx
 from visiontuner.model.weights import digest_weights
 
 # What ONNX Runtime's logits may differ from torch's.
@@ -142,17 +144,20 @@ def _onnx(trained: _Trained, *, cache: Path | None) -> onnx.ModelProto:
 
 
 def with_head(model: onnx.ModelProto, head: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """Append logits = features @ weight.T + bias to a backbone's graph; the input changes."""
+    """Append logits = features @ weight.T + bias to a backbone's graph; the input changes.
+
+    The outputs are the logits, the features and the map whose mean they are, if there is one.
+    """
     graph = model.graph
     for name in ("weight", "bias"):
         values = np.ascontiguousarray(head[name].numpy(), dtype=np.float32)
         graph.initializer.append(numpy_helper.from_array(values, f"head.{name}"))
-    inputs = ["features", "head.weight", "head.bias"]
-    graph.node.append(helper.make_node("Gemm", inputs, ["logits"], name="head", transB=1))
+    inputs = [FEATURES, "head.weight", "head.bias"]
+    graph.node.append(helper.make_node("Gemm", inputs, [LOGITS], name="head", transB=1))
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     shape = [batch, len(head["bias"])]
-    del graph.output[:]
-    graph.output.append(helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape))
+    graph.output.insert(0, helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, shape))
+    add_feature_map(model)
     return model
 
 
