@@ -351,3 +351,21 @@ def registered(
 
     register.tracking_uri = uri  # type: ignore[attr-defined]
     return register
+
+
+@pytest.fixture
+def account(aws: Any, registered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """An account that is set up, and a store with one version of `colours`."""
+    import mlflow.version
+
+    aws.put_image(tag=mlflow.version.VERSION)
+    aws.put_role("endpoints")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
+    monkeypatch.chdir(tmp_path)
+    return aws
+
+
+@pytest.fixture(scope="session")
+def model(registered: Callable[..., str]) -> str:
+    """NAME/VERSION of the model that most tests deploy: its server is started once."""
+    return registered().removeprefix("models:/")

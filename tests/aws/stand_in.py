@@ -35,8 +35,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import requests
 import stand_in_jobs
+import stand_in_serving
 import training_jobs
 from moto.applicationautoscaling.models import applicationautoscaling_backends
 from moto.core.exceptions import ServiceException
@@ -157,6 +157,7 @@ def _start(response: Any, name: str, config_name: str, failed: Callable[[str], N
         else:
             endpoint = backend.endpoints[name]
             endpoint.endpoint_config_name = config_name
+            endpoint.async_inference_config = stand_in_serving.async_config(backend, name)
             endpoint.production_variants = endpoint._process_production_variants([variant])
             endpoint.last_modified_time = utcnow()
             endpoint.endpoint_status = "InService"
@@ -189,6 +190,11 @@ def create_model(self: Any) -> Any:
             f"iam:PassRole on resource: {role}"
         )
     return _create_model(self)
+
+
+def create_endpoint_config(self: Any) -> Any:
+    stand_in_serving.check_config(json.loads(self.body))
+    return _create_config(self)
 
 
 def create_endpoint(self: Any) -> Any:
@@ -266,14 +272,16 @@ def invoke_endpoint(self: Any) -> Any:
     if url is None:
         message = f"Endpoint {name} of account {self.current_account} not found."
         return _error(400, "ValidationError", {"message": message})
+    backend = sagemaker_backends[self.current_account][self.region]
+    if stand_in_serving.async_config(backend, name):
+        message = f"Endpoint {name} is asynchronous; it is invoked with InvokeEndpointAsync."
+        return _error(400, "ValidationError", {"message": message})
     body = self.body if isinstance(self.body, bytes) else self.body.encode()
     if len(body) > _largest_request(endpoints[name]):
         message = "Request 0aa0bd2e-3bb4-4d4a-8f5f-9cc2a8b1c7f6 has oversize body."
         return _error(400, "ValidationError", {"message": message})
-    headers = {"Content-Type": self.headers.get("Content-Type")}
-    with requests.Session() as session:
-        session.trust_env = False
-        answer = session.post(f"{url}/invocations", data=body, headers=headers, timeout=60)
+    kind = self.headers.get("Content-Type")
+    answer = stand_in_serving.ask(url, body, kind)
     if answer.status_code != 200:
         message = (
             f"Received client error ({answer.status_code}) from primary with message "
@@ -281,6 +289,7 @@ def invoke_endpoint(self: Any) -> Any:
         )
         told = {"OriginalStatusCode": answer.status_code, "OriginalMessage": answer.text}
         return _error(424, "ModelError", {"Message": message, **told})
+    stand_in_serving.capture(self.current_account, backend, name, body, kind, answer.text)
     return 200, {"Content-Type": "application/json"}, answer.text
 
 
@@ -303,6 +312,7 @@ def get_download_url_for_layer(self: Any) -> Any:
 
 
 SageMakerResponse.create_model = create_model  # type: ignore[method-assign]
+SageMakerResponse.create_endpoint_config = create_endpoint_config  # type: ignore[method-assign]
 SageMakerResponse.create_endpoint = create_endpoint  # type: ignore[method-assign]
 SageMakerResponse.update_endpoint = update_endpoint  # type: ignore[attr-defined]
 SageMakerResponse.delete_endpoint = delete_endpoint  # type: ignore[method-assign]
@@ -310,6 +320,7 @@ SageMakerRuntimeResponse.invoke_endpoint = invoke_endpoint  # type: ignore[metho
 ECRResponse.get_download_url_for_layer = get_download_url_for_layer
 training_jobs.install()
 stand_in_jobs.install()
+stand_in_serving.install(URLS, SERVERS.url)
 
 
 def refusing_expired(application: Any) -> Any:

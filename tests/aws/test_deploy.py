@@ -41,23 +41,6 @@ def test_models_in_other_scripts_get_endpoints_of_their_own() -> None:
     assert endpoint_name("My dogs") == "My-dogs"
 
 
-@pytest.fixture
-def account(aws: Any, registered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An account that is set up, and a store with one version of `colours`."""
-    import mlflow.version
-
-    aws.put_image(tag=mlflow.version.VERSION)
-    aws.put_role("endpoints")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
-    monkeypatch.chdir(tmp_path)
-    return aws
-
-
-@pytest.fixture(scope="module")
-def model(registered: Callable[..., str]) -> str:
-    return registered().removeprefix("models:/")
-
-
 def run(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from visiontuner.aws.account import has_own_disk
 from visiontuner.aws.job import advice_on, paid_seconds
 from visiontuner.aws.request import (
     JobPlan,
     Price,
     S3Images,
     as_channel,
-    has_own_disk,
     limit_seconds,
     reachable_tracking,
     requirements,

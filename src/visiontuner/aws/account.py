@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -273,3 +275,91 @@ def _platform(aws: Aws, where: dict[str, str], manifest: dict[str, Any]) -> str 
         return f"{config['os']}/{config['architecture']}"
     except (ServingError, requests.RequestException, ValueError, LookupError):
         return None
+
+
+# What SageMaker's kinds of machines differ in.
+
+
+# As the SageMaker SDK's `volume_size_supported` has them, and all of p6 (EC2's list of instance
+# store volumes). An unknown family counts as one without: SageMaker says then what it refuses.
+_FAMILIES_WITH_DISKS = ("g5", "g6", "g7e", "p5", "p6", "trn1", "trn2")
+
+
+def has_own_disk(instance_type: str) -> bool:
+    """Whether a machine has NVMe disks of its own, as ml.g5, ml.g4dn and ml.r5d have.
+
+    SageMaker then attaches no volume: the size is fixed, and the hardware encrypts it with a key of
+    its own.
+    """
+    family = instance_type.removeprefix("ml.").split(".")[0]
+    return "d" in family or family.startswith(_FAMILIES_WITH_DISKS)
+
+
+# What AWS refuses of tags, before anything is made.
+
+
+# As botocore's model of SageMaker has them (TagList, TagKey, TagValue).
+TAGS = 48  # 50, and two are ours
+_KEY_LENGTH, _VALUE_LENGTH = 128, 256
+_TAG_SIGNS = "_.:/=+-@"
+_TAG_CATEGORIES = "LZN"  # letters, spaces, digits
+_RESERVED = ("aws:", "visiontuner.")
+
+
+def check_tags(tags: Mapping[str, str], *, most: int = TAGS) -> None:
+    """Refuse tags that AWS refuses, and those that are ours.
+
+    Args:
+        most: how many are allowed beside ours.
+
+    Raises:
+        UserMistake: naming the first.
+    """
+    if len(tags) > most:
+        raise UserMistake(f"AWS allows {most} tags beside ours, got {len(tags)}.")
+    for key, value in tags.items():
+        reason = _reason_against(key, value)
+        if reason:
+            shown = f"{key}={value}"
+            raise UserMistake(f"--tag {shown[:60]!r}: {reason}.")
+
+
+def _reason_against(key: str, value: str) -> str | None:
+    if key.lower().startswith(_RESERVED):
+        return f"keys that begin with {' or '.join(_RESERVED)} are taken"
+    if not 1 <= len(key) <= _KEY_LENGTH:
+        return f"a key has 1 to {_KEY_LENGTH} characters, got {len(key)}"
+    if len(value) > _VALUE_LENGTH:
+        return f"a value has {_VALUE_LENGTH} characters at most, got {len(value)}"
+    for sign in key + value:
+        if sign not in _TAG_SIGNS and unicodedata.category(sign)[0] not in _TAG_CATEGORIES:
+            return f"AWS takes letters, digits, spaces and {_TAG_SIGNS} in a tag, not {sign!r}"
+    return None
+
+
+# What AWS refuses of a network, before anything is made.
+
+
+# As botocore's model of SageMaker has them (VpcConfig).
+_SUBNETS, _GROUPS = 16, 5
+_SUBNET = re.compile(r"subnet-[0-9a-z]{1,25}")
+_GROUP = re.compile(r"sg-[0-9a-z]{1,29}")
+
+
+def check_network(subnets: Sequence[str], security_groups: Sequence[str]) -> None:
+    """Refuse what is no part of a VPC.
+
+    Raises:
+        UserMistake: one of them is missing, too many, or no such name.
+    """
+    if bool(subnets) != bool(security_groups):
+        raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
+    for flag, names, rule, most in (
+        ("--subnets", subnets, _SUBNET, _SUBNETS),
+        ("--security-groups", security_groups, _GROUP, _GROUPS),
+    ):
+        wrong = next((name for name in names if not rule.fullmatch(name)), None)
+        if wrong is not None or len(names) > most:
+            example = "subnet-0123abcd" if rule is _SUBNET else "sg-0123abcd"
+            got = repr(wrong) if wrong is not None else str(len(names))
+            raise UserMistake(f"{flag} takes up to {most} names such as {example}, got {got}.")

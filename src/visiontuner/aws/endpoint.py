@@ -10,9 +10,9 @@ import re
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -21,17 +21,23 @@ import mlflow.version
 from mlflow.exceptions import MlflowException
 
 from visiontuner import interrupts
+from visiontuner.aws import scaling as autoscaling
 from visiontuner.aws.account import (
     OCI_TYPES,
     PLATFORM,
     ContainerImage,
+    check_network,
+    check_tags,
+    has_own_disk,
     look_up_container_image,
     make_bucket,
     registry,
 )
+from visiontuner.aws.scaling import Scaling, check_scales
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
-from visiontuner.serving.client import TOLERANCE, Reference, Refused, SageMakerTransport, patiently
+from visiontuner.serving.async_client import open_endpoint
+from visiontuner.serving.client import TOLERANCE, Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
@@ -154,7 +160,14 @@ TTL_TAG = "visiontuner.ttl"
 PRICE_TAG = "visiontuner.price_per_hour"
 IMAGE_TAG = "visiontuner.image_digest"
 
-CAPTURE = "data_capture_config"
+# Dictionaries that MLflow takes as they are.
+CAPTURE, ASYNC, VPC = "data_capture_config", "async_inference_config", "vpc_config"
+# MLflow has no word for these: they are added to its CreateEndpointConfig.
+KMS_KEY, STARTUP = "KmsKeyId", "ContainerStartupHealthCheckTimeoutInSeconds"
+FAILURES = "failures"
+"""The folder below an asynchronous endpoint's output path where SageMaker writes what failed."""
+# 50, of which ours and MLflow's may be 13.
+_TAGS = 37
 DEFAULT_INSTANCE = "ml.m5.large"
 # Autoscaling is registered for a variant's name: MLflow would give each update another one, and
 # SageMaker refuses to remove a variant that is scaled.
@@ -164,8 +177,20 @@ NAME_LENGTH = 35
 _NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9])*")
 _TAG_LETTERS = re.compile(r"[^\w .:/=+@-]")
 _TAG_LENGTH = 256
+_MLFLOWS_TAGS = {"app_name", "model_uri"}
+_S3_FOLDER = re.compile(r"s3://[^/\s]+(/\S*)?")
+# Of an output or capture path, with room for what is appended to it.
+_S3_LENGTH = 500
 _TTL = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
+_STARTUP_SECONDS = (60, 3600)  # as botocore's model of SageMaker has them
 _HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+_NOT_SERVERLESS = {
+    CAPTURE: "captures no data; leave --data-capture",
+    ASYNC: "answers at once; leave --async",
+    VPC: "has no VPC; leave --subnets and --security-groups",
+}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -182,6 +207,11 @@ class DeploymentPlan:
         serverless_mb: its memory; None for instances.
         more: further dictionaries that MLflow takes: data_capture_config, vpc_config,
             async_inference_config.
+        kms_key: encrypts the upload and the disks that SageMaker attaches; what is captured and
+            answered on S3 names it in `more`.
+        startup_seconds: how long a container may take to answer pings; None: SageMaker's default.
+        scaling: between how many instances AWS scales; None: as it is.
+        unscaled: AWS scales it no more.
         environment: more variables for the container.
         tags: of the endpoint and its model; their values are what AWS allows.
         price_per_hour: US dollars for all instances; None: not known.
@@ -202,6 +232,10 @@ class DeploymentPlan:
     serverless_mb: int | None = None
     serverless_concurrency: int = 5
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kms_key: str | None = None
+    startup_seconds: int | None = None
+    scaling: Scaling | None = None
+    unscaled: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     assume_role: str | None = None
@@ -215,8 +249,16 @@ class DeploymentPlan:
         if self.serverless_mb is not None and self.serverless_mb not in SERVERLESS_MB:
             listed = ", ".join(map(str, SERVERLESS_MB))
             raise UserMistake(f"--serverless takes one of {listed} MB, got {self.serverless_mb}.")
-        if self.serverless_mb is not None and CAPTURE in self.more:
-            raise UserMistake("A serverless endpoint captures no data; leave --data-capture out.")
+        for key, flag in _NOT_SERVERLESS.items():
+            if self.serverless_mb is not None and key in self.more:
+                raise UserMistake(f"A serverless endpoint {flag} out.")
+        low, high = _STARTUP_SECONDS
+        if self.startup_seconds is not None and not low <= self.startup_seconds <= high:
+            raise UserMistake(
+                f"--startup-timeout takes {low} to {high} seconds, got {self.startup_seconds}."
+            )
+        if self.scaling is not None:
+            check_scales(self.scaling, self.instance_type, self.instances)
 
     @property
     def target(self) -> str:
@@ -227,6 +269,34 @@ class DeploymentPlan:
     def deployment(self) -> str:
         """What tells this deployment's resources from others'."""
         return self.tags[DEPLOYMENT_TAG]
+
+    @property
+    def is_async(self) -> bool:
+        """Whether requests and answers lie on S3."""
+        return ASYNC in self.more
+
+    @property
+    def disk_key(self) -> str | None:
+        """SageMaker takes a key for the disks that it attaches, and refuses one for others."""
+        attaches = self.instance_type is not None and not has_own_disk(self.instance_type)
+        return self.kms_key if attaches else None
+
+    def complete(self, session: Any) -> None:
+        """Add to a botocore session what MLflow has no words for."""
+
+        def config(params: dict[str, Any], **_: Any) -> None:
+            if self.disk_key:
+                params[KMS_KEY] = self.disk_key
+            if self.startup_seconds is not None:
+                params["ProductionVariants"][0][STARTUP] = self.startup_seconds
+
+        def upload(params: dict[str, Any], **_: Any) -> None:
+            if self.kms_key and params.get("Bucket") == self.bucket:
+                params |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key}
+
+        session.register("before-parameter-build.sagemaker.CreateEndpointConfig", config)
+        for method in ("PutObject", "CreateMultipartUpload"):
+            session.register(f"before-parameter-build.s3.{method}", upload)
 
     def config(self) -> dict[str, str]:
         """MLflow's `-C` values; MLflow reads the same texts from Python."""
@@ -259,8 +329,20 @@ class DeploymentPlan:
         lines += [shlex.join(["-C", f"{key}={value}"]) for key, value in self.config().items()]
         # MLflow would make it with an ACL, which needs a permission of its own.
         first = f"# First: aws s3 mb s3://{self.bucket} --region {self.region}\n"
+        first = "" if self.bucket_exists else first
+        without = [
+            flag
+            for flag, chosen in (
+                ("--kms-key", self.kms_key),
+                ("--startup-timeout", self.startup_seconds),
+                ("--autoscale", self.scaling),
+            )
+            if chosen
+        ]
+        if without:
+            first += f"# MLflow's command has no words for {', '.join(without)}.\n"
         prefix = "" if self.region_is_default else f"AWS_DEFAULT_REGION={self.region} "
-        return ("" if self.bucket_exists else first) + prefix + " \\\n    ".join(lines)
+        return first + prefix + " \\\n    ".join(lines)
 
     def lines(self) -> list[str]:
         """What is going to happen, for a person."""
@@ -275,10 +357,30 @@ class DeploymentPlan:
             f"{platform})",
             f"upload to  s3://{self.bucket}{made}",
         ]
-        if CAPTURE in self.more:
-            lines.append(f"captures   requests in {self.more[CAPTURE]['DestinationS3Uri']}")
+        lines += self._choices()
         if TTL_TAG in self.tags:
             lines.append(f"lives for  {self.tags[TTL_TAG]}; nothing deletes it by itself")
+        return lines
+
+    def _choices(self) -> list[str]:
+        """The lines of what was asked for beside a model and its machines."""
+        lines = []
+        if self.is_async:
+            answers = self.more[ASYNC]["OutputConfig"]["S3OutputPath"]
+            lines.append(f"answers    asynchronously, in {answers}; failures below it")
+        if self.scaling is not None:
+            lines.append(f"scales     {self.scaling.words(is_async=self.is_async)}")
+        if CAPTURE in self.more:
+            lines.append(f"captures   requests in {self.more[CAPTURE]['DestinationS3Uri']}")
+        if VPC in self.more:
+            network = self.more[VPC]
+            groups = ", ".join(network["SecurityGroupIds"])
+            lines.append(f"network    {', '.join(network['Subnets'])} ({groups})")
+        if self.kms_key:
+            disks = ", the disks" if self.disk_key else ""
+            lines.append(f"encrypted  the upload{disks} and what is written to S3, {self.kms_key}")
+        if self.startup_seconds is not None:
+            lines.append(f"start-up   {self.startup_seconds} s at most")
         return lines
 
     def __repr__(self) -> str:
@@ -311,6 +413,13 @@ class DeploymentPlan:
         if self.price_per_hour is None:
             return "its price is not known here; tell it with --price"
         hourly = self.price_per_hour
+        if self.scaling is not None:
+            one = hourly / self.instances
+            low, high = one * self.scaling.least, one * self.scaling.most
+            return (
+                f"${low:.3g} to ${high:.3g} an hour, ${low * 24 * 30:,.0f} to "
+                f"${high * 24 * 30:,.0f} a month if it stays"
+            )
         return f"${hourly:.3g} an hour, ${hourly * 24 * 30:,.0f} a month if it stays"
 
 
@@ -359,20 +468,60 @@ def ttl_hours(text: str) -> float:
     return float(match[1]) * _HOURS[match[2]]
 
 
-def capture_everything(folder: str) -> dict[str, Any]:
-    """SageMaker's configuration to keep all requests and answers.
+def capture_everything(folder: str, kms_key: str | None = None) -> dict[str, Any]:
+    """SageMaker's configuration to keep all requests and answers, as the JSON that they are.
 
     Raises:
         UserMistake: the folder is not in S3.
     """
-    if not folder.startswith("s3://"):
-        raise UserMistake(f"--data-capture takes s3://BUCKET/FOLDER, got {folder!r}.")
-    return {
+    config = {
         "EnableCapture": True,
         "InitialSamplingPercentage": 100,
-        "DestinationS3Uri": folder,
+        "DestinationS3Uri": _on_s3("--data-capture", folder),
         "CaptureOptions": [{"CaptureMode": "Input"}, {"CaptureMode": "Output"}],
+        # Without it SageMaker captures everything in base64.
+        "CaptureContentTypeHeader": {"JsonContentTypes": ["application/json"]},
     }
+    return config | ({"KmsKeyId": kms_key} if kms_key else {})
+
+
+def answer_on_s3(folder: str, kms_key: str | None = None) -> dict[str, Any]:
+    """SageMaker's configuration of an asynchronous endpoint.
+
+    Raises:
+        UserMistake: the folder is not in S3.
+    """
+    output = _on_s3("--async", folder).rstrip("/")
+    # Without a place for them failures are told nowhere.
+    places = {"S3OutputPath": output, "S3FailurePath": f"{output}/{FAILURES}"}
+    return {"OutputConfig": places | ({"KmsKeyId": kms_key} if kms_key else {})}
+
+
+def in_network(subnets: Sequence[str], security_groups: Sequence[str]) -> dict[str, Any]:
+    """SageMaker's configuration of a VPC.
+
+    Raises:
+        UserMistake: one of them is missing, or no such name.
+    """
+    check_network(subnets, security_groups)
+    return {"Subnets": list(subnets), "SecurityGroupIds": list(security_groups)}
+
+
+def check_own_tags(tags: Mapping[str, str]) -> None:
+    """Refuse tags of a user's that AWS or MLflow refuses.
+
+    Raises:
+        UserMistake: naming the first.
+    """
+    check_tags(tags, most=_TAGS)
+    for key in _MLFLOWS_TAGS & tags.keys():
+        raise UserMistake(f"--tag {key}: MLflow sets this tag itself; choose another key.")
+
+
+def _on_s3(flag: str, folder: str) -> str:
+    if not _S3_FOLDER.fullmatch(folder) or len(folder) > _S3_LENGTH:
+        raise UserMistake(f"{flag} takes s3://BUCKET/FOLDER, got {folder!r}.")
+    return folder
 
 
 # What an endpoint is made of: configurations, models and uploaded archives.
@@ -714,7 +863,7 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
     Raises:
         ServingError: it does not answer, or differently from the artifact.
     """
-    transport = SageMakerTransport(name, region=aws.region, session=aws.session)
+    transport = open_endpoint(name, region=aws.region, session=aws.session)
     ask, options = transport.ask, reference.options()
     try:
         # One by one: together they may exceed a request.
@@ -771,6 +920,8 @@ class Running:
     serverless_concurrency: int
     environment: Mapping[str, str]
     more: Mapping[str, Any]
+    kms_key: str | None = None
+    startup_seconds: int | None = None
 
 
 def find_running(aws: Aws, name: str) -> Running:
@@ -798,8 +949,8 @@ def find_running(aws: Aws, name: str) -> Running:
     capture = config.get("DataCaptureConfig") or {}
     more = {
         CAPTURE: capture if capture.get("EnableCapture") else None,
-        "async_inference_config": config.get("AsyncInferenceConfig"),
-        "vpc_config": model.get("VpcConfig"),
+        ASYNC: config.get("AsyncInferenceConfig"),
+        VPC: model.get("VpcConfig"),
     }
     (now,) = described["ProductionVariants"]
     return Running(
@@ -817,6 +968,8 @@ def find_running(aws: Aws, name: str) -> Running:
             if key not in _MLFLOWS_OWN
         },
         more={key: value for key, value in more.items() if value},
+        kms_key=config.get(KMS_KEY),
+        startup_seconds=variant.get(STARTUP),
     )
 
 
@@ -852,7 +1005,9 @@ class Endpoint:
     Args:
         age_hours: since it was created.
         ttl_hours: how long it was meant to live; None: not said.
-        cost: US dollars since then; None: the price was not known, or it is paid by use.
+        cost: US dollars since then; None: the price was not known, or it is paid by use. Of an
+            endpoint that scales it is that of the instances that it began with.
+        scales: `1 to 4`, instances; None: it does not.
         unreadable: tags that say neither, as someone set them by hand.
     """
 
@@ -862,6 +1017,7 @@ class Endpoint:
     age_hours: float
     ttl_hours: float | None = None
     cost: float | None = None
+    scales: str | None = None
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -879,6 +1035,8 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
         tags = what_serves(aws, entry["EndpointName"])
         hours = ((now or datetime.now(UTC)) - entry["CreationTime"]).total_seconds() / 3600
         found.append(_read(entry["EndpointName"], entry["EndpointStatus"], hours, tags))
+    scaled = autoscaling.ranges(aws) if found else {}
+    found = [replace(one, scales=scaled.get(one.name)) for one in found]
     return sorted(found, key=lambda endpoint: -endpoint.age_hours)
 
 
@@ -979,6 +1137,7 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
         note(f"The endpoint {name} is gone already: taking away what is left of it.")
     kept = frozenset[str]() if artifacts else parts.archives
     try:
+        autoscaling.take_away(aws, name)
         if described is not None:
             delete_endpoint(aws, name, note)
         Parts(parts.configs, parts.models, parts.archives - kept).delete(aws)
@@ -1040,6 +1199,7 @@ def create(
         _ask_mlflow(aws, "create_deployment", plan, tracking_uri)
         wait_until_in_service(aws, plan.name, plan.timeout_seconds, note)
         check_answers(aws, plan.name, reference)
+        _scale(aws, plan, note)
     except BaseException as error:
         left = (
             f"something may cost money. Look with `{next_command('endpoints', flags=aws.flags)}`, "
@@ -1048,6 +1208,8 @@ def create(
         with _telling_what_is_left("Taking away what was made", left, error):
             note("Taking away what was made.")
             if endpoint_tags(aws, plan.name).get(DEPLOYMENT_TAG) == plan.deployment:
+                if plan.scaling is not None:
+                    autoscaling.take_away(aws, plan.name)
                 delete_endpoint(aws, plan.name, note)
             made = Parts.find(aws, plan.name, plan.bucket).without(before)
             made.delete_unused(aws, plan.name)
@@ -1069,6 +1231,7 @@ def update(
     before = Parts.find(aws, plan.name, plan.bucket)
     old = Parts.of_config(aws, old_config).named_after(plan.name)
     _make_bucket(aws, plan, note)
+    taken = _stop_scaling(aws, plan, old_config, note)
     try:
         note(
             f"Uploading {plan.model_uri} and updating {plan.name}; the old model serves meanwhile."
@@ -1078,6 +1241,7 @@ def update(
         if now["EndpointConfigName"] == old_config:
             raise ServingError(explain_failure(aws, plan.name, now, "SageMaker rolled back"))
         check_answers(aws, plan.name, reference)
+        _scale_again(aws, plan, taken, note)
     except BaseException as error:
         left = (
             f"look with `{next_command('endpoints', flags=aws.flags)}` what it serves, and repeat "
@@ -1091,11 +1255,42 @@ def update(
             made = Parts.find(aws, plan.name, plan.bucket).without(before)
             made.delete_unused(aws, plan.name)
             old.delete_unused(aws, plan.name)
+            if taken and find_endpoint(aws, plan.name):
+                autoscaling.put_back(aws, taken)
         raise
     arn = now["EndpointArn"]
     tags = [{"Key": key, "Value": value} for key, value in plan.tags.items()]
     aws.call("sagemaker", "add_tags", ResourceArn=arn, Tags=tags)
     old.delete_unused(aws, plan.name)
+
+
+def _scale(aws: Aws, plan: DeploymentPlan, note: Note) -> None:
+    if plan.scaling is not None:
+        autoscaling.scale(aws, plan.name, plan.variant, plan.scaling, is_async=plan.is_async)
+        note(f"{plan.name} scales: {plan.scaling.words(is_async=plan.is_async)}.")
+
+
+def _stop_scaling(
+    aws: Aws, plan: DeploymentPlan, old_config: str, note: Note
+) -> list[autoscaling.Registered]:
+    """SageMaker gives no variant that is scaled another type of instance."""
+    described = aws.call("sagemaker", "describe_endpoint_config", EndpointConfigName=old_config)
+    types = {variant.get("InstanceType") for variant in described["ProductionVariants"]}
+    if types == {plan.instance_type} and not plan.unscaled:
+        return []
+    taken = autoscaling.take_away(aws, plan.name)
+    if taken:
+        note(f"{plan.name} does not scale for the length of the update.")
+    return taken
+
+
+def _scale_again(
+    aws: Aws, plan: DeploymentPlan, taken: list[autoscaling.Registered], note: Note
+) -> None:
+    if taken and not plan.unscaled:
+        autoscaling.put_back(aws, taken)
+        note(f"{plan.name} scales again.")
+    _scale(aws, plan, note)
 
 
 def _make_bucket(aws: Aws, plan: DeploymentPlan, note: Note) -> None:
@@ -1110,7 +1305,7 @@ def _ask_mlflow(aws: Aws, method: str, plan: DeploymentPlan, tracking_uri: str) 
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
     with (
-        lent_to_library(aws, plan.bucket),
+        lent_to_library(aws, plan.bucket, also=plan.complete),
         _mlflows_environment(plan.region),
         quiet(),
         fluent_uris(tracking_uri),

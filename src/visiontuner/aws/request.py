@@ -12,7 +12,6 @@ import os
 import re
 import tarfile
 import traceback
-import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -29,7 +28,14 @@ from packaging.version import Version
 
 import visiontuner
 from visiontuner import NO_TELEMETRY
-from visiontuner.aws.account import PLATFORM, check_bucket_region, look_up_container_image
+from visiontuner.aws.account import (
+    PLATFORM,
+    check_bucket_region,
+    check_network,
+    check_tags,
+    has_own_disk,
+    look_up_container_image,
+)
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import JobFailed, ServingError, UserMistake
 from visiontuner.experiment.schema import Experiment
@@ -37,24 +43,6 @@ from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
 from visiontuner.io.download import is_archive_name
 from visiontuner.paths import split_uri
 from visiontuner.text import one_line, without_secrets
-
-# What SageMaker's kinds of machines differ in.
-
-
-# As the SageMaker SDK's `volume_size_supported` has them, and all of p6 (EC2's list of instance
-# store volumes). An unknown family counts as one without: SageMaker says then what it refuses.
-_FAMILIES_WITH_DISKS = ("g5", "g6", "g7e", "p5", "p6", "trn1", "trn2")
-
-
-def has_own_disk(instance_type: str) -> bool:
-    """Whether a machine has NVMe disks of its own, as ml.g5, ml.g4dn and ml.r5d have.
-
-    SageMaker then attaches no volume: the size is fixed, and the hardware encrypts it with a key of
-    its own.
-    """
-    family = instance_type.removeprefix("ml.").split(".")[0]
-    return "d" in family or family.startswith(_FAMILIES_WITH_DISKS)
-
 
 # What a job costs: at most, so far, and for each trial.
 
@@ -253,12 +241,6 @@ LONGEST_SECONDS = 28 * 24 * 3600
 
 _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 _LARGEST_DISK_GB = 16384
-# As botocore's model of SageMaker has them (TagList, TagKey, TagValue).
-_TAGS = 48  # 50, and two are ours
-_KEY_LENGTH, _VALUE_LENGTH = 128, 256
-_TAG_SIGNS = "_.:/=+-@"
-_TAG_CATEGORIES = "LZN"  # letters, spaces, digits
-_RESERVED = ("aws:", "visiontuner.")
 
 
 def check_choices(plan: JobPlan) -> None:
@@ -273,8 +255,7 @@ def check_choices(plan: JobPlan) -> None:
         )
     if plan.spot and plan.warm_pool_seconds:
         raise UserMistake("SageMaker keeps no spot machines warm: leave --spot or --warm-pool out.")
-    if bool(plan.subnets) != bool(plan.security_groups):
-        raise UserMistake("A VPC needs both: name --subnets and --security-groups.")
+    check_network(plan.subnets, plan.security_groups)
     if plan.warm_pool_seconds > 3600:
         raise UserMistake("SageMaker keeps machines warm for an hour at most (--warm-pool 1h).")
     if plan.max_run_seconds > LONGEST_SECONDS:
@@ -293,34 +274,6 @@ def _check_disk(plan: JobPlan) -> None:
         )
     if not 1 <= plan.disk_gb <= _LARGEST_DISK_GB:
         raise UserMistake(f"--volume takes 1 to {_LARGEST_DISK_GB} GB, got {plan.disk_gb}.")
-
-
-def check_tags(tags: Mapping[str, str]) -> None:
-    """Refuse tags that AWS refuses, and those that are ours.
-
-    Raises:
-        UserMistake: naming the first.
-    """
-    if len(tags) > _TAGS:
-        raise UserMistake(f"AWS allows {_TAGS} tags beside ours, got {len(tags)}.")
-    for key, value in tags.items():
-        reason = _reason_against(key, value)
-        if reason:
-            shown = f"{key}={value}"
-            raise UserMistake(f"--tag {shown[:60]!r}: {reason}.")
-
-
-def _reason_against(key: str, value: str) -> str | None:
-    if key.lower().startswith(_RESERVED):
-        return f"keys that begin with {' or '.join(_RESERVED)} are taken"
-    if not 1 <= len(key) <= _KEY_LENGTH:
-        return f"a key has 1 to {_KEY_LENGTH} characters, got {len(key)}"
-    if len(value) > _VALUE_LENGTH:
-        return f"a value has {_VALUE_LENGTH} characters at most, got {len(value)}"
-    for sign in key + value:
-        if sign not in _TAG_SIGNS and unicodedata.category(sign)[0] not in _TAG_CATEGORIES:
-            return f"AWS takes letters, digits, spaces and {_TAG_SIGNS} in a tag, not {sign!r}"
-    return None
 
 
 def check_no_apostrophe(what: str, value: str) -> None:

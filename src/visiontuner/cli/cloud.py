@@ -15,6 +15,7 @@ from rich.text import Text
 from visiontuner.cli.console import SearchConsole, make_console, print_result
 from visiontuner.cli.options import (
     FOLDER,
+    LISTED,
     OFF,
     PAIR,
     SWITCH,
@@ -79,11 +80,7 @@ def _or_nothing(text: str) -> str:
     return "" if text == OFF else text
 
 
-def _listed(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", OFF))
-
-
-_OR_OFF, _LIST = Given(_or_nothing), Given(_listed)
+_OR_OFF = Given(_or_nothing)
 
 
 def _switch(heading: str, name: str, text: str) -> Decorator:
@@ -140,8 +137,8 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     _value(ACCOUNT, "--role", "NAME|ARN", "What the job runs as. Default: found."),
     _value(ACCOUNT, "--image", "URL", "In ECR. Default: AWS's newest PyTorch training image."),
     _value(ACCOUNT, "--image-version", "N.N", "PyTorch of AWS's image, as 2.8."),
-    _value(ACCOUNT, "--subnets", "IDS", "Of a VPC, with commas between them.", _LIST),
-    _value(ACCOUNT, "--security-groups", "IDS", "Of that VPC.", _LIST),
+    _value(ACCOUNT, "--subnets", "IDS", "Of a VPC, with commas between them.", LISTED),
+    _value(ACCOUNT, "--security-groups", "IDS", "Of that VPC.", LISTED),
     _value(
         ACCOUNT,
         "--kms-key",

@@ -175,12 +175,17 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", OFF))
+
+
 OFF = "off"
 """Leaves out what a job that is resumed had."""
 TEXT = Given()
 FOLDER = Given(Path)
 SWITCH = Given(_yes_or_no, "true or off")
 PAIR = Given(_pair, "KEY=VALUE")
+LISTED = Given(_listed)
 
 
 def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, make_console
-from visiontuner.cli.options import PAIR, TEXT, OneLineErrors, number
+from visiontuner.cli.options import LISTED, PAIR, TEXT, OneLineErrors, number
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
 from visiontuner.text import csv_row, next_command, printable
@@ -141,6 +141,31 @@ _HOW = (
         help="For the container.",
     ),
     click.option(
+        "--startup-timeout",
+        "startup_seconds",
+        metavar="SECONDS",
+        type=number(60, 3600, whole=True),
+        help="How long a container may take to start.",
+    ),
+    click.option(
+        "--tag",
+        "tags",
+        metavar="KEY=VALUE",
+        type=PAIR,
+        multiple=True,
+        help="Of the endpoint and its model. Repeatable.",
+    ),
+    click.option("--instance-type", type=TEXT, help="Default: ml.m5.large, or as it is."),
+    click.option(
+        "--instances", type=click.IntRange(1, 100), help="How many. Default: 1, or as it is."
+    ),
+    click.option(
+        "--autoscale",
+        metavar="MIN:MAX[:N]",
+        type=TEXT,
+        help="Instances, by requests: N to each in a minute. Default: by the preflight.",
+    ),
+    click.option(
         "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
     ),
     click.option(
@@ -168,8 +193,6 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
 @click.command(cls=OneLineErrors)
 @click.argument("model", required=False, type=TEXT)
 @click.option("--name", metavar="NAME", type=TEXT, help="Of the endpoint; by default the model's.")
-@click.option("--instance-type", type=TEXT, help="Default: ml.m5.large.")
-@click.option("--instances", type=click.IntRange(1, 100), help="How many. Default: 1.")
 @click.option(
     "--serverless",
     "serverless_mb",
@@ -177,7 +200,17 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
     type=number(whole=True),
     help="Instead of instances: 1024 to 6144.",
 )
+@click.option(
+    "--async",
+    "async_output",
+    metavar="S3",
+    type=TEXT,
+    help="Answer there: for large images and rare requests.",
+)
 @click.option("--data-capture", metavar="S3", type=TEXT, help="Keep requests and answers there.")
+@click.option("--subnets", metavar="IDS", type=LISTED, help="Of a VPC, with commas between them.")
+@click.option("--security-groups", metavar="IDS", type=LISTED, help="Of that VPC.")
+@click.option("--kms-key", metavar="ID", type=TEXT, help="Encrypts uploads, disks and answers.")
 @_options(_HOW)
 def deploy(model: str | None, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
@@ -190,6 +223,8 @@ def deploy(model: str | None, **given: Any) -> None:
       visiontuner deploy --dry-run                   what would happen, and MLflow's command for it
       visiontuner deploy dogs@champion --ttl 8h
       visiontuner deploy dogs --serverless 2048 --name dogs-test
+      visiontuner deploy dogs --autoscale 1:4 --data-capture s3://my-bucket/captured
+      visiontuner deploy dogs --async s3://my-bucket/answers
     """
     _run(model, given, update=False)
 
@@ -209,6 +244,7 @@ def update(name: str, model: str | None, **given: Any) -> None:
     Examples:
       visiontuner update dogs                        the champion of its model
       visiontuner update dogs dogs@challenger
+      visiontuner update dogs --instance-type ml.c5.xlarge --autoscale 1:8:600
     """
     _run(model, given | {"name": name}, update=True)
 
@@ -267,7 +303,9 @@ def _run(model: str | None, given: dict[str, Any], *, update: bool) -> None:
     from visiontuner.workflow.deploy import deploy as act
 
     dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
-    options = DeployOptions(**given | {"environment": dict(given["environment"])})
+    pairs = {key: dict(given[key]) for key in ("environment", "tags")}
+    lists = {key: given[key] or () for key in ("subnets", "security_groups") if key in given}
+    options = DeployOptions(**given | pairs | lists)
     aws, plan = plan_deployment(model, options, updated=update)
     for line in plan.lines():
         click.echo(line, err=True)
@@ -287,7 +325,8 @@ def _note(text: str) -> None:
 
 def _print_endpoints(found: list[Endpoint], flags: str) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live"):
+    scaled = ["instances"] if any(endpoint.scales for endpoint in found) else []
+    for heading in ("endpoint", "state", "model", "age", "cost so far", "meant to live", *scaled):
         table.add_column(heading)
     for endpoint in found:
         life = _life(endpoint, flags)
@@ -298,6 +337,7 @@ def _print_endpoints(found: list[Endpoint], flags: str) -> None:
             f"{endpoint.age_hours:.1f} h",
             _cost(endpoint),
             Text(life, style="red" if endpoint.overdue else ""),
+            *([endpoint.scales or ""] if scaled else []),
         )
     make_console().print(table)
     for endpoint in found:
@@ -310,7 +350,8 @@ def _cost(endpoint: Endpoint) -> str:
 
     if endpoint.cost is None:
         return "?" if PRICE_TAG in endpoint.unreadable else "not known"
-    return f"${endpoint.cost:,.2f}"
+    about = "about " if endpoint.scales else ""
+    return f"{about}${endpoint.cost:,.2f}"
 
 
 def _life(endpoint: Endpoint, flags: str) -> str:
@@ -358,10 +399,9 @@ _FEW = 32  # images that are answered before anyone wants to see progress
 @click.option("--workers", type=click.IntRange(1, 64), default=4, help="Requests at a time.")
 @click.option(
     "--request-mb",
-    type=click.FloatRange(0.01, 25),
-    default=6.0,
-    show_default=True,
-    help="Largest request; an endpoint that takes less is sent less.",
+    type=click.FloatRange(0.01, 40),
+    help="Largest request. Default: 6, of an asynchronous endpoint 40; one that takes less is "
+    "sent less.",
 )
 def query(
     names: tuple[str, ...],
@@ -374,7 +414,7 @@ def query(
     threshold: float | None,
     form: str,
     workers: int,
-    request_mb: float,
+    request_mb: float | None,
 ) -> None:
     """Ask what is on images: files, folders, URLs, or - for standard input.
 
@@ -405,7 +445,7 @@ def query(
         top_k=top_k,
         threshold=threshold,
         workers=workers,
-        request_bytes=round(request_mb * 1e6),
+        request_bytes=None if request_mb is None else round(request_mb * 1e6),
         progress=progress,
     )
     write = {"table": _print_table, "json": _print_json, "csv": _print_csv}[form]

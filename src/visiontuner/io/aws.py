@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
@@ -31,6 +31,7 @@ ATTEMPTS = 3
 _IN_PROGRESS = "in-progress"
 _NO_REGION = "No AWS region: name one with --region, or set AWS_REGION."
 _NO_SUCH = ("Could not find", "NoSuchBucket", "NotFound", "NoSuchEntity")
+_DENIED = ("AccessDenied", "UnauthorizedOperation")
 _BAD_CREDENTIALS = (
     "ExpiredToken",
     "ExpiredTokenException",
@@ -73,6 +74,11 @@ class AwsRefused(ServingError):
     def is_missing(self) -> bool:
         """Whether what was asked for is not there."""
         return any(word in f"{self.code} {self}" for word in _NO_SUCH)
+
+    @property
+    def is_denied(self) -> bool:
+        """Whether the caller lacks a permission."""
+        return self.code.startswith(_DENIED) or self.code == "403"
 
     @property
     def is_in_progress(self) -> bool:
@@ -190,9 +196,14 @@ def require_owner(client_or_events: Any, account: str, bucket: str | None = None
 
 
 @contextmanager
-def lent_to_library(aws: Aws, bucket: str) -> Iterator[None]:
+def lent_to_library(
+    aws: Aws, bucket: str, *, also: Callable[[Any], None] = lambda _: None
+) -> Iterator[None]:
     """For a library that makes boto3 sessions of its own within: they are the same caller's, their
     uploads end with the next part after a signal and go to no other account's bucket of this name.
+
+    Args:
+        also: told of each botocore session.
 
     Raises:
         KeyboardInterrupt: a signal came.
@@ -205,6 +216,7 @@ def lent_to_library(aws: Aws, bucket: str) -> Iterator[None]:
     def register(session: Any) -> None:
         session.register("before-send.s3", ask_first)
         require_owner(session, aws.account, bucket)
+        also(session)
         _use(session, aws.own_credentials)
 
     before, boto3.DEFAULT_SESSION = boto3.DEFAULT_SESSION, None
@@ -305,7 +317,7 @@ def _refused(response: Mapping[str, Any], doing: str) -> NoReturn:
             "with --role.",
             code,
         ) from None
-    if code.startswith(("AccessDenied", "UnauthorizedOperation")) or code == "403":
+    if code.startswith(_DENIED) or code == "403":
         advice = "docs/aws.md lists the permissions that are needed."
     else:
         advice = _ADVICE.get(code, "")

@@ -13,21 +13,27 @@ from visiontuner.aws import endpoint
 from visiontuner.aws import endpoint as endpoint_removal
 from visiontuner.aws.account import find_bucket, find_role, hourly_price
 from visiontuner.aws.endpoint import (
+    ASYNC,
     CAPTURE,
     DEFAULT_INSTANCE,
+    VPC,
     DeploymentPlan,
+    answer_on_s3,
     capture_everything,
     check_free,
+    check_own_tags,
     deployed_model,
     endpoint_name,
     find_container_image,
     find_running,
+    in_network,
     instance_types,
     list_endpoints,
     make_tags,
     mlflows_bucket,
     ttl_hours,
 )
+from visiontuner.aws.scaling import Scaling
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.paths import tracking_uri
@@ -41,6 +47,8 @@ if TYPE_CHECKING:
     from visiontuner.aws.endpoint import Endpoint, Running
 
 Note = Callable[[str], None]
+
+_OFF = "off"
 
 # What an endpoint says about its model, under the names that the model's version has.
 _LINEAGE = (
@@ -62,6 +70,14 @@ class DeployOptions:
         assume_role: ARN of a role to act as, of another account say.
         instances: how many; None: one.
         serverless_mb: memory of a serverless endpoint; None: instances.
+        autoscale: `1:4`, the fewest and the most instances, or `1:4:300` with the requests to an
+            instance in a minute; for an update `off`, too.
+        async_output: `s3://BUCKET/FOLDER`, where an asynchronous endpoint answers.
+        data_capture: `s3://BUCKET/FOLDER`, where requests and answers are kept.
+        subnets, security_groups: of a VPC.
+        kms_key: encrypts the upload, the disks, and what is written to S3.
+        startup_seconds: how long a container may take to start.
+        tags: of the endpoint and its model, beside ours.
         ttl: how long the endpoint is meant to live, as `8h`; a tag, nothing deletes it by itself.
         price: US dollars for an hour of one instance.
         environment: more variables for the container.
@@ -76,11 +92,40 @@ class DeployOptions:
     instance_type: str | None = None
     instances: int | None = None
     serverless_mb: int | None = None
+    autoscale: str | None = None
+    async_output: str | None = None
     data_capture: str | None = None
+    subnets: tuple[str, ...] = ()
+    security_groups: tuple[str, ...] = ()
+    kms_key: str | None = None
+    startup_seconds: int | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
     ttl: str | None = None
     price: float | None = None
     timeout_seconds: int = 1800
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """Raises UserMistake: it is no range."""
+        if self.autoscale in (None, "", _OFF):
+            return None
+        return Scaling.parse(str(self.autoscale))
+
+    def more(self) -> dict[str, dict[str, Any]]:
+        """What MLflow takes as dictionaries.
+
+        Raises:
+            UserMistake: one of them breaks a rule.
+        """
+        more = {}
+        if self.data_capture:
+            more[CAPTURE] = capture_everything(self.data_capture, self.kms_key)
+        if self.async_output:
+            more[ASYNC] = answer_on_s3(self.async_output, self.kms_key)
+        if self.subnets or self.security_groups:
+            more[VPC] = in_network(self.subnets, self.security_groups)
+        return more
 
 
 def plan_deployment(
@@ -129,10 +174,14 @@ def plan_deployment(
         bucket_exists=exists,
         instance_type=options.instance_type
         or (DEFAULT_INSTANCE if options.serverless_mb is None else None),
-        instances=options.instances or 1,
+        instances=options.instances or (options.scaling.least if options.scaling else 1),
         serverless_mb=options.serverless_mb,
         environment=options.environment,
-        more={CAPTURE: capture_everything(options.data_capture)} if options.data_capture else {},
+        more=options.more(),
+        kms_key=options.kms_key,
+        startup_seconds=options.startup_seconds,
+        scaling=options.scaling,
+        unscaled=options.autoscale == _OFF,
         assume_role=options.assume_role,
         timeout_seconds=options.timeout_seconds,
         region_is_default=aws.session.region_name == aws.region,
@@ -147,8 +196,8 @@ def _check_choices(options: DeployOptions) -> None:
 
     if options.ttl is not None:
         ttl_hours(options.ttl)
-    if options.data_capture:
-        capture_everything(options.data_capture)
+    options.more()
+    check_own_tags(options.tags)
     if options.serverless_mb is not None and (options.instance_type or options.instances):
         raise UserMistake(
             "A serverless endpoint has no instances: leave --serverless out, or --instance-type "
@@ -157,16 +206,26 @@ def _check_choices(options: DeployOptions) -> None:
 
 
 def _on_what_runs(plan: DeploymentPlan, running: Running, options: DeployOptions) -> DeploymentPlan:
-    """An update changes the model, not what it runs on."""
+    """An update changes the model, and of what it runs on only what is asked for."""
+    if running.serverless_mb is not None and (options.instance_type or options.instances):
+        raise UserMistake(
+            f"{plan.name!r} is a serverless endpoint, which has no instances: leave "
+            "--instance-type and --instances out."
+        )
+    instances = options.instances or running.instances
+    if options.scaling is not None and options.instances is None:
+        instances = min(max(instances, options.scaling.least), options.scaling.most)
     return with_values(
         plan,
         variant=running.variant,
-        instance_type=running.instance_type,
-        instances=running.instances,
+        instance_type=options.instance_type or running.instance_type,
+        instances=instances,
         serverless_mb=running.serverless_mb,
         serverless_concurrency=running.serverless_concurrency,
         environment={**running.environment, **options.environment},
         more=running.more,
+        kms_key=running.kms_key,
+        startup_seconds=options.startup_seconds or running.startup_seconds,
     )
 
 
@@ -181,6 +240,7 @@ def _priced_and_tagged(
     whole = price * plan.instances if price is not None and plan.instance_type else None
     tags = make_tags(
         {
+            **options.tags,
             **facts,
             "visiontuner.image_digest": plan.container_image.digest,
             "visiontuner.ttl": options.ttl,
@@ -204,10 +264,13 @@ def deploy(
         preflight: serve the model here first, in such an environment; None: do not.
 
     Raises:
+        UserMistake: how far it scales cannot be said without a preflight.
         ServingError: the preflight fails, or the endpoint; nothing that costs money is left.
     """
 
-    if preflight:
+    if not preflight:
+        plan = _aimed(plan, None)
+    else:
         report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
         failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
         small = shortage(
@@ -220,11 +283,20 @@ def deploy(
                 "--no-preflight deploys it all the same."
             )
         note(f"Preflight passed. {report.recommendation}")
+        plan = _aimed(plan, report.p50_ms)
     with model_folder(plan.model_uri) as folder:
         reference = Reference.read(folder)
     act = endpoint.update if update else endpoint.create
     with interrupts.in_order():
         act(aws, plan, reference, tracking_uri=tracking_uri(), note=note)
+
+
+def _aimed(plan: DeploymentPlan, milliseconds: float | None) -> DeploymentPlan:
+    """With the number of requests to an instance that autoscaling keeps to."""
+    if plan.scaling is None:
+        return plan
+    aimed = plan.scaling.aimed(milliseconds=milliseconds, is_async=plan.is_async)
+    return with_values(plan, scaling=aimed)
 
 
 def undeploy(

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.serving.answers import BadRequest, Options
+from visiontuner.serving.async_client import open_endpoint
 from visiontuner.serving.client import (
     REQUEST_BYTES,
     HttpTransport,
-    SageMakerTransport,
     ask_all,
     find_images,
     open_model,
@@ -51,7 +51,7 @@ def query(
         assume_role: ARN of a role to ask the endpoint as.
         threshold: answers below it are not confident; the classifier's own if None.
         workers: requests under way at a time.
-        request_bytes: the largest request; SageMaker's limit if None.
+        request_bytes: the largest request; what the other side takes if None.
 
     Raises:
         UserMistake: an option breaks a rule, or there is no such model.
@@ -65,8 +65,7 @@ def query(
     except BadRequest as error:
         raise UserMistake(str(error)) from None
     images = find_images(sources)
-    limit = request_bytes or REQUEST_BYTES
-    with _way(endpoint, url, model, region, assume_role, limit) as transport:
+    with _way(endpoint, url, model, region, assume_role, request_bytes) as transport:
         answers = ask_all(transport, images, options, workers=1 if model else workers)
         for done, answer in enumerate(answers, 1):
             progress("Asking", done, len(images), "images")
@@ -80,17 +79,17 @@ def _way(
     model: str | None,
     region: str | None,
     assume_role: str | None,
-    limit: int,
+    limit: int | None,
 ) -> Iterator[Transport]:
     if model is not None:
         with model_folder(model) as folder:
             yield open_model(folder)
     elif url is not None:
-        yield HttpTransport(url, body_limit=limit)
+        yield HttpTransport(url, body_limit=limit or REQUEST_BYTES)
     elif assume_role is not None:
         aws = Aws(region, assume_role)
-        yield SageMakerTransport(
+        yield open_endpoint(
             endpoint or "", region=aws.region, body_limit=limit, session=aws.session
         )
     else:
-        yield SageMakerTransport(endpoint or "", region=region, body_limit=limit)
+        yield open_endpoint(endpoint or "", region=region, body_limit=limit)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from visiontuner import interrupts
 from visiontuner.aws import job as s3
-from visiontuner.aws.account import find_bucket, find_role, hourly_price
+from visiontuner.aws.account import find_bucket, find_role, has_own_disk, hourly_price
 from visiontuner.aws.job import (
     EXPERIMENT,
     describe,
@@ -31,7 +31,6 @@ from visiontuner.aws.request import (
     check_no_apostrophe,
     check_quota,
     find_container_image,
-    has_own_disk,
     limit_seconds,
     reachable_tracking,
     require_bucket,
