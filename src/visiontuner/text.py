@@ -42,6 +42,10 @@ _SECRET_VALUE = re.compile(
     re.IGNORECASE,
 )
 _LONG_VALUE = re.compile(rf"([?&#](?:amp;)?{_NAME}=)[\w+/=.%~-]{{40,}}")  # a UUID has 36
+_SECRET_NAME = re.compile(
+    r"token|secret|passw|passphrase|pwd|credential|(?:^|_)(?:api_?)?key(?:$|_)|(?:^|_)auth(?:$|_)",
+    re.IGNORECASE,
+)
 _AUTHORIZATION = re.compile(r"\b(authorization\W{1,4}(?:basic|bearer)\s+)[^\s'\",]+", re.IGNORECASE)
 _AWS_KEY_ID = re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b")
 
@@ -85,6 +89,15 @@ def hide_secrets(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [hide_secrets(item) for item in value]
     return value
+
+
+def hide_variables(variables: Mapping[str, str]) -> dict[str, str]:
+    """Environment variables for a person: values whose name or content says that they are secret
+    are hidden."""
+    return {
+        name: HIDDEN if _SECRET_NAME.search(name) else without_secrets(value)
+        for name, value in variables.items()
+    }
 
 
 def has_secrets(value: Any) -> bool:
@@ -217,7 +230,7 @@ NO_TRACKING = "none"
 """As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
 
 # They neither read nor write MLflow.
-_WITHOUT_STORE = ("doctor", "endpoints", "jobs", "prepare", "query", "stop", "suspects", "undeploy")
+_WITHOUT_STORE = ("capture", "doctor", "endpoints", "jobs", "prepare", "query", "stop", "suspects", "undeploy")
 
 
 def next_command(

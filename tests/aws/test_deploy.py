@@ -465,6 +465,48 @@ def test_a_role_that_may_not_be_taken_on_is_said_in_one_line(account: Any, model
     assert account.holds() == NOTHING
 
 
+def test_an_endpoint_in_a_vpc_with_a_key_tags_and_patience_keeps_them_over_an_update(
+    account: Any, model: str
+) -> None:
+    chosen = [
+        "--subnets", "subnet-1,subnet-2", "--security-groups", "sg-1", "--kms-key", "key-1",
+        "--startup-timeout", "600", "--tag", "team=vision", "--env", "MY_TOKEN=aSecretToken",
+        "--data-capture", "s3://kept/here",
+    ]  # fmt: skip
+    planned = run("deploy", model, "--dry-run", *chosen)
+    assert "no words for --kms-key, --startup-timeout" in planned.stdout
+    assert '"MY_TOKEN": "***"' in planned.stdout
+    assert "aSecretToken" not in planned.output
+    assert "network    subnet-1, subnet-2 (sg-1)" in planned.stderr
+    made = run("deploy", model, "--no-preflight", *chosen)
+    assert made.exit_code == 0, made.output
+    sagemaker, network = account.client("sagemaker"), ["subnet-1", "subnet-2"]
+    arn = sagemaker.describe_endpoint(EndpointName="colours")["EndpointArn"]
+    tags = {tag["Key"]: tag["Value"] for tag in sagemaker.list_tags(ResourceArn=arn)["Tags"]}
+    assert tags["team"] == "vision"
+    for update in (False, True):
+        if update:
+            done = run("update", "colours", model, "--no-preflight")
+            assert done.exit_code == 0, done.output
+        held = account.holds()
+        served = sagemaker.describe_model(ModelName=held["models"][0])
+        assert served["VpcConfig"] == {"Subnets": network, "SecurityGroupIds": ["sg-1"]}
+        assert served["PrimaryContainer"]["Environment"]["MY_TOKEN"] == "aSecretToken"
+        config = sagemaker.describe_endpoint_config(EndpointConfigName=held["configs"][0])
+        assert config["KmsKeyId"] == "key-1"
+        assert config["DataCaptureConfig"]["KmsKeyId"] == "key-1"
+        assert _variant(account)["ContainerStartupHealthCheckTimeoutInSeconds"] == 600
+        archive = account.client("s3").head_object(
+            Bucket="mlflow-sagemaker-eu-west-1-123456789012", Key=held["objects"][0]
+        )
+        assert archive["SSEKMSKeyId"] == "key-1"
+    # Of a machine with a disk of its own SageMaker takes no key.
+    own_disk = run("update", "colours", model, "--no-preflight", "--instance-type", "ml.g4dn.xlarge")
+    assert own_disk.exit_code == 0, own_disk.output
+    (name,) = account.holds()["configs"]
+    assert "KmsKeyId" not in sagemaker.describe_endpoint_config(EndpointConfigName=name)
+
+
 def test_captured_data_go_where_they_are_wanted(account: Any, model: str) -> None:
     wanted = ["--data-capture", "s3://kept/here"]
     made = run("deploy", model, "--no-preflight", *wanted)
@@ -709,6 +751,16 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
         (["--price", "nan"], "--price takes a number"),
         (["--ttl", "soon"], "--ttl takes a time such as 45m, 8h or 2d"),
         (["--env", "KEY"], "--env takes KEY=VALUE"),
+        (["--env", "A-B=1"], "--env 'A-B': a name has letters, digits and _ only"),
+        (["--tag", "aws:x=1"], "keys that begin with aws:"),
+        (["--tag", "app_name=1"], "MLflow sets this tag itself"),
+        (["--subnets", "subnet-1"], "A VPC needs both"),
+        (["--subnets", "10.0.0.0/8", "--security-groups", "sg-1"], "--subnets takes up to 16"),
+        (
+            ["--serverless", "2048", "--subnets", "subnet-1", "--security-groups", "sg-1"],
+            "A serverless endpoint has no VPC",
+        ),
+        (["--startup-timeout", "10"], "--startup-timeout takes a whole number from 60 to 3600"),
         (["--data-capture", "here"], "--data-capture takes s3://BUCKET/FOLDER"),
     ],
 )

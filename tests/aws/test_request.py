@@ -64,6 +64,8 @@ def test_everything_that_was_asked_for_arrives(account: Aws, plan: JobPlan) -> N
             kms_key="key-1",
             disk_gb=80,
             tags={"team": "vision"},
+            encrypt_traffic=True,
+            variables={"PIP_INDEX_URL": "https://packages.internal/simple"},
         ),
         SOURCE,
     )
@@ -85,6 +87,8 @@ def test_everything_that_was_asked_for_arrives(account: Aws, plan: JobPlan) -> N
         "LocalPath": "/opt/ml/checkpoints",
     }
     assert told["StoppingCondition"] == {"MaxRuntimeInSeconds": 3600}
+    assert told["EnableInterContainerTrafficEncryption"]
+    assert told["Environment"]["PIP_INDEX_URL"] == "https://packages.internal/simple"
     assert not told["EnableManagedSpotTraining"]
     tags = account.call("sagemaker", "list_tags", ResourceArn=told["TrainingJobArn"])["Tags"]
     assert {tag["Key"]: tag["Value"] for tag in tags} == {
@@ -164,33 +168,42 @@ class _Pricing(Aws):
         return self._pricing
 
 
-@pytest.mark.parametrize(
-    ("listed", "price"),
-    [
-        (
-            {"OnDemand": {"A.B": {"priceDimensions": {"A.B.C": {"pricePerUnit": {"USD": "1.4"}}}}}},
-            1.4,
-        ),
-        ({}, None),
-        (None, None),
-    ],
-)
-def test_a_price_comes_from_awss_list(listed: dict[str, Any] | None, price: float | None) -> None:
+def product(usage: str, dollars: str, unit: str = "Hrs") -> str:
+    """An entry of AWS's price list."""
+    dimensions = {"A.B.C": {"unit": unit, "pricePerUnit": {"USD": dollars}}}
+    terms = {"OnDemand": {"A.B": {"priceDimensions": dimensions}}}
+    return json.dumps({"product": {"attributes": {"usagetype": usage}}, "terms": terms})
+
+
+def test_a_price_is_that_of_the_usage_and_of_no_product_beside_it() -> None:
     pricing = boto3.client(
         "pricing", "us-east-1", aws_access_key_id="testing", aws_secret_access_key="testing"
     )
-    asked = {"regionCode": "eu-west-1", "instanceName": "ml.g5.xlarge", "component": "Training"}
+    filters = {"regionCode": "eu-west-1", "instanceName": "ml.g5.xlarge"}
     expected = {
         "ServiceCode": "AmazonSageMaker",
-        "Filters": [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in asked.items()],
-        "MaxResults": 1,
+        "Filters": [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in filters.items()],
     }
-    products = [] if listed is None else [json.dumps({"terms": listed})]
-    with Stubber(pricing) as stub:
-        stub.add_response("get_products", {"PriceList": products}, expected)
-        found = aws_account.hourly_price(_Pricing(pricing), "ml.g5.xlarge", "Training")
-        stub.assert_no_pending_responses()
-    assert found == price
+    pages = [
+        [
+            product("EU-Cluster:ml.g5.xlarge", "9.9"),
+            product("EU-TrainDebug:ml.g5.xlarge", "8.8"),
+            product("EU-Train:ml.g5.xlarge-Reserved", "7.7"),
+            product("EU-Host:ml.g5.xlarge", "1.5"),
+        ],
+        [
+            product("EU-Train:ml.g5.xlarge", "1.4"),
+            product("EU-Tsform:ml.g5.xlarge", "1.6", unit="GB-Mo"),
+        ],
+    ]
+    uses = {"Hosting": 1.5, "Training": 1.4, "Transform": None, "Async": None}
+    for use, price in uses.items():
+        with Stubber(pricing) as stub:
+            stub.add_response("get_products", {"PriceList": pages[0], "NextToken": "n"}, expected)
+            second = expected | {"NextToken": "n"}
+            stub.add_response("get_products", {"PriceList": pages[1]}, second)
+            found = aws_account.hourly_price(_Pricing(pricing), "ml.g5.xlarge", use)  # type: ignore[arg-type]
+        assert found == price
 
 
 def test_a_price_list_that_may_not_be_read_is_no_error() -> None:

@@ -79,6 +79,8 @@ def place(account: Any, image: str, number: int, status: str, **changes: Any) ->
         "VpcConfig": {"Subnets": ["subnet-1", "subnet-2"], "SecurityGroupIds": ["sg-1"]},
         "StoppingCondition": {"MaxRuntimeInSeconds": 10800, "MaxWaitTimeInSeconds": 25200},
         "EnableManagedSpotTraining": True,
+        "EnableInterContainerTrafficEncryption": True,
+        "Environment": {"PIP_INDEX_URL": "https://packages.internal/simple", "PIP_NO_DEPS": "0"},
         **changes,
     }
     tags = {
@@ -148,6 +150,9 @@ def test_a_resumed_job_is_what_the_earlier_one_was(account: Any, image: str) -> 
         "EnableManagedSpotTraining",
     ):
         assert request[same] == before[same], same
+    assert request["EnableInterContainerTrafficEncryption"]
+    assert request["Environment"]["PIP_INDEX_URL"] == "https://packages.internal/simple"
+    assert request["Environment"]["PIP_NO_DEPS"] == "1"  # ours
     assert request["OutputDataConfig"]["KmsKeyId"] == "key-1"
     assert request["AlgorithmSpecification"]["TrainingImage"] == image
     assert tags_of(request) == {
@@ -172,6 +177,8 @@ def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str
         "--subnets": "off",
         "--kms-key": "off",
         "--tag": "team=sound",
+        "--encrypt-traffic": "off",
+        "--env": "PIP_INDEX_URL=https://other.internal/simple",
     }
     request = resume(job, *(word for flag in flags.items() for word in flag))
     assert request["ResourceConfig"] == {
@@ -184,6 +191,8 @@ def test_every_option_of_the_earlier_job_can_be_changed(account: Any, image: str
     assert request["RoleArn"].endswith(":role/others")
     assert not request["EnableManagedSpotTraining"]
     assert "VpcConfig" not in request
+    assert not request.get("EnableInterContainerTrafficEncryption")
+    assert request["Environment"]["PIP_INDEX_URL"] == "https://other.internal/simple"
     assert "KmsKeyId" not in request["OutputDataConfig"]
     assert tags_of(request) == {
         "visiontuner.search": "colours-1",

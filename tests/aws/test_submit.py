@@ -255,6 +255,12 @@ def test_money_bounds_the_running_time() -> None:
         (("--data", "s3://nowhere/x"), "There is no bucket 'nowhere'"),
         (("--data", "s3://photos/it's"), "has an apostrophe"),
         (("--tag", "team"), "--tag takes KEY=VALUE"),
+        (("--env", "A-B=1"), "--env 'A-B': a name has letters, digits and _ only"),
+        (("--env", f"A={'x' * 513}"), "--env A: SageMaker takes 512 characters at most, got 513"),
+        (
+            ("--subnets", "10.0.0.0/24", "--security-groups", "sg-1"),
+            "--subnets takes up to 16 names such as subnet-0123abcd, got '10.0.0.0/24'",
+        ),
         (("--instances", "0"), "--instances takes a whole number from 1"),
         (("--instances", "1.5"), "--instances takes a whole number"),
         (("--instance-type", "ml.m5.large", "--volume", "20000"), "--volume takes 1 to 16384 GB"),
@@ -304,6 +310,19 @@ def test_what_cannot_work_is_refused_in_one_line(
     done = run("tune", *FLAGS, *data, *flags)
     assert message in said(done)
     assert not account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+
+
+@pytest.mark.usefixtures("account")
+def test_variables_reach_the_job_and_their_secrets_are_not_shown() -> None:
+    index = "PIP_INDEX_URL=https://aws:aSecretToken@team-1.d.codeartifact.amazonaws.com/pypi/simple"
+    flags = ("--env", index, "--env", "MY_API_KEY=aSecretKey", "--env", "A=plain")
+    done = run("tune", *FLAGS, "--data", "s3://photos/colours", "--dry-run", *flags)
+    assert done.exit_code == 0, done.output
+    assert "aSecret" not in done.output
+    shown = json.loads(done.stdout)["Environment"]
+    hidden = "https://***@team-1.d.codeartifact.amazonaws.com/pypi/simple"
+    assert {"PIP_INDEX_URL": hidden, "MY_API_KEY": "***", "A": "plain"}.items() <= shown.items()
+    assert f"variables  PIP_INDEX_URL={hidden}, MY_API_KEY=***, A=plain" in done.stderr
 
 
 @pytest.mark.usefixtures("account")

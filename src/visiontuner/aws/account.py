@@ -19,6 +19,9 @@ from visiontuner.io.aws import Aws, AwsRefused
 
 
 _SAGEMAKER = "sagemaker.amazonaws.com"
+_PRICING_REGION = "us-east-1"
+# As AWS's price list has them in `usagetype`, after the region's letters.
+_USAGE = {"Hosting": "Host", "Async": "AsyncInf", "Training": "Train", "Transform": "Tsform"}
 
 
 def find_role(aws: Aws, wanted: str | None) -> str:
@@ -150,23 +153,37 @@ def check_bucket_region(aws: Aws, bucket: str, *, owner: str | None = None) -> N
 
 
 def hourly_price(
-    aws: Aws, instance_type: str, component: Literal["Hosting", "Training"] = "Hosting"
+    aws: Aws,
+    instance_type: str,
+    use: Literal["Hosting", "Async", "Training", "Transform"] = "Hosting",
 ) -> float | None:
     """US dollars an hour for one instance, on demand; None if AWS does not say.
 
-    From AWS's public price list, which one region serves for all.
+    From AWS's public price list, which one region serves for all. A machine has a product for each
+    use, several of them with the same name (clusters, spaces, reserved ones): the one that is meant
+    is told by its usage type, as `EUW1-Host:ml.m5.large`.
     """
-    wanted = {"regionCode": aws.region, "instanceName": instance_type, "component": component}
+    wanted = {"regionCode": aws.region, "instanceName": instance_type}
     filters = [{"Type": "TERM_MATCH", "Field": k, "Value": v} for k, v in wanted.items()]
+    usage = re.compile(rf"([A-Z0-9]+-)?{_USAGE[use]}:{re.escape(instance_type)}")
     try:
-        products = aws.client("pricing", "us-east-1", patient=False).get_products(
-            ServiceCode="AmazonSageMaker", Filters=filters, MaxResults=1
-        )
-        terms = json.loads(products["PriceList"][0])["terms"]["OnDemand"]
-        dimensions = next(iter(terms.values()))["priceDimensions"]
-        return float(next(iter(dimensions.values()))["pricePerUnit"]["USD"])
+        pages = aws.client("pricing", _PRICING_REGION, patient=False).get_paginator("get_products")
+        for page in pages.paginate(ServiceCode="AmazonSageMaker", Filters=filters):
+            for product in map(json.loads, page["PriceList"]):
+                if usage.fullmatch(product["product"]["attributes"].get("usagetype", "")):
+                    return _on_demand(product)
     except Exception:  # whatever it is, the price is not known, and nothing depends on it
-        return None
+        pass
+    return None
+
+
+def _on_demand(product: Mapping[str, Any]) -> float | None:
+    """US dollars an hour; None if it is priced otherwise."""
+    for term in product["terms"]["OnDemand"].values():
+        for dimension in term["priceDimensions"].values():
+            if dimension.get("unit") == "Hrs" and "USD" in dimension["pricePerUnit"]:
+                return float(dimension["pricePerUnit"]["USD"])
+    return None
 
 
 # A container image in ECR, looked at before SageMaker is asked to start it.
@@ -335,6 +352,33 @@ def _reason_against(key: str, value: str) -> str | None:
         if sign not in _TAG_SIGNS and unicodedata.category(sign)[0] not in _TAG_CATEGORIES:
             return f"AWS takes letters, digits, spaces and {_TAG_SIGNS} in a tag, not {sign!r}"
     return None
+
+
+# What AWS refuses of environment variables, before anything is made.
+
+
+_VARIABLE = re.compile(r"[a-zA-Z_][a-zA-Z0-9_]{0,511}")
+_VARIABLES = 80  # 100, and some are ours and MLflow's
+
+
+def check_variables(variables: Mapping[str, str], *, longest: int) -> None:
+    """Refuse variables of a container that SageMaker refuses; no value is told.
+
+    Args:
+        longest: characters of a value.
+
+    Raises:
+        UserMistake: naming the first.
+    """
+    if len(variables) > _VARIABLES:
+        raise UserMistake(f"--env: {_VARIABLES} variables at most, got {len(variables)}.")
+    for name, value in variables.items():
+        if not _VARIABLE.fullmatch(name):
+            raise UserMistake(f"--env {name[:60]!r}: a name has letters, digits and _ only.")
+        if len(value) > longest:
+            raise UserMistake(
+                f"--env {name}: SageMaker takes {longest} characters at most, got {len(value)}."
+            )
 
 
 # What AWS refuses of a network, before anything is made.

@@ -28,6 +28,7 @@ from visiontuner.aws.account import (
     ContainerImage,
     check_network,
     check_tags,
+    check_variables,
     has_own_disk,
     look_up_container_image,
     make_bucket,
@@ -41,7 +42,7 @@ from visiontuner.serving.client import TOLERANCE, Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
-from visiontuner.text import next_command, one_line
+from visiontuner.text import hide_variables, next_command, one_line
 
 # Why an endpoint does not serve: SageMaker's reason, its log, what they usually mean.
 
@@ -168,6 +169,7 @@ FAILURES = "failures"
 """The folder below an asynchronous endpoint's output path where SageMaker writes what failed."""
 # 50, of which ours and MLflow's may be 13.
 _TAGS = 37
+_VARIABLE_LENGTH = 1024  # of a model's value, as botocore's model has it
 DEFAULT_INSTANCE = "ml.m5.large"
 # Autoscaling is registered for a variant's name: MLflow would give each update another one, and
 # SageMaker refuses to remove a variant that is scaled.
@@ -246,6 +248,7 @@ class DeploymentPlan:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        check_variables(self.environment, longest=_VARIABLE_LENGTH)
         if self.serverless_mb is not None and self.serverless_mb not in SERVERLESS_MB:
             listed = ", ".join(map(str, SERVERLESS_MB))
             raise UserMistake(f"--serverless takes one of {listed} MB, got {self.serverless_mb}.")
@@ -326,7 +329,8 @@ class DeploymentPlan:
         """MLflow's own command for this, to be pasted into a shell; the bucket has to be there."""
         words = ["mlflow", "deployments", verb, "-t", self.target, "--name", self.name]
         lines = [shlex.join(words), shlex.join(["-m", self.model_uri])]
-        lines += [shlex.join(["-C", f"{key}={value}"]) for key, value in self.config().items()]
+        shown = replace(self, environment=hide_variables(self.environment)).config()
+        lines += [shlex.join(["-C", f"{key}={value}"]) for key, value in shown.items()]
         # MLflow would make it with an ACL, which needs a permission of its own.
         first = f"# First: aws s3 mb s3://{self.bucket} --region {self.region}\n"
         first = "" if self.bucket_exists else first
@@ -341,6 +345,8 @@ class DeploymentPlan:
         ]
         if without:
             first += f"# MLflow's command has no words for {', '.join(without)}.\n"
+        if hide_variables(self.environment) != self.environment:
+            first += "# The values of env that are *** have to be put in.\n"
         prefix = "" if self.region_is_default else f"AWS_DEFAULT_REGION={self.region} "
         return first + prefix + " \\\n    ".join(lines)
 
@@ -456,7 +462,7 @@ def make_tags(values: Mapping[str, Any]) -> dict[str, str]:
     return tags | {DEPLOYMENT_TAG: uuid.uuid4().hex[:12]}
 
 
-def ttl_hours(text: str) -> float:
+def ttl_hours(text: str, *, flag: str = "--ttl") -> float:
     """`45m`, `8h` or `2d` in hours.
 
     Raises:
@@ -464,7 +470,7 @@ def ttl_hours(text: str) -> float:
     """
     match = _TTL.fullmatch(text)
     if match is None or float(match[1]) == 0:
-        raise UserMistake(f"--ttl takes a time such as 45m, 8h or 2d, got {text!r}.")
+        raise UserMistake(f"{flag} takes a time such as 45m, 8h or 2d, got {text!r}.")
     return float(match[1]) * _HOURS[match[2]]
 
 
@@ -1205,7 +1211,7 @@ def create(
             f"something may cost money. Look with `{next_command('endpoints', flags=aws.flags)}`, "
             f"and run `{next_command('undeploy', plan.name, '--artifacts', flags=aws.flags)}`."
         )
-        with _telling_what_is_left("Taking away what was made", left, error):
+        with telling_what_is_left("Taking away what was made", left, error):
             note("Taking away what was made.")
             if endpoint_tags(aws, plan.name).get(DEPLOYMENT_TAG) == plan.deployment:
                 if plan.scaling is not None:
@@ -1248,7 +1254,7 @@ def update(
             "the update, or go without it: "
             f"`{next_command('undeploy', plan.name, '--artifacts', flags=aws.flags)}`."
         )
-        with _telling_what_is_left("Going back to the old model", left, error):
+        with telling_what_is_left("Going back to the old model", left, error):
             note("Going back to the old model.")
             roll_back(aws, plan.name, old_config, plan.timeout_seconds, note)
             # The old parts are still used, unless someone deleted the endpoint meanwhile.
@@ -1306,7 +1312,7 @@ def _ask_mlflow(aws: Aws, method: str, plan: DeploymentPlan, tracking_uri: str) 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
     with (
         lent_to_library(aws, plan.bucket, also=plan.complete),
-        _mlflows_environment(plan.region),
+        mlflows_environment(plan.region),
         quiet(),
         fluent_uris(tracking_uri),
         explained("deploy"),
@@ -1320,7 +1326,7 @@ def _ask_mlflow(aws: Aws, method: str, plan: DeploymentPlan, tracking_uri: str) 
 
 
 @contextmanager
-def _mlflows_environment(region: str) -> Iterator[None]:
+def mlflows_environment(region: str) -> Iterator[None]:
     """MLflow's own session is of the region of AWS's settings, and it copies proxies in lower case,
     with their passwords, to the container; boto3 reads those in upper case too."""
     changed = {"AWS_DEFAULT_REGION": region}
@@ -1345,7 +1351,7 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def _telling_what_is_left(doing: str, next_step: str, cause: BaseException) -> Iterator[None]:
+def telling_what_is_left(doing: str, next_step: str, cause: BaseException) -> Iterator[None]:
     """If even undoing fails, the user has to know what may cost money or serve wrongly.
 
     Args:

@@ -475,6 +475,7 @@ class Submitted:
     """What SageMaker says of a job's request, beside what `Job` holds.
 
     Attributes:
+        variables: all of the container's, ours too.
         tags: the user's; neither ours nor AWS's own.
     """
 
@@ -484,6 +485,8 @@ class Submitted:
     subnets: tuple[str, ...]
     security_groups: tuple[str, ...]
     kms_key: str | None
+    encrypt_traffic: bool
+    variables: Mapping[str, str]
     tags: Mapping[str, str]
 
 
@@ -499,6 +502,8 @@ def submitted_with(aws: Aws, job: Job) -> Submitted:
         subnets=tuple(network.get("Subnets") or ()),
         security_groups=tuple(network.get("SecurityGroupIds") or ()),
         kms_key=(told.get("OutputDataConfig") or {}).get("KmsKeyId") or None,
+        encrypt_traffic=bool(told.get("EnableInterContainerTrafficEncryption")),
+        variables=told.get("Environment") or {},
         tags={
             tag["Key"]: tag["Value"]
             for tag in listed

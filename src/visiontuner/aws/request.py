@@ -33,6 +33,7 @@ from visiontuner.aws.account import (
     check_bucket_region,
     check_network,
     check_tags,
+    check_variables,
     has_own_disk,
     look_up_container_image,
 )
@@ -42,7 +43,7 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
 from visiontuner.io.download import is_archive_name
 from visiontuner.paths import split_uri
-from visiontuner.text import one_line, without_secrets
+from visiontuner.text import hide_variables, one_line, without_secrets
 
 # What a job costs: at most, so far, and for each trial.
 
@@ -241,6 +242,7 @@ LONGEST_SECONDS = 28 * 24 * 3600
 
 _INSTANCE = re.compile(r"ml\.[a-z0-9-]+\.[a-z0-9]+")
 _LARGEST_DISK_GB = 16384
+_VARIABLE_LENGTH = 512  # of a training job's value, as botocore's model has it
 
 
 def check_choices(plan: JobPlan) -> None:
@@ -262,6 +264,7 @@ def check_choices(plan: JobPlan) -> None:
         raise UserMistake("A training job runs for 28 days at most (--max-run 28d).")
     _check_disk(plan)
     check_tags(plan.tags)
+    check_variables(plan.variables, longest=_VARIABLE_LENGTH)
 
 
 def _check_disk(plan: JobPlan) -> None:
@@ -297,6 +300,18 @@ PREFIX = "visiontuner"
 
 SEARCH_TAG = "visiontuner.search"
 PRICE_TAG = "visiontuner.price_per_hour"
+
+CHANNEL_VARIABLE = "VISIONTUNER_CHANNEL"
+_VARIABLES = {
+    **NO_TELEMETRY,
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    # The list is complete: what a package wants of the image's torch changes nothing.
+    "PIP_NO_DEPS": "1",
+    "PIP_ROOT_USER_ACTION": "ignore",
+    "PYTHONUNBUFFERED": "1",
+}
+OUR_VARIABLES = (*_VARIABLES, CHANNEL_VARIABLE)
+"""What every job's container gets."""
 
 _JOB_NAME_LENGTH = 63
 _TIMESTAMP_LENGTH = 15  # what the SDK appends, with its hyphen
@@ -341,6 +356,8 @@ class JobPlan:
         tracking_uri: an MLflow that the job can reach; None: the journal travels.
         tracking: the same in words.
         disk_gb: of each host; by the size of the images if None.
+        encrypt_traffic: what the hosts send each other is encrypted.
+        variables: of the container, beside ours.
         resumed: the job whose checkpoints this one goes on with.
 
     Raises:
@@ -369,6 +386,8 @@ class JobPlan:
     subnets: tuple[str, ...] = ()
     security_groups: tuple[str, ...] = ()
     kms_key: str | None = None
+    encrypt_traffic: bool = False
+    variables: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     resumed: str | None = None
 
@@ -428,17 +447,10 @@ class JobPlan:
     @property
     def environment(self) -> dict[str, str]:
         """Variables of the container."""
-        variables = {
-            **NO_TELEMETRY,
-            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-            # The list is complete: what a package wants of the image's torch changes nothing.
-            "PIP_NO_DEPS": "1",
-            "PIP_ROOT_USER_ACTION": "ignore",
-            "PYTHONUNBUFFERED": "1",
-        }
+        variables = dict(_VARIABLES)
         if self.images is not None:
-            variables["VISIONTUNER_CHANNEL"] = f"{self.images.uri}={self.images.folder}"
-        return variables
+            variables[CHANNEL_VARIABLE] = f"{self.images.uri}={self.images.folder}"
+        return variables | dict(self.variables)
 
     @property
     def all_tags(self) -> dict[str, str]:
@@ -477,6 +489,11 @@ class JobPlan:
             lines.append(f"encrypted  {self._describe_encryption()}")
         if self.warm_pool_seconds:
             lines.append(f"warm pool  {words_for(self.warm_pool_seconds)} after the job, and paid")
+        if self.encrypt_traffic:
+            lines.append("traffic    encrypted between the hosts, which costs some speed")
+        if self.variables:
+            shown = hide_variables(self.variables).items()
+            lines.append(f"variables  {', '.join(f'{key}={value}' for key, value in shown)}")
         if self.tags:
             tags = ", ".join(f"{key}={value}" for key, value in self.tags.items())
             lines.append(f"tags       {tags}")
@@ -899,10 +916,16 @@ def _trainer(session: Any, plan: JobPlan, source: str) -> Any:
     from sagemaker.train import ModelTrainer
 
     options: dict[str, Any] = {}
+    network: dict[str, Any] = {}
     if plan.subnets:
-        options["networking"] = configs.Networking(
-            subnets=list(plan.subnets), security_group_ids=list(plan.security_groups)
-        )
+        network = {
+            "subnets": list(plan.subnets),
+            "security_group_ids": list(plan.security_groups),
+        }
+    if plan.encrypt_traffic:
+        network["enable_inter_container_traffic_encryption"] = True
+    if network:
+        options["networking"] = configs.Networking(**network)
     code = configs.SourceCode(source_dir=source, requirements="requirements.txt", command=COMMAND)
     return ModelTrainer(
         sagemaker_session=session,

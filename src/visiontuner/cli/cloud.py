@@ -26,7 +26,7 @@ from visiontuner.cli.options import (
 )
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
-from visiontuner.text import next_command
+from visiontuner.text import hide_variables, next_command
 from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
 
 if TYPE_CHECKING:
@@ -147,6 +147,20 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         "bucket's own setting.",
         _OR_OFF,
     ),
+    _switch(
+        ACCOUNT,
+        "--encrypt-traffic",
+        "Encrypt what the machines send each other; costs some speed.",
+    ),
+    _flag(
+        ACCOUNT,
+        "--env",
+        "environment",
+        metavar="KEY=VALUE",
+        type=PAIR,
+        multiple=True,
+        help="For the container, as PIP_INDEX_URL. Who may describe the job reads it. Repeatable.",
+    ),
     _flag(
         ACCOUNT,
         "--tag",
@@ -167,7 +181,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     ),
 )
 # What each is called where it was not given.
-_DEFAULTS: dict[str, Any] = {"tags": (), "dry_run": False, "wait": True}
+_DEFAULTS: dict[str, Any] = {"tags": (), "environment": (), "dry_run": False, "wait": True}
 
 
 def with_flags(flags: tuple[Decorator, ...]) -> Decorator:
@@ -189,7 +203,7 @@ def only_for_sagemaker(job: dict[str, Any]) -> None:
         UserMistake: naming them.
     """
     given = sorted(
-        "--" + name.replace("_", "-").replace("tags", "tag")
+        "--" + name.replace("_", "-").replace("tags", "tag").replace("environment", "env")
         for name, value in job.items()
         if value is not None and value != _DEFAULTS.get(name)
     )
@@ -210,12 +224,15 @@ def run_on_sagemaker(
     """Say what is going to happen, ask, submit, follow, bring home."""
 
     asked = {name: job.pop(name) for name in ("dry_run", "yes", "wait")}
-    options = JobOptions(**job | {"tags": dict(job["tags"])}, resume=resume)
+    pairs = {key: dict(job[key]) for key in ("tags", "environment")}
+    options = JobOptions(**job | pairs, resume=resume)
     aws, plan = plan_job(experiment, options)
     for line in plan.lines():
         click.echo(line, err=True)
     if asked["dry_run"]:
-        click.echo(json.dumps(dry_run(aws, plan), indent=2, default=str))
+        request = dry_run(aws, plan)
+        request["Environment"] = hide_variables(request.get("Environment") or {})
+        click.echo(json.dumps(request, indent=2, default=str))
         return
     _ask(asked["yes"])
 

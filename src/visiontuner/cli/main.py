@@ -102,6 +102,16 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "query",
             "Ask what is on images: files, folders, URLs, or - for standard input.",
         ),
+        "transform": CommandEntry(
+            "serve",
+            "transform",
+            "Answer all images of a folder on S3 with a batch transform job.",
+        ),
+        "capture": CommandEntry(
+            "serve",
+            "capture",
+            "Bring home the images and answers that an endpoint's data capture has kept.",
+        ),
         "endpoints": CommandEntry(
             "serve",
             "endpoints",

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.cli.console import SafeConsole, SearchConsole, make_console
-from visiontuner.cli.options import LISTED, PAIR, TEXT, OneLineErrors, number
+from visiontuner.cli.options import (
+    FOLDER,
+    LISTED,
+    PAIR,
+    TEXT,
+    Given,
+    OneLineErrors,
+    number,
+)
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
 from visiontuner.text import csv_row, next_command, printable
@@ -125,12 +134,11 @@ _WHERE = (
     ),
     click.option("--assume-role", metavar="ARN", type=TEXT, help="Act as this role."),
 )
-_HOW = (
+_ANYWHERE = (
     *_WHERE,
-    click.option("--role", metavar="NAME|ARN", type=TEXT, help="What the endpoint runs as."),
+    click.option("--role", metavar="NAME|ARN", type=TEXT, help="What the machines run as."),
     click.option("--image", metavar="URL", type=TEXT, help="Serving image in ECR."),
     click.option("--bucket", metavar="NAME", type=TEXT, help="For the model; by default MLflow's."),
-    click.option("--ttl", metavar="TIME", type=TEXT, help="How long it is needed, as 8h."),
     click.option("--price", metavar="USD", type=number(), help="Of one instance for an hour."),
     click.option(
         "--env",
@@ -138,14 +146,7 @@ _HOW = (
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="For the container.",
-    ),
-    click.option(
-        "--startup-timeout",
-        "startup_seconds",
-        metavar="SECONDS",
-        type=number(60, 3600, whole=True),
-        help="How long a container may take to start.",
+        help="For the container. Repeatable.",
     ),
     click.option(
         "--tag",
@@ -153,7 +154,37 @@ _HOW = (
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="Of the endpoint and its model. Repeatable.",
+        help="Of what is made. Repeatable.",
+    ),
+)
+_NETWORK = (
+    click.option(
+        "--subnets", metavar="IDS", type=LISTED, help="Of a VPC, with commas between them."
+    ),
+    click.option("--security-groups", metavar="IDS", type=LISTED, help="Of that VPC."),
+    click.option(
+        "--kms-key", metavar="ID", type=TEXT, help="Encrypts uploads, disks, and what S3 gets."
+    ),
+)
+_CHECKED = (
+    click.option(
+        "--env-manager",
+        type=click.Choice(["uv", "local"]),
+        default="uv",
+        help="Of the preflight: a clean environment, or this one.",
+    ),
+    click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
+    click.option("--dry-run", is_flag=True, help="Print what would happen; do nothing."),
+)
+_ENDPOINT = (
+    *_ANYWHERE,
+    click.option("--ttl", metavar="TIME", type=TEXT, help="How long it is needed, as 8h."),
+    click.option(
+        "--startup-timeout",
+        "startup_seconds",
+        metavar="SECONDS",
+        type=number(60, 3600, whole=True),
+        help="How long a container may take to start.",
     ),
     click.option("--instance-type", type=TEXT, help="Default: ml.m5.large, or as it is."),
     click.option(
@@ -168,16 +199,7 @@ _HOW = (
     click.option(
         "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
     ),
-    click.option(
-        "--env-manager",
-        type=click.Choice(["uv", "local"]),
-        default="uv",
-        help="Of the preflight: a clean environment, or this one.",
-    ),
-    click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
-    click.option(
-        "--dry-run", is_flag=True, help="Print MLflow's command and the cost; do nothing."
-    ),
+    *_CHECKED,
 )
 
 
@@ -208,10 +230,8 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
     help="Answer there: for large images and rare requests.",
 )
 @click.option("--data-capture", metavar="S3", type=TEXT, help="Keep requests and answers there.")
-@click.option("--subnets", metavar="IDS", type=LISTED, help="Of a VPC, with commas between them.")
-@click.option("--security-groups", metavar="IDS", type=LISTED, help="Of that VPC.")
-@click.option("--kms-key", metavar="ID", type=TEXT, help="Encrypts uploads, disks and answers.")
-@_options(_HOW)
+@_options(_NETWORK)
+@_options(_ENDPOINT)
 def deploy(model: str | None, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
 
@@ -232,7 +252,7 @@ def deploy(model: str | None, **given: Any) -> None:
 @click.command(cls=OneLineErrors)
 @click.argument("name")
 @click.argument("model", required=False, type=TEXT)
-@_options(_HOW)
+@_options(_ENDPOINT)
 def update(name: str, model: str | None, **given: Any) -> None:
     """Put another model behind an endpoint, without a pause.
 
@@ -298,14 +318,19 @@ def endpoints(region: str | None, assume_role: str | None, form: str) -> None:
         click.echo(f"None. `{command}` makes one.")
 
 
+def _as_options(given: dict[str, Any]) -> dict[str, Any]:
+    """What click gives, as the options of a verb."""
+    pairs = {key: dict(given[key]) for key in ("environment", "tags")}
+    lists = {key: given[key] or () for key in ("subnets", "security_groups") if key in given}
+    return given | pairs | lists
+
+
 def _run(model: str | None, given: dict[str, Any], *, update: bool) -> None:
     from visiontuner.workflow.deploy import DeployOptions, plan_deployment
     from visiontuner.workflow.deploy import deploy as act
 
     dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
-    pairs = {key: dict(given[key]) for key in ("environment", "tags")}
-    lists = {key: given[key] or () for key in ("subnets", "security_groups") if key in given}
-    options = DeployOptions(**given | pairs | lists)
+    options = DeployOptions(**_as_options(given))
     aws, plan = plan_deployment(model, options, updated=update)
     for line in plan.lines():
         click.echo(line, err=True)
@@ -363,6 +388,108 @@ def _life(endpoint: Endpoint, flags: str) -> str:
     if not endpoint.overdue:
         return life
     return f"{life}, passed: {next_command('undeploy', endpoint.name, flags=flags)}"
+
+
+# The command that answers a folder on S3.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("source", metavar="S3-IMAGES")
+@click.argument("output", metavar="S3-ANSWERS")
+@click.option("--model", metavar="MODEL", type=TEXT, help="As `deploy` takes it.")
+@click.option("--top-k", type=int, default=5, show_default=True, help="How many classes to list.")
+@click.option("--threshold", metavar="P", type=number(0, 1), help="Abstain below this probability.")
+@click.option("--instance-type", type=TEXT, help="Default: ml.m5.large.")
+@click.option("--instances", type=click.IntRange(1, 100), help="How many. Default: 1.")
+@_options(_NETWORK)
+@_options(_ANYWHERE)
+@_options(_CHECKED)
+def transform(source: str, output: str, model: str | None, **given: Any) -> None:
+    """Answer all images of a folder on S3 with a batch transform job.
+
+    The images are read here and staged as requests, since MLflow's server takes JSON alone; the
+    job is followed, its answers go to S3-ANSWERS/JOB.jsonl, one line an image with its key, and all
+    else is deleted, also after a failure or Ctrl-C. Exits with 1 if an image was not answered.
+
+    \b
+    Examples:
+      visiontuner transform s3://my-bucket/new s3://my-bucket/answers --model dogs --dry-run
+      visiontuner transform s3://my-bucket/new s3://my-bucket/answers --model dogs@champion
+    """
+    from visiontuner.workflow.transform import TransformOptions, plan_transform
+    from visiontuner.workflow.transform import transform as act
+
+    dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
+    aws, plan = plan_transform(source, output, model, TransformOptions(**_as_options(given)))
+    for line in plan.lines():
+        click.echo(line, err=True)
+    if dry_run:
+        return
+    console = SearchConsole(_stderr_console())
+    try:
+        done = act(
+            aws,
+            plan,
+            preflight=env_manager if check else None,
+            note=console.note,
+            progress=console.progress,
+        )
+    finally:
+        console.close()
+    spent = "" if done.cost is None else f", about ${done.cost:,.2f}"
+    click.echo(f"{done.images - done.failed:,} of {done.images:,} images: {done.output}")
+    click.echo(f"{done.job} ran {done.seconds / 60:.1f} machine minutes{spent}.", err=True)
+    if done.failed:
+        click.echo(f"{done.failed:,} not answered; their lines say why.", err=True)
+        raise click.exceptions.Exit(1)
+
+
+# The command that brings home what an endpoint was asked.
+
+
+def _span(text: str) -> timedelta:
+    from visiontuner.aws.endpoint import ttl_hours
+
+    return timedelta(hours=ttl_hours(text, flag="--since"))
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("name", metavar="NAME|S3")
+@click.option("--output", metavar="FOLDER", type=FOLDER, required=True, help="It is made.")
+@click.option("--since", metavar="TIME", type=Given(_span), help="No older ones, as 24h or 7d.")
+@_options(_WHERE)
+def capture(
+    name: str, output: Path, since: timedelta | None, region: str | None, assume_role: str | None
+) -> None:
+    """Bring home the images and answers that an endpoint's data capture has kept.
+
+    For endpoints that were made with `deploy --data-capture`. Of one that is gone name the folder,
+    s3://BUCKET/FOLDER/ENDPOINT. Images go to FOLDER/images, named after SageMaker's event ids, and
+    answers to FOLDER/answers.csv and answers.jsonl; what is there from before stays.
+
+    \b
+    Examples:
+      visiontuner capture dogs --output captured
+      visiontuner capture dogs --output captured --since 24h
+    """
+    from visiontuner.workflow.capture import capture as bring
+
+    console = SearchConsole(_stderr_console())
+    try:
+        came = bring(
+            name,
+            output=output,
+            since=since,
+            region=region,
+            assume_role=assume_role,
+            progress=console.progress,
+        )
+    finally:
+        console.close()
+    click.echo(f"{came.images:,} images from {came.source} are in {came.folder}/images,")
+    click.echo(f"their answers in {came.folder}/answers.csv.")
+    if came.unreadable:
+        click.echo(f"{came.unreadable:,} could not be read; answers.csv says why.", err=True)
 
 
 # The command that asks a model what is on images.

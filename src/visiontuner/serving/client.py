@@ -539,7 +539,7 @@ def ask_all(
     pool = ThreadPoolExecutor(workers, thread_name_prefix="query")
     pending: deque[Future[list[ImageAnswer]]] = deque()
     try:
-        for batch in _batches(images, transport, batch_size):
+        for batch in batches(images, lambda: transport.body_limit, batch_size):
             pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
             if len(pending) > 2 * workers:
                 yield from interrupts.result(pending.popleft())
@@ -573,7 +573,7 @@ def patiently(
 
 
 @dataclass(frozen=True)
-class _Read:
+class ReadImage:
     """An image as it will be sent, or the reason why it cannot be."""
 
     name: str
@@ -582,15 +582,21 @@ class _Read:
     reduced: bool = False
 
 
-def _batches(
-    images: Iterable[ImageSource], transport: Transport, batch_size: int
-) -> Iterator[list[_Read]]:
-    batch: list[_Read] = []
+def batches(
+    images: Iterable[ImageSource], limit: Callable[[], int], batch_size: int = IMAGES_PER_REQUEST
+) -> Iterator[list[ReadImage]]:
+    """Read images, one after the other, and part them into requests.
+
+    Args:
+        limit: bytes of a request; asked for each image, as it may become less.
+        batch_size: most images a request.
+    """
+    batch: list[ReadImage] = []
     length = 0
     for image in images:
-        limit = _room(transport)  # may be less than it was
-        one = _fitting(_read(image), limit)
-        if batch and (len(batch) == batch_size or length + _sent(one) > limit):
+        room = _room(limit())
+        one = _fitting(_read(image), room)
+        if batch and (len(batch) == batch_size or length + _sent(one) > room):
             yield batch
             batch, length = [], 0
         batch.append(one)
@@ -599,37 +605,37 @@ def _batches(
         yield batch
 
 
-def _room(transport: Transport) -> int:
-    return transport.body_limit - _REQUEST_OVERHEAD
+def _room(limit: int) -> int:
+    return limit - _REQUEST_OVERHEAD
 
 
-def _read(image: ImageSource) -> _Read:
+def _read(image: ImageSource) -> ReadImage:
     try:
         content = image.read()
         if not content:
             raise BadImageError("It is empty.")
-        return _Read(image.name, content)
+        return ReadImage(image.name, content)
     except BadImageError as error:
-        return _Read(image.name, error=str(error))
+        return ReadImage(image.name, error=str(error))
 
 
-def _fitting(one: _Read, limit: int) -> _Read:
+def _fitting(one: ReadImage, limit: int) -> ReadImage:
     """The image itself, or a smaller one that needs at most `limit` bytes of a request."""
     if one.error is not None or _sent(one) <= limit:
         return one
     try:
         return replace(one, content=shrink(one.content, (limit - 8) // 4 * 3 - 3), reduced=True)
     except BadImageError as error:
-        return _Read(one.name, error=str(error))
+        return ReadImage(one.name, error=str(error))
 
 
-def _sent(one: _Read) -> int:
+def _sent(one: ReadImage) -> int:
     """Bytes in the request: base64, and a row's brackets, quotes and comma."""
     return (len(one.content) + 2) // 3 * 4 + 6
 
 
 def _ask_batch(
-    transport: Transport, batch: Sequence[_Read], options: Options, sleep: Callable[[float], None]
+    transport: Transport, batch: Sequence[ReadImage], options: Options, sleep: Callable[[float], None]
 ) -> list[ImageAnswer]:
     asked = [one for one in batch if one.error is None]
     answers = iter(_ask_in_parts(transport, asked, options, sleep))
@@ -637,7 +643,7 @@ def _ask_batch(
 
 
 def _ask_in_parts(
-    transport: Transport, asked: Sequence[_Read], options: Options, sleep: Callable[[float], None]
+    transport: Transport, asked: Sequence[ReadImage], options: Options, sleep: Callable[[float], None]
 ) -> list[ImageAnswer]:
     """A batch that is refused is asked in halves: one bad image must not take others with it."""
     if not asked:
@@ -651,7 +657,7 @@ def _ask_in_parts(
         ]
     except Refused as error:
         if len(asked) == 1:
-            smaller = _fitting(asked[0], _room(transport))
+            smaller = _fitting(asked[0], _room(transport.body_limit))
             if not isinstance(error, TooLarge) or smaller is asked[0]:
                 return [_failed(asked[0], str(error))]
             return _ask_batch(transport, [smaller], options, sleep)
@@ -663,7 +669,7 @@ def _ask_in_parts(
     ]
 
 
-def _failed(one: _Read, reason: str) -> ImageAnswer:
+def _failed(one: ReadImage, reason: str) -> ImageAnswer:
     return ImageAnswer(image=one.name, answer=Answer(error=reason), reduced=one.reduced)
 
 

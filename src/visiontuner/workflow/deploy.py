@@ -45,6 +45,7 @@ from visiontuner.workflow.promote import locate_model, model_folder, open_store,
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import Endpoint, Running
+    from visiontuner.serving.preflight import PreflightReport
 
 Note = Callable[[str], None]
 
@@ -153,7 +154,7 @@ def plan_deployment(
     if running and model is None:
         model = deployed_model(aws, str(options.name)).split("/")[0]
     located = locate_model(model)
-    uri, facts = _model_facts(located)
+    uri, facts = model_facts(located)
     name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
     if running is None:
         check_free(aws, name)
@@ -236,7 +237,7 @@ def _priced_and_tagged(
 
     price = options.price
     if price is None and plan.instance_type:
-        price = hourly_price(aws, plan.instance_type)
+        price = hourly_price(aws, plan.instance_type, "Async" if plan.is_async else "Hosting")
     whole = price * plan.instances if price is not None and plan.instance_type else None
     tags = make_tags(
         {
@@ -271,24 +272,42 @@ def deploy(
     if not preflight:
         plan = _aimed(plan, None)
     else:
-        report = run_preflight(plan.model_uri, env_manager=preflight, note=note)
-        failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
-        small = shortage(
-            report.memory_mb, instance_type=plan.instance_type, serverless_mb=plan.serverless_mb
-        )
-        failed += [f"{small} ({report.recommendation.rstrip('.')})"] if small else []
-        if failed:
-            raise ServingError(
-                f"The preflight of {plan.model_uri} fails: {'; '.join(failed)}. Nothing was made; "
-                "--no-preflight deploys it all the same."
-            )
-        note(f"Preflight passed. {report.recommendation}")
+        report = check_served(
+            plan.model_uri, preflight, instance_type=plan.instance_type,
+            serverless_mb=plan.serverless_mb, note=note,
+        )  # fmt: skip
         plan = _aimed(plan, report.p50_ms)
     with model_folder(plan.model_uri) as folder:
         reference = Reference.read(folder)
     act = endpoint.update if update else endpoint.create
     with interrupts.in_order():
         act(aws, plan, reference, tracking_uri=tracking_uri(), note=note)
+
+
+def check_served(
+    model_uri: str,
+    env_manager: Literal["uv", "local"],
+    *,
+    instance_type: str | None,
+    serverless_mb: int | None,
+    note: Note,
+) -> PreflightReport:
+    """Serve a model here as its machines will.
+
+    Raises:
+        ServingError: it fails, or they are too small for it.
+    """
+    report = run_preflight(model_uri, env_manager=env_manager, note=note)
+    failed = [f"{c.name} ({c.detail})" for c in report.checks if c.status != "ok"]
+    small = shortage(report.memory_mb, instance_type=instance_type, serverless_mb=serverless_mb)
+    failed += [f"{small} ({report.recommendation.rstrip('.')})"] if small else []
+    if failed:
+        raise ServingError(
+            f"The preflight of {model_uri} fails: {'; '.join(failed)}. Nothing was made; "
+            "--no-preflight goes on all the same."
+        )
+    note(f"Preflight passed. {report.recommendation}")
+    return report
 
 
 def _aimed(plan: DeploymentPlan, milliseconds: float | None) -> DeploymentPlan:
@@ -328,7 +347,7 @@ def endpoints(region: str | None = None, assume_role: str | None = None) -> list
     return list_endpoints(Aws(region, assume_role))
 
 
-def _model_facts(located: Path | str) -> tuple[str, dict[str, Any]]:
+def model_facts(located: Path | str) -> tuple[str, dict[str, Any]]:
     """The URI to deploy, and the tags that lead from the endpoint back to it."""
     if isinstance(located, Path):
         if not (located / "MLmodel").is_file():

@@ -23,6 +23,7 @@ from visiontuner.aws.job import (
 )
 from visiontuner.aws.job import dry_run as look
 from visiontuner.aws.request import (
+    OUR_VARIABLES,
     JobPlan,
     Price,
     S3Images,
@@ -73,6 +74,8 @@ class JobOptions:
         price: US dollars for an hour of one instance.
         volume: GB of each machine's disk; by the size of the images if None.
         warm_pool: how long machines stay for a next job, as `30m`.
+        encrypt_traffic: encrypt what the hosts send each other.
+        environment: more variables for the container; with `resume` beside those of that job.
         tags: with `resume` beside those of that job.
         upload: `s3://BUCKET/FOLDER`, where images of this machine are brought.
         resume: a job of ours; its search goes on from its checkpoints.
@@ -95,6 +98,8 @@ class JobOptions:
     subnets: tuple[str, ...] | None = None
     security_groups: tuple[str, ...] | None = None
     kms_key: str | None = None
+    encrypt_traffic: bool | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     upload: str | None = None
     resume: str | None = None
@@ -358,8 +363,15 @@ def _as_before(options: JobOptions, before: Job, submitted: Submitted) -> JobOpt
         subnets=subnets,
         security_groups=security_groups,
         kms_key=_chosen(options.kms_key, submitted.kms_key),
+        encrypt_traffic=_chosen(options.encrypt_traffic, submitted.encrypt_traffic),
+        environment={**_own_variables(submitted), **options.environment},
         tags={**submitted.tags, **options.tags},
     )
+
+
+def _own_variables(submitted: Submitted) -> dict[str, str]:
+    """The user's; the next job gets ours anew."""
+    return {name: value for name, value in submitted.variables.items() if name not in OUR_VARIABLES}
 
 
 def _network(
@@ -445,6 +457,8 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         subnets=options.subnets or (),
         security_groups=options.security_groups or (),
         kms_key=options.kms_key or None,
+        encrypt_traffic=bool(options.encrypt_traffic),
+        variables=options.environment,
         tags=options.tags,
         resumed=options.resume,
     )

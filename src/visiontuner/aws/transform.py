@@ -1,0 +1,489 @@
+"""Batch transform: a model of MLflow's answers every image of a folder on S3, and ends."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from mlflow.exceptions import MlflowException
+
+from visiontuner import interrupts
+from visiontuner.aws.account import ContainerImage, check_variables, has_own_disk, make_bucket
+from visiontuner.aws.endpoint import Note, Parts, mlflows_environment, poll
+from visiontuner.data.images import image_extensions
+from visiontuner.errors import BadImageError, ServingError, UserMistake
+from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
+from visiontuner.io.s3 import RemoteFile, connect, list_files, read
+from visiontuner.io.s3 import explained as s3_explained
+from visiontuner.paths import split_folder, split_uri
+from visiontuner.serving.answers import MAX_BYTES, Answer, Options
+from visiontuner.serving.client import (
+    REQUEST_BYTES,
+    ImageAnswer,
+    ImageSource,
+    ReadImage,
+    batches,
+    decode_answers,
+    encode_request,
+)
+from visiontuner.serving.registry import fluent_uris, quiet
+from visiontuner.serving.server import QUIET
+from visiontuner.text import hide_variables, one_line
+
+PREFIX = "visiontuner/transform"
+"""The folder in the bucket where requests and raw answers lie until the job has ended."""
+
+_ENDED = ("Completed", "Failed", "Stopped")
+# S3 requests at a time: of 25 MB at most each, so 800 MB of memory.
+_AT_ONCE = 32
+_DELETED_AT_ONCE = 1000  # S3's own limit
+_ENVIRONMENT_LENGTH = 10 * 1024  # of a value, as botocore's model of CreateTransformJob has it
+_ENVIRONMENT_MOST = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformPlan:
+    """One batch transform job.
+
+    Args:
+        name: of the job.
+        source: `s3://…/`, the folder of the images.
+        output: `s3://…`, where the answers will be, one line an image.
+        images: what lies there, by the keys below it.
+        others: how many objects there are no images by their names.
+        bucket: for the model, the requests and the raw answers; made first if it is not there.
+        more: `vpc_config`, if there is one, as MLflow takes it.
+        variables: of the container, beside ours.
+        tags: of the job and its model.
+        price_per_hour: US dollars for one instance; None: not known.
+    """
+
+    name: str
+    model_uri: str
+    source: str
+    output: str
+    images: Sequence[RemoteFile]
+    others: int
+    region: str
+    account: str
+    caller: str
+    role: str
+    container_image: ContainerImage
+    bucket: str
+    bucket_exists: bool
+    instance_type: str
+    instances: int
+    options: Options
+    more: Mapping[str, Any] = field(default_factory=dict)
+    kms_key: str | None = None
+    variables: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    assume_role: str | None = None
+    price_per_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        check_variables(self.variables, longest=_ENVIRONMENT_LENGTH)
+        most = _ENVIRONMENT_MOST - len(QUIET)
+        if len(self.variables) > most:
+            raise UserMistake(f"--env: a transform job takes {most} variables, beside ours.")
+
+    @property
+    def staged(self) -> str:
+        """`s3://…/`, what is removed at the end."""
+        return f"s3://{self.bucket}/{PREFIX}/{self.name}/"
+
+    def complete(self, session: Any) -> None:
+        """Add to a botocore session what MLflow has no words for."""
+
+        def job(params: dict[str, Any], **_: Any) -> None:
+            params["Environment"] = {**QUIET, **self.variables}
+            params["Tags"] = [*params.get("Tags", ()), *self._tags()]
+            if self.kms_key:
+                params["TransformOutput"]["KmsKeyId"] = self.kms_key
+                if not has_own_disk(self.instance_type):
+                    params["TransformResources"]["VolumeKmsKeyId"] = self.kms_key
+
+        def model(params: dict[str, Any], **_: Any) -> None:
+            params["Tags"] = [*params.get("Tags", ()), *self._tags()]
+
+        def upload(params: dict[str, Any], **_: Any) -> None:
+            if self.kms_key and params.get("Bucket") == self.bucket:
+                params |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key}
+
+        session.register("before-parameter-build.sagemaker.CreateTransformJob", job)
+        session.register("before-parameter-build.sagemaker.CreateModel", model)
+        for method in ("PutObject", "CreateMultipartUpload"):
+            session.register(f"before-parameter-build.s3.{method}", upload)
+
+    def _tags(self) -> list[dict[str, str]]:
+        return [{"Key": key, "Value": value} for key, value in self.tags.items()]
+
+    def cost(self, seconds: float) -> float | None:
+        """US dollars for so long on all instances."""
+        if self.price_per_hour is None:
+            return None
+        return self.price_per_hour * self.instances * seconds / 3600
+
+    def lines(self) -> list[str]:
+        """What is going to happen, for a person."""
+        size = sum(image.size for image in self.images) / 1e6
+        others = f"; {self.others:,} other objects are left out" if self.others else ""
+        made = "" if self.bucket_exists else " (is made)"
+        hourly = self.cost(3600)
+        price = (
+            "its price is not known here; tell it with --price"
+            if hourly is None
+            else f"${hourly:.3g} an hour, paid while it runs"
+        )
+        lines = [
+            f"transform  {self.name} in {self.region}, account {self.account}, as {self.caller}",
+            f"model      {self.model_uri}",
+            f"images     {len(self.images):,} in {self.source} ({size:,.0f} MB){others}",
+            f"answers    {self.output}",
+            f"runs on    {self.instances} x {self.instance_type}; {price}",
+            f"role       {self.role}",
+            f"container  {self.container_image.url} ({self.container_image.digest[:19]}…)",
+            f"staged in  {self.staged}{made}, through this machine, and removed",
+        ]
+        if "vpc_config" in self.more:
+            network = self.more["vpc_config"]
+            groups = ", ".join(network["SecurityGroupIds"])
+            lines.append(f"network    {', '.join(network['Subnets'])} ({groups})")
+        if self.kms_key:
+            lines.append(f"encrypted  what is staged and the disks, {self.kms_key}")
+        if self.variables:
+            shown = hide_variables(self.variables).items()
+            lines.append(f"variables  {', '.join(f'{key}={value}' for key, value in shown)}")
+        return lines
+
+
+def job_name(model: str, now: float | None = None) -> str:
+    """Short enough for MLflow to name a model after it whole."""
+    plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[:16].strip("-") or "visiontuner"
+    return f"{plain}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+
+
+def instance_types(aws: Aws) -> list[str]:
+    """Those of transform jobs, as far as this boto3 knows them; asks nobody."""
+    model = aws.client("sagemaker").meta.service_model
+    return list(model.shape_for("TransformInstanceType").enum)
+
+
+def find_images(aws: Aws, source: str) -> tuple[list[RemoteFile], int]:
+    """The images under `s3://…/`, by their names, and how many other objects there are.
+
+    Raises:
+        UserMistake: there is none, no such bucket, or no permission.
+        ServingError: S3 cannot be reached.
+    """
+    bucket, prefix = split_folder(source)
+    with s3_explained(bucket, "read"):
+        found = list_files(connect(aws.session, aws.region), bucket, prefix)
+    endings = tuple(image_extensions())
+    images = [one for one in found if one.key.lower().endswith(endings)]
+    if not images:
+        raise UserMistake(f"There are no images at {source} ({len(found):,} objects).")
+    return images, len(found) - len(images)
+
+
+# The requests: read from S3, staged, and remembered by what they hold.
+
+
+@dataclass(frozen=True)
+class Staged:
+    """One request on S3: the images in it, without their contents."""
+
+    key: str
+    images: tuple[ReadImage, ...]
+
+
+def stage(aws: Aws, plan: TransformPlan, progress: Callable[[int, int], None]) -> list[Staged]:
+    """Put requests of JSON on S3, which MLflow's server takes: images alone it does not.
+
+    Each holds up to 16 images, and less than the 6 MB that SageMaker sends at a time. An image that
+    is larger is sent smaller, still more than a network sees; one that cannot be read is in none.
+
+    Args:
+        progress: told how many images are staged, and of how many.
+
+    Raises:
+        UserMistake: no permission.
+        ServingError: S3 cannot be reached.
+    """
+    source, _ = split_folder(plan.source)
+    bucket, prefix = split_folder(plan.staged)
+    reading = connect(aws.session, aws.region)
+    writing = connect(aws.session, aws.region, owner=aws.account)
+    put = partial(writing.put_object, Bucket=bucket, ContentType="application/json")
+    if plan.kms_key:
+        put = partial(put, ServerSideEncryption="aws:kms", SSEKMSKeyId=plan.kms_key)
+    staged: list[Staged] = []
+    done = 0
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="transform")
+    try:
+        with s3_explained(bucket, "write to"):
+            images = _ahead(plan.images, partial(_read, reading, source), pool, plan.source)
+            uploads: deque[Future[Any]] = deque()
+            for batch in batches(images, lambda: REQUEST_BYTES):
+                one = Staged(f"{prefix}requests/{len(staged):06d}.json", _without_content(batch))
+                staged.append(one)
+                contents = [image.content for image in batch if image.error is None]
+                if contents:
+                    body = encode_request(contents, plan.options)
+                    uploads.append(pool.submit(put, Key=one.key, Body=body))
+                if len(uploads) > _AT_ONCE:
+                    interrupts.result(uploads.popleft())
+                done += len(batch)
+                progress(done, len(plan.images))
+            while uploads:
+                interrupts.result(uploads.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return staged
+
+
+def _ahead(
+    files: Iterable[RemoteFile],
+    fetch: Callable[[RemoteFile], bytes],
+    pool: ThreadPoolExecutor,
+    folder: str,
+) -> Iterator[ImageSource]:
+    """Images that are being read while those before them are staged."""
+    waiting: deque[tuple[RemoteFile, Future[bytes]]] = deque()
+
+    def first() -> ImageSource:
+        file, future = waiting.popleft()
+        return ImageSource(name=folder + file.name, read=partial(interrupts.result, future))
+
+    for file in files:
+        waiting.append((file, pool.submit(fetch, file)))
+        if len(waiting) > _AT_ONCE:
+            yield first()
+    while waiting:
+        yield first()
+
+
+def _read(client: Any, bucket: str, file: RemoteFile) -> bytes:
+    if file.size > MAX_BYTES:
+        raise BadImageError(
+            f"It has {file.size / 1e6:,.1f} MB; at most {MAX_BYTES / 1e6:,.0f} MB are read."
+        )
+    content = read(client, bucket, file.key)
+    if content is None:
+        raise BadImageError("It was deleted meanwhile.")
+    return content
+
+
+def _without_content(batch: Sequence[ReadImage]) -> tuple[ReadImage, ...]:
+    return tuple(ReadImage(one.name, error=one.error, reduced=one.reduced) for one in batch)
+
+
+# The job: started through MLflow, followed, stopped.
+
+
+def start(aws: Aws, plan: TransformPlan, *, tracking_uri: str) -> None:
+    """Let MLflow upload the model and create the job.
+
+    Raises:
+        ServingError: MLflow or AWS refuses.
+    """
+    import mlflow.sagemaker
+
+    with (
+        lent_to_library(aws, plan.bucket, also=plan.complete),
+        mlflows_environment(plan.region),
+        quiet(),
+        fluent_uris(tracking_uri),
+        explained("create the transform job"),
+    ):
+        try:
+            mlflow.sagemaker.deploy_transform_job(
+                plan.name,
+                plan.model_uri,
+                s3_input_data_type="S3Prefix",
+                s3_input_uri=f"{plan.staged}requests/",
+                content_type="application/json",
+                s3_output_path=f"{plan.staged}answers",
+                split_type="None",
+                accept="application/json",
+                assemble_with="None",
+                execution_role_arn=plan.role,
+                assume_role_arn=plan.assume_role,
+                bucket=plan.bucket,
+                image_url=plan.container_image.url,
+                region_name=plan.region,
+                instance_type=plan.instance_type,
+                instance_count=plan.instances,
+                vpc_config=plan.more.get("vpc_config"),
+                archive=True,
+                synchronous=False,
+            )
+        except MlflowException as error:
+            text = one_line(error, 400)
+            raise ServingError(f"MLflow could not transform {plan.source}: {text}") from error
+
+
+def follow(aws: Aws, plan: TransformPlan, note: Note) -> float:
+    """Wait until the job is completed.
+
+    Returns:
+        The seconds that its instances ran and are paid for.
+
+    Raises:
+        ServingError: it failed, or someone stopped it.
+    """
+    for _ in poll(plan.name, note, "Transforming in"):
+        told = aws.call("sagemaker", "describe_transform_job", TransformJobName=plan.name)
+        state = told["TransformJobStatus"]
+        if state == "Completed":
+            return paid_seconds(told)
+        if state in _ENDED:
+            raise ServingError(_explained(aws, plan, told))
+    raise AssertionError("polling has no end")
+
+
+def paid_seconds(described: Mapping[str, Any]) -> float:
+    """From the start of a job's instances to its end; 0 if they never started."""
+    began, ended = described.get("TransformStartTime"), described.get("TransformEndTime")
+    return (ended - began).total_seconds() if began and ended else 0.0
+
+
+def _explained(aws: Aws, plan: TransformPlan, described: Mapping[str, Any]) -> str:
+    reason = " ".join(str(described.get("FailureReason") or "").split()).rstrip(".")
+    log = _last_lines(aws, plan.name)
+    spent = plan.cost(paid_seconds(described))
+    parts = [f"{plan.name} is {described['TransformJobStatus']}{': ' + reason if reason else ''}."]
+    parts += [f"Its log ends with: {log.rstrip('.')}."] if log else []
+    parts += [f"It has cost about ${spent:,.2f}."] if spent else []
+    parts.append("`visiontuner preflight MODEL` shows whether the model can be served.")
+    return " ".join(parts)
+
+
+def _last_lines(aws: Aws, name: str) -> str:
+    group = "/aws/sagemaker/TransformJobs"
+    try:
+        streams = aws.call(
+            "logs", "describe_log_streams", logGroupName=group, logStreamNamePrefix=f"{name}/"
+        )["logStreams"]
+        if not streams:
+            return ""
+        events = aws.call(
+            "logs", "get_log_events", logGroupName=group,
+            logStreamName=streams[0]["logStreamName"], limit=5,
+        )["events"]  # fmt: skip
+    except ServingError:
+        return ""
+    return " ".join(" ".join(event["message"].split()) for event in events)[-300:]
+
+
+def stop(aws: Aws, name: str, note: Note) -> None:
+    """End a job if it runs, and wait for that."""
+    asked = False
+    for _ in poll(name, note, "Stopping"):
+        try:
+            told = aws.call("sagemaker", "describe_transform_job", TransformJobName=name)
+            if told["TransformJobStatus"] in _ENDED:
+                return
+            if not asked:
+                aws.call("sagemaker", "stop_transform_job", TransformJobName=name)
+            asked = True
+        except AwsRefused as error:
+            if error.is_missing:
+                return
+            if error.is_passing or asked:
+                raise
+            asked = True  # it has ended meanwhile
+
+
+def remove(aws: Aws, plan: TransformPlan) -> None:
+    """Delete what was staged, the raw answers, the model and its archive."""
+    bucket, prefix = split_folder(plan.staged)
+    client = connect(aws.session, aws.region, owner=aws.account)
+    with s3_explained(bucket, "write to"):
+        keys = [{"Key": one.key} for one in list_files(client, bucket, prefix)]
+        for start_ in range(0, len(keys), _DELETED_AT_ONCE):
+            some = keys[start_ : start_ + _DELETED_AT_ONCE]
+            client.delete_objects(Bucket=bucket, Delete={"Objects": some, "Quiet": True})
+    Parts.find(aws, plan.name, plan.bucket).delete(aws)
+
+
+# The answers: joined to the keys of the images.
+
+
+def join(aws: Aws, plan: TransformPlan, staged: Sequence[Staged]) -> Iterator[ImageAnswer]:
+    """The answer of every image, in the order of the images.
+
+    Raises:
+        ServingError: S3 cannot be reached.
+    """
+    bucket, prefix = split_folder(plan.staged)
+    client = connect(aws.session, aws.region, owner=aws.account)
+    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="transform")
+    try:
+        with s3_explained(bucket, "read"):
+            for start_ in range(0, len(staged), _AT_ONCE):
+                some = staged[start_ : start_ + _AT_ONCE]
+                keys = [f"{prefix}answers/{one.key.rpartition('/')[2]}.out" for one in some]
+                reading = [pool.submit(read, client, bucket, key) for key in keys]
+                for one, content in zip(some, map(interrupts.result, reading), strict=True):
+                    yield from _answered(one, content)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _answered(one: Staged, content: bytes | None) -> Iterator[ImageAnswer]:
+    asked = [image for image in one.images if image.error is None]
+    if content is None:
+        answers = [Answer(error="SageMaker gave no answer.")] * len(asked)
+    else:
+        answers = decode_answers(content, len(asked))
+    left = iter(answers)
+    for image in one.images:
+        answer = Answer(error=image.error) if image.error is not None else next(left)
+        yield ImageAnswer(image=image.name, answer=answer, reduced=image.reduced)
+
+
+def write_answers(aws: Aws, plan: TransformPlan, answers: Iterable[ImageAnswer]) -> int:
+    """Write JSON lines to the plan's output; returns how many images have no answer.
+
+    Raises:
+        UserMistake: no such bucket, or no permission.
+        ServingError: S3 cannot be reached.
+    """
+    lines, failed = [], 0
+    for one in answers:
+        failed += one.answer.error is not None
+        lines.append(json.dumps(one.to_dict(), ensure_ascii=False) + "\n")
+    bucket, key = split_uri(plan.output)
+    client = connect(aws.session, aws.region)
+    with s3_explained(bucket, "write to"):
+        client.put_object(
+            Bucket=bucket, Key=key, Body="".join(lines).encode(),
+            ContentType="application/x-ndjson",
+        )  # fmt: skip
+    return failed
+
+
+def require_output(aws: Aws, uri: str) -> None:
+    """Make sure, before anything costs, that there is a bucket for the answers.
+
+    Raises:
+        UserMistake: there is none, or not for this caller.
+    """
+    bucket, _ = split_uri(uri)
+    with s3_explained(bucket, "write to"):
+        connect(aws.session, aws.region).head_bucket(Bucket=bucket)
+
+
+def make_staging(aws: Aws, plan: TransformPlan, note: Note) -> None:
+    """The bucket, where it is missing."""
+    if not plan.bucket_exists:
+        make_bucket(aws, plan.bucket)
+        note(f"Made the bucket {plan.bucket}.")
