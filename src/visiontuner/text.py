@@ -230,7 +230,17 @@ NO_TRACKING = "none"
 """As MLFLOW_TRACKING_URI of a search: its journal alone; `sync` or `attach` write it elsewhere."""
 
 # They neither read nor write MLflow.
-_WITHOUT_STORE = ("capture", "doctor", "endpoints", "jobs", "prepare", "query", "stop", "suspects", "undeploy")
+_WITHOUT_STORE = (
+    "capture",
+    "doctor",
+    "endpoints",
+    "jobs",
+    "prepare",
+    "query",
+    "stop",
+    "suspects",
+    "undeploy",
+)
 
 
 def next_command(

@@ -5,7 +5,7 @@ JOB.json in the bucket `directed-jobs` says otherwise, `{"status": …, "seconda
 "seconds": …}`, and stopped when it is asked to stop. Tuning jobs have the training jobs whose names
 begin with theirs; TUNING-JOB.json says the same of each by its name, with `tuned` (parameters),
 `metrics`, `objective` (its value), `aim` (its name and type) and `definition`. The account's quotas
-are the object `quotas.json` there, by name.
+are the object `quotas.json` there, by name, and the answers about SageMaker's MLflow `mlflow.json`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from moto.servicequotas.responses import ServiceQuotasResponse
 
 BUCKET = "directed-jobs"
 NO_QUOTA = "ml.p3.16xlarge"
+
+
+class ResourceNotFound(ServiceException):
+    code = "ResourceNotFound"
 
 
 class ResourceLimitExceeded(ServiceException):
@@ -50,6 +54,21 @@ def list_service_quotas(self: Any) -> str:
     return json.dumps(
         {"Quotas": [{"QuotaName": name, "Value": value} for name, value in quotas.items()]}
     )
+
+
+def describe_mlflow_app(self: Any) -> Any:
+    return _describe_mlflow(self, self._get_param("Arn"))
+
+
+def describe_mlflow_tracking_server(self: Any) -> Any:
+    return _describe_mlflow(self, self._get_param("TrackingServerName"))
+
+
+def _describe_mlflow(self: Any, name: str) -> Any:
+    told = (_read(self, "mlflow.json") or {}).get(name)
+    if told is None:
+        raise ResourceNotFound(f"No MLflow of this name: {name}")
+    return ActionResult(told)
 
 
 def list_training_jobs_for_hyper_parameter_tuning_job(self: Any) -> Any:
@@ -138,6 +157,10 @@ def install() -> None:
     ServiceQuotasResponse.list_service_quotas = list_service_quotas  # type: ignore[attr-defined]
     SageMakerResponse.list_training_jobs_for_hyper_parameter_tuning_job = (  # type: ignore[attr-defined]
         list_training_jobs_for_hyper_parameter_tuning_job
+    )
+    SageMakerResponse.describe_mlflow_app = describe_mlflow_app  # type: ignore[attr-defined]
+    SageMakerResponse.describe_mlflow_tracking_server = (  # type: ignore[attr-defined]
+        describe_mlflow_tracking_server
     )
     SageMakerResponse.create_training_job = create_training_job  # type: ignore[method-assign]
     SageMakerResponse.describe_training_job = describe_training_job  # type: ignore[method-assign]

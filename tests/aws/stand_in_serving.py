@@ -300,7 +300,12 @@ def _register(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_target(
-    backend: Any, r_id: str, dimension: str, min_capacity: int, max_capacity: int, *_: Any, **__: Any
+    backend: Any,
+    r_id: str,
+    _: str,
+    min_capacity: int,
+    max_capacity: int,
+    **__: Any,
 ) -> None:
     _, name, _, variant = r_id.split("/")
     endpoints = sagemaker_backends[backend.account_id][backend.region_name].endpoints

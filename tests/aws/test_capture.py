@@ -120,7 +120,9 @@ def test_images_and_answers_come_home_once(
 
     # After the endpoint is gone, and of the last hours alone: nothing is doubled or lost.
     old = (datetime.now(UTC) - timedelta(days=3)).strftime("%Y/%m/%d/%H")
-    fresh = event({"instances": [{"image": IMAGE}]}, {"predictions": [PREDICTION]}, number="../../x")
+    fresh = event(
+        {"instances": [{"image": IMAGE}]}, {"predictions": [PREDICTION]}, number="../../x"
+    )
     s3.put_object(Bucket="kept", Key=f"all/colours/AllTraffic/{old}/1.jsonl", Body=fresh)
     assert run("undeploy", "colours", "--artifacts").exit_code == 0
     gone = ["capture", "s3://kept/all/colours", "--output", "captured"]

@@ -501,7 +501,9 @@ def test_an_endpoint_in_a_vpc_with_a_key_tags_and_patience_keeps_them_over_an_up
         )
         assert archive["SSEKMSKeyId"] == "key-1"
     # Of a machine with a disk of its own SageMaker takes no key.
-    own_disk = run("update", "colours", model, "--no-preflight", "--instance-type", "ml.g4dn.xlarge")
+    own_disk = run(
+        "update", "colours", model, "--no-preflight", "--instance-type", "ml.g4dn.xlarge"
+    )
     assert own_disk.exit_code == 0, own_disk.output
     (name,) = account.holds()["configs"]
     assert "KmsKeyId" not in sagemaker.describe_endpoint_config(EndpointConfigName=name)

@@ -103,7 +103,8 @@ def test_every_image_has_one_line_with_its_key_and_nothing_else_stays(
     assert {"Key": "visiontuner.model", "Value": model} in tags
 
 
-def test_a_network_and_a_key_reach_the_job(account: Any, model: str, photos: Any) -> None:
+@pytest.mark.usefixtures("photos")
+def test_a_network_and_a_key_reach_the_job(account: Any, model: str) -> None:
     inside = ["--subnets", "subnet-1", "--security-groups", "sg-1"]
     seen: list[dict[str, Any]] = []
     ended = threading.Event()
@@ -167,8 +168,9 @@ def test_ctrl_c_stops_the_job_and_takes_everything_away(
     assert photos.list_objects_v2(Bucket="photos", Prefix="in/")["KeyCount"] == 44
 
 
+@pytest.mark.usefixtures("photos")
 def test_a_job_that_fails_says_why_and_leaves_nothing(
-    account: Any, model: str, photos: Any, monkeypatch: pytest.MonkeyPatch
+    account: Any, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Requests that are larger than SageMaker sends at a time.
     monkeypatch.setattr("visiontuner.aws.transform.REQUEST_BYTES", 20_000_000)
@@ -178,6 +180,7 @@ def test_a_job_that_fails_says_why_and_leaves_nothing(
     assert left(account) == NOTHING
 
 
+@pytest.mark.usefixtures("photos")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,7 +198,7 @@ def test_a_job_that_fails_says_why_and_leaves_nothing(
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(
-    account: Any, model: str, photos: Any, arguments: list[str], message: str
+    account: Any, model: str, arguments: list[str], message: str
 ) -> None:
     done = run("transform", *arguments, "--model", model)
     assert done.exit_code in (1, 2)

@@ -142,6 +142,12 @@ class Aws:
             answer: dict[str, Any] = interrupts.call(ask) if is_question else ask()
             return answer
 
+    def ask(self, doing: str, question: Callable[..., Any], /, **kwargs: Any) -> dict[str, Any]:
+        """One question to a client of another region; raises as `call`."""
+        with explained(doing):
+            answer: dict[str, Any] = interrupts.call(partial(question, **kwargs))
+            return answer
+
     def pages(self, service: str, method: str, key: str, /, **kwargs: Any) -> Iterator[Any]:
         """The entries of a list, whatever number of requests it takes; raises as `call`."""
         with explained(method.replace("_", " ")):

@@ -635,7 +635,10 @@ def _sent(one: ReadImage) -> int:
 
 
 def _ask_batch(
-    transport: Transport, batch: Sequence[ReadImage], options: Options, sleep: Callable[[float], None]
+    transport: Transport,
+    batch: Sequence[ReadImage],
+    options: Options,
+    sleep: Callable[[float], None],
 ) -> list[ImageAnswer]:
     asked = [one for one in batch if one.error is None]
     answers = iter(_ask_in_parts(transport, asked, options, sleep))
@@ -643,7 +646,10 @@ def _ask_batch(
 
 
 def _ask_in_parts(
-    transport: Transport, asked: Sequence[ReadImage], options: Options, sleep: Callable[[float], None]
+    transport: Transport,
+    asked: Sequence[ReadImage],
+    options: Options,
+    sleep: Callable[[float], None],
 ) -> list[ImageAnswer]:
     """A batch that is refused is asked in halves: one bad image must not take others with it."""
     if not asked:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from visiontuner import interrupts
 from visiontuner.aws import job as s3
+from visiontuner.aws import managed_mlflow
 from visiontuner.aws.account import find_bucket, find_role, has_own_disk, hourly_price
 from visiontuner.aws.job import (
     EXPERIMENT,
@@ -429,6 +430,8 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
     price = Price(per_hour=hourly, instances=instances)
     tracking, words = reachable_tracking(tracking_uri(), in_vpc=bool(options.subnets))
+    if tracking is not None and tracking.startswith("arn:"):
+        tracking, words = managed_mlflow.usable(aws, tracking)
     plan = JobPlan(
         search=search,
         experiment=experiment,

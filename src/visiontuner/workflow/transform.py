@@ -179,8 +179,8 @@ def transform(
         except BaseException as error:
             left = (
                 "something may cost money: stop it with `aws sagemaker stop-transform-job "
-                f"--transform-job-name {plan.name} --region {plan.region}`, and delete {plan.staged}"
-                f" and the model {plan.name}-model-…"
+                f"--transform-job-name {plan.name} --region {plan.region}`, and delete "
+                f"{plan.staged} and the model {plan.name}-model-…"
             )
             with telling_what_is_left("Taking away what was made", left, error):
                 note("Taking away what was made.")
