@@ -2,6 +2,7 @@
 
 import csv
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,25 @@ def test_accented_labels_are_one_class_however_they_are_encoded(root, cache):
         row[1] = ("caf\u00e9", "cafe\u0301", "b")[index % 3]
     dataset = load_dataset(write_csv(root / "labels.csv", rows), cache=cache)
     assert dataset.class_names == ("b", "caf\u00e9")
+
+
+def test_paths_are_found_however_their_accents_are_encoded(root, cache):
+    """macOS stores é as two characters; tables that other programs write have it as one."""
+    (root / "cat").rename(root / "cafe\u0301")
+    (root / "dog").rename(root / "\u00e9t\u00e9")
+    (root / "\u00e9t\u00e9" / "03.png").rename(root / "\u00e9t\u00e9" / "u\u0308 3.png")
+    before = load_dataset(root, cache=cache)
+    for form in ("NFC", "NFD"):
+        rows = [[unicodedata.normalize(form, path), label] for path, label in rows_of(root)]
+        dataset = load_dataset(write_csv(root / "labels.csv", rows), cache=cache)
+        assert dataset.digest == before.digest
+        fix = write_csv(root / "fix.csv", [[path, "cow"] for path, _ in rows[:20]])
+        fixed = load_dataset(root, labels=fix, cache=cache)
+        assert "labels_without_image" not in rules(fixed)
+        assert "changes 20 labels" in fixed.described
+    rows = [[unicodedata.normalize("NFC", path)[:-4], label] for path, label in rows_of(root)]
+    without_endings = load_dataset(write_csv(root / "labels.csv", rows), cache=cache)
+    assert without_endings.digest == before.digest
 
 
 # What is wrong with a table

@@ -33,7 +33,10 @@ from visiontuner.data.labels import (
     read_table,
     rename_classes,
     split_named,
+    with_local_paths,
 )
+from visiontuner.data.saved import extract_saved, find_saved
+from visiontuner.data.web import fetch_table, folder_address, is_web_table
 from visiontuner.errors import DataError
 from visiontuner.io.download import (
     _NAMES_NOTE,
@@ -178,6 +181,8 @@ class Layout:
     repeated_rows: Sequence[str] = ()
     unknown_classes: Sequence[str] = ()  # of the class map
     notes: list[str] = field(default_factory=list)  # what was found beyond files and classes
+    address: str = ""  # of the root on S3 or on the web, with a slash at its end
+    saved_in: Path | None = None  # a saved data set, whose images were extracted to the root
 
 
 def read_layout(root: Path) -> Layout:
@@ -459,8 +464,9 @@ def _check(layout: Layout) -> None:
     hint = f" Left out: {left_out_formats(unread)}, {why_not_read(unread)}." if unread else ""
     if len(names) == 1 and layout.table:
         raise DataError(
-            f"{layout.root / layout.table} has only one class, {names[0]}; a classifier needs at "
-            "least two. Is it the right column? data.columns.label names another."
+            f"{layout.saved_in or layout.root / layout.table} has only one class, {names[0]}; a "
+            "classifier needs at least two. Is it the right column? data.columns.label names "
+            "another."
         )
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
@@ -479,19 +485,30 @@ def _check(layout: Layout) -> None:
 _TABLES = ("labels", "metadata")  # what a table of all images is called, but for its ending
 
 
-def read_table_layout(path: Path, columns: Mapping[str, str | None] | None = None) -> Layout:
+def read_table_layout(
+    path: Path, columns: Mapping[str, str | None] | None = None, address: str = ""
+) -> Layout:
     """The images that a table names; their paths are relative to its folder.
+
+    Args:
+        address: of its folder, where that lies on S3 or on the web: rows may hold whole addresses.
 
     Raises:
         DataError: it is no table of images, or names one class alone.
     """
-    layout = Layout(root=path.parent, formats=image_extensions(), table=path.name)
+    layout = _table_layout(path.parent, address, path.name)
     _add_table(layout, path, columns)
     _check(layout)
     return layout
 
 
-def find_table_layout(root: Path, columns: Mapping[str, str | None] | None) -> Layout | None:
+def _table_layout(root: Path, address: str, table: str = "") -> Layout:
+    return Layout(root=root, formats=image_extensions(), address=address, table=table)
+
+
+def find_table_layout(
+    root: Path, columns: Mapping[str, str | None] | None, address: str = ""
+) -> Layout | None:
     """The images that tables in a folder name, by the names that people give such tables.
 
     `labels` or `metadata` with all images, `metadata` in the folder of each split (Hugging Face),
@@ -508,23 +525,24 @@ def find_table_layout(root: Path, columns: Mapping[str, str | None] | None) -> L
         if tables or len(folders) != 1 or _named_like_splits(root):
             break
         root = root / folders[0]
+        address = address and f"{address}{folders[0]}/"
     for stem in _TABLES:
         if stem in tables:
-            layout = Layout(root=root, formats=image_extensions(), table=tables[stem].name)
+            layout = _table_layout(root, address, tables[stem].name)
             _add_table(layout, tables[stem], columns, folders=("", "images/"))
             _check(layout)
             return layout
-    return _metadata_of_splits(root, columns) or _tables_of_splits(root, tables, columns)
+    layout = _table_layout(root, address)
+    return _metadata_of_splits(layout, columns) or _tables_of_splits(layout, tables, columns)
 
 
 def _is_table(entry: os.DirEntry[str]) -> bool:
     return is_table_name(entry.name) and not is_folder(entry)
 
 
-def _metadata_of_splits(root: Path, columns: Mapping[str, str | None] | None) -> Layout | None:
-    layout = Layout(root=root, formats=image_extensions())
-    for folder, split in _named_like_splits(root).items():
-        for entry in scan_folder(root / folder):
+def _metadata_of_splits(layout: Layout, columns: Mapping[str, str | None] | None) -> Layout | None:
+    for folder, split in _named_like_splits(layout.root).items():
+        for entry in scan_folder(layout.root / folder):
             if _is_table(entry) and Path(entry.name).stem.lower() == "metadata":
                 _add_table(layout, Path(entry.path), columns, folders=(f"{folder}/",), split=split)
                 layout.table = f"{layout.table}, {folder}/{entry.name}".removeprefix(", ")
@@ -532,13 +550,12 @@ def _metadata_of_splits(root: Path, columns: Mapping[str, str | None] | None) ->
 
 
 def _tables_of_splits(
-    root: Path, tables: Mapping[str, Path], columns: Mapping[str, str | None] | None
+    layout: Layout, tables: Mapping[str, Path], columns: Mapping[str, str | None] | None
 ) -> Layout | None:
     """`train.csv` beside `train/`, and those of other splits that have labels."""
     named = {path: split for stem, path in tables.items() if (split := split_named(stem))}
     if "train" not in named.values():
         return None
-    layout = Layout(root=root, formats=image_extensions())
     labelled = [path for path in named if _has_labels(path, columns, named[path], layout)]
     for path in labelled:
         split = named[path] if len(labelled) > 1 else None
@@ -578,6 +595,9 @@ def _add_table(
 ) -> None:
     """Add the images that a table names, and what is to be said of its rows."""
     table = read_table(path, columns)
+    if layout.address:
+        below = path.parent.relative_to(layout.root).as_posix()
+        table = with_local_paths(table, layout.address + ("" if below == "." else f"{below}/"))
     named = label_files(table, layout.root, folders=folders, split=split)
     layout.files += named.files
     which = "" if split is None else f"{path.relative_to(layout.root).as_posix()}, "
@@ -867,17 +887,21 @@ def fetch_source(
     *,
     cache: Path,
     sha256: str | None = None,
+    columns: Mapping[str, str | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    images_progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
     """Bring a data source onto this machine.
 
     Args:
         source: a folder, a table beside or above the images that it names, the path or http(s) URL
-            of a zip or tar archive, an `s3://BUCKET/KEY` of any of them, or `digits`.
+            of a zip or tar archive or of a table, an `s3://BUCKET/KEY` of any of them, or `digits`.
         cache: where archives are unpacked and downloads are kept.
-        sha256: what the archive must hash to, hexadecimal.
+        sha256: what the archive or the table at a URL must hash to, hexadecimal.
+        columns: how a table at a URL calls its columns.
         progress: called with (bytes so far, bytes in all; 0 if the server does not say).
+        images_progress: the same in images, of a table at a URL.
         note: told when S3 does not answer and is asked again.
 
     Returns:
@@ -896,6 +920,15 @@ def fetch_source(
         )
     if source == "digits" and not Path(source).is_dir():
         return write_digits(cache)
+    if is_web_table(source):
+        return fetch_table(
+            source,
+            columns=columns or {},
+            cache=cache,
+            sha256=sha256,
+            progress=images_progress,
+            note=note,
+        )
     if scheme and scheme[1].lower() in ("http", "https"):
         return _fetch_url(source, cache, sha256, progress)
     if scheme and scheme[1].lower() == "s3":
@@ -907,14 +940,20 @@ def fetch_source(
     return _open_path(Path(source).expanduser(), cache, sha256)
 
 
+def source_address(source: str) -> str:
+    """The address of a remote source's folder, with a slash at its end.
+
+    Nothing for an archive and for what lies on this machine.
+    """
+    if source.lower().startswith("s3://") and not is_archive_name(source):
+        folder = source.rpartition("/")[0] if is_table_name(source) else source.rstrip("/")
+        return f"{folder}/"
+    return folder_address(source) if is_web_table(source) else ""
+
+
 def _fetch_url(
     url: str, cache: Path, sha256: str | None, progress: Callable[[int, int], None] | None
 ) -> Path:
-    if is_table_name(re.split(r"[?#]", url)[0]):
-        raise DataError(
-            f"{without_secrets(url)} is a table, and its images would have to be fetched one by "
-            "one. Give an archive that holds both, or bring them to S3."
-        )
     archive = download(url, cache / "downloads", sha256=sha256, progress=progress)
     folder = cache / "archives" / _folder_name(archive.path.name, archive.sha256)
     if not folder.is_dir() and file_digest(archive.path) != archive.sha256:
@@ -1050,6 +1089,7 @@ class ImageDataset:
         findings: what was noticed without decoding an image.
         own_validation: whether the user says which images are for validation.
         described: what was found where, in a few words.
+        saved_in: the folder of a saved data set, whose images were extracted to `root`.
     """
 
     root: Path
@@ -1059,6 +1099,7 @@ class ImageDataset:
     findings: tuple[Finding, ...]
     own_validation: bool = False
     described: str = ""
+    saved_in: Path | None = None
 
     def counts(self, split: str) -> list[int]:
         """Images of each class in a split, in the order of `class_names`."""
@@ -1082,14 +1123,16 @@ def load_dataset(
     split: SplitRule = "stratified",
     limit_per_class: int | None = None,
     on_bad_image: Literal["skip", "fail"] = "skip",
+    address: str = "",
     cache: Path,
+    extract_into: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageDataset:
     """Read a folder of images, or the table that names them.
 
     Args:
         root: train/, valid/, test/ with class folders, or class folders (then split 80/10/10), or a
-            table with the columns path and label.
+            table with the columns path and label, or what Hugging Face's `save_to_disk` writes.
         columns: how a table calls its columns path, label, split and group.
         labels: a table of single images' labels; those without one are left out.
         classes: a table of classes and what becomes of them.
@@ -1097,13 +1140,18 @@ def load_dataset(
         split: how images are split that nothing else sorts.
         limit_per_class: at most so many images of a class in each split, always the same ones.
         on_bad_image: whether rows of a table that name no usable image are left out or refused.
+        address: of the folder on S3 or on the web, with a slash at its end: rows may hold whole
+            addresses of images below it.
         cache: where content digests are remembered, so that a second look reads no image.
+        extract_into: where images are written that a saved data set holds; the cache if None.
         progress: called with (files read, files to read).
 
     Raises:
         DataError: there is nothing to train on; the message says what was found instead.
     """
-    layout = _read_source(root, columns)
+    layout = _read_saved(
+        root, columns or {}, cache=cache, into=extract_into or cache, progress=progress
+    ) or _read_source(root, columns, address)
     _refine(layout, labels, classes, group)
     if on_bad_image == "fail":
         _refuse_bad_rows(layout)
@@ -1121,6 +1169,7 @@ def load_dataset(
         findings=(),
         own_validation=any(file.split == "validation" for file in layout.files),
         described=_described(root, layout),
+        saved_in=layout.saved_in,
     )
     unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
     findings = (
@@ -1132,16 +1181,39 @@ def load_dataset(
     return replace(dataset, findings=findings)
 
 
-def _read_source(root: Path, columns: Mapping[str, str | None] | None) -> Layout:
+def _read_source(root: Path, columns: Mapping[str, str | None] | None, address: str) -> Layout:
     if is_table_name(root.name) and root.is_file():
-        return read_table_layout(root, columns)
+        return read_table_layout(root, columns, address)
     try:
         return read_layout(root)
     except DataError:
-        layout = find_table_layout(root, columns) if root.is_dir() else None
+        layout = find_table_layout(root, columns, address) if root.is_dir() else None
         if layout is None:
             raise
         return layout
+
+
+def _read_saved(
+    root: Path,
+    columns: Mapping[str, str | None],
+    *,
+    cache: Path,
+    into: Path,
+    progress: Callable[[int, int], None] | None,
+) -> Layout | None:
+    """The images of a data set that Hugging Face's library saved, as files."""
+    saved = find_saved(root) if root.is_dir() else None
+    if saved is None:
+        return None
+    table = extract_saved(saved, columns, cache=cache, into=into, progress=progress)
+    layout = _table_layout(table.parent, "", saved.folder.name)
+    layout.saved_in = saved.folder
+    layout.notes.append("saved by Hugging Face's datasets")
+    _add_table(layout, table, {**columns, "path": "path", "label": "label"})
+    if "" not in saved.splits:
+        layout.notes.remove("splits in column `split`")  # it is ours
+    _check(layout)
+    return layout
 
 
 def _refine(layout: Layout, labels: Path | None, classes: Path | None, group: str | None) -> None:
@@ -1333,8 +1405,8 @@ def _check_splits(layout: Layout, splits: Mapping[str, Sequence[Sample]]) -> Non
             groups = {file.group for file in layout.files} - {None}
             whole = f" Each of the {len(groups):,} groups is in one split." if groups else ""
             raise DataError(
-                f"{layout.root} has {total} image files, and none of them is for {name}.{whole} "
-                f"Add images, or sort them into splits yourself. {LAYOUTS}"
+                f"{layout.saved_in or layout.root} has {total} image files, and none of them is "
+                f"for {name}.{whole} Add images, or sort them into splits yourself. {LAYOUTS}"
             )
 
 

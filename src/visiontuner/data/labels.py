@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import SplitResult, unquote, urlsplit
 
 import pyarrow.parquet as parquet
 
 from visiontuner.data.images import image_extensions
 from visiontuner.errors import DataError
 from visiontuner.io.files import ImageFile, file_state
-from visiontuner.text import csv_text, printable
+from visiontuner.text import csv_text, printable, without_secrets
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 
@@ -159,6 +160,22 @@ def _read(path: Path, choose: Choose) -> tuple[list[int], dict[str, list[str]]]:
     return lines, cells
 
 
+def choose_columns(
+    path: Path, header: Sequence[str], roles: Sequence[str], given: Mapping[str, str]
+) -> dict[str, int]:
+    """Which column of a table is what, by its index.
+
+    Args:
+        path: of the table, for messages.
+        roles: of path, label, split and group, those that have to be there.
+        given: the names of columns that are called otherwise than people usually call them.
+
+    Raises:
+        DataError: there is no such column, or there are two.
+    """
+    return _choose(path, header, {role: _IMAGE_COLUMNS[role] for role in roles}, given)
+
+
 def _choose(
     path: Path,
     header: Sequence[str],
@@ -246,17 +263,25 @@ def _read_parquet(path: Path, choose: Choose) -> Columns:
 
 
 def _text(path: Path, line: int, role: str, value: object) -> str:
-    """A cell as text in NFC; a missing one, and NaN however it is written, is empty."""
+    if isinstance(value, list | dict | bytes):
+        kind = type(value).__name__
+        raise DataError(f"{path}, line {line}: the {role} is a {kind}; it has to be text.")
+    return cell_text(value, as_written=role == "path")  # a file's name is what its bytes say
+
+
+def cell_text(value: object, *, as_written: bool = False) -> str:
+    """A cell as text; a missing one, and NaN however it is written, is empty.
+
+    Args:
+        as_written: the text is not brought to NFC.
+    """
     if not isinstance(value, str):
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return ""
-        if isinstance(value, list | dict | bytes):
-            kind = type(value).__name__
-            raise DataError(f"{path}, line {line}: the {role} is a {kind}; it has to be text.")
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # JSON and Parquet write whole labels as 3.0 where one is missing
     text = str(value).strip()
-    if role != "path" and not text.isascii():  # a file's name is what its bytes say
+    if not (as_written or text.isascii()):
         text = unicodedata.normalize("NFC", text)
     return "" if text in ("nan", "NaN") else text
 
@@ -280,7 +305,8 @@ class LabelledFiles:
 
 BAD_ROWS = {
     "rows_without_path": "the path is empty",
-    "rows_outside_the_folder": "the path leaves the table's folder (absolute, .. or an address)",
+    "rows_outside_the_folder": "the path is absolute, leaves the table's folder by .., or is an "
+    "address outside it",
     "rows_without_file": "there is no such file",
     "rows_without_image": "the file is called like no image that is read here",
     "rows_without_label": "the label is empty or holds control characters",
@@ -291,8 +317,51 @@ BAD_ROWS = {
 """What is wrong with a row, by the rule of its finding."""
 
 
+def with_local_paths(table: Table, address: str) -> Table:
+    """The table with paths in place of addresses that lie below its own folder.
+
+    Args:
+        address: of the folder that the table lies in on S3 or on the web, with a slash at its end.
+    """
+    rows = [
+        row._replace(path=path)
+        if "://" in row.path and (path := path_below(address, row.path))
+        else row
+        for row in table.rows
+    ]
+    return Table(path=table.path, columns=table.columns, rows=rows)
+
+
+def path_below(folder: str, address: str) -> str | None:
+    """The path of an address relative to a folder's, or None where it does not lie below it.
+
+    On the web both are compared after percent-decoding, and the query counts for nothing; on S3 a
+    key is taken as it is written.
+    """
+    scheme, _, key = address.partition("://")
+    if scheme.lower() == "s3":
+        inside = folder.lower().startswith("s3://") and key.startswith(folder[5:])
+        return key[len(folder) - 5 :] if inside else None
+    try:
+        own, other = urlsplit(folder), urlsplit(address)
+        same = _server(own) == _server(other)
+    except ValueError:  # a port that is no number, say
+        return None
+    above, path = unquote(own.path), unquote(other.path)
+    return path[len(above) :] if same and path.startswith(above) else None
+
+
+def _server(address: SplitResult) -> tuple[str, str | None, int | None]:
+    ports = {"http": 80, "https": 443}
+    return address.scheme, address.hostname, address.port or ports.get(address.scheme)
+
+
 def label_files(
-    table: Table, root: Path, *, folders: Sequence[str] = ("",), split: str | None = None
+    table: Table,
+    root: Path,
+    *,
+    folders: Sequence[str] = ("",),
+    split: str | None = None,
 ) -> LabelledFiles:
     """The image files that a table names.
 
@@ -349,7 +418,8 @@ def _first_folder(path: str) -> str | None:
 
 
 def _said_wrong(rule: str, row: Row) -> str:
-    return f"{row.path}: {row.split!r}" if rule == "rows_with_unknown_split" else row.path
+    path = without_secrets(row.path)
+    return f"{path}: {row.split!r}" if rule == "rows_with_unknown_split" else path
 
 
 def _refuse_numberless_classes(table: Table) -> None:
@@ -370,7 +440,7 @@ def _folder_of(table: Table, root: Path, folders: Sequence[str]) -> str:
     finders = {folder: _Finder(root, folder) for folder in folders}
     first = table.rows[:20]
     hits = {
-        folder: sum(finder.stat(_inside(row.path) or ".") is not None for row in first)
+        folder: sum(finder.stat(path_inside(row.path) or ".") is not None for row in first)
         for folder, finder in finders.items()
     }
     return max(folders, key=lambda folder: hits[folder])
@@ -384,10 +454,11 @@ class _Finder:
         self._folder = folder
         self._endings = list(image_extensions())
         self._known = frozenset(self._endings)
+        self._spellings: dict[str, dict[str, str]] = {}  # of a folder: NFC -> as it is on disk
 
     def file(self, row: Row, split: str | None) -> ImageFile | str:
         """The file that a row names, or the rule that it breaks."""
-        path = _inside(row.path)
+        path = path_inside(row.path)
         if path is None:
             return "rows_outside_the_folder" if row.path else "rows_without_path"
         if not _is_class_name(row.label):
@@ -406,6 +477,10 @@ class _Finder:
     def stat(self, path: str) -> tuple[str, os.stat_result] | None:
         """The file at a path, or at that path with an image's ending; None where there is none."""
         path = f"{self._folder}{path}"
+        found = self._stat(path)
+        return found if found is not None or path.isascii() else self._stat(self._spelt(path))
+
+    def _stat(self, path: str) -> tuple[str, os.stat_result] | None:
         status = self._regular(path)
         if status is not None or _ending(path) in self._known:
             return None if status is None else (path, status)
@@ -415,6 +490,27 @@ class _Finder:
                 return path + ending, status
         return None
 
+    def _spelt(self, path: str) -> str:
+        """A path as its parts are encoded on disk: macOS and Linux write é differently."""
+        there = ""
+        for part in path.split("/"):
+            name = unicodedata.normalize("NFC", part)
+            found = self._names(there).get(name)
+            if found is None:  # without its ending, perhaps
+                names = (self._names(there).get(name + ending) for ending in self._endings)
+                found = next((known for known in names if known), part)
+            there = f"{there}/{found}" if there else found
+        return there
+
+    def _names(self, folder: str) -> dict[str, str]:
+        if folder not in self._spellings:
+            try:
+                names = [path.name for path in Path(self._root, folder).iterdir()]
+            except (OSError, ValueError):
+                names = []
+            self._spellings[folder] = {unicodedata.normalize("NFC", name): name for name in names}
+        return self._spellings[folder]
+
     def _regular(self, path: str) -> os.stat_result | None:
         try:
             status = os.stat(f"{self._root}/{path}")  # noqa: PTH116 - called for every row
@@ -423,15 +519,15 @@ class _Finder:
         return status if stat.S_ISREG(status.st_mode) else None
 
 
-def _inside(path: str) -> str | None:
+def path_inside(path: str) -> str | None:
     """A path without detours, or None where it leads out of its folder, or nowhere."""
     name = path.rpartition("/")[2]
-    folder = _inside_folder(path[: len(path) - len(name)])
+    folder = _folder_inside(path[: len(path) - len(name)])
     return None if folder is None or name in ("", ".", "..") else folder + name
 
 
 @cache  # a table names few folders
-def _inside_folder(folder: str) -> str | None:
+def _folder_inside(folder: str) -> str | None:
     """A folder without detours and with a slash at its end, or nothing for the one itself."""
     if folder.startswith("/") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", folder):
         return None
@@ -462,15 +558,16 @@ def override_labels(files: Iterable[ImageFile], table: Table) -> tuple[list[Imag
     """
     labels: dict[str, Row] = {}
     for row in table.rows:
-        path = _inside(row.path) or row.path
+        path = unicodedata.normalize("NFC", path_inside(row.path) or row.path)
         if path in labels:
             raise DataError(f"{table.path}, line {row.line}: {path} a second time.")
         labels[path] = row
     changed: list[ImageFile] = []
     for file in files:
-        if file.path not in labels:
+        path = unicodedata.normalize("NFC", file.path)
+        if path not in labels:
             changed.append(file)
-        elif label := labels.pop(file.path).label:
+        elif label := labels.pop(path).label:
             changed.append(_with_class(file, label))
     return changed, [f"line {row.line}: {row.path}" for row in labels.values()]
 

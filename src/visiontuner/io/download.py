@@ -492,12 +492,21 @@ class Download:
     sha256: str
 
 
+class NotOnServer(DownloadError):
+    """The server is there, and does not have the file or does not give it to us."""
+
+
 class _TryAgain(Exception):
     """The server is busy or the connection broke; what came so far is kept."""
 
 
 def download(
-    url: str, folder: Path, *, sha256: str | None = None, progress: Progress | None = None
+    url: str,
+    folder: Path,
+    *,
+    sha256: str | None = None,
+    session: requests.Session | None = None,
+    progress: Progress | None = None,
 ) -> Download:
     """Fetch a URL, or use the earlier copy while the server says it is current.
 
@@ -507,9 +516,11 @@ def download(
     Args:
         folder: where downloads are kept, each in its own folder.
         sha256: what the content must hash to, hexadecimal.
+        session: keeps connections open for many files.
         progress: called with (bytes so far, bytes in all; 0 if the server does not say).
 
     Raises:
+        NotOnServer: the server answers that it has no such file, or keeps it from us.
         DownloadError: the server refuses, the connection keeps breaking, or the content is wrong.
         DataError: the disk is full or cannot be written.
     """
@@ -521,7 +532,7 @@ def download(
     try:
         place.mkdir(parents=True, exist_ok=True)
         with FileLock(place / "lock"):
-            return _Transfer(url, place / name, sha256, progress).run()
+            return _Transfer(url, place / name, sha256, session, progress).run()
     except OSError as error:
         raise DataError(explain_write(error, place / name)) from None
 
@@ -529,8 +540,16 @@ def download(
 class _Transfer:
     """One URL on its way to one path; `.part` holds what has come, `.json` what it belongs to."""
 
-    def __init__(self, url: str, path: Path, sha256: str | None, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        url: str,
+        path: Path,
+        sha256: str | None,
+        session: requests.Session | None,
+        progress: Progress | None,
+    ) -> None:
         self.url = url
+        self.get = requests.get if session is None else session.get
         self.shown = without_secrets(url)
         self.path = path
         self.part = path.with_name(path.name + ".part")
@@ -561,7 +580,7 @@ class _Transfer:
     def _request(self, kept: Download | None) -> bool:
         """One request; True if the kept copy is still current."""
         try:
-            with requests.get(
+            with self.get(
                 self.url, headers=self._headers(kept), stream=True, timeout=_TIMEOUT_SECONDS
             ) as response:
                 if response.status_code == 304:
@@ -596,7 +615,8 @@ class _Transfer:
         if status == 429 or status >= 500:
             raise _TryAgain(f"the server answered {status} {response.reason}")
         if status not in (200, 206):
-            raise DownloadError(
+            kind = NotOnServer if status in (401, 403, 404, 410) else DownloadError
+            raise kind(
                 f"Cannot fetch {self.shown}: the server answered {status} "
                 f"{response.reason}. Check the address."
             )

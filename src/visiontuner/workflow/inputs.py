@@ -21,6 +21,7 @@ from visiontuner.data.dataset import (
     fetch_source,
     find_emptied_classes,
     load_dataset,
+    source_address,
 )
 from visiontuner.data.findings import inspect_images
 from visiontuner.data.labels import is_table_name
@@ -97,25 +98,30 @@ def training_threads(experiment: Experiment) -> int:
 
 def load_data(experiment: Experiment, observer: Observer) -> ImageDataset:
     data, cache = experiment.data, writable_cache_folder()
-    source = at_hand(data.source)
+    source, columns = at_hand(data.source), data.columns.model_dump()
+    # In a job the cache goes to S3, file by file; an archive that lies beside it need not.
+    unpacked = cache if source == data.source else Path(gettempdir()) / "visiontuner"
     root = fetch_source(
         source,
-        # In a job the cache goes to S3, file by file; an archive that lies beside it need not.
-        cache=cache if source == data.source else Path(gettempdir()) / "visiontuner",
+        cache=unpacked,
         sha256=data.sha256,
+        columns=columns,
         progress=lambda done, total: observer.progress("Fetching", done, total, "B"),
+        images_progress=lambda done, total: observer.progress("Fetching", done, total, "images"),
         note=observer.note,
     )
     dataset = load_dataset(
         root,
-        columns=data.columns.model_dump(),
+        columns=columns,
         labels=find_beside(root, data.labels),
         classes=find_beside(root, data.classes),
         group=data.group,
         split=data.split,
         limit_per_class=data.limit_per_class,
         on_bad_image=data.on_bad_image,
+        address=source_address(data.source),
         cache=cache,
+        extract_into=unpacked,
         progress=lambda done, total: observer.progress("Reading", done, total, "files"),
     )
     counts = ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())

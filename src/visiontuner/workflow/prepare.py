@@ -58,7 +58,7 @@ def prepare(
     )
     if upload is None:
         return prepared
-    return replace(prepared, uploaded=_upload(dataset.root, upload, observer))
+    return replace(prepared, uploaded=_upload(dataset.saved_in or dataset.root, upload, observer))
 
 
 def _upload(root: Path, uri: str, observer: Observer) -> Moved:
