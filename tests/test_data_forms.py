@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -16,6 +20,7 @@ from PIL import Image
 
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
+from visiontuner.io.s3 import upload_folder
 from visiontuner.journal import SearchRecord
 from visiontuner.paths import EXPERIMENT_FILE
 from visiontuner.tracking.page import write_page
@@ -82,10 +87,10 @@ def write_table(photos: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("running_ray")
-def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
+def test_a_class_map_reaches_search_evaluation_lineage_and_mlflow(
     tmp_path: Path,
     photos: Path,
-    small_search: dict[str, Any],
+    fast_search: dict[str, Any],
     new_database: Callable[[Path], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -93,35 +98,24 @@ def test_a_table_gives_the_search_and_the_test_that_its_folders_give(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
     write_table(photos)
     (photos / "classes.csv").write_text("class,becomes\nred,warm\n", "utf-8")
-    small = {**small_search, "search": {**small_search["search"], "trials": 1}}
-    found = {}
-    for source in ("photos", "photos/labels.csv"):
-        data = {"source": source, "classes": "classes.csv"}
-        experiment = Experiment.parse({**small, "data": data})
-        prepared = prepare(experiment)
-        search = run_search(experiment, output=tmp_path / f"search{len(found)}")
-        evaluation = evaluate_search(search.folder)
-        assert evaluation.report.num_images == 4
-        checks = {check.what: check.state for check in verify(trace(str(search.folder)))}
-        assert checks["data digest"] == "ok"
-        found[source] = (
-            prepared.dataset.digest,
-            prepared.dataset.class_names,
-            {name: trial.best_value for name, trial in search.record.trials.items()},
-            evaluation.report.metrics["nll"].value,
-        )
-        (dataset_input,) = _runs(search.record.search_id)[0].inputs.dataset_inputs
-        assert dataset_input.dataset.name == "photos"
-        assert dataset_input.dataset.digest == prepared.dataset.digest[:36]
-        assert "2 classes, classes after classes.csv" in write_page(
-            search.folder, figures={}
-        ).read_text("utf-8")
-    assert found["photos"] == found["photos/labels.csv"]
-    assert found["photos"][1] == ("blue", "warm")
+    data = {"source": "photos/labels.csv", "classes": "classes.csv"}
+    search = run_search(Experiment.parse({**fast_search, "data": data}), output=tmp_path / "search")
+    evaluation = evaluate_search(search.folder)
+    assert evaluation.report.num_images == 4
+    assert search.record.started["data"]["class_names"] == ["blue", "warm"]
+    digest = search.record.started["data"]["digest"]
+    (dataset_input,) = _runs(search.record.search_id)[0].inputs.dataset_inputs
+    assert dataset_input.dataset.name == "photos"
+    assert dataset_input.dataset.digest == digest[:36]
+    page = write_page(search.folder, figures={}).read_text("utf-8")
+    assert "2 classes, classes after classes.csv" in page
 
+    (photos / "classes.csv").write_text("class,becomes\nred,hot\n", "utf-8")
+    checks = {check.what: check.state for check in verify(trace(str(search.folder)))}
+    assert checks["data digest"] == "differs"
     (photos / "labels.csv").write_text("path,label\nred/0.png,red\nblue/0.png,blue\n", "utf-8")
     with pytest.raises(UserMistake):
-        evaluate_search(tmp_path / "search1")
+        evaluate_search(search.folder)
 
 
 def _runs(search_id: str) -> list[Run]:
@@ -193,45 +187,160 @@ def test_a_job_is_refused_labels_that_do_not_lie_beside_its_images(
             check_source(experiment, upload)
 
 
+# Each layout, from S3 to lineage
+
+
+LAYOUTS = {
+    "folders": "",
+    "ultralytics": "",
+    "whole addresses": "/labels.csv",
+    "labels.parquet": "/labels.parquet",
+    "train.csv": "",
+    "metadata.jsonl": "",
+    "saved": "",
+    "saved splits": "",
+}
+"""What is given as the source, behind the folder."""
+SPLIT = ("ultralytics", "metadata.jsonl", "saved splits")
+# These name their files otherwise, so that their digest is another one.
+OTHER_NAMES = ("train.csv", "metadata.jsonl")
+
+
+@pytest.fixture(scope="module")
+def fast_search() -> dict[str, Any]:
+    return {
+        "name": "colours",
+        "model": {"backbone": "resnet18", "weights": "none", "image_size": 32},
+        "training": {"epochs": 2, "learning_rate": 0.03, "batch_size": 16},
+        "search": {
+            "trials": 1,
+            "algorithm": "random",
+            "baselines": False,
+            "space": {"learning_rate": {"values": [0.03]}},
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[bool, tuple[str, float, float]]:
+    """Digest, value and test loss of class folders, by whether they are split: first of each."""
+    return {}
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("running_ray")
-@pytest.mark.parametrize("layout", ["train.csv", "metadata.jsonl", "ultralytics"])
-def test_each_layout_is_searched_evaluated_and_verified(
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout_goes_to_s3_and_is_searched_evaluated_and_verified(
     tmp_path: Path,
     photos: Path,
-    small_search: dict[str, Any],
-    new_database: Callable[[Path], str],
-    monkeypatch: pytest.MonkeyPatch,
     layout: str,
+    fast_search: dict[str, Any],
+    expected: dict[bool, tuple[str, float, float]],
+    new_database: Callable[[Path], str],
+    moto: tuple[str, int],
+    use_aws: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The same digest here and from S3; numbers as of the class folders of the same images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
-    rearrange(photos, layout)
-    small = {**small_search, "search": {**small_search["search"], "trials": 1}}
-    raw = {**small, "data": {"source": str(photos)}}
-    result = run_search(Experiment.parse(raw), output=tmp_path / "search")
-    assert result.record.started["data"]["counts"] == {"train": 32, "validation": 4, "test": 4}
-    assert evaluate_search(result.folder).report.num_images == 4
-    checks = {check.what: check.state for check in verify(trace(str(result.folder)))}
-    assert checks["data digest"] == "ok"
+    use_aws(f"http://{moto[0]}:{moto[1]}")
+    bucket = layout.replace(" ", "-")
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    uri = f"s3://{bucket}/photos"
+    rearrange(photos, layout, uri)
+    source = f"{uri}{LAYOUTS[layout]}"
+    if layout == "whole addresses":  # no paths here
+        upload_folder(photos, uri)
+        prepared = prepare(Experiment.parse({**fast_search, "data": {"source": source}}))
+    else:
+        here = Experiment.parse({"data": {"source": f"{photos}{LAYOUTS[layout]}"}})
+        prepared = prepare(here, upload=uri)
+    assert [f for f in prepared.dataset.findings if f.severity != "info"] == []
+
+    there = Experiment.parse({**fast_search, "data": {"source": source}})
+    search = run_search(there, output=tmp_path / "search")
+    evaluation = evaluate_search(search.folder)
+    started = search.record.started["data"]
+    assert started["digest"] == prepared.dataset.digest
+    assert started["counts"] == {"train": 32, "validation": 4, "test": 4}
+    checks = {check.what: check.state for check in verify(trace(str(search.folder)))}
+    assert checks["data digest"] == checks["reference images"] == "ok"
+    (trial,) = search.record.trials.values()
+    found = (started["digest"], trial.best_value, evaluation.report.metrics["nll"].value)
+    folders = expected.setdefault(layout in SPLIT, found)
+    assert found[1:] == folders[1:]
+    assert (found[0] == folders[0]) == (layout not in OTHER_NAMES)
 
 
-def rearrange(photos: Path, layout: str) -> None:
-    """The forty images as a layout has them."""
-    rows: dict[str, list[tuple[str, str]]] = {}
-    for path in sorted(photos.glob("*/*.png")):
-        label, number = path.parent.name, int(path.stem)
-        split = "train" if layout == "train.csv" or number < 16 else ("val", "test")[number % 2]
-        folder = photos / split / (label if layout == "ultralytics" else "")
-        folder.mkdir(parents=True, exist_ok=True)
-        path.rename(folder / f"{label}{number}.png")
-        rows.setdefault(split, []).append((f"{label}{number}.png", label))
+def rearrange(photos: Path, layout: str, uri: str) -> None:
+    """The forty images as a layout has them; from class folders `red` and `blue`."""
+    if layout == "folders":
+        return
+    rows = [
+        (path.relative_to(photos).as_posix(), path.parent.name)
+        for path in sorted(photos.glob("*/*.png"))
+    ]
+    if layout == "whole addresses":
+        lines = [f"{uri}/{path},{label}" for path, label in rows]
+        (photos / "labels.csv").write_text("\n".join(["path,label", *lines]), "utf-8")
+    elif layout == "labels.parquet":
+        columns = dict(zip(("path", "label"), map(list, zip(*rows, strict=True)), strict=True))
+        pyarrow.parquet.write_table(pyarrow.table(columns), photos / "labels.parquet")
+    elif layout == "saved":
+        save_rows(photos, photos, rows)
+        remove_classes(photos)
+    else:
+        rearrange_splits(photos, layout, rows)
+
+
+def remove_classes(photos: Path) -> None:
     for name in ("red", "blue"):
-        (photos / name).rmdir()
+        shutil.rmtree(photos / name)
+
+
+def rearrange_splits(photos: Path, layout: str, rows: list[tuple[str, str]]) -> None:
+    splits: dict[str, list[tuple[str, str]]] = {}
+    for path, label in rows:
+        number = int(Path(path).stem)
+        split = "train" if layout == "train.csv" or number < 16 else ("val", "test")[number % 2]
+        splits.setdefault(split, []).append((path, label))
+    if layout == "saved splits":
+        for split, part in splits.items():
+            save_rows(photos / split, photos, part)
+        (photos / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}))
+    for split, part in splits.items():
+        for path, _ in part if layout != "saved splits" else ():
+            name = path if layout == "ultralytics" else path.replace("/", "-")
+            target = photos / split / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(photos / path, target)
+        if layout in ("train.csv", "metadata.jsonl"):
+            write_split_table(photos, layout, split, part)
+    remove_classes(photos)
+
+
+def write_split_table(photos: Path, layout: str, split: str, part: list[tuple[str, str]]) -> None:
+    named = [(path.replace("/", "-"), label) for path, label in part]
     if layout == "train.csv":
-        lines = [f"{name.removesuffix('.png')},{label}" for name, label in rows["train"]]
-        (photos / "train.csv").write_text("\n".join(["id,label", *lines]), "utf-8")
-    if layout == "metadata.jsonl":
-        for split, images in rows.items():
-            lines = [json.dumps({"file_name": name, "label": label}) for name, label in images]
-            (photos / split / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+        lines = ["id,label", *(f"{name.removesuffix('.png')},{label}" for name, label in named)]
+        (photos / "train.csv").write_text("\n".join(lines), "utf-8")
+    else:
+        lines = [json.dumps({"file_name": name, "label": label}) for name, label in named]
+        (photos / split / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+
+
+def save_rows(folder: Path, photos: Path, rows: list[tuple[str, str]]) -> None:
+    """As `datasets` saves images and labels."""
+    folder.mkdir(exist_ok=True)
+    names = ["blue", "red"]
+    image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    images = [{"bytes": (photos / path).read_bytes(), "path": Path(path).name} for path, _ in rows]
+    labels = [names.index(label) for _, label in rows]
+    table = pyarrow.table({"image": pyarrow.array(images, image), "label": labels})
+    with pyarrow.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
+        stream.write_table(table)
+    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": names}}
+    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+    files = [{"filename": "data-00000-of-00001.arrow"}]
+    (folder / "state.json").write_text(json.dumps({"_data_files": files}))

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ import boto3
 import pytest
 import requests
 from click.testing import CliRunner
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from visiontuner.cli.main import main
@@ -51,54 +50,23 @@ REAL = {
 SECRET = "wJalrXUtnFEMI-secret"
 
 
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[str, int]]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    DIRECT[:] = [
-        boto3.client(
-            "s3",
-            region_name="us-east-1",
-            endpoint_url=f"http://{host}:{port}",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-        )
-    ]
-    yield host, port
-    DIRECT.clear()
-    server.stop()
-
-
 @pytest.fixture
 def s3(
     moto: tuple[str, int],
     proxy_before: Callable[[tuple[str, int]], Any],
+    use_aws: Callable[[str, str], None],
     monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
 ) -> Any:
     """An empty bucket behind a proxy; this process can reach no other S3."""
-    requests.post(f"http://{moto[0]}:{moto[1]}/moto-api/reset", timeout=10).raise_for_status()
+    direct = f"http://{moto[0]}:{moto[1]}"
+    requests.post(f"{direct}/moto-api/reset", timeout=10).raise_for_status()
     proxy = proxy_before(moto)
     proxy.message = f"no, {SECRET}"
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in {
-        "AWS_ENDPOINT_URL": proxy.url,
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": SECRET,
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "no-config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "no-credentials"),
-        "NO_PROXY": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    use_aws(proxy.url, SECRET)
     monkeypatch.setattr(transfer_module, "_LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(s3_module, "ATTEMPTS", 1)
+    if not DIRECT:
+        DIRECT.append(boto3.client("s3", endpoint_url=direct))
     DIRECT[0].create_bucket(Bucket=BUCKET)
     return proxy
 
