@@ -43,6 +43,7 @@ BENCHMARKS = (
     "promotion",
     "choice",
     "suspects",
+    "tables",
     "fine_tune",
     "peer",
 )

@@ -40,6 +40,7 @@ NAMES = (
     "promotion",
     "choice",
     "suspects",
+    "tables",
     "fine_tune",
     "peer",
 )

@@ -465,8 +465,7 @@ def _check(layout: Layout) -> None:
     if len(names) == 1 and layout.table:
         raise DataError(
             f"{layout.saved_in or layout.root / layout.table} has only one class, {names[0]}; a "
-            "classifier needs at least two. Is it the right column? data.columns.label names "
-            "another."
+            f"classifier needs at least two. {_why_one_class(layout)}"
         )
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
@@ -477,6 +476,13 @@ def _check(layout: Layout) -> None:
             f"{layout.root} has only one class, {names[0]}; a classifier needs at least two."
             f"{hint} {LAYOUTS}"
         )
+
+
+def _why_one_class(layout: Layout) -> str:
+    if not layout.bad_rows:
+        return "Is it the right column? data.columns.label names another."
+    rule, rows = max(layout.bad_rows.items(), key=lambda entry: len(entry[1]))
+    return f"{len(rows):,} rows are left out, {printable(rows[0])}: {BAD_ROWS[rule]}."
 
 
 # A table -> the same layout: the one that is given, or those that lie where no class folders do.
@@ -1524,8 +1530,9 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
             "class_names_alike",
             "warning",
             _alike(dataset.class_names),
-            "names that differ in capitals alone are classes of their own",
-            "If they mean the same, write them the same.",
+            "names that differ in capitals, blanks or invisible characters alone are classes of "
+            "their own",
+            "If they mean the same, write them the same, or merge them with data.classes.",
         ),
         listed(
             "classes_without_training_images",
@@ -1546,11 +1553,22 @@ def _class_findings(dataset: ImageDataset) -> list[Finding]:
 
 
 def _alike(names: Sequence[str]) -> list[str]:
-    """Names that differ in capitals alone, together: `Cat and cat`."""
+    """Names that a reader takes for the same, together: `Cat and cat`."""
     spellings: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        spellings[name.casefold()].append(name)
-    return [" and ".join(same) for same in spellings.values() if len(same) > 1]
+        spellings[_as_seen(name)].append(name)
+    return [" and ".join(map(_seen_apart, same)) for same in spellings.values() if len(same) > 1]
+
+
+def _as_seen(name: str) -> str:
+    """A name in small letters, without what cannot be seen, with one blank for many."""
+    text = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _seen_apart(name: str) -> str:
+    hidden = any(unicodedata.category(letter) in ("Cf", "Zs") for letter in name.replace(" ", ""))
+    return ascii(name) if hidden else name
 
 
 def _classes_with(dataset: ImageDataset, split: str, number: int) -> list[str]:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import SplitResult, unquote, urlsplit
 
 import pyarrow.parquet as parquet
@@ -73,6 +73,15 @@ _IMAGE_COLUMNS = {
 _CLASS_COLUMNS = {"class": ("class",), "becomes": ("becomes",)}
 _DELIMITERS = ",;\t|"
 _NAMED = 8
+_NAME_LENGTH = 40  # of a column that is named in a message
+# How files begin that are called .csv and are something else.
+_NO_TEXT = (
+    (b"\xff\xfe\0\0", "UTF-32"),
+    (b"\xff\xfe", "UTF-16"),
+    (b"\xfe\xff", "UTF-16"),
+    (b"PK\x03\x04", "a zip file, or an Excel workbook"),
+    (b"\x1f\x8b", "a gzip file"),
+)
 
 Choose = Callable[[Sequence[str]], dict[str, int]]
 Columns = tuple[list[int], dict[str, list[Any]]]  # line numbers, and values by what they are
@@ -150,14 +159,25 @@ def _read(path: Path, choose: Choose) -> tuple[list[int], dict[str, list[str]]]:
         raise DataError(f"Cannot read {path}: {error.strerror or error}.") from None
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
-        raise DataError(
-            f"{path} is not UTF-8 (byte {byte:#04x}): save it again as CSV in UTF-8."
-        ) from None
+        raise DataError(_not_utf8(path, f"byte {byte:#04x}")) from None
     cells = {
         role: [_text(path, line, role, value) for line, value in zip(lines, values, strict=True)]
         for role, values in columns.items()
     }
     return lines, cells
+
+
+def _open_text(path: Path) -> TextIO:
+    with path.open("rb") as file:
+        begins = file.read(256)
+    known = next((what for start, what in _NO_TEXT if begins.startswith(start)), None)
+    if known or b"\0" in begins:
+        raise DataError(_not_utf8(path, known or "it holds NUL"))
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _not_utf8(path: Path, what: str) -> str:
+    return f"{path} is not UTF-8 ({what}): save it again as CSV in UTF-8."
 
 
 def choose_columns(
@@ -184,16 +204,23 @@ def _choose(
     optional: Sequence[str] = (),
 ) -> dict[str, int]:
     """Which column is what, by its index; `given` are names that the experiment has for some."""
-    there = ", ".join(map(repr, header[:_NAMED])) + (", …" if len(header) > _NAMED else "")
+    if any(_ending(name) in image_extensions() for name in header):
+        first = ",".join(known)
+        raise DataError(
+            f"{path} begins with a row ({_names(header)}): its first line has to name the columns, "
+            f"`{first.removesuffix(',split,group')}`."
+        )
     chosen: dict[str, int] = {}
     for role, names in known.items():
         own = (given or {}).get(role)
-        name = next((name for name in ([own] if own else names) if name in header), None)
+        name = own if own in header else None if own else _first_known(names, header)
         if name is None and own:
-            raise DataError(f"{path} has no column {own!r} (data.columns.{role}): {there}.")
+            raise DataError(
+                f"{path} has no column {own!r} (data.columns.{role}): {_names(header)}."
+            )
         if name is None and role not in optional:
             how = "" if given is None else f"; name it with data.columns.{role}"
-            raise DataError(f"{path} has no column {names[0]!r}, only {there}{how}.")
+            raise DataError(f"{path} has no column {names[0]!r}, only {_names(header)}{how}.")
         if name is None:
             continue
         if header.count(name) > 1:
@@ -202,11 +229,32 @@ def _choose(
     return chosen
 
 
+def _first_known(names: Sequence[str], header: Sequence[str]) -> str | None:
+    """The first of some names that a column has, in any capitals if in none as it is written."""
+    for name in names:
+        if name in header:
+            return name
+    by_name = {name.casefold(): name for name in reversed(header)}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _names(header: Sequence[str]) -> str:
+    """The first columns, for a message."""
+    shown = [
+        repr(name if len(name) <= _NAME_LENGTH else f"{name[:_NAME_LENGTH]}…")
+        for name in header[:_NAMED]
+    ]
+    return ", ".join(shown) + (", …" if len(header) > _NAMED else "")
+
+
 def _read_csv(path: Path, choose: Choose) -> Columns:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with _open_text(path) as file:
         first = file.readline()
-        file.seek(0)
-        delimiter = max(_DELIMITERS, key=first.count)
+        if re.fullmatch(r"sep=.\s*", first):  # Excel's word for the delimiter
+            delimiter = first[4]
+        else:
+            file.seek(0)
+            delimiter = max(_DELIMITERS, key=first.count)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
         lines, rows = [], []
         try:
@@ -231,7 +279,7 @@ def _read_csv(path: Path, choose: Choose) -> Columns:
 def _read_json_lines(path: Path, choose: Choose) -> Columns:
     lines: list[int] = []
     objects: list[dict[str, object]] = []
-    with path.open(encoding="utf-8-sig") as file:
+    with _open_text(path) as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
                 continue
