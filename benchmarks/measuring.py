@@ -65,6 +65,19 @@ def scratch() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def cache_of_its_own() -> Iterator[None]:
+    """`VISIONTUNER_CACHE` is a scratch folder, unless the caller has set one."""
+    with scratch() as folder:
+        before = os.environ.get("VISIONTUNER_CACHE")
+        os.environ["VISIONTUNER_CACHE"] = str(folder if before is None else before)
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["VISIONTUNER_CACHE"]
+
+
 class Command:
     """A Python program running in a folder of its own; its output goes to a log file there.
 

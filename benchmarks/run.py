@@ -44,6 +44,7 @@ BENCHMARKS = (
     "choice",
     "suspects",
     "tables",
+    "novelty",
     "fine_tune",
     "peer",
 )

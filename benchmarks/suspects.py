@@ -7,14 +7,12 @@ A regression on all images and one without those that were named are judged on t
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from measuring import Row, photographs, report, scratch
+from measuring import Row, cache_of_its_own, photographs, report
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import Sample
@@ -67,7 +65,7 @@ def measure(
     rows: list[Row] = []
     details: dict[str, Any] = {}
     for name in names:
-        with _cache():
+        with cache_of_its_own():
             images = _load(name)
         delivered = _named(images, images.labels)
         rows.append(
@@ -83,18 +81,6 @@ def measure(
             details[f"{name} {share}"] = drawn
             rows += _rows(name, share, drawn)
     return report(rows, draws=details)
-
-
-@contextmanager
-def _cache() -> Iterator[None]:
-    with scratch() as folder:
-        before = os.environ.get("VISIONTUNER_CACHE")
-        os.environ["VISIONTUNER_CACHE"] = str(folder if before is None else before)
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["VISIONTUNER_CACHE"]
 
 
 def _load(name: str) -> Images:

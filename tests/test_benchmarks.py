@@ -41,6 +41,7 @@ NAMES = (
     "choice",
     "suspects",
     "tables",
+    "novelty",
     "fine_tune",
     "peer",
 )

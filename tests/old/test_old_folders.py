@@ -243,3 +243,5 @@ def test_a_classifier_folder_answers_as_it_did() -> None:
     classifier = Classifier.load(Path("whole/classifier"))
     assert classifier.class_names == ("amber", "moss", "slate")
     assert classifier.verify_reference() < 1e-4
+    (answer,) = classifier.predict([Path("photos/test/moss/0.png")])
+    assert (answer.known, answer.novelty) == (None, None)

@@ -17,15 +17,19 @@ from safetensors.numpy import save_file
 
 from visiontuner.data.images import Preprocessing
 from visiontuner.model.classifier import Classifier
+from visiontuner.model.novelty import Novelty
 from visiontuner.serving.registry import save_classifier
 from visiontuner.serving.server import ScoringServer, local_environment
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 220, 20), "blue": (20, 20, 220)}
+# An image of another colour is new: the nearest cosine is 0.34.
+YELLOW = (220, 220, 20)
+NOVELTY_THRESHOLD = 0.1
 
 
 def image(colour: str, kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (40, 30), COLOURS[colour]).save(buffer, kind)
+    Image.new("RGB", (40, 30), (COLOURS | {"yellow": YELLOW})[colour]).save(buffer, kind)
     return buffer.getvalue()
 
 
@@ -33,7 +37,8 @@ def colour_network(size: int) -> onnx.ModelProto:
     """logits = 4 x the mean of each channel."""
     weight = numpy_helper.from_array(4 * np.eye(3, dtype=np.float32), "weight")
     nodes = [
-        helper.make_node("GlobalAveragePool", ["image"], ["pooled"]),
+        helper.make_node("Identity", ["image"], ["feature_map"]),
+        helper.make_node("GlobalAveragePool", ["feature_map"], ["pooled"]),
         helper.make_node("Flatten", ["pooled"], ["features"]),
         helper.make_node("Gemm", ["features", "weight"], ["logits"]),
     ]
@@ -41,7 +46,13 @@ def colour_network(size: int) -> onnx.ModelProto:
         nodes,
         "colours",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 3, size, size])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
+        [
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info("features", TensorProto.FLOAT, ["batch", 3]),
+            helper.make_tensor_value_info(
+                "feature_map", TensorProto.FLOAT, ["batch", 3, size, size]
+            ),
+        ],
         [weight],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
@@ -54,17 +65,26 @@ def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     preprocessing = Preprocessing(
         resize=16, size=16, mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear"
     )
+    pixels = (np.array(list(COLOURS.values())) / 255 - 0.5) / 0.5
+    known = Novelty(
+        images=(pixels / np.linalg.norm(pixels, axis=1, keepdims=True)).astype(np.float32),
+        neighbours=1,
+        threshold=NOVELTY_THRESHOLD,
+    )
     description = {
-        "schema_version": 1,
+        "schema_version": 2,
         "class_names": list(COLOURS),
         "preprocessing": preprocessing.to_dict(),
         "temperature": 1.0,
         "threshold": None,
+        "novelty": known.to_dict(),
         "metadata": {},
     }
+    (folder / "novelty.npz").write_bytes(known.content())
     (folder / "classifier.json").write_text(json.dumps(description))
     onnx.save(colour_network(16), folder / "model.onnx")
-    save_file({"head.weight": np.eye(3, dtype=np.float32)}, folder / "weights.safetensors")
+    head = {"head.weight": 4 * np.eye(3, dtype=np.float32), "head.bias": np.zeros(3, np.float32)}
+    save_file(head, folder / "weights.safetensors")
     classifier = Classifier.load(folder, threads=1)
     images = [
         {
@@ -74,7 +94,7 @@ def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         for colour in COLOURS
     ]
-    reference = {"schema_version": 1, "images": images}
+    reference = {"schema_version": 2, "images": images}
     (folder / "reference.json").write_text(json.dumps(reference))
     return folder
 

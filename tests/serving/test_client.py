@@ -592,8 +592,19 @@ def test_the_command_reads_standard_input_and_writes_csv(
     done = CliRunner().invoke(query, arguments, input=make_image("blue"))
     assert done.exit_code == 0, done.output
     heading, line = done.stdout.splitlines()
-    assert heading == "image,label,probability,confident,top_k,error,reduced"
+    assert heading == "image,label,probability,confident,known,novelty,top_k,error,reduced"
     assert line.startswith("-,blue,0.99")
+
+
+def test_the_command_says_which_images_are_new(
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
+) -> None:
+    for colour in ("red", "yellow"):
+        (tmp_path / f"{colour}.png").write_bytes(make_image(colour))
+    done = CliRunner().invoke(query, ["--model", str(colour_classifier), str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert "1 new: unlike the training images" in done.stdout
+    assert done.stdout.count("(new)") == 1
 
 
 @pytest.mark.parametrize("form", ["table", "json", "csv"])

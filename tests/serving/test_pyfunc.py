@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import psutil
 import pytest
 import requests
@@ -19,8 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from visiontuner.data.images import DecodingMemory
-from visiontuner.errors import BusyError
+from visiontuner.errors import BusyError, ClassifierError
 from visiontuner.model.classifier import Classifier
+from visiontuner.model.novelty import Novelty
 from visiontuner.serving import answers
 from visiontuner.serving.answers import BadRequest, Options, answer
 from visiontuner.serving.preflight import MALFORMED
@@ -76,7 +79,52 @@ def test_an_answer_is_a_name_with_its_probability(
     assert red["confident"] is True
     assert [choice["label"] for choice in red["top_k"]] == ["red", "green"]
     assert blue["label"] == "blue"
-    assert set(red) == {"label", "probability", "confident", "top_k"}
+    assert set(red) == {"label", "probability", "confident", "known", "novelty", "top_k"}
+
+
+def test_a_server_says_which_images_are_new_as_the_classifier_does(
+    scoring_server: ScoringServer, colour_classifier: Path, make_image: Callable[..., bytes]
+) -> None:
+    images = [make_image("red"), make_image("yellow")]
+    red, yellow = ask(scoring_server, images)
+    assert (red["known"], yellow["known"]) == (True, False)
+    # Normalised pixels: (0.725, -0.843, -0.843) against (0.725, 0.725, -0.843).
+    assert red["novelty"] == pytest.approx(0, abs=1e-3)  # the sample is float16
+    assert yellow["novelty"] == pytest.approx(1 - 0.3375, abs=1e-3)
+    own = Classifier.load(colour_classifier).predict(images)
+    assert [one.known for one in own] == [True, False]
+    for answered, expected in zip((red, yellow), own, strict=True):
+        assert answered["novelty"] == pytest.approx(expected.novelty, abs=1e-5)
+
+
+def test_a_classifier_of_format_1_cannot_say_what_is_known(
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
+) -> None:
+    folder = changed(colour_classifier, tmp_path / "c", schema_version=1, novelty=None)
+    (folder / "novelty.npz").unlink()
+    network = onnx.load(folder / "model.onnx")
+    del network.graph.output[1:]
+    onnx.save(network, folder / "model.onnx")
+    (own,) = Classifier.load(folder).predict([make_image("yellow")])
+    assert (own.known, own.novelty, own.confident) == (None, None, True)
+    (row,) = answer(Classifier.load(folder), [make_image("yellow")], Options())
+    assert (row.to_dict()["known"], row.to_dict()["novelty"]) == (None, None)
+
+
+def test_novelty_that_does_not_belong_to_the_network_is_refused(
+    colour_classifier: Path, tmp_path: Path
+) -> None:
+    folder = changed(colour_classifier, tmp_path / "c")
+    other = Novelty(images=np.eye(4, dtype=np.float32), neighbours=1, threshold=0.5)
+    (folder / "novelty.npz").write_bytes(other.content())
+    with pytest.raises(ClassifierError, match=r"novelty\.npz needs features \[4\]"):
+        Classifier.load(folder)
+    (folder / "novelty.npz").write_bytes(b"junk")
+    with pytest.raises(ClassifierError, match=r"novelty\.npz is damaged"):
+        Classifier.load(folder)
+    (folder / "novelty.npz").unlink()
+    with pytest.raises(ClassifierError, match=r"cannot read novelty\.npz"):
+        Classifier.load(folder)
 
 
 def test_below_the_threshold_the_name_stays_and_is_not_confident(
@@ -369,7 +417,7 @@ from visiontuner.errors import BusyError
 from visiontuner.serving.pyfunc import ClassifierModel
 class Broken:
     threshold = None
-    def probabilities_or_errors(self, images, max_pixels, memory):
+    def score(self, images, max_pixels, memory):
         raise {error}
 model = ClassifierModel()
 model.classifier = Broken()

@@ -495,7 +495,10 @@ def capture(
 # The command that asks a model what is on images.
 
 
-_FIELDS = ("image", "label", "probability", "confident", "top_k", "error", "reduced")
+_FIELDS = (
+    *("image", "label", "probability", "confident", "known", "novelty"),
+    *("top_k", "error", "reduced"),
+)
 _SHOWN_CHOICES = 3
 _ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
 _FEW = 32  # images that are answered before anyone wants to see progress
@@ -639,6 +642,8 @@ def _show_table(shown: Sequence[ImageAnswer]) -> None:
     console.print(table)
     if unsure := sum(one.answer.confident is False for one in shown):
         console.print(f"{unsure} not sure.")
+    if new := sum(one.answer.known is False for one in shown):
+        console.print(f"{new} new: unlike the training images, perhaps of no class.")
     if reduced := sum(one.reduced for one in shown):
         console.print(f"{reduced} sent smaller than they are, to fit into a request.")
     if failed := sum(one.answer.error is not None for one in shown):
@@ -653,8 +658,9 @@ def _table_row(one: ImageAnswer, folder: str) -> tuple[Text | str, ...]:
         f"{choice['label']} {choice['probability']:.1%}"
         for choice in answer.top_k[1:_SHOWN_CHOICES]
     )
-    label = f"{answer.label}" + ("" if answer.confident else " (not sure)")
-    style = "bold" if answer.confident else "yellow"
+    doubts = ["not sure"] * (not answer.confident) + ["new"] * (answer.known is False)
+    label = f"{answer.label}" + (f" ({', '.join(doubts)})" if doubts else "")
+    style = "yellow" if doubts else "bold"
     return image, Text(label, style=style), f"{answer.probability:.1%}", Text(others)
 
 

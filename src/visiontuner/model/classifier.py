@@ -6,6 +6,8 @@
                            of a map, "feature_map" float32 (B, D, height, width)
     weights.safetensors    the same weights, for training on
     reference.json         some images with the probabilities that this very artifact gave
+    novelty.npz            a sample of training images' features, see `model/novelty.py`; not there
+                           where nothing says which images are known
 
 Needs numpy, Pillow and ONNX Runtime; no torch. Format 1 had "logits" alone; it still loads.
 """
@@ -22,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeGuard
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import numpy as np
 import onnxruntime
@@ -37,12 +39,14 @@ from visiontuner.data.images import (
     read_pixels,
 )
 from visiontuner.errors import BadImageError, ClassifierError, LargeImageError
+from visiontuner.model.novelty import Novelty
 
 SCHEMA_VERSION = 2
 DESCRIPTION = "classifier.json"
 NETWORK = "model.onnx"
 WEIGHTS = "weights.safetensors"
 REFERENCE = "reference.json"
+NOVELTY = "novelty.npz"
 # The network's outputs.
 LOGITS, FEATURES, FEATURE_MAP = "logits", "features", "feature_map"
 
@@ -63,12 +67,36 @@ class Prediction:
         top_k: (name, probability) of the most probable classes, best first.
         confident: whether the probability reaches the threshold; always without a threshold, and
             never where every answer abstains.
+        known: whether the image is like the training images, as 95 % of images of the classes are;
+            None where the classifier cannot tell.
+        novelty: how unlike them it is, in [0, 2]; None where `known` is.
     """
 
     label: str
     probability: float
     top_k: list[tuple[str, float]]
     confident: bool
+    known: bool | None = None
+    novelty: float | None = None
+
+
+class Scores(NamedTuple):
+    """What a classifier says of B images.
+
+    Args:
+        probabilities: float64, shape (B, num_classes); NaN where an image cannot be read.
+        novelty: float64, shape (B,); NaN there, and where the classifier cannot tell.
+        errors: B reasons why an image cannot be read, or None.
+    """
+
+    probabilities: NDArray[np.float64]
+    novelty: NDArray[np.float64]
+    errors: list[BadImageError | None]
+
+    def raise_first(self) -> None:
+        """Raise the first error, if there is one."""
+        for error in filter(None, self.errors):
+            raise error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +109,7 @@ class Classifier:
         threshold: below this probability an answer should not be trusted; None if unset.
         abstains: no threshold reached the wanted precision, so no answer should be trusted.
         metadata: where it came from; plain JSON values.
+        novelty: tells which images are known; None in format 1, and where nothing could.
     """
 
     folder: Path
@@ -90,6 +119,7 @@ class Classifier:
     threshold: float | None = None
     abstains: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
+    novelty: Novelty | None = field(default=None, repr=False, compare=False)
     session: onnxruntime.InferenceSession = field(repr=False, compare=False)
     threads: int
 
@@ -111,6 +141,7 @@ class Classifier:
             classifier = cls(
                 folder=folder,
                 **_checked(raw),
+                novelty=_read_novelty(folder, raw.get("novelty")),
                 session=_open_session(folder / NETWORK, threads),
                 threads=threads,
             )
@@ -137,8 +168,12 @@ class Classifier:
             raise ValueError(f"top_k must be >= 1, got {top_k}")
         is_one = isinstance(images, str | bytes | Path | Image.Image)
         many: Any = [images] if is_one or (_is_array(images) and images.ndim < 4) else images
-        files = [_as_file(image) for image in many]
-        return [self.prediction(row, top_k) for row in self.probabilities(files)]
+        scores = self.score([_as_file(image) for image in many])
+        scores.raise_first()
+        return [
+            self.prediction(row, top_k, novelty=novelty)
+            for row, novelty in zip(scores.probabilities, scores.novelty, strict=True)
+        ]
 
     def probabilities(self, images: Sequence[bytes | Path]) -> NDArray[np.float64]:
         """Class probabilities of each image.
@@ -149,27 +184,22 @@ class Classifier:
         Raises:
             BadImageError: an image cannot be read.
         """
-        rows, errors = self.probabilities_or_errors(images)
-        for error in errors:
-            if error is not None:
-                raise error
-        return rows
+        scores = self.score(images)
+        scores.raise_first()
+        return scores.probabilities
 
-    def probabilities_or_errors(
+    def score(
         self,
         images: Sequence[bytes | Path],
         *,
         max_pixels: int = MAX_PIXELS,
         memory: DecodingMemory | None = None,
-    ) -> tuple[NDArray[np.float64], list[BadImageError | None]]:
-        """Class probabilities of each image that can be read, and what is wrong with the others.
+    ) -> Scores:
+        """Probabilities and novelty of images that can be read, and what is wrong with the others.
 
         Args:
             max_pixels: larger images are not decoded.
             memory: shared by all calls that may run at a time; no bound if None.
-
-        Returns:
-            float64, shape (B, num_classes), NaN where an image cannot be read; B errors or None.
 
         Raises:
             BusyError: too many other calls wait to decode large images.
@@ -178,6 +208,7 @@ class Classifier:
             self._read, max_pixels=max_pixels, max_bytes=memory.small if memory else None
         )
         rows = np.full((len(images), len(self.class_names)), np.nan)
+        novelty = np.full(len(images), np.nan)
         errors: list[BadImageError | None] = []
         with ThreadPoolExecutor(self.threads, thread_name_prefix="decode") as pool:
             # One image is decoded before a thread has started.
@@ -195,8 +226,17 @@ class Classifier:
                 good = [i for i, one in enumerate(read, start) if isinstance(one, np.ndarray)]
                 if good:
                     pixels = np.stack([one for one in read if isinstance(one, np.ndarray)])
-                    rows[good] = softmax(self.logits(pixels) / self.temperature)
-        return rows, errors
+                    rows[good], novelty[good] = self._score_pixels(pixels)
+        return Scores(rows, novelty, errors)
+
+    def _score_pixels(
+        self, pixels: NDArray[np.uint8]
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        if self.novelty is None:
+            return softmax(self.logits(pixels) / self.temperature), np.full(len(pixels), np.nan)
+        logits, features = self.outputs(pixels, [LOGITS, FEATURES])
+        rows = softmax(logits.astype(np.float64) / self.temperature)
+        return rows, self.novelty.scores(features)
 
     def logits(self, pixels: NDArray[np.uint8]) -> NDArray[np.float64]:
         """The network's raw answers.
@@ -232,8 +272,8 @@ class Classifier:
     def warm_up(self) -> None:
         """Load what the first image, and the first that cannot be read, would wait for."""
         size = self.preprocessing.size
-        self.logits(np.zeros((1, size, size, 3), np.uint8))
-        self.probabilities_or_errors([b"no image"])
+        self._score_pixels(np.zeros((1, size, size, 3), np.uint8))
+        self.score([b"no image"])
 
     def verify_reference(self) -> float:
         """Answer the reference images again.
@@ -268,13 +308,19 @@ class Classifier:
             return error
 
     def prediction(
-        self, row: NDArray[np.float64], top_k: int, *, threshold: float | None = None
+        self,
+        row: NDArray[np.float64],
+        top_k: int,
+        *,
+        threshold: float | None = None,
+        novelty: float = math.nan,
     ) -> Prediction:
         """Names for one image's probabilities.
 
         Args:
             row: float64, shape (num_classes,).
             threshold: counts instead of the classifier's threshold and `abstains`; None for these.
+            novelty: as `score` gives it.
         """
         # Stable: of equals, the first in the order of the class names.
         order = np.argsort(-row, kind="stable")[:top_k]
@@ -287,6 +333,8 @@ class Classifier:
             probability=probability,
             top_k=best,
             confident=confident and (limit is None or probability >= limit),
+            known=None if self.novelty is None else bool(novelty <= self.novelty.threshold),
+            novelty=None if self.novelty is None else float(novelty),
         )
 
 
@@ -392,6 +440,20 @@ def _checked(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _read_novelty(folder: Path, raw: dict[str, Any] | None) -> Novelty | None:
+    """The sample and the threshold that belong together; None where the description has none."""
+    if raw is None:
+        return None
+    try:
+        return Novelty.load(folder / NOVELTY, raw)
+    except OSError as error:
+        raise ClassifierError(
+            f"{folder} is no classifier: cannot read {NOVELTY} ({error.strerror})."
+        ) from None
+    except (ValueError, TypeError, LookupError) as error:
+        raise _damaged(folder, NOVELTY, error) from None
+
+
 def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise ClassifierError(f"{path.parent} is no classifier: it has no {path.name}.")
@@ -415,6 +477,12 @@ def _check_network(classifier: Classifier) -> None:
         raise ClassifierError(
             f"{classifier.folder / NETWORK} takes {inputs} and gives {outputs}; {DESCRIPTION} "
             f"needs image {[3, size, size]} and logits {[count]}. Package the classifier again."
+        )
+    novelty = classifier.novelty
+    if novelty is not None and outputs.get(FEATURES) != [novelty.feature_dim]:
+        raise ClassifierError(
+            f"{classifier.folder / NETWORK} gives {outputs}; {NOVELTY} needs features "
+            f"{[novelty.feature_dim]}. Package the classifier again."
         )
 
 

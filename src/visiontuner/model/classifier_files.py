@@ -18,6 +18,7 @@ from visiontuner.io.files import encode_json, temporary_folder
 from visiontuner.model.classifier import (
     DESCRIPTION,
     NETWORK,
+    NOVELTY,
     REFERENCE,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -114,8 +115,9 @@ def recalibrate(
     try:
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
-            for name in (NETWORK, WEIGHTS):
-                shutil.copy2(folder / name, temporary / name)
+            for name in (NETWORK, WEIGHTS, NOVELTY):
+                if name != NOVELTY or (folder / name).exists():
+                    shutil.copy2(folder / name, temporary / name)
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             description |= {
                 "temperature": temperature,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from visiontuner.model.classifier import (
     FEATURES,
     LOGITS,
     NETWORK,
+    NOVELTY,
     REFERENCE,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -42,6 +43,7 @@ from visiontuner.model.network import (
     trained_amount,
     write_tensors,
 )
+from visiontuner.model.novelty import Novelty
 from visiontuner.model.onnx import add_feature_map, export_backbone, exported_once, save_onnx
 from visiontuner.model.weights import digest_weights
 
@@ -62,6 +64,7 @@ def package_classifier(
     metadata: Mapping[str, Any],
     cache: Path,
     reference_labels: Sequence[int] | None = None,
+    find_novelty: Callable[[Classifier], Novelty | None] | None = None,
 ) -> Classifier:
     """Write a classifier folder and check it against torch on real images.
 
@@ -75,6 +78,7 @@ def package_classifier(
             read are recorded.
         metadata: plain JSON values; what was trained and what the check measured is added.
         reference_labels: the images' classes, recorded with them.
+        find_novelty: gives, for the artifact so far, what tells which images are known to it.
 
     Raises:
         ExportError: the network cannot be written as ONNX, or answers differently there.
@@ -109,6 +113,9 @@ def package_classifier(
             classifier = Classifier.load(temporary)
             difference = _check_against_torch(classifier, trained, images)
             description["metadata"]["onnx_difference"] = difference
+            if novelty := find_novelty(classifier) if find_novelty else None:
+                (temporary / NOVELTY).write_bytes(novelty.content())
+                description["novelty"] = novelty.to_dict()
             write_json(temporary / DESCRIPTION, description)
             write_json(temporary / REFERENCE, reference_document(classifier, images))
             replace_folder(temporary, folder)

@@ -79,6 +79,8 @@ class Answer:
         probability: its calibrated probability, in [0, 1].
         confident: whether the probability reaches the threshold; always without a threshold, and
             never where every answer abstains.
+        known: whether the image is like the training images; None where the model cannot tell.
+        novelty: how unlike them it is, in [0, 2]; None where `known` is.
         top_k: `{"label", "probability"}` of the most probable classes, best first.
         error: why the image was not answered; None if it was.
     """
@@ -86,6 +88,8 @@ class Answer:
     label: str | None = None
     probability: float | None = None
     confident: bool | None = None
+    known: bool | None = None
+    novelty: float | None = None
     top_k: Sequence[Mapping[str, Any]] = ()
     error: str | None = None
 
@@ -105,25 +109,29 @@ def answer(classifier: Classifier, images: Sequence[object], options: Options) -
         BusyError: too many other requests hold large images.
     """
     contents = [_content(image) for image in images]
-    rows, errors = classifier.probabilities_or_errors(
+    scores = classifier.score(
         [one if isinstance(one, bytes) else b"" for one in contents],
         max_pixels=MAX_PIXELS,
         memory=MEMORY,
     )
     answers = []
-    for number, (content, row, error) in enumerate(zip(contents, rows, errors, strict=True)):
+    for number, (content, row, novelty, error) in enumerate(zip(contents, *scores, strict=True)):
         reason = content if isinstance(content, BadImageError) else error
         if reason is not None and options.on_error == "fail":
             raise BadRequest(f"Row {number}: {reason}")
         if reason is not None:
             answers.append(Answer(error=str(reason)))
             continue
-        best = classifier.prediction(row, options.top_k, threshold=options.threshold)
+        best = classifier.prediction(
+            row, options.top_k, threshold=options.threshold, novelty=novelty
+        )
         answers.append(
             Answer(
                 label=best.label,
                 probability=best.probability,
                 confident=best.confident,
+                known=best.known,
+                novelty=best.novelty,
                 top_k=[{"label": label, "probability": value} for label, value in best.top_k],
             )
         )

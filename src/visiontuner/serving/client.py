@@ -314,14 +314,17 @@ def decode_answers(body: bytes, count: int) -> list[Answer]:
 
 
 def read_answer(row: Any) -> Answer:
-    """One row of what the model answers; models from before `confident` too."""
+    """One row of what the model answers; models from before `confident` and `known` too."""
     if row.get("error") is not None:
         return Answer(error=str(row["error"]))
     probability = float(row["probability"])
+    known, novelty = row.get("known"), row.get("novelty")
     return Answer(
         label=str(row["label"]),
         probability=probability,
         confident=bool(row.get("confident", True)),
+        known=None if known is None else bool(known),
+        novelty=None if novelty is None else float(novelty),
         top_k=[
             {"label": str(c["label"]), "probability": float(c["probability"])} for c in row["top_k"]
         ],
@@ -459,8 +462,17 @@ def open_model(folder: Path) -> Transport:
     Raises:
         ClassifierError: the folder is neither, or damaged.
     """
+    return ClassifierFolder(find_classifier(folder))
+
+
+def find_classifier(folder: Path) -> Path:
+    """The classifier folder that a folder is, or that lies in an MLflow model.
+
+    Raises:
+        ClassifierError: it is neither.
+    """
     if (folder / DESCRIPTION).is_file():
-        return ClassifierFolder(folder)
+        return folder
     if not (folder / "MLmodel").is_file():
         raise ClassifierError(
             f"{folder} is no model: it has neither {DESCRIPTION} nor MLmodel. "
@@ -468,7 +480,7 @@ def open_model(folder: Path) -> Transport:
         )
     inside = folder / "artifacts" / CLASSIFIER_FOLDER
     if (inside / DESCRIPTION).is_file():
-        return ClassifierFolder(inside)
+        return inside
     raise ClassifierError(
         f"{folder} is an MLflow model without a classifier of visiontuner. Its own code is not run "
         "here; serve it with `mlflow models serve` if you trust it, and ask it with --url."

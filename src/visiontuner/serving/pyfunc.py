@@ -56,9 +56,10 @@ class ClassifierModel(PythonModel):
                 cannot be read is then told in its row.
 
         Returns:
-            A row an image: `label`, `probability` in [0, 1], `confident`, and `top_k`, a list of
-            `{"label", "probability"}` with the most probable first. With `on_error` "report" also
-            `error`, None for images that were answered; the others are None where it is not.
+            A row an image: `label`, `probability` in [0, 1], `confident`, `known`, `novelty` in
+            [0, 2], and `top_k`, a list of `{"label", "probability"}` with the most probable first.
+            With `on_error` "report" also `error`, None for images that were answered; the others
+            are None where it is not.
 
         Raises:
             MlflowException: INVALID_PARAMETER_VALUE (status 400) with the row for what a client can
@@ -96,7 +97,8 @@ def _images(table: object) -> list[object]:
 
 
 def _table(rows: list[Answer], *, with_errors: bool) -> pd.DataFrame:
-    names = ["label", "probability", "confident", "top_k"] + ["error"] * with_errors
+    names = ["label", "probability", "confident", "known", "novelty", "top_k"]
+    names += ["error"] * with_errors
     # As objects, or pandas turns a missing probability into NaN, which is no JSON.
     return pd.DataFrame([row.to_dict() for row in rows], columns=names, dtype=object)
 

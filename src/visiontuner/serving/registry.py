@@ -52,6 +52,7 @@ CODE = (
     "data/images.py",
     "model/__init__.py",
     "model/classifier.py",
+    "model/novelty.py",
     "serving/__init__.py",
     "serving/answers.py",
 )
@@ -87,7 +88,7 @@ def requirements() -> list[str]:
 
 
 def signature() -> ModelSignature:
-    """A column of image files in; label, probability, confidence and the top k out."""
+    """A column of image files in; label, probability, what to think of it and the top k out."""
     choice = Object([Property("label", DataType.string), Property("probability", DataType.double)])
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.binary, "image")]),
@@ -97,6 +98,9 @@ def signature() -> ModelSignature:
                 ColSpec(DataType.string, "label", required=False),
                 ColSpec(DataType.double, "probability", required=False),
                 ColSpec(DataType.boolean, "confident", required=False),
+                # None also where the model cannot tell.
+                ColSpec(DataType.boolean, "known", required=False),
+                ColSpec(DataType.double, "novelty", required=False),
                 ColSpec(Array(choice), "top_k"),
                 ColSpec(DataType.string, "error", required=False),
             ]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from visiontuner.data.arrays import decode_batches
-from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import decode_image
 from visiontuner.errors import (
     BadImageError,
@@ -60,6 +58,7 @@ from visiontuner.tracking.figures.evaluation import (
 )
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import importances
+from visiontuner.workflow.answering import Answers, answer_images
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.networks import measure_networks
 from visiontuner.workflow.promote import open_store
@@ -73,58 +72,6 @@ if TYPE_CHECKING:
     from visiontuner.evaluation.calibration import ChosenThreshold
     from visiontuner.evaluation.choice import Choice
     from visiontuner.serving.cost import NetworkCost
-
-
-# A classifier over many images of a data set: what an evaluation looks at. No torch.
-
-
-_BATCH_SIZE = 4  # see engine.py
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """The raw answers for the images that could be read, in order.
-
-    Args:
-        logits: float64, shape (N, num_classes), before the temperature.
-        samples: the N images.
-        bad: path -> why it could not be read.
-    """
-
-    logits: NDArray[np.float64]
-    samples: tuple[Sample, ...]
-    bad: dict[str, str]
-
-
-def answer_images(
-    classifier: Classifier,
-    root: Path,
-    samples: Sequence[Sample],
-    *,
-    progress: Callable[[int, int], None] | None = None,
-) -> Answers:
-    """Run the very artifact over images; the next batch is decoded meanwhile.
-
-    Args:
-        root: what the samples' paths are relative to.
-        progress: called with (images done, images in all).
-    """
-    starts = range(0, len(samples), _BATCH_SIZE)
-    batches = [samples[start : start + _BATCH_SIZE] for start in starts]
-    rows = [np.empty((0, len(classifier.class_names)))]
-    good: list[Sample] = []
-    bad: dict[str, str] = {}
-    paths = [[sample.path for sample in batch] for batch in batches]
-    decoded = decode_batches(root, paths, classifier.preprocessing, workers=0)
-    with closing(decoded):
-        for batch, pixels in zip(batches, decoded, strict=True):
-            if pixels.good:
-                rows.append(classifier.logits(pixels.pixels))
-            good += [batch[position] for position in pixels.good]
-            bad |= {batch[position].path: reason for position, reason in pixels.bad.items()}
-            if progress is not None:
-                progress(len(good) + len(bad), len(samples))
-    return Answers(logits=np.concatenate(rows), samples=tuple(good), bad=bad)
 
 
 # What an evaluation leaves in FOLDER/evaluation; the folder appears whole.
@@ -404,7 +351,7 @@ class _Evaluation:
         self.observer.note(choice.reason)
         trial = self.record.named(choice.chosen)
         assert trial is not None
-        self._package(trial, dataset)
+        self._package(trial)
         temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
         self._calibrate(temperature, threshold)
         answers = self._answer(dataset)
@@ -457,7 +404,7 @@ class _Evaluation:
             ]
         )
 
-    def _package(self, trial: TrialRecord, dataset: ImageDataset) -> None:
+    def _package(self, trial: TrialRecord) -> None:
         """The chosen trial in `classifier/`; most often it is there already."""
         if (
             packaged_trial(self.folder) == trial.trial_id
@@ -472,10 +419,8 @@ class _Evaluation:
         package_trial(
             self.folder,
             trial,
-            experiment=self.experiment,
-            dataset=dataset,
-            backbone=self.inputs.of_trial(trial).backbone,
-            cache=self.inputs.cache,
+            inputs=self.inputs.of_trial(trial),
+            record=self.record,
         )
 
     def _calibrate(self, temperature: float, threshold: ChosenThreshold | None) -> None:

@@ -40,10 +40,16 @@ from visiontuner.search.plan import (
     kept_weights,
 )
 from visiontuner.text import has_secrets, next_command
-from visiontuner.workflow.inputs import Observer, describe_data, note_findings, require_same_data
+from visiontuner.workflow.inputs import (
+    Inputs,
+    Observer,
+    describe_data,
+    note_findings,
+    require_same_data,
+)
+from visiontuner.workflow.novelty import novelty_finder
 
 if TYPE_CHECKING:
-    from visiontuner.model.backbones import Backbone
     from visiontuner.search.run import SearchState
 
 
@@ -283,10 +289,8 @@ def package_trial(
     folder: Path,
     trial: TrialRecord,
     *,
-    experiment: Experiment,
-    dataset: ImageDataset,
-    backbone: Backbone,
-    cache: Path,
+    inputs: Inputs,
+    record: SearchRecord,
 ) -> Path:
     """Package a trial or a baseline of a search as its `classifier/`, without training.
 
@@ -298,11 +302,12 @@ def package_trial(
     from visiontuner.model.package import package_classifier
 
     classifier = folder / CLASSIFIER_FOLDER
+    experiment, dataset = inputs.experiment, inputs.dataset
     refitted = experiment.refits
     reference = _spread(dataset.splits["validation"], REFERENCE_IMAGES)
     package_classifier(
         folder=classifier,
-        backbone=backbone,
+        backbone=inputs.backbone,
         **_weights(folder, trial, refitted=refitted),
         class_names=dataset.class_names,
         dataset_root=dataset.root,
@@ -315,7 +320,8 @@ def package_trial(
             "trained_on": "train+validation" if refitted else "train",
             experiment.objective: trial.best_value,
         },
-        cache=cache,
+        cache=inputs.cache,
+        find_novelty=novelty_finder(inputs, record, trial),
     )
     return classifier
 

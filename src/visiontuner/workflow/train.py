@@ -731,10 +731,8 @@ class _Training:
         package_trial(
             self.folder,
             trial,
-            experiment=self.experiment,
-            dataset=self.inputs.dataset,
-            backbone=self.inputs.backbone,
-            cache=self.inputs.cache,
+            inputs=self.inputs,
+            record=record,
         )
         calibration = record.started.get("calibration")
         if calibration is not None:

@@ -461,10 +461,8 @@ class _Run:
             return package_trial(
                 self.folder,
                 kept,
-                experiment=self.experiment,
-                dataset=self.inputs.dataset,
-                backbone=self.inputs.of_trial(kept).backbone,
-                cache=self.inputs.cache,
+                inputs=self.inputs.of_trial(kept),
+                record=record,
             )
 
         return interrupts.result(self.inputs.beside(package))
