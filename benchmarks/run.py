@@ -45,6 +45,7 @@ BENCHMARKS = (
     "suspects",
     "tables",
     "novelty",
+    "heat_maps",
     "fine_tune",
     "peer",
 )

@@ -42,6 +42,7 @@ NAMES = (
     "suspects",
     "tables",
     "novelty",
+    "heat_maps",
     "fine_tune",
     "peer",
 )

@@ -533,6 +533,12 @@ _FEW = 32  # images that are answered before anyone wants to see progress
     help="Largest request. Default: 6, of an asynchronous endpoint 40; one that takes less is "
     "sent less.",
 )
+@click.option(
+    "--explain",
+    metavar="FOLDER",
+    type=FOLDER,
+    help="With --model: draw for each image what decided.",
+)
 def query(
     names: tuple[str, ...],
     local: bool,
@@ -545,6 +551,7 @@ def query(
     form: str,
     workers: int,
     request_mb: float | None,
+    explain: Path | None,
 ) -> None:
     """Ask what is on images: files, folders, URLs, or - for standard input.
 
@@ -557,6 +564,7 @@ def query(
       visiontuner query --local photo.jpg                      a server on port 5000
       visiontuner query --model models:/dogs@champion folder/ --format csv > answers.csv
       cat photo.jpg | visiontuner query --model searches/dogs-20261122-1541 -
+      visiontuner query --model dogs@champion folder/ --explain why/
     """
     where, sources = _where(names, local, url, model)
     from visiontuner.workflow.query import query as ask
@@ -576,6 +584,7 @@ def query(
         threshold=threshold,
         workers=workers,
         request_bytes=None if request_mb is None else round(request_mb * 1e6),
+        explain=explain,
         progress=progress,
     )
     write = {"table": _print_table, "json": _print_json, "csv": _print_csv}[form]
@@ -583,6 +592,8 @@ def query(
         failed = write(answers)
     finally:
         console.close()
+    if explain is not None:
+        click.echo(f"Heat maps: {explain}", err=True)
     if failed:
         raise click.exceptions.Exit(1)
 

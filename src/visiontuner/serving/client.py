@@ -493,11 +493,11 @@ class ClassifierFolder:
     body_limit = sys.maxsize
 
     def __init__(self, folder: Path) -> None:
-        self._classifier = Classifier.load(folder)
+        self.classifier = Classifier.load(folder)
 
     def ask(self, contents: Sequence[bytes], options: Options) -> list[Answer]:
         with _AT_A_TIME:
-            return answer(self._classifier, contents, options)
+            return answer(self.classifier, contents, options)
 
 
 # Ask about many images: in batches, several under way, answered in the order of the images.

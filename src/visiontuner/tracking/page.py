@@ -747,7 +747,7 @@ def _some(names: Sequence[str]) -> str:
 
 PAGE_FILE = "report.html"
 
-_WIDE = ("confusion", "confused_pairs", "per_class", "mistakes")
+_WIDE = ("confusion", "confused_pairs", "per_class", "mistakes", "mistakes_explained")
 _CAPTIONS = {
     "all_curves": "Learning curves of all trials",
     "best_so_far": "Best objective so far against time",
@@ -761,6 +761,7 @@ _CAPTIONS = {
     "per_class": "Recall and precision of the weakest classes",
     "networks": "What each network gives for what an answer costs; those of the front in green",
     "mistakes": "The images that were most confidently taken for another class",
+    "mistakes_explained": "The same: red to yellow where the network saw the class that it named",
 }
 
 

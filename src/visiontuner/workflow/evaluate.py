@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import ImageDataset
-from visiontuner.data.images import decode_image
+from visiontuner.data.images import decode_image, read_pixels
 from visiontuner.errors import (
     BadImageError,
     SearchFailed,
@@ -36,8 +36,9 @@ from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search, packaged_trial
-from visiontuner.model.classifier import Classifier
+from visiontuner.model.classifier import FEATURE_MAP, Classifier
 from visiontuner.model.classifier_files import recalibrate, replace_folder, write_json
+from visiontuner.model.heatmaps import Explainer
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_CLASSES,
@@ -123,6 +124,7 @@ def write_evaluation(
     report: EvaluationReport,
     facts: Mapping[str, Any],
     answers: Answers,
+    classifier: Classifier,
     root: Path,
     mistakes: int,
 ) -> None:
@@ -131,6 +133,7 @@ def write_evaluation(
     Args:
         facts: plain JSON values, written beside the report's own.
         root: what the samples' paths are relative to.
+        classifier: which gave the answers.
         mistakes: how many of the most confidently wrong images to show.
 
     Raises:
@@ -141,7 +144,7 @@ def write_evaluation(
     try:
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
-            more = _write_test(temporary, report, answers, root, mistakes)
+            more = _write_test(temporary, report, answers, classifier, root, mistakes)
             _write_networks(temporary, facts.get("networks") or [])
             write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
             replace_folder(temporary, folder)
@@ -150,7 +153,12 @@ def write_evaluation(
 
 
 def _write_test(
-    folder: Path, report: EvaluationReport, answers: Answers, root: Path, count: int
+    folder: Path,
+    report: EvaluationReport,
+    answers: Answers,
+    classifier: Classifier,
+    root: Path,
+    count: int,
 ) -> dict[str, Any]:
     """Tables and figures over the test images; returns what the report says of them."""
 
@@ -175,6 +183,7 @@ def _write_test(
     _draw(folder, report, answers, probabilities, labels)
     shown = [(answers.samples[m.index].path, (m.true, m.predicted, m.probability)) for m in wrong]
     write_contact_sheet(folder / "mistakes.png", root, shown)
+    _write_explained_sheet(folder / "mistakes_explained.png", classifier, root, shown)
     return {
         "mistakes": [
             {
@@ -232,6 +241,30 @@ def write_contact_sheet(file: Path, root: Path, shown: Sequence[tuple[str, Capti
             continue
         image.thumbnail((_THUMBNAIL, _THUMBNAIL))
         images.append(image)
+        captions.append(caption)
+    if images:
+        file.write_bytes(to_png(contact_sheet(images, captions)))
+
+
+def _write_explained_sheet(
+    file: Path, classifier: Classifier, root: Path, shown: Sequence[tuple[str, Caption]]
+) -> None:
+    """The same images as the network saw them, under the heat map of what they were taken for.
+
+    There is no file where the network has no heat maps.
+    """
+    if FEATURE_MAP not in classifier.output_names:
+        return
+    explainer = Explainer(classifier)
+    images: list[NDArray[np.uint8]] = []
+    captions: list[Caption] = []
+    for path, caption in shown:
+        try:
+            pixels = read_pixels(root / path, classifier.preprocessing)
+        except BadImageError:  # it was there a minute ago
+            continue
+        (heat,) = explainer.explain(pixels[None])
+        images.append(heat.over(pixels))
         captions.append(caption)
     if images:
         file.write_bytes(to_png(contact_sheet(images, captions)))
@@ -546,6 +579,7 @@ class _Evaluation:
             report=report,
             facts=facts,
             answers=answers,
+            classifier=self._classifier,
             root=root,
             mistakes=_MISTAKES,
         )
