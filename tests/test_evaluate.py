@@ -23,7 +23,12 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.classifier_files import recalibrate
-from visiontuner.workflow.evaluate import EvaluationResult, evaluate_search
+from visiontuner.workflow.evaluate import (
+    EvaluationResult,
+    evaluate_search,
+    num_test_evaluations,
+)
+from visiontuner.workflow.evaluate_folder import evaluate_folder
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.tune import resume_search, run_search
 
@@ -210,6 +215,22 @@ def test_a_look_counts_though_its_evaluation_fails(
         with pytest.raises(VisiontunerError, match="disk is full"):
             evaluate_search(untracked)
     assert evaluate_search(untracked).looks == before + 2
+
+
+def test_a_folder_that_holds_test_images_is_another_look(untracked: Path, home: Path) -> None:
+    before = num_test_evaluations(untracked)
+    (untracked.parent / "elsewhere").mkdir()
+    shutil.copytree(home / "images" / "test" / "sky", untracked.parent / "elsewhere" / "sky")
+    found = evaluate_folder(str(untracked.parent / "elsewhere"), model=str(untracked))
+    assert (found.test_images, found.looks) == (COUNTS["test"], before + 1)
+    assert num_test_evaluations(untracked) == before + 1
+    assert found.training_statistics is not None
+    assert found.training_statistics.side == (32, 32, 32)
+    assert found.classes[0].name == "sky"
+    assert found.classes[0].here == 1
+    assert found.classes[0].training == pytest.approx(1 / 3)
+    elsewhere = evaluate_folder(str(home / "images" / "valid"), model=str(untracked))
+    assert (elsewhere.test_images, elsewhere.looks) == (0, None)
 
 
 def test_another_search_on_the_same_images_is_another_look(

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from visiontuner.workflow.compare import Comparison
     from visiontuner.workflow.diagnose import DiagnosedRun, Diagnosis
     from visiontuner.workflow.evaluate import EvaluationResult
+    from visiontuner.workflow.evaluate_folder import FolderEvaluation
     from visiontuner.workflow.lineage import LineageCheck
     from visiontuner.workflow.suspects import SuspectsResult
 
@@ -84,12 +85,32 @@ _NAMED_TRIALS = 6
     show_default=True,
     help="How many of the confident answers shall be right; sets the confidence threshold.",
 )
+@click.option(
+    "--data",
+    metavar="FOLDER",
+    type=TEXT,
+    help="Score a finished model on these labelled images instead: class folders or a table.",
+)
+@click.option(
+    "--model", metavar="MODEL", type=TEXT, help="With --data: a folder or a model's name."
+)
+@click.option(
+    "--classes",
+    metavar="FILE",
+    type=FOLDER,
+    help="With --data: what classes of other names become (columns class, becomes).",
+)
+@click.option("--output", metavar="FOLDER", type=FOLDER, help="With --data: where numbers go.")
 def evaluate(
     search: Path | None,
     prefer: str,
     within: str | None,
     max_latency_ms: float | None,
     precision: float,
+    data: str | None,
+    model: str | None,
+    classes: Path | None,
+    output: Path | None,
 ) -> None:
     """Test the chosen model on images that played no part in the choice.
 
@@ -104,7 +125,14 @@ def evaluate(
       visiontuner evaluate --prefer cheapest
       visiontuner evaluate --prefer fastest --within 1% --max-latency-ms 10
       visiontuner evaluate searches/dog-breeds-20261122-154100 --precision 0.99
+      visiontuner evaluate --data photos-of-2026/                 the newest search's model
+      visiontuner evaluate --data labels.csv --model dogs@champion --classes names.csv
     """
+    if data is not None:
+        _evaluate_folder(search, data, model, classes=classes, output=output)
+        return
+    if any(given is not None for given in (model, classes, output)):
+        raise UserMistake("--model, --classes and --output go with --data FOLDER.")
     from visiontuner.workflow.evaluate import evaluate_search
 
     console = SearchConsole()
@@ -134,6 +162,70 @@ def _share(text: str) -> float:
     return share
 
 
+def _evaluate_folder(
+    search: Path | None, data: str, model: str | None, **options: Path | None
+) -> None:
+    """Score a model on labelled images; a search that is named is the model."""
+    from visiontuner.workflow.evaluate_folder import evaluate_folder
+
+    if search is not None and model is not None:
+        raise UserMistake("Name one model: SEARCH or --model.")
+    console = SearchConsole()
+    try:
+        result = evaluate_folder(
+            data, model=str(search) if search else model, observer=console, **options
+        )
+    finally:
+        console.close()
+    _print_folder(result)
+
+
+def _print_folder(result: FolderEvaluation) -> None:
+    report = result.report
+    _print_metrics(report, f"{report.num_images:,} images (95 % interval):")
+    wanted = "" if report.threshold is None else f"{report.threshold.wanted_precision:.0%}"
+    for verdict, text in (
+        ("holds", f"The confidence threshold holds here: {wanted} precision or more."),
+        ("does not hold", f"The confidence threshold does not hold here: not {wanted} precision."),
+        ("cannot be told", f"Too few images to tell whether the threshold keeps {wanted}."),
+    ):
+        if result.threshold_verdict == verdict:
+            click.echo(f"  {text}")
+    click.echo("\nWhat is new in these images:")
+    if result.new is not None:
+        click.echo(f"  unlike the training images  {_percent(result.new)}; 5 % are expected")
+    _print_statistics(result)
+    if result.classes:
+        shares = ", ".join(
+            f"{share.name} {share.here:.1%} ({share.training:.1%})" for share in result.classes
+        )
+        click.echo(f"  shares of classes (training) that differ most: {shares}")
+    for note in report.notes:
+        click.echo(f"  note: {note}")
+    if result.test_images:
+        click.echo(
+            f"  {result.test_images:,} of them are test images of the search: this is evaluation "
+            f"{result.looks} of its test set."
+        )
+    elif result.test_images is None:
+        click.echo("  Whether test images of its search are among them is not known.")
+    if result.unreadable:
+        click.echo(
+            f"  {len(result.unreadable):,} images could not be read; report.json names them."
+        )
+    click.echo(f"\nAll of it: {result.folder}")
+
+
+def _print_statistics(result: FolderEvaluation) -> None:
+    for name, unit in (("brightness", "of 255"), ("side", "pixels, the shorter side")):
+        median, low, high = getattr(result.statistics, name)
+        text = f"  {name:<10} {median:.0f} ({low:.0f} to {high:.0f}) {unit}"
+        if result.training_statistics is not None:
+            median, low, high = getattr(result.training_statistics, name)
+            text += f"; training images {median:.0f} ({low:.0f} to {high:.0f})"
+        click.echo(text)
+
+
 def _print(result: EvaluationResult) -> None:
     choice, report = result.choice, result.report
     click.echo(f"\nChosen: {choice.chosen}")
@@ -159,8 +251,17 @@ def _print(result: EvaluationResult) -> None:
 
 
 def _print_test(report: EvaluationReport, looks: int) -> None:
+    _print_metrics(report, f"Test, {report.num_images:,} images (95 % interval):")
+    if looks > 1:
+        click.echo(
+            f"  This was evaluation {looks} of the test set: the more evaluations, the less they "
+            "prove."
+        )
+
+
+def _print_metrics(report: EvaluationReport, heading: str) -> None:
     metrics = report.metrics
-    click.echo(f"\nTest, {report.num_images:,} images (95 % interval):")
+    click.echo(f"\n{heading}")
     for name, label in (
         ("accuracy", "accuracy"),
         ("top5_accuracy", "top-5 accuracy"),
@@ -180,11 +281,6 @@ def _print_test(report: EvaluationReport, looks: int) -> None:
             f"  answers above {threshold.value:.3f}: {_percent(threshold.precision)} right "
             f"(wanted {threshold.wanted_precision:.0%}), on {threshold.coverage.value:.1%} of "
             "the images"
-        )
-    if looks > 1:
-        click.echo(
-            f"  This was evaluation {looks} of the test set: the more evaluations, the less they "
-            "prove."
         )
 
 

@@ -12,6 +12,7 @@ import stat
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -458,23 +459,33 @@ def why_not_read(files: Iterable[LeftOut]) -> str:
     return "not read here" + (" (HEIC needs the package pillow-heif)" if heic else "")
 
 
+class _OneClass(DataError):
+    """There is one class alone: nothing to train on, and enough to evaluate."""
+
+    def __init__(self, message: str, layout: Layout) -> None:
+        super().__init__(message)
+        self.layout = layout
+
+
 def _check(layout: Layout) -> None:
     names = sorted({file.class_name for file in layout.files})
     unread = [file for file in layout.left_out if file.reason == "format"]
     hint = f" Left out: {left_out_formats(unread)}, {why_not_read(unread)}." if unread else ""
     if len(names) == 1 and layout.table:
-        raise DataError(
+        raise _OneClass(
             f"{layout.saved_in or layout.root / layout.table} has only one class, {names[0]}; a "
-            f"classifier needs at least two. {_why_one_class(layout)}"
+            f"classifier needs at least two. {_why_one_class(layout)}",
+            layout,
         )
     if not names:
         seen = [*(file.path for file in layout.left_out), *layout.ignored]
         such = f" (it holds files such as {seen[0]})" if seen else ""
         raise DataError(f"{layout.root} holds no images in class folders{such}.{hint} {LAYOUTS}")
     if len(names) == 1:
-        raise DataError(
+        raise _OneClass(
             f"{layout.root} has only one class, {names[0]}; a classifier needs at least two."
-            f"{hint} {LAYOUTS}"
+            f"{hint} {LAYOUTS}",
+            layout,
         )
 
 
@@ -1185,6 +1196,67 @@ def load_dataset(
         *_group_findings(dataset, {file.split for file in layout.files}),
     )
     return replace(dataset, findings=findings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledImages:
+    """Images with labels, whatever splits they lie in.
+
+    Args:
+        root: the folder that the paths are relative to.
+        class_names: sorted; a label is an index into it.
+        samples: sorted by path.
+        unreadable: paths of files that cannot be opened.
+        described: what was found where, in a few words.
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    samples: tuple[Sample, ...]
+    unreadable: tuple[str, ...]
+    described: str
+
+
+def load_labelled_images(
+    root: Path,
+    *,
+    columns: Mapping[str, str | None] | None = None,
+    classes: Path | None = None,
+    cache: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> LabelledImages:
+    """Read all images of a folder, or of a table, that nothing is to be trained on.
+
+    One class is enough.
+
+    Args: as of `load_dataset`.
+
+    Raises:
+        DataError: there are no labelled images; the message says what was found instead.
+    """
+    try:
+        layout = _read_saved(
+            root, columns or {}, cache=cache, into=cache, progress=progress
+        ) or _read_source(root, columns, "")
+    except _OneClass as one:
+        layout = one.layout
+    with suppress(_OneClass):
+        _refine(layout, None, classes, None)
+    digests = content_digests(layout.root, layout.files, cache=cache, progress=progress)
+    class_names = tuple(sorted({file.class_name for file in layout.files}))
+    labels = {name: label for label, name in enumerate(class_names)}
+    samples = [
+        Sample(file.path, labels[file.class_name], digest, file.group)
+        for file in layout.files
+        if isinstance(digest := digests[file.path], str)
+    ]
+    return LabelledImages(
+        root=layout.root,
+        class_names=class_names,
+        samples=tuple(sorted(samples, key=lambda sample: sample.path)),
+        unreadable=tuple(path for path, d in digests.items() if not isinstance(d, str)),
+        described=_described(root, layout),
+    )
 
 
 def _read_source(root: Path, columns: Mapping[str, str | None] | None, address: str) -> Layout:

@@ -88,6 +88,7 @@ def evaluate_predictions(
     temperature: float,
     threshold: ChosenThreshold | None,
     notes: Sequence[str] = (),
+    of: str = "test",
     seed: int = 7,
     resamples: int = 1000,
 ) -> EvaluationReport:
@@ -100,6 +101,7 @@ def evaluate_predictions(
         temperature: fitted on validation.
         threshold: chosen on validation, on probabilities with this temperature; None: none wanted.
         notes: sentences that come first, such as `calibration_notes`.
+        of: which images they are, for sentences; empty for any.
         resamples: of the bootstrap; 10,000 images of 133 classes take some seconds with 1,000.
 
     Raises:
@@ -123,7 +125,7 @@ def evaluate_predictions(
         classes=classes,
         confusion=confusion,
         threshold=on_test,
-        notes=(*notes, *_notes(classes, metrics["accuracy"], on_test)),
+        notes=(*notes, *_notes(classes, metrics["accuracy"], on_test, of)),
     )
 
 
@@ -149,28 +151,30 @@ def _check(
 
 
 def _notes(
-    classes: Sequence[ClassScore], accuracy: Interval, threshold: Threshold | None
+    classes: Sequence[ClassScore], accuracy: Interval, threshold: Threshold | None, of: str
 ) -> list[str]:
     notes = []
+    image = f"{of} image".strip()
+    where = f"on {of}" if of else "here"
     total = sum(score.support for score in classes)
     if total < _FEW_IMAGES:
-        notes.append(f"Only {_count(total, 'test image')}: no number here means much.")
+        notes.append(f"Only {_count(total, image)}: no number here means much.")
     if accuracy.value in (0.0, 1.0):
         how = "rightly" if accuracy.value else "wrongly"
         notes.append(
-            f"Every test image was named {how}: no resample differs, so intervals other than "
+            f"Every {image} was named {how}: no resample differs, so intervals other than "
             "those of accuracy, precision and recall have no width or too little."
         )
     present = [score.name for score in classes if score.support]
     absent = [score.name for score in classes if not score.support]
     if len(present) == 1:
-        notes.append(f"All test images are of one class, {present[0]}.")
+        notes.append(f"All {image}s are of one class, {present[0]}.")
     if absent:
-        notes.append(f"No test images of {_names(absent)}: recall is unknown there.")
+        notes.append(f"No {image}s of {_names(absent)}: recall is unknown there.")
     unused = [score.name for score in classes if not score.predicted and score.support]
     if unused:
-        notes.append(f"Never predicted on test: {_names(unused)}.")
-    return notes + ([] if threshold is None else _threshold_notes(threshold))
+        notes.append(f"Never predicted {where}: {_names(unused)}.")
+    return notes + ([] if threshold is None else _threshold_notes(threshold, image, where))
 
 
 def abstention_notes(threshold: ChosenThreshold | Threshold | None) -> list[str]:
@@ -183,14 +187,14 @@ def abstention_notes(threshold: ChosenThreshold | Threshold | None) -> list[str]
     ]
 
 
-def _threshold_notes(threshold: Threshold) -> list[str]:
+def _threshold_notes(threshold: Threshold, image: str, where: str) -> list[str]:
     wanted = f"{threshold.wanted_precision:g}"
     if threshold.value is None:
         return abstention_notes(threshold)
     if threshold.precision is None:
-        return [f"No test image reaches the threshold {threshold.value:.3f}."]
+        return [f"No {image} reaches the threshold {threshold.value:.3f}."]
     if threshold.precision.high < threshold.wanted_precision:
-        return [f"The threshold was to give a precision of {wanted}; on test it does not."]
+        return [f"The threshold was to give a precision of {wanted}; {where} it does not."]
     return []
 
 
