@@ -117,7 +117,8 @@ def evaluate(
     The trials that cannot be told apart from the best are named; temperature and confidence
     threshold are fitted on validation and become part of the model, which is registered as a new
     version. Then the test images are looked at, and how many times that was done is counted.
-    SEARCH is a search folder, by default the newest.
+    SEARCH is a search folder, by default the newest. With --data a finished model is scored on
+    other labelled images instead, and stays as it is.
 
     \b
     Examples:
