@@ -112,6 +112,11 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "capture",
             "Bring home the images and answers that an endpoint's data capture has kept.",
         ),
+        "demo": CommandEntry(
+            "serve",
+            "demo",
+            "Try a model in the browser: drop an image, and see what it is taken for and why.",
+        ),
         "endpoints": CommandEntry(
             "serve",
             "endpoints",

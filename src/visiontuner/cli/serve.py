@@ -700,3 +700,50 @@ def _print_csv(answers: Iterable[ImageAnswer]) -> int:
         row["top_k"] = "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row["top_k"])
         click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
     return failed
+
+
+# The command that serves a page to try a model on.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("model", metavar="[MODEL]", required=False, type=TEXT)
+@click.option("--port", metavar="PORT", type=number(0, 65535, whole=True), help="Default: 7860.")
+@click.option(
+    "--export",
+    metavar="FOLDER",
+    type=FOLDER,
+    help="Write a Gradio Space, which runs without visiontuner, instead.",
+)
+def demo(model: str | None, port: int | None, export: Path | None) -> None:
+    """Try a model in the browser: drop an image, and see what it is taken for and why.
+
+    The page shows names with probabilities, whether the answer is confident and the image known,
+    where the class was seen, and the nearest training images. It answers this machine alone
+    and asks nothing of any other. MODEL is a folder or a registered model, by default the newest
+    search's. Ctrl-C ends it.
+
+    \b
+    Examples:
+      visiontuner demo
+      visiontuner demo dogs@champion --port 8000
+      visiontuner demo dogs@champion --export space/
+    """
+    from visiontuner.workflow.demo import PORT, export_demo
+    from visiontuner.workflow.demo import demo as serve
+
+    if export is not None:
+        if port is not None:
+            raise UserMistake("--export writes a folder and serves nothing: leave out --port.")
+        export_demo(model, export)
+        click.echo(f"The Space: {export}. Try it: pip install -r requirements.txt, python app.py.")
+        return
+    console = SearchConsole(_stderr_console())
+
+    def ready(address: str) -> None:
+        console.close()
+        click.echo(f"Open {address} in a browser. Ctrl-C ends it.")
+
+    try:
+        serve(model, port=PORT if port is None else int(port), observer=console, ready=ready)
+    finally:
+        console.close()
