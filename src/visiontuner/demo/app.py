@@ -149,6 +149,27 @@ def build_app(answerer: Answerer, *, title: str) -> FastAPI:
             "nearest": answerer.training is not None,
         }
 
+    _add_images(app, answerer)
+
+    @app.post("/answer")
+    async def ask(request: Request) -> JSONResponse:
+        content = bytearray()
+        async for part in request.stream():
+            content += part
+            if len(content) > MAX_BYTES:
+                limit = f"The image has more than the {MAX_BYTES / 1e6:.0f} MB allowed."
+                return JSONResponse({"error": limit}, status_code=413)
+        try:
+            return JSONResponse(await run_in_threadpool(answerer.answer, bytes(content)))
+        except BusyError as error:
+            return JSONResponse({"error": str(error)}, status_code=429)
+
+    return app
+
+
+def _add_images(app: FastAPI, answerer: Answerer) -> None:
+    """The examples, and the training images that are named as nearest."""
+
     @app.get("/example/{number}")
     def example(number: int) -> Response:
         if not 0 <= number < len(answerer.examples):
@@ -167,21 +188,6 @@ def build_app(answerer: Answerer, *, title: str) -> FastAPI:
         if images is None or not 0 <= number < len(images.paths):
             return Response(status_code=404)
         return _thumbnail(images.root / images.paths[number])
-
-    @app.post("/answer")
-    async def ask(request: Request) -> JSONResponse:
-        content = bytearray()
-        async for part in request.stream():
-            content += part
-            if len(content) > MAX_BYTES:
-                limit = f"The image has more than the {MAX_BYTES / 1e6:.0f} MB allowed."
-                return JSONResponse({"error": limit}, status_code=413)
-        try:
-            return JSONResponse(await run_in_threadpool(answerer.answer, bytes(content)))
-        except BusyError as error:
-            return JSONResponse({"error": str(error)}, status_code=429)
-
-    return app
 
 
 def _file(path: Path) -> Any:
