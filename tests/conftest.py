@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import http.client
+import importlib.util
 import json
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
@@ -97,6 +99,62 @@ def pytest_runtest_teardown(
     yield
     if nextitem is None or nextitem.path not in item.config.stash[_with_ray]:
         _ray.close()
+
+
+CALLS = "VISIONTUNER_TEST_CALLS"  # a file: what each party has asked of the AWS stand-in
+
+_aws_files: set[str] = set()  # whose tests have all passed
+_aws_others: set[str] = set()  # of which one failed or was skipped
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One file for all test processes; they inherit the variable."""
+    if not hasattr(config, "workerinput"):
+        handle, path = tempfile.mkstemp(prefix="aws-calls-")
+        os.close(handle)
+        os.environ[CALLS] = path
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Which AWS tests ran: in the process that hears of all of them."""
+    file = report.nodeid.partition("::")[0]
+    if file.startswith("tests/aws/"):
+        (_aws_files if report.passed else _aws_others).add(file)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """After all AWS tests: each permission of docs/aws.md was used, or is explained there."""
+    if hasattr(session.config, "workerinput"):
+        return
+    calls = Path(os.environ.pop(CALLS))
+    options = session.config.option
+    every = {f"tests/aws/{path.name}" for path in Path(__file__).parent.glob("aws/test_*.py")}
+    whole = every <= _aws_files and not _aws_others and not (options.keyword or options.markexpr)
+    try:
+        wrong = policies().unused(calls) if whole else []
+    finally:
+        calls.unlink()
+    if wrong:
+        print("\ndocs/aws.md, Permissions:", *wrong, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def policies() -> Any:
+    """tests/aws/policies.py, which the stand-in's process imports as well."""
+    path = Path(__file__).parent / "aws" / "policies.py"
+    specification = importlib.util.spec_from_file_location("policies", path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def calls_of_all_tests() -> Path:
+    """What each party has asked of the AWS stand-in, a line each."""
+    return Path(os.environ[CALLS])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -60,7 +60,7 @@ class Aws:
             service,
             region_name=region,
             endpoint_url=self.url,
-            aws_access_key_id="testing",
+            aws_access_key_id="preparing",  # may do everything; "testing" runs the commands
             aws_secret_access_key="testing",
         )
 
@@ -151,7 +151,7 @@ class Aws:
 
 
 @pytest.fixture(scope="session")
-def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
+def stand_in(tmp_path_factory: pytest.TempPathFactory, calls_of_all_tests: Path) -> Iterator[Aws]:
     """The server; its resources are of all tests, see `aws`."""
     nowhere = tmp_path_factory.mktemp("no-aws-settings")
     log = (nowhere / "log").open("wb")
@@ -161,7 +161,11 @@ def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
         stderr=log,
         text=True,
         env=_without_aws()
-        | {"MOTO_IAM_LOAD_MANAGED_POLICIES": "false", "STAND_IN_JOBS": str(nowhere / "jobs")},
+        | {
+            "MOTO_IAM_LOAD_MANAGED_POLICIES": "false",
+            "STAND_IN_JOBS": str(nowhere / "jobs"),
+            "STAND_IN_CALLS": str(calls_of_all_tests),
+        },
     )
     try:
         assert process.stdout is not None

@@ -35,6 +35,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import policies
 import stand_in_jobs
 import stand_in_serving
 import training_jobs
@@ -118,6 +119,9 @@ def _content(tar: tarfile.TarFile) -> str:
     return digest.hexdigest()[:16]
 
 
+GUARD = policies.Guard(
+    Path(os.environ["STAND_IN_CALLS"]) if "STAND_IN_CALLS" in os.environ else None
+)
 SERVERS = Servers()
 URLS: dict[tuple[str, str], str] = {}  # of scoring servers, by region and endpoint
 
@@ -147,6 +151,7 @@ def _start(response: Any, name: str, config_name: str, failed: Callable[[str], N
             if hang:
                 _wait(hang)
                 raise VisiontunerError("It hangs.")
+            stand_in_serving.act_as_endpoint(*stand_in_serving.PULLS, "s3:GetObject")
             bucket, key = container["ModelDataUrl"].removeprefix("s3://").split("/", 1)
             URLS[region, name] = SERVERS.url(
                 s3_backends[account]["aws"].get_object(bucket, key).value
@@ -166,6 +171,7 @@ def _start(response: Any, name: str, config_name: str, failed: Callable[[str], N
 
 
 def _log(account: str, region: str, name: str, variant: str, text: str) -> None:
+    stand_in_serving.act_as_endpoint(*stand_in_serving.LOGS)
     logs, group = logs_backends[account][region], f"/aws/sagemaker/Endpoints/{name}"
     stream = f"{variant}/i-0123456789"
     if group not in logs.groups:
@@ -320,7 +326,7 @@ SageMakerRuntimeResponse.invoke_endpoint = invoke_endpoint  # type: ignore[metho
 ECRResponse.get_download_url_for_layer = get_download_url_for_layer
 training_jobs.install()
 stand_in_jobs.install()
-stand_in_serving.install(URLS, SERVERS.url)
+stand_in_serving.install(URLS, SERVERS.url, GUARD)
 
 
 def refusing_expired(application: Any) -> Any:
@@ -340,6 +346,37 @@ def refusing_expired(application: Any) -> Any:
         return [body.encode()]
 
     return answer
+
+
+def guarding_policies(application: Any) -> Any:
+    """AWS refuses what the party's policies do not allow: here they are those of docs/aws.md."""
+
+    def answer(environ: dict[str, Any], start_response: Any) -> Any:
+        party = policies.party_of(environ.get("HTTP_AUTHORIZATION", ""))
+        if party is None:
+            return application(environ, start_response)
+        body = b""
+        if "/s3/" not in environ["HTTP_AUTHORIZATION"]:  # whose bodies are no part of an action
+            body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            environ["wsgi.input"] = io.BytesIO(body)
+        for action in policies.actions_of(environ, body):
+            if GUARD.refused(party, action):
+                return _denied(environ, action, start_response)
+        return application(environ, start_response)
+
+    return answer
+
+
+def _denied(environ: dict[str, Any], action: str, start_response: Any) -> list[bytes]:
+    told = f"User is not authorized to perform: {action}"
+    signed = environ["HTTP_AUTHORIZATION"]
+    if any(service in signed for service in ("/s3/", "/sts/", "/iam/")):
+        start_response("403 Forbidden", [("Content-Type", "application/xml")])
+        error = f"<Error><Code>AccessDenied</Code><Message>{told}</Message></Error>"
+        wrapped = error if "/s3/" in signed else f"<ErrorResponse>{error}</ErrorResponse>"
+        return [wrapped.encode()]
+    start_response("400 Bad Request", [("x-amzn-ErrorType", "AccessDeniedException")])
+    return [json.dumps({"__type": "AccessDeniedException", "message": told}).encode()]
 
 
 def guarding_buckets(application: Any) -> Any:
@@ -364,7 +401,7 @@ def guarding_buckets(application: Any) -> Any:
 def main() -> None:
     global _PORT
     application: Any = DomainDispatcherApplication(create_backend_app)
-    application = refusing_expired(guarding_buckets(application))
+    application = refusing_expired(guarding_policies(guarding_buckets(application)))
     server = make_server("127.0.0.1", 0, application, True, request_handler=MotoRequestHandler)
     _PORT = server.server_address[1]
     ended = threading.Event()

@@ -39,6 +39,32 @@ _WITH_DISKS = ("ml.g4dn", "ml.g5", "ml.g6", "ml.m5d", "ml.c5d", "ml.r5d", "ml.p4
 
 Url = Callable[[bytes], str]  # of a scoring server for a model.tar.gz
 
+# What the role of an endpoint or of a transform job does for each container.
+PULLS = (
+    "ecr:GetAuthorizationToken",
+    "ecr:BatchCheckLayerAvailability",
+    "ecr:BatchGetImage",
+    "ecr:GetDownloadUrlForLayer",
+)
+LOGS = (
+    "logs:CreateLogGroup",
+    "logs:CreateLogStream",
+    "logs:DescribeLogStreams",
+    "logs:PutLogEvents",
+)
+GUARD: Any = None
+
+
+def act_as_endpoint(*actions: str) -> None:
+    """Do something as the role of an endpoint or of a transform job.
+
+    Raises:
+        PermissionError: its policies do not allow it.
+    """
+    for action in actions:
+        if GUARD.refused("endpoint", action):
+            raise PermissionError(f"The execution role may not {action}.")
+
 
 def _objects(account: str, bucket: str) -> Any:
     return s3_backends[account]["aws"].buckets[bucket].keys
@@ -113,6 +139,7 @@ def invoke_endpoint_async(urls: dict[tuple[str, str], str]) -> Callable[[Any], A
 
         def work() -> None:
             time.sleep(_LATER)
+            act_as_endpoint("s3:GetObject", "s3:PutObject")
             try:
                 asked = ask(str(url), _get(account, location), content_type)
             except KeyError:
@@ -184,6 +211,7 @@ def capture(
     def work() -> None:
         time.sleep(_LATER)
         try:
+            act_as_endpoint("s3:PutObject")
             _put(account, uri, json.dumps(event).encode() + b"\n")
         except Exception:  # no such bucket: nobody is told
             return
@@ -236,6 +264,7 @@ def _transform(account: str, backend: Any, job: Any, url: Url) -> None:
     time.sleep(_LATER)
     try:
         job.transform_start_time = utcnow()
+        act_as_endpoint(*PULLS, *LOGS, "s3:ListBucket", "s3:GetObject", "s3:PutObject")
         source = job.transform_input["DataSource"]["S3DataSource"]["S3Uri"]
         bucket, _, prefix = source.removeprefix("s3://").partition("/")
         keys = [key for key in list(_objects(account, bucket)) if key.startswith(prefix)]
@@ -342,13 +371,16 @@ def _policy(plain: Callable[..., Any]) -> Callable[..., Any]:
     return put
 
 
-def install(urls: dict[tuple[str, str], str], url: Url) -> None:
+def install(urls: dict[tuple[str, str], str], url: Url, guard: Any) -> None:
     """Put these in the place of what moto has.
 
     Args:
         urls: of scoring servers, by region and endpoint.
         url: of a scoring server for a model.tar.gz, which is started if none runs.
+        guard: knows what each party may do.
     """
+    global GUARD
+    GUARD = guard
     SageMakerRuntimeResponse.invoke_endpoint_async = invoke_endpoint_async(urls)  # type: ignore[method-assign]
     SageMakerResponse.create_transform_job = create_transform_job(url)  # type: ignore[method-assign]
     SageMakerResponse.stop_transform_job = stop_transform_job  # type: ignore[attr-defined]

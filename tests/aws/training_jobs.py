@@ -95,7 +95,7 @@ def _run(job: Any, request: dict[str, Any], url: str, region: str, account: str)
                 **os.environ,
                 "AWS_ENDPOINT_URL": url,
                 "AWS_DEFAULT_REGION": region,
-                "AWS_ACCESS_KEY_ID": "testing",
+                "AWS_ACCESS_KEY_ID": "job-role",
                 "AWS_SECRET_ACCESS_KEY": "testing",
                 "AWS_EC2_METADATA_DISABLED": "true",
                 "NO_PROXY": "127.0.0.1",
