@@ -798,6 +798,21 @@ def test_an_image_that_sagemaker_cannot_run_is_refused(
     assert "docker buildx build --platform linux/amd64 --provenance=false" in said(done)
 
 
+def test_more_instances_than_the_account_may_use_are_refused_beforehand(
+    account: Any, model: str
+) -> None:
+    place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
+    s3 = account.client("s3")
+    s3.create_bucket(Bucket="directed-jobs", CreateBucketConfiguration=place)
+    quotas = {"ml.m5.large for endpoint usage": 2, "ml.c5.large for endpoint usage": 0}
+    s3.put_object(Bucket="directed-jobs", Key="quotas.json", Body=json.dumps(quotas).encode())
+    assert run("deploy", model, "--dry-run", "--instances", "2").exit_code == 0
+    told = "The account may use 2 of ml.m5.large for endpoint usage in eu-west-1, and 4 are asked"
+    assert told in said(run("deploy", model, "--dry-run", "--autoscale", "1:4:300"))
+    none = said(run("deploy", model, "--dry-run", "--instance-type", "ml.c5.large"))
+    assert "may use 0 of ml.c5.large for endpoint usage in eu-west-1, and 1 is asked for" in none
+
+
 def test_several_roles_have_to_be_chosen_from(account: Any, model: str) -> None:
     account.put_role("another")
     assert "may take on 2 roles: " in said(run("deploy", model, "--dry-run"))

@@ -1,7 +1,6 @@
 """`make aws-smoke` against the stand-in: deploys, asks, takes away, and refuses where it should."""
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,26 +8,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from visiontuner.aws import request
 from visiontuner.errors import ServingError
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
-
-
-@pytest.fixture
-def account(aws: Any, registered: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """An account that is set up, and a store."""
-    import mlflow.version
-
-    aws.put_image(tag=mlflow.version.VERSION)
-    aws.put_role("endpoints")
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", registered.tracking_uri)
-    monkeypatch.chdir(tmp_path)
-    return aws
-
-
-@pytest.fixture(scope="module")
-def model(registered: Callable[..., str]) -> str:
-    return registered().removeprefix("models:/")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +32,37 @@ def run(smoke: ModuleType, *arguments: str, answer: str = "") -> Result:
 def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, model: str) -> None:
     done = run(smoke, model, "--price", "0.115", answer="y\n")
     assert done.exit_code == 0, done.output
-    # 0.115 x (1800 + 900) / 3600
-    assert "It costs at most $0.09. Go on?" in done.stdout
-    assert "3 images answered; the first: red" in done.stdout
+    # 0.115 x (1800 + 900 + 3600) / 3600
+    assert "It costs at most $0.20. Go on?" in done.stdout
+    assert done.stdout.count("3 images answered; the first: red") == 2
     assert "nothing is left" in done.stdout
     assert account.holds() == NOTHING
+    report = Path("aws-smoke-report.md").read_text()
+    for step in ("deployed on ml.m5.large", "asked", "updated", "asked again", "taken away"):
+        assert f"| {step} | " in report
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("hosts_allowed")
+def test_with_a_job_it_trains_on_sagemaker_and_deploys_that(
+    smoke: ModuleType, account: Any, small_search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What the hosts need is here already; test_two_hosts.py lets pip look at all of it.
+    monkeypatch.setattr(request, "requirements", lambda **_: ["numpy"])
+    # 0.1 x (1800 + 300) / 3600 of the job, and 0.1 x 6300 / 3600 of the endpoint: $0.23.
+    small = {"training.epochs": 1, **{f"model.{k}": v for k, v in small_search["model"].items()}}
+    changes = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
+    prices = ["--price", "0.1", "--training-price", "0.1"]
+    done = run(smoke, "--job", "--yes", *prices, *changes)
+    assert done.exit_code == 0, done.output
+    assert "runs on    1 x ml.m5.large; at most 30 min" in done.stdout
+    assert "nothing is left" in done.stdout
+    report = Path("aws-smoke-report.md").read_text()
+    assert "| submitted on ml.m5.large | " in report
+    assert "| taken away | " in report
+    assert "123456789012" not in report
+    assert account.holds()["endpoints"] == []
 
 
 def test_what_fails_after_deploying_is_taken_away_too(
@@ -74,8 +83,9 @@ def test_what_fails_after_deploying_is_taken_away_too(
     ("arguments", "said"),
     [
         ([], "AWS does not say what the instance costs"),
-        # 2 x (1800 + 900) / 3600
-        (["--price", "2"], "It could cost $1.50, more than --max-cost 0.25"),
+        # 2 x (1800 + 900 + 3600) / 3600
+        (["--price", "2"], "It could cost $3.50, more than --max-cost 0.25"),
+        (["--gpu"], "--gpu is of the training job: add --job"),
         (["--price", "0.1", "--region", "nowhere"], "SageMaker has no region 'nowhere'"),
     ],
 )

@@ -186,6 +186,47 @@ def _on_demand(product: Mapping[str, Any]) -> float | None:
     return None
 
 
+# How many machines an account may use at all.
+
+
+_QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
+
+
+def refuse_small_quotas(
+    aws: Aws, names: Sequence[str], instances: int, *, advice: Mapping[str, str] | None = None
+) -> None:
+    """Refuse what the account may not start; silent where AWS does not say.
+
+    Args:
+        names: of quotas, as `ml.m5.large for endpoint usage`.
+        advice: what else helps, by a part of a quota's name.
+
+    Raises:
+        UserMistake: a quota is smaller than the number of instances.
+    """
+    quotas = _quotas(aws)
+    for name in names:
+        if quotas.get(name, instances) < instances:
+            also = [text for part, text in (advice or {}).items() if part in name]
+            raise UserMistake(
+                f"The account may use {quotas[name]:g} of {name} in {aws.region}, and {instances} "
+                f"{'is' if instances == 1 else 'are'} asked for. Ask for a higher quota "
+                f"({_QUOTAS_SHOWN}){''.join(', ' + text for text in also)}, or choose another "
+                "--instance-type or --region."
+            )
+
+
+def _quotas(aws: Aws) -> dict[str, float]:
+    """The account's for SageMaker, by name."""
+    try:
+        found = aws.pages(
+            "service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker"
+        )
+        return {quota["QuotaName"]: float(quota["Value"]) for quota in found}
+    except ServingError:  # not every caller may ask; SageMaker itself refuses then
+        return {}
+
+
 # A container image in ECR, looked at before SageMaker is asked to start it.
 
 

@@ -713,7 +713,7 @@ _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.5, 10.0
 _NOTE_SECONDS = 30.0
 _BEGIN_SECONDS = 20.0  # as long as MLflow gives an update to begin
 # SageMaker gives a container up after an hour at most; until then it deletes nothing.
-_GONE_SECONDS = 3600.0
+GONE_SECONDS = 3600.0
 
 
 def describe(aws: Aws, name: str) -> dict[str, Any]:
@@ -814,9 +814,7 @@ def wait_until_in_service(
     raise AssertionError("polling has no end")
 
 
-def delete_endpoint(
-    aws: Aws, name: str, note: Note, timeout_seconds: float = _GONE_SECONDS
-) -> None:
+def delete_endpoint(aws: Aws, name: str, note: Note, timeout_seconds: float = GONE_SECONDS) -> None:
     """Until it is gone; SageMaker deletes none that is being created, so that may take a while.
 
     Raises:

@@ -36,9 +36,10 @@ from visiontuner.aws.account import (
     check_variables,
     has_own_disk,
     look_up_container_image,
+    refuse_small_quotas,
 )
 from visiontuner.data.labels import is_table_name
-from visiontuner.errors import JobFailed, ServingError, UserMistake
+from visiontuner.errors import JobFailed, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
 from visiontuner.io.download import is_archive_name
@@ -656,7 +657,6 @@ _PUBLIC_IMAGES = (
     "public.ecr.aws/deep-learning-containers/"  # AWS's own; no account's ECR knows them
 )
 _ARM = re.compile(r"-gb\d")  # NVIDIA's Grace processors
-_QUOTAS_SHOWN = "Service Quotas, Amazon SageMaker"
 
 
 def find_container_image(
@@ -765,27 +765,12 @@ def check_quota(
     usages = ["spot training job usage" if spot else "training job usage"]
     if warm_pool:
         usages.append("training warm pool usage")
-    quotas = _quotas(aws)
-    for usage in usages:
-        name = f"{instance_type} for {usage}"
-        if quotas.get(name, instances) < instances:
-            without = ", leave --warm-pool out" if "warm pool" in usage else ""
-            raise UserMistake(
-                f"The account may use {quotas[name]:g} of {name} in {aws.region}, and {instances} "
-                f"{'is' if instances == 1 else 'are'} asked for. Ask for a higher quota "
-                f"({_QUOTAS_SHOWN}){without}, or choose another --instance-type or --region."
-            )
-
-
-def _quotas(aws: Aws) -> dict[str, float]:
-    """The account's for SageMaker, by name."""
-    try:
-        found = aws.pages(
-            "service-quotas", "list_service_quotas", "Quotas", ServiceCode="sagemaker"
-        )
-        return {quota["QuotaName"]: float(quota["Value"]) for quota in found}
-    except ServingError:  # not every caller may ask; SageMaker itself refuses then
-        return {}
+    refuse_small_quotas(
+        aws,
+        [f"{instance_type} for {usage}" for usage in usages],
+        instances,
+        advice={"warm pool": "leave --warm-pool out"},
+    )
 
 
 def size_on_s3(aws: Aws, uri: str) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from visiontuner import interrupts
 from visiontuner.aws import endpoint
 from visiontuner.aws import endpoint as endpoint_removal
-from visiontuner.aws.account import find_bucket, find_role, hourly_price
+from visiontuner.aws.account import find_bucket, find_role, hourly_price, refuse_small_quotas
 from visiontuner.aws.endpoint import (
     ASYNC,
     CAPTURE,
@@ -189,6 +189,9 @@ def plan_deployment(
     )
     if running is not None:
         plan = _on_what_runs(plan, running, options)
+    if plan.instance_type:
+        most = plan.scaling.most if plan.scaling else plan.instances
+        refuse_small_quotas(aws, [f"{plan.instance_type} for endpoint usage"], most)
     return aws, _priced_and_tagged(aws, plan, options, facts)
 
 

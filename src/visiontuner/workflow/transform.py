@@ -8,7 +8,7 @@ from typing import Literal
 
 from visiontuner import interrupts
 from visiontuner.aws import transform as jobs
-from visiontuner.aws.account import find_bucket, find_role, hourly_price
+from visiontuner.aws.account import find_bucket, find_role, hourly_price, refuse_small_quotas
 from visiontuner.aws.endpoint import (
     VPC,
     check_own_tags,
@@ -104,6 +104,8 @@ def plan_transform(
     jobs.require_output(aws, folders[1])
     images, others = jobs.find_images(aws, folders[0])
     bucket, exists = find_bucket(aws, options.bucket, default=mlflows_bucket(aws))
+    instances = options.instances or 1
+    refuse_small_quotas(aws, [f"{kind} for transform job usage"], instances)
     name = job_name(facts["visiontuner.model"].split("/")[0])
     price = hourly_price(aws, kind, "Transform") if options.price is None else options.price
     return aws, TransformPlan(
@@ -121,7 +123,7 @@ def plan_transform(
         bucket=bucket,
         bucket_exists=exists,
         instance_type=kind,
-        instances=options.instances or 1,
+        instances=instances,
         options=asked,
         more=more,
         kms_key=options.kms_key,
