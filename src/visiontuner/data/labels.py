@@ -160,11 +160,7 @@ def _read(path: Path, choose: Choose) -> tuple[list[int], dict[str, list[str]]]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(_not_utf8(path, f"byte {byte:#04x}")) from None
-    cells = {
-        role: [_text(path, line, role, value) for line, value in zip(lines, values, strict=True)]
-        for role, values in columns.items()
-    }
-    return lines, cells
+    return lines, {role: _texts(path, lines, role, column) for role, column in columns.items()}
 
 
 def _open_text(path: Path) -> TextIO:
@@ -310,11 +306,15 @@ def _read_parquet(path: Path, choose: Choose) -> Columns:
     return list(range(1, table.num_rows + 1)), values
 
 
-def _text(path: Path, line: int, role: str, value: object) -> str:
-    if isinstance(value, list | dict | bytes):
-        kind = type(value).__name__
-        raise DataError(f"{path}, line {line}: the {role} is a {kind}; it has to be text.")
-    return cell_text(value, as_written=role == "path")  # a file's name is what its bytes say
+def _texts(path: Path, lines: Sequence[int], role: str, values: Sequence[Any]) -> list[str]:
+    for line, value in zip(lines, values, strict=True):
+        if isinstance(value, list | dict | bytes):
+            kind = type(value).__name__
+            raise DataError(f"{path}, line {line}: the {role} is a {kind}; it has to be text.")
+    if role == "path":  # no two are the same, and a file's name is what its bytes say
+        return [cell_text(value, as_written=True) for value in values]
+    known = {value: cell_text(value) for value in {v for v in values if isinstance(v, str)}}
+    return [known[v] if isinstance(v, str) else cell_text(v) for v in values]
 
 
 def cell_text(value: object, *, as_written: bool = False) -> str:
@@ -455,8 +455,13 @@ def has_split_folders(table: Table) -> bool:
     """Whether a table's paths alone say the splits: `train/…` and `val/…` or `test/…`."""
     if "split" in table.columns:
         return False
-    splits = {_first_folder(row.path) for row in table.rows}
-    return None not in splits and "train" in splits and len(splits) > 1
+    splits = set()
+    for row in table.rows:
+        split = _first_folder(row.path)
+        if split is None:
+            return False
+        splits.add(split)
+    return "train" in splits and len(splits) > 1
 
 
 def _first_folder(path: str) -> str | None:
@@ -530,8 +535,10 @@ class _Finder:
 
     def _stat(self, path: str) -> tuple[str, os.stat_result] | None:
         status = self._regular(path)
-        if status is not None or _ending(path) in self._known:
-            return None if status is None else (path, status)
+        if status is not None:
+            return path, status
+        if _ending(path) in self._known:
+            return None
         for number, ending in enumerate(self._endings):
             if (status := self._regular(path + ending)) is not None:
                 self._endings.insert(0, self._endings.pop(number))  # the next one is most likely so
