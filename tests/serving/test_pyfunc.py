@@ -341,8 +341,41 @@ def test_every_form_of_mlflows_protocol_is_understood(
     assert response.json()["predictions"][0]["label"] == "green"
 
 
+def written(image: bytes, form: str) -> str:
+    """Base64 as programs write it."""
+    if form == "wrapped":
+        return base64.encodebytes(image).decode()
+    if form == "url-safe":
+        return base64.urlsafe_b64encode(image).decode()
+    text = base64.b64encode(image).decode()
+    return text.rstrip("=") if form == "unpadded" else f"{text}\r\n"
+
+
+@pytest.mark.parametrize(
+    ("form", "answered"),
+    [("wrapped", True), ("newline", True), ("url-safe", False), ("unpadded", False)],
+)
+def test_base64_gets_one_verdict_in_all_four_forms_of_a_request(
+    scoring_server: ScoringServer, make_image: Callable[..., bytes], form: str, answered: bool
+) -> None:
+    image = make_image("green")
+    image += bytes((2 - len(image)) % 3) + b"\xff\xef"  # ends in one =, with / or _ before
+    assert b"=" in base64.b64encode(image)
+    assert b"_" in base64.urlsafe_b64encode(image)
+    text = written(image, form)
+    bodies = {
+        "dataframe_split": {"columns": ["image"], "data": [[text]]},
+        "dataframe_records": [{"image": text}],
+        "inputs": {"image": [text]},
+        "instances": [{"image": text}],
+    }
+    for name, body in bodies.items():
+        response = post(scoring_server, json.dumps({name: body}))
+        assert (response.status_code == 200) == answered, (name, response.text)
+
+
 BAD_ROWS = {
-    "abcde": "it is not an image",
+    "abcde": "its length is no multiple of four; pad it with =.",
     "data:image/png;base64,iVBORw0K": "image is a data URL; send what follows its comma.",
     None: "it is not an image",
     3: "it is not an image",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import math
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from numbers import Integral
 from typing import Any, Literal, Self
@@ -24,6 +24,9 @@ MAX_PIXELS = 50_000_000
 # requests at a time: one decodes a large image, two wait, and the others stay for small images.
 MEMORY = DecodingMemory(small=20_000_000, most=400_000_000, waiting=2)
 
+# Of base64, its alphabet for URLs included, and what may stand between its lines.
+_LETTERS = re.compile(rb"[A-Za-z0-9+/_-]+={0,2}")
+_BLANKS = b" \t\r\n"
 _ON_ERROR = ("fail", "report")
 
 
@@ -139,14 +142,12 @@ def answer(classifier: Classifier, images: Sequence[object], options: Options) -
 
 
 def _content(image: object) -> bytes | BadImageError:
+    is_text = isinstance(image, str)
     if isinstance(image, str):
         # Four letters hold three bytes: refused before anything is decoded.
         if len(image) * 3 // 4 > MAX_BYTES:
             return _too_large(len(image) * 3 // 4)
-        try:
-            image = base64.b64decode(image, validate=True)
-        except (binascii.Error, ValueError):
-            return BadImageError("image is not base64; send the file's content.")
+        image = image.encode("ascii", errors="replace")
     if not isinstance(image, bytes | bytearray | memoryview):
         return BadImageError(f"image must be bytes or base64 text, got {type(image).__name__}.")
     content = bytes(image)
@@ -154,9 +155,31 @@ def _content(image: object) -> bytes | BadImageError:
         return BadImageError("image is a data URL; send what follows its comma.")
     # MLflow hands on the base64 of `inputs` and `instances` as it came. No image's content is
     # base64: every format has bytes outside its alphabet.
-    with suppress(binascii.Error):
-        content = base64.b64decode(content, validate=True)
+    decoded = _decoded(content)
+    if decoded is None and (is_text or _LETTERS.fullmatch(content.translate(None, _BLANKS))):
+        return BadImageError(_why_no_base64(content))
+    content = content if decoded is None else decoded
     return content if len(content) <= MAX_BYTES else _too_large(len(content))
+
+
+def _decoded(content: bytes) -> bytes | None:
+    """Base64 as RFC 4648 says it, broken into lines or not: what MLflow decodes in tables.
+
+    It drops `-` and `_` of the other alphabet there, and refuses what is not padded.
+    """
+    try:
+        return base64.b64decode(content.translate(None, _BLANKS), validate=True)
+    except binascii.Error:
+        return None
+
+
+def _why_no_base64(content: bytes) -> str:
+    content = content.translate(None, _BLANKS)
+    if b"-" in content or b"_" in content:
+        return "image is not base64 with + and /, but with - and _; send the standard alphabet."
+    if len(content) % 4 and _LETTERS.fullmatch(content):
+        return "image is not whole base64: its length is no multiple of four; pad it with =."
+    return "image is not base64; send the file's content."
 
 
 def _too_large(length: int) -> BadImageError:
