@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sqlite3
@@ -74,7 +75,26 @@ def test_library_that_kills_its_process_is_survived():
 
 def test_library_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.5)
-    assert "no answer" in doctor._ask("import time; time.sleep(60); answer = {}")["error"]
+    assert "no answer" in doctor._ask("import time; time.sleep(60); answer = {}")["slow"]
+
+
+def test_a_machine_that_is_busy_is_not_advised_to_reinstall(monkeypatch):
+    monkeypatch.setattr(doctor, "IMPORT_SECONDS", 0.01)
+    for check in (doctor.check_torch(), doctor.check_onnxruntime()):
+        assert check.status == "warning"
+        assert "no answer within" in check.detail
+        assert check.advice == "Run `visiontuner doctor` again when this machine has less to do."
+
+
+@pytest.mark.slow
+def test_packages_in_a_folder_with_brackets_are_found(monkeypatch, tmp_path):
+    folder = tmp_path / "lib [of ours]"
+    folder.mkdir()
+    found = importlib.util.find_spec("torchvision")
+    (folder / "torchvision").symlink_to(Path(found.origin).parent)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    check = doctor.check_torch()
+    assert check.status == "ok", check.detail
 
 
 def test_old_python_is_named():
@@ -346,6 +366,9 @@ def test_database_whose_driver_is_missing(serve):
     check = check_store(f"mssql+nosuchdriver://user:s3cret@{address}/mlflow")
     assert check.status == "error"
     assert "s3cret" not in check.detail + check.advice
+    check = check_store(f"postgresql+psycopg2://user:s3cret@{address}/mlflow")
+    assert check.detail.endswith("needs the package psycopg2-binary")
+    assert check.advice == "`pip install psycopg2-binary`."
 
 
 def test_database_server_that_is_away(free_port):

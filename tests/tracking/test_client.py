@@ -119,3 +119,18 @@ print([e.name for e in Store("sqlite:///my%20runs.db?timeout=20").call("search_e
     told = [search.communicate(timeout=240) for search in searches]
     assert [out for out, _ in told] == ["['Default']\n"] * 3, told
     assert len(names(folder)) == 1
+
+
+@pytest.mark.parametrize(
+    ("uri", "package"),
+    [
+        ("postgresql+psycopg2://me:s3cret@localhost/db", "psycopg2-binary"),
+        ("postgresql+psycopg://me:s3cret@localhost/db", "'psycopg[binary]'"),
+        ("mysql://me:s3cret@localhost/db", "mysqlclient"),
+    ],
+)
+def test_a_database_without_its_driver_names_the_package(uri, package):
+    with pytest.raises(TrackingRefused) as caught:
+        Store(uri).call("search_experiments", max_results=1)
+    assert str(caught.value).endswith(f": `pip install {package}`.")
+    assert "s3cret" not in str(caught.value)

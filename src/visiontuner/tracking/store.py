@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import threading
 import time
@@ -267,6 +268,11 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
             f"The MLflow database at {where} has another version's schema; back it up and run "
             f"`mlflow db upgrade {uri}`, or set MLFLOW_TRACKING_URI to another one."
         )
+    if isinstance(error, ModuleNotFoundError):
+        package = driver_package(error)
+        return TrackingRefused(
+            f"The database at {where} needs the package {package}: `{install(package)}`."
+        )
     refused = _refusal(error, text)
     if refused is not None:
         status, words = refused
@@ -282,6 +288,25 @@ def explain(error: Exception, tracking_uri: str, advice: str = _SYNC_LATER) -> T
     if reason:
         return TrackingError(f"MLflow at {where} cannot be reached: {reason}. {advice}")
     return TrackingError(f"MLflow at {where} cannot be reached or failed: {short} {advice}")
+
+
+# Where the module's name is not the package's.
+_DRIVERS = {
+    "psycopg": "psycopg[binary]",
+    "psycopg2": "psycopg2-binary",
+    "MySQLdb": "mysqlclient",
+}
+
+
+def driver_package(error: ModuleNotFoundError) -> str:
+    """The package that holds the module of a database's driver."""
+    module = (error.name or str(error)).partition(".")[0]
+    return _DRIVERS.get(module, module)
+
+
+def install(package: str) -> str:
+    """The command that installs a package."""
+    return f"pip install {shlex.quote(package)}"
 
 
 _CREDENTIALS = (

@@ -215,7 +215,10 @@ def _ask_database(uri: str, shown: str) -> Check:
         finally:
             engine.dispose()
     except ModuleNotFoundError as error:
-        return _check("error", f"{shown} needs the package {error.name}", "Install it.")
+        from visiontuner.tracking.store import driver_package, install
+
+        package = driver_package(error)
+        return _check("error", f"{shown} needs the package {package}", f"`{install(package)}`.")
     except sqlalchemy.exc.SQLAlchemyError as error:
         reason = without_secrets(" ".join(str(error).split("(Background")[0].split())[:200])
         return _check("error", f"{shown} refuses: {reason}", "Check the address and the user.")
@@ -256,7 +259,7 @@ IMPORT_SECONDS = 20.0
 _LOAD_TORCH = """
 import glob, importlib.util, os, torch
 folder = os.path.dirname(importlib.util.find_spec("torchvision").origin)
-for library in glob.glob(folder + "/_C*"):
+for library in glob.glob(glob.escape(folder) + "/_C*"):
     torch.ops.load_library(library)
 torch.ops.torchvision.nms
 count = torch.cuda.device_count()
@@ -324,6 +327,8 @@ def check_torch() -> Check:
         )
     seen = _ask(_LOAD_TORCH)
     versions = f"torch {torch}, torchvision {torchvision}"
+    if "slow" in seen:
+        return _slow("torch", f"{versions}: {seen['slow']}")
     if "error" in seen:
         return Check(
             name="torch",
@@ -339,6 +344,16 @@ def check_torch() -> Check:
             advice="Compare `nvidia-smi` with torch's build; a search runs on the CPU meanwhile.",
         )
     return Check(name="torch", status="ok", detail=f"{versions}; {_gpus(seen['gpus'])}")
+
+
+def _slow(name: str, detail: str) -> Check:
+    """Nothing is known to be wrong: other work may hold the processor or the disk."""
+    return Check(
+        name=name,
+        status="warning",
+        detail=detail,
+        advice="Run `visiontuner doctor` again when this machine has less to do.",
+    )
 
 
 def _gpus(names: list[str]) -> str:
@@ -362,6 +377,8 @@ def pair_mismatch(torch: str, torchvision: str) -> str | None:
 
 def check_onnxruntime() -> Check:
     seen = _ask("import onnxruntime; answer = {'version': onnxruntime.__version__}")
+    if "slow" in seen:
+        return _slow("onnxruntime", seen["slow"])
     if "error" in seen:
         return Check(
             name="onnxruntime",
@@ -503,7 +520,7 @@ def _ask(code: str) -> dict[str, Any]:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"error": f"no answer within {IMPORT_SECONDS:.0f} seconds"}
+        return {"slow": f"no answer within {IMPORT_SECONDS:.0f} seconds"}
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1]
         return {"error": last}
