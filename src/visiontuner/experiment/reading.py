@@ -167,6 +167,11 @@ def read_experiment(path: Path) -> dict[str, Any]:
             f"Cannot read the experiment file {path}: {error.strerror}. "
             "Examples are in experiments/."
         ) from None
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ExperimentError(
+            f"{path} is not UTF-8 (byte {byte:#04x}): save it as UTF-8."
+        ) from None
     except _UnclearNumber as error:
         raise ExperimentError(f"{path}, line {error.line}: {error.problem}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
