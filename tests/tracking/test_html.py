@@ -151,6 +151,18 @@ def test_every_trial_has_a_row_with_its_numbers_best_first(new_search: NewSearch
     assert (trials[2][3], trials[2][7], trials[2][9]) == ("–", "failed", "loss is NaN")
 
 
+def test_what_is_found_of_several_splits_all_reaches_the_report(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    found = [
+        Finding(rule="missing_classes", severity="warning", evidence=f"no {split}", advice="Add.")
+        for split in ("validation", "test", "test")
+    ]
+    page = page_of(search, findings=found)
+    rows = [row[3] for row in page.rows if row and row[0] == "warning"]
+    assert rows == ["no validation", "no test"] or rows == ["no test", "no validation"]
+
+
 def test_findings_are_grouped_by_rule_errors_first(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()

@@ -513,16 +513,20 @@ def _not_tested(record: SearchRecord, where: Mapping[str, Any]) -> str:
 
 
 def _finding_rows(record: SearchRecord, findings: Sequence[Finding]) -> Iterable[FindingRow]:
-    """One row for each rule and severity, errors first; the best-ranked trial's words."""
-    rows: dict[tuple[str, str], tuple[Finding, list[str]]] = {}
+    """One row for each rule and severity of trials, errors first; the best-ranked trial's words.
+
+    What is found of the data has a row each: one rule may speak of several splits.
+    """
+    rows: dict[tuple[str, str, str], tuple[Finding, list[str]]] = {}
     for finding in findings:
-        rows.setdefault((finding.rule, finding.severity), (finding, []))[1].append("the search")
+        key = (finding.rule, finding.severity, finding.evidence)
+        rows.setdefault(key, (finding, []))[1].append("the search")
     for trial in _ranked(record):
         for finding in trial.findings:
-            rows.setdefault((finding.rule, finding.severity), (finding, []))[1].append(
+            rows.setdefault((finding.rule, finding.severity, ""), (finding, []))[1].append(
                 trial.trial_id
             )
-    for (rule, severity), (finding, places) in sorted(
+    for (rule, severity, _), (finding, places) in sorted(
         rows.items(), key=lambda row: (_WEIGHT.get(row[0][1], 3), -len(row[1][1]), row[0][0])
     ):
         yield FindingRow(
