@@ -6,7 +6,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from visiontuner.cli.console import ROWS, SafeConsole, SearchConsole
+from visiontuner.cli import console as console_module
+from visiontuner.cli.console import ROWS, SafeConsole, SearchConsole, TrainingConsole
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.text import safe_output
@@ -171,30 +172,106 @@ def test_texts_of_others_are_shown_as_they_are(terminal):
     assert screen.text.count(HOSTILE) >= shown
 
 
-def test_progress_elsewhere_is_a_line_for_every_tenth():
-    screen = Screen()
-    for done in range(0, 101):
-        screen.console.progress("Features", done, 100, "images")
-    screen.console.note("done")
-    assert len(screen.lines) == 11
-    assert screen.lines[0].startswith("Features: 10/100 images, ")
-    assert screen.lines[9].startswith("Features: 100/100 images, ")
-    assert screen.lines[10] == "done"
+class Clock:
+    """Time that a test moves."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(console_module.time, "monotonic", lambda: self.now)
 
 
-def test_bytes_are_told_in_megabytes():
-    screen = Screen()
-    screen.console.progress("Fetching", 0, 200_000_000, "B")
-    screen.console.progress("Fetching", 50_000_000, 200_000_000, "B")
-    assert screen.lines[0].startswith("Fetching: 50.0/200.0 MB, ")
-    assert screen.lines[0].endswith(" MB/s")
-
-
-def test_a_progress_of_unknown_length_is_no_error():
-    screen = Screen()
-    screen.console.progress("Fetching", 5, 0, "B")
-    screen.console.close()
+def test_short_work_elsewhere_is_no_line_and_long_work_one_every_half_minute(monkeypatch):
+    clock, screen = Clock(monkeypatch), Screen()
+    for done in range(101):
+        screen.console.progress("Reading", done, 100, "files")
     assert screen.text == ""
+    for done in range(101):
+        screen.console.progress("Features", done, 100, "images")
+        clock.now += 0.625
+    screen.console.note("done")
+    assert screen.lines == [
+        "Features: 4/100 images, 2 images/s",
+        "Features: 52/100 images, 2 images/s",
+        "Features: 100/100 images, 2 images/s",
+        "done",
+    ]
+
+
+def test_slow_units_are_told_in_seconds_each_and_nothing_before_the_first(monkeypatch):
+    clock, screen = Clock(monkeypatch), Screen()
+    screen.console.progress("Steps", 0, 10, "steps")
+    clock.now += 3
+    screen.console.progress("Steps", 0, 10, "steps")
+    clock.now += 31
+    screen.console.progress("Steps", 10, 10, "steps")
+    assert screen.lines == ["Steps: 0/10 steps", "Steps: 10/10 steps, 3.4 s/step"]
+
+
+def test_bytes_are_told_in_megabytes(monkeypatch):
+    clock, screen = Clock(monkeypatch), Screen()
+    screen.console.progress("Fetching", 0, 200_000_000, "B")
+    clock.now += 10
+    screen.console.progress("Fetching", 50_000_000, 200_000_000, "B")
+    assert screen.lines == ["Fetching: 50.0/200.0 MB, 5.0 MB/s"]
+
+
+def test_a_progress_of_unknown_length_says_how_much_came(monkeypatch):
+    clock, screen = Clock(monkeypatch), Screen()
+    screen.console.progress("Fetching", 0, 0, "B")
+    clock.now += 2
+    screen.console.progress("Fetching", 5_000_000, 0, "B")
+    screen.console.close()
+    assert screen.lines == ["Fetching: 5.0 MB, 2.5 MB/s"]
+
+
+def test_the_bar_of_a_training_tells_no_numbers_before_the_first_step(monkeypatch):
+    clock, screen = Clock(monkeypatch), Screen(terminal=True, width=80)
+    screen.console = TrainingConsole(screen.console.console)
+    screen.start(1)
+    screen.console.trials_begin(screen.record, 1)
+    for step in (1, 2, 3):
+        clock.now += 4
+        screen.console.step(1, step, 3, lambda: 0.51234)
+    screen.console.trials_end()
+    assert "waiting for the first step" in screen.text
+    assert "3/3 steps" in screen.text
+    assert "4.0 s/step" in screen.text
+    assert "loss 0.5123" in screen.text
+    assert "None" not in screen.text
+    assert "…" not in screen.text
+
+
+@pytest.mark.parametrize(("width", "left_out"), [(80, ("optimizer",)), (140, ())])
+def test_no_word_and_no_row_of_the_trials_is_cut(width, left_out):
+    screen = Screen(terminal=True, width=width)
+    screen.console.trials_begin(screen.record, 3)
+    values = {
+        "learning_rate": 0.00312345, "batch_size": 128, "weight_decay": 0.0123456,
+        "dropout": 0.25, "label_smoothing": 0.1, "optimizer": "adamw",
+    }  # fmt: skip
+    for number in (1, 2):
+        screen.start(number, **values)
+        screen.epoch(number, 20, 0.91234)
+    screen.end(1)
+    screen.console.trials_end()
+    assert not re.search(r"\w…", screen.text)
+    assert max(len(line) for line in screen.lines) <= width
+    (row,) = [line for line in screen.lines if line.startswith("t0001")][-1:]
+    assert row.split()[:3] == ["t0001", "0.003123", "128"]
+    assert row.endswith("✓ completed ← best")
+    assert all(name not in screen.text for name in left_out)
+
+
+@pytest.mark.parametrize("width", [80, 140])
+def test_no_word_of_a_bar_is_cut(monkeypatch, width):
+    clock, screen = Clock(monkeypatch), Screen(terminal=True, width=width)
+    screen.console.progress("Uploading", 0, 123_456, "images")
+    clock.now += 100
+    screen.console.progress("Uploading", 112_345, 123_456, "images")
+    screen.console.close()
+    assert "112,345/123,456 images" in screen.text
+    assert "1,123 images/s" in screen.text
+    assert "…" not in screen.text
 
 
 def test_a_terminals_bar_goes_when_the_work_is_done():

@@ -8,12 +8,19 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
@@ -45,6 +52,9 @@ if TYPE_CHECKING:
 
 ROWS = 12
 _NO_WRAPPING = 1000  # columns
+# In a file or in CI: long work says that it began, and now and then that it lives.
+_FIRST_LINE_AFTER_SECONDS = 2.0
+_SECONDS_BETWEEN_LINES = 30.0
 _MARKS = {
     "running": ("…", "cyan"),
     "completed": ("✓", "green"),
@@ -58,7 +68,8 @@ class SearchConsole:
     """Prints stages, progress bars and trials; an `Observer` of `workflow`.
 
     In a terminal the trials are one table that refreshes in place; elsewhere (a file, CI) every
-    ended trial and every tenth of a progress is a line. `said` holds the notes so far.
+    ended trial is a line, and long work says after two seconds, then twice a minute, how far it is.
+    `said` holds the notes so far.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -134,13 +145,20 @@ class SearchConsole:
 
     def _table(self) -> RenderableType:
         trials = list(self._record.trials.values())
-        table = Table(box=None, pad_edge=False, header_style="bold")
         names = list(trials[0].configuration) if trials else []
-        for heading in ("trial", *names, "epoch", self._record.objective, "state"):
-            right = heading in (*names, "epoch", self._record.objective)
-            table.add_column(heading, justify="right" if right else "left")
-        for trial in _worth_showing(trials, self._record.best):
-            table.add_row(*self._cells(trial, names))
+        headings = ["trial", *names, "epoch", self._record.objective, "state"]
+        rows = [
+            dict(zip(headings, self._cells(trial, names), strict=True))
+            for trial in _worth_showing(trials, self._record.best)
+        ]
+        chosen, stacked = _columns_that_fit(headings, names, rows, self.console.width)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for heading in chosen:
+            text = heading.replace("_", "\n") if stacked else heading
+            justify: Literal["left", "right"] = "left" if heading in ("trial", "state") else "right"
+            table.add_column(text, justify=justify, vertical="bottom", no_wrap=True)
+        for row in rows:
+            table.add_row(*(row[heading] for heading in chosen))
         return Group(table, Text(self._summary(), style="bold"))
 
     def _cells(self, trial: TrialRecord, names: Iterable[str]) -> list[Text]:
@@ -178,8 +196,27 @@ class SearchConsole:
         return (time.monotonic() - self._began) / done_here * (self._total - finished)
 
 
+def _columns_that_fit(
+    headings: Sequence[str], names: Sequence[str], rows: Sequence[dict[str, Text]], width: int
+) -> tuple[list[str], bool]:
+    """The columns of a table of trials that fit into a width, and whether headings are stacked.
+
+    Searched values go from the right; nothing else does.
+    """
+    cells = {h: max((len(row[h].plain) for row in rows), default=0) for h in headings}
+    if sum(max(cells[h], len(h)) + 1 for h in headings) <= width:
+        return list(headings), False
+    widths = {h: max(cells[h], *map(len, h.split("_"))) + 1 for h in headings}
+    chosen = list(headings)
+    for name in reversed(names):
+        if sum(widths[heading] for heading in chosen) <= width:
+            break
+        chosen.remove(name)
+    return chosen, True
+
+
 class _Bar:
-    """A progress bar in a terminal, a line for every tenth elsewhere."""
+    """A progress bar in a terminal, a line now and then elsewhere."""
 
     def __init__(self, console: Console, label: str, total: int, unit: str) -> None:
         self.label = label
@@ -187,16 +224,13 @@ class _Bar:
         self._unit = unit
         self._began = time.monotonic()
         self._first: int | None = None
-        self._tenth = 0
+        self._next_line = self._began + _FIRST_LINE_AFTER_SECONDS
+        self._has_spoken = False
         self._progress: Progress | None = None
         self._task = TaskID(0)
         if console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                TextColumn("{task.fields[count]}"),
-                TextColumn("{task.fields[rate]}"),
-                TimeRemainingColumn(),
+                *_bar_columns(console.width),
                 console=console,
                 transient=True,
             )
@@ -207,16 +241,18 @@ class _Bar:
         if self._first is None:
             self._first = done  # what an earlier process did says nothing about this one's speed
         seconds = time.monotonic() - self._began
-        rate = (done - self._first) / seconds if seconds > 0 else 0.0
-        count = f"{_amount(done, self._unit)}/{_size(total, self._unit)}"
-        speed = f"{_size(rate, self._unit)}/s"
+        count, speed = (
+            _count(done, total, self._unit),
+            _rate(done - self._first, seconds, self._unit),
+        )
         if self._progress is not None:
             self._progress.update(
                 self._task, completed=done, total=total or None, count=count, rate=speed
             )
-        elif total and done * 10 // total > self._tenth:
-            self._tenth = done * 10 // total
-            self._console.print(f"{self.label}: {count}, {speed}")
+        elif time.monotonic() >= self._next_line or (self._has_spoken and done == total):
+            self._has_spoken = True
+            self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+            self._console.print(", ".join(filter(None, (f"{self.label}: {count}", speed))))
 
     def close(self) -> None:
         if self._progress is not None:
@@ -290,8 +326,31 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _size(amount: float, unit: str) -> str:
-    return f"{_amount(amount, unit)} {'MB' if unit == 'B' else unit}"
+def _bar_columns(width: int) -> list[ProgressColumn]:
+    """What a bar shows; 60 characters are kept for words, so that none is cut."""
+    return [
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=max(5, min(40, width - 60))),
+        TextColumn("{task.fields[count]}", markup=False),
+        TextColumn("{task.fields[rate]}", markup=False),
+        TimeRemainingColumn(),
+    ]
+
+
+def _count(done: int, total: int, unit: str) -> str:
+    """`30/100 images`, or `30 images` where nobody knows how many there are."""
+    many = f"{_amount(done, unit)}/{_amount(total, unit)}" if total else _amount(done, unit)
+    return f"{many} {'MB' if unit == 'B' else unit}"
+
+
+def _rate(done: float, seconds: float, unit: str) -> str:
+    """`12 images/s`, or `3.4 s/step` where one takes longer than a second; empty before any."""
+    if done <= 0 or seconds <= 0:
+        return ""
+    rate = done / seconds
+    if unit == "B":
+        return f"{rate / 1e6:,.1f} MB/s"
+    return f"{rate:,.0f} {unit}/s" if rate >= 1 else f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
 
 
 def _amount(amount: float, unit: str) -> str:
@@ -404,8 +463,6 @@ def _range(size: SizeRange) -> str:
 
 # Reading the loss makes a GPU wait, so it is read as often as a person can look.
 _SECONDS_BETWEEN_LOOKS = 0.25
-# In a file or in CI: long epochs say now and then that they live.
-_SECONDS_BETWEEN_LINES = 30.0
 
 
 class TrainingConsole(SearchConsole):
@@ -417,6 +474,7 @@ class TrainingConsole(SearchConsole):
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._looked = time.monotonic()
+        self._epoch_began = (0, 0, 0.0)  # epoch, its first step seen, and when
 
     def trials_begin(self, record: SearchRecord, total: int) -> None:
         """From now on `event` brings epochs."""
@@ -424,16 +482,13 @@ class TrainingConsole(SearchConsole):
         self._training = record
         self._looked = time.monotonic()
         if self.console.is_terminal:
+            *columns, remaining = _bar_columns(self.console.width)
+            loss = TextColumn("{task.fields[loss]}", markup=False)
             self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.completed}/{task.total} steps"),
-                TextColumn("loss {task.fields[loss]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-                transient=True,
+                *columns, loss, remaining, console=self.console, transient=True
             )
-            self._task = self._progress.add_task("Epoch 1", total=None, loss="–")
+            words = {"count": "waiting for the first step", "rate": "", "loss": ""}
+            self._task = self._progress.add_task("Epoch 1", total=None, **words)
             self._progress.start()
 
     def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:
@@ -442,14 +497,29 @@ class TrainingConsole(SearchConsole):
         wait = _SECONDS_BETWEEN_LOOKS if self._progress else _SECONDS_BETWEEN_LINES
         if now - self._looked < wait and (step < steps or self._progress is None):
             return
+        rate = self._step_rate(epoch, step, now)
         self._looked = now
-        name = f"Epoch {epoch}/{self._epochs()}"
+        name, count = f"Epoch {epoch}/{self._epochs()}", _count(step, steps, "steps")
         if self._progress is None:
-            self.console.print(f"{name}: {step}/{steps} steps, loss {loss():.4g}")
+            words = (f"{name}: {count}", rate, f"loss {loss():.4g}")
+            self.console.print(", ".join(filter(None, words)))
         else:
             self._progress.update(
-                self._task, description=name, completed=step, total=steps, loss=f"{loss():.4g}"
+                self._task,
+                description=name,
+                completed=step,
+                total=steps,
+                count=count,
+                rate=rate,
+                loss=f"loss {loss():.4g}",
             )
+
+    def _step_rate(self, epoch: int, step: int, now: float) -> str:
+        """Since the first look at this epoch: what an epoch begins with says nothing of a step."""
+        if self._epoch_began[0] != epoch:
+            self._epoch_began = (epoch, step, now)
+        _, first, began = self._epoch_began
+        return _rate(step - first, now - began, "steps")
 
     def event(self, event: Event) -> None:
         """One journal line, already folded into the record."""
@@ -620,8 +690,11 @@ def _print_view(result: SearchResult) -> None:
     uri, link = result.tracking_uri, link_of(result.folder, result.tracking_uri)
     steps = [] if uri.startswith("http") else [f"run `{_ui_command(uri)}`"]
     steps += [f"open\n  {link}"] if link else []
+    click.echo()
+    if result.classifier:
+        click.echo(f"Next, look at the test images: {next_command('evaluate', result.folder)}")
     if steps:
-        click.echo(f"\nNext, compare the trials: {' and '.join(steps)}")
+        click.echo(f"Compare the trials: {' and '.join(steps)}")
 
 
 def _ui_command(uri: str) -> str:
