@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import platformdirs
 
@@ -95,6 +96,23 @@ def at_hand(source: str) -> str:
     if channel.endswith("/") and source.startswith(channel):
         return f"{folder}/{source.removeprefix(channel)}".rstrip("/")
     return folder if channel and channel == source else source
+
+
+def local_path(source: str) -> str:
+    """The path that a `file://` address stands for; any other source as it is.
+
+    Raises:
+        DataError: the address names a machine.
+    """
+    if not source.lower().startswith("file://"):
+        return source
+    parts = urlsplit(source)
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise DataError(
+            f"{source} is on the machine {parts.netloc}: a path begins after three slashes, "
+            f"file:///{parts.netloc}{parts.path}."
+        )
+    return unquote(parts.path)
 
 
 _URI = re.compile(r"s3://([A-Za-z0-9][A-Za-z0-9._-]{1,62})(?:/(.*))?", re.DOTALL | re.IGNORECASE)

@@ -55,6 +55,18 @@ def test_a_clean_data_set_has_no_findings(root, cache):
     assert found(root, cache) == {}
 
 
+def test_a_class_that_loses_many_images_is_counted(root, cache):
+    for number in range(10, 18):
+        scene(number).save(root / "train" / "b" / f"{number}.jpg")
+    for number in (10, 11):
+        (root / "train" / "b" / f"{number}.jpg").write_bytes(b"no image")
+    found = inspect_dataset(load_dataset(root, cache=cache), workers=1, cache=cache)
+    (finding,) = [f for f in found if f.rule == "classes_with_many_unreadable_images"]
+    assert finding.severity == "warning"
+    assert finding.items == ("class b: 2 of 10",)
+    assert finding.evidence.endswith(": a fifth or more of their train images cannot be read")
+
+
 def test_a_class_whose_images_of_a_split_are_all_unreadable_is_found(root, cache):
     for path in (root / "train" / "a").iterdir():
         path.write_bytes(b"no image")

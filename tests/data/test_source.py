@@ -414,12 +414,22 @@ GZ = tarred("w:gz", {"a/noise.png": os.urandom(50_000)})
     ("name", "content", "message"),
     [
         ("a.zip", b"<html>sign in</html>", "web page"),
-        ("a.zip", b"", "not an archive"),
+        ("a.zip", b"", r"not an archive that can be read \([^;]*\)\.$"),
+        ("a.zip", zipped()[:-30], "damaged: its end is missing. Fetch it again"),
+        ("a.tar.gz", GZ[:12], "damaged"),
         ("a.tar.gz", GZ[: len(GZ) // 2], "damaged"),
         ("a.tar.gz", GZ[:30_000] + bytes(1000) + GZ[31_000:], "damaged"),
         ("a.zip", zipped().replace(image("blue"), bytes(len(image("blue")))), "damaged"),
     ],
-    ids=["web page", "empty", "half", "bit rot", "zip with a wrong checksum"],
+    ids=[
+        "web page",
+        "empty",
+        "zip cut short",
+        "beginning",
+        "half",
+        "bit rot",
+        "zip with a wrong checksum",
+    ],
 )
 def test_damaged_archives_are_one_clear_line(tmp_path, cache, name, content, message):
     source = write(tmp_path / name, content)
@@ -472,12 +482,23 @@ def test_an_archive_larger_than_the_disk_is_refused_beforehand(
         ("digit", "Did you mean digits"),
         ("no/such/folder", "There is no data at"),
         ("http://[bad/a.zip", "not a web address"),
+        ("file://photos/dogs", "on the machine photos: .* file:///photos/dogs"),
     ],
 )
 def test_sources_that_cannot_be_used_are_one_clear_line(cache, source, message):
     with pytest.raises(DataError, match=message) as caught:
         fetch_source(source, cache=cache)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_address_is_percent_decoded(tmp_path, cache):
+    folder = tmp_path / "my photos [50%]"
+    folder.mkdir()
+    assert "%20" in folder.as_uri()
+    assert fetch_source(folder.as_uri(), cache=cache) == folder
+    assert (
+        fetch_source(folder.as_uri().replace("file://", "file://localhost"), cache=cache) == folder
+    )
 
 
 def test_a_misspelt_folder_is_met_with_its_neighbour(tmp_path, cache):

@@ -178,6 +178,11 @@ def labels(answers: Iterator[ImageAnswer]) -> list[str | None]:
 def test_a_folder_is_answered_by_a_server_and_a_bad_file_is_reported(
     scoring_server: ScoringServer, folder: Path
 ) -> None:
+    for left_out in (".hidden", "__MACOSX", "mlruns", "searches/a-1"):
+        (folder / left_out).mkdir(parents=True)
+        (folder / left_out / "0.png").write_bytes(b"no image")
+    (folder / "searches" / "a-1" / "journal.jsonl").touch()
+    (folder / "._red.png").write_bytes(b"what macOS leaves")
     images = find_images([str(folder), str(folder / "missing.png")])
     answers = list(ask_all(HttpTransport(scoring_server.url), images, OPTIONS))
     found = {Path(one.image).name: one.answer for one in answers}

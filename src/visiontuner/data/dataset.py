@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -48,7 +47,6 @@ from visiontuner.io.download import (
     whole_folder,
 )
 from visiontuner.io.files import (
-    _OWN_MARKER_FILES,
     ImageFile,
     content_digests,
     file_digest,
@@ -57,9 +55,10 @@ from visiontuner.io.files import (
     is_made_by_commands,
     locked,
     scan_folder,
+    walk_files,
 )
 from visiontuner.journal import Finding, Severity
-from visiontuner.paths import split_uri
+from visiontuner.paths import local_path, split_uri
 from visiontuner.text import HIDDEN, next_command, printable, without_secrets
 
 
@@ -304,9 +303,7 @@ def _read_beside(layout: Layout) -> None:
 
 def _count_images(layout: Layout, folder: Path) -> int:
     try:
-        return sum(
-            _image_format(layout, entry.name) is not None for entry, _ in _walk(folder, "", ())
-        )
+        return sum(_image_format(layout, entry.name) is not None for entry, _ in walk_files(folder))
     except DataError:  # not to be read, and nobody asked for it
         return 0
 
@@ -369,7 +366,7 @@ def _read_classes(layout: Layout, folder: str, split: str | None) -> None:
             continue
         class_name = _class_name(path)
         before, left_out = len(layout.files), len(layout.left_out)
-        for entry, relative in _walk(path, prefix + name, ()):
+        for entry, relative in walk_files(path, prefix + name):
             _add_file(layout, entry, relative, class_name, split)
         if found := layout.files[before:]:
             layout.class_folders[prefix + name] = _subfolders(found, prefix + name)
@@ -400,25 +397,6 @@ def _add_file(
         layout.ignored.append(relative)
         return
     layout.files.append(ImageFile(relative, class_name, split, file_state(status)))
-
-
-def _walk(
-    folder: Path | str, relative: str, above: tuple[tuple[int, int], ...]
-) -> Iterator[tuple[os.DirEntry[str], str]]:
-    """Files below a folder in a stable order, links followed."""
-    status = os.stat(folder)  # noqa: PTH116 - called for every folder of a large tree
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:
-        raise DataError(f"{folder} is a link to a folder above it; remove it.")
-    entries = scan_folder(folder)
-    if any(entry.name in _OWN_MARKER_FILES for entry in entries):
-        return
-    for entry in entries:
-        path = f"{relative}/{entry.name}"
-        if is_folder(entry):
-            yield from _walk(entry.path, path, (*above, identity))
-        else:
-            yield entry, path
 
 
 def _children(folder: Path) -> list[str]:
@@ -951,7 +929,7 @@ def fetch_source(
     if scheme and scheme[1].lower() == "s3":
         return _fetch_s3(source, cache, sha256, progress, note)
     if scheme and scheme[1].lower() == "file":
-        source = urlsplit(source).path
+        source = local_path(source)
     elif scheme:
         raise DataError(_unknown_scheme(source, scheme[1].lower()))
     return _open_path(Path(source).expanduser(), cache, sha256)
@@ -1520,15 +1498,21 @@ def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
     )
 
 
+_MANY_UNREADABLE = 0.2  # of a class's images in a split
+
+
 def find_emptied_classes(
     dataset: ImageDataset, readable: Mapping[str, Collection[int]]
 ) -> list[Finding]:
-    """Classes that have images in a split, none of which can be read.
+    """Classes that have images in a split of which none, or much fewer, can be read.
 
     Args:
-        readable: by split, the labels of the images that can be.
+        readable: by split, the label of each image that can be.
     """
-    found = [_emptied(dataset, split, set(labels)) for split, labels in readable.items()]
+    found = []
+    for split, labels in readable.items():
+        left = Counter(labels)
+        found += [_emptied(dataset, split, left), _thinned(dataset, split, left)]
     return [finding for finding in found if finding is not None]
 
 
@@ -1542,6 +1526,22 @@ def _emptied(dataset: ImageDataset, split: str, left: Collection[int]) -> Findin
         f"none of their {split} images can be read",
         "Repair or replace them: a class without training images cannot be learned, one without "
         "others is not measured.",
+    )
+
+
+def _thinned(dataset: ImageDataset, split: str, left: Mapping[int, int]) -> Finding | None:
+    counted = enumerate(zip(dataset.class_names, dataset.counts(split), strict=True))
+    names = [
+        f"class {name}: {count - left[label]} of {count}"
+        for label, (name, count) in counted
+        if left.get(label) and count - left[label] >= max(2, _MANY_UNREADABLE * count)
+    ]
+    return listed(
+        "classes_with_many_unreadable_images",
+        "warning",
+        names,
+        f"a fifth or more of their {split} images cannot be read",
+        "Repair or replace them: what cannot be read is left out of this class alone.",
     )
 
 

@@ -326,10 +326,10 @@ def find_unreadable(dataset: ImageDataset, facts: Facts) -> Finding | None:
     )
 
 
-def _readable(dataset: ImageDataset, facts: Facts) -> dict[str, set[int]]:
-    """By split, the labels of images that can be decoded."""
+def _readable(dataset: ImageDataset, facts: Facts) -> dict[str, list[int]]:
+    """By split, the label of each image that can be decoded."""
     return {
-        split: {sample.label for sample in samples if not facts[sample.digest].error}
+        split: [sample.label for sample in samples if not facts[sample.digest].error]
         for split, samples in dataset.splits.items()
     }
 

@@ -208,11 +208,22 @@ def _open_tar(archive: Path, stream: IO[bytes]) -> tarfile.TarFile:
     encoding, errors = _TAR_NAMES
     try:
         return tarfile.open(fileobj=stream, mode="r:", encoding=encoding, errors=errors)
-    except tarfile.ReadError:
-        raise DataError(
-            f"{archive} is not an archive that can be read ({', '.join(ARCHIVE_SUFFIXES)}); "
-            "was a web page downloaded instead?"
-        ) from None
+    except tarfile.ReadError as error:
+        raise _no_archive(archive, error) from None
+
+
+def _no_archive(archive: Path, error: Exception) -> DataError:
+    with archive.open("rb") as file:
+        head = file.read(512)
+    if head.startswith(b"PK\x03\x04"):  # a zip's contents are listed at its end
+        return _damaged(archive, EOFError("its end is missing"))
+    if any(map(head.startswith, _COMPRESSIONS)):
+        return _damaged(archive, error)
+    page = head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
+    return DataError(
+        f"{archive} is not an archive that can be read ({', '.join(ARCHIVE_SUFFIXES)})"
+        + ("; was a web page downloaded instead?" if page else ".")
+    )
 
 
 def _tar_members(archive: Path, folder: Path, bundle: tarfile.TarFile) -> list[tarfile.TarInfo]:

@@ -329,6 +329,31 @@ def scan_folder(folder: Path | str) -> list[os.DirEntry[str]]:
     return sorted(visible, key=lambda entry: entry.name)
 
 
+def walk_files(
+    folder: Path | str, relative: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> Iterator[tuple[os.DirEntry[str], str]]:
+    """Files below a folder in a stable order with their paths from it, links followed.
+
+    Hidden ones and what systems, MLflow and commands leave are no data and left out.
+
+    Raises:
+        DataError: a folder cannot be read, or is a link to one above it.
+    """
+    status = os.stat(folder)  # noqa: PTH116 - called for every folder of a large tree
+    identity = (status.st_dev, status.st_ino)
+    if identity in above:
+        raise DataError(f"{folder} is a link to a folder above it; remove it.")
+    entries = scan_folder(folder)
+    if any(entry.name in _OWN_MARKER_FILES for entry in entries):
+        return
+    for entry in entries:
+        path = f"{relative}/{entry.name}" if relative else entry.name
+        if is_folder(entry):
+            yield from walk_files(entry.path, path, (*above, identity))
+        else:
+            yield entry, path
+
+
 def is_made_by_commands(folder: Path) -> bool:
     """Whether a search, a range test, a folder of them, suspects or the cache lies there."""
     if folder.name == SUSPECTS_FOLDER:

@@ -30,6 +30,7 @@ from visiontuner import interrupts
 from visiontuner.data.images import decode_image, image_extensions
 from visiontuner.errors import BadImageError, ClassifierError, ServingError, UserMistake
 from visiontuner.io.aws import default_region, explained, is_busy
+from visiontuner.io.files import walk_files
 from visiontuner.model.classifier import DESCRIPTION, Classifier, reference_entries
 from visiontuner.paths import CLASSIFIER_FOLDER
 from visiontuner.serving.answers import MAX_BYTES, MEMORY, Answer, Options, answer
@@ -97,7 +98,11 @@ def _images(source: str) -> Iterator[ImageSource]:
 
 def _below(folder: Path) -> list[ImageSource]:
     endings = image_extensions()
-    paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in endings and p.is_file())
+    paths = [
+        Path(entry.path)
+        for entry, _ in walk_files(folder)
+        if Path(entry.name).suffix.lower() in endings and entry.is_file()
+    ]
     if not paths:
         raise UserMistake(f"{folder} holds no image files.")
     return [ImageSource(name=str(path), read=partial(_read_file, path)) for path in paths]

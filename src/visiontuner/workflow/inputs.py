@@ -34,7 +34,7 @@ from visiontuner.model.features import (
     measure_pace,
     store_folder,
 )
-from visiontuner.paths import at_hand, writable_cache_folder
+from visiontuner.paths import at_hand, local_path, writable_cache_folder
 from visiontuner.search.plan import Stores
 
 if TYPE_CHECKING:
@@ -382,7 +382,7 @@ class Inputs:
 def with_absolute_paths(experiment: Experiment) -> Experiment:
     """So that a search can be resumed from another folder than it was begun in."""
     data, model = experiment.data, experiment.model
-    source, weights = Path(data.source).expanduser(), Path(model.weights).expanduser()
+    source, weights = Path(local_path(data.source)).expanduser(), Path(model.weights).expanduser()
     if data.source != "digits" and source.exists():
         data = data.model_copy(update={"source": str(source.resolve())})
     for key in ("labels", "classes"):

@@ -44,7 +44,7 @@ from visiontuner.experiment.reading import parse_yaml
 from visiontuner.experiment.schema import Data, Experiment, parse_duration
 from visiontuner.io.aws import Aws
 from visiontuner.io.s3 import connect, explained, files_in, list_files, upload_folder
-from visiontuner.paths import split_folder, split_uri, tracking_uri
+from visiontuner.paths import local_path, split_folder, split_uri, tracking_uri
 from visiontuner.search.plan import remaining_trials
 from visiontuner.text import next_command
 
@@ -164,7 +164,7 @@ def check_source(experiment: Experiment, upload: str | None) -> None:
 
 
 def _check_folder(source: str, upload: str | None) -> None:
-    path = Path(source).expanduser()
+    path = Path(local_path(source)).expanduser()
     if not path.exists():
         raise UserMistake(f"There is no data at {source}; name a folder, or s3://BUCKET/FOLDER.")
     if upload is None:
@@ -178,7 +178,7 @@ def _check_folder(source: str, upload: str | None) -> None:
 
 def _check_files_beside(data: Data) -> None:
     """A job finds `data.labels` and `data.classes` where its images are, and nowhere else."""
-    folder = Path(data.source).expanduser()
+    folder = Path(local_path(data.source)).expanduser()
     folder = folder.parent if is_table_name(data.source) else folder
     for key in ("labels", "classes"):
         name = getattr(data, key)
@@ -207,7 +207,7 @@ def find_images(aws: Aws, experiment: Experiment, upload: str | None) -> S3Image
         return S3Images(uri=uri, size=size_on_s3(aws, uri))
     if _is_elsewhere(source):
         return None
-    path = Path(source).expanduser().resolve()
+    path = Path(local_path(source)).expanduser().resolve()
     return _to_upload(aws, path.parent if path.is_file() else path, upload or "")
 
 
