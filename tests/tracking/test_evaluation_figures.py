@@ -1,10 +1,15 @@
 import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from visiontuner.evaluation.calibration import (
@@ -14,6 +19,7 @@ from visiontuner.evaluation.calibration import (
     risk_coverage,
 )
 from visiontuner.evaluation.report import EvaluationReport, evaluate_predictions
+from visiontuner.tracking.figures import parts
 from visiontuner.tracking.figures.evaluation import (
     confusion_matrix,
     contact_sheet,
@@ -183,11 +189,70 @@ def test_classes_without_test_images_are_left_out_of_the_scores() -> None:
 HOSTILE = ["$\\frac{1}{", "a$b$c", "two\nlines\tof it", "<b>", "🐶🐶🐶", "犬", "x" * 300, " "]
 
 
+@pytest.fixture
+def other_fonts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`other_fonts(*names)`: those that are looked for beside matplotlib's own."""
+
+    def look_for(*names: str) -> None:
+        monkeypatch.setattr(parts, "_OTHER_FONTS", names)
+        for cached in (parts.fonts, parts._letters):
+            cached.cache_clear()
+
+    look_for()
+    yield look_for
+    monkeypatch.undo()
+    for cached in (parts.fonts, parts._letters):
+        cached.cache_clear()
+
+
+def small_font(path: Path, letters: str) -> None:
+    """A font that draws each letter as a square."""
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder([".notdef", "square"])
+    builder.setupCharacterMap({ord(letter): "square" for letter in letters})
+    pen = TTGlyphPen(None)
+    pen.moveTo((100, 0))
+    for point in ((100, 800), (900, 800), (900, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    square = pen.glyph()
+    builder.setupGlyf({".notdef": square, "square": square})
+    builder.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    builder.setupHorizontalHeader(ascent=800, descent=-200)
+    builder.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    builder.setupOS2()
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_a_font_of_this_system_draws_what_matplotlibs_lacks(
+    tmp_path: Path, other_fonts: Callable[..., None]
+) -> None:
+    small_font(tmp_path / "Squares.ttf", "犬猫")
+    fontManager.addfont(tmp_path / "Squares.ttf")
+    other_fonts("None Such", "Squares")
+    assert readable(["犬", "猫 cat", "🐶🐶"]) == ["犬", "猫 cat", "class 2"]
+    _, found = evaluated(3, names=["犬", "猫 cat", "🐶🐶"])
+    for figure in found.values():
+        drawn(figure)  # a missing letter is a warning, and warnings are errors
+
+
+@pytest.mark.usefixtures("other_fonts")
+def test_names_are_cut_in_the_middle_and_never_alike() -> None:
+    names = ["German shorthaired pointer, young", "German shorthaired pointer, old"]
+    assert readable(names) == ["German short…nter, young", "German short…ointer, old"]
+    long = ["a" * 40 + middle + "b" * 40 for middle in ("x", "y")]
+    assert readable(long) == ["aaaaaaaaa…bbbbbbbb (0)", "aaaaaaaaa…bbbbbbbb (1)"]
+    # Right to left is drawn by no font as it is read.
+    assert readable(["כלב", "cat"]) == ["class 0", "cat"]
+
+
+@pytest.mark.usefixtures("other_fonts")
 def test_names_of_folders_are_shown_as_they_are() -> None:
     shown = readable(HOSTILE)
     assert shown[:4] == ["$\\frac{1}{", "a$b$c", "two lines of it", "<b>"]
     assert shown[4:6] == ["class 4", "class 5"]  # the font has no such letters
-    assert shown[6] == "x" * 23 + "…"
+    assert shown[6] == "x" * 12 + "…" + "x" * 11
     assert shown[7] == "class 7"
     _, found = evaluated(len(HOSTILE), names=HOSTILE)
     for figure in found.values():

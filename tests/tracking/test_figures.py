@@ -51,6 +51,32 @@ def test_every_figure_can_be_drawn_for_any_number_of_trials(
         drawn(figure)
 
 
+def test_axes_zoom_to_where_the_good_trials_are_and_say_what_lies_outside(
+    new_search: NewSearch,
+) -> None:
+    search = new_search()
+    search.begin()
+    values = [0.05, 0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.10]
+    for number, value in enumerate(values, 1):
+        search.trial(number, epochs=2, best_value=value)
+    figure = best_so_far(record_of(search))
+    low, high = figure.axes[0].get_ylim()
+    assert 0.84 < low < 0.86  # the best half is 0.92 to 0.95: twice as much below it
+    assert 0.95 < high < 0.96
+    assert figure.texts[0].get_text().endswith("2 trials below")
+    drawn(figure)
+
+
+def test_values_near_each_other_are_all_shown(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    for number, value in enumerate([0.90, 0.92, 0.93, 0.95], 1):
+        search.trial(number, epochs=2, best_value=value)
+    figure = best_so_far(record_of(search))
+    assert figure.axes[0].get_ylim()[0] < 0.9
+    assert "below" not in figure.texts[0].get_text()
+
+
 def test_a_search_without_a_usable_trial_draws_what_it_has(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
@@ -11,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager, get_font
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -19,31 +21,84 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 
 def readable(names: Sequence[str], length: int = 24) -> list[str]:
-    """Names that matplotlib's font can draw, cut to `length` characters.
+    """Names as the fonts at hand draw them, cut in the middle to `length` characters, none alike.
 
-    A name of which the font lacks half or more becomes `class 12`, its place in the list.
+    A name of which they lack half or more becomes `class 12`, its place in the list; a name that is
+    cut as another is has its place behind it.
     """
-    return [drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+    shown = [drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+    taken = Counter(shown)
+    return [
+        text if taken[text] == 1 else f"{_cut_middle(text, length - 6)} ({index})"
+        for index, text in enumerate(shown)
+    ]
 
 
 def drawable(name: str, length: int) -> str:
-    """What the font has of a name, cut to `length` characters; nothing if that is half or less."""
+    """What the fonts have of a name, cut to `length` characters; nothing if that is half or less.
+
+    Nothing of a name that is written from right to left: matplotlib would draw it backwards.
+    """
     name = " ".join(name.split())
-    kept = "".join(letter for letter in name if ord(letter) in _letters())
-    if 2 * len(kept) <= len(name):
+    if any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name):
         return ""
-    return kept if len(kept) <= length else kept[: length - 1] + "…"
+    kept = "".join(letter for letter in name if ord(letter) in _letters())
+    return _cut_middle(kept, length) if 2 * len(kept) > len(name) else ""
+
+
+def _cut_middle(text: str, length: int) -> str:
+    """Long names differ at their ends more often than in their middle."""
+    if len(text) <= length:
+        return text
+    behind = (length - 1) // 2
+    return f"{text[: length - 1 - behind]}…{text[len(text) - behind :]}"
+
+
+# For Chinese, Japanese, Korean, the scripts of India and Thailand, and signs; in colour none is
+# drawn by matplotlib, so that emoji need one without.
+_OTHER_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",
+    "Noto Sans SC",
+    "Noto Sans JP",
+    "Noto Sans KR",
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "IPAGothic",
+    "IPAexGothic",
+    "TakaoGothic",
+    "NanumGothic",
+    "PingFang SC",
+    "Hiragino Sans",
+    "Apple SD Gothic Neo",
+    "Microsoft YaHei",
+    "Yu Gothic",
+    "Malgun Gothic",
+    "Noto Emoji",
+    "Symbola",
+)
 
 
 def literally(texts: Iterable[Text]) -> None:
-    """A dollar in a name is a dollar, and no formula."""
+    """A dollar in a name is a dollar and no formula, and letters come from every font at hand."""
     for text in texts:
         text.set_parse_math(False)
+        text.set_fontfamily(list(fonts()))
+
+
+@lru_cache
+def fonts() -> tuple[str, ...]:
+    """matplotlib's own font, and those of this system that have letters which it lacks."""
+    there = {entry.name for entry in fontManager.ttflist}
+    return ("DejaVu Sans", *(name for name in _OTHER_FONTS if name in there))
 
 
 @lru_cache
 def _letters() -> frozenset[int]:
-    return frozenset(code for code in get_font(findfont("DejaVu Sans")).get_charmap() if code >= 32)
+    maps = (get_font(findfont(name)).get_charmap() for name in fonts())
+    return frozenset(code for known in maps for code in known if code >= 32)
 
 
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BCC2", "#33373D"
@@ -92,7 +147,8 @@ def panels(
     row = figure.subplots(1, count, squeeze=False)[0]
     bottom, top = 0.544 / height, 1 - 0.476 / height
     figure.subplots_adjust(left=left, right=right, bottom=bottom, top=top, wspace=0.24)
-    figure.text(left, 1 - 0.221 / height, title, fontsize=10.5, color=INK, weight="bold")
+    place = (left, 1 - 0.221 / height)
+    literally([figure.text(*place, title, fontsize=10.5, color=INK, weight="bold")])
     for axes in row:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
@@ -118,6 +174,29 @@ def finite(steps: Sequence[float], values: Sequence[float]) -> tuple[np.ndarray,
     return x[keep], y[keep]
 
 
+def zoom(axes: Axes, good: np.ndarray, every: np.ndarray) -> int:
+    """Limit the y axis to the good values and twice their span on each side, where others lie
+    beyond and would flatten them.
+
+    Args:
+        good, every: finite values, of any shape.
+
+    Returns:
+        How many of `every` lie outside then.
+    """
+    if not good.size:
+        return 0
+    low, high = float(good.min()), float(good.max())
+    span = max(high - low, 0.02 * max(abs(low), abs(high)), 1e-6)
+    bottom, top = low - 2 * span, high + 2 * span
+    outside = int(np.count_nonzero((every < bottom) | (every > top)))
+    if outside:
+        bottom, top = max(bottom, float(every.min())), min(top, float(every.max()))
+        room = 0.05 * (top - bottom)
+        axes.set_ylim(bottom - room, top + room)
+    return outside
+
+
 def plot_dots(axes: Axes, lines: Sequence[np.ndarray]) -> None:
     if lines:
         points = np.concatenate(lines)
@@ -125,8 +204,10 @@ def plot_dots(axes: Axes, lines: Sequence[np.ndarray]) -> None:
 
 
 def label_axes(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=9, color=INK)
-    axes.set_ylabel(y, fontsize=9, color=INK)
+    literally([
+        axes.set_xlabel(x, fontsize=9, color=INK),
+        axes.set_ylabel(y, fontsize=9, color=INK),
+    ])  # fmt: skip
 
 
 def add_legend(
@@ -137,7 +218,8 @@ def add_legend(
     where: dict[str, Any] = {"loc": place}
     if outside:  # above the axes, in the title's line
         where = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderpad": 0.2}
-    axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", ncols=columns, **where)
+    legend = axes.legend(fontsize=8.5, framealpha=0.85, edgecolor="none", ncols=columns, **where)
+    literally(legend.get_texts())
 
 
 def as_percent(axes: Axes, axis: str = "y") -> None:

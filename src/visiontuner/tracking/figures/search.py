@@ -35,11 +35,13 @@ from visiontuner.tracking.figures.parts import (
     describe,
     finite,
     label_axes,
+    literally,
     panels,
     plot_dots,
     plot_line,
     short,
     whole_steps,
+    zoom,
 )
 from visiontuner.workarounds.sklearn import without_package
 
@@ -294,10 +296,11 @@ def _make_room(figure: Figure, entries: int, columns: int = 3) -> None:
 def _legend_below(figure: Figure, row: Sequence[Axes], columns: int = 3) -> None:
     handles, labels = row[0].get_legend_handles_labels()
     if handles:
-        figure.legend(
+        legend = figure.legend(
             handles, labels, loc="lower center", ncols=columns, fontsize=8, frameon=False,
             handlelength=2.6,
         )  # fmt: skip
+        literally(legend.get_texts())
 
 
 # The curve of a learning rate range test.
@@ -364,13 +367,25 @@ def all_curves(record: SearchRecord) -> Figure:
         if best is not None:
             plot_line(axes, *best.curve(name), colour=BLUE, label=f"Best: {best.trial_id}")
         axes.autoscale_view()
-        label_axes(axes, "Epoch", LABELS[name])
+        outside = zoom(axes, _values_of(_best_half(record), name), _values_of(trials, name))
+        label_axes(axes, "Epoch", LABELS[name] + (", of the best half" if outside else ""))
         whole_steps(axes, [step for curve in curves for step in curve[0]])
         if name != "validation_loss":
             as_percent(axes)
     if best is not None:
         add_legend(both[0], "lower right" if names[0] != "validation_loss" else "upper right")
     return figure
+
+
+def _best_half(record: SearchRecord) -> list[TrialRecord]:
+    """The better half of the usable trials; all of fewer than four."""
+    ranking = record.ranking()
+    return ranking if len(ranking) < 4 else ranking[: -(-len(ranking) // 2)]
+
+
+def _values_of(trials: Sequence[TrialRecord], name: str) -> np.ndarray:
+    """The finite values of all trials' curves, shape (N,)."""
+    return np.concatenate([finite(*trial.curve(name))[1] for trial in trials] or [np.empty(0)])
 
 
 def best_so_far(record: SearchRecord) -> Figure:
@@ -390,6 +405,13 @@ def best_so_far(record: SearchRecord) -> Figure:
         )
         add_legend(axes, "lower right" if record.mode == "max" else "upper right")
     label_axes(axes, f"Time since the start ({unit})", LABELS[record.objective])
+    good = np.array([trial.best_value for trial in _best_half(record)], dtype=float)
+    outside = zoom(axes, good[np.isfinite(good)], values[np.isfinite(values)])
+    if outside:
+        where = "above" if record.mode == "min" else "below"
+        figure.texts[0].set_text(
+            f"{figure.texts[0].get_text()}   {count(outside, 'trial')} {where}"
+        )
     _percent_if_fraction(axes, record)
     return figure
 
