@@ -487,8 +487,10 @@ class TrainingConsole(SearchConsole):
             self._progress = Progress(
                 *columns, loss, remaining, console=self.console, transient=True
             )
-            words = {"count": "waiting for the first step", "rate": "", "loss": ""}
-            self._task = self._progress.add_task("Epoch 1", total=None, **words)
+            waiting = "waiting for the first step"
+            self._task = self._progress.add_task(
+                "Epoch 1", total=None, count=waiting, rate="", loss=""
+            )
             self._progress.start()
 
     def step(self, epoch: int, step: int, steps: int, loss: Callable[[], float]) -> None:

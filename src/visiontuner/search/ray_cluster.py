@@ -114,6 +114,11 @@ class RayForSearch:
         """Whether it is a cluster that was there before, perhaps of several machines."""
         return self._where == "auto"
 
+    @property
+    def is_started(self) -> bool:
+        """Whether `start` has been called."""
+        return self._running is not None
+
     def start(self) -> None:
         """Return when Ray is up; a second call does nothing.
 

@@ -167,6 +167,8 @@ class StageRunner:
             self.observer.trials_end()
 
     def _start_ray(self) -> None:
+        if not self.ray.is_started:
+            self.observer.note("Starting Ray.")
         try:
             self.ray.start()
         except SearchFailed as error:
@@ -440,6 +442,7 @@ class _Run:
             )
         tracking.begin_to_close()
         classifier = self._package(kept, recorder.record)
+        self.observer.note("Writing to MLflow.")
         problem = tracking.close()
         model = None
         if problem is None:
