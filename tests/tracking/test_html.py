@@ -204,6 +204,18 @@ def test_test_results_come_with_intervals_threshold_ties_and_edges(new_search: N
     assert page.row("a/1.jpg") == ["a/1.jpg", "cat", "owl", "87.0%"]
 
 
+def test_the_table_of_classes_says_what_figures_call_a_name_without_a_font(
+    new_search: NewSearch,
+) -> None:
+    search = new_search()
+    search.begin()
+    search.trial(1)
+    # Right to left, which figures cannot write; and one that they can.
+    text = page_of(search, evaluation=evaluation(["cat", "כלב"])).text
+    assert "כלב (class 1 in the figures)" in text
+    assert "(class 0" not in text
+
+
 def test_a_threshold_out_of_reach_says_that_every_answer_abstains(new_search: NewSearch) -> None:
     search = new_search()
     search.begin()

@@ -36,7 +36,7 @@ from visiontuner.journal import (
 )
 from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.text import next_command, shown
-from visiontuner.tracking.figures.parts import LABELS, count, to_png
+from visiontuner.tracking.figures.parts import LABELS, count, readable, to_png
 from visiontuner.tracking.figures.recording import Explained
 from visiontuner.tracking.figures.search import importances, search_figures
 
@@ -77,6 +77,7 @@ class TestPart:
     metrics: tuple[MetricRow, ...]
     threshold: str
     classes: tuple[ClassScore, ...]
+    drawn_as: Mapping[str, str]  # names that no font here has -> what the figures call them
     pairs: tuple[Mapping[str, Any], ...]
     mistakes: tuple[Mapping[str, Any], ...]
     choice: tuple[str, ...]
@@ -101,6 +102,11 @@ def describe_test(evaluation: Mapping[str, Any]) -> TestPart:
         metrics=tuple(_metric_rows(report.metrics)),
         threshold=_threshold(report.threshold) if report.threshold else "",
         classes=tuple(sorted(report.classes, key=_weakest_first)),
+        drawn_as={
+            name: text
+            for name, text in zip(report.class_names, readable(report.class_names), strict=True)
+            if text.startswith("class ") and not name.startswith("class ")
+        },
         pairs=tuple(_complete(evaluation.get("confused_pairs"), _PAIR)),
         mistakes=tuple(_complete(evaluation.get("mistakes"), _MISTAKE)),
         choice=tuple(_choice(evaluation)),
