@@ -27,6 +27,7 @@ MEMORY = DecodingMemory(small=20_000_000, most=400_000_000, waiting=2)
 # Of base64, its alphabet for URLs included, and what may stand between its lines.
 _LETTERS = re.compile(rb"[A-Za-z0-9+/_-]+={0,2}")
 _BLANKS = b" \t\r\n"
+_LEAST = 32  # bytes; the base64 of the smallest image is longer
 _ON_ERROR = ("fail", "report")
 
 
@@ -156,10 +157,14 @@ def _content(image: object) -> bytes | BadImageError:
     # MLflow hands on the base64 of `inputs` and `instances` as it came. No image's content is
     # base64: every format has bytes outside its alphabet.
     decoded = _decoded(content)
-    if decoded is None and (is_text or _LETTERS.fullmatch(content.translate(None, _BLANKS))):
+    if decoded is None and (is_text or _is_meant_as_base64(content)):
         return BadImageError(_why_no_base64(content))
     content = content if decoded is None else decoded
     return content if len(content) <= MAX_BYTES else _too_large(len(content))
+
+
+def _is_meant_as_base64(content: bytes) -> bool:
+    return len(content) >= _LEAST and bool(_LETTERS.fullmatch(content.translate(None, _BLANKS)))
 
 
 def _decoded(content: bytes) -> bytes | None:
@@ -176,9 +181,9 @@ def _decoded(content: bytes) -> bytes | None:
 def _why_no_base64(content: bytes) -> str:
     content = content.translate(None, _BLANKS)
     if b"-" in content or b"_" in content:
-        return "image is not base64 with + and /, but with - and _; send the standard alphabet."
+        return "image is not base64; send the file's content with + and /, not - and _."
     if len(content) % 4 and _LETTERS.fullmatch(content):
-        return "image is not whole base64: its length is no multiple of four; pad it with =."
+        return "image is not base64; send the file's content, padded with = to fours."
     return "image is not base64; send the file's content."
 
 
