@@ -241,6 +241,20 @@ def test_the_bar_of_a_training_tells_no_numbers_before_the_first_step(monkeypatc
     assert "…" not in screen.text
 
 
+@pytest.mark.parametrize(("train", "unit"), [("head", "features/s"), ("all", "images/s")])
+def test_the_speed_of_a_head_is_that_of_features(train, unit):
+    screen = Screen()
+    screen.console = TrainingConsole(screen.console.console)
+    experiment = Experiment.parse({"name": "x", "model": {"train": train}}).model_dump(mode="json")
+    screen._apply("search_started", search_id="s", experiment=experiment)
+    screen.start(1)
+    screen.console.trials_begin(screen.record, 1)
+    names = ("train_loss", "validation_loss", "validation_accuracy", "images_per_second")
+    metrics = dict.fromkeys(names, 1234.5)
+    screen._apply("epoch", trial_id="t0001", attempt=1, step=1, metrics=metrics)
+    assert screen.lines[-1].endswith(f"1,234 {unit}")
+
+
 @pytest.mark.parametrize(("width", "left_out"), [(80, ("optimizer",)), (140, ())])
 def test_no_word_and_no_row_of_the_trials_is_cut(width, left_out):
     screen = Screen(terminal=True, width=width)

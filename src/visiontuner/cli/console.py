@@ -550,8 +550,13 @@ class TrainingConsole(SearchConsole):
         kept = self._training.kept_epoch(trial)
         if kept is not None and kept is not newest:
             words.append(f"lowest validation_loss in epoch {kept.step}")
-        words.append(f"{newest.metrics['images_per_second']:,.0f} images/s")
+        words.append(f"{newest.metrics['images_per_second']:,.0f} {self._unit()}/s")
         return "  ".join(words)
+
+    def _unit(self) -> str:
+        """What a step takes: a head learns from features that were computed before."""
+        model = self._training.started.get("experiment", {}).get("model", {})
+        return "features" if model.get("train") == "head" else "images"
 
 
 # A table of runs in the terminal: fitted to its width, the best row marked.
