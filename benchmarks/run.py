@@ -46,6 +46,7 @@ BENCHMARKS = (
     "tables",
     "novelty",
     "heat_maps",
+    "leaks",
     "fine_tune",
     "peer",
 )

@@ -43,6 +43,7 @@ NAMES = (
     "tables",
     "novelty",
     "heat_maps",
+    "leaks",
     "fine_tune",
     "peer",
 )
@@ -109,7 +110,9 @@ def test_list_names_all_without_measuring() -> None:
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(NAMES)
 
 
-@pytest.mark.parametrize("name", ["search_time", "tensor_rules", "choice", "suspects", "peer"])
+@pytest.mark.parametrize(
+    "name", ["search_time", "tensor_rules", "choice", "suspects", "leaks", "peer"]
+)
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1107,6 +1107,37 @@ class ImageDataset:
         splits = {**self.splits, "train": tuple(train)}
         return replace(self, splits=splits, digest=_digest(self.class_names, splits))
 
+    def without(self, paths: Collection[str], why: str) -> ImageDataset:
+        """Without some images: another digest, and what their classes lack is found anew.
+
+        Args:
+            why: the end of the clause in `described`, after their number.
+
+        Raises:
+            DataError: no training or no validation image is left.
+        """
+        splits = {
+            name: tuple(sample for sample in samples if sample.path not in paths)
+            for name, samples in self.splits.items()
+        }
+        for name in ("train", "validation"):
+            if not splits[name]:
+                every = f"all {len(self.splits[name]):,}"
+                raise DataError(
+                    f"{self.root} has no images left for {name}: {every} are left out, {why}. "
+                    "Split the images anew."
+                )
+        gone = sum(map(len, self.splits.values())) - sum(map(len, splits.values()))
+        reduced = replace(
+            self,
+            splits=splits,
+            digest=_digest(self.class_names, splits),
+            described=f"{self.described}; without {gone:,}, {why}",
+        )
+        known = {finding.rule for finding in _class_findings(self)}
+        others = tuple(finding for finding in self.findings if finding.rule not in known)
+        return replace(reduced, findings=(*others, *_class_findings(reduced)))
+
 
 def load_dataset(
     root: Path,

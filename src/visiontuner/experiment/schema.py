@@ -147,6 +147,8 @@ class Data(Section):
     `validation` says what trials are judged by: the validation images (`holdout`), or all images of
     training and validation, each by a head that did not learn from its fold (`folds`); `auto` takes
     folds where heads are trained on few images and no validation images are given.
+    `on_leak` says what becomes of images that show the same in two splits: they are named, or the
+    training image (of a pair in validation and test, the validation image) is left out.
     """
 
     source: Annotated[str, Field(min_length=1)] = "digits"
@@ -162,6 +164,7 @@ class Data(Section):
     validation: Literal["auto", "holdout", "folds"] = "auto"
     folds: Annotated[int, Field(ge=2, le=20)] | None = None
     on_bad_image: Literal["skip", "fail"] = "skip"
+    on_leak: Literal["warn", "drop"] = "warn"
 
 
 OFFLINE_BACKBONES = ("efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2")

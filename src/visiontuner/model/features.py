@@ -352,6 +352,35 @@ def compute_features(
     return replace(features, computed=computed)
 
 
+def copy_features(
+    store: FeatureSet, dataset: ImageDataset, backbone: BackboneDescription, precision: Precision
+) -> None:
+    """Put the features of some of a store's images where `compute_features` looks for them.
+
+    Args:
+        store: complete, of the same splits.
+        dataset: holds no image that the store's data set does not hold.
+    """
+    cache = store.folder.parent.parent
+    folder = store_folder(dataset, backbone, precision, store.splits, cache)
+    if folder == store.folder or find_damage(folder) is None:
+        return
+    reasons = {f.evidence.split(": ")[0]: f.evidence for f in store.findings}
+    with locked(folder):
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        for split in store.splits:
+            rows = {path: row for row, path in enumerate(store.split(split).paths)}
+            features = store.split(split).features
+            for shard in cut_into_shards(split, dataset.splits[split], folder):
+                paths = [sample.path for sample in shard.samples]
+                bad = {
+                    position: reasons.get(f"Cannot read {path}", f"Cannot read {path}.")
+                    for position, path in enumerate(paths)
+                    if path not in rows
+                }
+                shard.write(features[[rows[path] for path in paths if path in rows]], bad)
+
+
 def store_folder(
     dataset: ImageDataset,
     backbone: BackboneDescription,

@@ -30,12 +30,14 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.model.features import (
     compute_features,
+    copy_features,
     describe_backbone,
     measure_pace,
     store_folder,
 )
 from visiontuner.paths import at_hand, local_path, writable_cache_folder
 from visiontuner.search.plan import Stores
+from visiontuner.workflow.leaks import Leaks, find_leaks, leak_findings, without_leaks
 
 if TYPE_CHECKING:
     from visiontuner.data.arrays import DecodedImages
@@ -191,12 +193,47 @@ class Inputs:
         self._stopped = False
 
     @cached_property
-    def dataset(self) -> ImageDataset:
+    def loaded(self) -> ImageDataset:
+        """The images as they lie there, leaks and all."""
         return load_data(self.experiment, self.observer)
+
+    @cached_property
+    def dataset(self) -> ImageDataset:
+        """The images to train on and to judge by; without leaks if `data.on_leak` says so."""
+        if self.experiment.data.on_leak == "warn":
+            return self.loaded
+        reduced = without_leaks(self.loaded, self.leaks)
+        findings = leak_findings(self.leaks, dropped=True)
+        gone = len(self.leaks.dropped)
+        self.observer.note(f"data.on_leak: drop leaves out {gone:,} images.")
+        return replace(reduced, findings=(*reduced.findings, *findings))
+
+    @cached_property
+    def leaks(self) -> Leaks:
+        """Images that show the same in two splits; the features of all of them are computed."""
+        stores = [self._features_of(self.loaded, ("train", "validation"))]
+        if self.loaded.splits["test"]:
+            stores.append(self._features_of(self.loaded, ("test",)))
+        return find_leaks(
+            self.loaded, stores, cache=self.cache, progress=self._progress("Comparing", "pairs")
+        )
+
+    @property
+    def has_features(self) -> bool:
+        """Whether the features of the training and validation images are there already."""
+        try:
+            description = self._describe(load=None)
+        except LookupError:
+            return False
+        precision = self.experiment.training.precision
+        splits = ("train", "validation")
+        folder = store_folder(self.loaded, description, precision, splits, self.cache)
+        return find_damage(folder) is None
 
     def of(self, experiment: Experiment, *, cache: Path | None = None) -> Inputs:
         """Another experiment on the same images, which are not read again."""
         other = Inputs(experiment, self.observer, cache=cache or self.cache)
+        other.loaded = self.dataset
         other.dataset = self.dataset
         return other
 
@@ -248,6 +285,13 @@ class Inputs:
     @cached_property
     def description(self) -> BackboneDescription:
         """The network without loading it, where it is known from before."""
+        return self._describe(load=lambda: self.backbone)
+
+    def _describe(self, load: Callable[[], BackboneDescription] | None) -> BackboneDescription:
+        """What is known of the network; LookupError if it had to be loaded and may not be."""
+
+        def unknown() -> BackboneDescription:
+            raise LookupError(self.experiment.model.backbone)
 
         model = self.experiment.model
         return describe_backbone(
@@ -255,7 +299,7 @@ class Inputs:
             weights=model.weights,
             image_size=model.image_size,
             cache=self.cache,
-            load=lambda: self.backbone,
+            load=load or unknown,
         )
 
     def store(self, *, on_images: bool) -> tuple[FeatureSet | DecodedImages, float]:
@@ -266,30 +310,26 @@ class Inputs:
         """The features of training and validation images, and the seconds they took."""
 
         began = time.monotonic()
-        features = compute_features(
-            self.dataset,
+        splits = ("train", "validation")
+        if self.dataset is not self.loaded:  # theirs are among those of all images
+            every = self._features_of(self.loaded, splits)
+            precision = self.experiment.training.precision
+            copy_features(every, self.dataset, self.description, precision)
+        return self._features_of(self.dataset, splits), round(time.monotonic() - began, 3)
+
+    def _features_of(self, dataset: ImageDataset, splits: Sequence[str]) -> FeatureSet:
+        return compute_features(
+            dataset,
             backbone=self.description,
             engine=self._say_engine,
             precision=self.experiment.training.precision,
             cache=self.cache,
+            splits=splits,
             on_bad_image=self.experiment.data.on_bad_image,
             progress=self._progress(f"Features{self._label}"),
             note=self.observer.note,
             machines=self._machines if self.on_cluster else nullcontext,
         )
-        return features, round(time.monotonic() - began, 3)
-
-    @property
-    def has_features(self) -> bool:
-        """Whether the features are in the cache, as they were written."""
-        folder = store_folder(
-            self.dataset,
-            self.description,
-            self.experiment.training.precision,
-            ("train", "validation"),
-            self.cache,
-        )
-        return find_damage(folder) is None
 
     def release(self) -> None:
         """Let go of the network and of what runs it; they come again when they are asked for."""
@@ -336,12 +376,12 @@ class Inputs:
         self.stop()
         wait(self._working, _STOPS_WITHIN_SECONDS)
 
-    def _progress(self, what: str) -> Callable[[int, int], None]:
+    def _progress(self, what: str, unit: str = "images") -> Callable[[int, int], None]:
         def tell(done: int, total: int) -> None:
             interrupts.check()
             if self._stopped:
-                raise SearchInterrupted(f"{what}: stopped at {done} of {total} images.")
-            self.observer.progress(what, done, total, "images")
+                raise SearchInterrupted(f"{what}: stopped at {done} of {total} {unit}.")
+            self.observer.progress(what, done, total, unit)
 
         return tell
 

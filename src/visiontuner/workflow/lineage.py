@@ -39,7 +39,7 @@ from visiontuner.serving.lineage import (
 )
 from visiontuner.serving.registry import ModelReference, classifier_digest, find_version
 from visiontuner.text import next_command
-from visiontuner.workflow.inputs import Observer, Silent, load_data
+from visiontuner.workflow.inputs import Inputs, Observer, Silent
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import describe_code, describe_machine
 
@@ -294,7 +294,7 @@ def _check_data(lineage: Lineage, observer: Observer) -> LineageCheck:
     if recorded is None or lineage.experiment is None:
         return _unknown(what, "no digest or no experiment file was recorded")
     try:
-        dataset = load_data(Experiment.parse(lineage.experiment), observer)
+        dataset = Inputs(Experiment.parse(lineage.experiment), observer).dataset
     except VisiontunerError as error:
         return _unknown(what, str(error))
     if dataset.digest == recorded:

@@ -12,7 +12,8 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.s3 import upload_folder
 from visiontuner.journal import Finding
 from visiontuner.paths import split_folder, writable_cache_folder
-from visiontuner.workflow.inputs import Observer, Silent, load_data
+from visiontuner.workflow.inputs import Inputs, Observer, Silent
+from visiontuner.workflow.leaks import leak_findings, without_known_pairs
 
 if TYPE_CHECKING:
     from visiontuner.data.findings import DatasetSummary
@@ -45,12 +46,18 @@ def prepare(
     observer = observer or Silent()
     if upload is not None:
         split_folder(upload)  # a wrong address is said before anything is done
-    dataset = load_data(experiment, observer)
+    inputs = Inputs(experiment, observer)
     findings = inspect_dataset(
-        dataset,
+        inputs.loaded,
         cache=writable_cache_folder(),
         progress=lambda done, total: observer.progress("Looking", done, total, "images"),
     )
+    if experiment.data.on_leak == "drop":
+        findings = without_known_pairs(findings, inputs.leaks)
+    elif inputs.has_features:
+        leaks = inputs.leaks
+        findings = [*without_known_pairs(findings, leaks), *leak_findings(leaks, dropped=False)]
+    dataset = inputs.dataset
     prepared = Prepared(
         dataset=dataset,
         summary=summarise(dataset, cache=writable_cache_folder()),
