@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,13 +14,14 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from visiontuner.errors import BackboneError
+from visiontuner.errors import BackboneError, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import Event, SearchRecord, read_events
 from visiontuner.model.classifier import Classifier
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
+from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.train import find_origin, one_training
 from visiontuner.workflow.tune import resume_search, run_search
 
@@ -74,9 +76,10 @@ def raw(tmp_path: Path, images: Path) -> dict[str, Any]:
     }
 
 
-def configurations(folder: Path) -> dict[str, Any]:
+def configurations(folder: Path) -> list[Any]:
+    """With their values; which network comes first depends on what each pass took."""
     trials = SearchRecord.load(folder).trials.values()
-    return {trial.trial_id: (trial.configuration, trial.best_value) for trial in trials}
+    return sorted((*map(str, t.configuration.values()), t.best_value) for t in trials)
 
 
 def test_interrupted_search_over_networks_ends_as_an_uninterrupted_one(
@@ -97,6 +100,7 @@ def test_interrupted_search_over_networks_ends_as_an_uninterrupted_one(
     assert [text.startswith(name) for text, name in zip(told, NETWORKS, strict=True)] == [True] * 2
 
     _has_every_network_in_mlflow(uri)
+    _is_chosen_by_its_cost(tmp_path / "whole")
     _is_the_network_of_what_is_kept(tmp_path / "whole")
 
 
@@ -113,9 +117,33 @@ def _has_every_network_in_mlflow(uri: str) -> None:
     assert first.data.params["model.backbone"] == ", ".join(NETWORKS)
 
 
+def _is_chosen_by_its_cost(folder: Path) -> None:
+    """By milliseconds that are given here, and by those that are measured."""
+    record = SearchRecord.load(folder)
+    answers = ValidationAnswers(folder, record, Experiment.load(folder / "experiment.yaml"))
+    one, other = NETWORKS
+    for fast, slow in ((one, other), (other, one)):
+        choice = answers.choose("fastest", milliseconds={fast: 1.0, slow: 2.0}, within=0.99)
+        assert answers.network_of(choice.chosen) == fast
+        assert choice.reason.startswith(f"{fast} is the fastest of 2 networks")
+        limited = answers.choose("best", milliseconds={fast: 1.0, slow: 2.0}, max_latency_ms=1.5)
+        assert answers.network_of(limited.chosen) == fast
+    with pytest.raises(UserMistake, match=r"No network of this search answers in 0\.5 ms"):
+        answers.choose("best", milliseconds={one: 1.0, other: 2.0}, max_latency_ms=0.5)
+
+    result = evaluate_search(folder, prefer="fastest", within=0.99)
+    rows = json.loads((folder / "evaluation" / "report.json").read_text())["networks"]
+    assert sorted(row["backbone"] for row in rows) == sorted(NETWORKS)
+    fastest = min(rows, key=lambda row: row["ms_one_thread"])
+    assert answers.network_of(result.choice.chosen) == fastest["backbone"]
+    assert fastest["on_front"]
+    assert all(row["memory_mb"] > 20 and row["megabytes"] > 0.1 for row in rows)
+    assert {"networks.csv", "networks.png"} <= {p.name for p in (folder / "evaluation").iterdir()}
+    assert all(name in (folder / "report.html").read_text() for name in NETWORKS)
+
+
 def _is_the_network_of_what_is_kept(folder: Path) -> None:
     """In the classifier, evaluated, in its lineage and in a training from it."""
-    evaluate_search(folder)
     record = SearchRecord.load(folder)
     classifier = Classifier.load(folder / "classifier")
     trial = record.named(classifier.metadata["trial_id"])

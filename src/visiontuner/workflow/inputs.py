@@ -218,17 +218,16 @@ class Inputs:
             self.loaded, stores, cache=self.cache, progress=self._progress("Comparing", "pairs")
         )
 
-    @property
-    def has_features(self) -> bool:
-        """Whether the features of the training and validation images are there already."""
+    def cached_features(self) -> FeatureSet | None:
+        """Those of training and validation images, leaks and all; None if they are not there."""
         try:
             description = self._describe(load=None)
         except LookupError:
-            return False
+            return None
         precision = self.experiment.training.precision
         splits = ("train", "validation")
         folder = store_folder(self.loaded, description, precision, splits, self.cache)
-        return find_damage(folder) is None
+        return FeatureSet.open(folder) if find_damage(folder) is None else None
 
     def of(self, experiment: Experiment, *, cache: Path | None = None) -> Inputs:
         """Another experiment on the same images, which are not read again."""

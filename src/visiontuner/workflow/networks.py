@@ -135,23 +135,26 @@ def compute_features_of(
 
 
 def _in_order_of_cost(inputs: Inputs, record: SearchRecord) -> list[str]:
-    """The networks by what a pass takes here, which is said; those in the cache come first."""
+    """The networks by what a pass takes here, or took; what one will take is said."""
     names = [name for name in inputs.experiment.search.backbones if name not in record.left_out]
     images = sum(len(inputs.dataset.splits[split]) for split in ("train", "validation"))
     seconds: dict[str, float] = {}
     for name in names:
         own = inputs.of_network(name)
-        cached = own.has_features
-        pace = 0.0 if cached else own.pace(_PACE_SECONDS)
-        seconds[name] = 0.0 if cached else images / pace
+        cached = own.cached_features()
+        if cached is not None:
+            seconds[name] = cached.seconds
+            inputs.observer.note(f"{name}: features in the cache.")
+            continue
+        pace = own.pace(_PACE_SECONDS)
+        seconds[name] = images / pace
         inputs.observer.note(
-            f"{name}: features in the cache."
-            if cached
-            else f"{name}: {images:,} images at {pace:.0f} images/s, about "
+            f"{name}: {images:,} images at {pace:.0f} images/s, about "
             f"{duration(seconds[name])} ({own.engine.description})."
         )
     known = list(record.networks)  # of an earlier process of the search: in the same order
-    return sorted(names, key=lambda n: (known.index(n) if n in known else len(known), seconds[n]))
+    place = {name: known.index(name) if name in known else len(known) for name in names}
+    return sorted(names, key=lambda name: (place[name], seconds[name]))
 
 
 # What each network of a search costs, and what it gives for it.

@@ -54,7 +54,7 @@ def prepare(
     )
     if experiment.data.on_leak == "drop":
         findings = without_known_pairs(findings, inputs.leaks)
-    elif inputs.has_features:
+    elif inputs.cached_features() is not None:
         leaks = inputs.leaks
         findings = [*without_known_pairs(findings, leaks), *leak_findings(leaks, dropped=False)]
     dataset = inputs.dataset

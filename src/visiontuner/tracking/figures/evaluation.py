@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -312,6 +313,9 @@ def _image_counts(right: int, total: int) -> str:
 # Accuracy against what an answer costs, one point a network.
 
 
+_MARKERS = "os^vDP*Xh<"
+
+
 def network_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Networks by milliseconds and by size, with intervals; those of the front are joined.
 
@@ -320,27 +324,30 @@ def network_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """
     figure, both = panels(2, "Networks: accuracy against what an answer costs on this machine")
     names = readable([str(row["backbone"]).removeprefix("timm:") for row in rows])
-    for axes, column, unit in zip(
-        both,
-        ("ms_one_thread", "megabytes"),
-        ("Milliseconds an image, one thread", "MB"),
-        strict=True,
-    ):
+    costs = {"ms_one_thread": "Milliseconds an image, one thread", "megabytes": "MB"}
+    for axes, (column, unit) in zip(both, costs.items(), strict=True):
         front = sorted((row for row in rows if row["on_front"]), key=lambda row: row[column])
-        axes.plot(
-            [row[column] for row in front],
-            [row["accuracy"] for row in front],
-            color=GREEN,
-            linewidth=1,
-            zorder=1,
-        )
-        for row, name in zip(rows, names, strict=True):
-            x, y = row[column], row["accuracy"]
-            error = [[y - row["accuracy_low"]], [row["accuracy_high"] - y]]
-            colour = GREEN if row["on_front"] else GREY
-            axes.errorbar(x, y, yerr=error, fmt="o", color=colour, capsize=3, zorder=2)
-            literally([axes.annotate(name, (x, y), (5, 5), textcoords="offset points", fontsize=8)])
-        axes.margins(x=0.25)
-        label_axes(axes, unit, "Accuracy to expect")
+        line = [row[column] for row in front], [row["accuracy"] for row in front]
+        axes.plot(*line, color=GREEN, linewidth=1, zorder=1)
+        for row, name, marker in zip(rows, names, cycle(_MARKERS)):
+            _draw_network(axes, row, column, name, marker)
+        axes.margins(x=0.15)
+        label_axes(axes, unit, "Accuracy to expect" if axes is both[0] else "")
         as_percent(axes)
+    legend = both[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
+    literally(legend.get_texts())
     return figure
+
+
+def _draw_network(axes: Axes, row: Mapping[str, Any], column: str, name: str, marker: str) -> None:
+    value = row["accuracy"]
+    axes.errorbar(
+        row[column],
+        value,
+        yerr=[[value - row["accuracy_low"]], [row["accuracy_high"] - value]],
+        fmt=marker,
+        color=GREEN if row["on_front"] else GREY,
+        capsize=3,
+        label=name,
+        zorder=2,
+    )
