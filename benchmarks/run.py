@@ -47,10 +47,11 @@ BENCHMARKS = (
     "novelty",
     "heat_maps",
     "leaks",
+    "networks",
     "fine_tune",
     "peer",
 )
-APART = ("interval_coverage", "promotion", "choice", "fine_tune", "peer")
+APART = ("interval_coverage", "promotion", "choice", "networks", "fine_tune", "peer")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

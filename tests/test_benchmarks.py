@@ -44,6 +44,7 @@ NAMES = (
     "novelty",
     "heat_maps",
     "leaks",
+    "networks",
     "fine_tune",
     "peer",
 )

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from visiontuner.data.dataset import ListedFinding
 from visiontuner.data.findings import DatasetSummary, SizeRange
+from visiontuner.evaluation.choice import describe_networks
 from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.text import (
     DEFAULT_TRACKING_URI,
@@ -112,6 +113,8 @@ class SearchConsole:
         if event["event"] == "trial_ended" and self._live is None:
             trial = self._record.trials[event["trial_id"]]
             self.console.print(printable(self._line(trial)))
+        elif event["event"] == "network_stopped":
+            self.note(f"{event['backbone']} gets no more trials: {event['reason']}.")
 
     def trials_end(self) -> None:
         if self._live is not None:
@@ -652,6 +655,8 @@ def print_result(result: SearchResult, *, said: set[str]) -> None:
         if kept is not best:
             value = f"{objective} {kept.best_value:.4f}"
             click.echo(f"Kept: {kept.trial_id} with {_values(kept)} ({value})")
+        if networks := describe_networks(record):
+            click.echo(f"  {networks}")
         _print_choice(record.choice or {})
     print_artifacts(result, said=said)
     if result.state == "completed" and not result.tracking_problem:

@@ -21,7 +21,7 @@ from visiontuner.evaluation.intervals import (
     sign_flipped_sums,
 )
 from visiontuner.experiment.schema import INTEGERS, Domain, Objective, Range, Space, Values
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.journal import Event, SearchRecord, TrialRecord
 
 # Which trial of a search is kept: the best one, or one that cannot be told apart from it.
 
@@ -349,7 +349,22 @@ def describe_gain(
     return f"{', '.join(told)}: {end}."
 
 
-def _objective_words(value: float, objective: Objective) -> str:
+def describe_networks(record: SearchRecord) -> str | None:
+    """One line: the best value of each network; None where one alone was tried."""
+    told = [
+        f"{name} {_objective_words(trial.best_value or math.nan, record.objective)}"
+        + _stopped_words(record.stopped.get(name))
+        for name, trial in record.best_by_network().items()
+    ]
+    told += [f"{name} left out" for name in record.left_out]
+    return f"Networks: {', '.join(told)}." if len(told) > 1 else None
+
+
+def _stopped_words(event: Event | None) -> str:
+    return "" if event is None else f" (stopped after {event['trials']} trials)"
+
+
+def _objective_words(value: float, objective: str) -> str:
     return f"{value:.4f}" if objective == "validation_loss" else f"{100 * value:.1f} %"
 
 

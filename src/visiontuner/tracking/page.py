@@ -357,12 +357,16 @@ def seconds_in_words(seconds: float) -> str:
 def _question(record: SearchRecord) -> str:
     experiment = _section(record, "experiment")
     search, model = experiment.get("search") or {}, experiment.get("model") or {}
-    searched = [label(name).lower() for name in search.get("space") or {}]
+    space = search.get("space") or {}
+    searched = [label(name).lower() for name in space]
+    networks = (space.get("backbone") or {}).get("values") or [
+        model.get("backbone", "an unknown backbone")
+    ]
     how = search.get("algorithm", "unknown")
     scheduler = search.get("scheduler", "none")
     return (
         f"Searched: {', '.join(searched) or 'nothing'}, by {label(record.objective).lower()}, for "
-        f"{_trained(model, search)} {model.get('backbone', 'an unknown backbone')} "
+        f"{_trained(model, search)} {', '.join(map(str, networks))} "
         f"(algorithm {how}, scheduler {scheduler}) with {_source(record)}."
     )
 

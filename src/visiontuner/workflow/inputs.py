@@ -243,6 +243,7 @@ class Inputs:
         if name not in self._networks:
             other = self._networks[name] = self.of(self.experiment.for_backbone(name))
             other._label = f" of {name}"
+            other.on_cluster = self.on_cluster
         return self._networks[name]
 
     def of_trial(self, trial: TrialRecord) -> Inputs:

@@ -334,8 +334,9 @@ def network_front(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.margins(x=0.15)
         label_axes(axes, unit, "Accuracy to expect" if axes is both[0] else "")
         as_percent(axes)
-    legend = both[1].legend(loc="upper left", bbox_to_anchor=(1.02, 1), frameon=False, fontsize=8)
-    literally(legend.get_texts())
+    low, high = both[1].get_xlim()
+    both[1].set_xlim(right=high + 0.7 * (high - low))  # room for the names
+    add_legend(both[1], "lower right")
     return figure
 
 

@@ -105,6 +105,7 @@ BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#D55E00", "#009E73", "#B8BCC2", "#3
 _DPI = 90
 Place = Literal["best", "lower right", "upper right"]
 LABELS = {
+    "backbone": "Network",
     "validation_accuracy": "Validation accuracy",
     "validation_macro_f1": "Validation macro F1",
     "validation_loss": "Validation loss",
