@@ -61,7 +61,7 @@ from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import importances
 from visiontuner.workflow.answering import Answers, answer_images
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
-from visiontuner.workflow.networks import measure_networks
+from visiontuner.workflow.network_costs import measure_networks
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import is_packaged, package_trial
 from visiontuner.workflow.selection import ValidationAnswers

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord
 from visiontuner.model.catalogue import RECOMMENDED, KnownNetwork
-from visiontuner.serving.cost import NetworkCost, measure_costs
 from visiontuner.text import duration
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder
 
@@ -155,47 +153,6 @@ def _in_order_of_cost(inputs: Inputs, record: SearchRecord) -> list[str]:
     known = list(record.networks)  # of an earlier process of the search: in the same order
     place = {name: known.index(name) if name in known else len(known) for name in names}
     return sorted(names, key=lambda name: (place[name], seconds[name]))
-
-
-# What each network of a search costs, and what it gives for it.
-
-
-_MEASURED_IMAGES = 20
-
-
-def measure_networks(inputs: Inputs, names: Sequence[str]) -> dict[str, NetworkCost]:
-    """Time, memory, size and price of an answer of each network, measured on this machine.
-
-    A head changes none of it, so that nothing has to be trained.
-
-    Args:
-        names: networks that are searched; or the experiment's own alone.
-
-    Raises:
-        DataError: there are no validation images.
-        ServingError: a network cannot be loaded.
-    """
-    samples = inputs.dataset.splits["validation"]
-    step = max(1, len(samples) // _MEASURED_IMAGES)
-    images = [
-        (inputs.dataset.root / sample.path).read_bytes()
-        for sample in inputs.readable("validation")[::step][:_MEASURED_IMAGES]
-    ]
-    searched = inputs.experiment.search.backbones
-    from visiontuner.model.package import package_untrained
-
-    with temporary_folder() as temporary:
-        folders = {}
-        for number, name in enumerate(names):
-            own = inputs.of_network(name if name in searched else None)
-            folders[name] = package_untrained(
-                temporary / str(number),
-                own.backbone,
-                inputs.dataset.class_names,
-                cache=own.cache,
-            )
-            own.release()
-        return measure_costs(folders, images)
 
 
 def _same_images(one: FeatureSet, other: FeatureSet) -> bool:
