@@ -83,6 +83,19 @@ def test_a_worker_elsewhere_fetches_what_it_lacks_and_sends_what_it_wrote(
     assert not folder.exists()
 
 
+def test_a_worker_elsewhere_fetches_the_features_of_its_trials_network(
+    task: TrialTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert task.features_folder is not None
+    folder, name = task.features_folder, "timm:test_vit"
+    several = replace(task, features_folder=tmp_path / "another", features_of={name: folder})
+    monkeypatch.setattr(hosts, "_lacks", _never_shared(folder))
+    with local_copy(several.for_trial({"backbone": name}), "t0001") as here:
+        assert here.features_folder == tmp_path / "away/features/KEY"
+        assert here.experiment.model.backbone == name
+        assert (here.features_folder / "train.features.npy").is_file()
+
+
 def _elsewhere(task: TrialTask) -> DriverNode:
     assert task.driver is not None
     return task.driver
