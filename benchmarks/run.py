@@ -23,6 +23,7 @@ from measuring import Skipped, describe_run, write_json
 BENCHMARKS = (
     "quickstart",
     "search_time",
+    "floor",
     "mlflow_writing",
     "memory",
     "scale",

@@ -20,6 +20,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 NAMES = (
     "quickstart",
     "search_time",
+    "floor",
     "mlflow_writing",
     "memory",
     "scale",
@@ -53,6 +54,7 @@ PARTS = (
     "run",
     "measuring",
     "network_pass",
+    "empty_search",
     "failing_trainings",
     "plain_trainings",
     "writer_on_or_off",
