@@ -38,7 +38,7 @@ from visiontuner.aws.scaling import Scaling, check_scales
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
 from visiontuner.serving.async_client import open_endpoint
-from visiontuner.serving.client import TOLERANCE, Reference, Refused, patiently
+from visiontuner.serving.client import Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
@@ -875,7 +875,7 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
     except Refused as error:
         raise ServingError(f"The endpoint refuses the model's own images: {error}") from None
     difference = reference.difference([answer.top_k or [] for answer in answers])
-    if not difference <= TOLERANCE:  # NaN too
+    if not difference <= reference.tolerance:  # NaN too
         raise ServingError(
             f"Endpoint {name!r} answers the model's own images differently (by "
             f"{difference:.1e}). "

@@ -761,18 +761,20 @@ def _headline(title: str, facts: Facts) -> str:
 def _model_lines(model: Facts, traced: Lineage) -> Iterator[str]:
     digest = _short(model.get("classifier_digest"))
     yield f"registered {model.get('registered')}, classifier {digest}"
+    if model.get("quantized_from"):
+        yield f"int8 of {model['quantized_from']}"
     if model.get("temperature") is not None:
         threshold = model.get("threshold")
         said = "not set" if threshold is None else f"{threshold:.4g}"
         if model.get("abstains"):
             said = "out of reach: every answer abstains"
         yield f"temperature {model['temperature']:.4g}, threshold {said}"
-    yield from _evaluation_lines(traced.evaluation)
+    yield from _evaluation_lines(traced.evaluation, model.get("quantized_from"))
     if model.get("promotion"):
         yield f"{model['promotion']}: {model.get('promotion_reason')}"
 
 
-def _evaluation_lines(evaluation: Facts | None) -> Iterator[str]:
+def _evaluation_lines(evaluation: Facts | None, source: str | None = None) -> Iterator[str]:
     if evaluation is None:
         yield "not evaluated on test images yet"
         return
@@ -781,7 +783,8 @@ def _evaluation_lines(evaluation: Facts | None) -> Iterator[str]:
         yield f"without test accuracy, {looks}"
         return
     interval = f"95 %: {evaluation['low']:.4f} to {evaluation['high']:.4f}"
-    same = "" if evaluation.get("same_classifier") is not False else "; before its calibration"
+    of_another = f"; in float32, as {source}" if source else "; before its calibration"
+    same = of_another if evaluation.get("same_classifier") is False else ""
     yield (
         f"test accuracy {evaluation['accuracy']:.4f} ({interval}) on {evaluation['images']:,} "
         f"images, {looks}{same}"

@@ -89,6 +89,14 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "preflight",
             "Serve a model here as its endpoint will, and check what it answers over HTTP.",
         ),
+        "quantize": CommandEntry(
+            "package",
+            "quantize",
+            "Register a model's int8 form: a quarter of the size, compared with it, faster.",
+        ),
+        "export": CommandEntry(
+            "package", "export", "Write a model for another runtime, with code that uses it."
+        ),
         "deploy": CommandEntry(
             "serve",
             "deploy",

@@ -72,6 +72,31 @@ def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.integer]) -
     return _within_bounds(math.exp(best)) if cost(0.0) - cost(best) >= _MIN_GAIN else 1.0
 
 
+def match_temperature(logits: NDArray[np.floating], probabilities: NDArray[np.floating]) -> float:
+    """The temperature under which a network's probabilities are nearest to those of another.
+
+    For a changed network, such as one in int8, where the labels cannot say: on images that it was
+    trained on. It minimises the cross-entropy to the other's probabilities.
+
+    Args:
+        logits: float, shape (N, C), N > 0; finite.
+        probabilities: of the other network on the same images, float, shape (N, C).
+
+    Returns:
+        In [0.05, 20].
+
+    Source: Hinton et al. 2015, section 2, https://arxiv.org/abs/1503.02531, with one parameter
+    """
+    logits = np.asarray(logits, dtype=np.float64)
+
+    def cost(log_temperature: float) -> float:
+        logs = log_softmax(logits / math.exp(log_temperature), axis=1)
+        return -float((probabilities * logs).sum())
+
+    ends = (math.log(LOWEST_TEMPERATURE), math.log(HIGHEST_TEMPERATURE))
+    return math.exp(float(minimize_scalar(cost, bounds=ends, method="bounded").x))
+
+
 def calibration_notes(
     logits: NDArray[np.floating], labels: NDArray[np.integer], temperature: float
 ) -> list[str]:

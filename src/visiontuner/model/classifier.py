@@ -50,6 +50,10 @@ NOVELTY = "novelty.npz"
 # The network's outputs.
 LOGITS, FEATURES, FEATURE_MAP = "logits", "features", "feature_map"
 
+# In int8 a last digit tips roundings, so that other processors answer visibly otherwise. Computed
+# by OpenVINO, the probabilities of 120 photographs differed by 0.087 at most and no class did.
+INT8_TOLERANCE = 0.1
+
 # With 32 a network of 4.6M parameters holds 170 MB more and is hardly faster.
 _BATCH_SIZE = 4  # see model/engine.py
 
@@ -269,6 +273,11 @@ class Classifier:
         found: list[NDArray[np.float32]] = self.session.run(list(names), {"image": image})
         return found
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether the network was quantised."""
+        return "quantization" in self.metadata
+
     def warm_up(self) -> None:
         """Load what the first image, and the first that cannot be read, would wait for."""
         size = self.preprocessing.size
@@ -280,7 +289,7 @@ class Classifier:
 
         Returns:
             The largest absolute difference from the recorded probabilities; about 0 on the machine
-            that packaged it, below 1e-4 on others.
+            that packaged it; on others below 1e-4, or in int8 `INT8_TOLERANCE`.
 
         Raises:
             ClassifierError: `reference.json` is missing or damaged.
@@ -462,6 +471,8 @@ def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     # Threads that wait would spin and starve the other workers on shared cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # In int8, on x86 without VNNI: rather slower than with sums that overflow.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no base

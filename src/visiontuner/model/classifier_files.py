@@ -111,12 +111,13 @@ def recalibrate(
         VisiontunerError: the folder cannot be written.
     """
     folder = folder.absolute()
-    images = _recorded_images(folder)
+    images = recorded_images(folder)
     try:
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
-            for name in (NETWORK, WEIGHTS, NOVELTY):
-                if name != NOVELTY or (folder / name).exists():
+            shutil.copy2(folder / NETWORK, temporary / NETWORK)
+            for name in (WEIGHTS, NOVELTY):  # a classifier in int8 has no weights
+                with suppress(FileNotFoundError):
                     shutil.copy2(folder / name, temporary / name)
             description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
             description |= {
@@ -134,7 +135,12 @@ def recalibrate(
     return Classifier.load(folder)
 
 
-def _recorded_images(folder: Path) -> list[dict[str, Any]]:
+def recorded_images(folder: Path) -> list[dict[str, Any]]:
+    """The images of a classifier's `reference.json`: "path", "label" and "content" (bytes).
+
+    Raises:
+        ClassifierError: the folder is no classifier, or its reference is damaged.
+    """
     Classifier.load(folder).verify_reference()  # damaged: said before anything is written
     try:
         reference = json.loads((folder / REFERENCE).read_text(encoding="utf-8"))

@@ -31,7 +31,12 @@ from visiontuner.data.images import decode_image, image_extensions
 from visiontuner.errors import BadImageError, ClassifierError, ServingError, UserMistake
 from visiontuner.io.aws import default_region, explained, is_busy
 from visiontuner.io.files import walk_files
-from visiontuner.model.classifier import DESCRIPTION, Classifier, reference_entries
+from visiontuner.model.classifier import (
+    DESCRIPTION,
+    INT8_TOLERANCE,
+    Classifier,
+    reference_entries,
+)
 from visiontuner.paths import CLASSIFIER_FOLDER
 from visiontuner.serving.answers import MAX_BYTES, MEMORY, Answer, Options, answer
 from visiontuner.text import one_line, without_secrets
@@ -709,11 +714,13 @@ class Reference:
     Args:
         images: the contents of N image files.
         probabilities: float64, shape (N, C), in the order of `class_names`.
+        tolerance: by how much an endpoint's processor may make them differ.
     """
 
     class_names: list[str]
     images: list[bytes]
     probabilities: np.ndarray[Any, np.dtype[np.float64]]
+    tolerance: float = TOLERANCE
 
     @classmethod
     def read(cls, model: Path) -> Self:
@@ -724,7 +731,9 @@ class Reference:
         """
         folder = model / "artifacts" / CLASSIFIER_FOLDER
         try:
-            names = json.loads((folder / "classifier.json").read_text("utf-8"))["class_names"]
+            described = json.loads((folder / "classifier.json").read_text("utf-8"))
+            names = described["class_names"]
+            int8 = "quantization" in (described.get("metadata") or {})
             raw = reference_entries(json.loads((folder / "reference.json").read_text("utf-8")))
             images = [base64.b64decode(image["image"]) for image in raw]
             recorded = np.array([image["probabilities"] for image in raw], dtype=np.float64)
@@ -739,7 +748,7 @@ class Reference:
                 f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
                 "Package the classifier again."
             ) from None
-        return cls(names, images, recorded)
+        return cls(names, images, recorded, INT8_TOLERANCE if int8 else TOLERANCE)
 
     def options(self) -> Options:
         """Ask with these to compare: every class is listed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from visiontuner.data.images import read_pixels
 from visiontuner.errors import ServingError
 from visiontuner.io.files import temporary_folder
 from visiontuner.model.classifier import NETWORK, Classifier
-from visiontuner.serving.preflight import choose_instance, milliseconds_each
+from visiontuner.serving.preflight import Question, choose_instance, milliseconds_each
 
 # US dollars an hour of a real-time endpoint, on demand, in us-east-1, as AWS listed them in 2025;
 # other regions differ by up to a half. `visiontuner deploy` asks AWS for the price of its endpoint.
@@ -76,7 +77,10 @@ def measure_costs(
     """
     opened = {name: Classifier.load(folder) for name, folder in classifiers.items()}
     alone = {name: Classifier.load(folder, threads=1) for name, folder in classifiers.items()}
-    one, all_threads = (_milliseconds(each, images) for each in (alone, opened))
+    one, all_threads = (
+        _milliseconds({name: each.predict for name, each in loaded.items()}, images)
+        for loaded in (alone, opened)
+    )
     return {
         name: _cost(
             ms_one=one[name],
@@ -90,18 +94,55 @@ def measure_costs(
 
 
 def _milliseconds(
-    classifiers: Mapping[str, Classifier], images: Sequence[bytes]
+    answers: Mapping[str, Callable[[Question], object]], questions: Sequence[Question]
 ) -> dict[str, float]:
     """The median of each, over all rounds."""
-    taken: dict[str, list[float]] = {name: [] for name in classifiers}
-    for classifier in classifiers.values():
-        for image in islice(cycle(images), _WARM_UP):
-            classifier.predict(image)
+    taken: dict[str, list[float]] = {name: [] for name in answers}
+    for answer in answers.values():
+        for question in islice(cycle(questions), _WARM_UP):
+            answer(question)
     for _ in range(_ROUNDS):
-        for name, classifier in classifiers.items():
-            asked = islice(cycle(images), _IN_A_ROUND)
-            taken[name] += milliseconds_each(classifier.predict, asked, seconds=_ROUND_SECONDS)
+        for name, answer in answers.items():
+            asked = islice(cycle(questions), _IN_A_ROUND)
+            taken[name] += milliseconds_each(answer, asked, seconds=_ROUND_SECONDS)
     return {name: float(np.median(values)) for name, values in taken.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How fast one classifier is on one thread, one image at a time.
+
+    Args:
+        images_per_second: of the network, from decoded pixels to logits.
+        answers_per_second: from an image's file to its answer, decoding included.
+    """
+
+    images_per_second: float
+    answers_per_second: float
+
+
+def measure_speeds(classifiers: Mapping[str, Path], images: Sequence[bytes]) -> dict[str, Speed]:
+    """Compare classifiers of the same preprocessing on one thread, in turns as `measure_costs`.
+
+    Args:
+        images: contents of image files; at least one.
+
+    Raises:
+        ClassifierError: a folder is no classifier.
+        BadImageError: an image cannot be read.
+    """
+    loaded = {name: Classifier.load(folder, threads=1) for name, folder in classifiers.items()}
+    preprocessing = next(iter(loaded.values())).preprocessing
+    pixels = [read_pixels(image, preprocessing)[None] for image in images]
+    network = _milliseconds({name: each.logits for name, each in loaded.items()}, pixels)
+    whole = _milliseconds({name: each.predict for name, each in loaded.items()}, images)
+    return {
+        name: Speed(
+            images_per_second=round(1000 / network[name], 1),
+            answers_per_second=round(1000 / whole[name], 1),
+        )
+        for name in loaded
+    }
 
 
 def _cost(

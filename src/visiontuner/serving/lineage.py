@@ -28,6 +28,7 @@ from visiontuner.paths import CLASSIFIER_FOLDER, EXPERIMENT_FILE
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG, read_report
 from visiontuner.serving.registry import (
     DIGEST_TAG,
+    QUANTIZED_FROM_TAG,
     Mlflow,
     is_missing,
     logged_model_id,
@@ -47,7 +48,7 @@ class Lineage:
 
     Attributes:
         model: name, version, uri, aliases, registered, model_id, classifier_digest, class_names,
-            temperature, threshold, abstains, promotion, promotion_reason.
+            temperature, threshold, abstains, promotion, promotion_reason, quantized_from.
         evaluation: accuracy, low, high, images, looks, data_digest, same_classifier.
         trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
         search: name, search_id, run_id, folder, state, objective, started, experiment_file.
@@ -196,6 +197,7 @@ def _model(version: ModelVersion) -> Facts:
         "classifier_digest": version.tags[DIGEST_TAG],
         "promotion": version.tags.get(DECISION_TAG),
         "promotion_reason": version.tags.get(REASON_TAG),
+        "quantized_from": version.tags.get(QUANTIZED_FROM_TAG),
     }
 
 

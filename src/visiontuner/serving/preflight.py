@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import mlflow.version
 import numpy as np
@@ -437,8 +437,11 @@ def _one_at_a_time(asked: _Asked, reference: Reference, count: int) -> list[floa
     return milliseconds_each(asked.post, bodies, seconds=_MEASURE_SECONDS)
 
 
+Question = TypeVar("Question")
+
+
 def milliseconds_each(
-    answer: Callable[[bytes], object], questions: Iterable[bytes], *, seconds: float
+    answer: Callable[[Question], object], questions: Iterable[Question], *, seconds: float
 ) -> list[float]:
     """Milliseconds of each answer, one after the other.
 

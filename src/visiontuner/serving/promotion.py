@@ -33,6 +33,7 @@ from visiontuner.paths import (
 from visiontuner.serving.registry import (
     CHAMPION,
     DIGEST_TAG,
+    QUANTIZED_FROM_TAG,
     Mlflow,
     ModelReference,
     aliases,
@@ -136,6 +137,12 @@ def _require_same_model(version: ModelVersion, report: dict[str, Any]) -> None:
     """
     if report.get("classifier_digest") == version.tags.get(DIGEST_TAG):
         return
+    source = version.tags.get(QUANTIZED_FROM_TAG)
+    if source is not None:
+        raise UserMistake(
+            f"Version {version.version} of {version.name} is the int8 form of {source}, and the "
+            "test images were answered by that one. Promote it, or use --force."
+        )
     evaluated, trial = report.get("trial_id"), version.tags.get(_TRIAL_ID)
     if evaluated != trial:
         raise UserMistake(

@@ -166,6 +166,8 @@ def _example(folder: Path) -> pd.DataFrame:
 
 CHALLENGER = "challenger"
 DIGEST_TAG = "visiontuner.classifier_digest"
+# Of a version in int8: the float32 version that it was made of, `models:/NAME/VERSION`.
+QUANTIZED_FROM_TAG = "visiontuner.quantized_from"
 
 # What a model version says about where it came from; written on its runs by the tracking writer.
 _LINEAGE = (
@@ -253,6 +255,7 @@ def log_classifier(
     name: str,
     tags: Mapping[str, str] | None = None,
     description: str | None = None,
+    derived: bool = False,
 ) -> ModelVersionInfo:
     """Log a classifier folder on a trial's run and register it as the newest challenger.
 
@@ -264,6 +267,8 @@ def log_classifier(
         name: of the registered model; made if missing.
         tags: more tags for the model and its version; lineage tags come from the runs.
         description: of a new version.
+        derived: it does not answer as the trial did, as one in int8: the run's best values are
+            not its own, and the alias stays with the version that holds it.
 
     Raises:
         ClassifierError: the folder is not a classifier.
@@ -276,8 +281,11 @@ def log_classifier(
             run = client.get_run(run_id)
             labels = {**_lineage(client, run), **(tags or {}), DIGEST_TAG: digest}
             model_id = _find_model(client, run, digest) or _log_model(client, folder, run, labels)
-            _link_dataset(client, run, model_id)
+            if not derived:
+                _link_dataset(client, run, model_id)
             version = _register(client, name, run_id, model_id, labels, description)
+            if not derived:
+                _point_challenger(client, name, version)
         except (MlflowException, OSError) as error:
             text = one_line(error, 300)
             raise TrackingError(
@@ -383,6 +391,7 @@ def _logged_name(run: Run, tags: Mapping[str, str]) -> str:
     known = {**run.data.tags, **tags}
     parts = [known.get("visiontuner.trial_id"), known.get("visiontuner.stage")]
     parts += ["calibrated"] if tags.get("visiontuner.evaluated") == "true" else []
+    parts += ["int8"] if QUANTIZED_FROM_TAG in tags else []
     return "-".join(filter(None, parts)) or "classifier"
 
 
@@ -433,11 +442,14 @@ def _register(
     for key, value in tags.items():
         if version.tags.get(key) != value:  # evaluated once more, for example
             client.set_model_version_tag(name, version.version, key, value)
+    return version
+
+
+def _point_challenger(client: MlflowClient, name: str, version: ModelVersion) -> None:
     aliases = client.get_registered_model(name).aliases
     # Never back to an older version, when a search is synchronised late.
     if int(aliases.get(CHALLENGER, 0)) < int(version.version):
         client.set_registered_model_alias(name, CHALLENGER, version.version)
-    return version
 
 
 @contextmanager
@@ -588,6 +600,16 @@ def aliases(mlflow: Mlflow, name: str) -> dict[str, str]:
             ) from None
         raise
     return {alias: str(number) for alias, number in model.aliases.items()}
+
+
+def find_registered(mlflow: Mlflow, digest: str) -> ModelVersion | None:
+    """The newest version of a classifier, by the digest of its files; None if there is none.
+
+    Args:
+        digest: from `classifier_digest`.
+    """
+    found = mlflow.call("search_model_versions", f"tags.`{DIGEST_TAG}` = '{digest}'")
+    return max(found, key=lambda version: version.creation_timestamp, default=None)
 
 
 def versions_of_run(mlflow: Mlflow, run_id: str) -> list[ModelVersion]:

@@ -21,7 +21,7 @@ from visiontuner.journal import (
     newest_search,
     packaged_trial,
 )
-from visiontuner.model.classifier import Classifier
+from visiontuner.model.classifier import INT8_TOLERANCE, Classifier
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
@@ -279,13 +279,15 @@ def _check_digest(folder: Path, recorded: str | None) -> LineageCheck:
 def _check_reference(folder: Path) -> LineageCheck:
     what = "reference images"
     try:
-        difference = Classifier.load(folder).verify_reference()
+        classifier = Classifier.load(folder)
+        difference = classifier.verify_reference()
     except VisiontunerError as error:
         # The text names a temporary folder, which is gone when it is read.
         return _differs(what, str(error).replace(f"{folder}/", "").replace(str(folder), "it"))
-    if not difference <= REFERENCE_TOLERANCE:
+    tolerance = INT8_TOLERANCE if classifier.is_int8 else REFERENCE_TOLERANCE
+    if not difference <= tolerance:
         return _differs(what, f"probabilities are off by up to {difference:.2g}")
-    return _ok(what, f"the same probabilities within {REFERENCE_TOLERANCE:g}")
+    return _ok(what, f"the same probabilities within {tolerance:g}")
 
 
 def _check_data(lineage: Lineage, observer: Observer) -> LineageCheck:
