@@ -98,10 +98,12 @@ def test_a_request_that_the_model_refuses_says_why(
     assert "NoSuchBucket" in said(gone)
 
 
+@pytest.mark.usefixtures("answers")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--async", "answers"], "--async takes s3://BUCKET/FOLDER"),
+        (["--async", "s3://nowhere/x"], "There is no bucket 'nowhere', where s3://nowhere/x would"),
         (["--async", "s3://answers", "--serverless", "2048"], "A serverless endpoint answers at"),
     ],
 )

@@ -285,6 +285,7 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://user:secret@proxy.invalid:3128")
+    _make_bucket(account, "kept")
     chosen = ["--instance-type", "ml.c5.large", "--env", "A=1", "--data-capture", "s3://kept/here"]
     made = run("deploy", model, "--no-preflight", "--name", "c", *chosen)
     assert made.exit_code == 0, made.output
@@ -335,6 +336,11 @@ def test_an_update_swaps_the_model_without_losing_a_request_and_a_bad_one_change
         f"Kept s3://mlflow-sagemaker-eu-west-1-123456789012/{second['objects'][0]}" in kept.stdout
     )
     assert account.holds() == NOTHING | {"objects": second["objects"]}
+
+
+def _make_bucket(account: Any, name: str) -> None:
+    place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
+    account.client("s3").create_bucket(Bucket=name, CreateBucketConfiguration=place)
 
 
 def _deploy(model: str, *arguments: str) -> None:
@@ -468,6 +474,7 @@ def test_a_role_that_may_not_be_taken_on_is_said_in_one_line(account: Any, model
 def test_an_endpoint_in_a_vpc_with_a_key_tags_and_patience_keeps_them_over_an_update(
     account: Any, model: str
 ) -> None:
+    _make_bucket(account, "kept")
     chosen = [
         "--subnets", "subnet-1,subnet-2", "--security-groups", "sg-1", "--kms-key", "key-1",
         "--startup-timeout", "600", "--tag", "team=vision", "--env", "MY_TOKEN=aSecretToken",
@@ -510,6 +517,7 @@ def test_an_endpoint_in_a_vpc_with_a_key_tags_and_patience_keeps_them_over_an_up
 
 
 def test_captured_data_go_where_they_are_wanted(account: Any, model: str) -> None:
+    _make_bucket(account, "kept")
     wanted = ["--data-capture", "s3://kept/here"]
     made = run("deploy", model, "--no-preflight", *wanted)
     assert made.exit_code == 0, made.output
@@ -764,6 +772,7 @@ def test_what_goes_wrong_on_the_way_leaves_nothing(
         ),
         (["--startup-timeout", "10"], "--startup-timeout takes a whole number from 60 to 3600"),
         (["--data-capture", "here"], "--data-capture takes s3://BUCKET/FOLDER"),
+        (["--data-capture", "s3://not-there/x"], "There is no bucket 'not-there'"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_made(

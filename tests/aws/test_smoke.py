@@ -1,6 +1,7 @@
 """`make aws-smoke` against the stand-in: deploys, asks, takes away, and refuses where it should."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ def smoke(repository: Path) -> ModuleType:
     assert specification is not None
     assert specification.loader is not None
     module = importlib.util.module_from_spec(specification)
+    sys.modules["aws_smoke"] = module  # where its dataclasses look for their annotations
     specification.loader.exec_module(module)
     return module
 

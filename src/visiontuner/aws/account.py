@@ -13,6 +13,7 @@ import requests
 
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws, AwsRefused
+from visiontuner.paths import split_uri
 
 # What SageMaker's endpoints and jobs need of an account: role, bucket, price. Found and checked
 # before anything is made.
@@ -150,6 +151,23 @@ def check_bucket_region(aws: Aws, bucket: str, *, owner: str | None = None) -> N
             f"The bucket {bucket!r} is in {region}, and SageMaker in {aws.region} takes buckets of "
             f"its own region only: choose --region {region}, or another bucket."
         )
+
+
+def require_bucket(aws: Aws, uri: str) -> None:
+    """Make sure that there is a bucket for what a user has named.
+
+    Raises:
+        UserMistake: there is none, not for this caller, or in another region.
+    """
+    bucket = split_uri(uri)[0]
+    try:
+        check_bucket_region(aws, bucket)
+    except AwsRefused as error:
+        missing = error.is_missing or error.code == "404"
+        if not missing and error.code != "403":
+            raise
+        why = "There is no bucket" if missing else "No access to"
+        raise UserMistake(f"{why} {bucket!r}, where {uri} would be.") from None
 
 
 def hourly_price(

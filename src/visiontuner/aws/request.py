@@ -30,13 +30,13 @@ import visiontuner
 from visiontuner import NO_TELEMETRY
 from visiontuner.aws.account import (
     PLATFORM,
-    check_bucket_region,
     check_network,
     check_tags,
     check_variables,
     has_own_disk,
     look_up_container_image,
     refuse_small_quotas,
+    require_bucket,
 )
 from visiontuner.data.labels import is_table_name
 from visiontuner.errors import JobFailed, UserMistake
@@ -789,23 +789,6 @@ def size_on_s3(aws: Aws, uri: str) -> int:
             f"--upload {uri}."
         )
     return size
-
-
-def require_bucket(aws: Aws, uri: str) -> None:
-    """Make sure that there is a bucket for images.
-
-    Raises:
-        UserMistake: there is none, not for this caller, or in another region.
-    """
-    bucket = split_uri(uri)[0]
-    try:
-        check_bucket_region(aws, bucket)
-    except AwsRefused as error:
-        missing = error.is_missing or error.code == "404"
-        if not missing and error.code != "403":
-            raise
-        why = "There is no bucket" if missing else "No access to"
-        raise UserMistake(f"{why} {bucket!r}, where {uri} would be.") from None
 
 
 def as_channel(uri: str) -> str:

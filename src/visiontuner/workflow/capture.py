@@ -116,9 +116,7 @@ def _rows_before(path: Path) -> Iterator[dict[str, Any]]:
             row = json.loads(line)
             _ = row["event"], row["row"], row["time"]
         except (ValueError, LookupError, TypeError):
-            raise UserMistake(
-                f"{path} is none of `visiontuner capture`'s; name another --output."
-            ) from None
+            raise UserMistake(f"{path} holds no captured answers; name another --output.") from None
         yield row
 
 

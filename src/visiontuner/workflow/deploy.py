@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from visiontuner import interrupts
 from visiontuner.aws import endpoint
 from visiontuner.aws import endpoint as endpoint_removal
-from visiontuner.aws.account import find_bucket, find_role, hourly_price, refuse_small_quotas
+from visiontuner.aws.account import (
+    find_bucket,
+    find_role,
+    hourly_price,
+    refuse_small_quotas,
+    require_bucket,
+)
 from visiontuner.aws.endpoint import (
     ASYNC,
     CAPTURE,
@@ -150,6 +156,8 @@ def plan_deployment(
     aws = Aws(options.region, options.assume_role)
     if options.instance_type:
         check_instance_type(options.instance_type, instance_types(aws))
+    for uri in filter(None, (options.async_output, options.data_capture)):
+        require_bucket(aws, uri)
     running = find_running(aws, str(options.name)) if updated else None
     if running and model is None:
         model = deployed_model(aws, str(options.name)).split("/")[0]

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from visiontuner import interrupts
 from visiontuner.aws import job as s3
 from visiontuner.aws import managed_mlflow
-from visiontuner.aws.account import find_bucket, find_role, has_own_disk, hourly_price
+from visiontuner.aws.account import (
+    find_bucket,
+    find_role,
+    has_own_disk,
+    hourly_price,
+    require_bucket,
+)
 from visiontuner.aws.job import (
     EXPERIMENT,
     describe,
@@ -35,7 +41,6 @@ from visiontuner.aws.request import (
     find_container_image,
     limit_seconds,
     reachable_tracking,
-    require_bucket,
     size_on_s3,
 )
 from visiontuner.data.labels import is_table_name
