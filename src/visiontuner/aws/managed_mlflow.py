@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from importlib import metadata
 from typing import Any
 
-import mlflow.version
 from packaging.version import InvalidVersion, Version
 
 from visiontuner.errors import TrackingError, UserMistake
 from visiontuner.io.aws import Aws, AwsRefused
-from visiontuner.serving.registry import fluent_uris
-from visiontuner.tracking.store import Store
 
 _ARN = re.compile(
     r"arn:(?P<partition>aws[a-z-]*):sagemaker:(?P<region>[a-z0-9-]+):(?P<account>\d{12}):"
@@ -80,8 +78,9 @@ def _version(aws: Aws, match: re.Match[str]) -> tuple[str, str | None]:
     if state in _AWAY:
         return "", f"is {state}"
     version = str(told.get("MlflowVersion") or "")
-    if version and _major(version) != _major(mlflow.version.VERSION):
-        return version, f"runs MLflow {version}, and a job writes with {mlflow.version.VERSION}"
+    own = metadata.version("mlflow")
+    if version and _major(version) != _major(own):
+        return version, f"runs MLflow {version}, and a job writes with {own}"
     return version, None
 
 
@@ -104,7 +103,7 @@ def _major(version: str) -> int | None:
 
 
 def _told(version: str) -> str:
-    own = mlflow.version.VERSION
+    own = metadata.version("mlflow")
     if not version or Version(version).release[:2] == Version(own).release[:2]:
         return ""
     return f" (MLflow {version}; visiontuner is tested with {own})"
@@ -112,7 +111,11 @@ def _told(version: str) -> str:
 
 def _answers(aws: Aws, arn: str) -> str | None:
     """Ask it: who may not, or where another MLflow answers, is told now and not by the job."""
+    # MLflow takes seconds to import, and few jobs write to SageMaker's.
     import sagemaker_mlflow
+
+    from visiontuner.serving.registry import fluent_uris
+    from visiontuner.tracking.store import Store
 
     store = Store(arn, must_exist=True, live=True, advice="A job could not write either.")
     # The plugin signs for MLflow's current store, whichever is asked, and as boto3's own caller.
