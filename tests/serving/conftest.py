@@ -91,6 +91,7 @@ def colour_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "path": f"{colour}.png",
             "image": base64.b64encode(image(colour)).decode(),
             "probabilities": classifier.probabilities([image(colour)])[0].tolist(),
+            "novelty": float(classifier.score([image(colour)]).novelty[0]),
         }
         for colour in COLOURS
     ]

@@ -334,6 +334,25 @@ def test_a_new_endpoint_is_not_condemned_for_one_broken_connection(
     assert handler.script == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "difference"),
+    [
+        ({"top_k": {"a": 0.75, "b": 0.25}, "novelty": 0.5}, 0.0),
+        ({"top_k": {"a": 0.7, "b": 0.3}, "novelty": 0.5}, 0.05),
+        ({"top_k": {"a": 0.75, "b": 0.25}, "novelty": 0.6}, 0.1),
+        ({"top_k": {"a": 0.75, "b": 0.25}}, np.nan),
+        ({"top_k": {"a": 0.75}, "novelty": 0.5}, np.nan),
+    ],
+)
+def test_what_an_endpoint_answers_is_compared_with_the_reference(
+    answer: dict[str, Any], difference: float
+) -> None:
+    choices = [{"label": k, "probability": v} for k, v in answer["top_k"].items()]
+    reference = Reference(["a", "b"], [b"image"], np.array([[0.75, 0.25]]), (0.5,))
+    found = reference.difference([answer | {"top_k": choices}])
+    assert found == pytest.approx(difference, nan_ok=True)
+
+
 def test_connections_that_keep_breaking_are_given_up(
     way: Transport, stub: tuple[str, type[Stub]]
 ) -> None:

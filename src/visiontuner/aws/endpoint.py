@@ -874,7 +874,7 @@ def check_answers(aws: Aws, name: str, reference: Reference) -> None:
         answers = [patiently(partial(ask, [one], options))[0] for one in reference.images]
     except Refused as error:
         raise ServingError(f"The endpoint refuses the model's own images: {error}") from None
-    difference = reference.difference([answer.top_k or [] for answer in answers])
+    difference = reference.difference([answer.to_dict() for answer in answers])
     if not difference <= reference.tolerance:  # NaN too
         raise ServingError(
             f"Endpoint {name!r} answers the model's own images differently (by "

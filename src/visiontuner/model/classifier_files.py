@@ -159,12 +159,13 @@ def recorded_images(folder: Path) -> list[dict[str, Any]]:
 def reference_document(
     classifier: Classifier, images: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What `reference.json` holds: images with the probabilities that this artifact gives now.
+    """What `reference.json` holds: images with what this artifact says of them now.
 
     Args:
         images: each with "path", "content" (bytes of an image file) and "label" (or None).
     """
-    probabilities = classifier.probabilities([image["content"] for image in images])
+    scores = classifier.score([image["content"] for image in images])
+    scores.raise_first()
     return {
         "schema_version": SCHEMA_VERSION,
         "images": [
@@ -174,9 +175,10 @@ def reference_document(
                 "class_name": _name(classifier, image["label"]),
                 "predicted": classifier.class_names[int(row.argmax())],
                 "probabilities": row.tolist(),
+                "novelty": None if classifier.novelty is None else float(novelty),
                 "image": base64.b64encode(image["content"]).decode(),
             }
-            for image, row in zip(images, probabilities, strict=True)
+            for image, row, novelty in zip(images, *scores[:2], strict=True)
         ],
     }
 

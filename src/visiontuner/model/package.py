@@ -117,7 +117,8 @@ def package_classifier(
                 (temporary / NOVELTY).write_bytes(novelty.content())
                 description["novelty"] = novelty.to_dict()
             write_json(temporary / DESCRIPTION, description)
-            write_json(temporary / REFERENCE, reference_document(classifier, images))
+            with_all_parts = Classifier.load(temporary)
+            write_json(temporary / REFERENCE, reference_document(with_all_parts, images))
             replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None

@@ -714,6 +714,7 @@ class Reference:
     Args:
         images: the contents of N image files.
         probabilities: float64, shape (N, C), in the order of `class_names`.
+        novelty: of the N images; empty where the artifact cannot tell.
         tolerance: by how much an endpoint's processor may make them differ.
     """
 
@@ -721,6 +722,7 @@ class Reference:
     images: list[bytes]
     probabilities: np.ndarray[Any, np.dtype[np.float64]]
     tolerance: float = TOLERANCE
+    novelty: tuple[float, ...] = ()
 
     @classmethod
     def read(cls, model: Path) -> Self:
@@ -739,6 +741,7 @@ class Reference:
             recorded = np.array([image["probabilities"] for image in raw], dtype=np.float64)
             if recorded.shape != (len(images), len(names)) or not images:
                 raise ValueError("no images, or other classes")
+            novelty = [float(one["novelty"]) for one in raw if one.get("novelty") is not None]
         except OSError as error:
             raise ClassifierError(
                 f"{model} is no MLflow model of visiontuner ({error.strerror}: {error.filename})."
@@ -748,7 +751,13 @@ class Reference:
                 f"{folder}/reference.json cannot be used ({type(error).__name__}: {error}). "
                 "Package the classifier again."
             ) from None
-        return cls(names, images, recorded, INT8_TOLERANCE if int8 else TOLERANCE)
+        return cls(
+            names,
+            images,
+            recorded,
+            tolerance=INT8_TOLERANCE if int8 else TOLERANCE,
+            novelty=tuple(novelty) if len(novelty) == len(raw) else (),
+        )
 
     def options(self) -> Options:
         """Ask with these to compare: every class is listed."""
@@ -758,14 +767,18 @@ class Reference:
         """Requests with one image each, without end."""
         return cycle([encode_request([image], Options()) for image in self.images])
 
-    def difference(self, answers: Sequence[Sequence[Mapping[str, Any]]]) -> float:
-        """The largest difference of a probability; NaN if classes or images are missing.
+    def difference(self, answers: Sequence[Mapping[str, Any]]) -> float:
+        """The largest difference of a probability or of a novelty; NaN if some are missing.
 
         Args:
-            answers: for each image the `top_k` of its answer.
+            answers: for each image its `top_k` and, where the artifact can tell, its `novelty`.
         """
-        answered = [{c["label"]: c["probability"] for c in top} for top in answers]
+        answered = [{c["label"]: c["probability"] for c in one["top_k"] or ()} for one in answers]
         got = np.array([[row.get(name, np.nan) for name in self.class_names] for row in answered])
         if got.shape != self.probabilities.shape:
             return float("nan")
-        return float(np.abs(got - self.probabilities).max())
+        differences = np.abs(got - self.probabilities).ravel()
+        if self.novelty:
+            novelty = np.array([one.get("novelty") for one in answers], dtype=np.float64)
+            differences = np.append(differences, np.abs(novelty - self.novelty))
+        return float(differences.max())

@@ -334,7 +334,7 @@ def _check_ping(asked: _Asked) -> Check:
 
 def _check_reference(asked: _Asked, reference: Reference) -> Check:
     rows = asked.rows(reference.images, reference.options())
-    difference = reference.difference([row["top_k"] for row in rows])
+    difference = reference.difference(rows)
     detail = f"{len(rows)} images, probabilities differ by at most {difference:.1e}"
     return _check("reference images", difference <= TOLERANCE, detail)  # NaN fails
 
