@@ -23,12 +23,15 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import JournalWriter, SearchRecord
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.classifier_files import recalibrate
+from visiontuner.model.novelty import Novelty
 from visiontuner.workflow.evaluate import (
     EvaluationResult,
     evaluate_search,
     num_test_evaluations,
 )
 from visiontuner.workflow.evaluate_folder import evaluate_folder
+from visiontuner.workflow.inputs import Inputs, Silent
+from visiontuner.workflow.novelty import novelty_finder
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.tune import resume_search, run_search
 
@@ -306,6 +309,45 @@ def test_the_cheapest_of_the_tied_is_packaged_though_its_answers_are_gone(
     registered = client_of(copied).get_model_version_by_alias(MODEL, "challenger")
     assert registered.tags["visiontuner.trial_id"] == chosen
     assert registered.run_id == run_of(client_of(copied), chosen).info.run_id
+
+
+def test_what_is_known_is_fitted_to_the_images_of_the_search(
+    untracked: Path, shared_cache: Path
+) -> None:
+    experiment = Experiment.load(untracked / "experiment.yaml")
+    inputs, record = Inputs(experiment, Silent()), SearchRecord.load(untracked)
+    assert record.kept is not None
+    classifier = Classifier.load(untracked / "classifier")
+    assert classifier.novelty is not None
+
+    def find(inputs: Inputs, record: SearchRecord) -> Novelty | None:
+        trial = record.trials["t0002"]
+        finder = novelty_finder(inputs, untracked, record, trial)
+        return None if finder is None else finder(classifier)
+
+    cached = find(inputs, record)
+    assert cached is not None
+    np.testing.assert_array_equal(cached.images, classifier.novelty.images)
+    assert cached.threshold == pytest.approx(classifier.novelty.threshold, abs=1e-6)
+    assert len(cached.images) == sum(COUNTS[split] for split in ("train", "valid")) * len(SHADES)
+
+    # Gone from the cache: the artifact itself answers, without a pass over all images.
+    journal = untracked / "journal.jsonl"
+    journal.write_text(journal.read_text("utf-8").replace(str(shared_cache), "/gone"), "utf-8")
+    computed = find(inputs, record)
+    assert computed is not None
+    np.testing.assert_allclose(computed.images, cached.images, atol=2e-3)
+    assert computed.threshold == pytest.approx(cached.threshold, abs=1e-3)
+
+    # A network's own features: its training images are the sample, validation images judge.
+    raw = experiment.model_dump()
+    raw["model"] |= {"train": "last_stage"}
+    tuned = Inputs(Experiment.parse(raw), Silent())
+    of_network = find(tuned, record)
+    assert of_network is not None
+    assert len(of_network.images) == COUNTS["train"] * len(SHADES)
+    record.started["trained_on"] = "train+validation"
+    assert find(tuned, record) is None
 
 
 def test_logits_that_are_not_those_that_were_scored_are_computed_again(untracked: Path) -> None:

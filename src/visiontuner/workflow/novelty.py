@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from visiontuner.data.arrays import FeatureSet, find_damage
 from visiontuner.data.dataset import Sample, find_units
-from visiontuner.journal import SearchRecord, TrialRecord
+from visiontuner.journal import SearchRecord, TrialRecord, read_events
 from visiontuner.model.classifier import FEATURES, Classifier
 from visiontuner.model.novelty import Novelty, balanced_sample, fit_novelty
-from visiontuner.search.plan import stage_of
+from visiontuner.search.plan import Stores, stage_of
 from visiontuner.workflow.answering import run_over_images
 from visiontuner.workflow.inputs import Inputs
 
@@ -21,37 +23,55 @@ _TRAIN_IMAGES, _VALIDATION_IMAGES = 600, 400
 
 
 def novelty_finder(
-    inputs: Inputs, record: SearchRecord, trial: TrialRecord
+    inputs: Inputs, folder: Path, record: SearchRecord, trial: TrialRecord
 ) -> Callable[[Classifier], Novelty | None] | None:
     """What `package_classifier` asks for the novelty of a trial's classifier.
 
     A head's features are those that it was trained on, and no image has changed them, so any
-    training or validation image may be in the sample and, without itself, set the threshold. A
-    network's are computed anew, and only validation images can judge it.
+    training or validation image may be in the sample and, without itself, set the threshold; of
+    1,000 images if the features are gone from the cache. A network's are computed anew, and only
+    validation images can judge it.
+
+    Args:
+        folder: the search's.
 
     Returns:
         None for a network that was trained on the validation images too: nothing can judge it.
     """
     if trial.trial_id in record.baselines or not stage_of(inputs.experiment, trial).on_images:
-        return lambda _: _of_head(inputs)
+        return partial(_of_head, inputs, folder)
     if record.is_unvalidated:
         return None
     return partial(_of_network, inputs)
 
 
-def _of_head(inputs: Inputs) -> Novelty | None:
-    features, _ = inputs.features()
-    splits = [features.split(name) for name in ("train", "validation")]
-    samples = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
-    labels = np.concatenate([split.labels for split in splits])
-    everything = np.ones(len(labels), dtype=bool)
+def _of_head(inputs: Inputs, folder: Path, classifier: Classifier) -> Novelty | None:
+    cached = _cached_features(inputs, folder)
+    samples, features = cached or _features(inputs, classifier, _some_of_both(inputs))
+    everything = np.ones(len(samples), dtype=bool)
     return fit_novelty(
-        np.concatenate([split.features for split in splits]),
-        labels,
-        known=everything,
-        judged=everything,
-        units=units_of([samples[path] for split in splits for path in split.paths]),
+        features, _labels(samples), known=everything, judged=everything, units=units_of(samples)
     )
+
+
+def _cached_features(
+    inputs: Inputs, folder: Path
+) -> tuple[list[Sample], NDArray[np.float32]] | None:
+    """Those that the search was trained on, if they are still there and whole."""
+    store = Stores.of(read_events(folder).events).features
+    if store is None or find_damage(store) is not None:
+        return None
+    splits = [FeatureSet.open(store).split(name) for name in ("train", "validation")]
+    known = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
+    samples = [known[path] for split in splits for path in split.paths]
+    return samples, np.concatenate([split.features for split in splits])
+
+
+def _some_of_both(inputs: Inputs) -> list[Sample]:
+    splits = inputs.dataset.splits
+    samples = [*splits["train"], *splits["validation"]]
+    rows = balanced_sample(_labels(samples), _TRAIN_IMAGES + _VALIDATION_IMAGES)
+    return [samples[row] for row in rows]
 
 
 def _of_network(inputs: Inputs, classifier: Classifier) -> Novelty | None:

@@ -321,7 +321,7 @@ def package_trial(
             experiment.objective: trial.best_value,
         },
         cache=inputs.cache,
-        find_novelty=novelty_finder(inputs, record, trial),
+        find_novelty=novelty_finder(inputs, folder, record, trial),
     )
     return classifier
 
