@@ -136,7 +136,7 @@ class Aws:
         sagemaker, s3 = self.client("sagemaker", region), self.client("s3", region)
         keys = []
         for bucket in s3.list_buckets()["Buckets"]:
-            if bucket["Name"] != "ecr-layers":
+            if bucket["Name"] not in ("ecr-layers", "kept"):  # what was captured stays the user's
                 objects = s3.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
                 keys += [entry["Key"] for entry in objects]
         return {

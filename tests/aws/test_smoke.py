@@ -46,6 +46,8 @@ def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, mod
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker")
 @pytest.mark.usefixtures("hosts_allowed")
 def test_with_a_job_it_trains_on_sagemaker_and_deploys_that(
     smoke: ModuleType, account: Any, small_search: dict[str, Any], monkeypatch: pytest.MonkeyPatch

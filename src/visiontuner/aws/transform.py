@@ -304,7 +304,7 @@ def start(aws: Aws, plan: TransformPlan, *, tracking_uri: str) -> None:
         explained("create the transform job"),
     ):
         try:
-            mlflow.sagemaker.deploy_transform_job(  # type: ignore[no-untyped-call]  # MLflow's
+            mlflow.sagemaker.deploy_transform_job(  # type: ignore[no-untyped-call]
                 plan.name,
                 plan.model_uri,
                 s3_input_data_type="S3Prefix",
