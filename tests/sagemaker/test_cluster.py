@@ -137,6 +137,7 @@ def test_a_job_is_read_from_the_files_of_its_container(container: Path) -> None:
     assert job.head == "algo-1"
     assert job.hosts[-1] == "algo-11"
     assert job.data == container / "input/data/images"
+    assert not job.work.is_relative_to(job.checkpoints)
 
 
 def test_what_job_json_lacks_is_named(container: Path) -> None:
