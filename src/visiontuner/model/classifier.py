@@ -471,8 +471,6 @@ def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     options.log_severity_level = 4
     # Threads that wait would spin and starve the other workers on shared cores.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # In int8, on x86 without VNNI: rather slower than with sums that overflow.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's classes share no base

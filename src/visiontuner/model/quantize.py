@@ -55,20 +55,23 @@ CALIBRATION_IMAGES = 128
 _BATCH_SIZE = 4  # calibration keeps every tensor of the network at once
 
 
-def require_float(classifier: Classifier) -> None:
+def require_float(classifier: Classifier, name: str) -> None:
     """Make sure that a classifier can be quantised.
+
+    Args:
+        name: what a message calls it.
 
     Raises:
         ClassifierError: it computes in int8 already, or is of format 1.
     """
     if classifier.is_int8:
         raise ClassifierError(
-            f"{classifier.folder} computes in int8 already. Name the float32 version that it was "
+            f"{name} computes in int8 already. Name the float32 version that it was "
             f"made of: {classifier.metadata['quantization'].get('of') or 'see `lineage`'}."
         )
     if FEATURES not in classifier.output_names:
         raise ClassifierError(
-            f"{classifier.folder} is of format 1, whose network gives no features. Package it "
+            f"{name} is of format 1, whose network gives no features. Package it "
             "again: `visiontuner evaluate FOLDER` with the folder of its search."
         )
 
@@ -113,7 +116,7 @@ def quantize_classifier(
         ExportError: ONNX Runtime cannot quantise this network.
         VisiontunerError: the folder cannot be written.
     """
-    require_float(source)
+    require_float(source, str(source.folder))
     if not len(pixels):
         raise DataError("Quantisation needs training images to measure the network on; got none.")
     folder = folder.absolute()

@@ -209,7 +209,7 @@ def _source(model: str | None, observer: Observer) -> Iterator[_Source]:
     located = locate_model(model)
     with model_folder(str(located)) as folder:
         classifier = Classifier.load(find_classifier(folder))
-        require_float(classifier)
+        require_float(classifier, str(located))
         store = open_store()
         version = find_registered(store, classifier_digest(classifier.folder))
         if version is None:
