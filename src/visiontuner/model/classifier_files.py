@@ -25,6 +25,7 @@ from visiontuner.model.classifier import (
     Classifier,
     reference_entries,
 )
+from visiontuner.model.novelty import Novelty
 from visiontuner.text import next_command
 
 # The validation images that a classifier folder records with its own answers.
@@ -181,6 +182,13 @@ def reference_document(
             for image, row, novelty in zip(images, *scores[:2], strict=True)
         ],
     }
+
+
+def write_novelty(folder: Path, description: dict[str, Any], novelty: Novelty) -> None:
+    """Add to a classifier folder, and to what its description says, which images are known."""
+    (folder / NOVELTY).write_bytes(novelty.content())
+    description["novelty"] = novelty.to_dict()
+    write_json(folder / DESCRIPTION, description)
 
 
 def _name(classifier: Classifier, label: int | None) -> str | None:

@@ -23,7 +23,6 @@ from visiontuner.model.classifier import (
     FEATURES,
     LOGITS,
     NETWORK,
-    NOVELTY,
     REFERENCE,
     SCHEMA_VERSION,
     WEIGHTS,
@@ -34,6 +33,7 @@ from visiontuner.model.classifier_files import (
     reference_images,
     replace_folder,
     write_json,
+    write_novelty,
 )
 from visiontuner.model.network import (
     Train,
@@ -114,9 +114,9 @@ def package_classifier(
             difference = _check_against_torch(classifier, trained, images)
             description["metadata"]["onnx_difference"] = difference
             if novelty := find_novelty(classifier) if find_novelty else None:
-                (temporary / NOVELTY).write_bytes(novelty.content())
-                description["novelty"] = novelty.to_dict()
-            write_json(temporary / DESCRIPTION, description)
+                write_novelty(temporary, description, novelty)
+            else:
+                write_json(temporary / DESCRIPTION, description)
             with_all_parts = Classifier.load(temporary)
             write_json(temporary / REFERENCE, reference_document(with_all_parts, images))
             replace_folder(temporary, folder)

@@ -46,7 +46,9 @@ from visiontuner.model.classifier_files import (
     reference_document,
     replace_folder,
     write_json,
+    write_novelty,
 )
+from visiontuner.model.novelty import Novelty
 from visiontuner.model.onnx import save_onnx
 from visiontuner.text import one_line
 
@@ -98,6 +100,7 @@ def quantize_classifier(
     pixels: NDArray[np.uint8],
     *,
     facts: Mapping[str, Any],
+    find_novelty: Callable[[Classifier], Novelty | None] | None = None,
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> Classifier:
     """Write the int8 form of a classifier; temperature and threshold are still the source's.
@@ -108,6 +111,8 @@ def quantize_classifier(
         folder: appears whole, and replaces an older one.
         pixels: of training images, uint8, shape (N, size, size, 3).
         facts: plain JSON values, kept as `quantization` in the metadata.
+        find_novelty: gives, for the int8 form, what tells which images are known to it: its
+            features are not quite the source's.
         progress: called with (images done, images in all).
 
     Raises:
@@ -128,8 +133,12 @@ def quantize_classifier(
             save_onnx(quantize_network(source.folder / NETWORK, reader), temporary / NETWORK)
             description = json.loads((source.folder / DESCRIPTION).read_text(encoding="utf-8"))
             description["metadata"]["quantization"] = {"images": len(pixels), **facts}
+            description.pop("novelty", None)
             write_json(temporary / DESCRIPTION, description)
             written = Classifier.load(temporary, threads=source.threads)
+            if novelty := find_novelty(written) if find_novelty else None:
+                write_novelty(temporary, description, novelty)
+                written = Classifier.load(temporary, threads=source.threads)
             write_json(temporary / REFERENCE, reference_document(written, images))
             replace_folder(temporary, folder)
     except OSError as error:

@@ -42,7 +42,7 @@ def novelty_finder(
         return partial(_of_head, inputs, folder)
     if record.is_unvalidated:
         return None
-    return partial(_of_network, inputs)
+    return partial(novelty_of_artifact, inputs)
 
 
 def _of_head(inputs: Inputs, folder: Path, classifier: Classifier) -> Novelty | None:
@@ -74,7 +74,9 @@ def _some_of_both(inputs: Inputs) -> list[Sample]:
     return [samples[row] for row in rows]
 
 
-def _of_network(inputs: Inputs, classifier: Classifier) -> Novelty | None:
+def novelty_of_artifact(inputs: Inputs, classifier: Classifier) -> Novelty | None:
+    """By the artifact's own features: some training images are its sample, some of validation
+    set the threshold. None where they are too few."""
     splits = inputs.dataset.splits
     rows = balanced_sample(_labels(splits["train"]), _TRAIN_IMAGES)
     train = [splits["train"][row] for row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from visiontuner.serving.registry import (
 from visiontuner.text import next_command
 from visiontuner.workflow.evaluate import DEFAULT_PRECISION
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
+from visiontuner.workflow.novelty import novelty_of_artifact
 from visiontuner.workflow.promote import locate_model, model_folder, open_store
 
 DEFAULT_MAX_LOSS = 0.005
@@ -264,6 +266,9 @@ def _write_int8(source: _Source, folder: Path, observer: Observer) -> Classifier
         folder,
         pixels,
         facts={"of": source.uri, "of_digest": source.version.tags[DIGEST_TAG]},
+        find_novelty=(
+            partial(novelty_of_artifact, source.inputs) if source.classifier.novelty else None
+        ),
         progress=lambda done, total: observer.progress("Calibrating", done, total, "images"),
     )
 
