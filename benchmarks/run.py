@@ -49,6 +49,7 @@ BENCHMARKS = (
     "heat_maps",
     "leaks",
     "networks",
+    "suggest",
     "fine_tune",
     "peer",
 )

@@ -46,6 +46,7 @@ NAMES = (
     "heat_maps",
     "leaks",
     "networks",
+    "suggest",
     "fine_tune",
     "peer",
 )
@@ -114,7 +115,7 @@ def test_list_names_all_without_measuring() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["search_time", "tensor_rules", "choice", "suspects", "leaks", "peer"]
+    "name", ["search_time", "tensor_rules", "choice", "suspects", "leaks", "suggest", "peer"]
 )
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch

@@ -80,7 +80,7 @@ def test_the_copy_in_the_split_that_less_depends_on_is_left_out(photos):
 def test_features_of_what_is_left_are_not_computed_again(photos):
     (photos / "train/a/broken.png").write_bytes(b"no image")
     dropped = inputs(photos, "drop")
-    every = dropped._features_of(dropped.loaded, ("train", "validation"))
+    every = dropped.features_of(dropped.loaded, ("train", "validation"))
     assert dropped.leaks.across_splits
     dropped._engine = lambda: pytest.fail("the network is run again")
     left, _ = dropped.features()

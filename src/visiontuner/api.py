@@ -42,6 +42,7 @@ from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.prepare import prepare as look_at_images
 from visiontuner.workflow.promote import promote as promote_model
 from visiontuner.workflow.query import query as query_images
+from visiontuner.workflow.suggest import suggest_images
 from visiontuner.workflow.suspects import find_suspects
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from visiontuner.workflow.evaluate import EvaluationResult
     from visiontuner.workflow.prepare import Prepared
     from visiontuner.workflow.run import SearchResult
+    from visiontuner.workflow.suggest import SuggestResult
     from visiontuner.workflow.suspects import SuspectsResult
 
 Settings = Mapping[str, Any] | Sequence[str]
@@ -482,6 +484,54 @@ def suspects(
     Raises:
         UserMistake: the images are too few or too many, or suspects.csv is there and was edited.
     """
+    search, experiment = _labelled(target, settings)
+    with _console(progress) as console:
+        return find_suspects(
+            search,
+            experiment=experiment,
+            output=Path(output) if output else None,
+            observer=console,
+        )
+
+
+def suggest(
+    images: str | Path,
+    target: str | Path | Search | Experiment | None = None,
+    *,
+    budget: int = 50,
+    settings: Settings = (),
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> SuggestResult:
+    """Choose the images of a folder that are most worth a label.
+
+    Args:
+        images: the folder of unlabelled images.
+        target: a search or its folder, whose images and network are taken, or labelled images as
+            `tune` takes them; default: the newest search.
+        budget: how many images are chosen.
+        settings: overrides of the experiment, with labelled images.
+        output: a new folder; default: `suggestions`, here.
+
+    Raises:
+        UserMistake: there is nothing to choose from, or the output folder is taken.
+    """
+    search, experiment = _labelled(target, settings)
+    with _console(progress) as console:
+        return suggest_images(
+            Path(images),
+            search,
+            experiment=experiment,
+            budget=budget,
+            output=Path(output) if output else None,
+            observer=console,
+        )
+
+
+def _labelled(
+    target: str | Path | Search | Experiment | None, settings: Settings
+) -> tuple[Path | None, Experiment | None]:
+    """A search's folder or an experiment; neither for the newest search."""
     search, experiment = None, None
     if isinstance(target, Search):
         search = target.folder
@@ -491,13 +541,7 @@ def suspects(
         experiment = _experiment(target, {}, settings)
     if experiment is None and settings:
         raise UserMistake("Settings go with images: a search has its own.")
-    with _console(progress) as console:
-        return find_suspects(
-            search,
-            experiment=experiment,
-            output=Path(output) if output else None,
-            observer=console,
-        )
+    return search, experiment
 
 
 def _is_search(target: str | Path) -> bool:

@@ -21,9 +21,14 @@ RANGE_TESTS_FOLDER = "lr-find"
 SUSPECTS_FOLDER = "suspects"  # or in a search folder
 # In the folder of a range test:
 RANGE_TEST_FILE = "range_test.json"
+SUGGEST_FOLDER = "suggestions"
 # In a folder of suspects:
 SUSPECTS_FILE = "suspects.csv"
 SUSPECTS_SHEET = "suspects.png"
+# In a folder of suggestions:
+SUGGEST_FILE = "suggest.csv"
+SUGGEST_SHEET = "suggest.png"
+SUGGEST_SORT_FOLDER = "sort"
 # In the cache folder:
 CACHE_MARK_FILE = ".writable"
 # In a search folder, beside its journal:

@@ -238,6 +238,7 @@ _WITHOUT_STORE = (
     "prepare",
     "query",
     "stop",
+    "suggest",
     "suspects",
     "undeploy",
 )

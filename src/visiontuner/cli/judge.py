@@ -1,4 +1,4 @@
-"""The commands that judge: evaluate, compare, diagnose, suspects, promote, lineage."""
+"""The commands that judge: evaluate, compare, diagnose, suspects, suggest, promote, lineage."""
 
 from __future__ import annotations
 
@@ -31,7 +31,13 @@ from visiontuner.evaluation import compare as formats
 from visiontuner.evaluation.compare import default_columns, pick_columns
 from visiontuner.evaluation.compare import sort as sort_rows
 from visiontuner.evaluation.compare import where as keep
-from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_SHEET
+from visiontuner.paths import (
+    EXPERIMENT_FILE,
+    SUGGEST_FILE,
+    SUGGEST_SHEET,
+    SUGGEST_SORT_FOLDER,
+    SUSPECTS_SHEET,
+)
 from visiontuner.text import next_command
 from visiontuner.workarounds import python as garbage
 
@@ -40,6 +46,7 @@ if TYPE_CHECKING:
 
     from visiontuner.evaluation.intervals import Interval
     from visiontuner.evaluation.report import EvaluationReport
+    from visiontuner.experiment.schema import Experiment
     from visiontuner.journal import Finding
     from visiontuner.serving.lineage import Facts, Lineage
     from visiontuner.serving.promotion import Promotion
@@ -551,10 +558,7 @@ def suspects(
     """
     from visiontuner.workflow.suspects import find_suspects
 
-    given = bool(experiment or data or overrides)
-    if given and search is not None:
-        raise UserMistake("Name a search, or images with --data or --experiment, not both.")
-    chosen = load_experiment(experiment, data, overrides) if given else None
+    chosen = _given_images(search, experiment, data, overrides)
     console = SearchConsole()
     try:
         result = find_suspects(search, experiment=chosen, output=output, observer=console)
@@ -563,6 +567,15 @@ def suspects(
     if result.search is not None:
         experiment = str(result.search / EXPERIMENT_FILE)
     _print_suspects(result, experiment, data, overrides)
+
+
+def _given_images(
+    search: Path | None, experiment: str | None, data: str | None, overrides: Sequence[str]
+) -> Experiment | None:
+    given = bool(experiment or data or overrides)
+    if given and search is not None:
+        raise UserMistake("Name a search, or images with --data or --experiment, not both.")
+    return load_experiment(experiment, data, overrides) if given else None
 
 
 def _print_suspects(
@@ -592,6 +605,67 @@ def _print_suspects(
     click.echo(
         "\nNext, look at them and correct the column `label`; empty, the image is left out. Then:\n"
         f"{command}"
+    )
+
+
+# `visiontuner suggest`: parsing and printing.
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("images", metavar="FOLDER", type=FOLDER)
+@click.argument("search", metavar="[SEARCH]", required=False, type=FOLDER)
+@experiment_options
+@click.option(
+    "--budget",
+    metavar="IMAGES",
+    type=click.IntRange(min=1),
+    default=50,
+    show_default=True,
+    help="How many images are chosen.",
+)
+@click.option("--output", metavar="FOLDER", type=FOLDER, help="Where they are written.")
+def suggest(
+    images: Path,
+    search: Path | None,
+    experiment: str | None,
+    data: str | None,
+    overrides: tuple[str, ...],
+    budget: int,
+    output: Path | None,
+) -> None:
+    """Choose the unlabelled images of FOLDER that are most worth a label.
+
+    They come as a list, as a contact sheet, and in a folder for each class that the model guesses:
+    move what is wrong, then put the folders beside your images. Links are moved, the images stay.
+    SEARCH is a search folder, by default the newest; --data or --experiment name labelled images
+    without a search.
+
+    \b
+    Examples:
+      visiontuner suggest unsorted/
+      visiontuner suggest unsorted/ --budget 200 --data photos/
+    """
+    from visiontuner.workflow.suggest import suggest_images
+
+    chosen = _given_images(search, experiment, data, overrides)
+    console = SearchConsole()
+    try:
+        result = suggest_images(
+            images, search, experiment=chosen, budget=budget, output=output, observer=console
+        )
+    finally:
+        console.close()
+    number = len(result.suggestions)
+    click.echo(f"\nTo label next: {number:,} of {result.unlabelled:,} images.")
+    if result.labelled:
+        click.echo(f"Left out: {result.labelled:,} that are among the data set's images already.")
+    if result.unreadable:
+        click.echo(f"Left out: {result.unreadable:,} that cannot be read.")
+    click.echo(f"  {result.folder / SUGGEST_FILE}: the list, most instructive first")
+    click.echo(f"  {result.folder / SUGGEST_SHEET}: the first ones as images")
+    click.echo(
+        f"  {result.folder / SUGGEST_SORT_FOLDER}/: a folder for each guess. Move what is wrong, "
+        "then copy the folders into your training images."
     )
 
 

@@ -72,6 +72,11 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "suspects",
             "Name the images whose label is probably wrong, in a table to correct them with.",
         ),
+        "suggest": CommandEntry(
+            "judge",
+            "suggest",
+            "Choose the unlabelled images that are most worth a label, sorted by a guess.",
+        ),
         "promote": CommandEntry(
             "judge",
             "promote",

@@ -28,6 +28,8 @@ from visiontuner.paths import (
     RANGE_TEST_FILE,
     RANGE_TESTS_FOLDER,
     SEARCHES_FOLDER,
+    SUGGEST_FILE,
+    SUGGEST_FOLDER,
     SUSPECTS_FILE,
     SUSPECTS_FOLDER,
 )
@@ -355,9 +357,10 @@ def walk_files(
 
 
 def is_made_by_commands(folder: Path) -> bool:
-    """Whether a search, a range test, a folder of them, suspects or the cache lies there."""
-    if folder.name == SUSPECTS_FOLDER:
-        return (folder / SUSPECTS_FILE).exists()
+    """Whether searches, range tests, suspects, suggestions or the cache lie there."""
+    for name, file in ((SUSPECTS_FOLDER, SUSPECTS_FILE), (SUGGEST_FOLDER, SUGGEST_FILE)):
+        if folder.name == name:
+            return (folder / file).exists()
     if folder.name in (SEARCHES_FOLDER, RANGE_TESTS_FOLDER):
         return any(_has_mark(Path(child.path)) for child in scan_folder(folder) if is_folder(child))
     return _has_mark(folder)

@@ -211,9 +211,9 @@ class Inputs:
     @cached_property
     def leaks(self) -> Leaks:
         """Images that show the same in two splits; the features of all of them are computed."""
-        stores = [self._features_of(self.loaded, ("train", "validation"))]
+        stores = [self.features_of(self.loaded, ("train", "validation"))]
         if self.loaded.splits["test"]:
-            stores.append(self._features_of(self.loaded, ("test",)))
+            stores.append(self.features_of(self.loaded, ("test",)))
         return find_leaks(
             self.loaded, stores, cache=self.cache, progress=self._progress("Comparing", "pairs")
         )
@@ -312,12 +312,13 @@ class Inputs:
         began = time.monotonic()
         splits = ("train", "validation")
         if self.dataset is not self.loaded:  # theirs are among those of all images
-            every = self._features_of(self.loaded, splits)
+            every = self.features_of(self.loaded, splits)
             precision = self.experiment.training.precision
             copy_features(every, self.dataset, self.description, precision)
-        return self._features_of(self.dataset, splits), round(time.monotonic() - began, 3)
+        return self.features_of(self.dataset, splits), round(time.monotonic() - began, 3)
 
-    def _features_of(self, dataset: ImageDataset, splits: Sequence[str]) -> FeatureSet:
+    def features_of(self, dataset: ImageDataset, splits: Sequence[str]) -> FeatureSet:
+        """The features of any images, by the experiment's network."""
         return compute_features(
             dataset,
             backbone=self.description,
