@@ -1,4 +1,4 @@
-"""README and docs/commands.md: every command line on them is one that visiontuner takes."""
+"""README and pages of docs: every command line on them is one that visiontuner takes."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import pytest
 from visiontuner.cli.main import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/commands.md")
+PAGES = ("README.md", "docs/commands.md", "docs/quantize.md")
 LINES = [
     (page, match[1])
     for page in PAGES
