@@ -20,7 +20,7 @@ from visiontuner.cli.main import main
 from visiontuner.data.dataset import Sample
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.quantize import calibration_samples
-from visiontuner.serving.registry import log_classifier
+from visiontuner.serving.registry import log_classifier, logged_model_id
 from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.train import one_training, train
 
@@ -70,7 +70,7 @@ def versions(home: Path) -> list[Any]:
 
 
 def logged_model(version: Any) -> Any:
-    return MlflowClient().get_logged_model(version.source.removeprefix("models:/"))
+    return MlflowClient().get_logged_model(logged_model_id(version))
 
 
 def refused(*arguments: str, code: int = 2) -> str:
