@@ -374,12 +374,12 @@ class Checkpoints:
             for part in KEPT:
                 if (self._kept / part).is_dir():
                     shutil.copytree(self._kept / part, self._work / part, ignore=ignored)
-        except shutil.Error as error:  # of several files
-            raise RendezvousError(
-                f"The checkpoints cannot be copied: {error.args[0][0][2]}"
-            ) from None
         except OSError as error:
-            raise RendezvousError(f"The checkpoints cannot be copied: {error}") from None
+            several = isinstance(error, shutil.Error)
+            why = error.args[0][0][2] if several else error
+            for part in KEPT:  # half a copy fills the disk, and the reason has to be written to it
+                shutil.rmtree(self._work / part, ignore_errors=True)
+            raise RendezvousError(f"The checkpoints cannot be copied: {why}") from None
         self._stamps = self._find()
 
     def update(self) -> None:
