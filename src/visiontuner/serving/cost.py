@@ -20,8 +20,9 @@ from visiontuner.io.files import temporary_folder
 from visiontuner.model.classifier import NETWORK, Classifier
 from visiontuner.serving.preflight import Question, choose_instance, milliseconds_each
 
-# US dollars an hour of a real-time endpoint, on demand, in us-east-1, as AWS listed them in 2025;
-# other regions differ by up to a half. `visiontuner deploy` asks AWS for the price of its endpoint.
+# US dollars an hour of a real-time endpoint, on demand, in us-east-1: assumed, since AWS's price
+# list could not be reached where this was written. They compare networks; what an endpoint really
+# costs `visiontuner deploy` asks AWS.
 HOURLY_PRICES = {
     "ml.c5.large": 0.102,
     "ml.m5.large": 0.115,
