@@ -130,7 +130,7 @@ _RUNTIMES = {
         'network.run(["logits"], {"image": pixels})[0][0]',
     ),
     "openvino": (
-        'sys.modules["openvino_telemetry"] = None  # else every import is reported to its makers\n'
+        'sys.modules.setdefault("openvino_telemetry", None)  # or each import is reported\n'
         "import openvino\n"
         'network = openvino.compile_model(folder / about["file"], "CPU", '
         '{"INFERENCE_PRECISION_HINT": "f32"})',
