@@ -13,6 +13,7 @@ from visiontuner.diagnostics.system import SystemSampler
 from visiontuner.experiment.schema import SEARCHABLE
 from visiontuner.journal import read_events
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
+from visiontuner.serving.registry import QUANTIZED_FROM_TAG
 from visiontuner.tracking.figures.recording import EXPLAINS, points_of
 from visiontuner.tracking.plan import SearchPlan, TrialPlan
 from visiontuner.tracking.writer import (
@@ -93,6 +94,7 @@ def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
     elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
     elsewhere |= {"visiontuner.choice"}  # once there is one
     elsewhere |= {"visiontuner.job", "visiontuner.instances"}  # of a training job
+    elsewhere |= {QUANTIZED_FROM_TAG}  # of a version in int8
     elsewhere |= {DECISION_TAG, REASON_TAG, TEST_LOOKS, EVALUATION_DIGEST, MISSING_ARTIFACTS}
     elsewhere |= set(version_tags(evaluation()))
     assert {n for n in described if n.startswith("visiontuner.")} == tags | elsewhere

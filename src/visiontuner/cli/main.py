@@ -75,7 +75,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "suggest": CommandEntry(
             "judge",
             "suggest",
-            "Choose the unlabelled images that are most worth a label, sorted by a guess.",
+            "Choose the unlabelled images of FOLDER that are most worth a label.",
         ),
         "promote": CommandEntry(
             "judge",
@@ -97,7 +97,7 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "quantize": CommandEntry(
             "package",
             "quantize",
-            "Register a model's int8 form: a quarter of the size, compared with it, faster.",
+            "Make a model's int8 form, compare its answers, and register it as a version of its own.",
         ),
         "export": CommandEntry(
             "package", "export", "Write a model for another runtime, with code that uses it."

@@ -721,8 +721,8 @@ class Reference:
     class_names: list[str]
     images: list[bytes]
     probabilities: np.ndarray[Any, np.dtype[np.float64]]
-    tolerance: float = TOLERANCE
     novelty: tuple[float, ...] = ()
+    tolerance: float = TOLERANCE
 
     @classmethod
     def read(cls, model: Path) -> Self:

@@ -143,7 +143,8 @@ _Compared = tuple[Sequence[str], NDArray[np.int64], NDArray[np.float32]]
 
 def _cached(classifier: Classifier, search: Path) -> _Compared | None:
     """A head's features are those that the search has trained on, if they are still there."""
-    store = Stores.of(read_events(search).events).features
+    backbone = (classifier.metadata.get("configuration") or {}).get("backbone")
+    store = Stores.of(read_events(search).events, backbone).features
     if classifier.metadata.get("train") != "head" or store is None:
         return None
     try:

@@ -39,14 +39,16 @@ def novelty_finder(
         None for a network that was trained on the validation images too: nothing can judge it.
     """
     if trial.trial_id in record.baselines or not stage_of(inputs.experiment, trial).on_images:
-        return partial(_of_head, inputs, folder)
+        return partial(_of_head, inputs, folder, trial.configuration.get("backbone"))
     if record.is_unvalidated:
         return None
     return partial(novelty_of_artifact, inputs)
 
 
-def _of_head(inputs: Inputs, folder: Path, classifier: Classifier) -> Novelty | None:
-    cached = _cached_features(inputs, folder)
+def _of_head(
+    inputs: Inputs, folder: Path, backbone: str | None, classifier: Classifier
+) -> Novelty | None:
+    cached = _cached_features(inputs, folder, backbone)
     samples, features = cached or _features(inputs, classifier, _some_of_both(inputs))
     everything = np.ones(len(samples), dtype=bool)
     return fit_novelty(
@@ -55,10 +57,14 @@ def _of_head(inputs: Inputs, folder: Path, classifier: Classifier) -> Novelty | 
 
 
 def _cached_features(
-    inputs: Inputs, folder: Path
+    inputs: Inputs, folder: Path, backbone: str | None
 ) -> tuple[list[Sample], NDArray[np.float32]] | None:
-    """Those that the search was trained on, if they are still there and whole."""
-    store = Stores.of(read_events(folder).events).features
+    """Those that the search was trained on, if they are still there and whole.
+
+    Args:
+        backbone: of this network, where several are searched.
+    """
+    store = Stores.of(read_events(folder).events, backbone).features
     if store is None or find_damage(store) is not None:
         return None
     splits = [FeatureSet.open(store).split(name) for name in ("train", "validation")]
