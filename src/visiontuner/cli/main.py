@@ -97,10 +97,13 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
         "quantize": CommandEntry(
             "package",
             "quantize",
-            "Make a model's int8 form, compare its answers, and register it as a version of its own.",
+            "Make a model's int8 form, compare its answers, and register it as a version of its "
+            "own.",
         ),
         "export": CommandEntry(
-            "package", "export", "Write a model for another runtime, with code that uses it."
+            "package",
+            "export",
+            "Write a model for another runtime: network, model.json and example.py that uses them.",
         ),
         "deploy": CommandEntry(
             "serve",
