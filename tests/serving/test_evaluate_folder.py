@@ -110,6 +110,7 @@ def test_classes_of_other_names_are_mapped_or_refused(
     ("arguments", "message"),
     [
         (["--model", "somewhere"], "go with --data FOLDER"),
+        (["--data", "somewhere", "--prefer", "cheapest"], "leave them out with --data"),
         (["somewhere", "--data", "photos", "--model", "other"], "Name one model"),
     ],
 )

@@ -137,6 +137,11 @@ def evaluate(
       visiontuner evaluate --data labels.csv --model dogs@champion --classes names.csv
     """
     if data is not None:
+        if prefer != "best" or within is not None or max_latency_ms is not None:
+            raise UserMistake(
+                "--prefer, --within and --max-latency-ms choose a trial of a search; leave them "
+                "out with --data."
+            )
         _evaluate_folder(search, data, model, classes=classes, output=output)
         return
     if any(given is not None for given in (model, classes, output)):
