@@ -115,3 +115,34 @@ def test_a_folder_without_new_images_is_refused_in_one_line(photos):
         assert done.exit_code == 2
         assert said in done.output
     assert "no folder" in CliRunner().invoke(main, ["suggest", "gone", "--data", "photos"]).output
+
+
+@pytest.mark.slow
+def test_a_class_called_like_another_folder_is_sorted_below_the_output(photos, tmp_path):
+    names = {"blue": "../../outside", "green": f"{tmp_path}/absolute"}
+    rows = [
+        (f"{name}/{path.name}", label)
+        for name, label in names.items()
+        for path in sorted((photos / name).iterdir())
+    ]
+    with (photos / "labels.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *rows])
+    before = set(tmp_path.rglob("*"))
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    command = ["suggest", "unsorted", "--data", "photos/labels.csv", "--budget", "5", *settings]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    made = {path.relative_to(tmp_path).parts[0] for path in set(tmp_path.rglob("*")) - before}
+    assert made == {"suggestions"}
+    assert len(list(Path("suggestions/sort").glob("*/*.png"))) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("photos")
+def test_a_folder_of_broken_images_is_named_in_one_line():
+    Path("broken").mkdir()
+    Path("broken/a.jpg").write_bytes(b"no image")
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    done = CliRunner().invoke(main, ["suggest", "broken", "--data", "photos", *settings])
+    assert done.exit_code == 2
+    assert "None of the 1 images in broken can be read: Cannot read a.jpg" in done.output

@@ -592,7 +592,7 @@ def query(
         failed = write(answers)
     finally:
         console.close()
-    if explain is not None:
+    if explain is not None and any(explain.iterdir()):
         click.echo(f"Heat maps: {explain}", err=True)
     if failed:
         raise click.exceptions.Exit(1)

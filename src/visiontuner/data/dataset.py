@@ -1521,12 +1521,24 @@ def few_levels(paths: Sequence[str]) -> ListedFinding | None:
     )
 
 
-def none_readable(split: str, findings: Sequence[Finding]) -> DataError:
+class NoneReadable(DataError):
+    """No image of a split can be read.
+
+    Args:
+        first: what is wrong with one of them, without a full stop.
+    """
+
+    def __init__(self, split: str, first: str) -> None:
+        super().__init__(
+            f"None of the {split} images can be read: {first}. "
+            "`visiontuner prepare --all --data DATA` lists what is wrong with each."
+        )
+        self.first = first
+
+
+def none_readable(split: str, findings: Sequence[Finding]) -> NoneReadable:
     """What is said of a split whose images are all in `findings`."""
-    return DataError(
-        f"None of the {split} images can be read: {findings[-1].evidence.rstrip('.')}. "
-        "`visiontuner prepare --all --data DATA` lists what is wrong with each."
-    )
+    return NoneReadable(split, findings[-1].evidence.rstrip("."))
 
 
 _MANY_UNREADABLE = 0.2  # of a class's images in a split

@@ -30,13 +30,18 @@ from visiontuner.data.images import image_extensions
 from visiontuner.data.labels import cell_text, choose_columns
 from visiontuner.errors import DataError
 from visiontuner.io.download import whole_folder
-from visiontuner.io.files import ImageFile, content_digests, file_state, is_folder, scan_folder
-from visiontuner.text import printable
+from visiontuner.io.files import (
+    ImageFile,
+    as_file_name,
+    content_digests,
+    file_state,
+    is_folder,
+    scan_folder,
+)
 
 EXTRACTED_TABLE = "labels.parquet"
 """In the extracted folder: the path of each image, and the other columns of the data set."""
 _VERSION = 1  # part of the folder's name: what is extracted otherwise lies elsewhere
-_LONGEST_NAME = 200  # bytes; file systems take 255, and numbers may be added
 # How image files begin, for those that were saved without a name.
 _BEGINNINGS = (
     (b"\xff\xd8\xff", ".jpg"),
@@ -115,7 +120,7 @@ def extract_saved(
     every = [file for names in files.values() for file in names]
     key = [_VERSION, form.image, form.label, list(files), _digests(saved.folder, every, cache)]
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    target = into / "saved" / f"{_as_name(saved.folder.name)[:40]}-{digest[:16]}"
+    target = into / "saved" / f"{as_file_name(saved.folder.name)[:40]}-{digest[:16]}"
     if not target.is_dir():
         total = sum(_count_rows(file) for file in every)
         with whole_folder(target) as folder:
@@ -319,9 +324,9 @@ class _Writer:
         stem, dot, ending = name.rpartition(".")
         if f".{ending}".lower() not in image_extensions() or not dot:
             stem, ending = name, _ending_of(content or b"").removeprefix(".")
-        if not stem or stem != _as_name(stem):
+        if not stem or stem != as_file_name(stem):
             stem = f"{self._done:08}"
-        folder = "/".join(part for part in (split, _as_name(label)) if part)
+        folder = "/".join(part for part in (split, as_file_name(label)) if part)
         path = f"{folder}/{stem}.{ending}"
         if path in self._taken:
             path = f"{folder}/{stem}-{self._done:08}.{ending}"
@@ -336,14 +341,3 @@ def _class_name(names: Sequence[str], number: object) -> str:
 
 def _ending_of(content: bytes) -> str:
     return next((ending for start, ending in _BEGINNINGS if content.startswith(start)), ".bin")
-
-
-def _as_name(text: str) -> str:
-    """A text as the name of a file or folder: itself wherever it can be one."""
-    name = printable(text).replace("/", "%2F").replace("\0", "%00")
-    if name in ("", ".", "..") or name.startswith("."):
-        name = f"%{name}"
-    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
-        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
-        name = f"{name[: _LONGEST_NAME // 4 - 13]}-{digest}"
-    return name

@@ -33,6 +33,7 @@ from visiontuner.paths import (
     SUSPECTS_FILE,
     SUSPECTS_FOLDER,
 )
+from visiontuner.text import printable
 
 # JSON as we write it into files: UTF-8, readable by any reader.
 
@@ -386,3 +387,20 @@ def is_no_data(path: Path) -> bool:
 
 def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _IGNORED_FILES
+
+
+_LONGEST_NAME = 200  # bytes; file systems take 255, and numbers may be added
+
+
+def as_file_name(text: str) -> str:
+    """A text as the name of one file or folder: itself wherever it can be one.
+
+    A class may be called `../x` or `a/b` by a table: it names no other folder here.
+    """
+    name = printable(text).replace("/", "%2F").replace("\0", "%00")
+    if name in ("", ".", "..") or name.startswith("."):
+        name = f"%{name}"
+    if len(name.encode(errors="surrogateescape")) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+        name = f"{name[: _LONGEST_NAME // 4 - 13]}-{digest}"
+    return name

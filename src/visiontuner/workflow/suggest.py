@@ -17,15 +17,16 @@ import numpy as np
 import pandas as pd
 
 from visiontuner.data.arrays import SplitFeatures
-from visiontuner.data.dataset import ImageDataset, Sample
+from visiontuner.data.dataset import ImageDataset, NoneReadable, Sample
 from visiontuner.data.images import image_extensions
-from visiontuner.errors import UserMistake, VisiontunerError
+from visiontuner.errors import DataError, UserMistake, VisiontunerError
 from visiontuner.evaluation.baselines import is_affordable, logistic_regression
 from visiontuner.evaluation.calibration import probabilities_of
 from visiontuner.evaluation.suggestions import choose_images
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import (
     ImageFile,
+    as_file_name,
     content_digests,
     file_state,
     is_folder,
@@ -207,7 +208,12 @@ def _choose(
         folds = folds_of(samples, min(FOLDS, len(samples)))
     except ValueError as error:
         raise UserMistake(f"Too few labelled images: {error}.") from None
-    pool = _features_of(root, fresh, inputs)
+    try:
+        pool = _features_of(root, fresh, inputs)
+    except NoneReadable as error:
+        raise DataError(
+            f"None of the {len(fresh):,} images in {root} can be read: {error.first}."
+        ) from None
     fitted = logistic_regression(labelled, labels, folds, num_classes=len(names))
     assert fitted.weights is not None
     assert fitted.biases is not None
@@ -245,9 +251,10 @@ def _write(folder: Path, root: Path, suggestions: Sequence[Suggestion]) -> None:
         shown = [(s.path, ("", s.guess, s.probability)) for s in suggestions[:_DRAWN]]
         write_contact_sheet(folder / SUGGEST_SHEET, root, shown)
         for suggestion in suggestions:
-            place = folder / SUGGEST_SORT_FOLDER / suggestion.guess
+            place = folder / SUGGEST_SORT_FOLDER / as_file_name(suggestion.guess)
             place.mkdir(parents=True, exist_ok=True)
-            name = f"{suggestion.rank:05d}-{PurePosixPath(suggestion.path).name}"
+            # Of a long name the end, with its ending: file systems take 255 bytes.
+            name = f"{suggestion.rank:05d}-{PurePosixPath(suggestion.path).name[-60:]}"
             _link(root / suggestion.path, place / name)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
