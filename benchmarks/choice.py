@@ -28,7 +28,7 @@ from heads_together import (
     out_of_fold,
     train_heads,
 )
-from measuring import Row, photographs, report, scratch
+from measuring import Row, features_of, photographs, report, scratch
 from numpy.typing import NDArray
 from scipy import stats
 
@@ -38,11 +38,8 @@ from visiontuner.evaluation.baselines import logistic_regression as logistic_reg
 from visiontuner.evaluation.calibration import fit_temperature, image_losses
 from visiontuner.evaluation.choice import Candidate, choose, estimate_accuracy
 from visiontuner.experiment.schema import Experiment, Training
-from visiontuner.model.features import compute_features
-from visiontuner.model.onnx import make_engine
 from visiontuner.search.plan import settings_of
 from visiontuner.search.space import draw_beforehand
-from visiontuner.workflow.inputs import Inputs, Silent
 
 TARGETS = (
     "accuracy, one-sided 95 %: no row worse than a baseline by more than 1 point",
@@ -282,18 +279,8 @@ def _on_hold_out(draw: Draw, head: Heads) -> Kept:
 
 def pooled(name: str, cache: Path) -> Points:
     """The features of all images of a data set, each content once, by the product's functions."""
-    experiment = Experiment.parse({"data": {"source": str(photographs(name))}})
-    inputs = Inputs(experiment, Silent())
-    splits = ("train", "validation", "test")
-    store = compute_features(
-        inputs.dataset,
-        backbone=inputs.description,
-        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=cache),
-        precision="fp32",
-        cache=cache,
-        splits=splits,
-    )
-    parts = [store.split(split) for split in splits]
+    _, store = features_of(photographs(name), cache=cache)
+    parts = [store.split(split) for split in store.splits]
     features = np.concatenate([part.features for part in parts])
     labels = np.concatenate([part.labels for part in parts])
     kept = np.sort(np.unique(features, axis=0, return_index=True)[1])

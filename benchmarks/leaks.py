@@ -18,15 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import ROOT, Row, photographs, report, scratch
+from measuring import ROOT, Row, features_of, photographs, report, scratch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from visiontuner.data.arrays import FeatureSet
 from visiontuner.data.duplicates import find_duplicates
-from visiontuner.experiment.schema import Experiment
-from visiontuner.model.features import compute_features
-from visiontuner.model.onnx import make_engine
-from visiontuner.workflow.inputs import Inputs, Silent
 
 TARGETS = (
     "recall at least .9 for a mirrored, turned (3 degrees), framed, marked and cropped (10 %) copy",
@@ -129,21 +124,10 @@ def make_copies(sources: list[Path], images: int, folder: Path) -> None:
                 function(image, rng).save(copy, quality=90)
 
 
-def _features(source: Path, cache: Path, splits: tuple[str, ...]) -> tuple[Inputs, FeatureSet]:
-    inputs = Inputs(Experiment.parse({"data": {"source": str(source)}}), Silent())
-    features = compute_features(
-        inputs.dataset,
-        backbone=inputs.backbone,
-        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=inputs.cache),
-        precision="fp32",
-        cache=cache,
-        splits=splits,
-    )
-    return inputs, features
-
-
 def _recall(folder: Path) -> list[Row]:
-    inputs, features = _features(folder / "copies", folder / "cache", ("train", "validation"))
+    inputs, features = features_of(
+        folder / "copies", ("train", "validation"), cache=folder / "cache"
+    )
     train, copies = features.split("train"), features.split("validation")
     found: dict[str, list[bool]] = {}
     originals = [Path(path).name for path in train.paths]
@@ -170,7 +154,7 @@ def _recall(folder: Path) -> list[Row]:
 
 def _named(name: str, source: Path, cache: Path, rows: list[Row]) -> list[str]:
     """What people said of each pair that is named: yes, unsure, no, or nothing (`?`)."""
-    inputs, features = _features(source, cache, _SPLITS)
+    inputs, features = features_of(source, _SPLITS, cache=cache)
     parts = [features.split(split) for split in _SPLITS]
     paths = [inputs.dataset.root / path for part in parts for path in part.paths]
     every = np.concatenate([part.features for part in parts])

@@ -15,9 +15,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
+
+if TYPE_CHECKING:
+    from visiontuner.data.arrays import FeatureSet
+    from visiontuner.workflow.inputs import Inputs
 
 ROOT = Path(__file__).resolve().parent.parent
 PHOTOS = "VISIONTUNER_PHOTOS"
@@ -76,6 +80,34 @@ def cache_of_its_own() -> Iterator[None]:
         finally:
             if before is None:
                 del os.environ["VISIONTUNER_CACHE"]
+
+
+def features_of(
+    source: Path,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    *,
+    cache: Path | None = None,
+) -> tuple[Inputs, FeatureSet]:
+    """The features of a folder's images, computed as the product does, and what they are of.
+
+    Args:
+        cache: default: `VISIONTUNER_CACHE`.
+    """
+    from visiontuner.experiment.schema import Experiment
+    from visiontuner.model.features import compute_features
+    from visiontuner.model.onnx import make_engine
+    from visiontuner.workflow.inputs import Inputs, Silent
+
+    inputs = Inputs(Experiment.parse({"data": {"source": str(source)}}), Silent())
+    features = compute_features(
+        inputs.dataset,
+        backbone=inputs.description,
+        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=inputs.cache),
+        precision="fp32",
+        cache=cache or inputs.cache,
+        splits=splits,
+    )
+    return inputs, features
 
 
 class Command:

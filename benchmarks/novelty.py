@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from measuring import Row, cache_of_its_own, photographs, report
+from measuring import Row, cache_of_its_own, features_of, photographs, report
 from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from visiontuner.data.dataset import Sample
 from visiontuner.evaluation.baselines import logistic_regression
 from visiontuner.evaluation.calibration import probabilities_of
-from visiontuner.experiment.schema import Experiment
-from visiontuner.model.features import compute_features
 from visiontuner.model.novelty import Novelty, fit_novelty
-from visiontuner.model.onnx import make_engine
-from visiontuner.workflow.inputs import Inputs, Silent
 from visiontuner.workflow.novelty import units_of
 from visiontuner.workflow.selection import folds_of
 
@@ -73,16 +69,7 @@ def measure(*, draws: int = 10, redistributions: int = 20) -> dict[str, Any]:
 
 
 def _load(name: str) -> Images:
-    experiment = Experiment.parse({"data": {"source": str(photographs(name))}})
-    inputs = Inputs(experiment, Silent())
-    features = compute_features(
-        inputs.dataset,
-        backbone=inputs.backbone,
-        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=inputs.cache),
-        precision="fp32",
-        cache=inputs.cache,
-        splits=_SPLITS,
-    )
+    inputs, features = features_of(photographs(name))
     known = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
     splits = [features.split(split) for split in _SPLITS]
     labels = np.concatenate([split.labels for split in splits])

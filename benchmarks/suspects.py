@@ -12,16 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from measuring import Row, cache_of_its_own, photographs, report
+from measuring import Row, cache_of_its_own, features_of, photographs, report
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import Sample
 from visiontuner.evaluation.baselines import logistic_regression
 from visiontuner.evaluation.suspects import find_suspect_labels
-from visiontuner.experiment.schema import Experiment
-from visiontuner.model.features import compute_features
-from visiontuner.model.onnx import make_engine
-from visiontuner.workflow.inputs import Inputs, Silent
 from visiontuner.workflow.selection import folds_of
 from visiontuner.workflow.suspects import FOLDS, out_of_fold_probabilities
 
@@ -66,7 +62,7 @@ def measure(
     details: dict[str, Any] = {}
     for name in names:
         with cache_of_its_own():
-            images = _load(name)
+            images = load_images(name)
         delivered = _named(images, images.labels)
         rows.append(
             Row(
@@ -83,17 +79,8 @@ def measure(
     return report(rows, draws=details)
 
 
-def _load(name: str) -> Images:
-    experiment = Experiment.parse({"data": {"source": str(photographs(name))}})
-    inputs = Inputs(experiment, Silent())
-    features = compute_features(
-        inputs.dataset,
-        backbone=inputs.backbone,
-        engine=lambda: make_engine(inputs.backbone, precision="fp32", cache=inputs.cache),
-        precision="fp32",
-        cache=inputs.cache,
-        splits=_SPLITS,
-    )
+def load_images(name: str) -> Images:
+    inputs, features = features_of(photographs(name))
     known = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
     train, validation, test = (features.split(name) for name in _SPLITS)
     return Images(
