@@ -677,6 +677,11 @@ class Experiment(Section):
         return not self.trains_on_images and self.search.stages is None
 
     @property
+    def has_baselines(self) -> bool:
+        """Whether logistic regression and nearest neighbours are computed beside the trials."""
+        return self.search.baselines and self.can_fold
+
+    @property
     def refits(self) -> bool:
         """Whether the kept configuration is trained again on train and validation together."""
         return self.can_fold and self.training.refit != "off"

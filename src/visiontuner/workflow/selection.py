@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -80,42 +80,57 @@ from visiontuner.workflow.inputs import Inputs
 # Baselines beside the trials of a search: judged by the same images, and kept like a trial.
 
 
-def run_baselines(inputs: Inputs, folder: Path, recorder: Recorder) -> None:
-    """Compute, keep and write down the baselines that a search has not yet.
+Kept = tuple[Baseline, dict[str, float]]
+"""A baseline and its metrics."""
+
+
+def baseline_store(folder: Path, record: SearchRecord) -> Path:
+    """The features that baselines are made of: beside several networks, the best trial's."""
+    best = record.best
+    backbone = None if best is None else best.configuration.get("backbone")
+    return Stores.of(read_events(folder).events, backbone).features or folder
+
+
+def compute_baselines(
+    inputs: Inputs, folder: Path, store: Path, *, known: Container[str] = ()
+) -> list[Kept]:
+    """Compute the baselines that a search does not know yet, and write their files.
+
+    Args:
+        store: of the features.
 
     Raises:
         DataError: the features are gone or damaged.
     """
-    best = recorder.record.best
-    # Beside several networks: on the features of the best trial's.
-    backbone = None if best is None else best.configuration.get("backbone")
-    store = Stores.of(read_events(folder).events, backbone).features or folder
     features = FeatureSet.open(store)
     images = sum(len(features.split(name).labels) for name in ("train", "validation"))
     if not is_affordable(images, features.feature_dim, len(features.class_names)):
         inputs.observer.note(f"No baselines: {images:,} images would take them minutes.")
-        return
+        return []
+    found = []
     for name in (REGRESSION, NEIGHBOURS):
-        if name not in recorder.record.baselines:
+        if name not in known:
             interrupts.check()
-            baseline, metrics = make_baseline(
-                name, folder, store, refitted=inputs.experiment.refits
-            )
-            recorder.append(
-                "baseline_ended",
-                name=name,
-                configuration={
-                    **baseline.configuration,
-                    **({} if backbone is None else {"backbone": backbone}),
-                },
-                metrics=metrics,
-                seconds=round(baseline.seconds, 3),
-            )
+            found.append(make_baseline(name, folder, store, refitted=inputs.experiment.refits))
+    return found
 
 
-def make_baseline(
-    name: str, folder: Path, store: Path, *, refitted: bool
-) -> tuple[Baseline, dict[str, float]]:
+def record_baselines(found: Sequence[Kept], recorder: Recorder) -> None:
+    """Write them to the journal, with the network that they are on beside several."""
+    best = recorder.record.best
+    own = {} if best is None else best.configuration
+    network = {name: value for name, value in own.items() if name == "backbone"}
+    for baseline, metrics in found:
+        recorder.append(
+            "baseline_ended",
+            name=baseline.name,
+            configuration={**baseline.configuration, **network},
+            metrics=metrics,
+            seconds=round(baseline.seconds, 3),
+        )
+
+
+def make_baseline(name: str, folder: Path, store: Path, *, refitted: bool) -> Kept:
     """Compute a baseline of a search and write its files; its metrics are returned beside it.
 
     Args:

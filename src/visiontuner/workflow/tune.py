@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 
 from visiontuner import interrupts
+from visiontuner.data.arrays import DecodedImages, FeatureSet
 from visiontuner.errors import (
     DataError,
     DiskError,
@@ -53,10 +55,13 @@ from visiontuner.workflow.run import (
     read_record,
 )
 from visiontuner.workflow.selection import (
+    Kept,
     ValidationAnswers,
+    baseline_store,
     choose_and_record,
+    compute_baselines,
     deal_folds,
-    run_baselines,
+    record_baselines,
 )
 from visiontuner.workflow.tracking_process import BackgroundTracking
 
@@ -84,6 +89,7 @@ class StageRunner:
         self.ray = ray
         self.observer = inputs.observer
         self._stores = StoreRecorder(inputs, recorder)
+        self.baselines: Future[list[Kept]] | None = None
         budget = inputs.experiment.search.time_budget
         self._deadline = None if budget is None else time.monotonic() + budget
 
@@ -109,16 +115,31 @@ class StageRunner:
             return self._run_networks(stage, plan)
         # Ray's import and start fill one core for some seconds; the first part of the features,
         # writing the network as ONNX, the other.
-        computing = self.inputs.beside(lambda: self.inputs.store(on_images=stage.on_images))
+        computing = self.inputs.beside(lambda: self._store(stage))
         # Packaging needs the network: load it while Ray starts, which is mostly waiting. A
         # mistake in it shows there as well.
         self.inputs.beside(lambda: self.inputs.backbone)
         stores = self._stores.record(*self._with_ray(computing))
-        if not stage.on_images and stores.features is not None:
-            deal_folds(self.inputs, self.folder, stores.features)
         if stage.name == "network":
             self._prepare_heads(plan, stores)
         return self._run_trials(stage, plan, stores)
+
+    def _store(self, stage: Stage) -> tuple[FeatureSet | DecodedImages, float]:
+        """What the trials train on; baselines begin as soon as it is there."""
+        store, seconds = self.inputs.store(on_images=stage.on_images)
+        if isinstance(store, FeatureSet):
+            deal_folds(self.inputs, self.folder, store.folder)
+            if self.inputs.experiment.has_baselines:
+                self.baselines = self.inputs.beside(
+                    functools.partial(
+                        compute_baselines,
+                        self.inputs,
+                        self.folder,
+                        store.folder,
+                        known=set(self.recorder.record.baselines),
+                    )
+                )
+        return store, seconds
 
     def _run_networks(self, stage: Stage, plan: Plan) -> SearchState:
         """Heads on the features of several networks, which are computed one after the other."""
@@ -380,10 +401,11 @@ class _Run:
                 recorder.append("network_left_out", backbone=name, reason=reason)
             state: SearchState = "completed"
             try:
+                stages = StageRunner(self.inputs, self.folder, recorder, ray)
                 if remaining:
-                    state = StageRunner(self.inputs, self.folder, recorder, ray).run()
+                    state = stages.run()
                 if state != "interrupted" and not self._had_ended:
-                    self._choose(recorder)
+                    self._choose(recorder, stages.baselines)
             except KeyboardInterrupt:
                 state = "interrupted"
             except Exception as error:
@@ -396,16 +418,23 @@ class _Run:
             recorder.append("search_ended", state=state, best_trial=best and best.trial_id)
             return state, recorder
 
-    def _choose(self, recorder: Recorder) -> None:
-        """Baselines beside the trials, and what is kept of them all."""
+    def _choose(self, recorder: Recorder, baselines: Future[list[Kept]] | None) -> None:
+        """Baselines beside the trials, and what is kept of them all.
+
+        Args:
+            baselines: computed while Ray started; None where that depends on the trials.
+        """
         if recorder.record.best is None:
             return
-        if self.experiment.search.baselines and self.experiment.can_fold:
+        if self.experiment.has_baselines:
             self.observer.note("Baselines: logistic regression and nearest neighbours.")
-            computing = self.inputs.beside(
-                lambda: run_baselines(self.inputs, self.folder, recorder)
+            store = baseline_store(self.folder, recorder.record)
+            known = set(recorder.record.baselines)
+            computing = baselines or self.inputs.beside(
+                lambda: compute_baselines(self.inputs, self.folder, store, known=known)
             )
-            interrupts.result(computing)
+            found = interrupts.result(computing)
+            record_baselines(found, recorder)
         choose_and_record(self.folder, recorder, self.inputs)
 
     def _tell_that_ray_is_gone(self) -> None:
