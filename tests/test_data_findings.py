@@ -70,7 +70,7 @@ def test_a_search_says_what_will_spoil_it_errors_first(
         "warning: 2 (Cat, …): no images in validation.",
         "warning: 2 (Cat and cat, …): names that differ in capitals, blanks or invisible "
         "characters alone are classes of their own.",
-        f"All of it, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
+        f"All findings, and what to do: visiontuner prepare --data '{tmp_path / 'my photos'}'",
     ]
 
 

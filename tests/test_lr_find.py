@@ -233,7 +233,7 @@ def test_the_command_takes_a_network_on_images(experiment):
         (["--low", "zero"], "--low takes a number"),
         (["--steps", "3"], "--steps must be >= 20"),
         (["--steps", "20.5"], "--steps takes a whole number"),
-        (["--output", "."], "is taken"),
+        (["--output", "."], "already exists"),
         (["--set", "training.lr=1"], "unknown key training.lr"),
     ],
 )

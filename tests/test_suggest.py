@@ -93,7 +93,7 @@ def test_images_are_listed_sorted_by_guess_and_still_where_they_were(photos):
         assert sheet.width > 100
     assert contents("unsorted") == before
     # Sorted by hand, they are images of the data set, and no longer suggested.
-    assert "suggestions is taken" in suggest(code=2)
+    assert "suggestions already exists" in suggest(code=2)
     for path in Path("suggestions/sort").rglob("*.png"):
         path.replace(photos / path.parent.name / path.name)
     assert contents("unsorted") == before

@@ -139,7 +139,10 @@ def test_images_and_answers_come_home_once(
         (["nowhere"], "There is no endpoint 'nowhere' in eu-west-1"),
         (["plain"], "Endpoint 'plain' captures nothing; it has to be made so"),
         (["s3://nowhere/x"], "There is no bucket 'nowhere'"),
-        (["s3://kept/x"], "Nothing lies in s3://kept/x/. SageMaker writes what it captures some"),
+        (
+            ["s3://kept/x"],
+            "There is nothing in s3://kept/x/. SageMaker writes what it captures some",
+        ),
         (["plain", "--since", "soon"], "--since takes a time such as 45m, 8h or 2d"),
     ],
 )

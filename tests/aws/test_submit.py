@@ -611,7 +611,7 @@ def test_a_folder_of_something_else_is_left_alone(
     direct(account, job, status="Completed", seconds=60)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("dear")
-    assert "mine is taken" in said(run("attach", job, "--output", "mine"))
+    assert "mine already exists" in said(run("attach", job, "--output", "mine"))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 

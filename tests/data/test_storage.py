@@ -539,7 +539,7 @@ def test_what_came_whole_is_used_while_s3_is_away(s3, tmp_path, monkeypatch):
     s3.rule = lambda *_: "close"
     assert fetch() == folder
     assert held(folder) == FILES
-    assert notes[-1].startswith(f"S3 is away: the copy in {folder} is used, which was whole on ")
+    assert notes[-1].startswith(f"S3 cannot be reached: the copy in {folder} is used, whole on ")
     s3.rule = lambda *_: (403, "AccessDenied")  # that is no outage
     with pytest.raises(DataError, match="may not read"):
         fetch()

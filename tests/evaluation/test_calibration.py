@@ -59,7 +59,7 @@ def test_temperature_stays_one_where_images_do_not_tell():
     logits = np.random.default_rng(3).normal(size=(150, 5)) * 2
     labels = drawn_from(logits)
     assert fit_temperature(logits, labels) == 1.0
-    assert "do not tell" in calibration_notes(logits, labels, 1.0)[0]
+    assert "No temperature fits" in calibration_notes(logits, labels, 1.0)[0]
 
 
 LOGITS = st.tuples(st.integers(1, 40), st.integers(1, 5)).flatmap(
@@ -94,7 +94,7 @@ def test_temperature_is_kept_from_zero_where_all_are_right():
     temperature = fit_temperature(logits, labels)
     # The likeliest temperature is the lowest; one later mistake of 4 would cost 4 / 0.05 nats.
     assert 0.15 < temperature < 1
-    assert "without a mistake" in calibration_notes(logits, labels, temperature)[0]
+    assert "no mistake to fit it to" in calibration_notes(logits, labels, temperature)[0]
 
 
 def test_wildly_wrong_logits_get_the_highest_temperature():

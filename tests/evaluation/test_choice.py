@@ -214,7 +214,7 @@ def test_of_the_tied_the_one_with_the_lowest_loss_is_kept():
     choice = chosen(lucky, better)
     assert (choice.best, choice.chosen, choice.tied) == ("t0001", "t0002", ("t0001", "t0002"))
     assert choice.reason == (
-        "t0001 has the best objective; 1 other cannot be told apart from it. "
+        "t0001 has the best objective; 1 other is statistically tied with it. "
         "t0002 is kept: the lowest loss of those."
     )
 

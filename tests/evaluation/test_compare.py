@@ -364,10 +364,10 @@ def test_equal_searches_are_said_to_be_equal_the_sooner_first():
 
 def test_searches_for_different_things_are_not_ranked():
     runs = search("a", [(1.0, 0.9)]) + search("b", [(1.0, 0.3)], objective="validation_loss")
-    assert describe_progress(search_progress(runs))[-1].startswith("They optimised different")
+    assert describe_progress(search_progress(runs))[-1].startswith("They have different objectives")
 
 
 def test_a_search_whose_trials_all_failed_says_so():
     told = describe_progress(search_progress(search("a", [(1.0, None)]) + search("b", [(1, 0.5)])))
-    assert told[1] == "a: 1 trial in 1.0 s, none of them ended in order."
+    assert told[1] == "a: 1 trial in 1.0 s, none of them finished."
     assert len(told) == 2

@@ -245,7 +245,7 @@ def test_all_right_and_all_wrong(right):
     accuracy = report.metrics["accuracy"]
     assert accuracy.value == float(right)
     assert accuracy.high - accuracy.low == pytest.approx(1 - 0.025 ** (1 / 60))
-    assert any("Every test image was named" in note for note in report.notes)
+    assert any("Every test image was classified" in note for note in report.notes)
 
 
 def test_one_class_alone():

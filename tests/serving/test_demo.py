@@ -290,6 +290,6 @@ print(json.dumps([visiontuner.__file__] + [
 
     again = CliRunner().invoke(demo, [str(search), "--export", str(folder)])
     assert again.exit_code == 2
-    assert "is there already" in again.stderr
+    assert "already exists" in again.stderr
     both = CliRunner().invoke(demo, [str(search), "--export", "x", "--port", "0"])
     assert both.exit_code == 2

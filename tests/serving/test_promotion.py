@@ -153,7 +153,9 @@ def test_the_first_evaluated_version_becomes_champion(model: Registered) -> None
     assert decided.accuracy.low < 0.9 < decided.accuracy.high
     assert model.champion == number
     assert model.tags(number)["visiontuner.promotion"] == "promoted"
-    assert "0.9000 of 100" in model.tags(number)["visiontuner.promotion_reason"]
+    assert (
+        "90 of 100 test images right (90.0 %" in model.tags(number)["visiontuner.promotion_reason"]
+    )
 
 
 def test_a_better_version_takes_over_and_says_why(model: Registered, client: MlflowClient) -> None:

@@ -197,7 +197,7 @@ def test_test_results_come_with_intervals_threshold_ties_and_edges(new_search: N
     assert "evaluation 3 of the test set" in page.text
     assert "confidence of at least 0.500" in page.text
     assert "Why." in page.text
-    assert "told apart from it on the validation images: t0001" in page.text
+    assert "tied with it on the validation images: t0001" in page.text
     assert "Search 0.01 to 1 next." in page.text
     assert page.row("owl")[1:] == ["0.0%", "–", "0.0%", "0", "1"]
     assert ["cat", "owl", "1", "50.0%"] in page.rows

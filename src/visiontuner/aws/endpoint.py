@@ -1138,7 +1138,7 @@ def undeploy(aws: Aws, name: str, *, artifacts: bool, note: Note) -> dict[str, s
                 f"There is no endpoint {name!r} in {aws.region}, and no configuration or model of "
                 f"one is left; `{next_command('endpoints', flags=aws.flags)}` lists ours."
             )
-        note(f"The endpoint {name} is gone already: taking away what is left of it.")
+        note(f"The endpoint {name} is gone already: removing what is left of it.")
     kept = frozenset[str]() if artifacts else parts.archives
     try:
         autoscaling.take_away(aws, name)
@@ -1209,8 +1209,8 @@ def create(
             f"something may cost money. Look with `{next_command('endpoints', flags=aws.flags)}`, "
             f"and run `{next_command('undeploy', plan.name, '--artifacts', flags=aws.flags)}`."
         )
-        with telling_what_is_left("Taking away what was made", left, error):
-            note("Taking away what was made.")
+        with telling_what_is_left("Removing what was made", left, error):
+            note("Removing what was made.")
             if endpoint_tags(aws, plan.name).get(DEPLOYMENT_TAG) == plan.deployment:
                 if plan.scaling is not None:
                     autoscaling.take_away(aws, plan.name)

@@ -789,7 +789,7 @@ def _put_in_place(coming: Path, folder: Path, record: SearchRecord) -> Home:
         coming.rename(folder)
         return Home(record=record)
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / JOURNAL_FILE).exists()):
-        raise UserMistake(f"{folder} is taken. Choose another --output.")
+        raise UserMistake(f"{folder} already exists. Choose another --output.")
     if (folder / JOURNAL_FILE).exists():
         if SearchRecord.load(folder).search_id != record.search_id:
             raise UserMistake(f"{folder} holds another search. Choose another --output.")

@@ -90,7 +90,7 @@ def _switch(heading: str, name: str, text: str) -> Decorator:
 
 
 REGION_FLAGS: tuple[Decorator, ...] = (
-    _value(ACCOUNT, "--region", "REGION", "By default that of AWS's settings."),
+    _value(ACCOUNT, "--region", "REGION", "AWS region. Default: that of AWS's settings."),
     _value(ACCOUNT, "--assume-role", "ARN", "Act as this role."),
 )
 
@@ -100,7 +100,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     ),
     _value(MACHINES, "--instance-type", "TYPE", "Default: ml.g5.xlarge."),
     _switch(
-        MACHINES, "--spot", "Cheaper machines that AWS may take back; the search then goes on."
+        MACHINES, "--spot", "Cheaper machines that AWS may take back; the search resumes then."
     ),
     _value(
         MACHINES,
@@ -110,35 +110,44 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         "as ml.g5.",
         number(whole=True),
     ),
-    _value(MACHINES, "--max-run", "TIME", "SageMaker ends the job then, in order. Default: 2h."),
+    _value(
+        MACHINES, "--max-run", "TIME", "Longest run; the search then ends in order. Default: 2h."
+    ),
     _value(
         MACHINES,
         "--max-cost",
         "USD",
-        "Shortens --max-run to what this pays for.",
+        "Most to spend: shortens --max-run to what this pays for.",
         number(),
     ),
     _value(
         MACHINES,
         "--price",
         "USD",
-        "Of one machine for an hour. Default: AWS's public price list.",
+        "Price of one machine for an hour. Default: AWS's public price list.",
         number(),
     ),
     _value(
         MACHINES,
         "--warm-pool",
         "TIME",
-        "Machines stay so long for a next job, and are PAID while they stay.",
+        "Keep the machines this long for a next job; they are PAID meanwhile.",
         _OR_OFF,
     ),
-    _value(ACCOUNT, "--upload", "s3://…", "Bring the folder of images there first."),
-    _value(ACCOUNT, "--bucket", "NAME", "For all that is kept. Default: sagemaker-REGION-ACCOUNT."),
-    _value(ACCOUNT, "--role", "NAME|ARN", "What the job runs as. Default: found."),
-    _value(ACCOUNT, "--image", "URL", "In ECR. Default: AWS's newest PyTorch training image."),
-    _value(ACCOUNT, "--image-version", "N.N", "PyTorch of AWS's image, as 2.8."),
-    _value(ACCOUNT, "--subnets", "IDS", "Of a VPC, with commas between them.", LISTED),
-    _value(ACCOUNT, "--security-groups", "IDS", "Of that VPC.", LISTED),
+    _value(ACCOUNT, "--upload", "s3://…", "Upload the folder of images there first."),
+    _value(
+        ACCOUNT,
+        "--bucket",
+        "NAME",
+        "S3 bucket for all that is kept. Default: sagemaker-REGION-ACCOUNT.",
+    ),
+    _value(
+        ACCOUNT, "--role", "NAME|ARN", "Execution role of the job. Default: the account's only one."
+    ),
+    _value(ACCOUNT, "--image", "URL", "Training image in ECR. Default: AWS's newest with PyTorch."),
+    _value(ACCOUNT, "--image-version", "N.N", "PyTorch version of AWS's image, as 2.8."),
+    _value(ACCOUNT, "--subnets", "IDS", "Subnets of a VPC, separated by commas.", LISTED),
+    _value(ACCOUNT, "--security-groups", "IDS", "Security groups of that VPC.", LISTED),
     _value(
         ACCOUNT,
         "--kms-key",
@@ -150,7 +159,7 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
     _switch(
         ACCOUNT,
         "--encrypt-traffic",
-        "Encrypt what the machines send each other; costs some speed.",
+        "Encrypt traffic between the machines; somewhat slower.",
     ),
     _flag(
         ACCOUNT,
@@ -159,7 +168,8 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="For the container, as PIP_INDEX_URL. Who may describe the job reads it. Repeatable.",
+        help="Variable of the container, as PIP_INDEX_URL; no secrets: the job's description shows "
+        "it. Repeatable.",
     ),
     _flag(
         ACCOUNT,
@@ -168,16 +178,16 @@ _JOB_FLAGS: tuple[Decorator, ...] = (
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="Of the job. Repeatable.",
+        help="Tag of the job. Repeatable.",
     ),
     *REGION_FLAGS,
-    _flag(ASKING, "--dry-run", is_flag=True, help="Print the plan and the request; make nothing."),
-    _switch(ASKING, "--yes", "Do not ask."),
+    _flag(ASKING, "--dry-run", is_flag=True, help="Print the plan and the request, and stop."),
+    _switch(ASKING, "--yes", "Do not ask for confirmation."),
     _flag(
         ASKING,
         "--wait/--no-wait",
         default=True,
-        help="Follow the job and bring it home (default), or leave that to `attach`.",
+        help="Follow the job and fetch its search (default), or leave that to `attach`.",
     ),
 )
 # What each is called where it was not given.
@@ -259,7 +269,9 @@ def _ask(yes: bool | None) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise UserMistake("Nobody is here to say yes: add --yes, or --dry-run to look only.")
+        raise UserMistake(
+            "There is no terminal to confirm on: add --yes, or --dry-run to look only."
+        )
     if not click.confirm("Start it?", err=True):
         raise click.exceptions.Exit(1)
 

@@ -383,12 +383,9 @@ def print_dataset(
     console.print(_class_table(summary))
     if summary.width and summary.height:
         console.print(f"Width: {_range(summary.width)}; height: {_range(summary.height)}.")
-    console.print(
-        f"Imbalance in train: {summary.imbalance:.1f} images of the largest class for one of "
-        "the smallest."
-    )
+    console.print(_balance(summary.imbalance))
     if not findings:
-        console.print("Nothing to complain about.", style="green")
+        console.print(*_no_problems(summary))
     for finding in findings:
         line = Text(f"{finding.severity}: ", style=_COLOURS[finding.severity])
         line.append(f"{printable(finding.evidence.rstrip('.'))}. ", style="default")
@@ -437,6 +434,34 @@ def print_recommendations(console: Console, found: Sequence[Recommendation]) -> 
             cells.append("" if one.pass_seconds is None else duration(one.pass_seconds))
         table.add_row(*map(Text, cells), Text("offline" if network.is_offline else ""))
     console.print(table)
+
+
+_BALANCED = 1.5  # images of the largest class for one of the smallest, at most
+
+
+def _balance(imbalance: float) -> str:
+    if imbalance <= _BALANCED:
+        return "Classes are balanced."
+    return f"The largest class has {imbalance:.1f} times the training images of the smallest."
+
+
+_ENOUGH = 10  # images of a class, for a figure of that class to mean anything
+
+
+def _no_problems(summary: DatasetSummary) -> tuple[str, ...]:
+    scarce = {
+        name: sum(count < _ENOUGH for count in summary.counts[name])
+        for name in ("validation", "test")
+        if any(summary.counts.get(name, ()))
+    }
+    told = [f"{number} classes in {name}" for name, number in scarce.items() if number]
+    if not told:
+        return ("[green]No problems found.",)
+    return (
+        "[green]No problems found.",
+        f"Fewer than {_ENOUGH} images have {' and '.join(told)}: figures of these classes alone "
+        "mean little.",
+    )
 
 
 def _class_table(summary: DatasetSummary) -> Table:

@@ -121,7 +121,7 @@ def evaluate(
 ) -> None:
     """Test the chosen model on images that played no part in the choice.
 
-    The trials that cannot be told apart from the best are named; temperature and confidence
+    The trials that are statistically tied with the best are named; temperature and confidence
     threshold are fitted on validation and become part of the model, which is registered as a new
     version. Then the test images are looked at, and how many times that was done is counted.
     SEARCH is a search folder, by default the newest. With --data a finished model is scored on
@@ -245,7 +245,7 @@ def _print(result: EvaluationResult) -> None:
     others = [trial for trial in choice.tied if trial != choice.best]
     if others:
         named = ", ".join(others[:_NAMED_TRIALS]) + (", …" if len(others) > _NAMED_TRIALS else "")
-        click.echo(f"  not to be told apart from {choice.best} on validation: {named}")
+        click.echo(f"  statistically tied with {choice.best} on validation: {named}")
     for edge in result.edges:
         click.echo(f"  {edge}")
     if report.metrics:
@@ -529,7 +529,7 @@ def _summary(runs: tuple[DiagnosedRun, ...], target: str) -> str:
     errors = sum(bool(run.errors) for run in runs)
     quiet = sum(not run.findings for run in runs)
     trainings = "1 training" if len(runs) == 1 else f"{len(runs)} trainings"
-    return f"{target}: {trainings}, {errors} with errors, {quiet} with nothing to say."
+    return f"{target}: {trainings}, {errors} with errors, {quiet} without findings."
 
 
 # `visiontuner suspects`: parsing and printing.

@@ -52,14 +52,14 @@ if TYPE_CHECKING:
     "--image",
     metavar="NAME",
     type=TEXT,
-    help="Of the container; by default MLflow builds one for the model's requirements.",
+    help="Image of the container. Default: MLflow builds one for the model's requirements.",
 )
 @click.option(
     "--ready-seconds",
     type=click.FloatRange(1, 3600),
     default=120,
     show_default=True,
-    help="How long the server may take to start.",
+    help="Longest start of the server.",
 )
 @click.option("--format", "form", type=click.Choice(["table", "json"]), default="table")
 def preflight(
@@ -130,23 +130,27 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 _WHERE = (
     click.option(
-        "--region", metavar="REGION", type=TEXT, help="By default that of AWS's settings."
+        "--region", metavar="REGION", type=TEXT, help="AWS region. Default: that of AWS's settings."
     ),
     click.option("--assume-role", metavar="ARN", type=TEXT, help="Act as this role."),
 )
 _ANYWHERE = (
     *_WHERE,
-    click.option("--role", metavar="NAME|ARN", type=TEXT, help="What the machines run as."),
+    click.option("--role", metavar="NAME|ARN", type=TEXT, help="Execution role of the instances."),
     click.option("--image", metavar="URL", type=TEXT, help="Serving image in ECR."),
-    click.option("--bucket", metavar="NAME", type=TEXT, help="For the model; by default MLflow's."),
-    click.option("--price", metavar="USD", type=number(), help="Of one instance for an hour."),
+    click.option(
+        "--bucket", metavar="NAME", type=TEXT, help="S3 bucket for the model. Default: MLflow's."
+    ),
+    click.option(
+        "--price", metavar="USD", type=number(), help="Price of one instance for an hour."
+    ),
     click.option(
         "--env",
         "environment",
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="For the container. Repeatable.",
+        help="Variable of the container. Repeatable.",
     ),
     click.option(
         "--tag",
@@ -154,16 +158,21 @@ _ANYWHERE = (
         metavar="KEY=VALUE",
         type=PAIR,
         multiple=True,
-        help="Of what is made. Repeatable.",
+        help="Tag of everything that is made. Repeatable.",
     ),
 )
 _NETWORK = (
     click.option(
-        "--subnets", metavar="IDS", type=LISTED, help="Of a VPC, with commas between them."
+        "--subnets", metavar="IDS", type=LISTED, help="Subnets of a VPC, separated by commas."
     ),
-    click.option("--security-groups", metavar="IDS", type=LISTED, help="Of that VPC."),
     click.option(
-        "--kms-key", metavar="ID", type=TEXT, help="Encrypts uploads, disks, and what S3 gets."
+        "--security-groups", metavar="IDS", type=LISTED, help="Security groups of that VPC."
+    ),
+    click.option(
+        "--kms-key",
+        metavar="ID",
+        type=TEXT,
+        help="KMS key for uploads, disks and what is written to S3.",
     ),
 )
 _CHECKED = (
@@ -171,30 +180,42 @@ _CHECKED = (
         "--env-manager",
         type=click.Choice(["uv", "local"]),
         default="uv",
-        help="Of the preflight: a clean environment, or this one.",
+        help="Environment of the preflight: a clean one, or this one.",
     ),
-    click.option("--preflight/--no-preflight", "check", default=True, help="Serve it here first."),
+    click.option(
+        "--preflight/--no-preflight",
+        "check",
+        default=True,
+        help="Check it here first by serving it.",
+    ),
     click.option("--dry-run", is_flag=True, help="Print what would happen; do nothing."),
 )
 _ENDPOINT = (
     *_ANYWHERE,
-    click.option("--ttl", metavar="TIME", type=TEXT, help="How long it is needed, as 8h."),
+    click.option(
+        "--ttl", metavar="TIME", type=TEXT, help="When `endpoints` reports it as overdue, as 8h."
+    ),
     click.option(
         "--startup-timeout",
         "startup_seconds",
         metavar="SECONDS",
         type=number(60, 3600, whole=True),
-        help="How long a container may take to start.",
+        help="Longest start of the container.",
     ),
-    click.option("--instance-type", type=TEXT, help="Default: ml.m5.large, or as it is."),
     click.option(
-        "--instances", type=click.IntRange(1, 100), help="How many. Default: 1, or as it is."
+        "--instance-type", type=TEXT, help="Default: ml.m5.large; of an update, unchanged."
+    ),
+    click.option(
+        "--instances",
+        type=click.IntRange(1, 100),
+        help="Number of instances. Default: 1; of an update, unchanged.",
     ),
     click.option(
         "--autoscale",
         metavar="MIN:MAX[:N]",
         type=TEXT,
-        help="Instances, by requests: N to each in a minute. Default: by the preflight.",
+        help="Scale between MIN and MAX instances, N requests a minute to each (default: by the "
+        "preflight).",
     ),
     click.option(
         "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
@@ -214,29 +235,33 @@ def _options(decorators: tuple[Decorator, ...]) -> Decorator:
 
 @click.command(cls=OneLineErrors)
 @click.argument("model", required=False, type=TEXT)
-@click.option("--name", metavar="NAME", type=TEXT, help="Of the endpoint; by default the model's.")
+@click.option(
+    "--name", metavar="NAME", type=TEXT, help="Name of the endpoint. Default: the model's."
+)
 @click.option(
     "--serverless",
     "serverless_mb",
     metavar="MB",
     type=number(whole=True),
-    help="Instead of instances: 1024 to 6144.",
+    help="Serverless with this memory, 1024 to 6144, instead of instances.",
 )
 @click.option(
     "--async",
     "async_output",
     metavar="S3",
     type=TEXT,
-    help="Answer there: for large images and rare requests.",
+    help="Answer asynchronously, into this folder: for large images and rare requests.",
 )
-@click.option("--data-capture", metavar="S3", type=TEXT, help="Keep requests and answers there.")
+@click.option(
+    "--data-capture", metavar="S3", type=TEXT, help="Keep requests and answers in this folder."
+)
 @_options(_NETWORK)
 @_options(_ENDPOINT)
 def deploy(model: str | None, **given: Any) -> None:
     """Put a model behind a SageMaker endpoint, through MLflow's own client.
 
     MODEL is NAME (its champion, or the newest while there is none), NAME/VERSION or NAME@ALIAS;
-    without one the newest search's NAME. What a failure or Ctrl-C leaves behind is taken away.
+    without one the newest search's NAME. What a failure or Ctrl-C leaves behind is removed.
 
     \b
     Examples:
@@ -456,7 +481,9 @@ def _span(text: str) -> timedelta:
 @click.command(cls=OneLineErrors)
 @click.argument("name", metavar="NAME|S3")
 @click.option("--output", metavar="FOLDER", type=FOLDER, required=True, help="It is made.")
-@click.option("--since", metavar="TIME", type=Given(_span), help="No older ones, as 24h or 7d.")
+@click.option(
+    "--since", metavar="TIME", type=Given(_span), help="Only those of the last TIME, as 24h or 7d."
+)
 @_options(_WHERE)
 def capture(
     name: str, output: Path, since: timedelta | None, region: str | None, assume_role: str | None
@@ -507,14 +534,19 @@ _FEW = 32  # images that are answered before anyone wants to see progress
 @click.command(cls=OneLineErrors)
 @click.argument("names", metavar="[NAME|URL] IMAGE…", nargs=-1, required=True)
 @click.option("--local", is_flag=True, help="Ask a server or a model on this machine.")
-@click.option("--url", metavar="URL", type=TEXT, help="With --local. Default: port 5000 here.")
+@click.option(
+    "--url",
+    metavar="URL",
+    type=TEXT,
+    help="Address of the server (with --local). Default: port 5000 here.",
+)
 @click.option(
     "--model",
     metavar="MODEL",
     type=TEXT,
     help="Ask a folder or registered model itself, without a server; runs no code in it.",
 )
-@click.option("--region", metavar="REGION", type=TEXT, help="Of the SageMaker endpoint.")
+@click.option("--region", metavar="REGION", type=TEXT, help="AWS region of the endpoint.")
 @click.option("--assume-role", metavar="ARN", type=TEXT, help="Ask the endpoint as this role.")
 @click.option("--top-k", type=int, default=5, show_default=True, help="How many classes to list.")
 @click.option("--threshold", metavar="P", type=number(0, 1), help="Abstain below this probability.")
@@ -524,7 +556,7 @@ _FEW = 32  # images that are answered before anyone wants to see progress
     type=click.Choice(["table", "json", "csv"]),
     default="table",
     show_default=True,
-    help="For a person, or for a program; json is one object a line.",
+    help="table to read, json (one object a line) or csv for programs.",
 )
 @click.option("--workers", type=click.IntRange(1, 64), default=4, help="Requests at a time.")
 @click.option(

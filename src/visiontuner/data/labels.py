@@ -356,7 +356,7 @@ BAD_ROWS = {
     "rows_outside_the_folder": "the path is absolute, leaves the table's folder by .., or is an "
     "address outside it",
     "rows_without_file": "there is no such file",
-    "rows_without_image": "the file is called like no image that is read here",
+    "rows_without_image": "the file's name does not end like that of an image that is read here",
     "rows_without_label": "the label is empty or holds control characters",
     "rows_with_unknown_split": "the split is none of train, validation and test",
     "images_in_two_rows": "two rows say different things of one image",

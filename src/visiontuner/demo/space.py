@@ -40,7 +40,7 @@ def write_space(classifier: Path, folder: Path, *, title: str) -> Path:
         VisiontunerError: it cannot be written.
     """
     if folder.exists():
-        raise UserMistake(f"{folder} is there already. Name another folder, or delete it.")
+        raise UserMistake(f"{folder} already exists. Name another folder, or delete it.")
     source = Path(visiontuner.__file__).parent
     folder = folder.absolute()
     try:

@@ -110,12 +110,12 @@ def calibration_notes(
         )
     elif temperature != 1 and (np.argmax(logits, axis=1) == labels).all():
         notes.append(
-            f"All {len(labels):,} validation images were named rightly: without a mistake the "
-            f"temperature {temperature:.2f} rests on caution, not on evidence."
+            f"All {len(labels):,} validation images are right: with no mistake to fit it to, the "
+            f"temperature {temperature:.2f} is a cautious guess."
         )
     if temperature == 1 and classes >= 2:
         notes.append(
-            f"The {len(labels):,} validation images do not tell a temperature apart from 1: "
+            f"No temperature fits the {len(labels):,} validation images better than 1: "
             "probabilities stay as they are."
         )
     if temperature in (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE):

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import eye_array
 
+from visiontuner.evaluation.baselines import REGRESSION
 from visiontuner.evaluation.calibration import image_losses
 from visiontuner.evaluation.intervals import (
     CONFIDENCE,
@@ -273,7 +274,8 @@ def choose(
     simple = next((by_name[n] for n in simplest if by_name.get(n) in possible), None)
     if simple is not None and not chosen.is_network and not _is_lower(chosen, simple):
         chosen = simple
-    reason = f"{best} has the best objective; {_tied_words(len(tied) - 1)}."
+    defaults = any(name in tied for name in simplest if name not in (best, REGRESSION))
+    reason = f"{best} has the best objective; {_tied_words(len(tied) - 1, defaults=defaults)}."
     if chosen.name != best:
         why = "the lowest loss of those" if chosen is not simple else "as good and the simplest"
         reason += f" {chosen.name} is kept: {why}."
@@ -292,7 +294,7 @@ def _cheapest_words(best: Candidate, chosen: Candidate, tied: Sequence[str]) -> 
     if chosen is not best:
         than = "" if best.seconds is None else f" instead of {best.seconds:.1f} s"
         return (
-            f"{chosen.name} cannot be told apart from {best.name}, which has the best objective, "
+            f"{chosen.name} is statistically tied with {best.name}, which has the best objective, "
             f"and took {chosen.seconds:.1f} s of training{than}."
         )
     if len(tied) > 1:
@@ -390,10 +392,12 @@ def _columns(values: Mapping[str, NDArray[np.floating]], ids: Sequence[str]) -> 
     return scores
 
 
-def _tied_words(others: int) -> str:
+def _tied_words(others: int, *, defaults: bool = False) -> str:
     if not others:
         return "no other trial is tied with it"
-    return f"{others} other{'s' if others > 1 else ''} cannot be told apart from it"
+    among = ", the defaults among them," if defaults and others > 1 else ""
+    are = "others" + among + " are" if others > 1 else "other is"
+    return f"{others} {are} statistically tied with it"
 
 
 # Where the best trial lies at the edge of the search space, and where to search next.

@@ -290,7 +290,7 @@ def notes(runs: Sequence[RunSummary]) -> list[str]:
             "No run says what it optimised, so the newest come first; name a metric with --sort."
         )
     if len({run.data_digest for run in runs if run.data_digest}) > 1:
-        told.append("The searches looked at different images: their values do not compare.")
+        told.append("The searches used different images: their values cannot be compared.")
     going = sum(run.state == "running" for run in runs)
     if going:
         told.append(f"{_count(going, 'run')} still going: the last value so far is shown.")
@@ -625,7 +625,7 @@ def describe_progress(searches: Sequence[SearchProgress]) -> list[str]:
     """A sentence for each search, the best first, then how each pair of the best three compares."""
     if len({search.objective for search in searches}) > 1:
         told = [_outcome(search) for search in searches[:_MAX_OUTCOMES]]
-        return [*told, *_rest(searches), "They optimised different things, so none is ahead."]
+        return [*told, *_rest(searches), "They have different objectives, so none is ahead."]
     ranked = sorted(searches, key=_rank)
     told = [_outcome(search) for search in ranked[:_MAX_OUTCOMES]] + _rest(ranked)
     pairs = [
@@ -668,7 +668,7 @@ def _outcome(search: SearchProgress) -> str:
     head = f"{search.name}: {_trials(count)} in {last}"
     position = search.reached(search.final)
     if position is None:
-        return f"{head}, none of them ended in order."
+        return f"{head}, none of them finished."
     when = _seconds(search.seconds[position])
     return (
         f"{head}, best {search.objective} {search.final:.4f} ({search.trials[position]}) "

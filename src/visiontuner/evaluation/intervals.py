@@ -187,7 +187,7 @@ class PairedTest:
 
     Args:
         difference: accuracy of a minus accuracy of b, a fraction in [-1, 1].
-        only_a, only_b: images that only one of them named rightly.
+        only_a, only_b: images that only one of them classified correctly.
         p_value: of the exact McNemar test, two-sided.
         level: below which it counts, see `level_at_look`.
     """

@@ -160,9 +160,9 @@ def _notes(
     if total < _FEW_IMAGES:
         notes.append(f"Only {_count(total, image)}: no number here means much.")
     if accuracy.value in (0.0, 1.0):
-        how = "rightly" if accuracy.value else "wrongly"
+        how = "correctly" if accuracy.value else "wrongly"
         notes.append(
-            f"Every {image} was named {how}: no resample differs, so intervals other than "
+            f"Every {image} was classified {how}: no resample differs, so intervals other than "
             "those of accuracy, precision and recall have no width or too little."
         )
     present = [score.name for score in classes if score.support]

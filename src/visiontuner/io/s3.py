@@ -866,7 +866,7 @@ class WholeCopy(AbstractContextManager["WholeCopy", bool | None]):
             return False
         if self._note is not None:
             when = time.strftime("%d %b %Y, %H:%M", time.localtime(came))
-            self._note(f"S3 is away: the copy in {self._path} is used, which was whole on {when}.")
+            self._note(f"S3 cannot be reached: the copy in {self._path} is used, whole on {when}.")
         return True
 
     def _came_whole(self) -> float | None:

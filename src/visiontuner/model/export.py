@@ -98,7 +98,9 @@ def export_classifier(classifier: Classifier, folder: Path, form: Form, *, sourc
     require_runtime(form)
     folder = folder.absolute()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserMistake(f"{folder} is there and not empty. Name another folder: --output.")
+        raise UserMistake(
+            f"{folder} already exists and is not empty. Name another folder: --output."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(folder.parent) as temporary:

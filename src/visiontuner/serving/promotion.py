@@ -71,7 +71,7 @@ class StoredPredictions:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """Which images were named rightly, shape (N,)."""
+        """Which images were classified correctly, shape (N,)."""
         return np.asarray(self.predicted == self.labels)
 
     @property
@@ -259,7 +259,7 @@ def promote(
 ) -> Promotion:
     """Make a version the champion if it is better than the one that is.
 
-    Better means: more test images named rightly, on the same images, by a paired test. The
+    Better means: more test images classified correctly, on the same images, by a paired test. The
     first evaluated version is champion at once. The decision and its reason are written on the
     version: tags `visiontuner.promotion`, `visiontuner.promotion_reason`, and its description.
 
@@ -387,7 +387,7 @@ def _on_the_same_images(
     champion: ModelVersion,
     theirs: StoredPredictions,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """What each named rightly, bool, shape (N,), in one order of images.
+    """What each classified correctly, bool, shape (N,), in one order of images.
 
     Images are known by their content and classes by their names, never by position.
 
@@ -440,8 +440,9 @@ def _first(decided: Promotion) -> str:
     accuracy = decided.accuracy
     assert accuracy is not None
     return (
-        f"The first evaluated version: it names {accuracy.value:.4f} of {decided.images:,} test "
-        f"images rightly (95 %: {accuracy.low:.4f} to {accuracy.high:.4f})."
+        f"The first evaluated version: {round(accuracy.value * decided.images):,} of "
+        f"{decided.images:,} test images right ({100 * accuracy.value:.1f} %, "
+        f"{100 * accuracy.low:.1f} to {100 * accuracy.high:.1f})."
     )
 
 

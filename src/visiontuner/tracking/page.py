@@ -193,7 +193,7 @@ def _choice(evaluation: Mapping[str, Any]) -> Iterable[str]:
             yield str(choice["reason"])
         tied = [str(trial) for trial in choice.get("tied") or () if trial != choice.get("chosen")]
         if tied:
-            yield f"Cannot be told apart from it on the validation images: {', '.join(tied)}."
+            yield f"Statistically tied with it on the validation images: {', '.join(tied)}."
     edges = evaluation.get("edges")
     for edge in edges if isinstance(edges, list) else ():
         yield str(edge.get("sentence", edge)) if isinstance(edge, Mapping) else str(edge)
@@ -488,7 +488,7 @@ def _choice_lines(record: SearchRecord, where: Mapping[str, Any]) -> Iterable[st
         yield "It is the only one with a result, so there is nothing to compare it with."
     else:
         command = _command("evaluate", where=where)
-        yield f"`{command}` says which trials cannot be told apart from it."
+        yield f"`{command}` says which trials are statistically tied with it."
     yield from _edges(record)
 
 

@@ -78,8 +78,8 @@ def capture(
         progress("Reading", done, total, "objects")
     if not rows:
         raise UserMistake(
-            f"Nothing lies in {source}. SageMaker writes what it captures some minutes after it "
-            "was asked, and nothing where the endpoint's role may not write (docs/aws.md)."
+            f"There is nothing in {source}. SageMaker writes what it captures some minutes after "
+            "it was asked, and nothing where the endpoint's role may not write (docs/aws.md)."
         )
     _write(output, sorted(rows.values(), key=lambda row: (row["time"], row["event"], row["row"])))
     return CaptureResult(folder=output, source=source, images=images, unreadable=unreadable)

@@ -199,7 +199,7 @@ def _write(found: FoundLearningRate, experiment: Experiment) -> None:
 
 def _check(folder: Path, low: float, high: float, steps: int) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserMistake(f"{folder} is taken. Choose another --output.")
+        raise UserMistake(f"{folder} already exists. Choose another --output.")
     if not 0 < low < high:
         raise UserMistake(f"--low must be > 0 and < --high, got {low:g} and {high:g}.")
     if steps < 20:

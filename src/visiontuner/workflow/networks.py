@@ -101,7 +101,7 @@ def leave_out_missing(inputs: Inputs, record: SearchRecord) -> dict[str, str]:
             inputs.observer.note(f"warning: {name} is left out: {error}")
     if names and len(missing) == len(names):
         first = next(iter(missing.values()))
-        raise BackboneError(f"None of the {len(names)} networks can be had. The first: {first}")
+        raise BackboneError(f"None of the {len(names)} networks can be used. The first: {first}")
     return missing
 
 

@@ -252,7 +252,7 @@ def _note_findings(
         subject = ("--data", source)
         if has_secrets(source):
             subject = ("--experiment", str(folder / EXPERIMENT_FILE))
-        observer.note(f"All of it, and what to do: {next_command('prepare', *subject)}")
+        observer.note(f"All findings, and what to do: {next_command('prepare', *subject)}")
 
 
 def _note_rules_without_recording(experiment: Experiment, observer: Observer) -> None:

@@ -124,8 +124,8 @@ def suggest_images(
     folder = output or Path(SUGGEST_FOLDER)
     if folder.exists() and any(folder.iterdir()):
         raise UserMistake(
-            f"{folder} is taken, perhaps by images that you are sorting. Name another --output, or "
-            "delete it."
+            f"{folder} already exists, perhaps with images that you are sorting. Name another "
+            "--output, or delete it."
         )
     if experiment is not None:
         inputs = Inputs(experiment, observer)

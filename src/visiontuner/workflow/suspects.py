@@ -216,7 +216,7 @@ def _write(folder: Path, root: Path, suspects: Sequence[Suspect], kept: Sequence
         folder.mkdir(parents=True, exist_ok=True)
         if file.exists() and file.read_bytes() != content:
             raise UserMistake(
-                f"{file} is there, and perhaps with your corrections. Give it another name, or "
+                f"{file} already exists, perhaps with your corrections. Give it another name, or "
                 "delete it."
             )
         file.write_bytes(content)

@@ -424,12 +424,12 @@ def train(
     folder = output or SEARCHES / f"{experiment.name}-train-{time.strftime('%Y%m%d-%H%M%S')}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserMistake(
-            f"{folder} is taken. Choose another --output, or go on with: "
+            f"{folder} already exists. Choose another --output, or go on with: "
             f"{next_command('train', '--resume', folder)}"
         )
     observer = observer or SilentTraining()
     if trained_on != "train" and experiment.training.early_stop is not None:
-        observer.note("No early stop: no image is left to see from when to stop.")
+        observer.note("No early stop: no validation images are left to stop by.")
         training = experiment.training.model_copy(update={"early_stop": None})
         experiment = experiment.model_copy(update={"training": training})
     run = _Training(with_absolute_paths(experiment), folder, observer, trace_steps)

@@ -184,8 +184,8 @@ def transform(
                 f"--transform-job-name {plan.name} --region {plan.region}`, and delete "
                 f"{plan.staged} and the model {plan.name}-model-…"
             )
-            with telling_what_is_left("Taking away what was made", left, error):
-                note("Taking away what was made.")
+            with telling_what_is_left("Removing what was made", left, error):
+                note("Removing what was made.")
                 jobs.stop(aws, plan.name, note)
                 jobs.remove(aws, plan)
             raise

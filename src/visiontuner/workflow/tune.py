@@ -270,7 +270,7 @@ def run_search(
     """
     if output and output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserMistake(
-            f"{output} is taken. Choose another --output, or go on with: "
+            f"{output} already exists. Choose another --output, or go on with: "
             f"{next_command('tune', '--resume', output)}"
         )
     folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -440,8 +440,8 @@ class _Run:
     def _tell_that_ray_is_gone(self) -> None:
         self.observer.trials_end()
         self.observer.note(
-            "Error: A process of Ray's was killed, perhaps since memory was full. Nothing that "
-            f"ended is lost. Go on with: {next_command('tune', '--resume', self.folder)}"
+            "Error: A Ray process was killed, perhaps because memory was full. Finished trials "
+            f"are kept. Go on with: {next_command('tune', '--resume', self.folder)}"
         )
 
     def _interrupted_by_disk(self, error: Exception, recorder: Recorder) -> DiskError:
@@ -517,7 +517,7 @@ def _first_error(record: SearchRecord, folder: Path, budget: float | None) -> st
     if not errors:
         more = ("--set", f"{CHANGEABLE}={math.ceil(10 * (budget or 60))}s")
         return (
-            "The search's time was over before any trial finished, and trials begin again. Give it "
-            f"more, or all it takes (null): {next_command('tune', '--resume', folder, *more)}"
+            "The time budget ended before any trial finished, and trials begin again. Raise it, "
+            f"or remove it (null): {next_command('tune', '--resume', folder, *more)}"
         )
     return f"All {len(record.trials)} trials failed. The first said: {errors[0]}"
