@@ -16,11 +16,12 @@ from torch import nn
 
 from visiontuner.cli.main import main
 from visiontuner.cli.search import sparkline
-from visiontuner.errors import TrialFailed
+from visiontuner.errors import SearchInterrupted, TrialFailed
 from visiontuner.experiment.schema import Experiment, Range, Training, default_space
 from visiontuner.training.batches import FeatureBatches
 from visiontuner.training.loop import linear_head
 from visiontuner.training.lr_range import STOP_AT, geometric, range_test, smooth, suggest
+from visiontuner.workflow.lr_find import find_learning_rate
 
 
 def clusters(samples: int = 300, batch_size: int = 32) -> FeatureBatches:
@@ -215,6 +216,18 @@ def test_what_is_printed_to_copy_leaves_the_rest_of_the_default_space_as_it_is(e
     assert list(space) == ["learning_rate", "batch_size"]
     assert space["learning_rate"] != default_space()["learning_rate"]
     assert space["batch_size"] == default_space()["batch_size"]
+
+
+def test_a_stop_says_how_far_it_came_and_that_nothing_is_kept(experiment):
+    def stop(step, steps, rate, loss):
+        if step == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(SearchInterrupted, match=r"^Stopped at step 6 of 60; nothing is kept\.$"):
+        find_learning_rate(
+            Experiment.load(experiment()), output=Path("curve"), steps=60, on_step=stop
+        )
+    assert not Path("curve").exists()
 
 
 def test_the_command_takes_a_network_on_images(experiment):

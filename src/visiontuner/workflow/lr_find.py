@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from visiontuner.errors import UserMistake
+from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.model.network import parameter_groups
 from visiontuner.paths import RANGE_TEST_FILE, RANGE_TESTS_FOLDER
@@ -98,18 +98,31 @@ def find_learning_rate(
     with ExitStack() as stack:
         start = _start(inputs, stack, origin)
         observer.note(f"The learning rate grows from {low:g} to {high:g} in {steps} steps.")
-        curve = range_test(
-            start.network,
-            start.train,
-            experiment.training,
-            num_classes=len(inputs.dataset.class_names),
-            seed=experiment.seed,
-            low=low,
-            high=high,
-            steps=steps,
-            parameter_groups=start.groups,
-            on_step=on_step and (lambda step, rate, loss: on_step(step, steps, rate, loss)),
-        )
+        done = 0
+
+        def step_done(step: int, rate: float, loss: float) -> None:
+            nonlocal done
+            done = step
+            if on_step is not None:
+                on_step(step, steps, rate, loss)
+
+        try:
+            curve = range_test(
+                start.network,
+                start.train,
+                experiment.training,
+                num_classes=len(inputs.dataset.class_names),
+                seed=experiment.seed,
+                low=low,
+                high=high,
+                steps=steps,
+                parameter_groups=start.groups,
+                on_step=step_done,
+            )
+        except KeyboardInterrupt:
+            raise SearchInterrupted(
+                f"Stopped at step {done} of {steps}; nothing is kept."
+            ) from None
         for note in (*curve.notes, *start.take_notes()):
             observer.note(f"warning: {note}.")
     subject = _subject(experiment) + (", begun with a trained head" if start.from_head else "")
