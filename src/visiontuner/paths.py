@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -41,6 +43,29 @@ TEST_LOOKS_FILE = "test_looks.json"  # beside the evaluation, which may not get 
 EVALUATION_REPORT = "report.json"
 EVALUATION_PREDICTIONS = "predictions.npz"
 EVALUATION_CLASSES = "classes.csv"
+
+
+# Variables of this process, and of those that it starts.
+
+
+def set_environment(values: Mapping[str, str | None]) -> None:
+    """Set variables; None: unset."""
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def changed_environment(values: Mapping[str, str | None]) -> Iterator[None]:
+    """Variables for the length of a context; as they were afterwards."""
+    before = {name: os.environ.get(name) for name in values}
+    set_environment(values)
+    try:
+        yield
+    finally:
+        set_environment(before)
 
 
 # Where things are when nobody says: the cache, the tracking store, the searches.

@@ -356,6 +356,11 @@ def _platform(aws: Aws, where: dict[str, str], manifest: dict[str, Any]) -> str 
 # What SageMaker's kinds of machines differ in.
 
 
+def instance_types(aws: Aws, shape: str) -> list[str]:
+    """Those of one of SageMaker's shapes, as far as this boto3 knows them; asks nobody."""
+    return list(aws.client("sagemaker").meta.service_model.shape_for(shape).enum)
+
+
 # As the SageMaker SDK's `volume_size_supported` has them, and all of p6 (EC2's list of instance
 # store volumes). An unknown family counts as one without: SageMaker says then what it refuses.
 _FAMILIES_WITH_DISKS = ("g5", "g6", "g7e", "p5", "p6", "trn1", "trn2")

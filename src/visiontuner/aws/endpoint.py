@@ -36,13 +36,16 @@ from visiontuner.aws.account import (
 )
 from visiontuner.aws.scaling import Scaling, check_scales
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
-from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
+from visiontuner.io.aws import Aws, AwsRefused, encrypt_uploads, explained, lent_to_library
+from visiontuner.paths import changed_environment
 from visiontuner.serving.async_client import open_endpoint
 from visiontuner.serving.client import Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
 from visiontuner.text import hide_variables, next_command, one_line
+
+Note = Callable[[str], None]
 
 # Why an endpoint does not serve: SageMaker's reason, its log, what they usually mean.
 
@@ -71,22 +74,32 @@ def explain_failure(aws: Aws, name: str, described: Mapping[str, Any], what: str
         what: happened, the start of a sentence.
     """
     reason = " ".join(str(described.get("FailureReason") or "").split())
-    log = _last_lines(aws, name)
+    log = _last_lines(
+        aws, f"/aws/sagemaker/Endpoints/{name}", orderBy="LastEventTime", descending=True, limit=1
+    )
     meaning = next((said for sign, said in _CAUSES.items() if sign in f"{reason} {log}"), None)
-    parts = [f"{what}{': ' + reason.rstrip('.') if reason else ''}."]
-    parts += [f"Its log ends with: {log.rstrip('.')}."] if log else []
-    parts += [f"Usually {meaning}."] if meaning else []
-    return " ".join(parts)
+    told = _what_is_known(what, reason, log)
+    return f"{told} Usually {meaning}." if meaning else told
 
 
-def _last_lines(aws: Aws, name: str) -> str:
-    """Of the endpoint's newest log; empty if there is none or it may not be read."""
-    group = f"/aws/sagemaker/Endpoints/{name}"
+def explain_failed_job(aws: Aws, name: str, described: Mapping[str, Any]) -> str:
+    """The same of a transform job, without what to do."""
+    reason = " ".join(str(described.get("FailureReason") or "").split())
+    log = _last_lines(aws, "/aws/sagemaker/TransformJobs", logStreamNamePrefix=f"{name}/")
+    return _what_is_known(f"{name} is {described['TransformJobStatus']}", reason, log)
+
+
+def _what_is_known(what: str, reason: str, log: str) -> str:
+    end = f" Its log ends with: {log.rstrip('.')}." if log else ""
+    return f"{what}{': ' + reason.rstrip('.') if reason else ''}.{end}"
+
+
+def _last_lines(aws: Aws, group: str, **which: Any) -> str:
+    """Of the first log stream that is found; empty if there is none or it may not be read."""
     try:
-        streams = aws.call(
-            "logs", "describe_log_streams", logGroupName=group, orderBy="LastEventTime",
-            descending=True, limit=1,
-        )["logStreams"]  # fmt: skip
+        streams = aws.call("logs", "describe_log_streams", logGroupName=group, **which)[
+            "logStreams"
+        ]
         if not streams:
             return ""
         events = aws.call(
@@ -110,12 +123,6 @@ _REBUILD = "docker buildx build --platform linux/amd64 --provenance=false --outp
 def mlflows_bucket(aws: Aws) -> str:
     """The bucket that MLflow uploads to if none is named."""
     return f"mlflow-sagemaker-{aws.region}-{aws.account}"
-
-
-def instance_types(aws: Aws) -> list[str]:
-    """Those of endpoints, as far as this boto3 knows them; asks nobody."""
-    model = aws.client("sagemaker").meta.service_model
-    return list(model.shape_for("ProductionVariantInstanceType").enum)
 
 
 def find_container_image(aws: Aws, wanted: str | None) -> ContainerImage:
@@ -196,27 +203,18 @@ _NOT_SERVERLESS = {
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DeploymentPlan:
-    """One deployment.
+class ModelPlan:
+    """A model that MLflow gives to SageMaker: what an endpoint and a transform job have alike.
 
     Args:
-        name: of the endpoint.
+        name: of the endpoint or the job.
         model_uri: `models:/NAME/VERSION` or a model folder.
-        newer_model: NAME/VERSION of one that is newer than the champion, which is deployed.
         bucket: the model's archive is uploaded there; it is made first if `bucket_exists` is not.
-        variant: the name of the endpoint's production variant.
-        instance_type: None for a serverless endpoint.
-        serverless_mb: its memory; None for instances.
         more: further dictionaries that MLflow takes: data_capture_config, vpc_config,
             async_inference_config.
-        kms_key: encrypts the upload and the disks that SageMaker attaches; what is captured and
-            answered on S3 names it in `more`.
-        startup_seconds: how long a container may take to answer pings; None: SageMaker's default.
-        scaling: between how many instances AWS scales; None: as it is.
-        unscaled: AWS scales it no more.
+        kms_key: encrypts the upload and the disks that SageMaker attaches.
         environment: more variables for the container.
-        tags: of the endpoint and its model; their values are what AWS allows.
-        price_per_hour: US dollars for all instances; None: not known.
+        tags: of the endpoint or the job and its model; their values are what AWS allows.
     """
 
     name: str
@@ -228,19 +226,54 @@ class DeploymentPlan:
     container_image: ContainerImage
     bucket: str
     bucket_exists: bool = True
-    variant: str = DEFAULT_VARIANT
-    instance_type: str | None = DEFAULT_INSTANCE
     instances: int = 1
-    serverless_mb: int | None = None
-    serverless_concurrency: int = 5
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     kms_key: str | None = None
-    startup_seconds: int | None = None
-    scaling: Scaling | None = None
-    unscaled: bool = False
     environment: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
     assume_role: str | None = None
+
+    def complete(self, session: Any) -> None:
+        """Add to a botocore session what MLflow has no words for."""
+        encrypt_uploads(session, self.bucket, self.kms_key)
+
+    def network_lines(self) -> list[str]:
+        """Its VPC for a person, if it has one."""
+        if VPC not in self.more:
+            return []
+        network = self.more[VPC]
+        groups = ", ".join(network["SecurityGroupIds"])
+        return [f"network    {', '.join(network['Subnets'])} ({groups})"]
+
+    def make_bucket(self, aws: Aws, note: Note) -> None:
+        """Where it is missing."""
+        if not self.bucket_exists:
+            make_bucket(aws, self.bucket)
+            note(f"Made the bucket {self.bucket}.")
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class DeploymentPlan(ModelPlan):
+    """One deployment.
+
+    Args:
+        newer_model: NAME/VERSION of one that is newer than the champion, which is deployed.
+        variant: the name of the endpoint's production variant.
+        instance_type: None for a serverless endpoint.
+        serverless_mb: its memory; None for instances.
+        startup_seconds: how long a container may take to answer pings; None: SageMaker's default.
+        scaling: between how many instances AWS scales; None: as it is.
+        unscaled: AWS scales it no more.
+        price_per_hour: US dollars for all instances; None: not known.
+    """
+
+    variant: str = DEFAULT_VARIANT
+    instance_type: str | None = DEFAULT_INSTANCE
+    serverless_mb: int | None = None
+    serverless_concurrency: int = 5
+    startup_seconds: int | None = None
+    scaling: Scaling | None = None
+    unscaled: bool = False
     price_per_hour: float | None = None
     newer_model: str | None = None
     timeout_seconds: int = 1800
@@ -293,13 +326,8 @@ class DeploymentPlan:
             if self.startup_seconds is not None:
                 params["ProductionVariants"][0][STARTUP] = self.startup_seconds
 
-        def upload(params: dict[str, Any], **_: Any) -> None:
-            if self.kms_key and params.get("Bucket") == self.bucket:
-                params |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key}
-
+        super().complete(session)
         session.register("before-parameter-build.sagemaker.CreateEndpointConfig", config)
-        for method in ("PutObject", "CreateMultipartUpload"):
-            session.register(f"before-parameter-build.s3.{method}", upload)
 
     def config(self) -> dict[str, str]:
         """MLflow's `-C` values; MLflow reads the same texts from Python."""
@@ -378,10 +406,7 @@ class DeploymentPlan:
             lines.append(f"scales     {self.scaling.words(is_async=self.is_async)}")
         if CAPTURE in self.more:
             lines.append(f"captures   requests in {self.more[CAPTURE]['DestinationS3Uri']}")
-        if VPC in self.more:
-            network = self.more[VPC]
-            groups = ", ".join(network["SecurityGroupIds"])
-            lines.append(f"network    {', '.join(network['Subnets'])} ({groups})")
+        lines += self.network_lines()
         if self.kms_key:
             disks = ", the disks" if self.disk_key else ""
             lines.append(f"encrypted  the upload{disks} and what is written to S3, {self.kms_key}")
@@ -632,8 +657,7 @@ def endpoint_tags(aws: Aws, name: str) -> dict[str, str]:
 def tags_of(aws: Aws, arn: str) -> dict[str, str]:
     """Empty if the resource has gone meanwhile."""
     try:
-        pages = aws.pages("sagemaker", "list_tags", "Tags", ResourceArn=arn)
-        return {tag["Key"]: tag["Value"] for tag in pages}
+        return aws.tags(arn)
     except AwsRefused as error:
         if error.is_missing:
             return {}
@@ -705,8 +729,6 @@ def _model_of(archive: str) -> str:
 
 # The states of an endpoint: wait for one, delete, compare its answers.
 
-
-Note = Callable[[str], None]
 
 IN_PROGRESS = ("Creating", "Updating", "SystemUpdating", "RollingBack", "Deleting")
 _FIRST_POLL_SECONDS, _LONGEST_POLL_SECONDS = 0.5, 10.0
@@ -1197,7 +1219,7 @@ def create(
     """
     check_free(aws, plan.name)
     before = Parts.find(aws, plan.name, plan.bucket)
-    _make_bucket(aws, plan, note)
+    plan.make_bucket(aws, note)
     try:
         note(f"Uploading {plan.model_uri} and creating {plan.name}; this takes minutes.")
         _ask_mlflow(aws, "create_deployment", plan, tracking_uri)
@@ -1234,7 +1256,7 @@ def update(
     ]
     before = Parts.find(aws, plan.name, plan.bucket)
     old = Parts.of_config(aws, old_config).named_after(plan.name)
-    _make_bucket(aws, plan, note)
+    plan.make_bucket(aws, note)
     taken = _stop_scaling(aws, plan, old_config, note)
     try:
         note(
@@ -1297,55 +1319,63 @@ def _scale_again(
     _scale(aws, plan, note)
 
 
-def _make_bucket(aws: Aws, plan: DeploymentPlan, note: Note) -> None:
-    if not plan.bucket_exists:
-        make_bucket(aws, plan.bucket)
-        note(f"Made the bucket {plan.bucket}.")
-
-
 def _ask_mlflow(aws: Aws, method: str, plan: DeploymentPlan, tracking_uri: str) -> None:
     """MLflow's deployment client starts it; the waiting is ours."""
     import mlflow.deployments
 
     config = plan.config() | {"synchronous": "False", "archive": "True"}
-    with (
-        lent_to_library(aws, plan.bucket, also=plan.complete),
-        mlflows_environment(plan.region),
-        quiet(),
-        fluent_uris(tracking_uri),
-        explained("deploy"),
-    ):
-        try:
-            client = mlflow.deployments.get_deploy_client(plan.target)  # type: ignore[no-untyped-call]
-            getattr(client, method)(plan.name, model_uri=plan.model_uri, config=config)
-        except MlflowException as error:
-            text = one_line(error, 400)
-            raise ServingError(f"MLflow could not deploy {plan.model_uri}: {text}") from error
+    with through_mlflow(aws, plan, "deploy", plan.model_uri, tracking_uri=tracking_uri):
+        client = mlflow.deployments.get_deploy_client(plan.target)  # type: ignore[no-untyped-call]
+        getattr(client, method)(plan.name, model_uri=plan.model_uri, config=config)
 
 
 @contextmanager
-def mlflows_environment(region: str) -> Iterator[None]:
+def through_mlflow(
+    aws: Aws,
+    plan: ModelPlan,
+    doing: str,
+    what: str,
+    *,
+    tracking_uri: str,
+    asking: str | None = None,
+) -> Iterator[None]:
+    """Let MLflow work with this account and MLflow store, and with all of a plan.
+
+    Args:
+        doing, what: for a failure of MLflow's, as `deploy` and the model.
+        asking: for one of AWS's; `doing` if None.
+
+    Raises:
+        ServingError: MLflow or AWS refuses.
+    """
+    with (
+        lent_to_library(aws, plan.bucket, also=plan.complete),
+        _mlflows_environment(plan.region),
+        quiet(),
+        fluent_uris(tracking_uri),
+        explained(asking or doing),
+    ):
+        try:
+            yield
+        except MlflowException as error:
+            raise ServingError(
+                f"MLflow could not {doing} {what}: {one_line(error, 400)}"
+            ) from error
+
+
+@contextmanager
+def _mlflows_environment(region: str) -> Iterator[None]:
     """MLflow's own session is of the region of AWS's settings, and it copies proxies in lower case,
     with their passwords, to the container; boto3 reads those in upper case too."""
-    changed = {"AWS_DEFAULT_REGION": region}
+    changed: dict[str, str | None] = {"AWS_DEFAULT_REGION": region}
     for name in ("http_proxy", "https_proxy", "no_proxy"):
         if name in os.environ:
-            changed |= {name: "", name.upper(): os.environ.get(name.upper()) or os.environ[name]}
-    before = {name: os.environ.get(name) for name in changed}
-    _set_environment(changed)
-    try:
+            changed |= {
+                name: None,
+                name.upper(): os.environ.get(name.upper()) or os.environ[name] or None,
+            }
+    with changed_environment(changed):
         yield
-    finally:
-        _set_environment(before)
-
-
-def _set_environment(values: Mapping[str, str | None]) -> None:
-    """Empty and None: not set."""
-    for name, value in values.items():
-        if value:
-            os.environ[name] = value
-        else:
-            os.environ.pop(name, None)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from visiontuner.aws.request import (
     write_source,
 )
 from visiontuner.errors import DataError, JobFailed, JournalError, ServingError, UserMistake
-from visiontuner.io.aws import Aws, AwsRefused
+from visiontuner.io.aws import Aws, AwsRefused, encryption
 from visiontuner.io.download import extract
 from visiontuner.io.files import temporary_folder
 from visiontuner.io.s3 import (
@@ -60,10 +60,9 @@ def put(aws: Aws, uri: str, content: bytes, *, kms_key: str | None = None) -> No
         ServingError: S3 stays away, or refuses for another reason.
     """
     bucket, key = split_uri(uri)
-    encrypted = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
 
     def write(client: Any) -> None:
-        client.put_object(Bucket=bucket, Key=key, Body=content, **encrypted)
+        client.put_object(Bucket=bucket, Key=key, Body=content, **encryption(kms_key))
 
     _patiently(aws, bucket, "write to", write)
 
@@ -315,10 +314,7 @@ def _described(aws: Aws, name: str) -> dict[str, Any]:
 
 
 def _job(aws: Aws, told: dict[str, Any]) -> Job:
-    tags = {
-        tag["Key"]: tag["Value"]
-        for tag in aws.pages("sagemaker", "list_tags", "Tags", ResourceArn=told["TrainingJobArn"])
-    }
+    tags = aws.tags(told["TrainingJobArn"])
     resources = told.get("ResourceConfig") or {}
     limits = told.get("StoppingCondition") or {}
     instances = int(resources.get("InstanceCount") or 1)
@@ -494,7 +490,6 @@ def submitted_with(aws: Aws, job: Job) -> Submitted:
     """A job's request, as far as a user can choose it."""
     told = aws.call("sagemaker", "describe_training_job", TrainingJobName=job.name)
     network = told.get("VpcConfig") or {}
-    listed = aws.pages("sagemaker", "list_tags", "Tags", ResourceArn=told["TrainingJobArn"])
     return Submitted(
         role=told["RoleArn"],
         max_run_seconds=told["StoppingCondition"]["MaxRuntimeInSeconds"],
@@ -505,9 +500,9 @@ def submitted_with(aws: Aws, job: Job) -> Submitted:
         encrypt_traffic=bool(told.get("EnableInterContainerTrafficEncryption")),
         variables=told.get("Environment") or {},
         tags={
-            tag["Key"]: tag["Value"]
-            for tag in listed
-            if tag["Key"] not in (SEARCH_TAG, PRICE_TAG) and not tag["Key"].startswith(_AWSS_OWN)
+            key: value
+            for key, value in aws.tags(told["TrainingJobArn"]).items()
+            if key not in (SEARCH_TAG, PRICE_TAG) and not key.startswith(_AWSS_OWN)
         },
     )
 

@@ -43,7 +43,7 @@ from visiontuner.errors import JobFailed, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
 from visiontuner.io.download import is_archive_name
-from visiontuner.paths import split_uri
+from visiontuner.paths import changed_environment, split_uri
 from visiontuner.text import hide_variables, one_line, without_secrets
 
 # What a job costs: at most, so far, and for each trial.
@@ -997,17 +997,11 @@ def _validate(boto: Any, params: dict[str, Any]) -> None:
 @contextmanager
 def _sdk_settings() -> Iterator[None]:
     """The SDK quiet, and as our checks need it."""
-    before = {name: os.environ.get(name) for name in _SDK}
     logger = logging.getLogger("sagemaker")
     level = logger.level
-    os.environ.update(_SDK)
     logger.setLevel(logging.ERROR)
     try:
-        yield
+        with changed_environment(_SDK):
+            yield
     finally:
         logger.setLevel(level)
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

@@ -8,18 +8,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mlflow.exceptions import MlflowException
-
 from visiontuner import interrupts
-from visiontuner.aws.account import ContainerImage, check_variables, has_own_disk, make_bucket
-from visiontuner.aws.endpoint import Note, Parts, mlflows_environment, poll
+from visiontuner.aws.account import check_variables, has_own_disk
+from visiontuner.aws.endpoint import (
+    VPC,
+    ModelPlan,
+    Note,
+    Parts,
+    explain_failed_job,
+    poll,
+    through_mlflow,
+)
 from visiontuner.data.images import image_extensions
 from visiontuner.errors import BadImageError, ServingError, UserMistake
-from visiontuner.io.aws import Aws, AwsRefused, explained, lent_to_library
+from visiontuner.io.aws import Aws, AwsRefused, encryption
 from visiontuner.io.s3 import RemoteFile, connect, list_files, read
 from visiontuner.io.s3 import explained as s3_explained
 from visiontuner.paths import split_folder, split_uri
@@ -33,9 +39,8 @@ from visiontuner.serving.client import (
     decode_answers,
     encode_request,
 )
-from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
-from visiontuner.text import hide_variables, one_line
+from visiontuner.text import hide_variables
 
 PREFIX = "visiontuner/transform"
 """The folder in the bucket where requests and raw answers lie until the job has ended."""
@@ -49,49 +54,29 @@ _ENVIRONMENT_MOST = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformPlan:
-    """One batch transform job.
+class TransformPlan(ModelPlan):
+    """One batch transform job; in the bucket lie the requests and the raw answers, too.
 
     Args:
-        name: of the job.
         source: `s3://…/`, the folder of the images.
         output: `s3://…`, where the answers will be, one line an image.
         images: what lies there, by the keys below it.
         others: how many objects there are no images by their names.
-        bucket: for the model, the requests and the raw answers; made first if it is not there.
-        more: `vpc_config`, if there is one, as MLflow takes it.
-        variables: of the container, beside ours.
-        tags: of the job and its model.
         price_per_hour: US dollars for one instance; None: not known.
     """
 
-    name: str
-    model_uri: str
     source: str
     output: str
     images: Sequence[RemoteFile]
     others: int
-    region: str
-    account: str
-    caller: str
-    role: str
-    container_image: ContainerImage
-    bucket: str
-    bucket_exists: bool
     instance_type: str
-    instances: int
     options: Options
-    more: Mapping[str, Any] = field(default_factory=dict)
-    kms_key: str | None = None
-    variables: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
-    assume_role: str | None = None
     price_per_hour: float | None = None
 
     def __post_init__(self) -> None:
-        check_variables(self.variables, longest=_ENVIRONMENT_LENGTH)
+        check_variables(self.environment, longest=_ENVIRONMENT_LENGTH)
         most = _ENVIRONMENT_MOST - len(QUIET)
-        if len(self.variables) > most:
+        if len(self.environment) > most:
             raise UserMistake(f"--env: a transform job takes {most} variables, beside ours.")
 
     @property
@@ -102,28 +87,21 @@ class TransformPlan:
     def complete(self, session: Any) -> None:
         """Add to a botocore session what MLflow has no words for."""
 
+        def tag(params: dict[str, Any], **_: Any) -> None:
+            own = [{"Key": key, "Value": value} for key, value in self.tags.items()]
+            params["Tags"] = [*params.get("Tags", ()), *own]
+
         def job(params: dict[str, Any], **_: Any) -> None:
-            params["Environment"] = {**QUIET, **self.variables}
-            params["Tags"] = [*params.get("Tags", ()), *self._tags()]
+            params["Environment"] = {**QUIET, **self.environment}
             if self.kms_key:
                 params["TransformOutput"]["KmsKeyId"] = self.kms_key
                 if not has_own_disk(self.instance_type):
                     params["TransformResources"]["VolumeKmsKeyId"] = self.kms_key
 
-        def model(params: dict[str, Any], **_: Any) -> None:
-            params["Tags"] = [*params.get("Tags", ()), *self._tags()]
-
-        def upload(params: dict[str, Any], **_: Any) -> None:
-            if self.kms_key and params.get("Bucket") == self.bucket:
-                params |= {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self.kms_key}
-
+        super().complete(session)
         session.register("before-parameter-build.sagemaker.CreateTransformJob", job)
-        session.register("before-parameter-build.sagemaker.CreateModel", model)
-        for method in ("PutObject", "CreateMultipartUpload"):
-            session.register(f"before-parameter-build.s3.{method}", upload)
-
-    def _tags(self) -> list[dict[str, str]]:
-        return [{"Key": key, "Value": value} for key, value in self.tags.items()]
+        for made in ("CreateTransformJob", "CreateModel"):
+            session.register(f"before-parameter-build.sagemaker.{made}", tag)
 
     def cost(self, seconds: float) -> float | None:
         """US dollars for so long on all instances."""
@@ -152,14 +130,11 @@ class TransformPlan:
             f"container  {self.container_image.url} ({self.container_image.digest[:19]}…)",
             f"staged in  {self.staged}{made}, through this machine, and removed",
         ]
-        if "vpc_config" in self.more:
-            network = self.more["vpc_config"]
-            groups = ", ".join(network["SecurityGroupIds"])
-            lines.append(f"network    {', '.join(network['Subnets'])} ({groups})")
+        lines += self.network_lines()
         if self.kms_key:
             lines.append(f"encrypted  what is staged and the disks, {self.kms_key}")
-        if self.variables:
-            shown = hide_variables(self.variables).items()
+        if self.environment:
+            shown = hide_variables(self.environment).items()
             lines.append(f"variables  {', '.join(f'{key}={value}' for key, value in shown)}")
         return lines
 
@@ -168,12 +143,6 @@ def job_name(model: str, now: float | None = None) -> str:
     """Short enough for MLflow to name a model after it whole."""
     plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[:16].strip("-") or "visiontuner"
     return f"{plain}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
-
-
-def instance_types(aws: Aws) -> list[str]:
-    """Those of transform jobs, as far as this boto3 knows them; asks nobody."""
-    model = aws.client("sagemaker").meta.service_model
-    return list(model.shape_for("TransformInstanceType").enum)
 
 
 def find_images(aws: Aws, source: str) -> tuple[list[RemoteFile], int]:
@@ -221,9 +190,10 @@ def stage(aws: Aws, plan: TransformPlan, progress: Callable[[int, int], None]) -
     bucket, prefix = split_folder(plan.staged)
     reading = connect(aws.session, aws.region)
     writing = connect(aws.session, aws.region, owner=aws.account)
-    put = partial(writing.put_object, Bucket=bucket, ContentType="application/json")
-    if plan.kms_key:
-        put = partial(put, ServerSideEncryption="aws:kms", SSEKMSKeyId=plan.kms_key)
+    put = partial(
+        writing.put_object, Bucket=bucket, ContentType="application/json",
+        **encryption(plan.kms_key),
+    )  # fmt: skip
     staged: list[Staged] = []
     done = 0
     pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="transform")
@@ -296,38 +266,31 @@ def start(aws: Aws, plan: TransformPlan, *, tracking_uri: str) -> None:
     """
     import mlflow.sagemaker
 
-    with (
-        lent_to_library(aws, plan.bucket, also=plan.complete),
-        mlflows_environment(plan.region),
-        quiet(),
-        fluent_uris(tracking_uri),
-        explained("create the transform job"),
-    ):
-        try:
-            mlflow.sagemaker.deploy_transform_job(  # type: ignore[no-untyped-call]
-                plan.name,
-                plan.model_uri,
-                s3_input_data_type="S3Prefix",
-                s3_input_uri=f"{plan.staged}requests/",
-                content_type="application/json",
-                s3_output_path=f"{plan.staged}answers",
-                split_type="None",
-                accept="application/json",
-                assemble_with="None",
-                execution_role_arn=plan.role,
-                assume_role_arn=plan.assume_role,
-                bucket=plan.bucket,
-                image_url=plan.container_image.url,
-                region_name=plan.region,
-                instance_type=plan.instance_type,
-                instance_count=plan.instances,
-                vpc_config=plan.more.get("vpc_config"),
-                archive=True,
-                synchronous=False,
-            )
-        except MlflowException as error:
-            text = one_line(error, 400)
-            raise ServingError(f"MLflow could not transform {plan.source}: {text}") from error
+    with through_mlflow(
+        aws, plan, "transform", plan.source, tracking_uri=tracking_uri,
+        asking="create the transform job",
+    ):  # fmt: skip
+        mlflow.sagemaker.deploy_transform_job(  # type: ignore[no-untyped-call]
+            plan.name,
+            plan.model_uri,
+            s3_input_data_type="S3Prefix",
+            s3_input_uri=f"{plan.staged}requests/",
+            content_type="application/json",
+            s3_output_path=f"{plan.staged}answers",
+            split_type="None",
+            accept="application/json",
+            assemble_with="None",
+            execution_role_arn=plan.role,
+            assume_role_arn=plan.assume_role,
+            bucket=plan.bucket,
+            image_url=plan.container_image.url,
+            region_name=plan.region,
+            instance_type=plan.instance_type,
+            instance_count=plan.instances,
+            vpc_config=plan.more.get(VPC),
+            archive=True,
+            synchronous=False,
+        )
 
 
 def follow(aws: Aws, plan: TransformPlan, note: Note) -> float:
@@ -356,31 +319,11 @@ def paid_seconds(described: Mapping[str, Any]) -> float:
 
 
 def _explained(aws: Aws, plan: TransformPlan, described: Mapping[str, Any]) -> str:
-    reason = " ".join(str(described.get("FailureReason") or "").split()).rstrip(".")
-    log = _last_lines(aws, plan.name)
     spent = plan.cost(paid_seconds(described))
-    parts = [f"{plan.name} is {described['TransformJobStatus']}{': ' + reason if reason else ''}."]
-    parts += [f"Its log ends with: {log.rstrip('.')}."] if log else []
+    parts = [explain_failed_job(aws, plan.name, described)]
     parts += [f"It has cost about ${spent:,.2f}."] if spent else []
     parts.append("`visiontuner preflight MODEL` shows whether the model can be served.")
     return " ".join(parts)
-
-
-def _last_lines(aws: Aws, name: str) -> str:
-    group = "/aws/sagemaker/TransformJobs"
-    try:
-        streams = aws.call(
-            "logs", "describe_log_streams", logGroupName=group, logStreamNamePrefix=f"{name}/"
-        )["logStreams"]
-        if not streams:
-            return ""
-        events = aws.call(
-            "logs", "get_log_events", logGroupName=group,
-            logStreamName=streams[0]["logStreamName"], limit=5,
-        )["events"]  # fmt: skip
-    except ServingError:
-        return ""
-    return " ".join(" ".join(event["message"].split()) for event in events)[-300:]
 
 
 def stop(aws: Aws, name: str, note: Note) -> None:
@@ -480,10 +423,3 @@ def require_output(aws: Aws, uri: str) -> None:
     bucket, _ = split_uri(uri)
     with s3_explained(bucket, "write to"):
         connect(aws.session, aws.region).head_bucket(Bucket=bucket)
-
-
-def make_staging(aws: Aws, plan: TransformPlan, note: Note) -> None:
-    """The bucket, where it is missing."""
-    if not plan.bucket_exists:
-        make_bucket(aws, plan.bucket)
-        note(f"Made the bucket {plan.bucket}.")

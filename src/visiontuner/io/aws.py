@@ -154,6 +154,11 @@ class Aws:
             for page in self.client(service).get_paginator(method).paginate(**kwargs):
                 yield from page.get(key, ())
 
+    def tags(self, arn: str) -> dict[str, str]:
+        """Of one of SageMaker's resources; raises as `call`."""
+        pages = self.pages("sagemaker", "list_tags", "Tags", ResourceArn=arn)
+        return {tag["Key"]: tag["Value"] for tag in pages}
+
     def client(self, service: str, region: str | None = None, *, patient: bool = True) -> Any:
         """boto3's, one for each service; who is not patient asks once and not for long."""
 
@@ -199,6 +204,22 @@ def require_owner(client_or_events: Any, account: str, bucket: str | None = None
             params["ExpectedBucketOwner"] = account
 
     client_or_events.register("before-parameter-build.s3", name_owner)
+
+
+def encryption(kms_key: str | None) -> dict[str, str]:
+    """What a request to S3 says of a key that encrypts the object; None: the bucket's setting."""
+    return {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
+
+
+def encrypt_uploads(session: Any, bucket: str, kms_key: str | None) -> None:
+    """Let a botocore session encrypt what it uploads to a bucket."""
+
+    def encrypt(params: dict[str, Any], **_: Any) -> None:
+        if params.get("Bucket") == bucket:
+            params |= encryption(kms_key)
+
+    for method in ("PutObject", "CreateMultipartUpload"):
+        session.register(f"before-parameter-build.s3.{method}", encrypt)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from s3transfer.subscribers import BaseSubscriber
 
 from visiontuner import interrupts
 from visiontuner.errors import DataError, DownloadError, ServingError
-from visiontuner.io.aws import AwsRefused, is_busy, require_owner
+from visiontuner.io.aws import AwsRefused, encryption, is_busy, require_owner
 from visiontuner.io.aws import explained as aws_explained
 from visiontuner.io.download import explain_write
 from visiontuner.io.files import file_digest, file_state, is_no_data, write_cached_json, write_json
@@ -616,9 +616,7 @@ class _Upload:
         self.client = client
         self._bucket = bucket
         self._transfers = transfers
-        self._encrypted = (
-            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": kms_key} if kms_key else {}
-        )
+        self._encrypted = encryption(kms_key)
         self._large = threading.BoundedSemaphore(LARGE_AT_ONCE)
 
     def bring(self, path: Path, key: str, there: RemoteFile | None) -> int | None:

@@ -26,6 +26,7 @@ import psutil
 from visiontuner import interrupts
 from visiontuner.errors import ExperimentError, SearchFailed, UserMistake
 from visiontuner.experiment.schema import Search
+from visiontuner.paths import changed_environment
 from visiontuner.text import one_line
 from visiontuner.workarounds.ray import (
     no_runtime_environments,
@@ -149,7 +150,7 @@ class RayForSearch:
         if self.joins and _is_ours(_require_cluster(os.environ.get("RAY_ADDRESS", ""))):
             wanted["RAY_AUTH_MODE"] = "token"
         added = {name: value for name, value in wanted.items() if name not in os.environ}
-        running.enter_context(_environment(added))
+        running.enter_context(changed_environment(added))
         import ray
 
         running.enter_context(no_runtime_environments())
@@ -190,21 +191,6 @@ class RayForSearch:
             )
         running.callback(_shut_down)
         running.enter_context(_watched(folder.parent, self._on_loss))
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables of this process, and of those that it starts, as they were afterwards."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
@@ -255,7 +241,7 @@ def _only_for_this_process() -> Iterator[None]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
     }
     try:
-        with _environment(own), ray_constant("ENABLE_RAY_CLUSTER", False):
+        with changed_environment(own), ray_constant("ENABLE_RAY_CLUSTER", False):
             read_token_settings_again()
             yield
     finally:

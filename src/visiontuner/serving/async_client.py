@@ -16,7 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from visiontuner import interrupts
 from visiontuner.errors import ServingError
-from visiontuner.io.aws import default_region, explained, is_busy, require_owner
+from visiontuner.io.aws import default_region, encryption, explained, is_busy, require_owner
 from visiontuner.paths import split_uri
 from visiontuner.serving.answers import Answer, Options
 from visiontuner.serving.client import (
@@ -131,14 +131,10 @@ class AsyncTransport:
 
     def _put(self, uri: str, body: bytes) -> None:
         bucket, key = split_uri(uri)
-        encrypted = (
-            {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self._kms_key}
-            if self._kms_key
-            else {}
-        )
         self._s3.put_object(
-            Bucket=bucket, Key=key, Body=body, ContentType="application/json", **encrypted
-        )
+            Bucket=bucket, Key=key, Body=body, ContentType="application/json",
+            **encryption(self._kms_key),
+        )  # fmt: skip
 
     def _invoke(self, request: str) -> dict[str, Any]:
         try:

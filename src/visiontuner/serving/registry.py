@@ -36,7 +36,7 @@ from visiontuner.errors import ClassifierError, TrackingError, UserMistake
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, packaged_trial
 from visiontuner.model.classifier import reference_entries
-from visiontuner.paths import CLASSIFIER_FOLDER
+from visiontuner.paths import CLASSIFIER_FOLDER, set_environment
 from visiontuner.text import next_command, one_line
 from visiontuner.workarounds.mlflow import requirements_taken_on_trust
 
@@ -478,11 +478,7 @@ def fluent_uris(tracking_uri: str) -> Iterator[None]:
     finally:
         mlflow.set_tracking_uri(after[0])
         mlflow.set_registry_uri(after[1])
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        set_environment(environment)
 
 
 @contextmanager

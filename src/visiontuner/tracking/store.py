@@ -31,6 +31,7 @@ from visiontuner.data.labels import is_table_name
 from visiontuner.errors import TrackingError
 from visiontuner.io.files import encode_json
 from visiontuner.journal import Finding
+from visiontuner.paths import set_environment
 from visiontuner.text import one_line, shell_word, without_secrets
 from visiontuner.tracking.plan import SEARCH_ID, Point, ProjectRun
 
@@ -383,11 +384,7 @@ def _set_timeout() -> None:
 
 
 def _restore() -> None:
-    for name, value in _saved.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+    set_environment(_saved)
     for name in _NOISY_LOGGERS:
         logging.getLogger(name).removeFilter(_is_important)
 

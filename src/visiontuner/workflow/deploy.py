@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from visiontuner import interrupts
 from visiontuner.aws import endpoint
-from visiontuner.aws import endpoint as endpoint_removal
 from visiontuner.aws.account import (
     find_bucket,
     find_role,
     hourly_price,
+    instance_types,
     refuse_small_quotas,
     require_bucket,
 )
@@ -22,6 +22,9 @@ from visiontuner.aws.endpoint import (
     ASYNC,
     CAPTURE,
     DEFAULT_INSTANCE,
+    IMAGE_TAG,
+    PRICE_TAG,
+    TTL_TAG,
     VPC,
     DeploymentPlan,
     answer_on_s3,
@@ -33,7 +36,6 @@ from visiontuner.aws.endpoint import (
     find_container_image,
     find_running,
     in_network,
-    instance_types,
     list_endpoints,
     make_tags,
     mlflows_bucket,
@@ -68,29 +70,22 @@ _LINEAGE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeployOptions:
-    """What a user may choose; None: found, or a default.
+class ServingOptions:
+    """What a user may choose of an endpoint or a transform job; None: found, or a default.
 
     Args:
         role: name or ARN of the execution role.
         image: URL of the serving image in ECR.
         assume_role: ARN of a role to act as, of another account say.
+        bucket: for what is uploaded; by default MLflow's of this account.
         instances: how many; None: one.
-        serverless_mb: memory of a serverless endpoint; None: instances.
-        autoscale: `1:4`, the fewest and the most instances, or `1:4:300` with the requests to an
-            instance in a minute; for an update `off`, too.
-        async_output: `s3://BUCKET/FOLDER`, where an asynchronous endpoint answers.
-        data_capture: `s3://BUCKET/FOLDER`, where requests and answers are kept.
         subnets, security_groups: of a VPC.
         kms_key: encrypts the upload, the disks, and what is written to S3.
-        startup_seconds: how long a container may take to start.
-        tags: of the endpoint and its model, beside ours.
-        ttl: how long the endpoint is meant to live, as `8h`; a tag, nothing deletes it by itself.
+        tags: of what is made and its model, beside ours.
         price: US dollars for an hour of one instance.
         environment: more variables for the container.
     """
 
-    name: str | None = None
     region: str | None = None
     assume_role: str | None = None
     role: str | None = None
@@ -98,19 +93,46 @@ class DeployOptions:
     bucket: str | None = None
     instance_type: str | None = None
     instances: int | None = None
+    subnets: tuple[str, ...] = ()
+    security_groups: tuple[str, ...] = ()
+    kms_key: str | None = None
+    tags: Mapping[str, str] = field(default_factory=dict)
+    price: float | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def more(self) -> dict[str, dict[str, Any]]:
+        """What MLflow takes as dictionaries.
+
+        Raises:
+            UserMistake: one of them breaks a rule.
+        """
+        if not self.subnets and not self.security_groups:
+            return {}
+        return {VPC: in_network(self.subnets, self.security_groups)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeployOptions(ServingOptions):
+    """What a user may choose of an endpoint.
+
+    Args:
+        serverless_mb: memory of a serverless endpoint; None: instances.
+        autoscale: `1:4`, the fewest and the most instances, or `1:4:300` with the requests to an
+            instance in a minute; for an update `off`, too.
+        async_output: `s3://BUCKET/FOLDER`, where an asynchronous endpoint answers.
+        data_capture: `s3://BUCKET/FOLDER`, where requests and answers are kept.
+        startup_seconds: how long a container may take to start.
+        ttl: how long the endpoint is meant to live, as `8h`; a tag, nothing deletes it by itself.
+    """
+
+    name: str | None = None
     serverless_mb: int | None = None
     autoscale: str | None = None
     async_output: str | None = None
     data_capture: str | None = None
-    subnets: tuple[str, ...] = ()
-    security_groups: tuple[str, ...] = ()
-    kms_key: str | None = None
     startup_seconds: int | None = None
-    tags: Mapping[str, str] = field(default_factory=dict)
     ttl: str | None = None
-    price: float | None = None
     timeout_seconds: int = 1800
-    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def scaling(self) -> Scaling | None:
@@ -120,19 +142,13 @@ class DeployOptions:
         return Scaling.parse(str(self.autoscale))
 
     def more(self) -> dict[str, dict[str, Any]]:
-        """What MLflow takes as dictionaries.
-
-        Raises:
-            UserMistake: one of them breaks a rule.
-        """
+        """As `ServingOptions.more`, with what is captured and answered on S3."""
         more = {}
         if self.data_capture:
             more[CAPTURE] = capture_everything(self.data_capture, self.kms_key)
         if self.async_output:
             more[ASYNC] = answer_on_s3(self.async_output, self.kms_key)
-        if self.subnets or self.security_groups:
-            more[VPC] = in_network(self.subnets, self.security_groups)
-        return more
+        return more | super().more()
 
 
 def plan_deployment(
@@ -155,7 +171,8 @@ def plan_deployment(
     _check_choices(options)
     aws = Aws(options.region, options.assume_role)
     if options.instance_type:
-        check_instance_type(options.instance_type, instance_types(aws))
+        known = instance_types(aws, "ProductionVariantInstanceType")
+        check_instance_type(options.instance_type, known)
     for uri in filter(None, (options.async_output, options.data_capture)):
         require_bucket(aws, uri)
     running = find_running(aws, str(options.name)) if updated else None
@@ -254,9 +271,9 @@ def _priced_and_tagged(
         {
             **options.tags,
             **facts,
-            "visiontuner.image_digest": plan.container_image.digest,
-            "visiontuner.ttl": options.ttl,
-            "visiontuner.price_per_hour": whole,
+            IMAGE_TAG: plan.container_image.digest,
+            TTL_TAG: options.ttl,
+            PRICE_TAG: whole,
         }
     )
     return with_values(plan, tags=tags, price_per_hour=whole)
@@ -349,7 +366,7 @@ def undeploy(
 
     aws = Aws(region, assume_role)
     with interrupts.in_order():
-        return endpoint_removal.undeploy(aws, name, artifacts=artifacts, note=note)
+        return endpoint.undeploy(aws, name, artifacts=artifacts, note=note)
 
 
 def endpoints(region: str | None = None, assume_role: str | None = None) -> list[Endpoint]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from visiontuner import interrupts
 from visiontuner.aws import transform as jobs
-from visiontuner.aws.account import find_bucket, find_role, hourly_price, refuse_small_quotas
+from visiontuner.aws.account import (
+    find_bucket,
+    find_role,
+    hourly_price,
+    instance_types,
+    refuse_small_quotas,
+)
 from visiontuner.aws.endpoint import (
-    VPC,
+    DEFAULT_INSTANCE,
     check_own_tags,
     find_container_image,
-    in_network,
     make_tags,
     mlflows_bucket,
     telling_what_is_left,
@@ -24,38 +29,14 @@ from visiontuner.io.aws import Aws
 from visiontuner.paths import split_folder, tracking_uri
 from visiontuner.serving.answers import BadRequest, Options
 from visiontuner.serving.preflight import check_instance_type
-from visiontuner.workflow.deploy import check_served, model_facts
+from visiontuner.workflow.deploy import ServingOptions, check_served, model_facts
 from visiontuner.workflow.promote import locate_model
-
-DEFAULT_INSTANCE = "ml.m5.large"
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformOptions:
-    """What a user may choose; None: found, or a default.
+class TransformOptions(ServingOptions):
+    """What a user may choose of a transform job."""
 
-    Args:
-        role: name or ARN of the role that the job runs as.
-        image: URL of the serving image in ECR.
-        bucket: for the model and the staged requests; by default MLflow's of this account.
-        price: US dollars for an hour of one instance.
-        kms_key: encrypts what is staged, the raw answers and the disks.
-        environment: more variables for the container.
-    """
-
-    region: str | None = None
-    assume_role: str | None = None
-    role: str | None = None
-    image: str | None = None
-    bucket: str | None = None
-    instance_type: str | None = None
-    instances: int | None = None
-    price: float | None = None
-    subnets: tuple[str, ...] = ()
-    security_groups: tuple[str, ...] = ()
-    kms_key: str | None = None
-    environment: Mapping[str, str] = field(default_factory=dict)
-    tags: Mapping[str, str] = field(default_factory=dict)
     top_k: int = 5
     threshold: float | None = None
 
@@ -91,15 +72,11 @@ def plan_transform(
     if folders[1].startswith(folders[0]):
         raise UserMistake(f"{output} lies in {source}: name a folder beside it for the answers.")
     check_own_tags(options.tags)
-    more = (
-        {VPC: in_network(options.subnets, options.security_groups)}
-        if options.subnets or options.security_groups
-        else {}
-    )
+    more = options.more()
     asked = _asked(options)
     aws = Aws(options.region, options.assume_role)
     kind = options.instance_type or DEFAULT_INSTANCE
-    check_instance_type(kind, jobs.instance_types(aws))
+    check_instance_type(kind, instance_types(aws, "TransformInstanceType"))
     uri, facts = model_facts(locate_model(model))
     jobs.require_output(aws, folders[1])
     images, others = jobs.find_images(aws, folders[0])
@@ -127,7 +104,7 @@ def plan_transform(
         options=asked,
         more=more,
         kms_key=options.kms_key,
-        variables=options.environment,
+        environment=options.environment,
         tags=make_tags({**options.tags, **facts}),
         assume_role=options.assume_role,
         price_per_hour=price,
@@ -175,7 +152,7 @@ def transform(
             note=note,
         )  # fmt: skip
     with interrupts.in_order():
-        jobs.make_staging(aws, plan, note)
+        plan.make_bucket(aws, note)
         try:
             result = _run(aws, plan, note, progress)
         except BaseException as error:
