@@ -15,14 +15,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import TypeVar
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_SECONDS = 0.1
@@ -166,6 +168,23 @@ def as_completed(futures: Iterable[Future[T]]) -> Iterator[Future[T]]:
         check()
         done, waiting = wait(waiting, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
         yield from done
+
+
+def map_ahead(
+    executor: Executor, function: Callable[[Item], T], items: Iterable[Item], *, ahead: int
+) -> Generator[T]:
+    """As `executor.map`, until a signal comes; results come in order, so many are worked on ahead.
+
+    Args:
+        ahead: items beyond the one that is waited for.
+    """
+    waiting: deque[Future[T]] = deque()
+    for item in items:
+        waiting.append(executor.submit(function, item))
+        if len(waiting) > ahead:
+            yield result(waiting.popleft())
+    while waiting:
+        yield result(waiting.popleft())
 
 
 def call(ask: Callable[[], T]) -> T:

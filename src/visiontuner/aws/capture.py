@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 from visiontuner import interrupts
@@ -103,11 +104,10 @@ def captured(
         keys.sort()
         pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="capture")
         try:
-            for start in range(0, len(keys), _AT_ONCE):
-                some = keys[start : start + _AT_ONCE]
-                reading = [pool.submit(read, client, bucket, key) for _, key in some]
-                for done, content in enumerate(map(interrupts.result, reading), start + 1):
-                    yield done, len(keys), list(read_events(content or b""))
+            fetch = partial(read, client, bucket)
+            contents = interrupts.map_ahead(pool, fetch, [k for _, k in keys], ahead=_AT_ONCE)
+            for done, content in enumerate(contents, start=1):
+                yield done, len(keys), list(read_events(content or b""))
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -371,12 +371,11 @@ def join(aws: Aws, plan: TransformPlan, staged: Sequence[Staged]) -> Iterator[Im
     pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="transform")
     try:
         with s3_explained(bucket, "read"):
-            for start_ in range(0, len(staged), _AT_ONCE):
-                some = staged[start_ : start_ + _AT_ONCE]
-                keys = [f"{prefix}answers/{one.key.rpartition('/')[2]}.out" for one in some]
-                reading = [pool.submit(read, client, bucket, key) for key in keys]
-                for one, content in zip(some, map(interrupts.result, reading), strict=True):
-                    yield from _answered(one, content)
+            keys = [f"{prefix}answers/{one.key.rpartition('/')[2]}.out" for one in staged]
+            fetch = partial(read, client, bucket)
+            contents = interrupts.map_ahead(pool, fetch, keys, ahead=_AT_ONCE)
+            for one, content in zip(staged, contents, strict=True):
+                yield from _answered(one, content)
     finally:
         pool.shutdown(cancel_futures=True)
 

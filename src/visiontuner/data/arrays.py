@@ -13,9 +13,8 @@ import signal
 import threading
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -23,7 +22,7 @@ from functools import partial
 from itertools import pairwise
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.lib.format import write_array_header_2_0
@@ -83,11 +82,15 @@ def _end_with_parent() -> None:
 # whoever changes files on purpose.
 
 
+SCHEMA_VERSION = 1
 META = "meta.json"
 CHECKSUMS = "checksums"
 # 4 GB/s on a core where BLAKE2b takes 0.9 and SHA-256, with instructions for it, 1.7: 512 MB of
 # features are read and compared in 0.3 s.
 _CHECKSUM_BLOCK = 1 << 20
+
+Progress = Callable[[int, int], None]
+Note = Callable[[str], None]
 
 
 def commit_folder(folder: Path, meta: Mapping[str, Any], files: Iterable[str]) -> None:
@@ -160,6 +163,70 @@ def content_checksum(parts: Iterable[tuple[str, NDArray[np.uint8]]]) -> str:
     return f"{checksum:08x}"
 
 
+def make_store(
+    folder: Path, make: Callable[[], int], *, of: str, made: str, note: Note | None
+) -> int:
+    """Make what a folder holds, unless it is there as it was committed.
+
+    Args:
+        make: fills and commits the folder; returns how many images it computed.
+        of, made: what the folder holds, and what is done to it, for the note.
+        note: told in one line why what is there is not used.
+
+    Returns:
+        What `make` returned; 0 if all was there, from another process perhaps.
+    """
+    if find_damage(folder) is None:
+        return 0
+    with locked(folder):
+        damage = find_damage(folder)
+        if damage is None:  # another process has done it meanwhile
+            return 0
+        if (folder / META).exists() and note is not None:
+            note(f"The {of} in {folder} {damage}: they are {made} anew.")
+        (folder / META).unlink(missing_ok=True)
+        return make()
+
+
+def store_name(identity: Mapping[str, Any], dataset: ImageDataset, splits: Sequence[str]) -> str:
+    """A folder's name, made of all that determines what it holds: the images and what is said."""
+    told = {**identity, "data": dataset.digest, "class_names": dataset.class_names}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for split in splits:
+        digest.update(f"\n{split}\n".encode())
+        for sample in dataset.splits[split]:
+            row = f"{sample.digest} {sample.label} {sample.path}\n"
+            digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
+    return digest.hexdigest()[:32]
+
+
+def require_images(dataset: ImageDataset, splits: Iterable[str]) -> None:
+    """Raises DataError: a split has no images."""
+    for split in splits:
+        if not dataset.splits[split]:
+            raise DataError(f"{dataset.root} has no images for {split}. Add some.")
+
+
+def refuse_unreadable(findings: Iterable[Finding]) -> None:
+    """Raises BadImageError: one of the findings is an unreadable image."""
+    for one in findings:
+        if one.rule == "unreadable_image":
+            raise bad_image(one.evidence)
+
+
+def bad_image(reason: str) -> BadImageError:
+    """What is said of an unreadable image where none may be left out."""
+    return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """Raises OSError, ValueError, KeyError, TypeError: none that this code reads."""
+    meta: dict[str, Any] = json.loads((folder / META).read_text(encoding="utf-8"))
+    if meta["schema_version"] != SCHEMA_VERSION:
+        raise ValueError
+    return meta
+
+
 def _read_checksums(folder: Path) -> dict[str, list[int]] | None:
     try:
         checksums = json.loads((folder / META).read_text(encoding="utf-8"))[CHECKSUMS]
@@ -209,17 +276,10 @@ def decode_batches(
         VisiontunerError: a worker process died.
     """
     executor = _executor(workers)
-    waiting: deque[Future[DecodedBatch]] = deque()
-    remaining = iter(batches)
+    decode = partial(decode_batch, root, preprocessing=preprocessing)
     try:
-        for _ in range(len(batches)):
-            # Two batches ahead of each worker hide its start and a slow image.
-            while len(waiting) < 2 * max(workers, 1) + 1:
-                paths = next(remaining, None)
-                if paths is None:
-                    break
-                waiting.append(executor.submit(decode_batch, root, paths, preprocessing))
-            yield interrupts.result(waiting.popleft())
+        # Two batches ahead of each worker hide its start and a slow image.
+        yield from interrupts.map_ahead(executor, decode, batches, ahead=2 * max(workers, 1))
     except BrokenProcessPool:
         raise VisiontunerError(
             "A process that decodes images died (killed, or out of memory). Run the same again: "
@@ -264,8 +324,6 @@ def _executor(workers: int) -> Executor:
 # train.labels.npy            int64 (N,)   train.samples.json          their paths and content
 # digests   shards/                     while it is being computed
 
-
-SCHEMA_VERSION = 1
 
 Precision = Literal["fp32", "bf16"]
 
@@ -315,9 +373,7 @@ class FeatureSet:
             DataError: there is no complete store of a version that this code reads.
         """
         try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            if meta["schema_version"] != SCHEMA_VERSION:
-                raise ValueError
+            meta = _read_meta(folder)
             return cls(
                 folder=folder,
                 class_names=tuple(meta["class_names"]),
@@ -635,9 +691,7 @@ class DecodedImages:
             DataError: there is no complete store of a version that this code reads.
         """
         try:
-            meta = json.loads((folder / META).read_text(encoding="utf-8"))
-            if meta["schema_version"] != SCHEMA_VERSION:
-                raise ValueError
+            meta = _read_meta(folder)
             return cls(
                 folder=folder,
                 class_names=tuple(meta["class_names"]),
@@ -874,11 +928,6 @@ _JPEG_QUALITY = 90
 _MOST_THREADS = 32
 _GROUP = 32  # images in a line of the progress file
 
-Progress = Callable[[int, int], None]
-Note = Callable[[str], None]
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
-
 
 def prepare_images(
     dataset: ImageDataset,
@@ -905,31 +954,21 @@ def prepare_images(
         BadImageError: an image is unreadable and `on_bad_image` is `fail`.
         VisiontunerError: the disk is full. What is done is kept.
     """
-    for split in SPLITS:
-        if not dataset.splits[split]:
-            raise DataError(f"{dataset.root} has no images for {split}. Add some.")
+    require_images(dataset, SPLITS)
     folder = store_folder(dataset, preprocessing, cache, augmented=augmented)
-    computed = 0
-    if find_damage(folder) is not None:
-        with locked(folder):
-            damage = find_damage(folder)
-            if damage is not None:  # else another process has done it meanwhile
-                if (folder / META).exists() and note is not None:
-                    note(f"The decoded images in {folder} {damage}: they are decoded anew.")
-                (folder / META).unlink(missing_ok=True)
-                computed = _Job(
-                    dataset=dataset,
-                    preprocessing=preprocessing,
-                    folder=folder,
-                    forms={"train": "views" if augmented else "pixels", "validation": "pixels"},
-                    on_bad_image=on_bad_image,
-                    workers=workers or min(_MOST_THREADS, available_cpus()),
-                    progress=progress or (lambda _done, _total: None),
-                ).run()
+    job = _Job(
+        dataset=dataset,
+        preprocessing=preprocessing,
+        folder=folder,
+        forms={"train": "views" if augmented else "pixels", "validation": "pixels"},
+        on_bad_image=on_bad_image,
+        workers=workers or min(_MOST_THREADS, available_cpus()),
+        progress=progress or (lambda _done, _total: None),
+    )
+    computed = make_store(folder, job.run, of="decoded images", made="decoded", note=note)
     store = DecodedImages.open(folder)
-    unreadable = [one for one in store.findings if one.rule == "unreadable_image"]
-    if on_bad_image == "fail" and unreadable:
-        raise _bad_image(unreadable[0].evidence)
+    if on_bad_image == "fail":
+        refuse_unreadable(store.findings)
     return replace(store, computed=computed)
 
 
@@ -945,18 +984,10 @@ def store_folder(
             _JPEG_QUALITY,
             DECODING_VERSION,
         ],
-        "data": dataset.digest,
-        "class_names": dataset.class_names,
         "preprocessing": preprocessing.to_dict(),
         "augmented": augmented,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for split in SPLITS:
-        digest.update(f"\n{split}\n".encode())
-        for sample in dataset.splits[split]:
-            row = f"{sample.digest} {sample.label} {sample.path}\n"
-            digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
-    name = digest.hexdigest()[:32]
+    name = store_name(identity, dataset, SPLITS)
     before = cache / "pictures" / name  # where earlier versions decoded to
     return before if before.exists() else cache / "images" / name
 
@@ -1043,13 +1074,18 @@ class _Job:
         decode = partial(self._decode, form=file.form)
         paths = [self.dataset.root / sample.path for sample in file.samples[file.done :]]
         group: list[EncodedImage | BadImageError] = []
-        for result in _map_ahead(decode, paths, workers=self.workers):
-            if isinstance(result, BadImageError) and self.on_bad_image == "fail":
-                raise _bad_image(str(result))
-            group.append(result)
-            if len(group) == _GROUP:
-                yield group
-                group = []
+        with ThreadPoolExecutor(self.workers, thread_name_prefix="decode") as pool:
+            try:
+                # Threads suffice: Pillow lets go of Python's lock while it decodes and encodes.
+                for result in interrupts.map_ahead(pool, decode, paths, ahead=4 * self.workers):
+                    if isinstance(result, BadImageError) and self.on_bad_image == "fail":
+                        raise bad_image(str(result))
+                    group.append(result)
+                    if len(group) == _GROUP:
+                        yield group
+                        group = []
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
         if group:
             yield group
 
@@ -1067,26 +1103,6 @@ class _Job:
         )
 
 
-def _map_ahead(
-    function: Callable[[_Item], _Result], items: Iterable[_Item], *, workers: int
-) -> Iterator[_Result]:
-    """`map` in threads, in order, with a bounded number of results waiting.
-
-    Threads suffice: Pillow lets go of Python's lock while it decodes, resizes and encodes.
-    """
-    waiting: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        try:
-            for item in items:
-                waiting.append(pool.submit(function, item))
-                if len(waiting) > 4 * workers:
-                    yield interrupts.result(waiting.popleft())
-            while waiting:
-                yield interrupts.result(waiting.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
     limit = _MAX_ASPECT_RATIO * min(image.size)
     if max(image.size) <= limit:
@@ -1094,7 +1110,3 @@ def _limit_aspect_ratio(image: Image.Image) -> Image.Image:
     width, height = (min(length, limit) for length in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
-
-
-def _bad_image(reason: str) -> BadImageError:
-    return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")

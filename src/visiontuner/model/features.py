@@ -10,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -25,22 +24,28 @@ from numpy.typing import NDArray
 from visiontuner import interrupts
 from visiontuner.data.arrays import FOLDER as SHARDS
 from visiontuner.data.arrays import (
-    META,
     SCHEMA_VERSION,
     SHARD_SIZE,
     DecodedBatch,
     FeatureSet,
+    Note,
     Precision,
+    Progress,
     Shard,
     assemble,
     available_cpus,
+    bad_image,
     cut_into_shards,
     decode_batches,
     find_damage,
+    make_store,
+    refuse_unreadable,
+    require_images,
+    store_name,
 )
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.images import DECODING_VERSION, Preprocessing, normalise
-from visiontuner.errors import BadImageError, ClassifierError, DataError
+from visiontuner.errors import ClassifierError
 from visiontuner.experiment.schema import OFFLINE_BACKBONES
 from visiontuner.io.files import file_state, locked, write_json
 from visiontuner.model.catalogue import package_of_weights
@@ -247,27 +252,18 @@ def _in_lanes(
     batches: Iterator[DecodedBatch], backbone: BackboneDescription, engine: Engine
 ) -> Generator[tuple[DecodedBatch, NDArray[np.float32]]]:
     """Each batch and its features, in order, as many at a time as the engine takes."""
+
+    def compute(batch: DecodedBatch) -> tuple[DecodedBatch, NDArray[np.float32]]:
+        if not batch.good:
+            return batch, np.empty((0, backbone.feature_dim), np.float32)
+        return batch, engine.features(normalise(batch.pixels, backbone.preprocessing))
+
     executor = ThreadPoolExecutor(engine.lanes, thread_name_prefix="network")
-    waiting: deque[tuple[DecodedBatch, Future[NDArray[np.float32]]]] = deque()
     try:
-        for batch in batches:
-            waiting.append((batch, executor.submit(_features, batch, backbone, engine)))
-            if len(waiting) > engine.lanes + 1:  # one waits, so that no lane does
-                done, features = waiting.popleft()
-                yield done, interrupts.result(features)
-        while waiting:
-            done, features = waiting.popleft()
-            yield done, interrupts.result(features)
+        # One waits, so that no lane does.
+        yield from interrupts.map_ahead(executor, compute, batches, ahead=engine.lanes + 1)
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _features(
-    batch: DecodedBatch, backbone: BackboneDescription, engine: Engine
-) -> NDArray[np.float32]:
-    if not batch.good:
-        return np.empty((0, backbone.feature_dim), np.float32)
-    return engine.features(normalise(batch.pixels, backbone.preprocessing))
 
 
 def decoding_workers(images: int, asked: int | None = None) -> int:
@@ -284,9 +280,6 @@ def decoding_workers(images: int, asked: int | None = None) -> int:
 
 # Other machines load and export the network first, as long as a shard or two take.
 MIN_SHARDS_TO_DISTRIBUTE = 4
-
-Progress = Callable[[int, int], None]
-Note = Callable[[str], None]
 
 
 def compute_features(
@@ -322,33 +315,24 @@ def compute_features(
         BadImageError: an image is unreadable and `on_bad_image` is `fail`.
         VisiontunerError: the disk is full, or a decoding process died. What is done is kept.
     """
-    for split in splits:
-        if not dataset.splits[split]:
-            raise DataError(f"{dataset.root} has no images for {split}. Add some.")
+    require_images(dataset, splits)
     folder = store_folder(dataset, backbone, precision, splits, cache)
-    computed = 0
-    if find_damage(folder) is not None:
-        with locked(folder):
-            damage = find_damage(folder)
-            if damage is not None:  # else another process has done it meanwhile
-                if (folder / META).exists() and note is not None:
-                    note(f"The features in {folder} {damage}: they are computed anew.")
-                (folder / META).unlink(missing_ok=True)
-                job = _Job(
-                    dataset=dataset,
-                    backbone=backbone,
-                    folder=folder,
-                    splits=tuple(splits),
-                    on_bad_image=on_bad_image,
-                    batch_size=batch_size,
-                    progress=progress or (lambda _done, _total: None),
-                    machines=machines,
-                )
-                computed = job.run(engine, workers)
+    job = _Job(
+        dataset=dataset,
+        backbone=backbone,
+        folder=folder,
+        splits=tuple(splits),
+        make_engine=engine,
+        workers=workers,
+        on_bad_image=on_bad_image,
+        batch_size=batch_size,
+        progress=progress or (lambda _done, _total: None),
+        machines=machines,
+    )
+    computed = make_store(folder, job.run, of="features", made="computed", note=note)
     features = FeatureSet.open(folder)
-    unreadable = [one for one in features.findings if one.rule == "unreadable_image"]
-    if on_bad_image == "fail" and unreadable:
-        raise _bad_image(unreadable[0].evidence)
+    if on_bad_image == "fail":
+        refuse_unreadable(features.findings)
     return replace(features, computed=computed)
 
 
@@ -389,23 +373,14 @@ def store_folder(
     cache: Path,
 ) -> Path:
     """Where these features are or would be: a name made of all that determines them."""
-    digest = hashlib.sha256()
     identity = {
         "schema": [SCHEMA_VERSION, SHARD_SIZE, DECODING_VERSION],
-        "data": dataset.digest,
-        "class_names": dataset.class_names,
         "backbone": backbone.name,
         "weights": backbone.weights_digest,
         "preprocessing": backbone.preprocessing.to_dict(),
         "precision": precision,
     }
-    digest.update(json.dumps(identity, sort_keys=True).encode())
-    for split in splits:
-        digest.update(f"\n{split}\n".encode())
-        for sample in dataset.splits[split]:
-            row = f"{sample.digest} {sample.label} {sample.path}\n"
-            digest.update(row.encode(errors="surrogateescape"))  # a name need not be UTF-8
-    return cache / "features" / digest.hexdigest()[:32]
+    return cache / "features" / store_name(identity, dataset, splits)
 
 
 @dataclass
@@ -416,12 +391,14 @@ class _Job:
     backbone: BackboneDescription
     folder: Path
     splits: tuple[str, ...]
+    make_engine: Callable[[], Engine]
+    workers: int | None
     on_bad_image: Literal["skip", "fail"]
     batch_size: int | None
     progress: Progress
     machines: Callable[[], AbstractContextManager[Machines | None]]
 
-    def run(self, make_engine: Callable[[], Engine], workers: int | None) -> int:
+    def run(self) -> int:
         """Compute what is missing and put it together; the number of images computed."""
         started = time.monotonic()
         shards = [
@@ -446,10 +423,10 @@ class _Job:
                         self.progress(done, total)
         missing = [shard for shard in missing if not shard.is_done()]
         if missing:
-            engine = make_engine()
+            engine = self.make_engine()
             description = engine.description
             started = time.monotonic()
-            self._compute(missing, engine, decoding_workers(todo, workers), done, total)
+            self._compute(missing, engine, decoding_workers(todo, self.workers), done, total)
         assemble(shards, self._description(description, time.monotonic() - started))
         return todo
 
@@ -481,7 +458,7 @@ class _Job:
 
     def _check(self, bad: Mapping[int, str]) -> None:
         if bad and self.on_bad_image == "fail":
-            raise _bad_image(next(iter(bad.values())))
+            raise bad_image(next(iter(bad.values())))
 
     def _description(self, engine: str, seconds: float) -> FeatureSet:
         return FeatureSet(
@@ -497,10 +474,6 @@ class _Job:
 
 def _count(shards: Sequence[Shard]) -> int:
     return sum(len(shard.samples) for shard in shards)
-
-
-def _bad_image(reason: str) -> BadImageError:
-    return BadImageError(f"{reason} Repair or delete it, or set `data.on_bad_image: skip`.")
 
 
 Images = NDArray[np.float32]

@@ -9,9 +9,8 @@ import json
 import random
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import cycle
@@ -558,15 +557,12 @@ def ask_all(
         ServingError: nothing answers, or it stays busy; what was answered before has been given.
     """
     options = Options(top_k=options.top_k, threshold=options.threshold, on_error="report")
+    cut = batches(images, lambda: transport.body_limit, batch_size)
+    ask = partial(_ask_batch, transport, options=options, sleep=sleep)
     pool = ThreadPoolExecutor(workers, thread_name_prefix="query")
-    pending: deque[Future[list[ImageAnswer]]] = deque()
     try:
-        for batch in batches(images, lambda: transport.body_limit, batch_size):
-            pending.append(pool.submit(_ask_batch, transport, batch, options, sleep))
-            if len(pending) > 2 * workers:
-                yield from interrupts.result(pending.popleft())
-        while pending:
-            yield from interrupts.result(pending.popleft())
+        for answers in interrupts.map_ahead(pool, ask, cut, ahead=2 * workers):
+            yield from answers
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
