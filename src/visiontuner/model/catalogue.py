@@ -26,7 +26,7 @@ _SOURCES = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KnownNetwork:
     """A network by what its publishers say of it.
 
@@ -44,7 +44,6 @@ class KnownNetwork:
     licence: str
     accuracy: float
     published: str
-    measure: Measure = "top-1"
 
     @property
     def is_offline(self) -> bool:
@@ -57,95 +56,30 @@ class KnownNetwork:
         return self.parameters * 4 / 1e6
 
     @property
+    def measure(self) -> Measure:
+        """What the published accuracy is of."""
+        return "linear" if self.published == "dinov2" else "top-1"
+
+    @property
     def source(self) -> str:
         """The address of the published accuracy."""
         return _SOURCES[self.published]
 
 
-RECOMMENDED = (
-    KnownNetwork(
-        name="efficientnet_lite0",
-        parameters=4_652_008,
-        image_size=224,
-        licence=BUNDLED_LICENCE,
-        accuracy=74.8,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="efficientnet_lite1",
-        parameters=5_416_680,
-        image_size=240,
-        licence=BUNDLED_LICENCE,
-        accuracy=76.7,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="efficientnet_lite2",
-        parameters=6_092_072,
-        image_size=260,
-        licence=BUNDLED_LICENCE,
-        accuracy=77.5,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="timm:mobilenetv4_conv_medium.e500_r256_in1k",
-        parameters=9_715_512,
-        image_size=256,
-        licence="Apache-2.0",
-        accuracy=79.9,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="resnet50",
-        parameters=25_557_032,
-        image_size=224,
-        licence=TORCHVISION_LICENCE,
-        accuracy=80.9,
-        published="torchvision",
-    ),
-    KnownNetwork(
-        name="timm:tf_efficientnetv2_s.in21k_ft_in1k",
-        parameters=21_458_488,
-        image_size=300,
-        licence="Apache-2.0",
-        accuracy=83.3,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="timm:convnext_tiny.fb_in22k_ft_in1k",
-        parameters=28_589_128,
-        image_size=224,
-        licence="Apache-2.0",
-        accuracy=82.9,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="timm:convnext_small.fb_in22k_ft_in1k",
-        parameters=50_223_688,
-        image_size=224,
-        licence="Apache-2.0",
-        accuracy=84.6,
-        published="timm",
-    ),
-    KnownNetwork(
-        name="timm:vit_small_patch14_dinov2.lvd142m",
-        parameters=22_056_192,
-        image_size=518,
-        licence="Apache-2.0",
-        accuracy=81.1,
-        published="dinov2",
-        measure="linear",
-    ),
-    KnownNetwork(
-        name="timm:vit_base_patch14_dinov2.lvd142m",
-        parameters=86_579_712,
-        image_size=518,
-        licence="Apache-2.0",
-        accuracy=84.5,
-        published="dinov2",
-        measure="linear",
-    ),
+# Name, parameters, image size, licence, accuracy, where that is published.
+_NETWORKS = (
+    ("efficientnet_lite0", 4_652_008, 224, BUNDLED_LICENCE, 74.8, "timm"),
+    ("efficientnet_lite1", 5_416_680, 240, BUNDLED_LICENCE, 76.7, "timm"),
+    ("efficientnet_lite2", 6_092_072, 260, BUNDLED_LICENCE, 77.5, "timm"),
+    ("timm:mobilenetv4_conv_medium.e500_r256_in1k", 9_715_512, 256, "Apache-2.0", 79.9, "timm"),
+    ("resnet50", 25_557_032, 224, TORCHVISION_LICENCE, 80.9, "torchvision"),
+    ("timm:tf_efficientnetv2_s.in21k_ft_in1k", 21_458_488, 300, "Apache-2.0", 83.3, "timm"),
+    ("timm:convnext_tiny.fb_in22k_ft_in1k", 28_589_128, 224, "Apache-2.0", 82.9, "timm"),
+    ("timm:convnext_small.fb_in22k_ft_in1k", 50_223_688, 224, "Apache-2.0", 84.6, "timm"),
+    ("timm:vit_small_patch14_dinov2.lvd142m", 22_056_192, 518, "Apache-2.0", 81.1, "dinov2"),
+    ("timm:vit_base_patch14_dinov2.lvd142m", 86_579_712, 518, "Apache-2.0", 84.5, "dinov2"),
 )
+RECOMMENDED = tuple(KnownNetwork(*row) for row in _NETWORKS)
 
 
 def licence_name(text: str) -> str:
