@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 from ray.exceptions import RayError
@@ -23,11 +23,7 @@ from visiontuner.io.files import temporary_folder
 from visiontuner.model.backbones import load_backbone
 from visiontuner.model.features import ShardRows, compute_shards, decoding_workers
 from visiontuner.model.onnx import make_engine
-from visiontuner.search.plan import CHECKPOINT_FOLDER, DriverNode
-
-if TYPE_CHECKING:
-    from visiontuner.search.plan import TrialTask
-
+from visiontuner.search.plan import CHECKPOINT_FOLDER, DriverNode, TrialTask
 
 # Trials on other machines than the search's own.
 #

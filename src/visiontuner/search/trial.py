@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from visiontuner.data.arrays import DecodedImages, FeatureSet
-from visiontuner.diagnostics.history import RECORDING_FILE, TrainingHistory
+from visiontuner.diagnostics.history import RECORDING_FILE, Recording, TrainingHistory
 from visiontuner.diagnostics.recorder import Recorder, Trace
 from visiontuner.diagnostics.rules import LASTING_RECORDED, diagnose_recording
 from visiontuner.experiment.schema import NO_AUGMENTATION, Experiment, Training
@@ -49,9 +49,6 @@ from visiontuner.training.callbacks import TrainingCallback, TrainingCallbacks
 from visiontuner.training.checkpoint import CHECKPOINT_FILE, load_checkpoint, save_checkpoint
 from visiontuner.training.cross_validation import FoldedBatches, FoldedHead
 from visiontuner.training.loop import EpochResult, Fit, StepDone, linear_head
-
-if TYPE_CHECKING:
-    from visiontuner.diagnostics.history import Recording
 
 
 def train_again(config: dict[str, Any], task: TrialTask, *, kept_epoch: int) -> None:

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from matplotlib.figure import Figure
 from mlflow.entities import Run
 
-from visiontuner.diagnostics.history import find_recording
+from visiontuner.diagnostics.history import Recording, find_recording
 from visiontuner.errors import DataError, JournalError, TrackingError
 from visiontuner.evaluation.report import image_count
 from visiontuner.io.files import temporary_folder
@@ -52,12 +53,6 @@ from visiontuner.tracking.view import (
     described,
     shared_view,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from visiontuner.diagnostics.history import Recording
-
 
 # What a run gets besides numbers: figures, the numbers behind them, recordings, the search's page.
 #

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import pandas as pd
 
 from visiontuner.errors import JournalError, UserMistake
 from visiontuner.evaluation.compare import (
+    RunSummary,
     describe_progress,
     notes,
     runs_of_record,
@@ -28,11 +30,6 @@ from visiontuner.tracking.figures.search import (
     searches_side_by_side,
 )
 from visiontuner.tracking.reading import Reader
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from visiontuner.evaluation.compare import RunSummary
 
 GetCurve = Callable[[str], tuple[list[int], list[float]]]
 

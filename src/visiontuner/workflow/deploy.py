@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as with_values
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from visiontuner import interrupts
 from visiontuner.aws import endpoint
@@ -27,6 +27,8 @@ from visiontuner.aws.endpoint import (
     TTL_TAG,
     VPC,
     DeploymentPlan,
+    Endpoint,
+    Running,
     answer_on_s3,
     capture_everything,
     check_free,
@@ -46,14 +48,10 @@ from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.paths import tracking_uri
 from visiontuner.serving.client import Reference
-from visiontuner.serving.preflight import check_instance_type, shortage
+from visiontuner.serving.preflight import PreflightReport, check_instance_type, shortage
 from visiontuner.text import next_command
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import locate_model, model_folder, open_store, passed_over
-
-if TYPE_CHECKING:
-    from visiontuner.aws.endpoint import Endpoint, Running
-    from visiontuner.serving.preflight import PreflightReport
 
 Note = Callable[[str], None]
 

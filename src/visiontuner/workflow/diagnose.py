@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from visiontuner.diagnostics.history import (
     RECORDING_FILE,
     BestTrial,
     Predictions,
     Recording,
+    TrainingHistory,
     best_trials,
     history_of_trial,
 )
@@ -30,11 +31,7 @@ from visiontuner.journal import (
 from visiontuner.paths import JOURNAL_FILE, tracking_uri
 from visiontuner.search.plan import Stores
 from visiontuner.text import next_command
-from visiontuner.tracking.reading import read_histories, write_findings
-
-if TYPE_CHECKING:
-    from visiontuner.diagnostics.history import TrainingHistory
-    from visiontuner.tracking.reading import RunHistory
+from visiontuner.tracking.reading import RunHistory, read_histories, write_findings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL.Image import Image
 
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import decode_image, read_pixels
@@ -28,8 +29,13 @@ from visiontuner.errors import (
     UserMistake,
     VisiontunerError,
 )
-from visiontuner.evaluation.calibration import probabilities_of, reliability, risk_coverage
-from visiontuner.evaluation.choice import edges
+from visiontuner.evaluation.calibration import (
+    ChosenThreshold,
+    probabilities_of,
+    reliability,
+    risk_coverage,
+)
+from visiontuner.evaluation.choice import Choice, edges
 from visiontuner.evaluation.front import NetworkPoint, table
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
@@ -49,6 +55,7 @@ from visiontuner.paths import (
     TEST_LOOKS_FILE,
     tracking_uri,
 )
+from visiontuner.serving.cost import NetworkCost
 from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.figures.evaluation import (
@@ -66,14 +73,6 @@ from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import is_packaged, package_trial
 from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.sync import sync_search
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from visiontuner.evaluation.calibration import ChosenThreshold
-    from visiontuner.evaluation.choice import Choice
-    from visiontuner.serving.cost import NetworkCost
-
 
 # What an evaluation leaves in FOLDER/evaluation; the folder appears whole.
 #

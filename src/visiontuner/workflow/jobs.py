@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 from visiontuner import interrupts
 from visiontuner.aws.job import (
+    Home,
+    Job,
     JournalTail,
     LogTail,
+    TunedJob,
+    TuningJob,
     advice_on,
     bring_home,
     describe,
@@ -43,10 +47,6 @@ from visiontuner.tracking.writer import (
 from visiontuner.workflow.inputs import Observer, Silent
 from visiontuner.workflow.run import SearchResult
 from visiontuner.workflow.sync import sync_search
-
-if TYPE_CHECKING:
-    from visiontuner.aws.job import Home, Job, TunedJob, TuningJob
-
 
 # The training jobs that run our searches.
 

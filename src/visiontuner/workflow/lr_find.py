@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from visiontuner.errors import SearchInterrupted, UserMistake
 from visiontuner.experiment.schema import Experiment
@@ -23,17 +25,12 @@ from visiontuner.search.trial import (
 )
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.search import range_test_curve
-from visiontuner.training.lr_range import HIGHEST, LOWEST, range_test
+from visiontuner.training.batches import Batches
+from visiontuner.training.lr_range import HIGHEST, LOWEST, RangeTest, range_test
+from visiontuner.training.optimisation import ParameterGroup
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, training_threads
 from visiontuner.workflow.run import write_experiment
 from visiontuner.workflow.train import Origin, starting_head
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from visiontuner.training.batches import Batches
-    from visiontuner.training.lr_range import RangeTest
-    from visiontuner.training.optimisation import ParameterGroup
 
 FOLDER = Path(RANGE_TESTS_FOLDER)
 FIGURE_FILE = "range_test.png"

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from visiontuner import interrupts
 from visiontuner.io.files import temporary_folder
 from visiontuner.paths import writable_cache_folder
 from visiontuner.serving.preflight import (
     Container,
+    PreflightReport,
     build_container_image,
     require_engine,
     run_preflight,
 )
 from visiontuner.serving.registry import save_classifier
-from visiontuner.serving.server import ScoringServer, clean_environment, local_environment
+from visiontuner.serving.server import ScoringServer, Served, clean_environment, local_environment
 from visiontuner.workflow.promote import locate_model, model_folder, passed_over
-
-if TYPE_CHECKING:
-    from visiontuner.serving.preflight import PreflightReport
-    from visiontuner.serving.server import Served
 
 
 def preflight(

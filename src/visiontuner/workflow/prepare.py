@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visiontuner.data.dataset import ImageDataset
-from visiontuner.data.findings import inspect_dataset, summarise
+from visiontuner.data.findings import DatasetSummary, inspect_dataset, summarise
 from visiontuner.experiment.schema import Experiment
-from visiontuner.io.s3 import upload_folder
+from visiontuner.io.s3 import Moved, upload_folder
 from visiontuner.journal import Finding
 from visiontuner.paths import split_folder, writable_cache_folder
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
 from visiontuner.workflow.leaks import leak_findings, without_known_pairs
-
-if TYPE_CHECKING:
-    from visiontuner.data.findings import DatasetSummary
-    from visiontuner.io.s3 import Moved
 
 
 @dataclass(frozen=True, kw_only=True)

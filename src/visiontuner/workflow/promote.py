@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from visiontuner.errors import UserMistake
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, newest_search
 from visiontuner.paths import CLASSIFIER_FOLDER, tracking_uri
 from visiontuner.serving import promotion
+from visiontuner.serving.promotion import Promotion
 from visiontuner.serving.registry import CHAMPION, ModelReference, aliases, find_version
 from visiontuner.tracking.store import Store
-
-if TYPE_CHECKING:
-    from visiontuner.serving.promotion import Promotion
-
 
 # The champion of a registered model.
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -15,22 +14,21 @@ from PIL import Image
 from visiontuner.data.images import read_pixels
 from visiontuner.errors import BadImageError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws
+from visiontuner.model.classifier import Classifier
 from visiontuner.serving.answers import MAX_PIXELS, BadRequest, Options
 from visiontuner.serving.async_client import open_endpoint
 from visiontuner.serving.client import (
     REQUEST_BYTES,
     ClassifierFolder,
     HttpTransport,
+    ImageAnswer,
     ImageSource,
+    Transport,
     ask_all,
     find_images,
     open_model,
 )
 from visiontuner.workflow.promote import model_folder
-
-if TYPE_CHECKING:
-    from visiontuner.model.classifier import Classifier
-    from visiontuner.serving.client import ImageAnswer, Transport
 
 LOCAL_SERVER = "http://127.0.0.1:5000"
 
