@@ -1,6 +1,7 @@
 """What is sent to SageMaker for a plan: every field, checked by botocore, and nothing else."""
 
 import json
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 from botocore.stub import Stubber
 
 from visiontuner.aws import account as aws_account
-from visiontuner.aws import request
 from visiontuner.aws.request import JobPlan, Price, S3Images
 from visiontuner.errors import JobFailed
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import Aws
 
-# The SageMaker SDK's own, from its own imports.
+with warnings.catch_warnings():  # the SageMaker SDK's own, from its own imports
+    warnings.simplefilter("ignore")
+    from visiontuner.aws import model_trainer
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
@@ -54,7 +57,7 @@ def plan(account: Aws) -> JobPlan:
 
 
 def test_everything_that_was_asked_for_arrives(account: Aws, plan: JobPlan) -> None:
-    job = request.send_request(
+    job = model_trainer.send_request(
         account,
         replace(
             plan,
@@ -103,7 +106,7 @@ def test_a_machine_with_a_disk_of_its_own_gets_no_key_and_a_small_volume(
 ) -> None:
     large = replace(plan.images or S3Images(uri=""), size=400 * 10**9)
     on_gpu = replace(plan, instance_type="ml.g5.xlarge", kms_key="key-1", images=large)
-    asked = request.dry_request(account, on_gpu, SOURCE)
+    asked = model_trainer.dry_request(account, on_gpu, SOURCE)
     assert asked["ResourceConfig"] == {
         "InstanceType": "ml.g5.xlarge",
         "InstanceCount": 2,
@@ -113,7 +116,7 @@ def test_a_machine_with_a_disk_of_its_own_gets_no_key_and_a_small_volume(
 
 
 def test_spot_machines_are_waited_for(account: Aws, plan: JobPlan) -> None:
-    asked = request.dry_request(account, replace(plan, spot=True), SOURCE)
+    asked = model_trainer.dry_request(account, replace(plan, spot=True), SOURCE)
     assert asked["EnableManagedSpotTraining"]
     assert asked["StoppingCondition"] == {
         "MaxRuntimeInSeconds": 3600,
@@ -132,7 +135,7 @@ def test_a_request_that_breaks_sagemakers_rules_is_never_sent(
     account: Aws, plan: JobPlan, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(JobFailed, match=f"SageMaker would not take this request: .*{message}"):
-        request.send_request(account, replace(plan, **changes), SOURCE)
+        model_trainer.send_request(account, replace(plan, **changes), SOURCE)
     assert not account.call("sagemaker", "list_training_jobs")["TrainingJobSummaries"]
 
 
@@ -147,9 +150,9 @@ def test_the_sdks_telemetry_is_off(
         telemetry_logging, "_send_telemetry_request", lambda *told, **_: sent.append(told)
     )
     if not opted_out:  # what a test of nothing would not see
-        monkeypatch.setattr(request, "_NO_TELEMETRY", {})
-    request.dry_request(account, plan, SOURCE)
-    request.send_request(account, plan, SOURCE)
+        monkeypatch.setattr(model_trainer, "_NO_TELEMETRY", {})
+    model_trainer.dry_request(account, plan, SOURCE)
+    model_trainer.send_request(account, plan, SOURCE)
     assert bool(sent) == (not opted_out)
 
 

@@ -20,8 +20,6 @@ from visiontuner.aws.request import (
     JobFile,
     JobPlan,
     Price,
-    dry_request,
-    send_request,
     write_source,
 )
 from visiontuner.errors import DataError, JobFailed, JournalError, ServingError, UserMistake
@@ -204,6 +202,8 @@ class Job:
 
 def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
     """The request that `submit` would send; makes and uploads nothing."""
+    from visiontuner.aws.model_trainer import dry_request  # seconds to import
+
     with temporary_folder() as folder:
         source = _write(plan, folder)
     return dry_request(aws, plan, f"{plan.root}/{source.name}")
@@ -216,6 +216,8 @@ def submit(aws: Aws, plan: JobPlan, *, note: Callable[[str], None]) -> str:
         AwsRefused: AWS says no.
         JobFailed: SageMaker would not take the request.
     """
+    from visiontuner.aws.model_trainer import send_request  # seconds to import
+
     if not plan.bucket_exists:
         make_bucket(aws, plan.bucket)
         note(f"Made the bucket {plan.bucket}.")

@@ -7,20 +7,15 @@ import hashlib
 import io
 import ipaddress
 import json
-import logging
 import os
 import re
 import tarfile
-import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
-from botocore.validate import ParamValidator
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
@@ -39,11 +34,11 @@ from visiontuner.aws.account import (
     require_bucket,
 )
 from visiontuner.data.labels import is_table_name
-from visiontuner.errors import JobFailed, UserMistake
+from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
-from visiontuner.io.aws import Aws, AwsRefused, explained, require_owner
+from visiontuner.io.aws import Aws, AwsRefused, explained
 from visiontuner.io.download import is_archive_name
-from visiontuner.paths import changed_environment, split_uri
+from visiontuner.paths import split_uri
 from visiontuner.text import hide_variables, one_line, without_secrets
 
 # What a job costs: at most, so far, and for each trial.
@@ -686,7 +681,10 @@ def find_container_image(
                 if known[0].isdigit()  # not "latest"
             }
             exact = _exact_version(list(lines), version)
-            python = _newest_python(exact) if lines[exact] == _OLDER_LINE else None
+            python = None
+            if lines[exact] == _OLDER_LINE:
+                known = image_uris.list_py_versions(_OLDER_LINE, exact, "training")
+                python = _fitting_python(exact, known[-1])
             container_image: str = image_uris.retrieve(
                 lines[exact],
                 aws.region,
@@ -715,10 +713,7 @@ def _exact_version(known: list[str], version: str | None) -> str:
     return fitting[-1]
 
 
-def _newest_python(version: str) -> str:
-    from sagemaker.core import image_uris
-
-    newest: str = image_uris.list_py_versions("pytorch", version, "training")[-1]
+def _fitting_python(version: str, newest: str) -> str:
     if int(newest.removeprefix("py3")) < _OLDEST_PYTHON:
         raise UserMistake(
             f"AWS's image with PyTorch {version} has Python 3.{newest.removeprefix('py3')}, and "
@@ -798,210 +793,3 @@ def as_channel(uri: str) -> str:
     """
     uri = uri.rpartition("/")[0] if is_table_name(uri) else uri
     return uri if is_archive_name(uri) or uri.endswith("/") else f"{uri}/"
-
-
-# A plan -> SageMaker's CreateTrainingJob, through the SageMaker SDK's ModelTrainer.
-#
-# The SDK takes seconds to import, so that nothing here imports it before it is needed.
-
-
-_CREATE = "before-parameter-build.sagemaker.CreateTrainingJob"
-# The role's trust was looked at already; the SDK asks for a permission that few callers have.
-_SDK = {"SAGEMAKER_VALIDATE_ROLE": "false"}
-_NO_TELEMETRY = {
-    "SchemaVersion": "1.0",
-    "SageMaker": {"PythonSDK": {"Modules": {"TelemetryOptOut": True}}},
-}
-
-
-class _OnlyLooked(Exception):
-    """Ends a dry run where the request would be sent."""
-
-
-def dry_request(aws: Aws, plan: JobPlan, source: str) -> dict[str, Any]:
-    """The request as it would be sent, checked as botocore checks it; uploads and makes nothing.
-
-    Args:
-        source: where on S3 the archive of `write_source` would be.
-
-    Raises:
-        JobFailed: the request breaks SageMaker's rules.
-    """
-    return _run(aws, plan, source, dry=True)
-
-
-def send_request(aws: Aws, plan: JobPlan, source: str) -> str:
-    """Create the job; returns its name.
-
-    Args:
-        source: where on S3 the archive of `write_source` is.
-
-    Raises:
-        AwsRefused: SageMaker says no: quota, capacity, role.
-        JobFailed: the request breaks SageMaker's rules.
-    """
-    return str(_run(aws, plan, source, dry=False)["TrainingJobName"])
-
-
-def _run(aws: Aws, plan: JobPlan, source: str, *, dry: bool) -> dict[str, Any]:
-    """Let the SDK make the request; botocore tells what it is."""
-    seen: dict[str, Any] = {}
-
-    def look(params: dict[str, Any], **_: Any) -> None:
-        seen.update(params)
-        _validate(boto, params)
-        if dry:
-            raise _OnlyLooked
-
-    boto = aws.session_in_region()
-    boto.events.register(_CREATE, look)
-    require_owner(boto.events, plan.account, plan.bucket)
-    with _sdk_settings(), explained("create the training job"):
-        try:
-            with _letting_go():
-                trainer = _trainer(_session(boto, plan, dry=dry), plan, source)
-                trainer.train(wait=False, logs=False)
-        except _OnlyLooked:
-            pass
-        except ValueError as error:  # pydantic's and the SDK's own checks
-            raise JobFailed(f"The SageMaker SDK refuses the job: {one_line(error, 300)}") from error
-    return seen
-
-
-@contextmanager
-def _letting_go() -> Iterator[None]:
-    """The SDK keeps an exception in a frame of its own, and with it the temporary folder."""
-    try:
-        yield
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-
-
-def _trainer(session: Any, plan: JobPlan, source: str) -> Any:
-    from sagemaker.core.shapes import Tag
-    from sagemaker.core.training import configs
-    from sagemaker.train import ModelTrainer
-
-    options: dict[str, Any] = {}
-    network: dict[str, Any] = {}
-    if plan.subnets:
-        network = {
-            "subnets": list(plan.subnets),
-            "security_group_ids": list(plan.security_groups),
-        }
-    if plan.encrypt_traffic:
-        network["enable_inter_container_traffic_encryption"] = True
-    if network:
-        options["networking"] = configs.Networking(**network)
-    code = configs.SourceCode(source_dir=source, requirements="requirements.txt", command=COMMAND)
-    return ModelTrainer(
-        sagemaker_session=session,
-        role=plan.role,
-        base_job_name=plan.base_name,
-        training_image=plan.container_image,
-        source_code=code,
-        compute=configs.Compute(**_compute(plan)),
-        stopping_condition=configs.StoppingCondition(
-            max_runtime_in_seconds=plan.max_run_seconds,
-            **({"max_wait_time_in_seconds": plan.max_wait_seconds} if plan.spot else {}),
-        ),
-        output_data_config=configs.OutputDataConfig(
-            s3_output_path=plan.output, **({"kms_key_id": plan.kms_key} if plan.kms_key else {})
-        ),
-        checkpoint_config=configs.CheckpointConfig(s3_uri=plan.checkpoints, local_path=CHECKPOINTS),
-        input_data_config=_channels(plan),
-        environment=plan.environment,
-        tags=[Tag(key=key, value=value) for key, value in plan.all_tags.items()],
-        **options,
-    )
-
-
-def _compute(plan: JobPlan) -> dict[str, Any]:
-    compute: dict[str, Any] = {
-        "instance_type": plan.instance_type,
-        "instance_count": plan.instances,
-        "enable_managed_spot_training": plan.spot,
-    }
-    # Of a machine with a disk of its own SageMaker takes no key, and no size above the disk's; the
-    # SDK sends its default then, which is smaller than any.
-    if plan.volume_gb is not None:
-        compute["volume_size_in_gb"] = plan.volume_gb
-        if plan.kms_key:
-            compute["volume_kms_key_id"] = plan.kms_key
-    if plan.warm_pool_seconds:
-        compute["keep_alive_period_in_seconds"] = plan.warm_pool_seconds
-    return compute
-
-
-def _channels(plan: JobPlan) -> list[Any] | None:
-    if plan.images is None:
-        return None
-    from sagemaker.core.shapes import Channel, DataSource, S3DataSource
-
-    images = S3DataSource(
-        s3_data_type="S3Prefix",
-        s3_uri=plan.images.uri,
-        s3_data_distribution_type="FullyReplicated",
-    )
-    source = DataSource(s3_data_source=images)
-    return [Channel(channel_name=CHANNEL, data_source=source, input_mode="File")]
-
-
-def _session(boto: Any, plan: JobPlan, *, dry: bool) -> Any:
-    from sagemaker.core.config.config import load_sagemaker_config
-    from sagemaker.core.helper.session_helper import Session
-
-    class LookingSession(Session):  # type: ignore[misc]
-        """Says where something would be uploaded."""
-
-        def default_bucket(self) -> str:
-            return plan.bucket
-
-        def upload_data(
-            self, path: str, bucket: str | None = None, key_prefix: str = "data", **_: Any
-        ) -> str:
-            return f"s3://{bucket or plan.bucket}/{key_prefix}"
-
-    kind = LookingSession if dry else Session
-    return kind(
-        boto_session=boto,
-        default_bucket=plan.bucket,
-        default_bucket_prefix=f"{PREFIX}/{plan.search}",
-        sagemaker_config=_merged(load_sagemaker_config() or {}, _NO_TELEMETRY),
-    )
-
-
-def _merged(config: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(config)
-    for key, value in more.items():
-        inner = merged.get(key)
-        merged[key] = _merged(inner or {}, value) if isinstance(value, dict) else value
-    return merged
-
-
-def _validate(boto: Any, params: dict[str, Any]) -> None:
-    """As botocore does, but before anything else looks at it.
-
-    Raises:
-        JobFailed: naming every rule that is broken.
-    """
-
-    model = boto.client("sagemaker").meta.service_model.operation_model("CreateTrainingJob")
-    report = ParamValidator().validate(params, model.input_shape)
-    if report.has_errors():
-        told = one_line(report.generate_report(), 400)
-        raise JobFailed(f"SageMaker would not take this request: {told}")
-
-
-@contextmanager
-def _sdk_settings() -> Iterator[None]:
-    """The SDK quiet, and as our checks need it."""
-    logger = logging.getLogger("sagemaker")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with changed_environment(_SDK):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from rich.table import Table
 from rich.text import Text
 
+from visiontuner.aws.job import Job, dry_run
 from visiontuner.cli.console import SearchConsole, make_console, print_result
 from visiontuner.cli.options import (
     FOLDER,
@@ -25,14 +26,10 @@ from visiontuner.cli.options import (
     number,
 )
 from visiontuner.errors import UserMistake
+from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import account_flags
 from visiontuner.text import hide_variables, next_command
-from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
-
-if TYPE_CHECKING:
-    from visiontuner.aws.job import Job
-    from visiontuner.experiment.schema import Experiment
-
+from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 
 # The flags of a training job, and what `tune --on sagemaker` does with them.
 

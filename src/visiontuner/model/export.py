@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from visiontuner.data.images import normalise, read_pixels
@@ -195,8 +196,6 @@ def _difference(classifier: Classifier, run: Run) -> tuple[float, int]:
 
 
 def _write_onnx(classifier: Classifier, folder: Path) -> tuple[str, Run]:
-    import onnxruntime
-
     shutil.copyfile(classifier.folder / NETWORK, folder / NETWORK)
     session = onnxruntime.InferenceSession(folder / NETWORK, providers=["CPUExecutionProvider"])
     return NETWORK, lambda image: session.run([LOGITS], {"image": image})[0]

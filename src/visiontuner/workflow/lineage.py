@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from visiontuner.aws.endpoint import deployed_model
 from visiontuner.errors import ClassifierError, TrackingError, UserMistake, VisiontunerError
@@ -31,21 +31,18 @@ from visiontuner.paths import (
     MLFLOW_FILE,
 )
 from visiontuner.serving.lineage import (
+    Facts,
     Lineage,
     download_classifier,
     evaluation_facts,
     trace_run,
     trace_version,
 )
-from visiontuner.serving.registry import ModelReference, classifier_digest, find_version
+from visiontuner.serving.registry import ModelReference, classifier_digest, find_version, is_missing
 from visiontuner.text import next_command
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import describe_code, describe_machine
-
-if TYPE_CHECKING:
-    from visiontuner.serving.lineage import Facts
-
 
 # Where a model comes from, from whichever end one holds: model, run or search folder.
 
@@ -238,8 +235,6 @@ def _check_classifier(lineage: Lineage) -> Iterator[LineageCheck]:
         try:
             folder = _fetch_classifier(lineage, temporary)
         except TrackingError as error:
-            from visiontuner.serving.registry import is_missing
-
             if is_missing(error):
                 yield _differs("classifier", "its files are gone from MLflow")
             else:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 from visiontuner import interrupts
 from visiontuner.aws import job as s3
@@ -21,6 +21,8 @@ from visiontuner.aws.account import (
 )
 from visiontuner.aws.job import (
     EXPERIMENT,
+    Job,
+    Submitted,
     describe,
     jobs_of,
     record_of,
@@ -28,7 +30,6 @@ from visiontuner.aws.job import (
     submit,
     submitted_with,
 )
-from visiontuner.aws.job import dry_run as look
 from visiontuner.aws.request import (
     OUR_VARIABLES,
     JobPlan,
@@ -52,10 +53,6 @@ from visiontuner.io.s3 import connect, explained, files_in, list_files, upload_f
 from visiontuner.paths import local_path, split_folder, split_uri, tracking_uri
 from visiontuner.search.plan import remaining_trials
 from visiontuner.text import next_command
-
-if TYPE_CHECKING:
-    from visiontuner.aws.job import Job, Submitted
-
 
 # What a user may choose of a training job.
 
@@ -474,12 +471,6 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     # Last: the SDK, which knows AWS's images, takes seconds to import.
     image = find_container_image(aws, options.image, kind, version=options.image_version)
     return aws, replace(plan, container_image=image)
-
-
-def dry_run(aws: Aws, plan: JobPlan) -> dict[str, Any]:
-    """The request that `submit_job` would send, checked; nothing is made or uploaded."""
-
-    return look(aws, plan)
 
 
 def submit_job(
