@@ -31,7 +31,7 @@ from visiontuner.workflow.evaluate import (
 )
 from visiontuner.workflow.evaluate_folder import evaluate_folder
 from visiontuner.workflow.inputs import Inputs, Silent
-from visiontuner.workflow.novelty import novelty_finder
+from visiontuner.workflow.known_images import novelty_finder
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.tune import resume_search, run_search
 

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from visiontuner.cli.main import main
 from visiontuner.data.dataset import Sample
 from visiontuner.model.classifier import Classifier
-from visiontuner.model.quantize import calibration_samples
+from visiontuner.model.int8 import calibration_samples
 from visiontuner.serving.registry import log_classifier, logged_model_id
 from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.train import one_training, train

@@ -29,7 +29,7 @@ from visiontuner.paths import (
     JOURNAL_FILE,
 )
 from visiontuner.tracking.figures.parts import to_png
-from visiontuner.tracking.figures.search import all_curves, learning_rate_batch_size_map
+from visiontuner.tracking.figures.searches import all_curves, learning_rate_batch_size_map
 from visiontuner.workflow import deploy as endpoint_verbs
 from visiontuner.workflow import train as training_verbs
 from visiontuner.workflow import tune as search_verbs

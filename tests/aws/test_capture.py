@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.aws.capture import read_events
+from visiontuner.aws.captured_requests import read_events
 from visiontuner.cli.main import main
 
 

@@ -173,7 +173,7 @@ def test_a_job_that_fails_says_why_and_leaves_nothing(
     account: Any, model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Requests that are larger than SageMaker sends at a time.
-    monkeypatch.setattr("visiontuner.aws.transform.REQUEST_BYTES", 20_000_000)
+    monkeypatch.setattr("visiontuner.aws.transform_job.REQUEST_BYTES", 20_000_000)
     done = transform(model)
     assert done.exit_code == 1
     assert "is Failed: ClientError: Too much data for max payload size" in said(done)

@@ -9,7 +9,7 @@ import pytest
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment.schema import OFFLINE_BACKBONES, Experiment
 from visiontuner.journal import SearchRecord
-from visiontuner.search.networks import NetworkRace, is_behind
+from visiontuner.search.halving import NetworkRace, is_behind
 from visiontuner.search.plan import SCORES_FILE, Stores, TrialTask, make_plan, stage_of
 
 IMAGES = 100

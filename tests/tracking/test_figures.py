@@ -13,7 +13,7 @@ from PIL import Image
 
 from visiontuner.journal import SearchRecord
 from visiontuner.tracking.figures.parts import to_png
-from visiontuner.tracking.figures.search import (
+from visiontuner.tracking.figures.searches import (
     best_so_far,
     importances,
     learning_rate_batch_size_map,
@@ -200,7 +200,7 @@ def test_importance_does_without_scikit_learn_and_leaves_it_to_others(
         import sys
         from pathlib import Path
         from visiontuner.journal import SearchRecord
-        from visiontuner.tracking.figures.search import importances
+        from visiontuner.tracking.figures.searches import importances
 
         assert importances(SearchRecord.load(Path(sys.argv[1])))
         assert "sklearn" not in sys.modules

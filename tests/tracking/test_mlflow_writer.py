@@ -10,7 +10,7 @@ from mlflow.entities import Run, ViewType
 
 from visiontuner.errors import TrackingError
 from visiontuner.paths import MLFLOW_FILE
-from visiontuner.tracking.plan import ProjectRun
+from visiontuner.tracking.run_plans import ProjectRun
 from visiontuner.tracking.store import Store, TrackingRefused
 from visiontuner.tracking.writer import MlflowWriter
 
@@ -536,7 +536,7 @@ def test_artifacts_are_tried_again_when_the_search_ends(
 def test_of_many_trials_the_first_the_best_and_the_long_ones_get_a_figure(
     new_search: NewSearch, store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("visiontuner.tracking.plan.MOST_CURVES_OF_SHORT", 2)
+    monkeypatch.setattr("visiontuner.tracking.run_plans.MOST_CURVES_OF_SHORT", 2)
     search, uri = new_search(), store()
     search.begin()
     for number, best in enumerate((0.5, 0.6, 0.4, 0.8, 0.7), start=1):

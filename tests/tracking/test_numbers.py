@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from visiontuner.journal import SearchRecord
-from visiontuner.tracking.figures.search import search_numbers
+from visiontuner.tracking.figures.searches import search_numbers
 
 NewSearch = Callable[..., Any]
 

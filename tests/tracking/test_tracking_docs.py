@@ -15,7 +15,7 @@ from visiontuner.journal import read_events
 from visiontuner.serving.promotion import DECISION_TAG, REASON_TAG
 from visiontuner.serving.registry import QUANTIZED_FROM_TAG
 from visiontuner.tracking.figures.recording import EXPLAINS, points_of
-from visiontuner.tracking.plan import SearchPlan, TrialPlan
+from visiontuner.tracking.run_plans import SearchPlan, TrialPlan
 from visiontuner.tracking.writer import (
     EVALUATION_DIGEST,
     MISSING_ARTIFACTS,

@@ -26,8 +26,8 @@ from visiontuner.errors import DiskError
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import disk_problem, temporary_folder
 from visiontuner.journal import EpochMetrics, Finding, SearchRecord
+from visiontuner.search.halving import NetworkRace
 from visiontuner.search.live import LiveRules, Recorder, end_trial, findings_of
-from visiontuner.search.networks import NetworkRace
 from visiontuner.search.plan import (
     Plan,
     PlannedTrial,

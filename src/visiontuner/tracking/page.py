@@ -38,7 +38,7 @@ from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_REPORT, MLFLOW_FILE
 from visiontuner.text import next_command, shown
 from visiontuner.tracking.figures.parts import LABELS, count, readable, to_png
 from visiontuner.tracking.figures.recording import Explained
-from visiontuner.tracking.figures.search import importances, search_figures
+from visiontuner.tracking.figures.searches import importances, search_figures
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval

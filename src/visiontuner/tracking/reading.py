@@ -27,7 +27,7 @@ from visiontuner.evaluation.compare import RunSummary
 from visiontuner.io.files import temporary_folder
 from visiontuner.journal import Finding
 from visiontuner.text import without_secrets
-from visiontuner.tracking.plan import KIND, SEARCH_ID, STATE, TRIAL_ID
+from visiontuner.tracking.run_plans import KIND, SEARCH_ID, STATE, TRIAL_ID
 from visiontuner.tracking.store import Store, TrackingRefused, deleted_experiment, findings_text
 
 # What MLflow holds of runs, as summaries: of visiontuner's and of any other tool.

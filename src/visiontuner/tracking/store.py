@@ -33,7 +33,7 @@ from visiontuner.io.files import encode_json
 from visiontuner.journal import Finding
 from visiontuner.paths import set_environment
 from visiontuner.text import one_line, shell_word, without_secrets
-from visiontuner.tracking.plan import SEARCH_ID, Point, ProjectRun
+from visiontuner.tracking.run_plans import SEARCH_ID, Point, ProjectRun
 
 # Calls to MLflow: they end in time, say little, and fail with errors that name the next step.
 

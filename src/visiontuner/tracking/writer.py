@@ -31,9 +31,9 @@ from visiontuner.text import next_command, without_secrets
 from visiontuner.tracking import store as runs
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.recording import files_of, points_of
-from visiontuner.tracking.figures.search import search_figures, search_numbers, trial_curves
+from visiontuner.tracking.figures.searches import search_figures, search_numbers, trial_curves
 from visiontuner.tracking.page import write_page
-from visiontuner.tracking.plan import (
+from visiontuner.tracking.run_plans import (
     KIND,
     SEARCH_ID,
     STATE,

@@ -11,7 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from visiontuner.aws.capture import Captured, capture_folder, captured
+from visiontuner.aws.captured_requests import Captured, capture_folder, captured
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.io.files import cannot_write, write_atomically

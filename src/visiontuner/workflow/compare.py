@@ -23,7 +23,7 @@ from visiontuner.evaluation.compare import where as keep
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search
 from visiontuner.paths import JOURNAL_FILE, tracking_uri
 from visiontuner.tracking.figures.parts import to_png
-from visiontuner.tracking.figures.search import (
+from visiontuner.tracking.figures.searches import (
     MOST_CURVES,
     Curve,
     learning_curves,

@@ -15,7 +15,7 @@ from visiontuner import interrupts
 from visiontuner.data.arrays import FeatureSet
 from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.demo.app import Answerer, TrainingImages, build_app
-from visiontuner.demo.space import write_space
+from visiontuner.demo.gradio_space import write_space
 from visiontuner.errors import DataError, UserMistake, VisiontunerError
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import newest_search, read_events

@@ -65,7 +65,7 @@ from visiontuner.tracking.figures.evaluation import (
     network_front,
 )
 from visiontuner.tracking.figures.parts import to_png
-from visiontuner.tracking.figures.search import importances
+from visiontuner.tracking.figures.searches import importances
 from visiontuner.workflow.answering import Answers, answer_images
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.network_costs import measure_networks

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from visiontuner.errors import UserMistake
 from visiontuner.model.classifier import Classifier
-from visiontuner.model.export import Exported, Form, export_classifier, require_runtime
+from visiontuner.model.runtimes import Exported, Form, export_classifier, require_runtime
 from visiontuner.serving.client import find_classifier
 from visiontuner.workflow.inputs import Observer
 from visiontuner.workflow.promote import locate_model, model_folder

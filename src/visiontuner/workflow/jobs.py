@@ -34,7 +34,7 @@ from visiontuner.io.aws import Aws, AwsRefused
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.paths import SEARCHES, tracking_uri
 from visiontuner.text import next_command, without_secrets
-from visiontuner.tracking.plan import take_project_run
+from visiontuner.tracking.run_plans import take_project_run
 from visiontuner.tracking.store import Store
 from visiontuner.tracking.writer import (
     Costs,

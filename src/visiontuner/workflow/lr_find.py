@@ -24,7 +24,7 @@ from visiontuner.search.trial import (
     training_device,
 )
 from visiontuner.tracking.figures.parts import to_png
-from visiontuner.tracking.figures.search import range_test_curve
+from visiontuner.tracking.figures.searches import range_test_curve
 from visiontuner.training.batches import Batches
 from visiontuner.training.lr_range import HIGHEST, LOWEST, RangeTest, range_test
 from visiontuner.training.optimisation import ParameterGroup

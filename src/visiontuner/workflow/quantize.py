@@ -28,7 +28,7 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import temporary_folder
 from visiontuner.model.classifier import FEATURES, LOGITS, NETWORK, Classifier
 from visiontuner.model.classifier_files import recalibrate
-from visiontuner.model.quantize import (
+from visiontuner.model.int8 import (
     CALIBRATION_IMAGES,
     calibration_samples,
     quantize_classifier,
@@ -48,7 +48,7 @@ from visiontuner.serving.registry import (
 from visiontuner.text import next_command
 from visiontuner.workflow.evaluate import DEFAULT_PRECISION
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
-from visiontuner.workflow.novelty import novelty_of_artifact
+from visiontuner.workflow.known_images import novelty_of_artifact
 from visiontuner.workflow.promote import locate_model, model_folder, open_store
 
 DEFAULT_MAX_LOSS = 0.005

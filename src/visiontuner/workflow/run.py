@@ -47,7 +47,7 @@ from visiontuner.workflow.inputs import (
     note_findings,
     require_same_data,
 )
-from visiontuner.workflow.novelty import novelty_finder
+from visiontuner.workflow.known_images import novelty_finder
 
 if TYPE_CHECKING:
     from visiontuner.search.run import SearchState

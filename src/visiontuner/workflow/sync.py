@@ -11,7 +11,7 @@ from visiontuner.journal import SearchRecord, is_running
 from visiontuner.paths import CLASSIFIER_FOLDER, EVALUATION_FOLDER, EVALUATION_REPORT, tracking_uri
 from visiontuner.serving.registry import classifier_digest, register_classifier
 from visiontuner.tracking.page import write_page
-from visiontuner.tracking.plan import ProjectRun
+from visiontuner.tracking.run_plans import ProjectRun
 from visiontuner.tracking.store import Store
 from visiontuner.tracking.writer import (
     TEST_LOOKS,

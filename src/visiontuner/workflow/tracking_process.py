@@ -40,7 +40,7 @@ from visiontuner.errors import TrackingError, VisiontunerError
 from visiontuner.journal import SearchRecord
 from visiontuner.paths import writable_cache_folder
 from visiontuner.text import NO_TRACKING, one_line
-from visiontuner.tracking.plan import ProjectRun
+from visiontuner.tracking.run_plans import ProjectRun
 from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:

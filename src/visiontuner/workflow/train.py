@@ -42,7 +42,7 @@ from visiontuner.paths import (
 from visiontuner.search.live import LiveRules, end_trial, findings_of
 from visiontuner.search.plan import HEAD_FILE, TrialTask, stage_named, stage_of
 from visiontuner.text import next_command
-from visiontuner.tracking.plan import take_project_run
+from visiontuner.tracking.run_plans import take_project_run
 from visiontuner.workflow.inputs import (
     Inputs,
     Observer,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from visiontuner import interrupts
-from visiontuner.aws import transform as jobs
+from visiontuner.aws import transform_job as jobs
 from visiontuner.aws.account import (
     find_bucket,
     find_role,
@@ -23,7 +23,7 @@ from visiontuner.aws.endpoint import (
     mlflows_bucket,
     telling_what_is_left,
 )
-from visiontuner.aws.transform import TransformPlan, job_name
+from visiontuner.aws.transform_job import TransformPlan, job_name
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.paths import split_folder, tracking_uri

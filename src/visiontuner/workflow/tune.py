@@ -43,7 +43,7 @@ from visiontuner.search.plan import (
 )
 from visiontuner.search.ray_cluster import RayForSearch, describe_cluster, require_room
 from visiontuner.text import next_command, one_line
-from visiontuner.tracking.plan import take_project_run
+from visiontuner.tracking.run_plans import take_project_run
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, StoreRecorder, with_absolute_paths
 from visiontuner.workflow.networks import compute_features_of, leave_out_missing
 from visiontuner.workflow.run import (

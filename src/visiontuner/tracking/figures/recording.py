@@ -40,7 +40,7 @@ from visiontuner.tracking.figures.parts import (
     plot_line,
     to_png,
 )
-from visiontuner.tracking.plan import Point
+from visiontuner.tracking.run_plans import Point
 
 # Images as they enter the network.
 
