@@ -207,10 +207,10 @@ def require_images(dataset: ImageDataset, splits: Iterable[str]) -> None:
             raise DataError(f"{dataset.root} has no images for {split}. Add some.")
 
 
-def refuse_unreadable(findings: Iterable[Finding]) -> None:
-    """Raises BadImageError: one of the findings is an unreadable image."""
+def refuse_unreadable(findings: Iterable[Finding], on_bad_image: Literal["skip", "fail"]) -> None:
+    """Raises BadImageError: one of the findings is an unreadable image that may not be left out."""
     for one in findings:
-        if one.rule == "unreadable_image":
+        if on_bad_image == "fail" and one.rule == "unreadable_image":
             raise bad_image(one.evidence)
 
 
@@ -967,8 +967,7 @@ def prepare_images(
     )
     computed = make_store(folder, job.run, of="decoded images", made="decoded", note=note)
     store = DecodedImages.open(folder)
-    if on_bad_image == "fail":
-        refuse_unreadable(store.findings)
+    refuse_unreadable(store.findings, on_bad_image)
     return replace(store, computed=computed)
 
 

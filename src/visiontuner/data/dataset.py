@@ -35,7 +35,7 @@ from visiontuner.data.labels import (
     split_named,
     with_local_paths,
 )
-from visiontuner.data.saved import extract_saved, find_saved
+from visiontuner.data.saved import SavedFolder, extract_saved, find_saved
 from visiontuner.data.web import fetch_table, folder_address, is_web_table
 from visiontuner.errors import DataError
 from visiontuner.io.download import (
@@ -632,6 +632,30 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "Give the table as data.source if its labels, splits or groups are meant.",
         ),
         *_bad_rows(layout),
+        *_folder_findings(layout),
+        listed(
+            "unreadable_files",
+            "warning",
+            unreadable,
+            "left out: the file cannot be opened",
+            "Check the files' permissions.",
+        ),
+        listed(
+            "empty_class_folders",
+            "warning",
+            layout.empty_classes,
+            "no images in the folder",
+            "Add images or remove the folders.",
+        ),
+    ]
+    findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
+    findings += _splits_without_classes(layout)
+    return [finding for finding in findings if finding is not None]
+
+
+def _folder_findings(layout: Layout) -> list[Finding | None]:
+    """Folders and links whose images are left out."""
+    return [
         listed(
             "classes_left_out",
             "error",
@@ -653,24 +677,7 @@ def layout_findings(layout: Layout, unreadable: Sequence[str]) -> list[Finding]:
             "left out: the link's target is gone",
             "Restore the targets or remove the links.",
         ),
-        listed(
-            "unreadable_files",
-            "warning",
-            unreadable,
-            "left out: the file cannot be opened",
-            "Check the files' permissions.",
-        ),
-        listed(
-            "empty_class_folders",
-            "warning",
-            layout.empty_classes,
-            "no images in the folder",
-            "Add images or remove the folders.",
-        ),
     ]
-    findings.append(_same_subfolders(layout) or _merged_subfolders(layout))
-    findings += _splits_without_classes(layout)
-    return [finding for finding in findings if finding is not None]
 
 
 def _is_table_of_images(name: str) -> bool:
@@ -908,11 +915,8 @@ def fetch_source(
         ServingError: S3 cannot be reached.
     """
     scheme = _SCHEME.match(source)
-    if scheme and HIDDEN in source:
-        raise DataError(
-            f"{source} is an address whose secret was left out where it was written down. Give "
-            "the whole one with --data."
-        )
+    if scheme:
+        _refuse_hidden_secret(source)
     if source == "digits" and not Path(source).is_dir():
         return write_digits(cache)
     if is_web_table(source):
@@ -924,15 +928,23 @@ def fetch_source(
             progress=images_progress,
             note=note,
         )
-    if scheme and scheme[1].lower() in ("http", "https"):
+    kind = scheme[1].lower() if scheme else ""
+    if kind in ("http", "https"):
         return _fetch_url(source, cache, sha256, progress)
-    if scheme and scheme[1].lower() == "s3":
+    if kind == "s3":
         return _fetch_s3(source, cache, sha256, progress, note)
-    if scheme and scheme[1].lower() == "file":
-        source = local_path(source)
-    elif scheme:
-        raise DataError(_unknown_scheme(source, scheme[1].lower()))
-    return _open_path(Path(source).expanduser(), cache, sha256)
+    if kind not in ("", "file"):
+        raise DataError(_unknown_scheme(source, kind))
+    path = local_path(source) if kind else source
+    return _open_path(Path(path).expanduser(), cache, sha256)
+
+
+def _refuse_hidden_secret(address: str) -> None:
+    if HIDDEN in address:
+        raise DataError(
+            f"{address} is an address whose secret was left out where it was written down. Give "
+            "the whole one with --data."
+        )
 
 
 def source_address(source: str) -> str:
@@ -1175,9 +1187,7 @@ def load_dataset(
     Raises:
         DataError: there is nothing to train on; the message says what was found instead.
     """
-    layout = _read_saved(
-        root, columns or {}, cache=cache, into=extract_into or cache, progress=progress
-    ) or _read_source(root, columns, address)
+    layout = _find_layout(root, columns, address, cache, extract_into or cache, progress)
     _refine(layout, labels, classes, group)
     if on_bad_image == "fail":
         _refuse_bad_rows(layout)
@@ -1187,6 +1197,17 @@ def load_dataset(
     if limit_per_class is not None:
         splits = {name: _limit(samples, limit_per_class) for name, samples in splits.items()}
     _check_splits(layout, splits)
+    unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
+    return _to_dataset(root, layout, class_names, splits, unreadable)
+
+
+def _to_dataset(
+    root: Path,
+    layout: Layout,
+    class_names: tuple[str, ...],
+    splits: dict[str, tuple[Sample, ...]],
+    unreadable: Sequence[str],
+) -> ImageDataset:
     dataset = ImageDataset(
         root=layout.root,
         class_names=class_names,
@@ -1197,7 +1218,6 @@ def load_dataset(
         described=_described(root, layout),
         saved_in=layout.saved_in,
     )
-    unreadable = [path for path, digest in digests.items() if not isinstance(digest, str)]
     findings = (
         *archive_findings(root),
         *layout_findings(layout, unreadable),
@@ -1244,9 +1264,7 @@ def load_labelled_images(
         DataError: there are no labelled images; the message says what was found instead.
     """
     try:
-        layout = _read_saved(
-            root, columns or {}, cache=cache, into=cache, progress=progress
-        ) or _read_source(root, columns, "")
+        layout = _find_layout(root, columns, "", cache, cache, progress)
     except _OneClass as one:
         layout = one.layout
     with suppress(_OneClass):
@@ -1268,7 +1286,18 @@ def load_labelled_images(
     )
 
 
-def _read_source(root: Path, columns: Mapping[str, str | None] | None, address: str) -> Layout:
+def _find_layout(
+    root: Path,
+    columns: Mapping[str, str | None] | None,
+    address: str,
+    cache: Path,
+    into: Path,
+    progress: Callable[[int, int], None] | None,
+) -> Layout:
+    """What a source holds: a saved data set, a table or a folder."""
+    saved = find_saved(root) if root.is_dir() else None
+    if saved is not None:
+        return _read_saved(saved, columns or {}, cache=cache, into=into, progress=progress)
     if is_table_name(root.name) and root.is_file():
         return read_table_layout(root, columns, address)
     try:
@@ -1281,17 +1310,14 @@ def _read_source(root: Path, columns: Mapping[str, str | None] | None, address: 
 
 
 def _read_saved(
-    root: Path,
+    saved: SavedFolder,
     columns: Mapping[str, str | None],
     *,
     cache: Path,
     into: Path,
     progress: Callable[[int, int], None] | None,
-) -> Layout | None:
+) -> Layout:
     """The images of a data set that Hugging Face's library saved, as files."""
-    saved = find_saved(root) if root.is_dir() else None
-    if saved is None:
-        return None
     table = extract_saved(saved, columns, cache=cache, into=into, progress=progress)
     layout = _table_layout(table.parent, "", saved.folder.name)
     layout.saved_in = saved.folder

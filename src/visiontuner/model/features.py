@@ -326,13 +326,12 @@ def compute_features(
         workers=workers,
         on_bad_image=on_bad_image,
         batch_size=batch_size,
-        progress=progress or (lambda _done, _total: None),
+        progress=progress or (lambda *_: None),
         machines=machines,
     )
     computed = make_store(folder, job.run, of="features", made="computed", note=note)
     features = FeatureSet.open(folder)
-    if on_bad_image == "fail":
-        refuse_unreadable(features.findings)
+    refuse_unreadable(features.findings, on_bad_image)
     return replace(features, computed=computed)
 
 

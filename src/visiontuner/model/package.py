@@ -88,42 +88,57 @@ def package_classifier(
         DataError: no reference image can be read.
         VisiontunerError: the folder cannot be written.
     """
-    if (head_weights is None) == (network_weights is None):
-        raise ValueError("give either head_weights or network_weights")
-    if network_weights is not None:
-        trained = _read_network(network_weights, backbone, class_names)
-    else:
-        assert head_weights is not None
-        trained = _Trained(backbone, _read_head(head_weights, backbone, class_names), "head")
+    trained = _read_trained(head_weights, network_weights, backbone, class_names)
+    is_tuned = trained.backbone.weights_digest != backbone.weights_digest
     images = reference_images(
-        dataset_root,
-        reference_paths,
-        labels=reference_labels,
-        preprocessing=backbone.preprocessing,
+        dataset_root, reference_paths, labels=reference_labels, preprocessing=backbone.preprocessing
     )
     folder = folder.absolute()
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with temporary_folder(folder.parent) as temporary:
             temporary.chmod(0o755)
-            is_tuned = trained.backbone.weights_digest != backbone.weights_digest
             save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
             _write_weights(trained, temporary / WEIGHTS, class_names)
             description = _description(trained, class_names, metadata)
-            write_json(temporary / DESCRIPTION, description)
-            classifier = Classifier.load(temporary)
-            difference = _check_against_torch(classifier, trained, images[:_COMPARED])
-            description["metadata"]["onnx_difference"] = difference
-            if novelty := find_novelty(classifier) if find_novelty else None:
-                write_novelty(temporary, description, novelty)
-            else:
-                write_json(temporary / DESCRIPTION, description)
-            with_all_parts = Classifier.load(temporary)
-            write_json(temporary / REFERENCE, reference_document(with_all_parts, images))
+            _describe_and_check(temporary, trained, description, images, find_novelty)
             replace_folder(temporary, folder)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
     return Classifier.load(folder)
+
+
+def _read_trained(
+    head_weights: Path | None,
+    network_weights: Path | None,
+    backbone: Backbone,
+    class_names: Sequence[str],
+) -> _Trained:
+    if (head_weights is None) == (network_weights is None):
+        raise ValueError("give either head_weights or network_weights")
+    if network_weights is not None:
+        return _read_network(network_weights, backbone, class_names)
+    assert head_weights is not None
+    return _Trained(backbone, _read_head(head_weights, backbone, class_names), "head")
+
+
+def _describe_and_check(
+    folder: Path,
+    trained: _Trained,
+    description: dict[str, Any],
+    images: Sequence[Mapping[str, Any]],
+    find_novelty: Callable[[Classifier], Novelty | None] | None,
+) -> None:
+    """Add to the network and its weights what needs a classifier that answers."""
+    write_json(folder / DESCRIPTION, description)
+    classifier = Classifier.load(folder)
+    difference = _check_against_torch(classifier, trained, images[:_COMPARED])
+    description["metadata"]["onnx_difference"] = difference
+    if novelty := find_novelty(classifier) if find_novelty else None:
+        write_novelty(folder, description, novelty)
+    else:
+        write_json(folder / DESCRIPTION, description)
+    write_json(folder / REFERENCE, reference_document(Classifier.load(folder), images))
 
 
 def package_untrained(

@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import Any, Literal, Self
 
 from visiontuner.data.images import DecodingMemory
-from visiontuner.errors import BadImageError
+from visiontuner.errors import BadImageError, UserMistake
 from visiontuner.model.classifier import Classifier
 
 DEFAULT_TOP_K = 5
@@ -72,6 +72,18 @@ class Options:
             threshold=None if threshold is None else float(threshold),
             on_error=on_error,  # type: ignore[arg-type]  # one of the two
         )
+
+    @classmethod
+    def chosen(cls, top_k: int, threshold: float | None) -> Self:
+        """What a user asks of many images: each that cannot be read is reported.
+
+        Raises:
+            UserMistake: a value breaks a rule.
+        """
+        try:
+            return cls.read({"top_k": top_k, "threshold": threshold, "on_error": "report"})
+        except BadRequest as error:
+            raise UserMistake(str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True)

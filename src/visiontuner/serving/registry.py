@@ -287,9 +287,8 @@ def log_classifier(
             if not derived:
                 _point_challenger(client, name, version)
         except (MlflowException, OSError) as error:
-            text = one_line(error, 300)
             raise TrackingError(
-                f"MLflow could not take the model: {text} "
+                f"MLflow could not take the model: {one_line(error, 300)} "
                 f"`{next_command('sync', folder.parent)}` tries again."
             ) from error
     return ModelVersionInfo(

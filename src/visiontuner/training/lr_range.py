@@ -8,8 +8,9 @@ https://arxiv.org/abs/1506.01186; smoothing and stopping as in fastai's `lr_find
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -105,38 +106,53 @@ def range_test(
         settings,
         class_weights=_class_weights(train, settings, num_classes),
     )
-    losses: list[float] = []
-    smoothed: list[float] = []
-    stopped = False
     network.train()
     joins = needs_joining(network, samples=len(train.labels), batch_size=settings.batch_size)
     batches = _endless(train, torch.Generator().manual_seed(seed), joins_last_single=joins)
-    for step, (rate, (inputs, labels)) in enumerate(zip(rates, batches, strict=False), start=1):
+    losses, stopped = _take_steps(take_step, islice(batches, steps), rates, settings, on_step)
+    notes = tuple(take_step.micro_batches.take_notes())
+    return _curve(rates, losses, stopped=stopped, notes=notes)
+
+
+def _take_steps(
+    take_step: TrainingStep,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    rates: Sequence[float],
+    settings: Training,
+    on_step: Callable[[int, float, float], None] | None,
+) -> tuple[list[float], bool]:
+    """The losses, and whether they ended before the batches: the loss had grown too much."""
+    losses: list[float] = []
+    for inputs, labels in batches:
         with failing_out_of_memory(settings.batch_size):
             loss = float(take_step(inputs, labels).loss)
-        stopped = not math.isfinite(loss)
-        if stopped:
-            break
+        if not math.isfinite(loss):
+            return losses, True
         losses.append(loss)
         smoothed = smooth(losses)
         if on_step is not None:
-            on_step(step, rate, smoothed[-1])
-        stopped = smoothed[-1] > STOP_AT * min(smoothed)
-        if stopped:
-            break
+            on_step(len(losses), rates[len(losses) - 1], smoothed[-1])
+        if smoothed[-1] > STOP_AT * min(smoothed):
+            return losses, True
+    return losses, False
+
+
+def _curve(
+    rates: Sequence[float], losses: Sequence[float], *, stopped: bool, notes: tuple[str, ...]
+) -> RangeTest:
     if not losses:
         raise TrialFailed(
             "The loss is not finite before the first step. Look at the images "
             "(`visiontuner prepare --data DATA`) and at the backbone's weights."
         )
-    made = tuple(rates[: len(losses)])
+    made, smoothed = tuple(rates[: len(losses)]), tuple(smooth(losses))
     return RangeTest(
         learning_rates=made,
         losses=tuple(losses),
-        smoothed=tuple(smoothed),
+        smoothed=smoothed,
         stopped=stopped,
         suggestion=suggest(made, smoothed),
-        notes=tuple(take_step.micro_batches.take_notes()),
+        notes=notes,
     )
 
 

@@ -181,12 +181,25 @@ def plan_deployment(
     name = options.name or endpoint_name(facts["visiontuner.model"].split("/")[0])
     if running is None:
         check_free(aws, name)
+    plan = _new_plan(aws, options, running, name, uri)
+    plan = with_values(plan, newer_model=passed_over(model, located))
+    if running is not None:
+        plan = _on_what_runs(plan, running, options)
+    if plan.instance_type:
+        most = plan.scaling.most if plan.scaling else plan.instances
+        refuse_small_quotas(aws, [f"{plan.instance_type} for endpoint usage"], most)
+    return aws, _priced_and_tagged(aws, plan, options, facts)
+
+
+def _new_plan(
+    aws: Aws, options: DeployOptions, running: Running | None, name: str, model_uri: str
+) -> DeploymentPlan:
+    """As for a new endpoint, but for the account's things that a running one has already."""
     wanted = options.bucket or (running.bucket if running else None)
     bucket, exists = find_bucket(aws, wanted, default=mlflows_bucket(aws))
-    plan = DeploymentPlan(
+    return DeploymentPlan(
         name=name,
-        model_uri=uri,
-        newer_model=passed_over(model, located),
+        model_uri=model_uri,
         region=aws.region,
         account=aws.account,
         caller=aws.caller,
@@ -210,12 +223,6 @@ def plan_deployment(
         timeout_seconds=options.timeout_seconds,
         region_is_default=aws.session.region_name == aws.region,
     )
-    if running is not None:
-        plan = _on_what_runs(plan, running, options)
-    if plan.instance_type:
-        most = plan.scaling.most if plan.scaling else plan.instances
-        refuse_small_quotas(aws, [f"{plan.instance_type} for endpoint usage"], most)
-    return aws, _priced_and_tagged(aws, plan, options, facts)
 
 
 def _check_choices(options: DeployOptions) -> None:

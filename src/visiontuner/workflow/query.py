@@ -15,7 +15,7 @@ from visiontuner.data.images import read_pixels
 from visiontuner.errors import BadImageError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws
 from visiontuner.model.classifier import Classifier
-from visiontuner.serving.answers import MAX_PIXELS, BadRequest, Options
+from visiontuner.serving.answers import MAX_PIXELS, Options
 from visiontuner.serving.async_client import open_endpoint
 from visiontuner.serving.client import (
     REQUEST_BYTES,
@@ -72,10 +72,7 @@ def query(
 
     if [endpoint, url, model].count(None) != 2:
         raise UserMistake("Name an endpoint, a server's URL or a model: one of them.")
-    try:
-        options = Options.read({"top_k": top_k, "threshold": threshold, "on_error": "report"})
-    except BadRequest as error:
-        raise UserMistake(str(error)) from None
+    options = Options.chosen(top_k, threshold)
     if explain is not None and model is None:
         raise UserMistake(
             "--explain draws what the artifact itself says: ask it with --model, not a server."

@@ -424,19 +424,11 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     default = f"sagemaker-{aws.region}-{aws.account}"
     bucket, exists = find_bucket(aws, options.bucket, default=default)
     images = find_images(aws, experiment, options.upload)
-    if images is not None:
-        table = experiment.data.source.rpartition("/")[2]
-        source = images.uri + (table if is_table_name(table) else "")
-        data = experiment.data.model_copy(update={"source": source})
-        experiment = experiment.model_copy(update={"data": data})
-    hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
-    price = Price(per_hour=hourly, instances=instances)
-    tracking, words = reachable_tracking(tracking_uri(), in_vpc=bool(options.subnets))
-    if tracking is not None and tracking.startswith("arn:"):
-        tracking, words = managed_mlflow.usable(aws, tracking)
+    price = _find_price(aws, options, kind, instances)
+    tracking, words = _find_tracking(aws, options)
     plan = JobPlan(
         search=search,
-        experiment=experiment,
+        experiment=_with_images_at(experiment, images.uri) if images else experiment,
         region=aws.region,
         account=aws.account,
         caller=aws.caller,
@@ -446,12 +438,7 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
         container_image=options.image or "",
         instance_type=kind,
         instances=instances,
-        max_run_seconds=limit_seconds(
-            price,
-            max_run_seconds=options.max_run_seconds,
-            warm_pool_seconds=options.warm_pool_seconds,
-            max_cost=options.max_cost,
-        ),
+        max_run_seconds=_limit(price, options),
         price=price,
         tracking_uri=tracking,
         tracking=words,
@@ -471,6 +458,34 @@ def plan_job(experiment: Experiment | None, options: JobOptions) -> tuple[Aws, J
     # Last: the SDK, which knows AWS's images, takes seconds to import.
     image = find_container_image(aws, options.image, kind, version=options.image_version)
     return aws, replace(plan, container_image=image)
+
+
+def _with_images_at(experiment: Experiment, uri: str) -> Experiment:
+    table = experiment.data.source.rpartition("/")[2]
+    source = uri + (table if is_table_name(table) else "")
+    data = experiment.data.model_copy(update={"source": source})
+    return experiment.model_copy(update={"data": data})
+
+
+def _find_price(aws: Aws, options: JobOptions, kind: str, instances: int) -> Price:
+    hourly = options.price if options.price is not None else hourly_price(aws, kind, "Training")
+    return Price(per_hour=hourly, instances=instances)
+
+
+def _find_tracking(aws: Aws, options: JobOptions) -> tuple[str | None, str]:
+    tracking, words = reachable_tracking(tracking_uri(), in_vpc=bool(options.subnets))
+    if tracking is not None and tracking.startswith("arn:"):
+        return managed_mlflow.usable(aws, tracking)
+    return tracking, words
+
+
+def _limit(price: Price, options: JobOptions) -> int:
+    return limit_seconds(
+        price,
+        max_run_seconds=options.max_run_seconds,
+        warm_pool_seconds=options.warm_pool_seconds,
+        max_cost=options.max_cost,
+    )
 
 
 def submit_job(

@@ -27,7 +27,7 @@ from visiontuner.aws.transform_job import TransformPlan, job_name
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws
 from visiontuner.paths import split_folder, tracking_uri
-from visiontuner.serving.answers import BadRequest, Options
+from visiontuner.serving.answers import Options
 from visiontuner.serving.preflight import check_instance_type
 from visiontuner.workflow.deploy import ServingOptions, check_served, model_facts
 from visiontuner.workflow.promote import locate_model
@@ -73,7 +73,7 @@ def plan_transform(
         raise UserMistake(f"{output} lies in {source}: name a folder beside it for the answers.")
     check_own_tags(options.tags)
     more = options.more()
-    asked = _asked(options)
+    asked = Options.chosen(options.top_k, options.threshold)
     aws = Aws(options.region, options.assume_role)
     kind = options.instance_type or DEFAULT_INSTANCE
     check_instance_type(kind, instance_types(aws, "TransformInstanceType"))
@@ -116,15 +116,6 @@ def _folder(uri: str) -> str:
         raise UserMistake(f"`transform` takes s3://BUCKET/FOLDER twice, got {uri!r}.")
     bucket, prefix = split_folder(uri)
     return f"s3://{bucket}/{prefix}"
-
-
-def _asked(options: TransformOptions) -> Options:
-    try:
-        return Options.read(
-            {"top_k": options.top_k, "threshold": options.threshold, "on_error": "report"}
-        )
-    except BadRequest as error:
-        raise UserMistake(str(error)) from None
 
 
 def transform(
