@@ -219,7 +219,7 @@ def test_what_is_printed_to_copy_leaves_the_rest_of_the_default_space_as_it_is(e
 
 
 def test_a_stop_says_how_far_it_came_and_that_nothing_is_kept(experiment):
-    def stop(step, steps, rate, loss):
+    def stop(step, *_):
         if step == 6:
             raise KeyboardInterrupt
 
