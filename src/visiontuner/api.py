@@ -44,6 +44,7 @@ from visiontuner.workflow.promote import promote as promote_model
 from visiontuner.workflow.query import query as query_images
 from visiontuner.workflow.suggest import suggest_images
 from visiontuner.workflow.suspects import find_suspects
+from visiontuner.workflow.warm_start import experiment_of, find_search
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import DeploymentPlan
@@ -320,6 +321,7 @@ def prepare(
 def tune(
     data: str | Path | Experiment | None = None,
     *,
+    start: str | Path | Search | None = None,
     backbone: str | None = None,
     backbones: Sequence[str] | None = None,
     trials: int | None = None,
@@ -333,7 +335,9 @@ def tune(
 
     Args:
         data: a folder, an archive (path or URL), s3://… or an `Experiment`; default: the
-            quickstart on built-in images.
+            quickstart on built-in images; with `start` None means the images of that.
+        start: begin with what an earlier search found: its experiment, where `data` is none, its
+            best configurations, and its trials for Optuna.
         backbone: a pretrained network; `visiontuner backbones` lists them.
         backbones: several, to search the best one of them too; `["offline"]` are those that need
             no download.
@@ -354,10 +358,20 @@ def tune(
     if backbone is not None and backbones is not None:
         raise UserMistake("backbone is one network and backbones are several; give one of them.")
     networks = [] if backbones is None else search_networks(backbones)
-    experiment = _experiment(data, flags, [*networks, *_overrides(settings)])
+    overrides = [*networks, *_overrides(settings)]
+    earlier = None if start is None else find_search(Path(_subject(start)))
+    if earlier is None or isinstance(data, Experiment):
+        experiment = _experiment(data, flags, overrides)
+    else:
+        images = None if data is None else {"source": _experiment(data, {}, ()).data.source}
+        experiment = experiment_of(earlier, images, [*_given(flags), *overrides])
     with _console(progress) as console:
         result = search_verbs.run_search(
-            experiment, output=Path(output) if output else None, on=on, observer=console
+            experiment,
+            output=Path(output) if output else None,
+            on=on,
+            start=earlier,
+            observer=console,
         )
     return Search._of(result)
 

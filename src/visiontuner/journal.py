@@ -5,7 +5,8 @@ last one. Every line has `schema_version`, `event`, `search_id` and `time` (seco
 epoch); lines about a trial have `trial_id` and `attempt`. The events and what else they carry:
 
     search_started   experiment, data, code, machine      the first line; of a single training also
-                     trained_on and from (where its hyperparameters come from)
+                     trained_on; from: where its hyperparameters come from, or which search it
+                     began with (description, first, told, …)
     search_resumed   code, machine                        one for each `--resume`
     features_ready   backbone, weights_digest, weights_licence, feature_dim, engine, computed,
                      seconds, folder; one for each network that is searched

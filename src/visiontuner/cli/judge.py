@@ -880,6 +880,8 @@ def _trial_lines(trial: Facts, traced: Lineage) -> Iterator[str]:
 
 def _search_lines(search: Facts, traced: Lineage) -> Iterator[str]:
     yield f"started {search.get('started')}, objective {search.get('objective')}"
+    if search.get("from"):
+        yield f"began with {search['from']}"
     yield f"experiment: {search.get('experiment_file') or 'file not found'}"
     network, data = traced.network or {}, traced.data or {}
     yield (

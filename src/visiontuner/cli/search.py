@@ -45,6 +45,7 @@ from visiontuner.workflow.prepare import prepare as look
 from visiontuner.workflow.train import find_origin, one_training, resume_training
 from visiontuner.workflow.train import train as run
 from visiontuner.workflow.tune import resume_search, run_search
+from visiontuner.workflow.warm_start import EarlierSearch, experiment_of, find_search
 
 if TYPE_CHECKING:
     from visiontuner.experiment.schema import Domain
@@ -75,6 +76,23 @@ def choose_training(
             images = {"data": raw["data"], "name": None} if other_images else {}
             raw, where = {**found.experiment, **images}, origin
     return one_training(raw, overrides, found, where=where), found
+
+
+# The experiment of a search: a file's, or that of the search that it begins with.
+
+
+def choose_search(
+    experiment: str | None, data: str | None, overrides: Sequence[str], origin: Path | None
+) -> tuple[Experiment, EarlierSearch | None]:
+    """What `experiment_options` and `--from` say together, checked.
+
+    A file says all; without one all is the earlier search's, but for images that `--data` names.
+    """
+    earlier = None if origin is None else find_search(origin)
+    if earlier is None or experiment is not None:
+        return load_experiment(experiment, data, overrides), earlier
+    images = None if data is None else {"source": data}
+    return experiment_of(earlier, images, overrides), earlier
 
 
 # Commands around a search: prepare, sync, backbones, doctor.
@@ -243,6 +261,14 @@ def doctor() -> None:
     type=TEXT,
     help="Search several networks; `offline` names those that need no download.",
 )
+@click.option(
+    "--from",
+    "origin",
+    metavar="SEARCH",
+    type=FOLDER,
+    help="Begin with what an earlier search found: its experiment, its best configurations, and "
+    "its trials for Optuna.",
+)
 @click.option("--trials", metavar="N", type=TEXT, help="How many configurations to try.")
 @click.option("--algorithm", metavar="random|optuna|grid", type=TEXT, help="How to choose.")
 @click.option(
@@ -278,6 +304,7 @@ def tune(
     overrides: tuple[str, ...],
     backbone: str | None,
     backbones: str | None,
+    origin: Path | None,
     trials: str | None,
     algorithm: str | None,
     no_baselines: bool,
@@ -294,6 +321,7 @@ def tune(
       visiontuner tune --data photos/ --backbone resnet50 --trials 32
       visiontuner tune --data photos/ --backbones offline,resnet50 --trials 32
       visiontuner tune --experiment experiments/dog_breeds.yaml --set training.epochs=5
+      visiontuner tune --from searches/photos-20261122-154100 --trials 16
       visiontuner tune --resume searches/digits-20261122-154100
       visiontuner tune --resume searches/digits-20261122-154100 --set search.time_budget=2h
       visiontuner tune --data s3://my-bucket/photos --on sagemaker --instances 4 --max-cost 20
@@ -312,15 +340,20 @@ def tune(
     if resume is not None:
         # A job's search may come home to another folder than the one of the job before.
         fixed = overrides if on == "sagemaker" else output
-        if given or experiment or data or fixed:
+        if given or experiment or data or fixed or origin:
             _refuse_changes_on_resume()
-        chosen = None
+        chosen, earlier = None, None
     else:
-        chosen = load_experiment(experiment, data, [*given, *overrides])
+        chosen, earlier = choose_search(experiment, data, [*given, *overrides], origin)
+    if on == "sagemaker" and earlier is not None:
+        raise UserMistake(
+            "--from begins with a search in a folder here, which a job does not see. Leave --on "
+            "sagemaker out, or hand the job configurations with --set search.first=…."
+        )
     if on == "sagemaker":
         run_on_sagemaker(chosen, job, resume=resume, output=output)
     else:
-        _run_here(chosen, on=on, resume=resume, output=output, overrides=overrides)
+        _run_here(chosen, on=on, resume=resume, output=output, overrides=overrides, start=earlier)
 
 
 def _run_here(
@@ -330,6 +363,7 @@ def _run_here(
     resume: str | None,
     output: Path | None,
     overrides: Sequence[str],
+    start: EarlierSearch | None,
 ) -> None:
     console = SearchConsole()
     try:
@@ -341,7 +375,13 @@ def _run_here(
                 observer=console,
             )
         else:
-            result = run_search(experiment, output=output, on=on, observer=console)  # type: ignore[arg-type]
+            result = run_search(
+                experiment,
+                output=output,
+                on=on,  # type: ignore[arg-type]
+                start=start,
+                observer=console,
+            )
     finally:
         console.close()
     print_result(result, said=console.said)

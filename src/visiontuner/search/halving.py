@@ -14,7 +14,7 @@ from visiontuner.evaluation.choice import scores_of_answers
 from visiontuner.experiment.schema import Configuration, Experiment
 from visiontuner.journal import SearchRecord, TrialRecord
 from visiontuner.search.plan import SCORES_FILE
-from visiontuner.search.space import Suggester, clean, draw_beforehand
+from visiontuner.search.space import Suggester, WarmStart, clean, draw_beforehand, leading
 
 FIRST_RUNG = 3
 """Trials of a network before it is judged the first time; then after 6, 12, 24, …"""
@@ -59,8 +59,11 @@ class NetworkRace:
         self._labels = labels
         self._stop = stop
         self._networks = [name for name in networks if name not in record.left_out]
+        start = WarmStart.of(record)
         self._queues = {
-            name: _Configurations(experiment.for_backbone(name), self._trials(name))
+            name: _Configurations(
+                experiment.for_backbone(name), self._trials(name), start.for_backbone(name)
+            )
             for name in self._networks
         }
         self._judged = {name: _rung(len(self._ended(name))) for name in self._networks}
@@ -184,15 +187,17 @@ def _next_rung(rung: int) -> int:
 class _Configurations:
     """Those of one network's trials, in the order of a search over that network alone."""
 
-    def __init__(self, experiment: Experiment, trials: Sequence[TrialRecord]) -> None:
+    def __init__(
+        self, experiment: Experiment, trials: Sequence[TrialRecord], start: WarmStart
+    ) -> None:
         space = experiment.search.space
         self._suggester: Suggester | None = None
         if experiment.search.algorithm == "random":
-            self._listed = draw_beforehand(experiment)
+            self._listed = draw_beforehand(experiment, start)
             return
-        self._listed = [clean(c, space) for c in experiment.first_trials()]
+        self._listed = leading(experiment, start)
         ended = [trial for trial in trials if trial.finished]
-        self._suggester = Suggester(experiment, trials_told=len(ended))
+        self._suggester = Suggester(experiment, trials_told=len(ended), start=start)
         for trial in ended:
             self._suggester.tell(
                 trial.trial_id, clean(trial.configuration, space), trial.best_value

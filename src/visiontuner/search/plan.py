@@ -22,7 +22,7 @@ from visiontuner.data.folds import folds_for
 from visiontuner.errors import DataError
 from visiontuner.experiment.schema import Configuration, Experiment, Stages, Training
 from visiontuner.journal import Event, SearchRecord, StageName, TrialRecord
-from visiontuner.search.space import clean, draw_beforehand
+from visiontuner.search.space import WarmStart, clean, draw_beforehand, leading
 
 
 def settle(experiment: Experiment, *, images: int, own_validation: bool) -> Experiment:
@@ -313,11 +313,11 @@ def make_plan(
         listed = []  # which network is next follows from the trials before: `NetworkRace`
         total = experiment.search.trials
     elif experiment.search.algorithm == "optuna":
-        first = [clean(c, experiment.search.space) for c in experiment.first_trials()]
+        first = leading(experiment, WarmStart.of(record))
         listed = list(enumerate(first[: experiment.search.trials], start=1))
         total = experiment.search.trials
     else:
-        listed = list(enumerate(draw_beforehand(experiment), start=1))
+        listed = list(enumerate(draw_beforehand(experiment, WarmStart.of(record)), start=1))
         total = len(listed)
     unstarted = [
         PlannedTrial(

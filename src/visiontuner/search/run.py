@@ -43,7 +43,7 @@ from visiontuner.search.plan import (
 )
 from visiontuner.search.ray_cluster import resources_for
 from visiontuner.search.remote import driver_node
-from visiontuner.search.space import Suggester
+from visiontuner.search.space import Suggester, WarmStart
 from visiontuner.search.worker import run_trial
 from visiontuner.workarounds.ray import skip_callback_statistics
 
@@ -183,7 +183,8 @@ class PlanSearcher(Searcher):
         self._suggester: Suggester | None = None
         if race is None and experiment.search.algorithm == "optuna" and plan.suggestions:
             ended = [t for t in record.trials.values() if t.finished]
-            self._suggester = Suggester(experiment, trials_told=len(ended))
+            start = WarmStart.of(record)
+            self._suggester = Suggester(experiment, trials_told=len(ended), start=start)
             for trial in ended:
                 self._suggester.tell(trial.trial_id, trial.configuration, trial.best_value)
 

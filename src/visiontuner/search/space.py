@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
 
 import optuna
 from optuna.distributions import (
@@ -15,6 +16,74 @@ from optuna.distributions import (
 )
 
 from visiontuner.experiment.schema import INTEGERS, Configuration, Domain, Experiment, Values
+from visiontuner.journal import SearchRecord
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToldTrial:
+    """A trial of an earlier search as Optuna is told it."""
+
+    trial_id: str
+    configuration: Configuration
+    value: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStart:
+    """What a search takes over from an earlier one; its journal's first line keeps it, as `from`.
+
+    Args:
+        first: configurations to try after the experiment's own first ones.
+        told: trials that Optuna is told before it suggests the first configuration.
+    """
+
+    first: tuple[Configuration, ...] = ()
+    told: tuple[ToldTrial, ...] = ()
+
+    @classmethod
+    def of(cls, record: SearchRecord) -> Self:
+        """That of a search; empty for one that began without."""
+        kept = record.started.get("from") or {}
+        return cls(
+            first=tuple(kept.get("first") or ()),
+            told=tuple(ToldTrial(**trial) for trial in kept.get("told") or ()),
+        )
+
+    @property
+    def seed_offset(self) -> int:
+        """Added to the seed, or the draws of the earlier search would be repeated."""
+        return len(self.first) + len(self.told)
+
+    def for_backbone(self, name: str) -> Self:
+        """What of it is about one of several networks, without `backbone`."""
+        first = [_of_network(c) for c in self.first if c["backbone"] == name]
+        told = [
+            ToldTrial(
+                trial_id=t.trial_id, configuration=_of_network(t.configuration), value=t.value
+            )
+            for t in self.told
+            if t.configuration["backbone"] == name
+        ]
+        return type(self)(first=tuple(first), told=tuple(told))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `of` reads them back."""
+        return {"first": [dict(c) for c in self.first], "told": [asdict(t) for t in self.told]}
+
+
+NOTHING = WarmStart()
+
+
+def _of_network(configuration: Configuration) -> Configuration:
+    return {name: value for name, value in configuration.items() if name != "backbone"}
+
+
+def leading(experiment: Experiment, start: WarmStart = NOTHING) -> list[Configuration]:
+    """The configurations that a search begins with: its own first ones, then those taken over."""
+    space = experiment.search.space
+    own = [clean(configuration, space) for configuration in experiment.first_trials()]
+    taken = [clean(configuration, space) for configuration in start.first]
+    return own + [configuration for configuration in taken if configuration not in own]
 
 
 def to_distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]:
@@ -22,17 +91,17 @@ def to_distributions(space: Mapping[str, Domain]) -> dict[str, BaseDistribution]
     return {name: _to_distribution(name, domain) for name, domain in space.items()}
 
 
-def draw_beforehand(experiment: Experiment) -> list[Configuration]:
-    """All configurations of a random or grid search, `first` leading, from the seed alone.
+def draw_beforehand(experiment: Experiment, start: WarmStart = NOTHING) -> list[Configuration]:
+    """All configurations of a random or grid search, `leading` ones first, from the seed alone.
 
     The same experiment gives the same list, which is what lets an interrupted search end with the
     trials of an uninterrupted one. A grid is run whole, whatever `search.trials` says.
     """
     search = experiment.search
-    first = [clean(configuration, search.space) for configuration in experiment.first_trials()]
+    first = leading(experiment, start)
     if search.algorithm == "grid":
         return first + [c for c in _grid(search.space) if c not in first]
-    sampler = optuna.samplers.RandomSampler(seed=experiment.seed)
+    sampler = optuna.samplers.RandomSampler(seed=experiment.seed + start.seed_offset)
     study = _quiet_study(sampler, "maximize")
     distributions = to_distributions(search.space)
     wanted = max(0, search.trials - len(first))
@@ -43,13 +112,18 @@ def draw_beforehand(experiment: Experiment) -> list[Configuration]:
 class Suggester:
     """Optuna's TPE behind ask and tell; results of an earlier process can be told as well."""
 
-    def __init__(self, experiment: Experiment, *, trials_told: int = 0) -> None:
+    def __init__(
+        self, experiment: Experiment, *, trials_told: int = 0, start: WarmStart = NOTHING
+    ) -> None:
         self._space = experiment.search.space
         self._distributions = to_distributions(self._space)
         # A resumed search must not draw its first process's random start once more.
-        sampler = optuna.samplers.TPESampler(seed=experiment.seed + trials_told)
+        seed = experiment.seed + trials_told + start.seed_offset
+        sampler = optuna.samplers.TPESampler(seed=seed)
         self._study = _quiet_study(sampler, "minimize" if experiment.mode == "min" else "maximize")
         self._asked: dict[str, optuna.Trial] = {}
+        for trial in start.told:
+            self.tell(trial.trial_id, clean(trial.configuration, self._space), trial.value)
 
     def ask(self, trial_id: str) -> Configuration:
         trial = self._study.ask(self._distributions)

@@ -51,7 +51,8 @@ class Lineage:
             temperature, threshold, abstains, promotion, promotion_reason, quantized_from.
         evaluation: accuracy, low, high, images, looks, data_digest, same_classifier.
         trial: trial_id, run_id, stage, state, configuration, best_epoch, best (by metric).
-        search: name, search_id, run_id, folder, state, objective, started, experiment_file.
+        search: name, search_id, run_id, folder, state, objective, started, from (what it began
+            with), experiment_file.
         experiment: the resolved experiment file.
         network: backbone, weights_digest, weights_licence, engine.
         data: source, root, digest, counts, class_names.
@@ -274,6 +275,7 @@ def _search_run(mlflow: Mlflow, run: Run) -> Lineage:
         "state": tags.get(f"{_OURS}state"),
         "objective": tags.get(f"{_OURS}objective"),
         "started": _moment(run.info.start_time),
+        "from": tags.get(f"{_OURS}from"),
         "experiment_file": f"artifact {EXPERIMENT_FILE} of run {run_id}" if experiment else None,
     }
     sections = _tagged(tags)

@@ -260,6 +260,7 @@ class SearchPlan:
         facts = {
             "objective": self.record.objective,
             "findings": ", ".join(sorted(self.rules)) or None,
+            "from": self._fact("from", "description"),
             "best_trial": best.trial_id if best else None,
             "kept": kept.trial_id if kept else None,
             "choice": (self.record.choice or {}).get("gain"),

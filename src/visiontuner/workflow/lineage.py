@@ -153,6 +153,7 @@ def trace_folder(folder: Path) -> Lineage:
             "state": record.ended["state"] if record.ended else "running or interrupted",
             "objective": record.objective,
             "started": _moment(started.get("time")),
+            "from": (started.get("from") or {}).get("description"),
             "experiment_file": str(folder / EXPERIMENT_FILE),
         },
         experiment=started.get("experiment"),

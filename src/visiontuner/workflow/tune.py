@@ -14,6 +14,7 @@ import numpy as np
 
 from visiontuner import interrupts
 from visiontuner.data.arrays import DecodedImages, FeatureSet
+from visiontuner.data.manifest import MANIFEST_FILE, write_manifest
 from visiontuner.errors import (
     DataError,
     DiskError,
@@ -64,6 +65,7 @@ from visiontuner.workflow.selection import (
     record_baselines,
 )
 from visiontuner.workflow.tracking_process import BackgroundTracking
+from visiontuner.workflow.warm_start import EarlierSearch, take_over_search
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -256,11 +258,13 @@ def run_search(
     *,
     output: Path | None = None,
     on: Where = "local",
+    start: EarlierSearch | None = None,
     observer: Observer | None = None,
 ) -> SearchResult:
     """Search, write every trial to MLflow, package and register the best.
 
     Args:
+        start: a search whose best configurations are tried first, and whose trials Optuna is told.
         output: a new folder for the search; default: `searches/NAME-TIME` here.
         on: `local` starts a Ray on this machine, `auto` joins the cluster it is in.
 
@@ -274,7 +278,7 @@ def run_search(
             f"{next_command('tune', '--resume', output)}"
         )
     folder = output or SEARCHES / f"{experiment.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = _Run(with_absolute_paths(experiment), folder, on, observer or Silent())
+    run = _Run(with_absolute_paths(experiment), folder, on, observer or Silent(), start)
     return run.run(is_named=output is not None)
 
 
@@ -314,14 +318,23 @@ def resume_search(
 class _Run:
     """One run of a search, from the images to the registered model."""
 
-    def __init__(self, experiment: Experiment, folder: Path, on: Where, observer: Observer) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        folder: Path,
+        on: Where,
+        observer: Observer,
+        start: EarlierSearch | None = None,
+    ) -> None:
         self.experiment = experiment
+        self.start = start
         self.folder = folder
         self.on = on
         self.observer = observer
         self.inputs = Inputs(experiment, observer)
         self.tracking_uri = tracking_uri()
         self.project_run = take_project_run()
+        self._facts: dict[str, Any] = {}  # for a new journal's first line
         self._left_out: Mapping[str, str] = {}  # networks whose weights cannot be had, and why
 
     def run(self, *, is_named: bool = True) -> SearchResult:
@@ -337,6 +350,7 @@ class _Run:
             if not record.started:
                 self._settle()
                 self._fit_space()
+                self._take_over()
             remaining = remaining_trials(self.experiment, record)
             # Not one that was killed or stopped between its last trial and the choice.
             whole = (record.ended or {}).get("state") == "completed"
@@ -374,6 +388,14 @@ class _Run:
                 f"up to that, {sizes}."
             )
         self.experiment = self.inputs.experiment = fitting
+
+    def _take_over(self) -> None:
+        """What an earlier search is good for here, for the journal's first line."""
+        if self.start is not None:
+            facts, said = take_over_search(self.start, self.experiment, self.inputs.dataset)
+            self._facts = {"from": facts}
+            for line in said:
+                self.observer.note(line)
 
     def _require_what_it_needs(self, record: SearchRecord) -> None:
         """What cannot work ends here, before there is a folder or a run to clean up."""
@@ -455,9 +477,14 @@ class _Run:
         )
 
     def _open_journal(self, record: SearchRecord) -> Recorder:
-        return open_journal(
-            self.folder, self.experiment, self.inputs.dataset, record, self.observer
+        dataset = self.inputs.dataset
+        recorder = open_journal(
+            self.folder, self.experiment, dataset, record, self.observer, **self._facts
         )
+        with suppress(OSError):  # a later search then says less of its images
+            if not (self.folder / MANIFEST_FILE).exists():
+                write_manifest(self.folder, dataset)
+        return recorder
 
     def _conclude(
         self, state: SearchState, recorder: Recorder, tracking: BackgroundTracking
