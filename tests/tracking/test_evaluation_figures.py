@@ -10,6 +10,7 @@ from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
+from numpy.typing import NDArray
 from PIL import Image
 
 from visiontuner.evaluation.calibration import (
@@ -243,8 +244,30 @@ def test_names_are_cut_in_the_middle_and_never_alike() -> None:
     assert readable(names) == ["German short…nter, young", "German short…ointer, old"]
     long = ["a" * 40 + middle + "b" * 40 for middle in ("x", "y")]
     assert readable(long) == ["aaaaaaaaa…bbbbbbbb (0)", "aaaaaaaaa…bbbbbbbb (1)"]
-    # Right to left is drawn by no font as it is read.
-    assert readable(["כלב", "cat"]) == ["class 0", "cat"]
+
+
+def columns(text: str) -> NDArray[np.bool_]:
+    """What a text is drawn as, large, from its first column of ink to its last."""
+    figure = Figure(figsize=(4, 1), dpi=100)
+    figure.text(0.05, 0.4, text, fontsize=30)
+    ink = np.asarray(drawn(figure).convert("L")) < 128
+    there = np.flatnonzero(ink.any(axis=0))
+    return ink[:, there[0] : there[-1] + 1]
+
+
+@pytest.mark.usefixtures("other_fonts")
+def test_a_name_from_right_to_left_is_drawn_as_it_is_read() -> None:
+    hebrew, cat = readable(["אבג", "cat"])
+    assert (hebrew.strip("\u200e"), cat) == ("אבג", "cat")
+    assert hebrew != hebrew.strip("\u200e")
+    alef, gimel, name = columns("א"), columns("ג"), columns(hebrew)
+    assert (name[:, -alef.shape[1] :] == alef).all()  # the first letter is the rightmost
+    assert (name[:, : gimel.shape[1]] == gimel).all()
+    # Between two of them an arrow still leads from the left one to the right one.
+    pair = columns(f"{hebrew} → {readable(['ד'])[0]}")
+    dalet = columns("ד")
+    assert (pair[:, : name.shape[1]] == name).all()
+    assert (pair[:, -dalet.shape[1] :] == dalet).all()
 
 
 @pytest.mark.usefixtures("other_fonts")
@@ -268,14 +291,14 @@ def test_a_contact_sheet_shows_every_image_whole(count: int) -> None:
     colours: list[Any] = [(250, 0, 0), (0, 120, 0)]
     images = [Image.new("RGB", (40 + 50 * (i % 2), 60), colours[i % 2]) for i in range(count)]
     captions = [("true $1", "犬" if i % 2 else "wrong", 0.987) for i in range(count)]
-    figure = contact_sheet(images, captions)
+    figure = contact_sheet(images, captions, ["true $1", "wrong", "犬"])
     image = drawn(figure).convert("RGB")
     rows = -(-count // 6)
     assert image.size == (12 + 180 * min(6, count), 12 + 220 * rows)
     # In the middle of the first tile is the first image's colour: one pixel is one pixel.
     assert image.getpixel((12 + 84, 12 + 84)) == colours[0]
     assert "→ wrong 99%" in words(figure)
-    assert ("→ ? 99%" in words(figure)) == (count > 1)
+    assert ("→ class 2 99%" in words(figure)) == (count > 1)  # no font here has it
 
 
 def test_arrays_and_odd_modes_can_be_on_a_contact_sheet() -> None:
@@ -285,14 +308,14 @@ def test_arrays_and_odd_modes_can_be_on_a_contact_sheet() -> None:
         Image.new("P", (3, 3)),
         Image.new("RGBA", (3, 3)),
     ]
-    drawn(contact_sheet(images, [("a", "b", 1.0)] * 4))
+    drawn(contact_sheet(images, [("a", "b", 1.0)] * 4, ["a", "b"]))
 
 
 def test_a_contact_sheet_needs_a_caption_for_each_image() -> None:
     with pytest.raises(ValueError, match="1 images and 0 captions"):
-        contact_sheet([Image.new("L", (2, 2))], [])
+        contact_sheet([Image.new("L", (2, 2))], [], [])
     with pytest.raises(ValueError, match="0 images"):
-        contact_sheet([], [])
+        contact_sheet([], [], [])
 
 
 def test_drawing_leaves_no_global_state() -> None:

@@ -14,8 +14,10 @@ from PIL import Image
 from visiontuner.journal import SearchRecord
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.searches import (
+    Curve,
     best_so_far,
     importances,
+    learning_curves,
     learning_rate_batch_size_map,
     parallel_coordinates,
     search_figures,
@@ -65,6 +67,43 @@ def test_axes_zoom_to_where_the_good_trials_are_and_say_what_lies_outside(
     assert 0.95 < high < 0.96
     assert figure.texts[0].get_text().endswith("2 trials below")
     drawn(figure)
+
+
+def test_the_outcome_of_parallel_coordinates_zooms_as_well(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    values = [0.05, 0.90, 0.91, 0.92, 0.93, 0.94, 0.95, 0.10]
+    for number, value in enumerate(values, 1):
+        search.trial(number, epochs=2, best_value=value)
+    figure = parallel_coordinates(record_of(search))
+    assert figure is not None
+    # The best half is 0.92 to 0.95, and the scale from 0.86 to the best; below are two trials.
+    said = [text.get_text() for text in figure.axes[0].texts]
+    assert said[-5:] == ["≤ 0.86", "0.88", "0.91", "0.93", "0.95"]
+    (lines,) = figure.axes[0].collections
+    ends = sorted(float(path.vertices[-1, 1]) for path in lines.get_paths())
+    assert ends[:2] == [0.0, 0.0]
+    assert ends[2] == pytest.approx(0.04 / 0.09)  # 0.90
+    drawn(figure)
+
+
+def test_a_diverged_run_does_not_flatten_the_others() -> None:
+    finals = [0.5, 0.4, 0.6, 50.0]
+    curves = [Curve(f"run {n}", [1, 2], [final + 0.1, final]) for n, final in enumerate(finals)]
+    figure = learning_curves({"validation_loss": curves})
+    # The better half ends at 0.4 and 0.5: 0.4 to 0.6, and twice that span above.
+    assert figure.axes[0].get_ylim()[1] < 1.1
+    assert figure.axes[0].get_ylabel() == "Validation loss, of the best half"
+    few = learning_curves({"validation_loss": curves[1:]})
+    assert few.axes[0].get_ylim()[1] > 50
+
+
+def test_names_in_a_legend_are_cut_in_the_middle_and_never_alike() -> None:
+    names = ["a" * 40 + middle + "b" * 40 for middle in ("x", "y")]
+    figure = learning_curves({"validation_loss": [Curve(n, [1, 2], [1.0, 2.0]) for n in names]})
+    said = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(said)) == 2
+    assert all(text.startswith("aaaa") and "…b" in text for text in said)
 
 
 def test_values_near_each_other_are_all_shown(new_search: NewSearch) -> None:

@@ -181,7 +181,7 @@ def _write_test(
     wrong = confident_mistakes(probabilities, labels, report.class_names, count)
     _draw(folder, report, answers, probabilities, labels)
     shown = [(answers.samples[m.index].path, (m.true, m.predicted, m.probability)) for m in wrong]
-    write_contact_sheet(folder / "mistakes.png", root, shown)
+    write_contact_sheet(folder / "mistakes.png", root, shown, report.class_names)
     _write_explained_sheet(folder / "mistakes_explained.png", classifier, root, shown)
     return {
         "mistakes": [
@@ -225,7 +225,12 @@ def _draw(
         (folder / f"{name}.png").write_bytes(to_png(figure))
 
 
-def write_contact_sheet(file: Path, root: Path, shown: Sequence[tuple[str, Caption]]) -> None:
+def write_contact_sheet(
+    file: Path,
+    root: Path,
+    shown: Sequence[tuple[str, Caption]],
+    class_names: Sequence[str],
+) -> None:
     """Draw images with their captions; without any that can still be read there is no file.
 
     Args:
@@ -242,7 +247,7 @@ def write_contact_sheet(file: Path, root: Path, shown: Sequence[tuple[str, Capti
         images.append(image)
         captions.append(caption)
     if images:
-        file.write_bytes(to_png(contact_sheet(images, captions)))
+        file.write_bytes(to_png(contact_sheet(images, captions, class_names)))
 
 
 def _write_explained_sheet(
@@ -266,7 +271,7 @@ def _write_explained_sheet(
         images.append(heat.over(pixels))
         captions.append(caption)
     if images:
-        file.write_bytes(to_png(contact_sheet(images, captions)))
+        file.write_bytes(to_png(contact_sheet(images, captions, classifier.class_names)))
 
 
 Prefer = Literal["best", "cheapest", "fastest"]

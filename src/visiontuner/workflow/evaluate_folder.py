@@ -358,4 +358,4 @@ def _draw_new(file: Path, classifier: Classifier, root: Path, answers: Answers) 
         for row in order
         if answers.novelty[row] > classifier.novelty.threshold
     ]
-    write_contact_sheet(file, root, shown)
+    write_contact_sheet(file, root, shown, names)

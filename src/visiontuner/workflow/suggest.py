@@ -139,7 +139,7 @@ def suggest_images(
     if not fresh:
         raise UserMistake(_nothing(images, len(found)))
     unlabelled, suggestions = _choose(images, fresh, inputs, budget)
-    _write(folder, images, suggestions)
+    _write(folder, images, suggestions, inputs.dataset.class_names)
     return SuggestResult(
         folder=folder,
         suggestions=tuple(suggestions),
@@ -242,14 +242,16 @@ def _features_of(root: Path, fresh: Sequence[Sample], inputs: Inputs) -> SplitFe
     return inputs.features_of(dataset, ("train",)).split("train")
 
 
-def _write(folder: Path, root: Path, suggestions: Sequence[Suggestion]) -> None:
+def _write(
+    folder: Path, root: Path, suggestions: Sequence[Suggestion], class_names: Sequence[str]
+) -> None:
     rows = [(s.rank, s.path, s.guess, s.probability) for s in suggestions]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         content = "".join(map(csv_row, [_COLUMNS, *rows])).encode(errors="replace")
         (folder / SUGGEST_FILE).write_bytes(content)
         shown = [(s.path, ("", s.guess, s.probability)) for s in suggestions[:_DRAWN]]
-        write_contact_sheet(folder / SUGGEST_SHEET, root, shown)
+        write_contact_sheet(folder / SUGGEST_SHEET, root, shown, class_names)
         for suggestion in suggestions:
             place = folder / SUGGEST_SORT_FOLDER / as_file_name(suggestion.guess)
             place.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from visiontuner.data.arrays import FeatureSet
+from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.labels import Row, read_table
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.evaluation.baselines import is_affordable, logistic_regression
@@ -128,7 +129,7 @@ def find_suspects(
     images, suspects = _suspects_among(inputs, features)
     kept = _rows_of_before(inputs, {suspect.path for suspect in suspects})
     folder = output or (search or Path()) / SUSPECTS_FOLDER
-    _write(folder, inputs.dataset.root, suspects, kept)
+    _write(folder, inputs.dataset, suspects, kept)
     return SuspectsResult(
         folder=folder,
         search=search,
@@ -207,7 +208,9 @@ def _rows_of_before(inputs: Inputs, suspects: set[str]) -> list[Row]:
     return [row for row in rows if posixpath.normpath(row.path) not in suspects]
 
 
-def _write(folder: Path, root: Path, suspects: Sequence[Suspect], kept: Sequence[Row]) -> None:
+def _write(
+    folder: Path, dataset: ImageDataset, suspects: Sequence[Suspect], kept: Sequence[Row]
+) -> None:
     rows: list[Sequence[object]] = [(s.path, s.label, s.suggested, s.score) for s in suspects]
     rows += [(row.path, row.label, None, None) for row in kept]
     content = "".join(map(csv_row, [_COLUMNS, *rows])).encode(errors="replace")
@@ -222,6 +225,6 @@ def _write(folder: Path, root: Path, suspects: Sequence[Suspect], kept: Sequence
         file.write_bytes(content)
         (folder / SUSPECTS_SHEET).unlink(missing_ok=True)
         shown = [(s.path, (s.label, s.suggested, s.probability)) for s in suspects[:_DRAWN]]
-        write_contact_sheet(folder / SUSPECTS_SHEET, root, shown)
+        write_contact_sheet(folder / SUSPECTS_SHEET, dataset.root, shown, dataset.class_names)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None

@@ -24,7 +24,6 @@ from visiontuner.tracking.figures.parts import (
     add_legend,
     as_percent,
     count,
-    drawable,
     label_axes,
     literally,
     panels,
@@ -49,20 +48,27 @@ Caption = tuple[str, str, float]
 """True class, predicted class, probability of the predicted one."""
 
 
-def contact_sheet(images: Sequence[AnyImage], captions: Sequence[Caption]) -> Figure:
+def contact_sheet(
+    images: Sequence[AnyImage], captions: Sequence[Caption], class_names: Sequence[str]
+) -> Figure:
     """The most confidently wrong images, six in a row, with their true and predicted classes.
 
     Args:
         images: Pillow images, or uint8 arrays of shape (H, W, 3); shown whole, as they are.
         captions: one for each image.
+        class_names: a name that no font here has is `class 12`, its place in them, as in every
+            other figure.
 
     Raises:
         ValueError: no images, or not one caption for each.
     """
     if not images or len(images) != len(captions):
         raise ValueError(f"{len(images)} images and {len(captions)} captions")
+    wide, narrow = (
+        dict(zip(class_names, readable(class_names, length), strict=True)) for length in (26, 19)
+    )
     said = [
-        (drawable(true, 26) or "?", f"→ {drawable(predicted, 19) or '?'} {probability:.0%}")
+        (wide.get(true, true), f"→ {narrow.get(predicted, predicted)} {probability:.0%}")
         for true, predicted, probability in captions
     ]
     return image_sheet(images, said)

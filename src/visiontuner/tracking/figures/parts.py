@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,13 +21,13 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 # Names of classes as a figure can show them: they come from folders, so they hold anything.
 
 
-def readable(names: Sequence[str], length: int = 24) -> list[str]:
+def readable(names: Sequence[str], length: int = 24, noun: str = "class") -> list[str]:
     """Names as the fonts at hand draw them, cut in the middle to `length` characters, none alike.
 
     A name of which they lack half or more becomes `class 12`, its place in the list; a name that is
     cut as another is has its place behind it.
     """
-    shown = [drawable(name, length) or f"class {index}" for index, name in enumerate(names)]
+    shown = [drawable(name, length) or f"{noun} {index}" for index, name in enumerate(names)]
     taken = Counter(shown)
     return [
         text if taken[text] == 1 else f"{_cut_middle(text, length - 6)} ({index})"
@@ -37,13 +38,16 @@ def readable(names: Sequence[str], length: int = 24) -> list[str]:
 def drawable(name: str, length: int) -> str:
     """What the fonts have of a name, cut to `length` characters; nothing if that is half or less.
 
-    Nothing of a name that is written from right to left: matplotlib would draw it backwards.
+    A name that is written from right to left stands between two marks, so that what is written
+    around it keeps its order. Nothing of it before matplotlib 3.11, which drew it backwards.
     """
     name = " ".join(name.split())
-    if any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name):
-        return ""
+    leftwards = any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in name)
     kept = "".join(letter for letter in name if ord(letter) in _letters())
-    return _cut_middle(kept, length) if 2 * len(kept) > len(name) else ""
+    if 2 * len(kept) <= len(name) or (leftwards and not _SHAPES_TEXT):
+        return ""
+    text = _cut_middle(kept, length)
+    return f"{_LEFT_TO_RIGHT}{text}{_LEFT_TO_RIGHT}" if leftwards else text
 
 
 def _cut_middle(text: str, length: int) -> str:
@@ -52,6 +56,10 @@ def _cut_middle(text: str, length: int) -> str:
         return text
     behind = (length - 1) // 2
     return f"{text[: length - 1 - behind]}…{text[len(text) - behind :]}"
+
+
+_SHAPES_TEXT = matplotlib.__version_info__ >= (3, 11)
+_LEFT_TO_RIGHT = "\u200e"  # takes no room
 
 
 # For Chinese, Japanese, Korean, the scripts of India and Thailand, and signs; in colour none is
@@ -187,15 +195,19 @@ def zoom(axes: Axes, good: np.ndarray, every: np.ndarray) -> int:
     """
     if not good.size:
         return 0
-    low, high = float(good.min()), float(good.max())
-    span = max(high - low, 0.02 * max(abs(low), abs(high)), 1e-6)
-    bottom, top = low - 2 * span, high + 2 * span
+    bottom, top = bounds(good, every)
     outside = int(np.count_nonzero((every < bottom) | (every > top)))
     if outside:
-        bottom, top = max(bottom, float(every.min())), min(top, float(every.max()))
         room = 0.05 * (top - bottom)
         axes.set_ylim(bottom - room, top + room)
     return outside
+
+
+def bounds(good: np.ndarray, every: np.ndarray) -> tuple[float, float]:
+    """The good values and twice their span on each side, no further than there are values."""
+    low, high = float(good.min()), float(good.max())
+    span = max(high - low, 0.02 * max(abs(low), abs(high)), 1e-6)
+    return max(low - 2 * span, float(every.min())), min(high + 2 * span, float(every.max()))
 
 
 def plot_dots(axes: Axes, lines: Sequence[np.ndarray]) -> None:

@@ -30,6 +30,7 @@ from visiontuner.tracking.figures.parts import (
     ORANGE,
     add_legend,
     as_percent,
+    bounds,
     count,
     cut,
     describe,
@@ -39,6 +40,7 @@ from visiontuner.tracking.figures.parts import (
     panels,
     plot_dots,
     plot_line,
+    readable,
     short,
     whole_steps,
     zoom,
@@ -212,9 +214,12 @@ def learning_curves(curves: Mapping[str, Sequence[Curve]]) -> Figure:
     figure, row = panels(max(1, len(curves)), f"Learning curves of {count(runs, 'run')}")
     _make_room(figure, runs)
     for axes, (metric, drawn) in zip(row, curves.items(), strict=False):
+        labels = readable([curve.label for curve in drawn], 60, "run")
         for position, curve in enumerate(drawn):
-            _plot(axes, position, curve)
-        label_axes(axes, "Epoch", _label(metric))
+            _plot(axes, position, curve, labels[position])
+        values = [finite(curve.steps, curve.values)[1] for curve in drawn]
+        outside = _zoom_to_the_better_half(axes, values, mode_of(metric))
+        label_axes(axes, "Epoch", _label(metric) + (", of the best half" if outside else ""))
         whole_steps(axes, [step for curve in drawn for step in curve.steps])
         if _is_fraction(metric, [value for curve in drawn for value in curve.values]):
             as_percent(axes)
@@ -228,11 +233,15 @@ def searches_side_by_side(searches: Sequence[SearchProgress]) -> Figure:
     _make_room(figure, len(searches), columns=1)
     longest = max((float(s.seconds.max(initial=0.0)) for s in searches), default=0.0)
     scale, unit = (60.0, "min") if longest > 180 else (1.0, "s")
+    labels = readable([search.name for search in searches], 80, "search")
     for position, search in enumerate(searches):
         numbers = np.arange(1, len(search.best) + 1, dtype=float)
         for axes, x in ((left, search.seconds / scale), (right, numbers)):
-            _step(axes, position, x, search)
+            _step(axes, position, x, search, labels[position])
     objective = searches[0].objective if searches else ""
+    trials = [np.array([v]) for s in searches for v in finite(range(len(s.values)), s.values)[1]]
+    for axes in (left, right):
+        _zoom_to_the_better_half(axes, trials, mode_of(objective))
     label_axes(left, f"Time since the start ({unit})", _label(objective))
     label_axes(right, "Trials ended", "")
     left.set_xlim(left=0)
@@ -244,20 +253,28 @@ def searches_side_by_side(searches: Sequence[SearchProgress]) -> Figure:
     return figure
 
 
-def _plot(axes: Axes, position: int, curve: Curve) -> None:
+def _zoom_to_the_better_half(axes: Axes, curves: Sequence[np.ndarray], mode: str) -> int:
+    """Limit the y axis to the curves with the better last values; how many values lie outside."""
+    known = sorted((c for c in curves if len(c)), key=lambda c: float(c[-1]), reverse=mode == "max")
+    if len(known) < 4:
+        return 0
+    return zoom(axes, np.concatenate(known[: -(-len(known) // 2)]), np.concatenate(known))
+
+
+def _plot(axes: Axes, position: int, curve: Curve, label: str) -> None:
     x, y = finite(curve.steps, curve.values)
     # An empty line still takes its place in the legend: the run is there, its curve is not.
     axes.plot(
         x, y, **_style(position), marker="o" if len(x) == 1 else None, markersize=4,
-        label=cut(curve.label, 60),
+        label=label,
     )  # fmt: skip
 
 
-def _step(axes: Axes, position: int, x: np.ndarray, search: SearchProgress) -> None:
+def _step(axes: Axes, position: int, x: np.ndarray, search: SearchProgress, label: str) -> None:
     best_x, best = finite(x.tolist(), search.best.tolist())
     single_x, single = finite(x.tolist(), search.values.tolist())
     style = _style(position)
-    axes.step(best_x, best, where="post", label=cut(search.name, 80), **style)
+    axes.step(best_x, best, where="post", label=label, **style)
     axes.scatter(single_x, single, s=12, color=style["color"], alpha=0.35, edgecolors="none")
 
 
@@ -453,7 +470,8 @@ def parallel_coordinates(record: SearchRecord) -> Figure | None:
     names = sorted(set().union(*(trial.configuration for trial in trials)))
     columns = [_Column.of(n, [trial.configuration.get(n) for trial in trials]) for n in names]
     values = [cast(float, trial.best_value) for trial in trials]
-    columns.append(_Column.of(record.objective, values))
+    good = np.array([t.best_value for t in _best_half(record) if t.best_value is not None])
+    columns.append(_Column.of(record.objective, values, bounds(good, np.array(values))))
     figure, (axes,) = panels(1, "Searched values and the outcome" + _outcome(record), right=0.98)
     heights = np.column_stack([column.heights for column in columns])  # (trials, columns)
     lines = [np.column_stack([np.arange(len(columns)), line]) for line in heights]
@@ -503,7 +521,14 @@ class _Column:
         self.name, self.heights, self.ticks = name, heights, ticks
 
     @classmethod
-    def of(cls, name: str, values: Sequence[object]) -> _Column:
+    def of(
+        cls, name: str, values: Sequence[object], within: tuple[float, float] | None = None
+    ) -> _Column:
+        """Of the values of all trials.
+
+        Args:
+            within: the ends of the scale; values beyond stand at the end, which says so.
+        """
         numbers = [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
         distinct = sorted(set(values), key=lambda v: (str(type(v)), v))
         if len(numbers) < len(values) or (len(distinct) <= 6 and name != "learning_rate"):
@@ -511,16 +536,19 @@ class _Column:
             places = {v: _place(i, len(distinct)) for i, v in enumerate(distinct)}
             ticks = [(places[v], short(v)) for v in distinct]
             return cls(name, np.array([places[v] for v in values]), ticks)
-        log = min(numbers) > 0 and max(numbers) / min(numbers) > 20
+        log = within is None and min(numbers) > 0 and max(numbers) / min(numbers) > 20
         scaled = np.log10(numbers) if log else np.array(numbers, dtype=float)
-        low, high = float(scaled.min()), float(scaled.max())
+        least, most = float(scaled.min()), float(scaled.max())
+        low, high = within or (least, most)
         if low == high:
             return cls(name, np.full(len(values), 0.5), [(0.5, short(numbers[0]))])
         ticks = [
             (h, short(10 ** (low + h * (high - low)) if log else low + h * (high - low)))
             for h in (0.0, 0.25, 0.5, 0.75, 1.0)
         ]
-        return cls(name, (scaled - low) / (high - low), ticks)
+        ticks[0] = (0.0, f"≤ {ticks[0][1]}" if least < low else ticks[0][1])
+        ticks[-1] = (1.0, f"≥ {ticks[-1][1]}" if most > high else ticks[-1][1])
+        return cls(name, np.clip((scaled - low) / (high - low), 0, 1), ticks)
 
 
 def _place(index: int, count: int) -> float:
