@@ -138,6 +138,9 @@ def test_a_search_has_its_suspects_in_its_folder(photos):
     output = run("suspects")
     assert len(rows(folder / "suspects" / "suspects.csv")) == len(WRONG)
     assert "tune --experiment searches/photos-1/experiment.yaml" in output
+    page = (folder / "report.html").read_text("utf-8")
+    assert "2 of the training and validation images have a label that" in page
+    assert "All 81 images that the search has seen" in page  # not those of test
     result = vt.suspects(folder, progress=False)  # again, and the same
     assert set(result.table["path"]) == WRONG
     assert list(result.table.columns) == ["path", "label", "suggested", "score"]

@@ -22,6 +22,7 @@ from visiontuner.evaluation.calibration import ChosenThreshold
 from visiontuner.evaluation.report import evaluate_predictions
 from visiontuner.journal import Finding, SearchRecord
 from visiontuner.text import printable
+from visiontuner.tracking.image_map import ImageMap, describe_image_map
 from visiontuner.tracking.page import PAGE_FILE, search_page, write_page
 
 NewSearch = Callable[..., Any]
@@ -117,6 +118,32 @@ def evaluation(names: list[str], **facts: Any) -> dict[str, Any]:
         **facts,
     }
     return dict(json.loads(json.dumps(raw)))
+
+
+def image_map(names: list[str], paths: list[str], *, sprite: bytes = b"", **facts: Any) -> ImageMap:
+    """Images of all classes in turn, one beside the other; the first is a suspect."""
+    count = len(paths)
+    raw = {
+        "images": count,
+        "method": "PCA",
+        "explained": 0.25,
+        "class_names": names,
+        "paths": paths,
+        "splits": ["train", *["validation"] * (count - 2), "test"],
+        "labels": [row % len(names) for row in range(count)],
+        "places": [[row / (count - 1), 0.5] for row in range(count)],
+        "said": {"0": {"suspect": f"rather {names[-1]}"}},
+        "sprite": base64.b64encode(sprite).decode(),
+        "side": 8,
+        "columns": 2,
+        "suspects": {
+            "count": 1,
+            "first": [{"path": paths[0], "label": names[0], "suggested": names[-1], "score": 0.99,
+                       "image": None}],
+        },
+        **facts,
+    }  # fmt: skip
+    return describe_image_map(json.loads(json.dumps(raw)))
 
 
 def test_the_headline_says_what_was_searched_and_what_came_out(new_search: NewSearch) -> None:
@@ -272,6 +299,7 @@ def _made_of(name: str, search: Any, png: bytes) -> str:
         evaluation=raw,
         evaluation_figures={name: png},
         findings=[Finding(rule=name, severity="info", evidence=name, advice=name)],
+        image_map=image_map([name, "dog"], [name, "b", "c"]),
         where={"folder": name, "tracking_uri": name, "runs": {"t0001": name}},
         notes=[name],
     )
@@ -306,6 +334,42 @@ def test_the_page_asks_for_nothing_and_allows_only_its_own_script(
     assert "unsafe" not in str(policy)
     image = next(attrs["src"] for tag, attrs in page.tags if tag == "img")
     assert base64.b64decode(str(image).split(",")[1]) == png
+
+
+def test_single_images_are_listed_counted_and_drawn(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    page = page_of(search, image_map=image_map(["cat", "dog"], ["a.jpg", "b.jpg", "c.jpg"]))
+    assert "1 of the training and validation images have a label that" in page.text
+    assert "All 3 images by the two principal components" in page.text
+    assert "which hold 25% of what their features vary" in page.text
+    for row in ("cat → dog", "a.jpg", "1 cat (2)", "2 dog (1)", "label probably wrong (1)"):
+        assert row in page.text
+    # Of each class a symbol on the map and one in the legend; the suspect's ring over it.
+    shapes = [tag for tag, attrs in page.tags if str(attrs.get("class")) in ("c0", "c1")]
+    assert sorted(shapes) == ["circle"] * 3 + ["path"] * 2
+    assert "names labels that are probably wrong, and draws" in page_of(search).text
+
+
+def test_a_map_of_5000_images_stays_below_five_megabytes(new_search: NewSearch) -> None:
+    search = new_search()
+    search.begin()
+    paths = [f"train/class {row % 120}/{row:060}.jpg" for row in range(5_000)]
+    names = [f"class {number}" for number in range(120)]
+    # The most that `workflow/image_map.py` writes.
+    drawn = image_map(names, paths, sprite=bytes(2_200_000), images=70_000)
+    source = search_page(record_of(search), figures={}, image_map=drawn)
+    assert len(source.encode()) < 5e6 - 800_000  # which an evaluation's figures take
+    assert "5,000 of 70,000 images, of each class as many" in source
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 9}', '{"version": 1, "paths": [1]}'])
+def test_a_damaged_map_is_left_out(new_search: NewSearch, content: str) -> None:
+    search = new_search()
+    search.begin()
+    (search.folder / "image_map.json").write_text(content)
+    page = Page(write_page(search.folder, figures={}).read_text(encoding="utf-8"))
+    assert "Map of the images" not in page.text
 
 
 @pytest.mark.parametrize(
@@ -565,6 +629,7 @@ def test_a_browser_shows_it_without_a_request_or_a_complaint(
         record_of(_three_trials(new_search)),
         figures={"all_curves": png},
         evaluation=evaluation(["cat", *HOSTILE]),
+        image_map=image_map(["cat", *HOSTILE], HOSTILE, sprite=_webp("red")),
         notes=HOSTILE,
     )
     seen = browse(source, tmp_path)
@@ -590,6 +655,51 @@ def test_a_click_on_a_heading_sorts_the_table(new_search: NewSearch, tmp_path: P
     sizes = [row[2] for row in page.rows if re.fullmatch(r"t\d{4}", row[0])]
     assert sizes == ["32", "64", "128"]  # as numbers, not as words
     assert ("th", {"class": "number", "aria-sort": "ascending"}) in page.tags
+
+
+@needs_browser
+def test_an_image_is_shown_under_the_pointer_and_others_can_be_faded(
+    new_search: NewSearch, tmp_path: Path
+) -> None:
+    drawn = image_map(
+        ["cat", "dog"], ["a.jpg", "b.jpg", "c.jpg"], sprite=_webp("red", "lime", "blue")
+    )
+    source = search_page(record_of(_three_trials(new_search)), figures={}, image_map=drawn)
+    source = re.sub(r"<meta http-equiv.*?>", "", source)
+    script = """
+      addEventListener("load", () => {
+        const svg = document.querySelector(".map > svg"), box = svg.getBoundingClientRect();
+        const at = {clientX: box.left + box.width / 2 + 3, clientY: box.top + box.height / 2};
+        svg.dispatchEvent(new PointerEvent("pointermove", at));
+        const canvas = document.querySelector(".tip canvas").getContext("2d");
+        document.body.dataset.pixel = canvas.getImageData(64, 64, 1, 1).data.join();
+        const select = document.querySelector(".filter select[name=split]");
+        select.value = "train";
+        select.dispatchEvent(new Event("change", {bubbles: true}));
+      });
+    """
+    source = source.replace("</body>", f"<script>{script}</script></body>")
+    seen = browse(source, tmp_path)
+    assert seen.complaints == []
+    page = Page(seen.document)
+    body = next(attrs for tag, attrs in page.tags if tag == "body")
+    red, green, blue, _ = map(int, str(body["data-pixel"]).split(","))
+    assert green > 200 > 60 > max(red, blue)  # the second of three
+    assert "dog\nb.jpg" in page.text
+    tip = next(attrs for tag, attrs in page.tags if attrs.get("class") == "tip")
+    assert "hidden" not in tip
+    faded = [str(attrs["class"]) for _, attrs in page.tags if "off" in str(attrs.get("class"))]
+    assert faded == ["c1 off", "c0 off"]  # of validation and test
+
+
+def _webp(*colours: str) -> bytes:
+    """Images of 8 x 8 pixels, two in a row."""
+    sheet = Image.new("RGB", (16, 8 * math.ceil(len(colours) / 2)))
+    for place, colour in enumerate(colours):
+        sheet.paste(colour, (place % 2 * 8, place // 2 * 8, place % 2 * 8 + 8, place // 2 * 8 + 8))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "WEBP", lossless=True)
+    return buffer.getvalue()
 
 
 def _three_trials(new_search: NewSearch) -> Any:

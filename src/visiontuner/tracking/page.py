@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import io
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
+from PIL import Image
 
 from visiontuner.diagnostics.history import best_trials, find_recording, history_of_trial
 from visiontuner.diagnostics.rules import diagnose_history, not_refuted
@@ -39,6 +41,7 @@ from visiontuner.text import next_command, shown
 from visiontuner.tracking.figures.parts import LABELS, count, readable, to_png
 from visiontuner.tracking.figures.recording import Explained
 from visiontuner.tracking.figures.searches import importances, search_figures
+from visiontuner.tracking.image_map import HEIGHT, WIDTH, ImageMap, read_image_map
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval
@@ -289,6 +292,7 @@ class PageData:
     commands: str
     origin: dict[str, str]
     experiment: str
+    look_for_suspects: str
     version: str = field(default="unknown")
 
 
@@ -329,6 +333,7 @@ def describe_search(
         commands=_commands(record, where),
         origin=_origin(record, where),
         experiment=_experiment_text(record),
+        look_for_suspects=_command("suspects", where=where),
         version=str(_section(record, "code").get("version") or "unknown"),
     )
 
@@ -762,6 +767,7 @@ def _some(names: Sequence[str]) -> str:
 PAGE_FILE = "report.html"
 
 _WIDE = ("confusion", "confused_pairs", "per_class", "mistakes", "mistakes_explained")
+_PHOTOGRAPHS = ("mistakes", "mistakes_explained")
 _CAPTIONS = {
     "all_curves": "Learning curves of all trials",
     "best_so_far": "Best objective so far against time",
@@ -819,6 +825,7 @@ def write_page(
         evaluation=evaluation,
         evaluation_figures=_read_figures(folder / EVALUATION_FOLDER) if evaluation else {},
         findings=data_findings(events),
+        image_map=read_image_map(folder),
         where={**record.network_of(record.kept), **facts},
         state=state,
         notes=[problem] if problem else [],
@@ -834,6 +841,7 @@ def search_page(
     evaluation: Mapping[str, Any] | None = None,
     evaluation_figures: Mapping[str, bytes] | None = None,
     findings: Sequence[Finding] = (),
+    image_map: ImageMap | None = None,
     where: Mapping[str, Any] | None = None,
     state: str | None = None,
     notes: Sequence[str] = (),
@@ -846,6 +854,7 @@ def search_page(
         evaluation: what `evaluation/report.json` holds; None: not evaluated yet.
         evaluation_figures: PNG by name.
         findings: about the data or the search as a whole; those of trials are in the record.
+        image_map: what is known of single images; None: nobody has looked.
         where: what is known of the places: `folder`, `tracking_uri`, `parent_run_id`, `runs` (run
             id by trial id), `engine`, `weights_digest`.
         state: of the search; None: what the journal says.
@@ -862,7 +871,7 @@ def search_page(
         state=state,
         notes=notes,
     )
-    text = _render(page, figures, explain, evaluation_figures or {})
+    text = _render(page, figures, explain, evaluation_figures or {}, image_map)
     # A file name that is not UTF-8 holds halves of surrogate pairs.
     return text.encode("utf-8", errors="replace").decode("utf-8")
 
@@ -893,6 +902,7 @@ def _render(
     figures: Mapping[str, bytes],
     explain: Callable[[str | None, str], bytes | None],
     test: Mapping[str, bytes],
+    image_map: ImageMap | None,
 ) -> str:
     environment = Environment(
         autoescape=True,
@@ -914,6 +924,8 @@ def _render(
         search_figures=figures,
         explain=explain,
         test_figures=test,
+        image_map=image_map,
+        map_size=(WIDTH, HEIGHT),
         captions=_CAPTIONS,
         wide=_WIDE,
         style=style,
@@ -928,8 +940,10 @@ def _shown(value: object) -> object:
     return shown(value) if type(value) is str else value
 
 
-def _data_uri(png: bytes) -> Markup:
-    return Markup("data:image/png;base64," + base64.b64encode(png).decode("ascii"))
+def _data_uri(image: bytes) -> Markup:
+    """Of a PNG or a WebP file."""
+    kind = "webp" if image.startswith(b"RIFF") else "png"
+    return Markup(f"data:image/{kind};base64," + base64.b64encode(image).decode("ascii"))
 
 
 def _code(text: str) -> Markup:
@@ -988,7 +1002,20 @@ def _read_figures(folder: Path) -> dict[str, bytes]:
         folder.glob("*.png"),
         key=lambda p: (order.index(p.stem) if p.stem in order else len(order), p.stem),
     )
-    return {path.stem: path.read_bytes() for path in paths}
+    return {
+        path.stem: _as_webp(path) if path.stem in _PHOTOGRAPHS else path.read_bytes()
+        for path in paths
+    }
+
+
+def _as_webp(path: Path) -> bytes:
+    """A contact sheet in a tenth of its bytes; as it is, if it cannot be read."""
+    try:
+        with Image.open(path) as image, io.BytesIO() as file:
+            image.convert("RGB").save(file, "WEBP", quality=80)
+            return file.getvalue()
+    except OSError:
+        return path.read_bytes()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -52,6 +52,7 @@ from visiontuner.paths import (
     EVALUATION_PREDICTIONS,
     EVALUATION_REPORT,
     EXPERIMENT_FILE,
+    IMAGE_MAP_FILE,
     TEST_LOOKS_FILE,
     tracking_uri,
 )
@@ -67,6 +68,8 @@ from visiontuner.tracking.figures.evaluation import (
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.searches import importances
 from visiontuner.workflow.answering import Answers, answer_images
+from visiontuner.workflow.image_checks import check_labels_if_quick
+from visiontuner.workflow.image_map import Marks, draw_image_map
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.network_costs import measure_networks
 from visiontuner.workflow.promote import open_store
@@ -77,7 +80,7 @@ from visiontuner.workflow.sync import sync_search
 # What an evaluation leaves in FOLDER/evaluation; the folder appears whole.
 #
 # report.json          numbers with intervals, choice, mistakes, evaluations of the test set
-# predictions.npz      probabilities (N, C), labels, content digests, paths; for paired tests
+# predictions.npz      probabilities (N, C), labels, content digests, paths; for paired tests; known
 # classes.csv          one line a class
 # networks.csv         of a search over several: accuracy against what an answer costs
 # *.png                reliability, risk and coverage, confusion, mistakes
@@ -165,13 +168,15 @@ def _write_test(
         return {"mistakes": [], "confused_pairs": []}
     labels = np.array([sample.label for sample in answers.samples])
     probabilities = probabilities_of(answers.logits, report.temperature)
-    np.savez_compressed(
-        folder / EVALUATION_PREDICTIONS,
-        probabilities=probabilities.astype(np.float32),
-        labels=labels,
-        digests=np.array([sample.digest for sample in answers.samples]),
-        paths=np.array([sample.path for sample in answers.samples]),
-    )
+    arrays: dict[str, NDArray[Any]] = {
+        "probabilities": probabilities.astype(np.float32),
+        "labels": labels,
+        "digests": np.array([sample.digest for sample in answers.samples]),
+        "paths": np.array([sample.path for sample in answers.samples]),
+    }
+    if classifier.novelty is not None and answers.novelty is not None:
+        arrays["known"] = answers.novelty <= classifier.novelty.threshold
+    np.savez_compressed(folder / EVALUATION_PREDICTIONS, allow_pickle=False, **arrays)
     rows = [
         {k: v for k, v in asdict(score).items() if not isinstance(v, dict)}
         for score in report.classes
@@ -405,6 +410,7 @@ class _Evaluation:
             )
         )
         self._write(dataset.root, choice, at_edges, report, answers, looks, threshold, costs)
+        self._draw_map()
         model, problem = self._track()
         return EvaluationResult(
             folder=self.folder,
@@ -587,6 +593,21 @@ class _Evaluation:
             root=root,
             mistakes=_MISTAKES,
         )
+
+    def _draw_map(self) -> None:
+        """For the report, where the features are still there."""
+        trial = self.record.kept
+        inputs = self.inputs if trial is None else self.inputs.of_trial(trial)
+        try:
+            (self.folder / IMAGE_MAP_FILE).unlink(missing_ok=True)  # of an earlier evaluation
+            if inputs.cached_features() is None:
+                return
+            features, _ = inputs.features()
+            checked = check_labels_if_quick(inputs, features)
+            suspects = None if checked is None else checked.suspects
+            draw_image_map(self.folder, inputs, features, Marks(suspects=suspects, outliers={}))
+        except (VisiontunerError, OSError) as error:  # the evaluation is there
+            self.observer.note(f"warning: no map of the images in the report: {error}")
 
     def _track(self) -> tuple[str | None, str | None]:
         self.observer.note("Writing to MLflow.")

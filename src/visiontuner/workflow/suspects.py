@@ -8,50 +8,27 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from visiontuner.data.arrays import FeatureSet
 from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.labels import Row, read_table
 from visiontuner.errors import UserMistake, VisiontunerError
-from visiontuner.evaluation.baselines import is_affordable, logistic_regression
-from visiontuner.evaluation.calibration import probabilities_of
-from visiontuner.evaluation.suspects import find_suspect_labels
+from visiontuner.evaluation.baselines import is_affordable
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, newest_search
 from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_FILE, SUSPECTS_FOLDER, SUSPECTS_SHEET
 from visiontuner.text import csv_row, next_command
+from visiontuner.tracking.page import write_page
 from visiontuner.workflow.evaluate import write_contact_sheet
+from visiontuner.workflow.image_checks import Suspect, check_labels
+from visiontuner.workflow.image_map import Marks, draw_image_map
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, find_beside, require_same_data
-from visiontuner.workflow.selection import folds_of
 
-FOLDS = 5
 _DRAWN = 48  # eight rows
 _COLUMNS = ("path", "label", "suggested", "score")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Suspect:
-    """An image whose label is probably wrong.
-
-    Args:
-        path: relative to the data's folder, as `prepare --all` prints it.
-        label: the class it is given as.
-        suggested: the most probable of the other classes.
-        probability: of the suggested class, by a regression that was fitted without the image.
-        score: one minus the label's own probability, in [0, 1].
-    """
-
-    path: str
-    label: str
-    suggested: str
-    probability: float = field(repr=False)
-    score: float
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -126,15 +103,19 @@ def find_suspects(
         require_same_data(record, inputs.dataset)
     _refuse_too_many(inputs)
     features, _ = inputs.features()
-    images, suspects = _suspects_among(inputs, features)
+    checked = check_labels(inputs, features)
+    suspects = checked.suspects
     kept = _rows_of_before(inputs, {suspect.path for suspect in suspects})
     folder = output or (search or Path()) / SUSPECTS_FOLDER
     _write(folder, inputs.dataset, suspects, kept)
+    if search is not None:
+        draw_image_map(search, inputs, features, Marks(suspects=suspects, outliers={}))
+        write_page(search)
     return SuspectsResult(
         folder=folder,
         search=search,
-        images=images,
-        suspects=tuple(suspects),
+        images=checked.images,
+        suspects=suspects,
         kept_rows=len(kept),
     )
 
@@ -152,52 +133,6 @@ def _refuse_too_many(inputs: Inputs) -> None:
             f"{images:,} images of {classes:,} classes would take many minutes. "
             f"Look at some of them: `{some}`."
         )
-
-
-def _suspects_among(inputs: Inputs, features: FeatureSet) -> tuple[int, list[Suspect]]:
-    """How many images there are, and the suspects among them."""
-    splits = [features.split(name) for name in ("train", "validation")]
-    paths = [path for split in splits for path in split.paths]
-    labels = np.concatenate([split.labels for split in splits])
-    known = {sample.path: sample for of in inputs.dataset.splits.values() for sample in of}
-    try:
-        folds = folds_of([known[path] for path in paths], min(FOLDS, len(paths)))
-    except ValueError as error:
-        raise UserMistake(f"Too few images in {inputs.dataset.root}: {error}.") from None
-    inputs.observer.note(f"Comparing {len(paths):,} labels with what the other images say.")
-    names = features.class_names
-    probabilities = out_of_fold_probabilities(
-        np.concatenate([split.features for split in splits]), labels, folds, len(names)
-    )
-    found = find_suspect_labels(probabilities, labels)
-    return len(paths), [
-        Suspect(
-            path=paths[row],
-            label=names[labels[row]],
-            suggested=names[suggested],
-            probability=float(probabilities[row, suggested]),
-            score=round(float(score), 4),
-        )
-        for row, suggested, score in zip(found.rows, found.suggested, found.scores, strict=True)
-    ]
-
-
-def out_of_fold_probabilities(
-    features: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    folds: NDArray[np.int64],
-    num_classes: int,
-) -> NDArray[np.float64]:
-    """What a regression on the images of the other folds says of each, float64, shape (N, C).
-
-    Args:
-        features: float32, shape (N, D).
-        labels: int64, shape (N,).
-        folds: int64, shape (N,), from 0 on.
-    """
-    # Every image has a fold, so that `refit=False` spares a last fit, which nobody would look at.
-    fitted = logistic_regression(features, labels, folds, num_classes=num_classes, refit=False)
-    return probabilities_of(fitted.logits)
 
 
 def _rows_of_before(inputs: Inputs, suspects: set[str]) -> list[Row]:
