@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,6 +36,7 @@ from visiontuner.workflow import train as training_verbs
 from visiontuner.workflow import tune as search_verbs
 from visiontuner.workflow.compare import compare as compare_runs
 from visiontuner.workflow.diagnose import diagnose as diagnose_trials
+from visiontuner.workflow.drift import find_drift
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from visiontuner.serving.lineage import Lineage
     from visiontuner.serving.preflight import PreflightReport
     from visiontuner.serving.promotion import Promotion
+    from visiontuner.workflow.drift import DriftResult
     from visiontuner.workflow.evaluate import EvaluationResult
     from visiontuner.workflow.prepare import Prepared
     from visiontuner.workflow.run import SearchResult
@@ -538,6 +541,44 @@ def suggest(
             experiment=experiment,
             budget=budget,
             output=Path(output) if output else None,
+            observer=console,
+        )
+
+
+def drift(
+    source: str | Path,
+    search: str | Path | Search | None = None,
+    *,
+    since: timedelta | None = None,
+    false_alarms: float = 0.05,
+    without: Sequence[str] = (),
+    output: str | Path | None = None,
+    region: str | None = None,
+    progress: bool = True,
+) -> DriftResult:
+    """Say whether images are still like those that a search's model was made with.
+
+    Args:
+        source: a folder of images, or the name of an endpoint with data capture.
+        search: default: the newest search.
+        since: of an endpoint, no older requests.
+        false_alarms: how often any measure may move where nothing has changed, in (0, 1).
+        without: measures to leave out, such as `classes`.
+        output: default: `drift/NAME` in the search folder.
+
+    Raises:
+        UserMistake: there is nothing to compare, or the search's images have changed.
+    """
+    folder = search.folder if isinstance(search, Search) else search
+    with _console(progress) as console:
+        return find_drift(
+            str(source),
+            Path(folder) if folder else None,
+            output=Path(output) if output else None,
+            since=since,
+            region=region,
+            false_alarms=false_alarms,
+            without=without,
             observer=console,
         )
 

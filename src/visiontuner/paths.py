@@ -31,6 +31,14 @@ SUSPECTS_SHEET = "suspects.png"
 SUGGEST_FILE = "suggest.csv"
 SUGGEST_SHEET = "suggest.png"
 SUGGEST_SORT_FOLDER = "sort"
+# In a search folder, or where `--output` says: a folder for each check of drift, and in it
+DRIFT_FOLDER = "drift"
+DRIFT_FILE = "drift.json"
+DRIFT_TABLE = "drift.csv"
+DRIFT_FIGURE = "drift.png"
+DRIFT_NEW_SHEET = "new.png"
+DRIFT_NEW_FOLDER = "new"
+CAPTURED_FOLDER = "captured"  # what an endpoint was asked, fetched for such a check
 # In the cache folder:
 CACHE_MARK_FILE = ".writable"
 # In a search folder, beside its journal:

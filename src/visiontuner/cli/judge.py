@@ -1,4 +1,5 @@
-"""The commands that judge: evaluate, compare, diagnose, suspects, suggest, promote, lineage."""
+"""The commands that judge: evaluate, compare, diagnose, suspects, suggest, drift, promote,
+lineage."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from rich.tree import Tree
 from visiontuner.cli.console import SafeConsole, SearchConsole, print_runs
 from visiontuner.cli.options import (
     FOLDER,
+    SINCE,
     TEXT,
     Given,
     OneLineErrors,
@@ -32,6 +35,9 @@ from visiontuner.evaluation.compare import default_columns, pick_columns
 from visiontuner.evaluation.compare import sort as sort_rows
 from visiontuner.evaluation.compare import where as keep
 from visiontuner.paths import (
+    DRIFT_FIGURE,
+    DRIFT_FILE,
+    DRIFT_NEW_FOLDER,
     EXPERIMENT_FILE,
     SUGGEST_FILE,
     SUGGEST_SHEET,
@@ -52,6 +58,7 @@ if TYPE_CHECKING:
     from visiontuner.serving.promotion import Promotion
     from visiontuner.workflow.compare import Comparison
     from visiontuner.workflow.diagnose import DiagnosedRun, Diagnosis
+    from visiontuner.workflow.drift import DriftResult
     from visiontuner.workflow.evaluate import EvaluationResult
     from visiontuner.workflow.evaluate_folder import FolderEvaluation
     from visiontuner.workflow.lineage import LineageCheck
@@ -672,6 +679,152 @@ def suggest(
         f"  {result.folder / SUGGEST_SORT_FOLDER}/: a folder for each guess. Move what is wrong, "
         "then copy the folders into your training images."
     )
+
+
+# `visiontuner drift`: parsing and printing.
+
+
+# As `drift_reference.MEASURES`, which takes seconds to import.
+_MEASURES = (
+    *("features", "novelty", "confidence", "classes"),
+    *("brightness", "contrast", "sharpness", "side"),
+)
+_UNREADABLE_NAMED = 3
+
+
+def _rate(text: str) -> float:
+    """`5%` or `0.05` -> 0.05."""
+    value, is_percent, rest = text.strip().partition("%")
+    try:
+        rate = float(value) / (100 if is_percent else 1)
+    except ValueError:
+        rate = math.nan
+    if rest or not 0.001 <= rate <= 0.5:
+        raise UserMistake(f"--false-alarms must be between 0.1% and 50%, got {text!r}.")
+    return rate
+
+
+@click.command(cls=OneLineErrors)
+@click.argument("source", metavar="NAME|FOLDER", type=TEXT)
+@click.argument("search", metavar="[SEARCH]", required=False, type=FOLDER)
+@click.option("--since", metavar="TIME", type=SINCE, help="Of an endpoint: no older, as 24h or 7d.")
+@click.option(
+    "--false-alarms",
+    metavar="SHARE",
+    type=Given(_rate),
+    default="5%",
+    show_default=True,
+    help="How often it may say drift where there is none.",
+)
+@click.option(
+    "--without",
+    type=click.Choice(_MEASURES),
+    multiple=True,
+    help="Leave a measure out; repeatable.",
+)
+@click.option("--output", metavar="FOLDER", type=FOLDER, help="Where it is written.")
+@click.option("--exit-code", is_flag=True, help="Exit 1 if there is drift.")
+@click.option("--region", metavar="REGION", type=TEXT, help="Of an endpoint.")
+@click.option("--assume-role", metavar="ARN", type=TEXT, help="Look at an endpoint as this role.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def drift(
+    source: str,
+    search: Path | None,
+    since: timedelta | None,
+    false_alarms: float,
+    without: tuple[str, ...],
+    output: Path | None,
+    exit_code: bool,
+    region: str | None,
+    assume_role: str | None,
+    as_json: bool,
+) -> None:
+    """Say whether an endpoint's images, or a folder's, are still like those of the search.
+
+    NAME is an endpoint that was made with `deploy --data-capture`, or the s3://BUCKET/FOLDER/NAME
+    of one that is gone. SEARCH is the search folder whose model it runs, by default the newest.
+    No labels are needed, and nothing is said of accuracy.
+
+    \b
+    Examples:
+      visiontuner drift dogs --since 7d
+      visiontuner drift photos-of-june/ --without classes
+      visiontuner drift photos-of-june/ searches/dogs-20261122-154100 --exit-code
+    """
+    from visiontuner.workflow.drift import find_drift
+
+    console = SearchConsole()
+    try:
+        result = find_drift(
+            source,
+            search,
+            output=output,
+            since=since,
+            region=region,
+            assume_role=assume_role,
+            false_alarms=false_alarms,
+            without=without,
+            observer=console,
+        )
+    finally:
+        console.close()
+    if as_json:
+        click.echo(json.dumps(result.to_dict(), indent=1))
+    else:
+        _print_drift(result)
+    if result.tracking_problem:
+        click.echo(f"Not in MLflow: {result.tracking_problem}", err=True)
+    if exit_code and result.drifted:
+        raise click.exceptions.Exit(1)
+
+
+def _print_drift(result: DriftResult) -> None:
+    moved = [measure for measure in result.measures if measure.moved]
+    names = ", ".join(measure.name for measure in moved)
+    click.echo(
+        f"\nDrift: {names or 'none'}. Where nothing has changed, at most "
+        f"{100 * result.false_alarms:.3g} % of checks name any."
+    )
+    head = ("measure", "reference", f"{result.images:,} images", "p")
+    click.echo(f"  {head[0]:<11} {head[1]:>10} {head[2]:>14} {head[3]:>8}")
+    for measure in result.measures:
+        before, after = (_value(measure.name, v) for v in (measure.reference, measure.images))
+        p_value = "< 0.0001" if measure.p_value < 0.0001 else f"{measure.p_value:.4f}"
+        word = "  moved" if measure.moved else ""
+        click.echo(f"  {measure.name:<11} {before:>10} {after:>14} {p_value:>8}{word}")
+    if result.classes and any(measure.name == "classes" for measure in moved):
+        shares = ", ".join(f"{c.name} {c.reference:.1%} → {c.images:.1%}" for c in result.classes)
+        click.echo(f"  answers: {shares}")
+    if result.share_new is not None:
+        click.echo(f"  unlike the training images: {_percent(result.share_new)}; 5 % are expected")
+    _print_left_out(result)
+    for note in result.notes:
+        click.echo(f"  note: {note}")
+    click.echo(
+        f"\n{result.folder / DRIFT_FIGURE}: how they are distributed; {DRIFT_FILE} beside it"
+    )
+    if result.new:
+        click.echo(
+            f"{result.folder / DRIFT_NEW_FOLDER}/: the {len(result.new):,} newest. To label some: "
+            f"{next_command('suggest', str(result.folder / DRIFT_NEW_FOLDER), str(result.search))}"
+        )
+
+
+def _value(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if name in ("novelty", "confidence") else f"{value:.1f}"
+
+
+def _print_left_out(result: DriftResult) -> None:
+    if result.known:
+        click.echo(f"  left out: {result.known:,} that are training or validation images")
+    if result.found > result.images + len(result.unreadable):
+        click.echo(f"  drawn at random from {result.found:,} different images")
+    if result.unreadable:
+        names = ", ".join(list(result.unreadable)[:_UNREADABLE_NAMED])
+        more = ", …" if len(result.unreadable) > _UNREADABLE_NAMED else ""
+        click.echo(f"  left out: {len(result.unreadable):,} that cannot be read ({names}{more})")
 
 
 # `visiontuner promote`: parsing and printing.

@@ -77,6 +77,11 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "suggest",
             "Choose the unlabelled images of FOLDER that are most worth a label.",
         ),
+        "drift": CommandEntry(
+            "judge",
+            "drift",
+            "Say whether an endpoint's images, or a folder's, are still like those of the search.",
+        ),
         "promote": CommandEntry(
             "judge",
             "promote",

@@ -7,6 +7,7 @@ import select
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,12 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip() not in ("", OFF))
 
 
+def _since(text: str) -> timedelta:
+    from visiontuner.aws.endpoint import ttl_hours
+
+    return timedelta(hours=ttl_hours(text, flag="--since"))
+
+
 OFF = "off"
 """Leaves out what a job that is resumed had."""
 TEXT = Given()
@@ -186,6 +193,7 @@ FOLDER = Given(Path)
 SWITCH = Given(_yes_or_no, "true or off")
 PAIR = Given(_pair, "KEY=VALUE")
 LISTED = Given(_listed)
+SINCE = Given(_since)
 
 
 def experiment_options(command: Callable[..., Any]) -> Callable[..., Any]:

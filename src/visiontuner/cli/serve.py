@@ -20,8 +20,8 @@ from visiontuner.cli.options import (
     FOLDER,
     LISTED,
     PAIR,
+    SINCE,
     TEXT,
-    Given,
     OneLineErrors,
     number,
 )
@@ -472,17 +472,11 @@ def transform(source: str, output: str, model: str | None, **given: Any) -> None
 # The command that brings home what an endpoint was asked.
 
 
-def _span(text: str) -> timedelta:
-    from visiontuner.aws.endpoint import ttl_hours
-
-    return timedelta(hours=ttl_hours(text, flag="--since"))
-
-
 @click.command(cls=OneLineErrors)
 @click.argument("name", metavar="NAME|S3")
 @click.option("--output", metavar="FOLDER", type=FOLDER, required=True, help="It is made.")
 @click.option(
-    "--since", metavar="TIME", type=Given(_span), help="Only those of the last TIME, as 24h or 7d."
+    "--since", metavar="TIME", type=SINCE, help="Only those of the last TIME, as 24h or 7d."
 )
 @_options(_WHERE)
 def capture(

@@ -23,6 +23,7 @@ NEIGHBOURS = "nearest_neighbours"
 # C in units of one over the mean squared length of the features, whose scale backbones differ in.
 # On photographs 10^2.5 to 10^4.5 were chosen; smaller values are no better for fewer images.
 PENALTIES = tuple(10**exponent for exponent in np.arange(1.5, 5.51, 0.5))
+_FIXED_PENALTY = PENALTIES[3]
 _NEIGHBOURS = (1, 3, 5, 10, 20)
 # Products of numbers that a fit takes about: 4e7 were 0.1 s on one core.
 _MOST_WORK = 5e9
@@ -101,6 +102,22 @@ def logistic_regression(
         biases=biases.astype(np.float32),
         seconds=time.monotonic() - began,
     )
+
+
+def fixed_regression(
+    features: NDArray[np.float32], labels: NDArray[np.int64], *, num_classes: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """scikit-learn's, with a C in the middle of the path: nothing is chosen by other images.
+
+    Args:
+        features: float32, shape (N, D).
+        labels: int64, shape (N,).
+
+    Returns:
+        Weights (C, D) and biases (C,); a class without an image is never answered.
+    """
+    penalty = float(_FIXED_PENALTY) / _mean_square(features)
+    return _path(features, labels, [penalty], num_classes)[0]
 
 
 def nearest_neighbours(

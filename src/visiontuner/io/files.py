@@ -24,6 +24,7 @@ from visiontuner import interrupts
 from visiontuner.errors import DataError, DiskError, VisiontunerError
 from visiontuner.paths import (
     CACHE_MARK_FILE,
+    DRIFT_FILE,
     JOURNAL_FILE,
     RANGE_TEST_FILE,
     RANGE_TESTS_FOLDER,
@@ -309,7 +310,7 @@ _IGNORED_FILES = frozenset(
 
 
 # In the folder of a search, of a range test, and in the cache.
-_OWN_MARKER_FILES = (JOURNAL_FILE, RANGE_TEST_FILE, CACHE_MARK_FILE)
+_OWN_MARKER_FILES = (JOURNAL_FILE, RANGE_TEST_FILE, DRIFT_FILE, CACHE_MARK_FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,7 +359,7 @@ def walk_files(
 
 
 def is_made_by_commands(folder: Path) -> bool:
-    """Whether searches, range tests, suspects, suggestions or the cache lie there."""
+    """Whether searches, range tests, suspects, suggestions, drift or the cache lie there."""
     for name, file in ((SUSPECTS_FOLDER, SUSPECTS_FILE), (SUGGEST_FOLDER, SUGGEST_FILE)):
         if folder.name == name:
             return (folder / file).exists()

@@ -142,11 +142,43 @@ def fit_novelty(
         return None
     images = _unit(features[rows]).astype(np.float16).astype(np.float32)  # as they are read
     names = np.unique(np.asarray(units), return_inverse=True)[1]
-    similarities = _unit(features[asked]) @ images.T
-    similarities[names[asked][:, None] == names[rows][None]] = -1.0
-    scores = np.sort(_scores(similarities, NEIGHBOURS))
+    same = names[asked][:, None] == names[rows][None]
+    scores = np.sort(_scores_by_others(_unit(features[asked]), images, same))
     place = min(len(scores), math.ceil(KNOWN_SHARE * (len(scores) + 1)))
     return Novelty(images=images, neighbours=NEIGHBOURS, threshold=float(scores[place - 1]))
+
+
+def scores_among(features: NDArray[np.floating]) -> NDArray[np.float64]:
+    """How new each of some images is to the others.
+
+    Args:
+        features: float, shape (N, D), more than five rows; no copies of each other.
+
+    Returns:
+        float64, shape (N,), in [0, 2].
+    """
+    rows = _unit(features)
+    return _scores_by_others(rows, rows, np.eye(len(rows), dtype=bool))
+
+
+def novelty_to(features: NDArray[np.floating]) -> Novelty:
+    """The score of other images against all of some, without a threshold (it is infinite).
+
+    Args:
+        features: float, shape (N, D), more than five rows.
+    """
+    return Novelty(images=_unit(features), neighbours=NEIGHBOURS, threshold=math.inf)
+
+
+def _scores_by_others(
+    asked: NDArray[np.float32], images: NDArray[np.float32], same: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Args:
+    same: shape (asked, images), which images are not to be compared.
+    """
+    similarities = asked @ images.T
+    similarities[same] = -1.0
+    return _scores(similarities, NEIGHBOURS)
 
 
 def _scores(similarities: NDArray[np.float32], neighbours: int) -> NDArray[np.float64]:

@@ -989,6 +989,57 @@ def _log(
     runs.log_batch(store, run_id, points, {}, tags)
 
 
+# Checks of an endpoint's images as MLflow runs, in an experiment of their own: beside trainings
+# they would be rows without any of their columns.
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftCheck:
+    """One check.
+
+    Args:
+        name: of the search's MLflow experiment; that of the checks is `NAME drift`.
+        subject: whose images were checked, which the run is named after.
+        search_id: whose model was asked.
+        moved: names of the measures that have moved.
+        files: its artifacts.
+    """
+
+    name: str
+    subject: str
+    search_id: str
+    moved: Sequence[str]
+    params: Mapping[str, str]
+    metrics: Mapping[str, float]
+    files: Sequence[Path]
+
+
+def write_drift_check(store: Store, check: DriftCheck) -> str:
+    """Write a run, FINISHED, or KILLED if it could not be written to its end.
+
+    Returns:
+        Its id.
+
+    Raises:
+        TrackingError: MLflow is away or refuses.
+    """
+    began = int(time.time() * 1000)
+    tags = {
+        KIND: "drift",
+        "visiontuner.drift_of": check.search_id,  # no SEARCH_ID: it is none of the search's runs
+        "visiontuner.drift": ", ".join(check.moved) or "none",
+    }
+    run_id = _create(store, _experiment(store, f"{check.name} drift"), check.subject, began, tags)
+    points = [Point(key, value, began, 0) for key, value in check.metrics.items()]
+    params = {key: without_secrets(value)[:_REASON_LENGTH] for key, value in check.params.items()}
+    with _none_left_running(store, run_id):
+        runs.log_batch(store, run_id, points, params, {})
+        for file in check.files:
+            store.call("log_artifact", run_id, str(file))
+        store.call("set_terminated", run_id, status="FINISHED")
+    return run_id
+
+
 # Searches of other tools as MLflow runs: one parent, a child for each training.
 
 # MLflow takes 250 characters; some are for `best_`, for the names of tags and for a digest.

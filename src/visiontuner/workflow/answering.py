@@ -38,11 +38,15 @@ class Answers:
 
 
 class Batch(NamedTuple):
-    """Some images' outputs, in the order they were asked for, each with a row an image."""
+    """Some images' outputs, in the order they were asked for, each with a row an image.
+
+    `pixels`, uint8 (B, size, size, 3), are what the network saw; `bad` is path -> why it was not.
+    """
 
     samples: list[Sample]
     outputs: list[NDArray[np.float32]]
     bad: dict[str, str]
+    pixels: NDArray[np.uint8]
 
 
 def answer_images(
@@ -99,6 +103,7 @@ def run_over_images(
         for done, (batch, pixels) in enumerate(zip(batches, decoded, strict=True), 1):
             outputs = classifier.outputs(pixels.pixels, names) if pixels.good else []
             bad = {batch[position].path: reason for position, reason in pixels.bad.items()}
-            yield Batch([batch[position] for position in pixels.good], outputs, bad)
+            good = [batch[position] for position in pixels.good]
+            yield Batch(good, outputs, bad, pixels.pixels)
             if progress is not None:
                 progress(min(done * _BATCH_SIZE, len(samples)), len(samples))

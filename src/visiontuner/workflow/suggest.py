@@ -134,7 +134,7 @@ def suggest_images(
         inputs = Inputs(Experiment.load(search / EXPERIMENT_FILE), observer)
         require_same_data(SearchRecord.load(search), inputs.dataset)
     known = {s.digest for samples in inputs.loaded.splits.values() for s in samples}
-    found = _find_images(images, inputs, observer)
+    found = find_images(images, inputs.cache, observer)
     fresh = [sample for sample in found if sample.digest not in known]
     if not fresh:
         raise UserMistake(_nothing(images, len(found)))
@@ -155,8 +155,8 @@ def _nothing(images: Path, found: int) -> str:
     return f"{images} holds no images. Name the folder of those to choose from."
 
 
-def _find_images(root: Path, inputs: Inputs, observer: Observer) -> list[Sample]:
-    """The image files below a folder, one for each content, by path."""
+def find_images(root: Path, cache: Path, observer: Observer) -> list[Sample]:
+    """The image files below a folder, one for each content, by path; each has the label 0."""
     if not root.is_dir():
         raise UserMistake(f"{root} is no folder. Name the folder of images to choose from.")
     files = [
@@ -166,7 +166,7 @@ def _find_images(root: Path, inputs: Inputs, observer: Observer) -> list[Sample]
     digests = content_digests(
         root,
         files,
-        cache=inputs.cache,
+        cache=cache,
         progress=lambda done, total: observer.progress("Reading", done, total, "files"),
     )
     first: dict[str, Sample] = {}
@@ -257,12 +257,12 @@ def _write(
             place.mkdir(parents=True, exist_ok=True)
             # Of a long name the end, with its ending: file systems take 255 bytes.
             name = f"{suggestion.rank:05d}-{PurePosixPath(suggestion.path).name[-60:]}"
-            _link(root / suggestion.path, place / name)
+            link_image(root / suggestion.path, place / name)
     except OSError as error:
         raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
 
 
-def _link(source: Path, target: Path) -> None:
+def link_image(source: Path, target: Path) -> None:
     """A second name of the same file, or a copy: moving either loses nothing."""
     try:
         os.link(source.resolve(), target)
