@@ -342,7 +342,8 @@ def _write(result: DriftResult, reference: Observations, images: Observations) -
 def _link_new(folder: Path, result: DriftResult) -> None:
     """The newest images as a sheet, and as links in a folder of their own."""
     shown = [(one.path, ("", one.guess, one.probability)) for one in result.new[:_DRAWN]]
-    write_contact_sheet(folder / DRIFT_NEW_SHEET, result.source, shown)
+    guesses = sorted({one.guess for one in result.new})
+    write_contact_sheet(folder / DRIFT_NEW_SHEET, result.source, shown, guesses)
     for rank, one in enumerate(result.new, 1):
         place = folder / DRIFT_NEW_FOLDER
         place.mkdir(exist_ok=True)
