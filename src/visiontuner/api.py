@@ -23,6 +23,7 @@ from visiontuner.errors import ClassifierError, UserMistake
 from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
 from visiontuner.journal import SearchRecord, TrialRecord, newest_search
 from visiontuner.model.classifier import Classifier
+from visiontuner.model.runtimes import Exported, Form
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_FOLDER,
@@ -38,11 +39,16 @@ from visiontuner.workflow.compare import compare as compare_runs
 from visiontuner.workflow.diagnose import diagnose as diagnose_trials
 from visiontuner.workflow.drift import find_drift
 from visiontuner.workflow.evaluate import evaluate_search
+from visiontuner.workflow.evaluate_folder import FolderEvaluation
+from visiontuner.workflow.evaluate_folder import evaluate_folder as score_folder
+from visiontuner.workflow.export import export as export_model
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.prepare import prepare as look_at_images
 from visiontuner.workflow.promote import promote as promote_model
+from visiontuner.workflow.quantize import QuantizeResult
+from visiontuner.workflow.quantize import quantize as quantize_model
 from visiontuner.workflow.query import query as query_images
 from visiontuner.workflow.suggest import suggest_images
 from visiontuner.workflow.suspects import find_suspects
@@ -444,6 +450,36 @@ def evaluate(search: str | Path | Search | None = None, **options: Any) -> Evalu
     return (search if isinstance(search, Search) else Search(search)).evaluate(**options)
 
 
+def evaluate_folder(
+    data: str | Path,
+    model: str | Path | Search | None = None,
+    *,
+    classes: str | Path | None = None,
+    output: str | Path | None = None,
+    progress: bool = True,
+) -> FolderEvaluation:
+    """Score a model on labelled images from anywhere, as `evaluate --data` does.
+
+    Args:
+        data: class folders, a table of paths and labels, or an archive.
+        model: a search, a classifier folder or a registered model; default: the newest search's.
+        classes: a table with the columns class and becomes, for names that differ from the model's.
+        output: where the numbers go; default: `evaluations/NAME` in the search folder, or here.
+
+    Raises:
+        UserMistake: there is no such model, or the images have other classes than it.
+        DataError: there are no labelled images, or none can be read.
+    """
+    with _console(progress) as console:
+        return score_folder(
+            str(data),
+            model=None if model is None else _subject(model),
+            classes=Path(classes) if classes else None,
+            output=Path(output) if output else None,
+            observer=console,
+        )
+
+
 def compare(
     *targets: str | Path | Search,
     where: str | None = None,
@@ -642,9 +678,47 @@ def preflight(
     Raises:
         ServingError: it cannot be installed or served at all.
     """
-    name = str(model) if isinstance(model, Path) else _model_name(model)
     with _console(progress) as console:
-        return run_preflight(name, env_manager=env_manager, note=console.note)
+        return run_preflight(_located(model), env_manager=env_manager, note=console.note)
+
+
+def quantize(
+    model: str | Path | Search | None = None, *, max_loss: float = 0.005, progress: bool = True
+) -> QuantizeResult:
+    """Make a registered model's int8 form and register it as a version of its own.
+
+    Args:
+        model: as `preflight` takes it.
+        max_loss: refused where it loses more accuracy than this beyond noise, a fraction.
+
+    Raises:
+        UserMistake: there is no such model, or its images are gone or others.
+        ServingError: it loses more than `max_loss`.
+    """
+    with _console(progress) as console:
+        return quantize_model(_located(model), max_loss=max_loss, observer=console)
+
+
+def export(
+    model: str | Path | Search | None = None,
+    *,
+    to: Form = "onnx",
+    output: str | Path,
+    progress: bool = True,
+) -> Exported:
+    """Write a model's network for another runtime, with all that it needs to be used.
+
+    Args:
+        model: as `preflight` takes it.
+        to: `onnx`, `onnx-int8` or `openvino`.
+        output: a new folder.
+
+    Raises:
+        UserMistake: there is no such model, the folder holds something, or the runtime is missing.
+        ExportError: the runtime cannot read the network, or answers differently.
+    """
+    with _console(progress) as console:
+        return export_model(_located(model), to, Path(output), observer=console)
 
 
 def deploy(
@@ -774,6 +848,11 @@ def _given(flags: Mapping[str, Any]) -> list[str]:
 
 def _model_name(model: str | Search | None) -> str | None:
     return model.model or model.experiment.name if isinstance(model, Search) else model
+
+
+def _located(model: str | Path | Search | None) -> str | None:
+    """As commands take a model that may be a folder."""
+    return str(model) if isinstance(model, Path) else _model_name(model)
 
 
 def _subject(target: str | Path | Search) -> str:
