@@ -58,6 +58,7 @@ CODE = (
 )
 # mlflow-skinny serves as well as mlflow and is half a gigabyte smaller.
 _REQUIREMENTS = ("mlflow-skinny", "onnxruntime", "pillow", "numpy", "pandas")
+_OPTIONAL = {"pillow_heif": "pillow-heif", "httptools": "httptools", "uvloop": "uvloop"}
 _EXAMPLES = 2
 
 
@@ -82,8 +83,10 @@ def model_parts(folder: Path) -> Iterator[dict[str, Any]]:
 def requirements() -> list[str]:
     """What the served model needs, pinned to what is installed here."""
     packages = list(_REQUIREMENTS)
-    if importlib.util.find_spec("pillow_heif"):  # what training reads the endpoint reads
-        packages.append("pillow-heif")
+    # What training reads the endpoint reads; and what makes uvicorn faster where it is installed.
+    for module, package in _OPTIONAL.items():
+        if importlib.util.find_spec(module):
+            packages.append(package)
     return [f"{package}=={importlib.metadata.version(package)}" for package in packages]
 
 
