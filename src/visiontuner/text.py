@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from visiontuner.errors import UserMistake
+
 # Text that leaves the process: secrets hidden, control characters escaped, CSV rows.
 #
 # `without_secrets` is the only redaction and `printable` the only escaping. Whatever a command
@@ -132,6 +134,22 @@ def shown(text: str, *, keep: str = "\n") -> str:
 def one_line(text: object, length: int) -> str:
     """The first characters of a message, an exception's perhaps, on one line as it may be shown."""
     return shown(" ".join(str(text).split()))[:length]
+
+
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
+_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
+
+
+def hours_of(text: str, *, flag: str = "--ttl") -> float:
+    """`45m`, `8h` or `2d` in hours.
+
+    Raises:
+        UserMistake: it is none of these.
+    """
+    match = _SPAN.fullmatch(text)
+    if match is None or float(match[1]) == 0:
+        raise UserMistake(f"{flag} takes a time such as 45m, 8h or 2d, got {text!r}.")
+    return float(match[1]) * _HOURS[match[2]]
 
 
 def duration(seconds: float) -> str:

@@ -43,7 +43,7 @@ from visiontuner.serving.client import Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET
-from visiontuner.text import hide_variables, next_command, one_line
+from visiontuner.text import hide_variables, hours_of, next_command, one_line
 
 Note = Callable[[str], None]
 
@@ -190,9 +190,7 @@ _MLFLOWS_TAGS = {"app_name", "model_uri"}
 _S3_FOLDER = re.compile(r"s3://[^/\s]+(/\S*)?")
 # Of an output or capture path, with room for what is appended to it.
 _S3_LENGTH = 500
-_TTL = re.compile(r"(\d+(?:\.\d+)?)([mhd])")
 _STARTUP_SECONDS = (60, 3600)  # as botocore's model of SageMaker has them
-_HOURS = {"m": 1 / 60, "h": 1.0, "d": 24.0}
 
 
 _NOT_SERVERLESS = {
@@ -485,18 +483,6 @@ def make_tags(values: Mapping[str, Any]) -> dict[str, str]:
         if value not in (None, "")
     }
     return tags | {DEPLOYMENT_TAG: uuid.uuid4().hex[:12]}
-
-
-def ttl_hours(text: str, *, flag: str = "--ttl") -> float:
-    """`45m`, `8h` or `2d` in hours.
-
-    Raises:
-        UserMistake: it is none of these.
-    """
-    match = _TTL.fullmatch(text)
-    if match is None or float(match[1]) == 0:
-        raise UserMistake(f"{flag} takes a time such as 45m, 8h or 2d, got {text!r}.")
-    return float(match[1]) * _HOURS[match[2]]
 
 
 def capture_everything(folder: str, kms_key: str | None = None) -> dict[str, Any]:
@@ -1051,6 +1037,14 @@ class Endpoint:
         """Whether it has lived longer than it was meant to."""
         return self.ttl_hours is not None and self.age_hours > self.ttl_hours
 
+    @property
+    def has_odd_ttl(self) -> bool:
+        return TTL_TAG in self.unreadable
+
+    @property
+    def has_odd_price(self) -> bool:
+        return PRICE_TAG in self.unreadable
+
 
 def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
     """Those that visiontuner deployed in this region, oldest first."""
@@ -1069,7 +1063,7 @@ def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
 def _read(name: str, state: str, hours: float, tags: Mapping[str, str]) -> Endpoint:
     """One odd tag must not hide the endpoints."""
     said: dict[str, float | None] = {}
-    for tag, read in ((TTL_TAG, ttl_hours), (PRICE_TAG, _price)):
+    for tag, read in ((TTL_TAG, hours_of), (PRICE_TAG, _price)):
         with suppress(UserMistake, ValueError):
             said[tag] = read(tags[tag]) if tags.get(tag) else None
     price = said.get(PRICE_TAG)

@@ -19,7 +19,7 @@ from visiontuner import interrupts
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.experiment.reading import read_experiment
 from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
-from visiontuner.text import printable
+from visiontuner.text import hours_of, printable
 
 # How a command ends when it fails: one line, and an exit code that says whose fault it was.
 
@@ -181,9 +181,7 @@ def _listed(text: str) -> tuple[str, ...]:
 
 
 def _since(text: str) -> timedelta:
-    from visiontuner.aws.endpoint import ttl_hours
-
-    return timedelta(hours=ttl_hours(text, flag="--since"))
+    return timedelta(hours=hours_of(text, flag="--since"))
 
 
 OFF = "off"

@@ -351,19 +351,18 @@ def _as_options(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(model: str | None, given: dict[str, Any], *, update: bool) -> None:
-    from visiontuner.workflow.deploy import DeployOptions, plan_deployment
-    from visiontuner.workflow.deploy import deploy as act
+    from visiontuner.workflow import deploy as verbs
 
     dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
-    options = DeployOptions(**_as_options(given))
-    aws, plan = plan_deployment(model, options, updated=update)
+    options = verbs.DeployOptions(**_as_options(given))
+    aws, plan = verbs.plan_deployment(model, options, updated=update)
     for line in plan.lines():
         click.echo(line, err=True)
     if dry_run:
         click.echo(plan.command("update" if update else "create"))
         return
     preflight = env_manager if check else None
-    act(aws, plan, preflight=preflight, update=update, note=_note)
+    verbs.deploy(aws, plan, preflight=preflight, update=update, note=_note)
     click.echo(f"{plan.name} serves {plan.model_uri}.")
     click.echo(f"Ask it:    {next_command('query', plan.name, 'IMAGE', flags=aws.flags)}")
     click.echo(f"Remove it: {next_command('undeploy', plan.name, flags=aws.flags)}")
@@ -396,19 +395,15 @@ def _print_endpoints(found: list[Endpoint], flags: str) -> None:
 
 
 def _cost(endpoint: Endpoint) -> str:
-    from visiontuner.aws.endpoint import PRICE_TAG
-
     if endpoint.cost is None:
-        return "?" if PRICE_TAG in endpoint.unreadable else "not known"
+        return "?" if endpoint.has_odd_price else "not known"
     about = "about " if endpoint.scales else ""
     return f"{about}${endpoint.cost:,.2f}"
 
 
 def _life(endpoint: Endpoint, flags: str) -> str:
-    from visiontuner.aws.endpoint import TTL_TAG
-
     if endpoint.ttl_hours is None:
-        return "?" if TTL_TAG in endpoint.unreadable else ""
+        return "?" if endpoint.has_odd_ttl else ""
     life = f"{endpoint.ttl_hours:.3g} h"
     if not endpoint.overdue:
         return life
@@ -441,18 +436,18 @@ def transform(source: str, output: str, model: str | None, **given: Any) -> None
       visiontuner transform s3://my-bucket/new s3://my-bucket/answers --model dogs --dry-run
       visiontuner transform s3://my-bucket/new s3://my-bucket/answers --model dogs@champion
     """
-    from visiontuner.workflow.transform import TransformOptions, plan_transform
-    from visiontuner.workflow.transform import transform as act
+    from visiontuner.workflow import transform as verbs
 
     dry_run, check, env_manager = (given.pop(key) for key in ("dry_run", "check", "env_manager"))
-    aws, plan = plan_transform(source, output, model, TransformOptions(**_as_options(given)))
+    options = verbs.TransformOptions(**_as_options(given))
+    aws, plan = verbs.plan_transform(source, output, model, options)
     for line in plan.lines():
         click.echo(line, err=True)
     if dry_run:
         return
     console = SearchConsole(_stderr_console())
     try:
-        done = act(
+        done = verbs.transform(
             aws,
             plan,
             preflight=env_manager if check else None,
@@ -522,6 +517,7 @@ _FIELDS = (
 )
 _SHOWN_CHOICES = 3
 _ENDPOINT_NAME = re.compile(r"[a-zA-Z0-9](-*[a-zA-Z0-9]){0,62}")
+_LOCAL_SERVER = "http://127.0.0.1:5000"
 _FEW = 32  # images that are answered before anyone wants to see progress
 
 
@@ -633,9 +629,7 @@ def _where(
     if url is not None:
         return {"url": url}, names
     if local:
-        from visiontuner.workflow.query import LOCAL_SERVER
-
-        return {"url": LOCAL_SERVER}, names
+        return {"url": _LOCAL_SERVER}, names
     first, *images = names
     if images and first.startswith(("http://", "https://")):
         return {"url": first}, images
@@ -754,13 +748,12 @@ def demo(model: str | None, port: int | None, export: Path | None) -> None:
       visiontuner demo dogs@champion --port 8000
       visiontuner demo dogs@champion --export space/
     """
-    from visiontuner.workflow.demo import PORT, export_demo
-    from visiontuner.workflow.demo import demo as serve
+    from visiontuner.workflow import demo as verbs
 
     if export is not None:
         if port is not None:
             raise UserMistake("--export writes a folder and serves nothing: leave out --port.")
-        export_demo(model, export)
+        verbs.export_demo(model, export)
         click.echo(f"The Space: {export}. Try it: pip install -r requirements.txt, python app.py.")
         return
     console = SearchConsole(_stderr_console())
@@ -770,6 +763,7 @@ def demo(model: str | None, port: int | None, export: Path | None) -> None:
         click.echo(f"Open {address} in a browser. Ctrl-C ends it.")
 
     try:
-        serve(model, port=PORT if port is None else int(port), observer=console, ready=ready)
+        chosen = verbs.PORT if port is None else int(port)
+        verbs.demo(model, port=chosen, observer=console, ready=ready)
     finally:
         console.close()

@@ -41,7 +41,6 @@ from visiontuner.aws.endpoint import (
     list_endpoints,
     make_tags,
     mlflows_bucket,
-    ttl_hours,
 )
 from visiontuner.aws.scaling import Scaling
 from visiontuner.errors import ServingError, UserMistake
@@ -49,7 +48,7 @@ from visiontuner.io.aws import Aws
 from visiontuner.paths import tracking_uri
 from visiontuner.serving.client import Reference
 from visiontuner.serving.preflight import PreflightReport, check_instance_type, shortage
-from visiontuner.text import next_command
+from visiontuner.text import hours_of, next_command
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import locate_model, model_folder, open_store, passed_over
 
@@ -229,7 +228,7 @@ def _check_choices(options: DeployOptions) -> None:
     """What is wrong whatever the account holds."""
 
     if options.ttl is not None:
-        ttl_hours(options.ttl)
+        hours_of(options.ttl)
     options.more()
     check_own_tags(options.tags)
     if options.serverless_mb is not None and (options.instance_type or options.instances):

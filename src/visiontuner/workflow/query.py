@@ -30,8 +30,6 @@ from visiontuner.serving.client import (
 )
 from visiontuner.workflow.promote import model_folder
 
-LOCAL_SERVER = "http://127.0.0.1:5000"
-
 
 def query(
     sources: Sequence[str],
