@@ -7,10 +7,17 @@ from rich.table import Table
 from rich.text import Text
 
 from visiontuner.cli import console as console_module
-from visiontuner.cli.console import ROWS, SafeConsole, SearchConsole, TrainingConsole
+from visiontuner.cli.console import (
+    ROWS,
+    SafeConsole,
+    SearchConsole,
+    TrainingConsole,
+    print_recommendations,
+)
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.text import safe_output
+from visiontuner.workflow.networks import recommend
 
 EXPERIMENT = Experiment.parse({"name": "x"}).model_dump(mode="json")
 HOSTILE = "[bold red]boom[/] [/nothing] [link=file:///etc]x[/link]"
@@ -330,3 +337,60 @@ def test_one_note_is_one_line():
     screen = Screen()
     screen.console.note("a\nError: b\x1b[31m")
     assert screen.text == "a\\nError: b\\u001b[31m\n"
+
+
+def recommended(width: int) -> list[str]:
+    file = io.StringIO()
+    console = SafeConsole(file=file, width=width, force_terminal=True, color_system=None)
+    print_recommendations(console, recommend())
+    return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def test_no_row_of_the_recommended_networks_is_broken_or_cut():
+    wide, narrow = recommended(140), recommended(80)
+    assert "Apache-2.0" in wide[1]
+    assert narrow[-1].startswith("Too narrow for: licence")
+    assert len(narrow) == len(wide) + 1
+    assert all(len(line) <= 80 and "…" not in line for line in narrow)
+    assert [line.split()[0] for line in narrow[:-1]] == [line.split()[0] for line in wide]
+
+
+@pytest.mark.parametrize("styled", [True, False])
+def test_a_note_is_broken_between_words(styled):
+    file = io.StringIO()
+    console = SafeConsole(
+        file=file, width=40, force_terminal=True, color_system=None, soft_wrap=True
+    )
+    text = "There are 56 training images: the default search space has batch sizes up to that."
+    console.print(Text(text, style="bold") if styled else text)
+    lines = file.getvalue().splitlines()
+    assert lines == [
+        "There are 56 training images: the",
+        "default search space has batch sizes up",
+        "to that.",
+    ]
+
+
+def test_a_line_of_an_epoch_leaves_its_speed_to_the_bar_where_there_is_no_room():
+    metrics = {
+        "train_loss": 0.9868, "validation_loss": 1.1469, "validation_accuracy": 0.5714,
+        "images_per_second": 4416.0,
+    }  # fmt: skip
+    for width, said in ((80, False), (120, True)):
+        file = io.StringIO()
+        rich = SafeConsole(
+            file=file, width=width, force_terminal=True, color_system=None, soft_wrap=True
+        )
+        console, record = TrainingConsole(rich), SearchRecord()
+        head = {"trial_id": "t0001", "attempt": 1, "time": 0.0}
+        started = {"event": "search_started", "search_id": "s", "experiment": EXPERIMENT}
+        began = {"event": "trial_started", **head, "configuration": {}}
+        epoch = {"event": "epoch", **head, "step": 1, "metrics": metrics}
+        for event in ({**started, "time": 0.0}, began, epoch):
+            record.apply(event)
+        console.trials_begin(record, 1)
+        console.event(epoch)
+        console.close()
+        (line,) = (line for line in file.getvalue().splitlines() if "train_loss 0.9868" in line)
+        assert ("features/s" in line) == said
+        assert "validation_accuracy 0.5714" in line

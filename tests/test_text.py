@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from visiontuner.text import (
     csv_text,
     has_secrets,
     hide_secrets,
+    in_lines,
     one_line,
     printable,
     safe_output,
     shell_word,
     shown,
+    verbatim,
     without_secrets,
 )
 
@@ -152,3 +155,51 @@ def test_what_an_encoding_lacks_is_escaped(tmp_path: Path, monkeypatch: pytest.M
         with safe_output():
             print("– ü")
     assert (tmp_path / "out").read_text() == "\\u2013 \\xfc\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("short", ["short"]),
+        ("There are 56 training images in it.", ["There are 56", "training images in", "it."]),
+        ("  note: indented lines stay so", ["  note: indented", "  lines stay so"]),
+        ("a/path/that/is/longer/than/a/line then", ["a/path/that/is/longer/than/a/line", "then"]),
+        # What is copied stays whole.
+        ("Go on with: visiontuner tune --resume a", ["Go on with:", "visiontuner tune --resume a"]),
+        ("Then `visiontuner evaluate a` says it", ["Then", "`visiontuner evaluate a`", "says it"]),
+        ("To search: --set 'a={low: 1, high: 2}'", ["To search:", "--set 'a={low: 1, high: 2}'"]),
+        ("MLflow: X=sqlite:/b visiontuner sync a", ["MLflow:", "X=sqlite:/b visiontuner sync a"]),
+        ("torchvision's and timm's are there", ["torchvision's and", "timm's are there"]),
+        # Letters of East Asia take two columns.
+        ("犬犬犬犬犬 猫猫猫猫猫 x", ["犬犬犬犬犬", "猫猫猫猫猫 x"]),
+        ("    code is left as it is, whatever its length", None),
+    ],
+)  # fmt: skip
+def test_a_line_for_a_terminal_is_broken_between_words(text: str, lines: list[str] | None) -> None:
+    assert in_lines(text, 18).split("\n") == (lines or [text])
+
+
+class Terminal(io.StringIO):
+    """A terminal that is 20 columns wide."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_stream_to_a_terminal_breaks_lines_and_leaves_data_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    terminal = sys.stdout
+    with safe_output():
+        print("a sentence that is too long")
+        with verbatim():
+            print('{"key": "a value that is long"}')
+        print("Really? y/n and more", end=" ")  # a question: the terminal goes on in its line
+        print("a sentence that is too long")
+    assert terminal.getvalue() == (
+        "a sentence that is\ntoo long\n"
+        '{"key": "a value that is long"}\n'
+        "Really? y/n and more a sentence that is too long\n"
+    )

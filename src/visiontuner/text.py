@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +25,7 @@ from visiontuner.errors import UserMistake
 # first one.
 
 
+_USUAL_WIDTH = 80  # columns
 HIDDEN = "***"
 """Stands for a secret."""
 
@@ -197,19 +200,89 @@ def _is_formula(text: str) -> bool:
     return beginning.startswith(_FORMULA) and len(beginning) > 1
 
 
+# Lines for a terminal: broken between words, where the terminal itself would break a word.
+
+
+# What stands between backticks or quotes stays in one piece, and so does a command to copy, or
+# flags of one, at the end of a line.
+_PIECE = re.compile(r"`[^`]*`\S*|(?<!\w)'[^']*'\S*|\S+")
+_COMMAND = re.compile(r"(?:^ *|: +)((?:\w+=\S+ )?(?:visiontuner |--[a-z]).*)$")
+
+
+def line_breaks(line: str, width: int) -> list[int]:
+    """Where a line has to be broken to fit into `width` columns of a terminal.
+
+    Returns:
+        The offsets of the words that begin a new line; a longer word stays whole.
+    """
+    command = _COMMAND.search(line)
+    prose = len(line) if command is None else command.start(1)
+    pieces = [piece.span() for piece in _PIECE.finditer(line[:prose])]
+    pieces += [] if command is None else [command.span(1)]
+    breaks: list[int] = []
+    begins = 0
+    for start, end in pieces:
+        is_first = not line[begins:start].strip()
+        if not is_first and columns_of(line[begins:end]) > width:
+            breaks.append(start)
+            begins = start
+    return breaks
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, marks none."""
+    return sum(
+        0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        for letter in text
+    )
+
+
+def in_lines(text: str, width: int) -> str:
+    """A text of several lines, those too long for a terminal broken between words.
+
+    What follows a break is indented as the line is; lines that are indented by more than two
+    spaces, as code is, stay as they are.
+    """
+    return "\n".join(_in_lines(line, width) for line in text.split("\n"))
+
+
+def _in_lines(line: str, width: int) -> str:
+    indent = " " * (len(line) - len(line.lstrip(" ")))
+    if len(indent) > 2 or columns_of(line) <= width:
+        return line
+    ends = [0, *line_breaks(line, width - len(indent)), len(line)]
+    parts = [line[start:end].rstrip() for start, end in itertools.pairwise(ends)]
+    return f"\n{indent}".join(parts)
+
+
 class SafeStream:
     """A text stream whose every write is `shown`: whoever writes, log and traceback included.
 
     A carriage return, with which progress bars of other packages begin, becomes the end of a line.
+    In a terminal words are not broken, unless `wraps` is false, as for data.
+
+    Args:
+        before_write: called before anything is written.
+
+    Attributes:
+        in_line: what was written last did not end its line, as a question does not.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, before_write: Callable[[], None] = lambda: None) -> None:
         self.unsafe = stream
+        self.before_write = before_write
+        self.wraps = True
+        self.in_line = False
 
     def write(self, text: str) -> int:
         """Write a text; returns how many characters were asked for."""
-        lines = text.replace("\r\n", "\n").replace("\r", "\n")
-        self.unsafe.write(shown(lines, keep="\n\t"))
+        lines = shown(text.replace("\r\n", "\n").replace("\r", "\n"), keep="\n\t")
+        if self.wraps and not self.in_line and self.unsafe.isatty():
+            lines = in_lines(lines, _terminal_width(self.unsafe))
+        if lines:
+            self.before_write()
+            self.in_line = not lines.endswith("\n")
+        self.unsafe.write(lines)
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -223,17 +296,43 @@ class SafeStream:
         return getattr(self.unsafe, name)
 
 
+def _terminal_width(stream: TextIO) -> int:
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or _USUAL_WIDTH
+    except (OSError, ValueError):  # no terminal behind it
+        return _USUAL_WIDTH
+
+
 @contextmanager
-def safe_output() -> Iterator[None]:
+def verbatim() -> Iterator[None]:
+    """Lines are written as they are within the block: JSON and CSV are data in a terminal too."""
+    streams = [stream for stream in (sys.stdout, sys.stderr) if isinstance(stream, SafeStream)]
+    for stream in streams:
+        stream.wraps = False
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.wraps = True
+
+
+@contextmanager
+def safe_output(before_write: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Standard output and error show no secret and no control character within the block.
 
     What their encoding lacks is escaped too, instead of ending the command.
+
+    Args:
+        before_write: called before anything is written.
     """
     before = sys.stdout, sys.stderr
     for stream in before:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    sys.stdout, sys.stderr = SafeStream(before[0]), SafeStream(before[1])
+    sys.stdout, sys.stderr = (SafeStream(stream, before_write) for stream in before)
     try:
         yield
     finally:

@@ -28,8 +28,8 @@ from visiontuner.cli.options import (
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import account_flags
-from visiontuner.text import hide_variables, next_command
-from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
+from visiontuner.text import hide_variables, next_command, verbatim
+from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
 
 # The flags of a training job, and what `tune --on sagemaker` does with them.
 
@@ -239,7 +239,8 @@ def run_on_sagemaker(
     if asked["dry_run"]:
         request = dry_run(aws, plan)
         request["Environment"] = hide_variables(request.get("Environment") or {})
-        click.echo(json.dumps(request, indent=2, default=str))
+        with verbatim():
+            click.echo(json.dumps(request, indent=2, default=str))
         return
     _ask(asked["yes"])
 
@@ -374,7 +375,8 @@ def jobs(region: str | None, assume_role: str | None, form: str) -> None:
 
     found = find(region, assume_role)
     if form == "json":
-        click.echo(json.dumps([_row(job) for job in found], indent=2))
+        with verbatim():
+            click.echo(json.dumps([_row(job) for job in found], indent=2))
     elif found:
         _print(found)
     else:

@@ -32,7 +32,10 @@ from visiontuner.journal import Event, Finding, SearchRecord, TrialRecord
 from visiontuner.text import (
     DEFAULT_TRACKING_URI,
     SafeStream,
+    columns_of,
     duration,
+    in_lines,
+    line_breaks,
     next_command,
     printable,
     shell_word,
@@ -275,11 +278,34 @@ class SafeConsole(Console):
     def file(self) -> IO[str]:
         """Where it writes: rich's own colours would not pass `text.safe_output`."""
         stream = super().file
-        return stream.unsafe if isinstance(stream, SafeStream) and stream.isatty() else stream
+        if not isinstance(stream, SafeStream) or not stream.isatty():
+            return stream
+        stream.before_write()
+        return stream.unsafe
 
     @file.setter
     def file(self, new_file: IO[str]) -> None:
         self._file = new_file
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        """As rich does; in a terminal lines of text are broken between words, never within one."""
+        if self.is_terminal:
+            objects = tuple(self._in_lines(one) for one in objects)
+        super().print(*objects, **settings)
+
+    def _in_lines(self, one: Any) -> Any:
+        if isinstance(one, str):
+            return in_lines(shown(one), self.width)
+        if not isinstance(one, Text):
+            return one
+        lines = [
+            part
+            for line in one.split("\n", allow_blank=True)
+            for part in line.divide(line_breaks(line.plain, self.width))
+        ]
+        for line in lines:
+            line.rstrip()
+        return Text("\n").join(lines)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None
@@ -415,25 +441,46 @@ def print_checks(console: Console, checks: Sequence[Check]) -> None:
 
 
 def print_recommendations(console: Console, found: Sequence[Recommendation]) -> None:
-    """One line a network; what a pass takes where it was measured."""
+    """One line a network; what a pass takes where it was measured.
+
+    In a narrow terminal columns go, and their names are said: no row is broken.
+    """
     measured = any(one.pass_seconds is not None for one in found)
+    rows = [_recommendation(one) for one in found]
+    names = [name for name in rows[0] if name != "pass" or measured]
+    headings = {"pass": f"pass over {found[0].images:,} images", "offline": ""}
+    widths = {
+        n: max(columns_of(text) for text in (headings.get(n, n), *(row[n] for row in rows))) + 1
+        for n in names
+    }
+    chosen = list(names)
+    for name in ("licence", "pixels", "MB", "ImageNet", "offline"):
+        if not console.is_terminal or sum(widths[n] for n in chosen) - 1 <= console.width:
+            break
+        chosen.remove(name)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("network", no_wrap=True)
-    for heading in ("MB", "pixels", "ImageNet"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("licence", no_wrap=True)
-    if measured:
-        table.add_column(f"pass over {found[0].images:,} images", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    for one in found:
-        network = one.network
-        accuracy = f"{network.accuracy:.1f} %" + (" linear" if network.measure == "linear" else "")
-        cells = [network.name, f"{network.megabytes:.0f}", str(network.image_size), accuracy]
-        cells.append(network.licence)
-        if measured:
-            cells.append("" if one.pass_seconds is None else duration(one.pass_seconds))
-        table.add_row(*map(Text, cells), Text("offline" if network.is_offline else ""))
+    for name in chosen:
+        right = name not in ("network", "licence", "offline")
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(headings.get(name, name), justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(row[name]) for name in chosen))
     console.print(table)
+    if gone := [name for name in names if name not in chosen]:
+        console.print(f"Too narrow for: {', '.join(gone)}.", style="dim")
+
+
+def _recommendation(one: Recommendation) -> dict[str, str]:
+    network = one.network
+    return {
+        "network": network.name,
+        "MB": f"{network.megabytes:.0f}",
+        "pixels": str(network.image_size),
+        "ImageNet": f"{network.accuracy:.1f} %" + " linear" * (network.measure == "linear"),
+        "licence": network.licence,
+        "pass": "" if one.pass_seconds is None else duration(one.pass_seconds),
+        "offline": "offline" if network.is_offline else "",
+    }
 
 
 _BALANCED = 1.5  # images of the largest class for one of the smallest, at most
@@ -556,7 +603,11 @@ class TrainingConsole(SearchConsole):
         if event["event"] == "epoch":
             self._looked = time.monotonic()
             trial = self._training.trials[event["trial_id"]]
-            self.console.print(self._epoch_line(trial))
+            words, room = self._epoch_words(trial), self.console.width
+            if self.console.is_terminal and columns_of("  ".join(words)) > room:
+                words.pop()  # the bar shows the speed
+            gap = "  " if columns_of("  ".join(words)) <= room else " "
+            self.console.print(gap.join(words))
 
     def trials_end(self) -> None:
         """The bar goes."""
@@ -568,7 +619,7 @@ class TrainingConsole(SearchConsole):
         trials = list(self._training.trials.values())
         return self._training.epochs_of(trials[0]) if trials else 0
 
-    def _epoch_line(self, trial: TrialRecord) -> str:
+    def _epoch_words(self, trial: TrialRecord) -> list[str]:
         newest, objective = trial.epochs[-1], self._training.objective
         wanted = ["train_loss", "validation_loss", objective]
         if self._training.is_unvalidated:
@@ -579,7 +630,7 @@ class TrainingConsole(SearchConsole):
         if kept is not None and kept is not newest:
             words.append(f"lowest validation_loss in epoch {kept.step}")
         words.append(f"{newest.metrics['images_per_second']:,.0f} {self._unit()}/s")
-        return "  ".join(words)
+        return words
 
     def _unit(self) -> str:
         """What a step takes: a head learns from features that were computed before."""

@@ -44,7 +44,7 @@ from visiontuner.paths import (
     SUGGEST_SORT_FOLDER,
     SUSPECTS_SHEET,
 )
-from visiontuner.text import next_command
+from visiontuner.text import next_command, verbatim
 from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:
@@ -433,7 +433,8 @@ def _print_comparison(
 
     text = getattr(formats, f"to_{form}")(frame[names])
     if output is None:
-        click.echo(text, nl=False)
+        with verbatim():
+            click.echo(text, nl=False)
         return []
     return _written(output, text, frame)
 
@@ -498,7 +499,8 @@ def diagnose(target: str, write: bool, as_json: bool) -> None:
 
     diagnosis = look(target, write=write)
     if as_json:
-        click.echo(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
+        with verbatim():
+            click.echo(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
     else:
         _print_findings(diagnosis)
 
@@ -851,7 +853,8 @@ def promote(model: str, force: bool, dry_run: bool, as_json: bool) -> None:
 
     decided = decide(model, force=force, dry_run=dry_run)
     if as_json:
-        click.echo(json.dumps({**decided.to_dict(), "dry_run": dry_run}, indent=1))
+        with verbatim():
+            click.echo(json.dumps({**decided.to_dict(), "dry_run": dry_run}, indent=1))
     else:
         _print_decision(decided, dry_run=dry_run)
 
@@ -933,7 +936,8 @@ def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: 
     )
     checks = _verify(traced) if verify else []
     if as_json:
-        click.echo(_as_json(traced, checks if verify else None))
+        with verbatim():
+            click.echo(_as_json(traced, checks if verify else None))
     else:
         _print_lineage(traced, checks)
     if any(check.state == "differs" for check in checks):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from visiontuner.cli.silence import silence_line
 from visiontuner.text import safe_output
 from visiontuner.workarounds.python import collect_rarely
 
@@ -175,7 +176,7 @@ class LazyGroup(click.Group):
     """
 
     def main(self, *args: Any, **settings: Any) -> Any:
-        with safe_output():
+        with silence_line() as silence, safe_output(silence.heard):
             try:
                 return super().main(*args, **settings)
             except Exception:  # of `--debug`, or a fault of ours

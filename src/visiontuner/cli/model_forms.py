@@ -10,7 +10,7 @@ import click
 
 from visiontuner.cli.console import SafeConsole, SearchConsole
 from visiontuner.cli.options import FOLDER, TEXT, OneLineErrors, number
-from visiontuner.text import next_command
+from visiontuner.text import next_command, verbatim
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval
@@ -49,7 +49,8 @@ def quantize(model: str | None, max_loss: float, as_json: bool) -> None:
     finally:
         console.close()
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        with verbatim():
+            click.echo(json.dumps(result.to_dict(), indent=2))
     else:
         _print_quantized(result)
 

@@ -16,6 +16,7 @@ import click
 import psutil
 
 from visiontuner import interrupts
+from visiontuner.cli.silence import ERASE_LINE
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.experiment.reading import read_experiment
 from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
@@ -111,9 +112,10 @@ def _leave() -> None:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             child.terminate()
-    show_cursor = "\033[?25h" if os.isatty(2) else ""  # a live table has hidden it
+    # A live table has hidden the cursor, and a bar or a count of seconds stands in this line.
+    cleared = f"\033[?25h{ERASE_LINE}" if os.isatty(2) else ""
     with suppress(OSError):
-        os.write(2, f"{show_cursor}Error: Stopped.\n".encode())
+        os.write(2, f"{cleared}Error: Stopped.\n".encode())
     os._exit(130)
 
 

@@ -25,9 +25,10 @@ from visiontuner.cli.options import (
     OneLineErrors,
     number,
 )
+from visiontuner.cli.silence import end_silence_line
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
-from visiontuner.text import csv_row, next_command, printable
+from visiontuner.text import columns_of, csv_row, next_command, printable, verbatim
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import Endpoint
@@ -94,7 +95,8 @@ def preflight(
         note=lambda text: click.echo(text, err=True),
     )
     if form == "json":
-        click.echo(json.dumps(report.to_dict(), indent=2))
+        with verbatim():
+            click.echo(json.dumps(report.to_dict(), indent=2))
     else:
         _print_report(report)
     if not report.passed:
@@ -335,7 +337,8 @@ def endpoints(region: str | None, assume_role: str | None, form: str) -> None:
 
     found = find(region, assume_role)
     if form == "json":
-        click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
+        with verbatim():
+            click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
     elif found:
         _print_endpoints(found, account_flags(region, assume_role))
     else:
@@ -659,15 +662,19 @@ def _print_table(answers: Iterable[ImageAnswer]) -> int:
 def _show_table(shown: Sequence[ImageAnswer]) -> None:
     if not shown:
         return
+    console = SafeConsole()
+    folder = _common_folder([one.image for one in shown])
+    rows = [_table_row(one, folder) for one in shown]
+    widths = [max(columns_of(str(cell)) for cell in cells) + 1 for cells in zip(*rows, strict=True)]
+    fits = not console.is_terminal or sum(widths) - 1 <= console.width
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("image", "label"):
         table.add_column(heading, overflow="fold")
     table.add_column("", justify="right", no_wrap=True)
-    table.add_column("or", style="dim")
-    folder = _common_folder([one.image for one in shown])
-    for one in shown:
-        table.add_row(*_table_row(one, folder))
-    console = SafeConsole()
+    if fits:
+        table.add_column("or", style="dim")
+    for row in rows:
+        table.add_row(*row[: None if fits else -1])
     if folder:
         console.print(f"In {printable(folder)}")
     console.print(table)
@@ -698,27 +705,32 @@ def _table_row(one: ImageAnswer, folder: str) -> tuple[Text | str, ...]:
 def _common_folder(images: Sequence[str]) -> str:
     """The folder that all images are in, with a slash; empty if they are not."""
     folders = {image.rpartition("/")[0] for image in images}
-    if len(images) < 2 or not all(folder.startswith("/") for folder in folders):
+    absolute = {folder.startswith("/") for folder in folders}
+    if len(images) < 2 or len(absolute) > 1 or any("://" in folder for folder in folders):
         return ""
-    return os.path.commonpath(folders).rstrip("/") + "/"
+    common = os.path.commonpath(folders).rstrip("/")
+    return f"{common}/" if common or absolute == {True} else ""
 
 
 def _print_json(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
     for one in answers:
         failed += one.answer.error is not None
-        click.echo(json.dumps(one.to_dict(), ensure_ascii=False))
+        with verbatim():
+            click.echo(json.dumps(one.to_dict(), ensure_ascii=False))
     return failed
 
 
 def _print_csv(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
-    click.echo(csv_row(_FIELDS), nl=False)
+    with verbatim():
+        click.echo(csv_row(_FIELDS), nl=False)
     for one in answers:
         failed += one.answer.error is not None
         row = one.to_dict()
         row["top_k"] = "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row["top_k"])
-        click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
+        with verbatim():
+            click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
     return failed
 
 
@@ -761,6 +773,7 @@ def demo(model: str | None, port: int | None, export: Path | None) -> None:
     def ready(address: str) -> None:
         console.close()
         click.echo(f"Open {address} in a browser. Ctrl-C ends it.")
+        end_silence_line()
 
     try:
         chosen = verbs.PORT if port is None else int(port)

@@ -239,9 +239,8 @@ def searches_side_by_side(searches: Sequence[SearchProgress]) -> Figure:
         for axes, x in ((left, search.seconds / scale), (right, numbers)):
             _step(axes, position, x, search, labels[position])
     objective = searches[0].objective if searches else ""
-    trials = [
-        np.array([v]) for s in searches for v in finite(range(len(s.values)), list(s.values))[1]
-    ]
+    values = [finite(range(len(s.values)), s.values.tolist())[1] for s in searches]
+    trials = [value[None] for each in values for value in each]
     for axes in (left, right):
         _zoom_to_the_better_half(axes, trials, mode_of(objective))
     label_axes(left, f"Time since the start ({unit})", _label(objective))
