@@ -237,9 +237,9 @@ def test_the_table_of_classes_says_what_figures_call_a_name_without_a_font(
     search = new_search()
     search.begin()
     search.trial(1)
-    # Right to left, which figures cannot write; and one that they can.
-    text = page_of(search, evaluation=evaluation(["cat", "כלב"])).text
-    assert "כלב (class 1 in the figures)" in text
+    # Linear B, which no font here has; and one that figures can write.
+    text = page_of(search, evaluation=evaluation(["cat", "𐀀𐀁𐀂"])).text
+    assert "𐀀𐀁𐀂 (class 1 in the figures)" in text
     assert "(class 0" not in text
 
 
@@ -700,6 +700,46 @@ def _webp(*colours: str) -> bytes:
     buffer = io.BytesIO()
     sheet.save(buffer, "WEBP", lossless=True)
     return buffer.getvalue()
+
+
+MANY = {
+    "learning_rate": 0.00312345, "batch_size": 128, "weight_decay": 0.000123, "dropout": 0.25,
+    "label_smoothing": 0.05, "optimizer": "adamw", "epochs": 40,
+    "backbone_learning_rate_factor": 0.123,
+    "backbone": "timm:mobilenetv4_conv_medium.e500_r256_in12k",
+}  # fmt: skip
+
+
+def _widest_table(search: Any, media: str, width: int, folder: Path) -> int:
+    """Pixels of the widest table of a search's page, laid out for a medium that is so wide."""
+    source = re.sub(r"<meta http-equiv.*?>", "", search_page(record_of(search), figures={}))
+    source = source.replace(f"@media {media} ", "@media all ")
+    widest = "Math.max(...[...document.querySelectorAll('table')].map(t => t.offsetWidth))"
+    script = f"document.body.style.width = '{width}px'; document.title = 'widest ' + {widest};"
+    seen = browse(source.replace("</body>", f"<script>{script}</script></body>"), folder)
+    found = re.search(r"<title>widest (\d+)</title>", seen.document)
+    assert found is not None
+    return int(found[1])
+
+
+@needs_browser
+@pytest.mark.parametrize(
+    ("names", "media", "width"),
+    [(("learning_rate", "batch_size"), "screen", 1184), (tuple(MANY), "print", 700)],
+)
+def test_the_tables_fit_a_window_of_1200_pixels_and_paper(
+    new_search: NewSearch, tmp_path: Path, names: tuple[str, ...], media: str, width: int
+) -> None:
+    search = new_search()
+    search.begin()
+    for number, state in enumerate(("completed", "stopped_early"), 1):
+        head = {"trial_id": f"t{number:04d}", "attempt": 1}
+        search.append("trial_started", **head, configuration={n: MANY[n] for n in names})
+        for rule in ("learning_rate_too_low", "overfit"):
+            said = {"severity": "warning", "evidence": "It falls. " * 9, "advice": "Wait. " * 9}
+            search.append("finding", **head, rule=rule, step=1, **said)
+        search.end(number, state=state, reason="the rule learning_rate_too_low ended it")
+    assert _widest_table(search, media, width, tmp_path) <= width
 
 
 def _three_trials(new_search: NewSearch) -> Any:

@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from visiontuner.aws.job import Job, dry_run
+from visiontuner.aws.job import Job
 from visiontuner.cli.console import SearchConsole, make_console, print_result
 from visiontuner.cli.options import (
     FOLDER,

@@ -124,6 +124,7 @@ LABELS = {
     "label_smoothing": "Label smoothing",
     "optimizer": "Optimizer",
     "epochs": "Epochs",
+    "backbone_learning_rate_factor": "Backbone learning rate factor",
 }
 
 
