@@ -206,7 +206,7 @@ def _is_formula(text: str) -> bool:
 # What stands between backticks or quotes stays in one piece, and so does a command to copy, or
 # flags of one, at the end of a line.
 _PIECE = re.compile(r"`[^`]*`\S*|(?<!\w)'[^']*'\S*|\S+")
-_COMMAND = re.compile(r"(?:^ *|: +)((?:\w+=\S+ )?(?:visiontuner |--[a-z]).*)$")
+_COMMAND = re.compile(r"(?:^ *|: +)((?:\w+=\S+ )?(?:visiontuner |--set ).*)$")
 
 
 def line_breaks(line: str, width: int) -> list[int]:

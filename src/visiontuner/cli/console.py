@@ -450,12 +450,12 @@ def print_recommendations(console: Console, found: Sequence[Recommendation]) -> 
     names = [name for name in rows[0] if name != "pass" or measured]
     headings = {"pass": f"pass over {found[0].images:,} images", "offline": ""}
     widths = {
-        n: max(columns_of(text) for text in (headings.get(n, n), *(row[n] for row in rows))) + 1
+        n: max(columns_of(text) for text in (headings.get(n, n), *(row[n] for row in rows))) + _GAP
         for n in names
     }
     chosen = list(names)
     for name in ("licence", "pixels", "MB", "ImageNet", "offline"):
-        if not console.is_terminal or sum(widths[n] for n in chosen) - 1 <= console.width:
+        if not console.is_terminal or sum(widths[n] for n in chosen) - _GAP <= console.width:
             break
         chosen.remove(name)
     table = Table(box=None, pad_edge=False, header_style="bold")

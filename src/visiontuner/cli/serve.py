@@ -659,14 +659,19 @@ def _print_table(answers: Iterable[ImageAnswer]) -> int:
     return sum(one.answer.error is not None for one in shown)
 
 
+_GAP = 2  # columns between two cells
+
+
 def _show_table(shown: Sequence[ImageAnswer]) -> None:
     if not shown:
         return
     console = SafeConsole()
     folder = _common_folder([one.image for one in shown])
     rows = [_table_row(one, folder) for one in shown]
-    widths = [max(columns_of(str(cell)) for cell in cells) + 1 for cells in zip(*rows, strict=True)]
-    fits = not console.is_terminal or sum(widths) - 1 <= console.width
+    widths = [
+        max(columns_of(str(cell)) for cell in cells) + _GAP for cells in zip(*rows, strict=True)
+    ]
+    fits = not console.is_terminal or sum(widths) - _GAP <= console.width
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("image", "label"):
         table.add_column(heading, overflow="fold")
