@@ -1,6 +1,7 @@
 """`visiontuner suspects`: from images with a wrong label to a table that `data.labels` reads."""
 
 import csv
+import re
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,34 @@ def test_all_suggestions_are_taken_by_renaming_two_columns(photos, tmp_path):
     file.write_text(f"path,given,label,score\n{rest}", "utf-8")
     taken = load(photos, tmp_path, file)
     assert {label_of(taken, path) for path in WRONG} == {"blue"}
+
+
+def test_odd_images_have_a_table_of_their_own_and_prepare_counts_them(photos):
+    for name in COLOURS:
+        for split, numbers in (("train", range(3, 30)), ("valid", range(3))):
+            (photos / split / name).mkdir(parents=True)
+            for number in numbers:
+                file = f"{name}/{number}.png"
+                (photos / file).rename(photos / split / file)
+        (photos / name).rmdir()
+    red = photos / "train" / "red"
+    noise = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(noise // 8).save(red / "dark.png")
+    Image.fromarray(noise[:8]).resize((320, 40)).save(red / "long.png")
+    Image.new("RGB", (40, 32), "black").save(red / "black.png")
+    output = suspects()
+    assert "Odd images: 1 blank, 1 dark, 1 odd-shaped" in output
+    odd = {(row["path"], row["reason"], row["value"]) for row in rows("suspects/odd.csv")}
+    assert {one for one in odd if one[1] != "outlier"} == {
+        ("train/red/black.png", "blank", "0"),
+        ("train/red/dark.png", "dark", "31"),
+        ("train/red/long.png", "odd-shaped", "8.0"),
+    }
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    prepared = run("prepare", "--data", photos, *settings)
+    assert re.search(r"validation images have a label .*visiontuner suspects --data", prepared)
+    assert "1 (train/red/dark.png): 95 % of the pixels are darker" in prepared
+    assert "1 (train/red/long.png): more than 3 times as long as wide" in prepared
 
 
 def test_earlier_corrections_stay_in_the_table(photos, tmp_path):

@@ -27,6 +27,7 @@ SUGGEST_FOLDER = "suggestions"
 # In a folder of suspects:
 SUSPECTS_FILE = "suspects.csv"
 SUSPECTS_SHEET = "suspects.png"
+ODD_FILE = "odd.csv"  # images that are odd but for their label
 # In a folder of suggestions:
 SUGGEST_FILE = "suggest.csv"
 SUGGEST_SHEET = "suggest.png"

@@ -170,7 +170,9 @@ def test_a_second_look_decodes_only_what_is_new(root, cache, monkeypatch):
     assert inspect_dataset(dataset, workers=1, cache=cache) == first
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"x": 3}', '{"x": [1, 2, 3, 4, 5, 6, 7]}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{", '{"x": 3}', '{"x": [1, 2, 3, 4, 5, 6, 7, 8, 9]}']
+)
 def test_damaged_memory_counts_as_none(tmp_path, content):
     (tmp_path / "facts.json").write_text(content)
     assert inspection.read_facts(tmp_path / "facts.json") == {}

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -598,6 +599,7 @@ def _print_suspects(
     number, images = len(result.suspects), f"{result.images:,} training and validation images"
     if not number:
         click.echo(f"\nNo label of {images} is suspect.")
+        _print_odd(result)
         return
     click.echo(f"\nSuspect labels: {number:,} of {images} ({number / result.images:.1%})")
     click.echo("  score   label → suggested")
@@ -606,6 +608,7 @@ def _print_suspects(
     if number > _NAMED_SUSPECTS:
         click.echo(f"  … and {number - _NAMED_SUSPECTS:,} more")
     click.echo(f"\nAll of them: {result.file}; the first as images: {SUSPECTS_SHEET} beside it.")
+    _print_odd(result)
     if result.kept_rows:
         click.echo(f"It also holds {result.kept_rows:,} rows of the data.labels of before.")
     flags = [
@@ -620,6 +623,15 @@ def _print_suspects(
         "\nNext, look at them and correct the column `label`; empty, the image is left out. Then:\n"
         f"{command}"
     )
+
+
+def _print_odd(result: SuspectsResult) -> None:
+    if not result.odd:
+        return
+    counts = Counter(image.reason for image in result.odd)
+    words = {"outlier": "unlike their class"}
+    said = ", ".join(f"{count:,} {words.get(reason, reason)}" for reason, count in counts.items())
+    click.echo(f"Odd images: {said}. All of them: {result.odd_file}")
 
 
 # `visiontuner suggest`: parsing and printing.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -34,6 +35,15 @@ from visiontuner.data.images import (
     has_few_levels,
     image_extensions,
     open_image,
+)
+from visiontuner.data.quality import (
+    DARK,
+    LONG,
+    SHARPEST,
+    are_blurred,
+    are_dark,
+    brightness,
+    sharpness,
 )
 from visiontuner.errors import BadImageError, VisiontunerError
 from visiontuner.io.files import write_cached_json
@@ -100,7 +110,7 @@ def _close_pairs(
 # most 16 bits away, two different photographs at least 90, two handwritten digits at least 26.
 HASH_SIDE = 16
 _BATCH = 32  # images in one message to a worker
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,8 @@ class ImageFacts:
     perceptual_hash: str = ""  # hexadecimal, HASH_SIDE ** 2 bits
     error: str = ""
     few_levels: bool = False
+    sharpness: float = SHARPEST  # see data/quality.py
+    brightness: int = 255
 
 
 def inspect_images(
@@ -216,6 +228,8 @@ def _decode(path: Path) -> ImageFacts:
         height=height,
         perceptual_hash=str(imagehash.phash(image, hash_size=HASH_SIDE)),
         few_levels=has_few_levels(image),
+        sharpness=sharpness(image),
+        brightness=brightness(image),
     )
 
 
@@ -296,6 +310,7 @@ def inspect_dataset(
         *find_emptied_classes(dataset, _readable(dataset, facts)),
         *find_without_decoding(dataset),
         few_levels([s.path for _, s in _samples(dataset) if facts[s.digest].few_levels]),
+        *find_odd(dataset, facts),
         find_tiny(dataset, facts),
         find_wrong_extensions(dataset, facts),
         find_near_across_splits(dataset, facts),
@@ -348,6 +363,79 @@ def find_imbalance(dataset: ImageDataset) -> Finding | None:
         evidence=f"{many[1]} has {many[0]} training images, {few[1]} has {few[0]}",
         advice="Set training.class_weights: balanced and judge by validation_macro_f1.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OddImage:
+    """An image that pixels or features speak against.
+
+    Args:
+        path: relative to the data's folder.
+        label: the class it is given as.
+        reason: `blank`, `odd-shaped`, `dark`, `blurred`, or `outlier` of its class.
+        value: what was measured: brightness in [0, 255] of the blank and dark, the longer side by
+            the shorter one, sharpness, robust standard deviations from its class.
+    """
+
+    path: str
+    label: str
+    reason: str
+    value: float
+
+
+def odd_images(dataset: ImageDataset, facts: Facts) -> list[OddImage]:
+    """Blank, odd-shaped, dark and blurred images, each for the first of these reasons."""
+    samples = [s for _, s in _samples(dataset) if not facts[s.digest].error]
+    known = [facts[sample.digest] for sample in samples]
+    dark = are_dark(np.array([one.brightness for one in known], dtype=np.float64))
+    blurred = are_blurred(np.array([one.sharpness for one in known], dtype=np.float64))
+    found: list[OddImage] = []
+    for sample, one, is_dark, is_blurred in zip(samples, known, dark, blurred, strict=True):
+        ratio = max(one.width, one.height) / min(one.width, one.height)
+        reasons = {
+            "blank": (one.few_levels, one.brightness),
+            "odd-shaped": (ratio > LONG, round(ratio, 2)),
+            "dark": (is_dark, one.brightness),
+            "blurred": (is_blurred, one.sharpness),
+        }
+        fitting = ((reason, value) for reason, (fits, value) in reasons.items() if fits)
+        for reason, value in islice(fitting, 1):
+            label = dataset.class_names[sample.label]
+            found.append(OddImage(path=sample.path, label=label, reason=reason, value=value))
+    return found
+
+
+def find_odd(dataset: ImageDataset, facts: Facts) -> list[Finding]:
+    """Images that are odd-shaped, dark or blurred; blank ones have a finding of their own."""
+    paths: dict[str, list[str]] = defaultdict(list)
+    for image in odd_images(dataset, facts):
+        paths[image.reason].append(image.path)
+    look = "Look at them. `visiontuner suspects` lists them in odd.csv."
+    found = (
+        listed(
+            "odd_shaped_images",
+            "info",
+            paths["odd-shaped"],
+            f"more than {LONG:g} times as long as wide, or as wide as long: much is cropped away",
+            look,
+        ),
+        listed(
+            "dark_images",
+            "info",
+            paths["dark"],
+            f"95 % of the pixels are darker than {DARK} of 255, and the image half as bright as "
+            "the others",
+            look,
+        ),
+        listed(
+            "blurred_images",
+            "info",
+            paths["blurred"],
+            "no part is sharp, and the image half as sharp as the others",
+            look,
+        ),
+    )
+    return [finding for finding in found if finding is not None]
 
 
 def find_tiny(dataset: ImageDataset, facts: Facts) -> Finding | None:

@@ -68,7 +68,7 @@ from visiontuner.tracking.figures.evaluation import (
 from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.searches import importances
 from visiontuner.workflow.answering import Answers, answer_images
-from visiontuner.workflow.image_checks import check_labels_if_quick
+from visiontuner.workflow.image_checks import check_labels_if_quick, find_outliers
 from visiontuner.workflow.image_map import Marks, draw_image_map
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.network_costs import measure_networks
@@ -605,7 +605,8 @@ class _Evaluation:
             features, _ = inputs.features()
             checked = check_labels_if_quick(inputs, features)
             suspects = None if checked is None else checked.suspects
-            draw_image_map(self.folder, inputs, features, Marks(suspects=suspects, outliers={}))
+            marks = Marks.of(suspects, find_outliers(inputs, features))
+            draw_image_map(self.folder, inputs, features, marks)
         except (VisiontunerError, OSError) as error:  # the evaluation is there
             self.observer.note(f"warning: no map of the images in the report: {error}")
 

@@ -1,21 +1,27 @@
-"""What features and pixels say against single images: labels that are probably wrong."""
+"""What features and pixels say against single images: wrong labels, outliers, odd images."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from visiontuner.data.arrays import FeatureSet
+from visiontuner.data.dataset import find_units
+from visiontuner.data.findings import OddImage, inspect_images, odd_images
 from visiontuner.errors import UserMistake
 from visiontuner.evaluation.baselines import logistic_regression
 from visiontuner.evaluation.calibration import probabilities_of
+from visiontuner.evaluation.outliers import UNLIKE_ITS_CLASS, class_deviations
 from visiontuner.evaluation.suspects import find_suspect_labels
 from visiontuner.io.files import write_cached_json
+from visiontuner.journal import Finding
+from visiontuner.text import next_command
 from visiontuner.workflow.inputs import Inputs
 from visiontuner.workflow.selection import folds_of
 
@@ -77,6 +83,82 @@ def check_labels_if_quick(inputs: Inputs, features: FeatureSet) -> CheckedLabels
         return check_labels(inputs, features)
     except UserMistake:  # too few images
         return None
+
+
+def find_outliers(inputs: Inputs, features: FeatureSet) -> list[OddImage]:
+    """Training and validation images that are unlike the others of their class, the farthest first.
+
+    Some of them may have a label that is probably wrong.
+    """
+    splits = [features.split(name) for name in _SPLITS]
+    paths = [path for split in splits for path in split.paths]
+    labels = np.concatenate([split.labels for split in splits])
+    known = {s.path: s for name in _SPLITS for s in inputs.dataset.splits[name]}
+    samples = [known[path] for path in paths]
+    deviations = class_deviations(
+        np.concatenate([split.features for split in splits]),
+        labels,
+        list(map(find_units(samples), samples)),
+    )
+    rows = np.flatnonzero(deviations > UNLIKE_ITS_CLASS)  # no NaN is
+    return [
+        OddImage(
+            path=paths[row],
+            label=features.class_names[labels[row]],
+            reason="outlier",
+            value=round(float(deviations[row]), 2),
+        )
+        for row in rows[np.argsort(-deviations[rows], kind="stable")]
+    ]
+
+
+def find_odd_images(
+    inputs: Inputs, features: FeatureSet, suspects: Sequence[Suspect]
+) -> list[OddImage]:
+    """Training and validation images that are blank, odd-shaped, dark or blurred, or outliers.
+
+    Each for one reason; outliers without those whose label is suspect. Images that `prepare` has
+    not looked at yet are decoded.
+    """
+    dataset = replace(inputs.dataset, splits={**inputs.dataset.splits, "test": ()})
+    facts = inspect_images(
+        dataset,
+        cache=inputs.cache,
+        progress=lambda done, total: inputs.observer.progress("Looking", done, total, "images"),
+    )
+    odd = odd_images(dataset, facts)
+    named = {one.path for one in odd} | {one.path for one in suspects}
+    return odd + [one for one in find_outliers(inputs, features) if one.path not in named]
+
+
+def label_findings(inputs: Inputs, features: FeatureSet) -> list[Finding]:
+    """One finding about suspect labels and one about outliers, where they take seconds to find."""
+    checked = check_labels_if_quick(inputs, features)
+    if checked is None:
+        return []
+    command = next_command("suspects", "--data", inputs.experiment.data.source)
+    suspects = {one.path for one in checked.suspects}
+    outliers = [one for one in find_outliers(inputs, features) if one.path not in suspects]
+    of_all = f"of {checked.images:,} training and validation images"
+    found = (
+        (
+            "suspect_labels",
+            len(suspects),
+            f"{len(suspects):,} {of_all} have a label that the others contradict",
+            f"`{command}` draws them, and writes a table to correct them with.",
+        ),
+        (
+            "class_outliers",
+            len(outliers),
+            f"{len(outliers):,} {of_all} are unlike the others of their class",
+            f"`{command}` lists them in odd.csv.",
+        ),
+    )
+    return [
+        Finding(rule=rule, severity="info", evidence=evidence, advice=advice)
+        for rule, count, evidence, advice in found
+        if count
+    ]
 
 
 def _cache_file(inputs: Inputs, features: FeatureSet) -> Path:

@@ -31,6 +31,7 @@ from visiontuner.tracking.image_map import MAP_VERSION
 from visiontuner.workflow.inputs import Inputs
 
 if TYPE_CHECKING:
+    from visiontuner.data.findings import OddImage
     from visiontuner.workflow.image_checks import Suspect
 
 # 5,000 images of 40 x 40 pixels, or 1,950 of 64 x 64: about 1.4 MB as WebP, of photographs.
@@ -55,6 +56,16 @@ class Marks:
 
     suspects: Sequence[Suspect] | None
     outliers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, suspects: Sequence[Suspect] | None, odd: Iterable[OddImage]) -> Marks:
+        """Of odd images the outliers, which features show."""
+        outliers = {
+            one.path: f"{one.value:.1f} deviations from its class"
+            for one in odd
+            if one.reason == "outlier"
+        }
+        return cls(suspects=suspects, outliers=outliers)
 
 
 @dataclass(frozen=True, kw_only=True)

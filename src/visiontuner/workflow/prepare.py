@@ -11,6 +11,7 @@ from visiontuner.experiment.schema import Experiment
 from visiontuner.io.s3 import Moved, upload_folder
 from visiontuner.journal import Finding
 from visiontuner.paths import split_folder, writable_cache_folder
+from visiontuner.workflow.image_checks import label_findings
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
 from visiontuner.workflow.leaks import leak_findings, without_known_pairs
 
@@ -53,6 +54,8 @@ def prepare(
         leaks = inputs.leaks
         findings = [*without_known_pairs(findings, leaks), *leak_findings(leaks, dropped=False)]
     dataset = inputs.dataset
+    if inputs.cached_features() is not None:
+        findings += label_findings(inputs, inputs.features()[0])
     prepared = Prepared(
         dataset=dataset,
         summary=summarise(dataset, cache=writable_cache_folder()),

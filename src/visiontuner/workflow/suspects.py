@@ -14,21 +14,29 @@ from pathlib import Path
 import pandas as pd
 
 from visiontuner.data.dataset import ImageDataset
+from visiontuner.data.findings import OddImage
 from visiontuner.data.labels import Row, read_table
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.evaluation.baselines import is_affordable
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord, newest_search
-from visiontuner.paths import EXPERIMENT_FILE, SUSPECTS_FILE, SUSPECTS_FOLDER, SUSPECTS_SHEET
+from visiontuner.paths import (
+    EXPERIMENT_FILE,
+    ODD_FILE,
+    SUSPECTS_FILE,
+    SUSPECTS_FOLDER,
+    SUSPECTS_SHEET,
+)
 from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.page import write_page
 from visiontuner.workflow.evaluate import write_contact_sheet
-from visiontuner.workflow.image_checks import Suspect, check_labels
+from visiontuner.workflow.image_checks import Suspect, check_labels, find_odd_images
 from visiontuner.workflow.image_map import Marks, draw_image_map
 from visiontuner.workflow.inputs import Inputs, Observer, Silent, find_beside, require_same_data
 
 _DRAWN = 48  # eight rows
 _COLUMNS = ("path", "label", "suggested", "score")
+_ODD_COLUMNS = ("path", "label", "reason", "value")
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -41,6 +49,7 @@ class SuspectsResult:
         images: training and validation images that were looked at.
         suspects: the surest first.
         kept_rows: rows of the experiment's own `data.labels`, which suspects.csv holds as well.
+        odd: blank, odd-shaped, dark and blurred images, and outliers of their class.
     """
 
     folder: Path
@@ -48,11 +57,17 @@ class SuspectsResult:
     images: int
     suspects: tuple[Suspect, ...]
     kept_rows: int = 0
+    odd: tuple[OddImage, ...] = ()
 
     @property
     def file(self) -> Path:
         """The table, for `data.labels`."""
         return self.folder / SUSPECTS_FILE
+
+    @property
+    def odd_file(self) -> Path:
+        """The table of odd images."""
+        return self.folder / ODD_FILE
 
     @property
     def table(self) -> pd.DataFrame:
@@ -107,9 +122,10 @@ def find_suspects(
     suspects = checked.suspects
     kept = _rows_of_before(inputs, {suspect.path for suspect in suspects})
     folder = output or (search or Path()) / SUSPECTS_FOLDER
-    _write(folder, inputs.dataset, suspects, kept)
+    odd = find_odd_images(inputs, features, suspects)
+    _write(folder, inputs.dataset, suspects, kept, odd)
     if search is not None:
-        draw_image_map(search, inputs, features, Marks(suspects=suspects, outliers={}))
+        draw_image_map(search, inputs, features, Marks.of(suspects, odd))
         write_page(search)
     return SuspectsResult(
         folder=folder,
@@ -117,6 +133,7 @@ def find_suspects(
         images=checked.images,
         suspects=suspects,
         kept_rows=len(kept),
+        odd=tuple(odd),
     )
 
 
@@ -144,7 +161,11 @@ def _rows_of_before(inputs: Inputs, suspects: set[str]) -> list[Row]:
 
 
 def _write(
-    folder: Path, dataset: ImageDataset, suspects: Sequence[Suspect], kept: Sequence[Row]
+    folder: Path,
+    dataset: ImageDataset,
+    suspects: Sequence[Suspect],
+    kept: Sequence[Row],
+    odd: Sequence[OddImage],
 ) -> None:
     rows: list[Sequence[object]] = [(s.path, s.label, s.suggested, s.score) for s in suspects]
     rows += [(row.path, row.label, None, None) for row in kept]
@@ -158,6 +179,8 @@ def _write(
                 "delete it."
             )
         file.write_bytes(content)
+        lines = [_ODD_COLUMNS, *((one.path, one.label, one.reason, one.value) for one in odd)]
+        (folder / ODD_FILE).write_bytes("".join(map(csv_row, lines)).encode(errors="replace"))
         (folder / SUSPECTS_SHEET).unlink(missing_ok=True)
         shown = [(s.path, (s.label, s.suggested, s.probability)) for s in suspects[:_DRAWN]]
         write_contact_sheet(folder / SUSPECTS_SHEET, dataset.root, shown, dataset.class_names)
