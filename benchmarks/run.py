@@ -44,6 +44,7 @@ BENCHMARKS = (
     "promotion",
     "choice",
     "suspects",
+    "odd_images",
     "tables",
     "novelty",
     "heat_maps",

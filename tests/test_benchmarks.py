@@ -41,6 +41,7 @@ NAMES = (
     "promotion",
     "choice",
     "suspects",
+    "odd_images",
     "tables",
     "novelty",
     "heat_maps",
@@ -115,7 +116,8 @@ def test_list_names_all_without_measuring() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["search_time", "tensor_rules", "choice", "suspects", "leaks", "suggest", "peer"]
+    "name",
+    ["search_time", "tensor_rules", "choice", "suspects", "odd_images", "leaks", "suggest", "peer"],
 )
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch

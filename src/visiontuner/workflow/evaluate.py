@@ -605,7 +605,7 @@ class _Evaluation:
             features, _ = inputs.features()
             checked = check_labels_if_quick(inputs, features)
             suspects = None if checked is None else checked.suspects
-            marks = Marks.of(suspects, find_outliers(inputs, features))
+            marks = Marks.of(suspects, find_outliers(inputs, features, suspects or ()))
             draw_image_map(self.folder, inputs, features, marks)
         except (VisiontunerError, OSError) as error:  # the evaluation is there
             self.observer.note(f"warning: no map of the images in the report: {error}")

@@ -85,10 +85,13 @@ def check_labels_if_quick(inputs: Inputs, features: FeatureSet) -> CheckedLabels
         return None
 
 
-def find_outliers(inputs: Inputs, features: FeatureSet) -> list[OddImage]:
+def find_outliers(
+    inputs: Inputs, features: FeatureSet, suspects: Sequence[Suspect]
+) -> list[OddImage]:
     """Training and validation images that are unlike the others of their class, the farthest first.
 
-    Some of them may have a label that is probably wrong.
+    Args:
+        suspects: images whose label is probably wrong, which is what is said of them.
     """
     splits = [features.split(name) for name in _SPLITS]
     paths = [path for split in splits for path in split.paths]
@@ -100,7 +103,8 @@ def find_outliers(inputs: Inputs, features: FeatureSet) -> list[OddImage]:
         labels,
         list(map(find_units(samples), samples)),
     )
-    rows = np.flatnonzero(deviations > UNLIKE_ITS_CLASS)  # no NaN is
+    suspect = np.isin(paths, [one.path for one in suspects])
+    rows = np.flatnonzero((deviations > UNLIKE_ITS_CLASS) & ~suspect)  # no NaN is
     return [
         OddImage(
             path=paths[row],
@@ -127,8 +131,9 @@ def find_odd_images(
         progress=lambda done, total: inputs.observer.progress("Looking", done, total, "images"),
     )
     odd = odd_images(dataset, facts)
-    named = {one.path for one in odd} | {one.path for one in suspects}
-    return odd + [one for one in find_outliers(inputs, features) if one.path not in named]
+    named = {one.path for one in odd}
+    outliers = find_outliers(inputs, features, suspects)
+    return odd + [one for one in outliers if one.path not in named]
 
 
 def label_findings(inputs: Inputs, features: FeatureSet) -> list[Finding]:
@@ -137,8 +142,8 @@ def label_findings(inputs: Inputs, features: FeatureSet) -> list[Finding]:
     if checked is None:
         return []
     command = next_command("suspects", "--data", inputs.experiment.data.source)
-    suspects = {one.path for one in checked.suspects}
-    outliers = [one for one in find_outliers(inputs, features) if one.path not in suspects]
+    suspects = checked.suspects
+    outliers = find_outliers(inputs, features, suspects)
     of_all = f"of {checked.images:,} training and validation images"
     found = (
         (
