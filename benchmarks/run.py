@@ -51,6 +51,7 @@ BENCHMARKS = (
     "leaks",
     "networks",
     "suggest",
+    "drift",
     "fine_tune",
     "peer",
 )
