@@ -37,8 +37,12 @@ from visiontuner.workflow.drift_reference import MEASURES
 
 def test_p_values_are_adjusted_by_holm() -> None:
     """By hand: 3 x .01, 2 x .03, and .04, which may not be below the one before it."""
-    assert adjust_by_holm(np.array([0.01, 0.04, 0.03])) == pytest.approx([0.03, 0.06, 0.06])
-    assert adjust_by_holm(np.array([0.9, 0.6])).tolist() == [1, 1]
+    equal = np.ones(3)
+    assert adjust_by_holm(np.array([0.01, 0.04, 0.03]), equal) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjust_by_holm(np.array([0.9, 0.6]), equal[:2]).tolist() == [1, 1]
+    # Half of the level is the first one's: 4 / 2 x .02, 2 x .015 (not below .04), and .05.
+    weighted = adjust_by_holm(np.array([0.02, 0.015, 0.05]), np.array([2.0, 1.0, 1.0]))
+    assert weighted == pytest.approx([0.04, 0.04, 0.05])
 
 
 def test_the_features_test_is_hotellings() -> None:
