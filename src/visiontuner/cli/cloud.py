@@ -12,7 +12,7 @@ import click
 from rich.table import Table
 from rich.text import Text
 
-from visiontuner.aws.job import Job
+from visiontuner.aws.job import Job, dry_run
 from visiontuner.cli.console import SearchConsole, make_console, print_result
 from visiontuner.cli.options import (
     FOLDER,
@@ -29,7 +29,7 @@ from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import account_flags
 from visiontuner.text import hide_variables, next_command, verbatim
-from visiontuner.workflow.submit import JobOptions, dry_run, plan_job, submit_job
+from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 
 # The flags of a training job, and what `tune --on sagemaker` does with them.
 
