@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from visiontuner.data.dataset import Sample
 from visiontuner.evaluation.baselines import logistic_regression
 from visiontuner.evaluation.suspects import find_suspect_labels
-from visiontuner.workflow.selection import folds_of
 from visiontuner.workflow.image_checks import FOLDS, out_of_fold_probabilities
+from visiontuner.workflow.selection import folds_of
 
 TARGETS = (
     "5 % of dogs24 swapped: precision at least .80, recall at least .75",

@@ -118,8 +118,10 @@ def test_list_names_all_without_measuring() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["search_time", "tensor_rules", "choice", "suspects", "odd_images", "leaks", "suggest", "peer"],
-    ["search_time", "tensor_rules", "choice", "suspects", "leaks", "suggest", "drift", "peer"],
+    [
+        *("search_time", "tensor_rules", "choice", "suspects", "odd_images", "leaks"),
+        *("suggest", "drift", "peer"),
+    ],
 )
 def test_without_photographs_a_benchmark_says_what_it_needs(
     runner: ModuleType, name: str, monkeypatch: pytest.MonkeyPatch
