@@ -269,6 +269,30 @@ def draw_images(root: Path, *, seed: int = 0) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
+@pytest.fixture
+def images_with_test(tmp_path: Path, images: Path) -> Path:
+    """The same images, and those of validation once more as a test split."""
+    shutil.copytree(images, tmp_path / "colours")
+    shutil.copytree(images / "valid", tmp_path / "colours" / "test")
+    return tmp_path / "colours"
+
+
+@pytest.fixture
+def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
+    """Of an MLflow database of the test's own."""
+    return new_database(tmp_path / "mlflow.db")
+
+
+@pytest.fixture
+def own_place(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path, uri: str
+) -> None:
+    """The test runs in a folder of its own, with its own MLflow database and the shared cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+
+
 @pytest.fixture(scope="session")
 def small_search() -> dict[str, object]:
     """An experiment, but for its data, that needs no download and takes seconds."""

@@ -2,12 +2,10 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from visiontuner.workflow.tune import resume_search, run_search
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(600),
-    pytest.mark.usefixtures("running_ray"),
+    pytest.mark.usefixtures("running_ray", "own_place"),
 ]
 
 EPOCHS = 30
@@ -47,26 +45,11 @@ class PressCtrlC(Silent):
 
 
 @pytest.fixture
-def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
-    return new_database(tmp_path / "mlflow.db")
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path, uri: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-
-
-@pytest.fixture
-def staged(tmp_path: Path, images: Path) -> dict[str, Any]:
+def staged(images_with_test: Path) -> dict[str, Any]:
     """Four heads, and the two best of them as networks."""
-    root = tmp_path / "colours"
-    shutil.copytree(images, root)
-    shutil.copytree(root / "valid", root / "test")
     return {
         "name": "colours",
-        "data": {"source": str(root)},
+        "data": {"source": str(images_with_test)},
         "model": {
             "backbone": "timm:test_efficientnet.r160_in1k",
             "weights": "none",

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,11 @@ from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.train import find_origin, one_training
 from visiontuner.workflow.tune import resume_search, run_search
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("running_ray")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("running_ray", "own_place"),
+]
 
 NETWORKS = ("timm:test_efficientnet.r160_in1k", "timm:test_resnet.r160_in1k")
 
@@ -47,25 +49,10 @@ class Notes(Silent):
 
 
 @pytest.fixture
-def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
-    return new_database(tmp_path / "mlflow.db")
-
-
-@pytest.fixture(autouse=True)
-def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared_cache: Path, uri: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-
-
-@pytest.fixture
-def raw(tmp_path: Path, images: Path) -> dict[str, Any]:
-    root = tmp_path / "colours"
-    shutil.copytree(images, root)
-    shutil.copytree(root / "valid", root / "test")
+def raw(images_with_test: Path) -> dict[str, Any]:
     return {
         "name": "colours",
-        "data": {"source": str(root)},
+        "data": {"source": str(images_with_test)},
         "model": {"weights": "none", "image_size": 32},
         "training": {"epochs": 2},
         "search": {

@@ -63,11 +63,6 @@ def is_free(lock: Path) -> bool:
 
 
 @pytest.fixture
-def uri(tmp_path: Path, new_database: Callable[[Path], str]) -> str:
-    return new_database(tmp_path / "mlflow.db")
-
-
-@pytest.fixture
 def finished(new_search: Callable[..., Any]) -> Iterator[Any]:
     search = new_search()
     search.begin()
