@@ -113,7 +113,6 @@ def search_on(count: int, folder: Path, experiment: dict[str, Any]) -> Path:
         "search": {"output": "/opt/ml/checkpoints/search"},
         "token": secrets.token_hex(32),
         "tracking_uri": None,
-        "data_channel": None,
     }
     (code / "job.json").write_text(json.dumps(orders))
     names = [f"algo-{number}" for number in range(1, count + 1)]

@@ -176,9 +176,9 @@ class Job:
             "checkpoints": "/opt/ml/checkpoints",
             "token": secrets.token_hex(32),
             "tracking_uri": None,
-            "data_channel": "images",
         }
         (code / "job.json").write_text(json.dumps(orders))
+        experiment = experiment | {"data": {"source": "/opt/ml/input/data/images"}}
         (code / "experiment.yaml").write_text(json.dumps(experiment))
         upload(self.s3, code, "code")
 

@@ -65,7 +65,6 @@ def make_job(tmp_path: Path) -> Callable[..., Job]:
             "checkpoints": tmp_path / host / "checkpoints",
             "work": tmp_path / "work",
             "tracking_uri": None,
-            "data": None,
             "base": tmp_path / host,
             "code": tmp_path,
         }
@@ -126,7 +125,6 @@ def container(tmp_path: Path) -> Path:
         "checkpoints": "/opt/ml/checkpoints",
         "token": "secret",
         "tracking_uri": None,
-        "data_channel": "images",
     }
     (tmp_path / "job.json").write_text(json.dumps(orders))
     return tmp_path
@@ -136,13 +134,12 @@ def test_a_job_is_read_from_the_files_of_its_container(container: Path) -> None:
     job = Job.read(container, container, {"TRAINING_JOB_NAME": "j"})
     assert job.head == "algo-1"
     assert job.hosts[-1] == "algo-11"
-    assert job.data == container / "input/data/images"
     assert not job.work.is_relative_to(job.checkpoints)
 
 
 def test_what_job_json_lacks_is_named(container: Path) -> None:
     (container / "job.json").write_text('{"checkpoints": "/x"}')
-    with pytest.raises(RendezvousError, match=r"lacks '(token|data_channel)'"):
+    with pytest.raises(RendezvousError, match=r"lacks 'token'"):
         Job.read(container, container, {})
     (container / "job.json").write_text("{")
     with pytest.raises(RendezvousError, match=r"Cannot read .*job\.json"):
@@ -203,10 +200,8 @@ def test_a_host_that_copies_nothing_deletes_nothing_of_the_others(
 
 
 def test_a_search_among_the_checkpoints_goes_on(make_job: Callable[..., Job]) -> None:
-    job = make_job(data=Path("/opt/ml/input/data/images"))
-    new = " ".join(tune_arguments(job))
-    assert "--experiment" in new
-    assert "--data /opt/ml/input/data/images" in new
+    job = make_job()
+    assert "--experiment" in tune_arguments(job)
     job.search.mkdir(parents=True)
     (job.search / "experiment.yaml").touch()
     assert tune_arguments(job) == ["tune", "--on", "auto", "--resume", str(job.search)]

@@ -13,7 +13,6 @@ Beside it, in the folder where it is started, lie `experiment.yaml` and `job.jso
     checkpoints   /opt/ml/checkpoints: what SageMaker keeps on S3, for the next job on this search
     token         a random value, the same on every host and made for this job alone
     tracking_uri  where MLflow is, or null: the journal travels instead
-    data_channel  the channel that holds the images, or null: the experiment's own source
 
 Standard library only: it runs before anything else is known to work.
 """
@@ -155,7 +154,6 @@ class Job:
     checkpoints: Path
     work: Path
     tracking_uri: str | None
-    data: Path | None
     base: Path
     code: Path
 
@@ -177,7 +175,6 @@ class Job:
         resources = _read_json(base / "input/config/resourceconfig.json")
         job = _read_json(code / "job.json")
         try:
-            channel = job["data_channel"]
             return cls(
                 host=resources["current_host"],
                 hosts=tuple(sorted(resources["hosts"], key=by_number)),
@@ -186,7 +183,6 @@ class Job:
                 checkpoints=Path(job["checkpoints"]),
                 work=Path(environment.get("TMPDIR") or "/tmp") / WORK,
                 tracking_uri=job["tracking_uri"],
-                data=base / "input/data" / channel if channel else None,
                 base=base,
                 code=code,
             )
@@ -288,9 +284,8 @@ def tune_arguments(job: Job) -> list[str]:
     """The search's command line: a new search, or on with the one among the checkpoints."""
     if (job.search / "experiment.yaml").is_file():
         return ["tune", "--on", "auto", "--resume", str(job.search)]
-    data = ["--data", str(job.data)] if job.data else []
     experiment = str(job.code / "experiment.yaml")
-    return ["tune", "--on", "auto", "--experiment", experiment, *data, "--output", str(job.search)]
+    return ["tune", "--on", "auto", "--experiment", experiment, "--output", str(job.search)]
 
 
 def environment_of(job: Job, environment: Mapping[str, str]) -> dict[str, str]:

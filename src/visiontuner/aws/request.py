@@ -151,14 +151,11 @@ class JobFile:
     Attributes:
         checkpoints: the folder that SageMaker keeps on S3.
         tracking_uri: an MLflow that the job can reach; None: the journal travels instead.
-        data_channel: a channel to read the images from instead of the experiment's source; None:
-            the source is as it says, or `VISIONTUNER_CHANNEL` says where it lies.
         token: random, the same on every host and made for this job alone.
     """
 
     checkpoints: str = CHECKPOINTS
     tracking_uri: str | None = None
-    data_channel: str | None = None
     token: str
 
 
