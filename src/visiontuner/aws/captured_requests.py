@@ -78,7 +78,7 @@ def capture_folder(aws: Aws, name: str) -> str:
 
 
 def captured(
-    aws: Aws, folder: str, *, since: timedelta | None = None, now: datetime | None = None
+    aws: Aws, folder: str, *, since: timedelta | None = None
 ) -> Iterator[tuple[int, int, list[Captured]]]:
     """What lies in a folder, an object at a time, the oldest first.
 
@@ -93,7 +93,7 @@ def captured(
         ServingError: S3 cannot be reached.
     """
     bucket, prefix = split_folder(folder)
-    first = "" if since is None else ((now or datetime.now(UTC)) - since).strftime("%Y/%m/%d/%H")
+    first = "" if since is None else (datetime.now(UTC) - since).strftime("%Y/%m/%d/%H")
     with explained(bucket, "read"):
         client = connect(aws.session, aws.region)
         keys = [

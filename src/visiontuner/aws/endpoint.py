@@ -822,11 +822,11 @@ def wait_until_in_service(
     raise AssertionError("polling has no end")
 
 
-def delete_endpoint(aws: Aws, name: str, note: Note, timeout_seconds: float = GONE_SECONDS) -> None:
+def delete_endpoint(aws: Aws, name: str, note: Note) -> None:
     """Until it is gone; SageMaker deletes none that is being created, so that may take a while.
 
     Raises:
-        ServingError: it is still there after `timeout_seconds`.
+        ServingError: it is still there after an hour.
     """
     told = False
     for seconds in poll(name, note, "Deleting"):
@@ -842,7 +842,7 @@ def delete_endpoint(aws: Aws, name: str, note: Note, timeout_seconds: float = GO
             if not told:
                 note("SageMaker deletes no endpoint that is being created: waiting until it can.")
             told = True
-        if seconds > timeout_seconds:
+        if seconds > GONE_SECONDS:
             raise ServingError(
                 f"Endpoint {name!r} cannot be deleted yet; "
                 f"`{next_command('undeploy', name, flags=aws.flags)}` tries again."
@@ -1046,14 +1046,14 @@ class Endpoint:
         return PRICE_TAG in self.unreadable
 
 
-def list_endpoints(aws: Aws, now: datetime | None = None) -> list[Endpoint]:
+def list_endpoints(aws: Aws) -> list[Endpoint]:
     """Those that visiontuner deployed in this region, oldest first."""
     found = []
     for entry in aws.pages("sagemaker", "list_endpoints", "Endpoints", SortBy="CreationTime"):
         if MODEL_TAG not in tags_of(aws, entry["EndpointArn"]):
             continue
         tags = what_serves(aws, entry["EndpointName"])
-        hours = ((now or datetime.now(UTC)) - entry["CreationTime"]).total_seconds() / 3600
+        hours = (datetime.now(UTC) - entry["CreationTime"]).total_seconds() / 3600
         found.append(_read(entry["EndpointName"], entry["EndpointStatus"], hours, tags))
     scaled = autoscaling.ranges(aws) if found else {}
     found = [replace(one, scales=scaled.get(one.name)) for one in found]

@@ -107,8 +107,8 @@ def _patiently(
         return Transfers(0, is_passing=is_passing, note=note).patiently(lambda: ask(client))
 
 
-def unpack_search(archive: Path, folder: Path, *, inside: str = "search") -> None:
-    """Take one folder's content out of a model.tar.gz.
+def unpack_search(archive: Path, folder: Path) -> None:
+    """Take the search's files out of a model.tar.gz.
 
     Raises:
         JobFailed: the archive is damaged, or has links in it.
@@ -118,8 +118,8 @@ def unpack_search(archive: Path, folder: Path, *, inside: str = "search") -> Non
         extract(archive, unpacked)
     except DataError as error:
         raise JobFailed(f"The job's model.tar.gz cannot be unpacked: {error}") from None
-    if (unpacked / inside).is_dir():
-        for path in (unpacked / inside).iterdir():
+    if (unpacked / "search").is_dir():
+        for path in (unpacked / "search").iterdir():
             path.rename(folder / path.name)
     shutil.rmtree(unpacked)
 

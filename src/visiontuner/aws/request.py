@@ -159,15 +159,15 @@ class JobFile:
     token: str
 
 
-def requirements(package: str = "visiontuner", *, also: tuple[str, ...] = ()) -> list[str]:
-    """Everything a package needs in a job but for the image's own, pinned to what is here.
+def requirements(*, also: tuple[str, ...] = ()) -> list[str]:
+    """Everything this package needs in a job but for the image's own, pinned to what is here.
 
     With `make install` these are the pins of constraints.txt. What only another Python or Linux
     needs is not installed here, and comes without a pin.
     """
     found: dict[str, str] = {}
     seen: set[tuple[str, frozenset[str]]] = set()
-    waiting = [Requirement(name) for name in also] + list(_needs(package, frozenset()))
+    waiting = [Requirement(name) for name in also] + list(_needs("visiontuner", frozenset()))
     while waiting:
         need = waiting.pop()
         name, extras = canonicalize_name(need.name), frozenset(need.extras)

@@ -139,10 +139,10 @@ class TransformPlan(ModelPlan):
         return lines
 
 
-def job_name(model: str, now: float | None = None) -> str:
+def job_name(model: str) -> str:
     """Short enough for MLflow to name a model after it whole."""
     plain = re.sub(r"[^a-zA-Z0-9]+", "-", model)[:16].strip("-") or "visiontuner"
-    return f"{plain}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+    return f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def find_images(aws: Aws, source: str) -> tuple[list[RemoteFile], int]:

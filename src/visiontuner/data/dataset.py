@@ -1249,7 +1249,6 @@ class LabelledImages:
 def load_labelled_images(
     root: Path,
     *,
-    columns: Mapping[str, str | None] | None = None,
     classes: Path | None = None,
     cache: Path,
     progress: Callable[[int, int], None] | None = None,
@@ -1264,7 +1263,7 @@ def load_labelled_images(
         DataError: there are no labelled images; the message says what was found instead.
     """
     try:
-        layout = _find_layout(root, columns, "", cache, cache, progress)
+        layout = _find_layout(root, None, "", cache, cache, progress)
     except _OneClass as one:
         layout = one.layout
     with suppress(_OneClass):

@@ -85,7 +85,6 @@ class AsyncTransport:
         described: SageMaker's answer about the endpoint.
         session: boto3's, of who asks.
         body_limit: the largest request, bytes.
-        wait_seconds: how long one answer is waited for.
     """
 
     def __init__(
@@ -95,11 +94,9 @@ class AsyncTransport:
         region: str | None,
         session: Any,
         body_limit: int = ASYNC_BYTES,
-        wait_seconds: float = _WAIT_SECONDS,
     ) -> None:
         self.endpoint = str(described["EndpointName"])
         self.body_limit = body_limit
-        self._wait_seconds = wait_seconds
         output = described["AsyncInferenceConfig"]["OutputConfig"]
         self._output = str(output["S3OutputPath"]).rstrip("/")
         self._kms_key = output.get("KmsKeyId")
@@ -159,7 +156,7 @@ class AsyncTransport:
     def _wait(self, answer: str, failure: str) -> bytes:
         """The answer's bytes, once SageMaker has written them."""
         began, pause = time.monotonic(), _FIRST_POLL_SECONDS
-        while time.monotonic() - began < self._wait_seconds:
+        while time.monotonic() - began < _WAIT_SECONDS:
             found = self._read(answer)
             if found is not None:
                 return found
@@ -171,7 +168,7 @@ class AsyncTransport:
             interrupts.sleep(pause)
             pause = min(pause * 1.3, _LONGEST_POLL_SECONDS)
         raise ServingError(
-            f"Endpoint {self.endpoint!r} has not answered within {self._wait_seconds / 60:g} "
+            f"Endpoint {self.endpoint!r} has not answered within {_WAIT_SECONDS / 60:g} "
             "minutes: it may have too few instances for what is asked, or none that run."
         )
 

@@ -161,15 +161,15 @@ def geometric(low: float, high: float, steps: int) -> list[float]:
     return [low * (high / low) ** (step / (steps - 1)) for step in range(steps)]
 
 
-def smooth(losses: Sequence[float], beta: float = SMOOTHING) -> list[float]:
+def smooth(losses: Sequence[float]) -> list[float]:
     """Exponential mean with the bias correction of Adam: the first value is the first loss.
 
     Source: Kingma and Ba 2015, section 3, https://arxiv.org/abs/1412.6980
     """
     mean, means = 0.0, []
     for count, loss in enumerate(losses, start=1):
-        mean = beta * mean + (1 - beta) * loss
-        means.append(mean / (1 - beta**count))
+        mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
+        means.append(mean / (1 - SMOOTHING**count))
     return means
 
 
