@@ -34,7 +34,13 @@ from filelock import FileLock
 
 from visiontuner import interrupts
 from visiontuner.errors import DataError, DownloadError
-from visiontuner.io.files import file_digest, flush_to_disk, temporary_folder, write_cached_json
+from visiontuner.io.files import (
+    file_digest,
+    flush_to_disk,
+    read_cached_json,
+    temporary_folder,
+    write_cached_json,
+)
 from visiontuner.text import without_secrets
 
 # Unpack a zip or tar so that nothing lands outside the target folder.
@@ -611,11 +617,11 @@ class _Transfer:
         # Compressed on the way, lengths and ranges would count other bytes than the file's.
         headers = {"Accept-Encoding": "identity"}
         if kept is not None and self.expected is None:
-            known = _read_json(_notes(self.path))
+            known = read_cached_json(_notes(self.path))
             headers |= _filled("If-None-Match", known.get("etag"))
             headers |= _filled("If-Modified-Since", known.get("modified"))
         elif self._size():
-            known = _read_json(_notes(self.part))
+            known = read_cached_json(_notes(self.part))
             validator = known.get("etag") or known.get("modified")
             if validator and not str(validator).startswith("W/"):
                 headers |= {"Range": f"bytes={self._size()}-", "If-Range": str(validator)}
@@ -659,7 +665,7 @@ class _Transfer:
                 f"{self.shown} has SHA-256 {digest}, not {self.expected} as asked for. "
                 "Check data.sha256, or try again."
             )
-        notes = _read_json(_notes(self.part))
+        notes = read_cached_json(_notes(self.part))
         self.part.replace(self.path)
         write_cached_json(
             _notes(self.path), {**notes, "sha256": digest, "size": self.path.stat().st_size}
@@ -668,7 +674,7 @@ class _Transfer:
         return Download(self.path, digest)
 
     def _kept(self) -> Download | None:
-        notes = _read_json(_notes(self.path))
+        notes = read_cached_json(_notes(self.path))
         if self.path.is_file() and notes.get("size") == self.path.stat().st_size:
             return Download(self.path, str(notes.get("sha256")))
         return None
@@ -688,14 +694,6 @@ def _validators(response: requests.Response) -> dict[str, str | None]:
 
 def _filled(name: str, value: Any) -> dict[str, str]:
     return {name: str(value)} if value else {}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return raw if isinstance(raw, dict) else {}
 
 
 def _reason(error: Exception) -> str:

@@ -252,13 +252,16 @@ def write_cached_json(path: Path, value: object) -> None:
     """Write a small JSON file whole or not at all; a cache that cannot be written is no error."""
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(value, file)
-            Path(temporary).replace(path)
-        except OSError:
-            Path(temporary).unlink(missing_ok=True)
+        write_whole(path, lambda file: file.write(json.dumps(value).encode()))
+
+
+def read_cached_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; nothing if it is not there, damaged or no table of names."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def _hash(

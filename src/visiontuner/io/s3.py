@@ -38,7 +38,14 @@ from visiontuner.errors import DataError, DownloadError, ServingError
 from visiontuner.io.aws import AwsRefused, encryption, is_busy, require_owner
 from visiontuner.io.aws import explained as aws_explained
 from visiontuner.io.download import explain_write
-from visiontuner.io.files import file_digest, file_state, is_no_data, write_cached_json, write_json
+from visiontuner.io.files import (
+    file_digest,
+    file_state,
+    is_no_data,
+    read_cached_json,
+    write_cached_json,
+    write_json,
+)
 from visiontuner.paths import split_folder, split_uri
 
 # Files and the objects on S3 that hold them: names, digests, memory. Nothing here asks S3.
@@ -167,13 +174,7 @@ class Memory:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._rows: dict[str, list[object]] = {}
-        if path is not None:
-            try:
-                raw = json.loads(path.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                return
-            self._rows = raw if isinstance(raw, dict) else {}
+        self._rows = read_cached_json(path) if path is not None else {}
 
     def knows(self, name: str, etag: str, path: Path) -> bool:
         """Whether a file is still what came as this object."""

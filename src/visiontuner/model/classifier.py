@@ -466,15 +466,20 @@ def _read_novelty(folder: Path, raw: dict[str, Any] | None) -> Novelty | None:
 def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
     if not path.is_file():
         raise ClassifierError(f"{path.parent} is no classifier: it has no {path.name}.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    # Threads that wait would spin and starve the other workers on shared cores.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return open_on_cpu(path, threads)
     except Exception as error:  # onnxruntime's classes share no base
         raise _damaged(path.parent, path.name, type(error)()) from None
+
+
+def open_on_cpu(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    """A session in which so many threads work on a call, who calls it among them."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # its errors are raised
+    # Threads that wait would spin, and take the cores from those that decode or answer.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def _check_network(classifier: Classifier) -> None:

@@ -24,9 +24,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from visiontuner.data.arrays import Precision, available_cpus, commit_folder, find_damage
 from visiontuner.errors import DiskError, ExportError, VisiontunerError
-from visiontuner.io.files import disk_problem, locked, temporary_folder
+from visiontuner.io.files import disk_problem, locked, temporary_folder, write_cached_json
 from visiontuner.model.backbones import Backbone
-from visiontuner.model.classifier import FEATURE_MAP, FEATURES
+from visiontuner.model.classifier import FEATURE_MAP, FEATURES, open_on_cpu
 from visiontuner.model.features import Engine, Features, Images
 from visiontuner.workarounds.torch import full_float32
 
@@ -458,14 +458,8 @@ class TorchEngine:
 
 
 def _open_session(path: Path, threads: int) -> onnxruntime.InferenceSession:
-    """One in which so many threads work on a call, who calls it among them."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    # Waiting threads would spin and take the cores from those that decode.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        return open_on_cpu(path, threads)
     except Exception as error:  # onnxruntime's classes share no base
         raise ExportError(
             f"ONNX Runtime does not open the exported network ({type(error).__name__})"
@@ -479,9 +473,7 @@ def _check_against_torch(engine: OnnxEngine, backbone: Backbone, path: Path) -> 
         difference = float(json.loads(note.read_text())["relative_difference"])
     except (OSError, ValueError, LookupError, TypeError):  # not there, or damaged
         difference = _difference(engine, backbone)
-        temporary = note.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({"relative_difference": difference}))
-        temporary.replace(note)
+        write_cached_json(note, {"relative_difference": difference})
     if not difference <= RELATIVE_TOLERANCE:  # NaN too
         raise ExportError(
             f"ONNX Runtime differs from torch by {difference:.1e}, more than {RELATIVE_TOLERANCE:g}"
