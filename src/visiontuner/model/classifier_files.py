@@ -7,8 +7,8 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -113,26 +113,21 @@ def recalibrate(
     """
     folder = folder.absolute()
     images = recorded_images(folder)
-    try:
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            shutil.copy2(folder / NETWORK, temporary / NETWORK)
-            for name in (WEIGHTS, NOVELTY):  # a classifier in int8 has no weights
-                with suppress(FileNotFoundError):
-                    shutil.copy2(folder / name, temporary / name)
-            description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-            description |= {
-                "temperature": temperature,
-                "threshold": threshold,
-                "abstains": abstains,
-            }
-            description["metadata"] |= metadata
-            write_json(temporary / DESCRIPTION, description)
-            classifier = Classifier.load(temporary)
-            write_json(temporary / REFERENCE, reference_document(classifier, images))
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+    with replacing(folder) as temporary:
+        shutil.copy2(folder / NETWORK, temporary / NETWORK)
+        for name in (WEIGHTS, NOVELTY):  # a classifier in int8 has no weights
+            with suppress(FileNotFoundError):
+                shutil.copy2(folder / name, temporary / name)
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description |= {
+            "temperature": temperature,
+            "threshold": threshold,
+            "abstains": abstains,
+        }
+        description["metadata"] |= metadata
+        write_json(temporary / DESCRIPTION, description)
+        classifier = Classifier.load(temporary)
+        write_json(temporary / REFERENCE, reference_document(classifier, images))
     return Classifier.load(folder)
 
 
@@ -200,7 +195,25 @@ def write_json(path: Path, value: Any) -> None:
     path.write_bytes(encode_json(value, indent=1) + b"\n")
 
 
-def replace_folder(new: Path, target: Path) -> None:
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of another one when the block ends well.
+
+    Raises:
+        VisiontunerError: it cannot be written.
+    """
+    folder = folder.absolute()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder.parent) as temporary:
+            temporary.chmod(0o755)
+            yield temporary
+            _replace_folder(temporary, folder)
+    except OSError as error:
+        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+
+
+def _replace_folder(new: Path, target: Path) -> None:
     """Move `new` to `target`; an older folder there is kept until the new one is in place."""
     old = target.with_name(f".{target.name}-old-{os.getpid()}")
     if target.exists():

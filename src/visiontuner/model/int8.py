@@ -44,7 +44,7 @@ from visiontuner.model.classifier import (
 from visiontuner.model.classifier_files import (
     recorded_images,
     reference_document,
-    replace_folder,
+    replacing,
     write_json,
     write_novelty,
 )
@@ -124,26 +124,20 @@ def quantize_classifier(
     require_float(source, str(source.folder))
     if not len(pixels):
         raise DataError("Quantisation needs training images to measure the network on; got none.")
-    folder = folder.absolute()
     images = recorded_images(source.folder)
-    try:
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            reader = _Reader(source, pixels, progress)
-            save_onnx(quantize_network(source.folder / NETWORK, reader), temporary / NETWORK)
-            description = json.loads((source.folder / DESCRIPTION).read_text(encoding="utf-8"))
-            description["metadata"]["quantization"] = {"images": len(pixels), **facts}
-            description.pop("novelty", None)
-            write_json(temporary / DESCRIPTION, description)
+    with replacing(folder) as temporary:
+        reader = _Reader(source, pixels, progress)
+        save_onnx(quantize_network(source.folder / NETWORK, reader), temporary / NETWORK)
+        description = json.loads((source.folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description["metadata"]["quantization"] = {"images": len(pixels), **facts}
+        description.pop("novelty", None)
+        write_json(temporary / DESCRIPTION, description)
+        written = Classifier.load(temporary, threads=source.threads)
+        if novelty := find_novelty(written) if find_novelty else None:
+            write_novelty(temporary, description, novelty)
             written = Classifier.load(temporary, threads=source.threads)
-            if novelty := find_novelty(written) if find_novelty else None:
-                write_novelty(temporary, description, novelty)
-                written = Classifier.load(temporary, threads=source.threads)
-            write_json(temporary / REFERENCE, reference_document(written, images))
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
-    return Classifier.load(folder, threads=source.threads)
+        write_json(temporary / REFERENCE, reference_document(written, images))
+    return Classifier.load(folder.absolute(), threads=source.threads)
 
 
 def quantize_network(network: Path, reader: CalibrationDataReader) -> onnx.ModelProto:

@@ -15,8 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from visiontuner.data.images import normalise, read_pixels
-from visiontuner.errors import ClassifierError, ExportError, VisiontunerError
-from visiontuner.io.files import temporary_folder
+from visiontuner.errors import ClassifierError, ExportError
 from visiontuner.model.backbones import Backbone
 from visiontuner.model.classifier import (
     DESCRIPTION,
@@ -31,7 +30,7 @@ from visiontuner.model.classifier import (
 from visiontuner.model.classifier_files import (
     reference_document,
     reference_images,
-    replace_folder,
+    replacing,
     write_json,
     write_novelty,
 )
@@ -93,19 +92,12 @@ def package_classifier(
     images = reference_images(
         dataset_root, reference_paths, labels=reference_labels, preprocessing=backbone.preprocessing
     )
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
-            _write_weights(trained, temporary / WEIGHTS, class_names)
-            description = _description(trained, class_names, metadata)
-            _describe_and_check(temporary, trained, description, images, find_novelty)
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
-    return Classifier.load(folder)
+    with replacing(folder) as temporary:
+        save_onnx(_onnx(trained, cache=None if is_tuned else cache), temporary / NETWORK)
+        _write_weights(trained, temporary / WEIGHTS, class_names)
+        description = _description(trained, class_names, metadata)
+        _describe_and_check(temporary, trained, description, images, find_novelty)
+    return Classifier.load(folder.absolute())
 
 
 def _read_trained(

@@ -22,8 +22,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from visiontuner.data.images import normalise, read_pixels
-from visiontuner.errors import ExportError, UserMistake, VisiontunerError
-from visiontuner.io.files import temporary_folder
+from visiontuner.errors import ExportError, UserMistake
 from visiontuner.model.classifier import (
     LOGITS,
     NETWORK,
@@ -32,7 +31,7 @@ from visiontuner.model.classifier import (
     reference_entries,
     softmax,
 )
-from visiontuner.model.classifier_files import replace_folder, write_json
+from visiontuner.model.classifier_files import replacing, write_json
 from visiontuner.text import one_line
 
 Form = Literal["onnx", "onnx-int8", "openvino", "coreml"]
@@ -102,22 +101,16 @@ def export_classifier(classifier: Classifier, folder: Path, form: Form, *, sourc
         raise UserMistake(
             f"{folder} already exists and is not empty. Name another folder: --output."
         )
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            file, run = _WRITERS[form](classifier, temporary)
-            difference, images = _difference(classifier, run)
-            if not difference <= TOLERANCE:  # NaN too
-                raise ExportError(
-                    f"The {form} form answers the model's own images differently (by "
-                    f"{difference:.1e}, allowed {TOLERANCE:g}). Export to onnx instead."
-                )
-            write_json(temporary / ABOUT, _about(classifier, form, file, source))
-            (temporary / EXAMPLE).write_text(example(form), encoding="utf-8")
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+    with replacing(folder) as temporary:
+        file, run = _WRITERS[form](classifier, temporary)
+        difference, images = _difference(classifier, run)
+        if not difference <= TOLERANCE:  # NaN too
+            raise ExportError(
+                f"The {form} form answers the model's own images differently (by "
+                f"{difference:.1e}, allowed {TOLERANCE:g}). Export to onnx instead."
+            )
+        write_json(temporary / ABOUT, _about(classifier, form, file, source))
+        (temporary / EXAMPLE).write_text(example(form), encoding="utf-8")
     return Exported(folder=folder, form=form, file=file, difference=difference, images=images)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import requests
@@ -189,9 +189,8 @@ def digest_weights(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _download(url: str, write: object, token: str) -> str:
+def _download(url: str, write: Callable[[bytes], object], token: str) -> str:
     """Stream a URL into `write`; the content's SHA-256."""
-    assert callable(write)
     digest = hashlib.sha256()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = (_CONNECT_SECONDS, _READ_SECONDS)

@@ -40,10 +40,9 @@ from visiontuner.evaluation.front import NetworkPoint, table
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
-from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search, packaged_trial
 from visiontuner.model.classifier import FEATURE_MAP, Classifier
-from visiontuner.model.classifier_files import recalibrate, replace_folder, write_json
+from visiontuner.model.classifier_files import recalibrate, replacing, write_json
 from visiontuner.model.heatmaps import Explainer
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
@@ -141,17 +140,10 @@ def write_evaluation(
     Raises:
         VisiontunerError: the folder cannot be written.
     """
-
-    folder = folder.absolute()
-    try:
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            more = _write_test(temporary, report, answers, classifier, root, mistakes)
-            _write_networks(temporary, facts.get("networks") or [])
-            write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+    with replacing(folder) as temporary:
+        more = _write_test(temporary, report, answers, classifier, root, mistakes)
+        _write_networks(temporary, facts.get("networks") or [])
+        write_json(temporary / EVALUATION_REPORT, {**report.to_dict(), **facts, **more})
 
 
 def _write_test(
