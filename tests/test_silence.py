@@ -31,10 +31,10 @@ def test_after_two_seconds_it_counts_and_goes_before_anything_is_written(clock, 
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     line = SilenceLine(terminal, clock=clock)
-    clock.now = 1.9
+    clock.now = 1.4
     line.look()
     assert terminal.getvalue() == ""
-    for clock.now in (2.0, 3.0):
+    for clock.now in (2.0, 2.1, 3.0):
         line.look()
     assert terminal.getvalue() == f"{ERASE_LINE}… 2 s{ERASE_LINE}… 3 s"
     with safe_output(line.heard):

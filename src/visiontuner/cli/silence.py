@@ -12,7 +12,7 @@ from typing import Self, TextIO
 
 from visiontuner.text import duration
 
-SILENT_SECONDS = 2.0
+SILENT_SECONDS = 1.5  # and half a second until it is looked at: never more than two
 ERASE_LINE = "\r\x1b[2K"
 
 
@@ -39,7 +39,7 @@ class SilenceLine:
         self._is_in_line = is_in_line
         self._clock = clock
         self._last = clock()
-        self._is_shown = False
+        self._shown = ""
         self._lock = threading.RLock()  # a signal may come in the middle of a write
         self._ended = threading.Event()
 
@@ -60,17 +60,20 @@ class SilenceLine:
         """Make room: something is about to be written."""
         with self._lock:
             self._last = self._clock()
-            if self._is_shown:
+            if self._shown:
                 self._write(ERASE_LINE)
-                self._is_shown = False
+                self._shown = ""
 
     def look(self) -> None:
         """Show how long nothing was written, if that is long."""
         with self._lock:
             silent = self._clock() - self._last
-            if silent >= SILENT_SECONDS and not self._ended.is_set() and not self._is_in_line():
-                self._write(f"{ERASE_LINE}… {duration(silent)}")
-                self._is_shown = True
+            text = f"… {duration(silent)}"
+            if silent < SILENT_SECONDS or self._ended.is_set() or self._is_in_line():
+                return
+            if text != self._shown:
+                self._write(f"{ERASE_LINE}{text}")
+                self._shown = text
 
     def end(self) -> None:
         """Never again, as where a server waits for requests."""
@@ -78,7 +81,7 @@ class SilenceLine:
         self.heard()
 
     def _run(self) -> None:
-        while not self._ended.wait(1.0):
+        while not self._ended.wait(0.5):
             self.look()
 
     def _write(self, text: str) -> None:
