@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from mlflow import MlflowClient
 
+import visiontuner as vt
 from visiontuner.cli.main import main
 from visiontuner.cli.search import choose_search
 from visiontuner.data.manifest import read_manifest, write_manifest
@@ -121,6 +122,19 @@ def test_from_goes_with_neither_a_resumed_search_nor_a_job(tmp_path, other):
     result = CliRunner().invoke(main, ["tune", "--from", str(tmp_path / "a"), *other])
     assert result.exit_code == 2
     assert other[0] in result.output
+
+
+def test_python_begins_with_a_search_as_the_command_does(tmp_path):
+    """As far as no trial runs: the experiment is the earlier search's, whose images are gone."""
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(vt.VisiontunerError, match="is no search to begin with"):
+        vt.tune(start=tmp_path / "empty")
+    raw = {"name": "x", "data": {"source": str(tmp_path / "gone")}}
+    folder = write_search(tmp_path / "a", raw, counts=COUNTS)
+    with pytest.raises(vt.VisiontunerError, match="gone"):
+        vt.tune(start=folder, trials=2, progress=False)
+    with pytest.raises(vt.VisiontunerError, match="others"):
+        vt.tune(tmp_path / "others", start=folder, progress=False)
 
 
 class Notes:
