@@ -165,6 +165,14 @@ def test_an_evaluation_becomes_part_of_the_model_and_of_mlflow(
     assert np.allclose(classifier.probabilities(images), predictions["probabilities"], atol=1e-5)
     assert f"test/rust/{NOT_UTF8}" in predictions["paths"]
 
+    drawn = json.loads((search / "image_map.json").read_text(encoding="utf-8"))
+    assert len(drawn["paths"]) == drawn["images"] == sum(COUNTS.values()) * len(SHADES)
+    wrong = predictions["probabilities"].argmax(axis=1) != predictions["labels"]
+    for mark, rows in (("mistake", wrong), ("novel", ~predictions["known"])):
+        marked = {drawn["paths"][int(row)] for row, said in drawn["said"].items() if mark in said}
+        assert marked == set(predictions["paths"][rows].tolist())
+    assert "Map of the images" in (search / "report.html").read_text(encoding="utf-8")
+
     client = client_of(search)
     run = run_of(client, choice.chosen)
     assert run.data.metrics["test_accuracy"] == accuracy.value

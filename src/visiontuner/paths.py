@@ -46,6 +46,7 @@ CACHE_MARK_FILE = ".writable"
 EXPERIMENT_FILE = "experiment.yaml"
 MLFLOW_FILE = "mlflow.json"  # where in MLflow its runs are
 IMAGE_MAP_FILE = "image_map.json"  # what the report shows of single images
+TEST_FEATURES_FILE = "test_features.npz"  # of evaluated test images, for that
 CLASSIFIER_FOLDER = "classifier"
 EVALUATION_FOLDER = "evaluation"
 TEST_LOOKS_FILE = "test_looks.json"  # beside the evaluation, which may not get written after a look

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,12 +29,14 @@ class Answers:
         novelty: float64, shape (N,), see `model/novelty.py`; None where the classifier cannot tell.
         samples: the N images.
         bad: path -> why it could not be read.
+        features: path -> float32, shape (D,), of the images whose features were to be kept.
     """
 
     logits: NDArray[np.float64]
     novelty: NDArray[np.float64] | None
     samples: tuple[Sample, ...]
     bad: dict[str, str]
+    features: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class Batch(NamedTuple):
@@ -54,18 +56,21 @@ def answer_images(
     root: Path,
     samples: Sequence[Sample],
     *,
+    keep_features: Container[str] = (),
     progress: Progress | None = None,
 ) -> Answers:
     """Run the very artifact over images; the next batch is decoded meanwhile.
 
     Args:
         root: what the samples' paths are relative to.
+        keep_features: paths; nothing is kept where the classifier has no novelty.
         progress: called with (images done, images in all).
     """
     names = [LOGITS] if classifier.novelty is None else [LOGITS, FEATURES]
     rows, novelty = [np.empty((0, len(classifier.class_names)))], [np.empty(0)]
     good: list[Sample] = []
     bad: dict[str, str] = {}
+    kept: dict[str, NDArray[np.float32]] = {}
     for batch in run_over_images(classifier, root, samples, names, progress=progress):
         bad |= batch.bad
         good += batch.samples
@@ -73,11 +78,14 @@ def answer_images(
             rows.append(batch.outputs[0].astype(np.float64))
             if classifier.novelty is not None:
                 novelty.append(classifier.novelty.scores(batch.outputs[1]))
+                pairs = zip(batch.samples, batch.outputs[1], strict=True)
+                kept |= {s.path: row.copy() for s, row in pairs if s.path in keep_features}
     return Answers(
         logits=np.concatenate(rows),
         novelty=None if classifier.novelty is None else np.concatenate(novelty),
         samples=tuple(good),
         bad=bad,
+        features=kept,
     )
 
 

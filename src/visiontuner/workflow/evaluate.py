@@ -37,6 +37,7 @@ from visiontuner.evaluation.calibration import (
 )
 from visiontuner.evaluation.choice import Choice, edges
 from visiontuner.evaluation.front import NetworkPoint, table
+from visiontuner.evaluation.projection import MOST_POINTS
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
@@ -44,6 +45,7 @@ from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_se
 from visiontuner.model.classifier import FEATURE_MAP, Classifier
 from visiontuner.model.classifier_files import recalibrate, replacing, write_json
 from visiontuner.model.heatmaps import Explainer
+from visiontuner.model.novelty import balanced_sample
 from visiontuner.paths import (
     CLASSIFIER_FOLDER,
     EVALUATION_CLASSES,
@@ -55,6 +57,7 @@ from visiontuner.paths import (
     TEST_LOOKS_FILE,
     tracking_uri,
 )
+from visiontuner.search.plan import stage_of
 from visiontuner.serving.cost import NetworkCost
 from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
@@ -68,7 +71,7 @@ from visiontuner.tracking.figures.parts import to_png
 from visiontuner.tracking.figures.searches import importances
 from visiontuner.workflow.answering import Answers, answer_images
 from visiontuner.workflow.image_checks import check_labels_if_quick, find_outliers
-from visiontuner.workflow.image_map import Marks, draw_image_map
+from visiontuner.workflow.image_map import Marks, draw_image_map, write_test_features
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
 from visiontuner.workflow.network_costs import measure_networks
 from visiontuner.workflow.promote import open_store
@@ -388,7 +391,7 @@ class _Evaluation:
         self._package(trial)
         temperature, threshold, notes = self.validation.calibrate(choice.chosen, self.precision)
         self._calibrate(temperature, threshold)
-        answers = self._answer(dataset)
+        answers = self._answer(dataset, trial)
         looks = self._count_look(answers)
         self._note_unreadable(answers.bad)
         report = self._report(answers, temperature, threshold, notes)
@@ -402,7 +405,7 @@ class _Evaluation:
             )
         )
         self._write(dataset.root, choice, at_edges, report, answers, looks, threshold, costs)
-        self._draw_map()
+        self._draw_map(trial, answers)
         model, problem = self._track()
         return EvaluationResult(
             folder=self.folder,
@@ -486,13 +489,23 @@ class _Evaluation:
 
         return Classifier.load(self.folder / CLASSIFIER_FOLDER)
 
-    def _answer(self, dataset: ImageDataset) -> Answers:
+    def _answer(self, dataset: ImageDataset, trial: TrialRecord) -> Answers:
         return answer_images(
             self._classifier,
             dataset.root,
             dataset.splits["test"],
+            keep_features=self._on_the_map(dataset, trial),
             progress=lambda done, total: self.observer.progress("Test", done, total, "images"),
         )
+
+    def _on_the_map(self, dataset: ImageDataset, trial: TrialRecord) -> frozenset[str]:
+        """Test images whose features are kept; none of a fine-tuned network, which has its own."""
+        is_head = trial.trial_id in self.record.baselines
+        if not is_head and stage_of(self.experiment, trial).on_images:
+            return frozenset()
+        samples = dataset.splits["test"]
+        labels = np.array([sample.label for sample in samples], dtype=np.int64)
+        return frozenset(samples[row].path for row in balanced_sample(labels, MOST_POINTS))
 
     def _count_look(self, answers: Answers) -> int:
         if not answers.samples:
@@ -586,18 +599,20 @@ class _Evaluation:
             mistakes=_MISTAKES,
         )
 
-    def _draw_map(self) -> None:
+    def _draw_map(self, trial: TrialRecord, answers: Answers) -> None:
         """For the report, where the features are still there."""
-        trial = self.record.kept
-        inputs = self.inputs if trial is None else self.inputs.of_trial(trial)
+        inputs = self.inputs.of_trial(trial)
         try:
             (self.folder / IMAGE_MAP_FILE).unlink(missing_ok=True)  # of an earlier evaluation
+            write_test_features(self.folder, inputs.description.name, answers.features)
             if inputs.cached_features() is None:
                 return
             features, _ = inputs.features()
             checked = check_labels_if_quick(inputs, features)
-            suspects = None if checked is None else checked.suspects
-            marks = Marks.of(suspects, find_outliers(inputs, features, suspects or ()))
+            marks = Marks(suspects=None, outliers={})
+            if checked is not None:
+                outliers = find_outliers(inputs, features, checked.suspects)
+                marks = Marks.of(checked.suspects, outliers)
             draw_image_map(self.folder, inputs, features, marks)
         except (VisiontunerError, OSError) as error:  # the evaluation is there
             self.observer.note(f"warning: no map of the images in the report: {error}")

@@ -24,9 +24,14 @@ from visiontuner.data.arrays import FeatureSet, available_cpus
 from visiontuner.data.dataset import Sample
 from visiontuner.data.images import decode_image
 from visiontuner.errors import BadImageError
-from visiontuner.evaluation.projection import MOST_POINTS, choose_points, project
-from visiontuner.io.files import write_json
-from visiontuner.paths import EVALUATION_FOLDER, EVALUATION_PREDICTIONS, IMAGE_MAP_FILE
+from visiontuner.evaluation.projection import choose_points, project
+from visiontuner.io.files import write_atomically, write_json
+from visiontuner.paths import (
+    EVALUATION_FOLDER,
+    EVALUATION_PREDICTIONS,
+    IMAGE_MAP_FILE,
+    TEST_FEATURES_FILE,
+)
 from visiontuner.tracking.image_map import MAP_VERSION
 from visiontuner.workflow.inputs import Inputs
 
@@ -91,14 +96,15 @@ def draw_image_map(folder: Path, inputs: Inputs, features: FeatureSet, marks: Ma
     """
     tested = _read_tested(folder)
     samples = _samples(inputs, features, tested)
-    said = _said(marks, tested, features.class_names, samples)
-    rows = choose_points(
-        np.array([s.label for _, s in samples]), [s.path in said for _, s in samples]
-    )
+    kept = _read_test_features(folder, inputs.description.name)
+    at_hand = [(of, s) for of, s in samples if of != "test" or not kept or s.path in kept]
+    said = _said(marks, tested, features.class_names, at_hand)
+    labels = np.array([sample.label for _, sample in at_hand])
+    rows = choose_points(labels, [sample.path in said for _, sample in at_hand])
     if len(rows) < 3:
         return None
-    chosen = [samples[row] for row in rows]
-    projection = project(_features(inputs, features, chosen))
+    chosen = [at_hand[row] for row in rows]
+    projection = project(_features(inputs, features, kept, chosen))
     sprite, side, columns = _sprite(inputs, [sample for _, sample in chosen])
     path = folder / IMAGE_MAP_FILE
     write_json(
@@ -185,20 +191,59 @@ def _said(
     return said
 
 
+def write_test_features(
+    folder: Path, backbone: str, features: Mapping[str, NDArray[np.float32]]
+) -> None:
+    """Keep what an evaluation has computed, so that the map needs no further pass.
+
+    Args:
+        backbone: whose features they are.
+        features: path -> float32, shape (D,); without any an older file goes.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    path = folder / TEST_FEATURES_FILE
+    path.unlink(missing_ok=True)
+    if features:
+        rows = np.stack(list(features.values())).astype(np.float16)
+        arrays = {
+            "paths": np.array(list(features)),
+            "features": rows,
+            "backbone": np.array(backbone),
+        }
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
+
+
+def _read_test_features(folder: Path, backbone: str) -> dict[str, NDArray[np.float32]]:
+    try:
+        with np.load(folder / TEST_FEATURES_FILE, allow_pickle=False) as file:
+            if str(file["backbone"]) != backbone:
+                return {}
+            rows = file["features"].astype(np.float32)
+            return dict(zip(file["paths"].tolist(), rows, strict=True))
+    except (OSError, ValueError, LookupError, BadZipFile):
+        return {}
+
+
 def _features(
-    inputs: Inputs, features: FeatureSet, chosen: Sequence[tuple[str, Sample]]
+    inputs: Inputs,
+    features: FeatureSet,
+    kept: Mapping[str, NDArray[np.float32]],
+    chosen: Sequence[tuple[str, Sample]],
 ) -> NDArray[np.float32]:
     """Of the images on the map, float32, shape (N, D), in order."""
-    stores = dict.fromkeys(("train", "validation"), features)
-    test = [sample for split, sample in chosen if split == "test"]
-    if test:  # all of them, if they fit: `prepare` compares these with the training images
-        every = inputs.dataset.splits["test"]
-        wanted = every if len(every) <= MOST_POINTS and len(chosen) < MOST_POINTS else tuple(test)
-        dataset = replace(inputs.dataset, splits={**inputs.dataset.splits, "test": wanted})
-        stores["test"] = inputs.features_of(dataset, ("test",))
-    parts = {split: store.split(split) for split, store in stores.items()}
-    rows = {split: {p: row for row, p in enumerate(part.paths)} for split, part in parts.items()}
-    return np.stack([parts[split].features[rows[split][s.path]] for split, s in chosen])
+    found = dict(kept)
+    stores = [(split, features) for split in ("train", "validation")]
+    missing = tuple(s for split, s in chosen if split == "test" and s.path not in found)
+    if missing:  # of a fine-tuned network, whose own features are others
+        dataset = replace(inputs.dataset, splits={**inputs.dataset.splits, "test": missing})
+        stores.append(("test", inputs.features_of(dataset, ("test",))))
+    wanted = {sample.path for _, sample in chosen}
+    for split, store in stores:
+        part = store.split(split)
+        found |= {p: part.features[row] for row, p in enumerate(part.paths) if p in wanted}
+    return np.stack([found[sample.path] for _, sample in chosen])
 
 
 # Small images
