@@ -22,7 +22,7 @@ import visiontuner as vt
 from visiontuner.cli import judge
 from visiontuner.cli.main import main
 from visiontuner.evaluation.drift import (
-    HalfJudges,
+    FoldJudges,
     Observations,
     adjust_by_holm,
     compare_classes,
@@ -107,9 +107,9 @@ def test_no_regression_answers_an_image_that_it_was_fitted_to() -> None:
     rng = np.random.default_rng(3)
     features = rng.normal(size=(200, 300)).astype(np.float32)
     labels = rng.integers(2, size=200)
-    judges = HalfJudges.fit(features, labels, num_classes=2)
-    unseen = judges.answers(features, fitted=True).argmax(axis=1) == labels
-    seen = judges.answers(features).argmax(axis=1) == labels
+    judges = FoldJudges.fit(features, labels, num_classes=2)
+    unseen = judges.answers(features).argmax(axis=1) == labels
+    seen = judges.answers(np.roll(features, 1, axis=0)).argmax(axis=1) == np.roll(labels, 1)
     assert 0.35 < unseen.mean() < 0.65
     assert seen.all()
 
@@ -261,6 +261,7 @@ def test_images_that_were_trained_on_are_left_out_and_too_few_refused(
     assert "None of the" in drift("june", "search", code=2)
     with pytest.raises(vt.VisiontunerError, match="no measure 'hue'"):
         vt.drift("june", search, without=["hue"], progress=False)
+    assert "photos/ is neither a folder nor" in drift("photos/", "search", code=2)
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     shutil.copytree(home / "june", "july")

@@ -6,6 +6,7 @@ Nothing that is there is changed. Labels are not needed, and nothing is said of 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -58,6 +59,7 @@ from visiontuner.workflow.evaluate import write_contact_sheet
 from visiontuner.workflow.inputs import Observer, Silent
 from visiontuner.workflow.suggest import find_images, link_image
 
+_ENDPOINT = re.compile(r"s3://.+|[A-Za-z0-9][A-Za-z0-9-]{0,62}", re.DOTALL)
 _MOST_IMAGES = 2_000  # through the network: half a minute
 _MOST_NEW = 50
 _DRAWN = 24
@@ -188,6 +190,8 @@ def find_drift(
     name = as_file_name(Path(source.rstrip("/")).name or "images")
     root, cache = Path(source), writable_cache_folder()
     if not root.is_dir():
+        if not _ENDPOINT.fullmatch(source):
+            raise UserMistake(f"{source} is neither a folder nor the name of an endpoint.")
         root = search / CAPTURED_FOLDER / name
         capture(
             source,

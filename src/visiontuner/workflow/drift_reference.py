@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from visiontuner.data.dataset import Sample, find_units
 from visiontuner.data.findings import read_header
 from visiontuner.errors import BadImageError, UserMistake
-from visiontuner.evaluation.drift import FEWEST, HalfJudges, Observations
+from visiontuner.evaluation.drift import FEWEST, FoldJudges, Observations
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_whole
 from visiontuner.journal import SearchRecord, packaged_trial
@@ -130,7 +130,7 @@ class Reference:
     classifier: Classifier
     observations: Observations
     bank: Novelty | None
-    judges: HalfJudges | None
+    judges: FoldJudges | None
     known: frozenset[str]
     notes: tuple[str, ...]
 
@@ -215,13 +215,13 @@ def make_reference(
 
 def _judges(
     classifier: Classifier, seen: Seen
-) -> tuple[HalfJudges | None, NDArray[np.float64] | None]:
+) -> tuple[FoldJudges | None, NDArray[np.float64] | None]:
     """Who answers in the model's place, and their answers to the reference's images."""
     if not seen.features.shape[1] or len(seen.features) < FEWEST:
         return None, None
     labels = np.array([sample.label for sample in seen.samples], dtype=np.int64)
-    judges = HalfJudges.fit(seen.features, labels, num_classes=len(classifier.class_names))
-    return judges, judges.answers(seen.features, fitted=True)
+    judges = FoldJudges.fit(seen.features, labels, num_classes=len(classifier.class_names))
+    return judges, judges.answers(seen.features)
 
 
 def _novelty(
@@ -248,7 +248,7 @@ def _drawn(samples: Sequence[Sample], most: int) -> list[Sample]:
     Images of one group are alike: each of them would count as if it said something of its own.
     """
     unit_of = find_units(samples)
-    # Shuffled, they can be halved by their numbers.
+    # Shuffled, they can be parted by their numbers.
     order = np.random.default_rng(0).permutation(len(samples))
     first: dict[str, Sample] = {}
     for row in order:
