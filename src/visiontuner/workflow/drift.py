@@ -18,7 +18,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import Sample
-from visiontuner.errors import DataError, TrackingError, UserMistake, VisiontunerError
+from visiontuner.errors import DataError, TrackingError, UserMistake
 from visiontuner.evaluation.calibration import probabilities_of
 from visiontuner.evaluation.drift import (
     FALSE_ALARMS,
@@ -28,9 +28,9 @@ from visiontuner.evaluation.drift import (
     compare_observations,
 )
 from visiontuner.evaluation.intervals import Interval, share_interval
-from visiontuner.io.files import as_file_name, temporary_folder, write_json
+from visiontuner.io.files import as_file_name, write_json
 from visiontuner.journal import SearchRecord, newest_search
-from visiontuner.model.classifier_files import replace_folder
+from visiontuner.model.classifier_files import replacing
 from visiontuner.paths import (
     CAPTURED_FOLDER,
     DRIFT_FIGURE,
@@ -325,22 +325,16 @@ def _disagreement(root: Path, reference: Reference, seen: Seen) -> list[str]:
 def _write(result: DriftResult, reference: Observations, images: Observations) -> None:
     """The folder of a check in place of an older one."""
     folder = result.folder.absolute()
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not (folder / DRIFT_FILE).exists() and any(folder.iterdir()):
-            raise UserMistake(f"{folder} is taken. Name another --output.")
-        with temporary_folder(folder.parent) as temporary:
-            temporary.chmod(0o755)
-            write_json(temporary / DRIFT_FILE, result.to_dict())
-            rows = [asdict(measure) for measure in result.measures]
-            lines = [tuple(rows[0]), *(row.values() for row in rows)]
-            (temporary / DRIFT_TABLE).write_text("".join(map(csv_row, lines)), encoding="utf-8")
-            figure = drift_figure(result.measures, result.classes, reference, images)
-            (temporary / DRIFT_FIGURE).write_bytes(to_png(figure))
-            _link_new(temporary, result)
-            replace_folder(temporary, folder)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
+    if folder.exists() and not (folder / DRIFT_FILE).exists() and any(folder.iterdir()):
+        raise UserMistake(f"{folder} already exists. Name another --output.")
+    with replacing(folder) as temporary:
+        write_json(temporary / DRIFT_FILE, result.to_dict())
+        rows = [asdict(measure) for measure in result.measures]
+        lines = [tuple(rows[0]), *(row.values() for row in rows)]
+        (temporary / DRIFT_TABLE).write_text("".join(map(csv_row, lines)), encoding="utf-8")
+        figure = drift_figure(result.measures, result.classes, reference, images)
+        (temporary / DRIFT_FIGURE).write_bytes(to_png(figure))
+        _link_new(temporary, result)
 
 
 def _link_new(folder: Path, result: DriftResult) -> None:
