@@ -265,7 +265,7 @@ def test_images_that_were_trained_on_are_left_out_and_too_few_refused(
     Path("mine").mkdir()
     Path("mine/notes.txt").write_text("mine")
     shutil.copytree(home / "june", "july")
-    assert "mine is taken" in drift("july", "search", "--output", "mine", code=2)
+    assert "mine already exists" in drift("july", "search", "--output", "mine", code=2)
     assert Path("mine/notes.txt").exists()
 
 
