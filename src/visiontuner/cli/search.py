@@ -254,7 +254,12 @@ def doctor() -> None:
 
 @click.command(cls=JobCommand)
 @experiment_options
-@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    type=TEXT,
+    help="Pretrained network; `visiontuner backbones` lists them.",
+)
 @click.option(
     "--backbones",
     metavar="NAME,NAME",
@@ -270,7 +275,9 @@ def doctor() -> None:
     "its trials for Optuna.",
 )
 @click.option("--trials", metavar="N", type=TEXT, help="How many configurations to try.")
-@click.option("--algorithm", metavar="random|optuna|grid", type=TEXT, help="How to choose.")
+@click.option(
+    "--algorithm", metavar="random|optuna|grid", type=TEXT, help="How configurations are chosen."
+)
 @click.option(
     "--no-baselines",
     is_flag=True,
@@ -286,16 +293,17 @@ def doctor() -> None:
     "--resume",
     metavar="FOLDER|JOB",
     type=TEXT,
-    help="Go on with the search in a folder, perhaps with --set search.time_budget=…; with --on "
-    "sagemaker with that of a training job, by its name. The new job has that one's options: name "
-    "those that change; `off` leaves one out.",
+    help="Go on with the search in a folder, or with --on sagemaker with that of a training job. "
+    "Of a search only --set search.time_budget=… may change; of a job any of its options, `off` "
+    "leaves one out.",
 )
 @click.option(
     "--on",
     type=click.Choice(["local", "auto", "sagemaker"]),
     default="local",
     show_default=True,
-    help="This machine, the Ray cluster it is in, or machines that SageMaker starts.",
+    help="Where trials run: this machine, the Ray cluster it is in, or machines that SageMaker "
+    "starts.",
 )
 @job_flags
 def tune(
@@ -410,7 +418,12 @@ def _steps(text: str) -> tuple[int, int]:
 
 @click.command(cls=OneLineErrors)
 @experiment_options
-@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    type=TEXT,
+    help="Pretrained network; `visiontuner backbones` lists them.",
+)
 @click.option("--epochs", metavar="N", type=TEXT, help="The same as --set training.epochs=N.")
 @click.option(
     "--from",
@@ -534,7 +547,12 @@ _WIDTH = 60
 
 @click.command("lr-find", cls=OneLineErrors)
 @experiment_options
-@click.option("--backbone", metavar="NAME", type=TEXT, help="See `visiontuner backbones`.")
+@click.option(
+    "--backbone",
+    metavar="NAME",
+    type=TEXT,
+    help="Pretrained network; `visiontuner backbones` lists them.",
+)
 @click.option(
     "--from",
     "origin",

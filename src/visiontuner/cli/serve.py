@@ -195,7 +195,10 @@ _CHECKED = (
 _ENDPOINT = (
     *_ANYWHERE,
     click.option(
-        "--ttl", metavar="TIME", type=TEXT, help="When `endpoints` reports it as overdue, as 8h."
+        "--ttl",
+        metavar="TIME",
+        type=TEXT,
+        help="How long it is needed, as 8h; later `endpoints` says so.",
     ),
     click.option(
         "--startup-timeout",
@@ -220,7 +223,11 @@ _ENDPOINT = (
         "preflight).",
     ),
     click.option(
-        "--timeout-seconds", type=click.IntRange(1, 7200), default=1800, show_default=True
+        "--timeout-seconds",
+        type=click.IntRange(1, 7200),
+        default=1800,
+        show_default=True,
+        help="How long to wait for the endpoint.",
     ),
     *_CHECKED,
 )
