@@ -95,31 +95,7 @@ def find_learning_rate(
     with ExitStack() as stack:
         start = _start(inputs, stack, origin)
         observer.note(f"The learning rate grows from {low:g} to {high:g} in {steps} steps.")
-        done = 0
-
-        def step_done(step: int, rate: float, loss: float) -> None:
-            nonlocal done
-            done = step
-            if on_step is not None:
-                on_step(step, steps, rate, loss)
-
-        try:
-            curve = range_test(
-                start.network,
-                start.train,
-                experiment.training,
-                num_classes=len(inputs.dataset.class_names),
-                seed=experiment.seed,
-                low=low,
-                high=high,
-                steps=steps,
-                parameter_groups=start.groups,
-                on_step=step_done,
-            )
-        except KeyboardInterrupt:
-            raise SearchInterrupted(
-                f"Stopped at step {done} of {steps}; nothing is kept."
-            ) from None
+        curve = _range_test(inputs, start, low, high, steps, on_step)
         for note in (*curve.notes, *start.take_notes()):
             observer.note(f"warning: {note}.")
     subject = _subject(experiment) + (", begun with a trained head" if start.from_head else "")
@@ -176,6 +152,34 @@ def _start_on_images(inputs: Inputs, stack: ExitStack, head: Path | None) -> _St
         from_head=head is not None,
         take_notes=train.take_notes,
     )
+
+
+def _range_test(
+    inputs: Inputs, start: _Start, low: float, high: float, steps: int, on_step: OnStep | None
+) -> RangeTest:
+    done = 0
+
+    def step_done(step: int, rate: float, loss: float) -> None:
+        nonlocal done
+        done = step
+        if on_step is not None:
+            on_step(step, steps, rate, loss)
+
+    try:
+        return range_test(
+            start.network,
+            start.train,
+            inputs.experiment.training,
+            num_classes=len(inputs.dataset.class_names),
+            seed=inputs.experiment.seed,
+            low=low,
+            high=high,
+            steps=steps,
+            parameter_groups=start.groups,
+            on_step=step_done,
+        )
+    except KeyboardInterrupt:
+        raise SearchInterrupted(f"Stopped at step {done} of {steps}; nothing is kept.") from None
 
 
 def _write(found: FoundLearningRate, experiment: Experiment) -> None:
