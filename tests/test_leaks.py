@@ -7,10 +7,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image, ImageEnhance
 
+import visiontuner as vt
 from visiontuner.cli.main import main
 from visiontuner.data.arrays import FeatureSet
 from visiontuner.errors import DataError
 from visiontuner.experiment.schema import Experiment
+from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.inputs import Inputs, Silent
 from visiontuner.workflow.prepare import prepare
 
@@ -75,6 +77,17 @@ def test_the_copy_in_the_split_that_less_depends_on_is_left_out(photos):
     assert "without 3, which another split shows as well" in dropped.dataset.described
     (finding,) = [f for f in dropped.dataset.findings if f.rule == "leaks_left_out"]
     assert set(finding.items) == {" ~ ".join(pair) for pair in LEAKS}
+
+
+def test_an_evaluation_says_what_accuracy_is_without_the_images_that_leaked(photos, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    small = ["model.backbone=resnet18", "model.weights=none", "model.image_size=32"]
+    search = vt.train(photos, settings=small, epochs=2, output="search", progress=False)
+    report = evaluate_search(search.folder).report
+    (note,) = [note for note in report.notes if "show the same" in note]
+    assert note.startswith("2 of 8 test images show the same as a training or validation image")
+    assert "without them it is" in note
+    assert "visiontuner prepare --all --data photos" in note
 
 
 def test_features_of_what_is_left_are_not_computed_again(photos):

@@ -23,10 +23,11 @@ FALSE_ALARMS = 0.05
 FEWEST = 20
 """Images on either side; of fewer a measure says next to nothing."""
 FEATURES, CLASSES = "features", "classes"
-# Most changes show in the features, and another mix of classes in little else; the four statistics
-# of pixels and sizes say much the same of an image.
-_WEIGHTS = {FEATURES: 6.0, CLASSES: 6.0, "novelty": 2.0, "confidence": 2.0}
-_PERMUTATIONS = 4_999  # the smallest p is .0002, well below the .015 of a weight of 6 in 20
+# Another mix of classes shows in little else, and counts need most images to tell; other changes
+# show in the features, and most of them in several measures.
+_WEIGHTS = {FEATURES: 4.0, CLASSES: 12.0}
+_OTHER_WEIGHT = 2 / 3  # so that six others have 4
+_PERMUTATIONS = 4_999  # the smallest p is .0002, well below the .01 of a weight of 4 in 20
 _COMPONENTS = 100
 _FOLDS = 4
 _AT_ONCE = 500  # permutations; 500 x 3,000 images in float32: 6 MB
@@ -149,7 +150,7 @@ def compare_observations(
     if not pairs:
         raise ValueError("no measure can be compared")
     found = [_tests().get(name, _compare_values)(*pair) for name, pair in pairs.items()]
-    weights = np.array([_WEIGHTS.get(name, 1.0) for name in pairs])
+    weights = np.array([_WEIGHTS.get(name, _OTHER_WEIGHT) for name in pairs])
     adjusted = adjust_by_holm(np.array(found), weights)
     return tuple(
         Measure(
@@ -210,11 +211,14 @@ def compare_features(before: NDArray[np.float32], after: NDArray[np.float32]) ->
     Source: Hotelling 1931, https://doi.org/10.1214/aoms/1177732979
     """
     from sklearn.decomposition import PCA  # a second to import, needed by one command
+    from threadpoolctl import threadpool_limits
 
     together = np.concatenate([before, after])
     most = min(_COMPONENTS, len(together) // 10, together.shape[1])
     pca = PCA(most, whiten=True, svd_solver="randomized", iterated_power=2, random_state=0)
-    rows = pca.fit_transform(together - together.mean(axis=0))
+    # Threads that wait for one another beside other programs take several times as long.
+    with threadpool_limits(limits=1):
+        rows = pca.fit_transform(together - together.mean(axis=0))
     rows = np.where(np.isfinite(rows), rows, 0)  # of images that are all alike
 
     def distances(sums: NDArray[np.float64]) -> NDArray[np.float64]:

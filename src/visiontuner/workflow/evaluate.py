@@ -37,6 +37,7 @@ from visiontuner.evaluation.calibration import (
 )
 from visiontuner.evaluation.choice import Choice, edges
 from visiontuner.evaluation.front import NetworkPoint, table
+from visiontuner.evaluation.intervals import share_interval
 from visiontuner.evaluation.projection import MOST_POINTS
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
@@ -278,6 +279,7 @@ Prefer = Literal["best", "cheapest", "fastest"]
 
 DEFAULT_PRECISION = 0.95
 _MISTAKES = 24
+_MOST_COMPARED = 5_000  # test images, whose features are computed for it: a minute or two
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +396,7 @@ class _Evaluation:
         answers = self._answer(dataset, trial)
         looks = self._count_look(answers)
         self._note_unreadable(answers.bad)
+        notes = [*notes, *self._leak_notes(answers)]
         report = self._report(answers, temperature, threshold, notes)
         at_edges = tuple(
             edge.sentence
@@ -522,6 +525,36 @@ class _Evaluation:
             self.observer.note(f"warning: left out {path}: {reason}")
         if len(bad) > NAMED:
             self.observer.note(f"… and {len(bad) - NAMED} more; report.json names them all.")
+
+    def _leak_notes(self, answers: Answers) -> list[str]:
+        """That other splits show some test images as well, and the accuracy without these.
+
+        Nothing where no features are there to compare, or `data.on_leak: drop` has left out what
+        shows the same.
+        """
+        inputs, number = self.inputs, len(answers.samples)
+        if not number or self.experiment.data.on_leak != "warn":
+            return []
+        if inputs.cached_features() is None:
+            return []
+        if number > _MOST_COMPARED:
+            command = next_command("prepare", "--data", self.experiment.data.source)
+            return [f"Whether training images show the same as test images, `{command}` says."]
+        leaked = inputs.leaks.in_split("test")
+        alone = np.array([sample.path not in leaked for sample in answers.samples])
+        if alone.all():
+            return []
+        labels = np.array([sample.label for sample in answers.samples])
+        right = (answers.logits.argmax(axis=1) == labels)[alone]
+        note = (
+            f"{number - len(right):,} of {number:,} test images show the same as a training or "
+            "validation image, which makes accuracy read too high"
+        )
+        if len(right):
+            rest = share_interval(int(right.sum()), len(right))
+            note += f"; without them it is {rest.value:.4f} ({rest.low:.4f} to {rest.high:.4f})"
+        command = next_command("prepare", "--all", "--data", self.experiment.data.source)
+        return [f"{note}. `{command}` names them."]
 
     def _report(
         self,
