@@ -66,6 +66,15 @@ class Leaks:
         """Paths of the images that `data.on_leak: drop` leaves out."""
         return frozenset(leak.path for leak in self.across_splits)
 
+    def in_split(self, split: str) -> frozenset[str]:
+        """Paths of a split's images that another split shows as well."""
+        return frozenset(
+            path
+            for leak in self.across_splits
+            for path, of in ((leak.path, leak.split), (leak.other, leak.other_split))
+            if of == split
+        )
+
 
 def find_leaks(
     dataset: ImageDataset,
