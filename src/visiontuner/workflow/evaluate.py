@@ -42,6 +42,7 @@ from visiontuner.evaluation.projection import MOST_POINTS
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
 from visiontuner.evaluation.scores import confident_mistakes, confused_pairs
 from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import temporary_folder
 from visiontuner.journal import SearchRecord, TrialRecord, is_running, newest_search, packaged_trial
 from visiontuner.model.classifier import FEATURE_MAP, Classifier
 from visiontuner.model.classifier_files import recalibrate, replacing, write_json
@@ -59,7 +60,7 @@ from visiontuner.paths import (
     tracking_uri,
 )
 from visiontuner.search.plan import stage_of
-from visiontuner.serving.cost import NetworkCost
+from visiontuner.serving.cost import NetworkCost, measure_costs
 from visiontuner.serving.registry import classifier_digest, digest_of_test_set, earlier_looks
 from visiontuner.text import csv_row, next_command
 from visiontuner.tracking.figures.evaluation import (
@@ -74,7 +75,6 @@ from visiontuner.workflow.answering import Answers, answer_images
 from visiontuner.workflow.image_checks import check_labels_if_quick, find_outliers
 from visiontuner.workflow.image_map import Marks, draw_image_map, write_test_features
 from visiontuner.workflow.inputs import NAMED, Inputs, Observer, Silent, require_same_data
-from visiontuner.workflow.network_costs import measure_networks
 from visiontuner.workflow.promote import open_store
 from visiontuner.workflow.run import is_packaged, package_trial
 from visiontuner.workflow.selection import ValidationAnswers
@@ -430,7 +430,7 @@ class _Evaluation:
         if (len(names) < 2 and not asked) or self.record.is_unvalidated:
             return {}
         self.observer.note(f"Measuring what an answer of {', '.join(names)} takes here.")
-        return measure_networks(self.inputs, names)
+        return _measure_networks(self.inputs, names)
 
     def _networks(self, costs: Mapping[str, NetworkCost]) -> list[dict[str, Any]]:
         """Accuracy against cost, one row a network."""
@@ -684,3 +684,44 @@ def _facts(threshold: ChosenThreshold) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+# What an answer of each network of a search costs here: time, memory, size, price.
+
+
+_MEASURED_IMAGES = 20
+
+
+def _measure_networks(inputs: Inputs, names: Sequence[str]) -> dict[str, NetworkCost]:
+    """Time, memory, size and price of an answer of each network, measured on this machine.
+
+    A head changes none of it, so that nothing has to be trained.
+
+    Args:
+        names: networks that are searched; or the experiment's own alone.
+
+    Raises:
+        DataError: there are no validation images.
+        ServingError: a network cannot be loaded.
+    """
+    from visiontuner.model.package import package_untrained
+
+    samples = inputs.readable("validation")
+    step = max(1, len(samples) // _MEASURED_IMAGES)
+    images = [
+        (inputs.dataset.root / sample.path).read_bytes()
+        for sample in samples[::step][:_MEASURED_IMAGES]
+    ]
+    searched = inputs.experiment.search.backbones
+    with temporary_folder() as temporary:
+        folders = {}
+        for number, name in enumerate(names):
+            own = inputs.of_network(name if name in searched else None)
+            folders[name] = package_untrained(
+                temporary / str(number),
+                own.backbone,
+                inputs.dataset.class_names,
+                cache=own.cache,
+            )
+            own.release()
+        return measure_costs(folders, images)
