@@ -87,7 +87,7 @@ def test_an_evaluation_says_what_accuracy_is_without_the_images_that_leaked(phot
     (note,) = [note for note in report.notes if "show the same" in note]
     assert note.startswith("2 of 8 test images show the same as a training or validation image")
     assert "without them it is" in note
-    assert "visiontuner prepare --all --data photos" in note
+    assert "visiontuner prepare --all --data " in note
 
 
 def test_features_of_what_is_left_are_not_computed_again(photos):
