@@ -1,7 +1,7 @@
 """The report's map of the images: what `workflow/image_map.py` wrote -> symbols, legend, data.
 
 Each class has a colour and a shape, up to forty of them a number too; each mark is a shape of its
-own, drawn in black. The picture is plain SVG, there without a script and in print.
+own, drawn in black. The map is plain SVG, there without a script and in print.
 """
 
 from __future__ import annotations
