@@ -22,7 +22,7 @@ from visiontuner.evaluation.calibration import ChosenThreshold
 from visiontuner.evaluation.report import evaluate_predictions
 from visiontuner.journal import Finding, SearchRecord
 from visiontuner.text import printable
-from visiontuner.tracking.image_map import ImageMap, describe_image_map
+from visiontuner.tracking.map_symbols import ImageMap, describe_image_map
 from visiontuner.tracking.page import PAGE_FILE, search_page, write_page
 
 NewSearch = Callable[..., Any]

@@ -41,7 +41,7 @@ from visiontuner.text import next_command, shown
 from visiontuner.tracking.figures.parts import LABELS, count, readable, to_png
 from visiontuner.tracking.figures.recording import Explained
 from visiontuner.tracking.figures.searches import importances, search_figures
-from visiontuner.tracking.image_map import HEIGHT, WIDTH, ImageMap, read_image_map
+from visiontuner.tracking.map_symbols import HEIGHT, WIDTH, ImageMap, read_image_map
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval

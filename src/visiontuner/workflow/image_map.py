@@ -1,6 +1,6 @@
 """A map of a search's images for its report: their features in two dimensions, small images, marks.
 
-FOLDER/image_map.json holds all that the report shows of single images; `tracking/image_map.py`
+FOLDER/image_map.json holds all that the report shows of single images; `tracking/map_symbols.py`
 reads it. Test images are on the map only once an evaluation has looked at them.
 """
 
@@ -32,7 +32,7 @@ from visiontuner.paths import (
     IMAGE_MAP_FILE,
     TEST_FEATURES_FILE,
 )
-from visiontuner.tracking.image_map import MAP_VERSION
+from visiontuner.tracking.map_symbols import MAP_VERSION
 from visiontuner.workflow.inputs import Inputs
 
 if TYPE_CHECKING:
