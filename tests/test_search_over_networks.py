@@ -164,7 +164,7 @@ def test_network_that_cannot_be_had_is_left_out_and_the_last_one_ends_the_search
     assert any(text.startswith("warning: resnet18 is left out") for text in notes.said)
 
     raw["search"]["space"]["backbone"]["values"] = ["resnet18", "resnet34"]
-    with pytest.raises(BackboneError, match="None of the 2 networks can be had"):
+    with pytest.raises(BackboneError, match="None of the 2 networks can be used"):
         run_search(Experiment.parse(raw), output=tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

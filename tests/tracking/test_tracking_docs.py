@@ -94,6 +94,7 @@ def test_every_tag_is_described(plan: SearchPlan, described: set[str]) -> None:
     elsewhere = {"visiontuner.best_run_id", "visiontuner.classifier_digest"}
     elsewhere |= {"visiontuner.choice"}  # once there is one
     elsewhere |= {"visiontuner.from"}  # of one that began with another
+    elsewhere |= {"visiontuner.drift", "visiontuner.drift_of"}  # of a check of drift
     elsewhere |= {"visiontuner.job", "visiontuner.instances"}  # of a training job
     elsewhere |= {QUANTIZED_FROM_TAG}  # of a version in int8
     elsewhere |= {DECISION_TAG, REASON_TAG, TEST_LOOKS, EVALUATION_DIGEST, MISSING_ARTIFACTS}

@@ -410,7 +410,7 @@ def find_odd(dataset: ImageDataset, facts: Facts) -> list[Finding]:
     paths: dict[str, list[str]] = defaultdict(list)
     for image in odd_images(dataset, facts):
         paths[image.reason].append(image.path)
-    look = "Look at them. `visiontuner suspects` lists them in odd.csv."
+    look = "Look at them: the command `suspects` lists them in odd.csv."
     found = (
         listed(
             "odd_shaped_images",
