@@ -33,7 +33,7 @@ def main() -> None:
     timed(type(ours), "predict")
     classifier = sys.modules[type(ours.classifier).__module__]
     timed(classifier, "read_pixels")
-    timed(type(ours.classifier), "logits")
+    timed(type(ours.classifier), "outputs")
     bodies = cycle([Path(name).read_bytes() for name in sys.argv[3:]])
 
     def ask() -> dict[str, float]:

@@ -322,7 +322,7 @@ def parts_row(rounds: Sequence[dict[str, float]], parts: dict[str, float]) -> Ro
     def middle(key: str) -> float:
         return statistics.median(one[key] for one in rounds)
 
-    whole, own = middle("p50_ms"), parts["read_pixels"] + parts["logits"]
+    whole, own = middle("p50_ms"), parts["read_pixels"] + parts["outputs"]
     shown = {
         "decoding and network in a plain loop": middle("plain_p50_ms"),
         "the same after pauses of 2 ms": middle("plain_paused_p50_ms"),
