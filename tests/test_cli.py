@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -467,3 +468,12 @@ def test_a_command_leaves_a_process_that_goes_on_its_garbage_collection() -> Non
     call("compare", "no-such-folder")
     assert gc.isenabled()
     assert gc.get_freeze_count() == kept
+
+
+def test_every_command_prints_data_so_that_a_terminal_breaks_no_line_of_it(
+    repository: Path,
+) -> None:
+    """A command that prints JSON or CSV by `click.echo` would have it broken between words."""
+    sources = (repository / "src/visiontuner/cli").glob("*.py")
+    printing = re.compile(r"click\.echo\(\s*(json\.dumps|csv_row)")
+    assert [p.name for p in sources if printing.search(p.read_text("utf-8"))] == []

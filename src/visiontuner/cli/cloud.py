@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +22,13 @@ from visiontuner.cli.options import (
     TEXT,
     Given,
     OneLineErrors,
+    echo_json,
     number,
 )
 from visiontuner.errors import UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.aws import account_flags
-from visiontuner.text import hide_variables, next_command, verbatim
+from visiontuner.text import hide_variables, next_command
 from visiontuner.workflow.submit import JobOptions, plan_job, submit_job
 
 # The flags of a training job, and what `tune --on sagemaker` does with them.
@@ -239,8 +239,7 @@ def run_on_sagemaker(
     if asked["dry_run"]:
         request = dry_run(aws, plan)
         request["Environment"] = hide_variables(request.get("Environment") or {})
-        with verbatim():
-            click.echo(json.dumps(request, indent=2, default=str))
+        echo_json(request, indent=2, default=str)
         return
     _ask(asked["yes"])
 
@@ -375,8 +374,7 @@ def jobs(region: str | None, assume_role: str | None, form: str) -> None:
 
     found = find(region, assume_role)
     if form == "json":
-        with verbatim():
-            click.echo(json.dumps([_row(job) for job in found], indent=2))
+        echo_json([_row(job) for job in found], indent=2)
     elif found:
         _print(found)
     else:

@@ -4,7 +4,6 @@ lineage."""
 from __future__ import annotations
 
 import io
-import json
 import math
 import sys
 from collections import Counter
@@ -26,6 +25,8 @@ from visiontuner.cli.options import (
     TEXT,
     Given,
     OneLineErrors,
+    echo_data,
+    echo_json,
     experiment_options,
     load_experiment,
     number,
@@ -45,7 +46,7 @@ from visiontuner.paths import (
     SUGGEST_SORT_FOLDER,
     SUSPECTS_SHEET,
 )
-from visiontuner.text import next_command, verbatim
+from visiontuner.text import next_command
 from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:
@@ -434,8 +435,7 @@ def _print_comparison(
 
     text = getattr(formats, f"to_{form}")(frame[names])
     if output is None:
-        with verbatim():
-            click.echo(text, nl=False)
+        echo_data(text, nl=False)
         return []
     return _written(output, text, frame)
 
@@ -500,8 +500,7 @@ def diagnose(target: str, write: bool, as_json: bool) -> None:
 
     diagnosis = look(target, write=write)
     if as_json:
-        with verbatim():
-            click.echo(json.dumps(diagnosis.to_dict(), indent=1, ensure_ascii=False))
+        echo_json(diagnosis.to_dict(), indent=1, ensure_ascii=False)
     else:
         _print_findings(diagnosis)
 
@@ -783,7 +782,7 @@ def drift(
     finally:
         console.close()
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=1))
+        echo_json(result.to_dict(), indent=1)
     else:
         _print_drift(result)
     if result.tracking_problem:
@@ -865,8 +864,7 @@ def promote(model: str, force: bool, dry_run: bool, as_json: bool) -> None:
 
     decided = decide(model, force=force, dry_run=dry_run)
     if as_json:
-        with verbatim():
-            click.echo(json.dumps({**decided.to_dict(), "dry_run": dry_run}, indent=1))
+        echo_json({**decided.to_dict(), "dry_run": dry_run}, indent=1)
     else:
         _print_decision(decided, dry_run=dry_run)
 
@@ -948,8 +946,10 @@ def lineage(subject: str, verify: bool, region: str, assume_role: str, as_json: 
     )
     checks = _verify(traced) if verify else []
     if as_json:
-        with verbatim():
-            click.echo(_as_json(traced, checks if verify else None))
+        raw = traced.to_dict()
+        if verify:
+            raw["checks"] = [asdict(check) for check in checks]
+        echo_json(raw, indent=1)
     else:
         _print_lineage(traced, checks)
     if any(check.state == "differs" for check in checks):
@@ -960,13 +960,6 @@ def _verify(traced: Lineage) -> list[LineageCheck]:
     from visiontuner.workflow.lineage import verify
 
     return verify(traced)
-
-
-def _as_json(traced: Lineage, checks: Sequence[LineageCheck] | None) -> str:
-    raw = traced.to_dict()
-    if checks is not None:
-        raw["checks"] = [asdict(check) for check in checks]
-    return json.dumps(raw, indent=1)
 
 
 def _print_lineage(traced: Lineage, checks: Sequence[LineageCheck]) -> None:

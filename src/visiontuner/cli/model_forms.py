@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from visiontuner.cli.console import SafeConsole, SearchConsole
-from visiontuner.cli.options import FOLDER, TEXT, OneLineErrors, number
-from visiontuner.text import next_command, verbatim
+from visiontuner.cli.options import FOLDER, TEXT, OneLineErrors, echo_json, number
+from visiontuner.text import next_command
 
 if TYPE_CHECKING:
     from visiontuner.evaluation.intervals import Interval
@@ -49,8 +48,7 @@ def quantize(model: str | None, max_loss: float, as_json: bool) -> None:
     finally:
         console.close()
     if as_json:
-        with verbatim():
-            click.echo(json.dumps(result.to_dict(), indent=2))
+        echo_json(result.to_dict(), indent=2)
     else:
         _print_quantized(result)
 

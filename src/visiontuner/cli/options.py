@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import sys
@@ -20,7 +21,7 @@ from visiontuner.cli.silence import ERASE_LINE
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.experiment.reading import read_experiment
 from visiontuner.experiment.schema import QUICKSTART, Experiment, search_networks
-from visiontuner.text import hours_of, printable
+from visiontuner.text import hours_of, printable, verbatim
 
 # How a command ends when it fails: one line, and an exit code that says whose fault it was.
 
@@ -117,6 +118,20 @@ def _leave() -> None:
     with suppress(OSError):
         os.write(2, f"{cleared}Error: Stopped.\n".encode())
     os._exit(130)
+
+
+# Data for programs, in a terminal too: lines are written as they are.
+
+
+def echo_data(text: str, *, nl: bool = True) -> None:
+    """Print a table or other data; what people read goes through `click.echo`."""
+    with verbatim():
+        click.echo(text, nl=nl)
+
+
+def echo_json(value: object, **options: Any) -> None:
+    """Print a value as JSON, with options of `json.dumps`."""
+    echo_data(json.dumps(value, **options))
 
 
 # What several commands are told: values that may be left out, and which experiment.

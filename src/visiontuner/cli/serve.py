@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -23,12 +22,14 @@ from visiontuner.cli.options import (
     SINCE,
     TEXT,
     OneLineErrors,
+    echo_data,
+    echo_json,
     number,
 )
 from visiontuner.cli.silence import end_silence_line
 from visiontuner.errors import UserMistake
 from visiontuner.io.aws import account_flags
-from visiontuner.text import columns_of, csv_row, next_command, printable, verbatim
+from visiontuner.text import columns_of, csv_row, next_command, printable
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import Endpoint
@@ -95,8 +96,7 @@ def preflight(
         note=lambda text: click.echo(text, err=True),
     )
     if form == "json":
-        with verbatim():
-            click.echo(json.dumps(report.to_dict(), indent=2))
+        echo_json(report.to_dict(), indent=2)
     else:
         _print_report(report)
     if not report.passed:
@@ -344,8 +344,7 @@ def endpoints(region: str | None, assume_role: str | None, form: str) -> None:
 
     found = find(region, assume_role)
     if form == "json":
-        with verbatim():
-            click.echo(json.dumps([{**asdict(e), "overdue": e.overdue} for e in found], indent=2))
+        echo_json([{**asdict(e), "overdue": e.overdue} for e in found], indent=2)
     elif found:
         _print_endpoints(found, account_flags(region, assume_role))
     else:
@@ -728,21 +727,18 @@ def _print_json(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
     for one in answers:
         failed += one.answer.error is not None
-        with verbatim():
-            click.echo(json.dumps(one.to_dict(), ensure_ascii=False))
+        echo_json(one.to_dict(), ensure_ascii=False)
     return failed
 
 
 def _print_csv(answers: Iterable[ImageAnswer]) -> int:
     failed = 0
-    with verbatim():
-        click.echo(csv_row(_FIELDS), nl=False)
+    echo_data(csv_row(_FIELDS), nl=False)
     for one in answers:
         failed += one.answer.error is not None
         row = one.to_dict()
         row["top_k"] = "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row["top_k"])
-        with verbatim():
-            click.echo(csv_row(row[name] for name in _FIELDS), nl=False)
+        echo_data(csv_row(row[name] for name in _FIELDS), nl=False)
     return failed
 
 
