@@ -270,6 +270,34 @@ def test_images_that_were_trained_on_are_left_out_and_too_few_refused(
 
 
 @pytest.mark.slow
+def test_folders_of_one_name_are_two_checks(search: Path) -> None:
+    shutil.copytree("june", "other/june")
+    darken(Path("other/june"))
+    drift("june", "search")
+    before = contents(search / "drift/june")
+    for _ in range(2):
+        drift("other/june", "search")
+        first, second = sorted((search / "drift").iterdir())
+        assert contents(first) == before
+        assert json.loads((second / "drift.json").read_text())["source"].endswith("other/june")
+
+
+def test_what_is_no_folder_may_be_an_endpoint_and_both_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    Path("search").mkdir()
+    output = drift("photos-of-june", "search", code=2)
+    assert "There is no folder photos-of-june" in output
+    assert "No AWS region" in output
+    with pytest.raises(vt.VisiontunerError, match="> 0 and < 1, got 2"):
+        vt.drift("june", "search", false_alarms=2, progress=False)
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("search")
 def test_what_an_endpoint_was_asked_is_fetched_and_compared(
     moto: tuple[str, int], use_aws: Callable[[str], None], home: Path

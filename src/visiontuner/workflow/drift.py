@@ -5,7 +5,9 @@ Nothing that is there is changed. Labels are not needed, and nothing is said of 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +20,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from visiontuner.data.dataset import Sample
-from visiontuner.errors import DataError, TrackingError, UserMistake
+from visiontuner.errors import DataError, ServingError, TrackingError, UserMistake
 from visiontuner.evaluation.calibration import probabilities_of
 from visiontuner.evaluation.drift import (
     FALSE_ALARMS,
@@ -141,7 +143,7 @@ class DriftResult:
         """Plain JSON values."""
         left_out = {"run_id", "tracking_problem", "share_new"}
         raw = {key: value for key, value in asdict(self).items() if key not in left_out}
-        raw |= {key: str(raw[key]) for key in ("folder", "source", "search")}
+        raw |= {key: str(raw[key].resolve()) for key in ("folder", "source", "search")}
         new = None if self.share_new is None else self.share_new.to_dict()
         return {"drifted": self.drifted, **raw, "share_new": new}
 
@@ -182,25 +184,12 @@ def find_drift(
         VisiontunerError: the folder cannot be written.
     """
     observer = observer or Silent()
-    if unknown := set(without) - set(MEASURES):
-        raise UserMistake(
-            f"There is no measure {min(unknown)!r} to leave out; there are {', '.join(MEASURES)}."
-        )
-    search = search or newest_search()
-    name = as_file_name(Path(source.rstrip("/")).name or "images")
-    root, cache = Path(source), writable_cache_folder()
+    _check(false_alarms, without)
+    search, cache = search or newest_search(), writable_cache_folder()
+    root = Path(source)
     if not root.is_dir():
-        if not _ENDPOINT.fullmatch(source):
-            raise UserMistake(f"{source} is neither a folder nor the name of an endpoint.")
-        root = search / CAPTURED_FOLDER / name
-        capture(
-            source,
-            output=root,
-            since=since,
-            region=region,
-            assume_role=assume_role,
-            progress=observer.progress,
-        )
+        place = {"region": region, "assume_role": assume_role}
+        root = _captured(source, search, observer, since=since, **place)
     reference = find_reference(search, cache, observer)
     for note in reference.notes:
         observer.note(note)
@@ -216,7 +205,7 @@ def find_drift(
         raise UserMistake(f"{search} gives nothing to compare with: {error}.") from None
     share_new, new = _new_images(reference, seen)
     result = DriftResult(
-        folder=output or search / DRIFT_FOLDER / name,
+        folder=output or _folder_of(root, search / DRIFT_FOLDER),
         source=root,
         search=search,
         measures=measures,
@@ -232,6 +221,50 @@ def find_drift(
     )
     _write(result, reference.observations, images)
     return _tracked(result)
+
+
+def _check(false_alarms: float, without: Collection[str]) -> None:
+    if not 0 < false_alarms < 1:
+        raise UserMistake(f"false_alarms must be > 0 and < 1, got {false_alarms:g}.")
+    if unknown := set(without) - set(MEASURES):
+        raise UserMistake(
+            f"There is no measure {min(unknown)!r} to leave out; there are {', '.join(MEASURES)}."
+        )
+
+
+def _captured(
+    source: str, search: Path, observer: Observer, *, since: timedelta | None, **place: str | None
+) -> Path:
+    """Fetch an endpoint's images into the search folder; the folder that holds them."""
+    if not _ENDPOINT.fullmatch(source):
+        raise UserMistake(f"{source} is neither a folder nor the name of an endpoint.")
+    root = search / CAPTURED_FOLDER / _name_of(Path(source))
+    try:
+        capture(source, output=root, since=since, progress=observer.progress, **place)
+    except (UserMistake, ServingError) as error:
+        if source.startswith("s3://"):
+            raise
+        raise type(error)(
+            f"There is no folder {source}, and as an endpoint's name: {error}"
+        ) from None
+    return root
+
+
+def _name_of(root: Path) -> str:
+    return as_file_name(root.name or root.resolve().name or "images")
+
+
+def _folder_of(root: Path, checks: Path) -> Path:
+    """Where the check of a folder goes: named after it, and not where that of another one is."""
+    folder = checks / _name_of(root)
+    try:
+        before = json.loads((folder / DRIFT_FILE).read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return folder
+    if before == str(root.resolve()):
+        return folder
+    digest = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:6]
+    return checks / f"{folder.name}-{digest}"
 
 
 def _see(
