@@ -1,6 +1,8 @@
 """`visiontuner suggest`: from unlabelled images to a list and folders to sort them in."""
 
 import csv
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,18 @@ def test_images_are_listed_sorted_by_guess_and_still_where_they_were(photos):
         path.replace(photos / path.parent.name / path.name)
     assert contents("unsorted") == before
     assert "To label next: 7 of 7 images." in suggest("--output", "more")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("photos")
+def test_a_full_disk_leaves_no_half_folder_that_the_next_call_refuses(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("visiontuner.workflow.suggest.write_contact_sheet", full)
+        assert "Make room" in suggest("--budget", 5, code=1)
+    assert "To label next: 5" in suggest("--budget", 5)
 
 
 @pytest.mark.slow

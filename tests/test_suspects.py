@@ -1,6 +1,8 @@
 """`visiontuner suspects`: from images with a wrong label to a table that `data.labels` reads."""
 
 import csv
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -102,6 +104,21 @@ def test_a_wrong_label_is_named_relabelled_and_left_out(photos, tmp_path):
 
     assert "perhaps with your corrections" in suspects(code=2)
     assert rows()[0]["label"] in ("", "blue")
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_full_disk_leaves_no_half_table_that_looks_like_one_with_corrections(monkeypatch):
+    replace = Path.replace
+
+    def full(path, target):
+        if Path(target).name == "suspects.csv":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return replace(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert "Make room" in suspects(code=1)
+    assert "corrections" not in suspects()
 
 
 def test_all_suggestions_are_taken_by_renaming_two_columns(photos, tmp_path):

@@ -19,7 +19,7 @@ import pandas as pd
 from visiontuner.data.arrays import SplitFeatures
 from visiontuner.data.dataset import ImageDataset, NoneReadable, Sample
 from visiontuner.data.images import image_extensions
-from visiontuner.errors import DataError, UserMistake, VisiontunerError
+from visiontuner.errors import DataError, UserMistake
 from visiontuner.evaluation.baselines import is_affordable, logistic_regression
 from visiontuner.evaluation.calibration import probabilities_of
 from visiontuner.evaluation.suggestions import choose_images
@@ -34,6 +34,7 @@ from visiontuner.io.files import (
     scan_folder,
 )
 from visiontuner.journal import SearchRecord, newest_search
+from visiontuner.model.classifier_files import replacing
 from visiontuner.paths import (
     EXPERIMENT_FILE,
     SUGGEST_FILE,
@@ -245,21 +246,19 @@ def _features_of(root: Path, fresh: Sequence[Sample], inputs: Inputs) -> SplitFe
 def _write(
     folder: Path, root: Path, suggestions: Sequence[Suggestion], class_names: Sequence[str]
 ) -> None:
+    """The folder whole or not at all: half of one would look like one that is being sorted."""
     rows = [(s.rank, s.path, s.guess, s.probability) for s in suggestions]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder) as temporary:
         content = "".join(map(csv_row, [_COLUMNS, *rows])).encode(errors="replace")
-        (folder / SUGGEST_FILE).write_bytes(content)
+        (temporary / SUGGEST_FILE).write_bytes(content)
         shown = [(s.path, ("", s.guess, s.probability)) for s in suggestions[:_DRAWN]]
-        write_contact_sheet(folder / SUGGEST_SHEET, root, shown, class_names)
+        write_contact_sheet(temporary / SUGGEST_SHEET, root, shown, class_names)
         for suggestion in suggestions:
-            place = folder / SUGGEST_SORT_FOLDER / as_file_name(suggestion.guess)
+            place = temporary / SUGGEST_SORT_FOLDER / as_file_name(suggestion.guess)
             place.mkdir(parents=True, exist_ok=True)
             # Of a long name the end, with its ending: file systems take 255 bytes.
             name = f"{suggestion.rank:05d}-{PurePosixPath(suggestion.path).name[-60:]}"
             link_image(root / suggestion.path, place / name)
-    except OSError as error:
-        raise VisiontunerError(f"Cannot write {folder} ({error.strerror}). Make room.") from None
 
 
 def link_image(source: Path, target: Path) -> None:

@@ -19,6 +19,7 @@ from visiontuner.data.labels import Row, read_table
 from visiontuner.errors import UserMistake, VisiontunerError
 from visiontuner.evaluation.baselines import is_affordable
 from visiontuner.experiment.schema import Experiment
+from visiontuner.io.files import write_whole
 from visiontuner.journal import SearchRecord, newest_search
 from visiontuner.paths import (
     EXPERIMENT_FILE,
@@ -178,9 +179,11 @@ def _write(
                 f"{file} already exists, perhaps with your corrections. Give it another name, or "
                 "delete it."
             )
-        file.write_bytes(content)
         lines = [_ODD_COLUMNS, *((one.path, one.label, one.reason, one.value) for one in odd)]
-        (folder / ODD_FILE).write_bytes("".join(map(csv_row, lines)).encode(errors="replace"))
+        table = "".join(map(csv_row, lines)).encode(errors="replace")
+        # Whole, or a full disk would leave half a table that looks like one with corrections.
+        write_whole(folder / ODD_FILE, lambda part: part.write(table))
+        write_whole(file, lambda part: part.write(content))
         (folder / SUSPECTS_SHEET).unlink(missing_ok=True)
         shown = [(s.path, (s.label, s.suggested, s.probability)) for s in suspects[:_DRAWN]]
         write_contact_sheet(folder / SUSPECTS_SHEET, dataset.root, shown, dataset.class_names)
