@@ -204,10 +204,18 @@ def test_a_search_written_elsewhere_is_the_same(finished, store, tmp_path):
 
 
 @pytest.mark.usefixtures("finished")
-def test_a_second_search_computes_no_features(experiment, tmp_path, monkeypatch):
+def test_a_second_search_computes_no_features_and_no_baselines_that_take_minutes(
+    experiment, tmp_path, monkeypatch
+):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
+    monkeypatch.setattr("visiontuner.evaluation.baselines._MOST_WORK", 0)
     notes = Notes()
-    result = run_search(experiment(search={"trials": 1}), output=tmp_path / "s", observer=notes)
+    search = {"trials": 1, "baselines": True}
+    result = run_search(experiment(search=search), output=tmp_path / "s", observer=notes)
+    assert not result.record.baselines
+    assert [n for n in notes.notes if "aselines" in n] == [
+        "No baselines: 42 images would take them minutes."
+    ]
     ready = [e for e in read_events(result.folder).events if e["event"] == "features_ready"]
     assert [event["computed"] for event in ready] == [0]
     assert any("nothing to compute" in note for note in notes.notes)

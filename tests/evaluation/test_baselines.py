@@ -5,6 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from visiontuner.errors import SearchInterrupted
 from visiontuner.evaluation.baselines import (
     PENALTIES,
     is_affordable,
@@ -53,6 +54,20 @@ def test_the_head_is_fitted_to_all_images_or_to_those_of_no_fold():
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         shares /= shares.sum(axis=1, keepdims=True)
         assert np.abs(shares - model.predict_proba(features)).mean() < 0.02
+
+
+def test_a_regression_ends_between_two_fits():
+    features, labels, folds = clouds(40, 2)
+    asked = []
+
+    def stop_at_the_third():
+        asked.append(None)
+        if len(asked) == 3:
+            raise SearchInterrupted("Stopped.")
+
+    with pytest.raises(SearchInterrupted):
+        logistic_regression(features, labels, folds, num_classes=2, between_fits=stop_at_the_third)
+    assert len(asked) == 3
 
 
 def test_a_class_without_an_image_is_never_answered():

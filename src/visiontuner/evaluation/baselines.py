@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +67,7 @@ def logistic_regression(
     *,
     num_classes: int,
     refit: bool = True,
+    between_fits: Callable[[], None] = lambda: None,
 ) -> Baseline:
     """scikit-learn's, with the C of a path that has the lowest loss on the judging images.
 
@@ -75,6 +76,7 @@ def logistic_regression(
         labels: int64, shape (N,).
         folds: int64, shape (N,): which part of the path an image is judged by, -1 for none.
         refit: fit the weights to all images; otherwise to those of no fold.
+        between_fits: called before each of some fifty fits; what it raises ends them.
     """
     began = time.monotonic()
     judged = folds >= 0
@@ -83,14 +85,14 @@ def logistic_regression(
     for fold in range(int(folds.max()) + 1):
         own = folds == fold
         for place, (weights, biases) in enumerate(
-            _path(features[~own], labels[~own], penalties, num_classes)
+            _path(features[~own], labels[~own], penalties, num_classes, between_fits)
         ):
             answers[place, own] = features[own] @ weights.T + biases
     answers, truth = answers[:, judged], labels[judged]
     losses = np.stack([image_losses(logits, truth) for logits in answers], axis=1)
     best = int(losses.mean(axis=0).argmin())
     chosen = np.ones(len(labels), dtype=bool) if refit else ~judged
-    path = _path(features[chosen], labels[chosen], penalties[: best + 1], num_classes)
+    path = _path(features[chosen], labels[chosen], penalties[: best + 1], num_classes, between_fits)
     weights, biases = path[-1]
     return Baseline(
         name=REGRESSION,
@@ -167,6 +169,7 @@ def _path(
     labels: NDArray[np.int64],
     penalties: list[float],
     num_classes: int,
+    between_fits: Callable[[], None] = lambda: None,
 ) -> list[tuple[NDArray[np.float64], NDArray[np.float64]]]:
     """Weights (C, D) and biases (C,) for each C; each fit begins where the last one ended.
 
@@ -186,6 +189,7 @@ def _path(
     heads = []
     model = LogisticRegression(max_iter=500, tol=1e-3, warm_start=True)
     for penalty in penalties:
+        between_fits()
         weights, biases = np.zeros((1, values.shape[1])), np.zeros(1)
         if len(present) > 1:
             # Products of 20 ms: a second thread gains nothing on them, and threads that wait for

@@ -377,6 +377,17 @@ class Inputs:
         self.stop()
         wait(self._working, _STOPS_WITHIN_SECONDS)
 
+    def require_going_on(self) -> None:
+        """For work that `beside` began, between two parts of it.
+
+        Raises:
+            SearchInterrupted: `stop` was called.
+            KeyboardInterrupt: a signal came, in the main thread.
+        """
+        interrupts.check()
+        if self._stopped:
+            raise SearchInterrupted("Stopped.")
+
     def _progress(self, what: str, unit: str = "images") -> Callable[[int, int], None]:
         def tell(done: int, total: int) -> None:
             interrupts.check()

@@ -15,7 +15,6 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from visiontuner import interrupts
 from visiontuner.data.arrays import FeatureSet
 from visiontuner.data.dataset import Sample, find_units
 from visiontuner.data.folds import assign_folds
@@ -110,8 +109,14 @@ def compute_baselines(
     found = []
     for name in (REGRESSION, NEIGHBOURS):
         if name not in known:
-            interrupts.check()
-            found.append(make_baseline(name, folder, store, refitted=inputs.experiment.refits))
+            made = make_baseline(
+                name,
+                folder,
+                store,
+                refitted=inputs.experiment.refits,
+                between_fits=inputs.require_going_on,
+            )
+            found.append(made)
     return found
 
 
@@ -130,12 +135,20 @@ def record_baselines(found: Sequence[Kept], recorder: Recorder) -> None:
         )
 
 
-def make_baseline(name: str, folder: Path, store: Path, *, refitted: bool) -> Kept:
+def make_baseline(
+    name: str,
+    folder: Path,
+    store: Path,
+    *,
+    refitted: bool,
+    between_fits: Callable[[], None] = lambda: None,
+) -> Kept:
     """Compute a baseline of a search and write its files; its metrics are returned beside it.
 
     Args:
         store: of the features.
         refitted: fit its weights to all images of train and validation.
+        between_fits: called again and again; what it raises ends the computation.
     """
     features = FeatureSet.open(store)
     splits = [features.split(name) for name in ("train", "validation")]
@@ -146,7 +159,7 @@ def make_baseline(name: str, folder: Path, store: Path, *, refitted: bool) -> Ke
         folds = np.repeat([-1, 0], [len(split.labels) for split in splits])
     make: Callable[..., Baseline] = nearest_neighbours
     if name == REGRESSION:
-        make = functools.partial(logistic_regression, refit=refitted)
+        make = functools.partial(logistic_regression, refit=refitted, between_fits=between_fits)
     baseline = make(values, labels, folds, num_classes=len(features.class_names))
     return baseline, _keep_baseline(folder, baseline, labels[folds >= 0], refitted=refitted)
 

@@ -449,12 +449,13 @@ class _Run:
         if recorder.record.best is None:
             return
         if self.experiment.has_baselines:
-            self.observer.note("Baselines: logistic regression and nearest neighbours.")
             store = baseline_store(self.folder, recorder.record)
             known = set(recorder.record.baselines)
             computing = baselines or self.inputs.beside(
                 lambda: compute_baselines(self.inputs, self.folder, store, known=known)
             )
+            if not computing.done() or computing.result():
+                self.observer.note("Baselines: logistic regression and nearest neighbours.")
             found = interrupts.result(computing)
             record_baselines(found, recorder)
         choose_and_record(self.folder, recorder, self.inputs)
