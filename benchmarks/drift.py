@@ -26,7 +26,7 @@ from visiontuner.evaluation.drift import Measure, compare_observations
 from visiontuner.experiment.schema import Experiment
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.package import package_untrained
-from visiontuner.workflow.drift_reference import Seen, make_reference, see_images
+from visiontuner.workflow.drift import Seen, make_reference, see_images
 from visiontuner.workflow.inputs import Inputs, Silent
 
 TARGETS = (

@@ -20,7 +20,7 @@ from visiontuner.data.dataset import Sample
 from visiontuner.evaluation.baselines import logistic_regression
 from visiontuner.evaluation.calibration import probabilities_of
 from visiontuner.model.novelty import Novelty, fit_novelty
-from visiontuner.workflow.known_images import units_of
+from visiontuner.workflow.image_checks import units_of
 from visiontuner.workflow.selection import folds_of
 
 TARGETS = (

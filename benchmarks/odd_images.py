@@ -15,9 +15,9 @@ from measuring import Row, cache_of_its_own, features_of, photographs, report
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from visiontuner.data.findings import are_blurred, are_dark, brightness, sharpness
 from visiontuner.data.images import decode_image
-from visiontuner.data.quality import are_blurred, are_dark, brightness, sharpness
-from visiontuner.evaluation.outliers import UNLIKE_ITS_CLASS, class_deviations
+from visiontuner.evaluation.suspects import UNLIKE_ITS_CLASS, class_deviations
 from visiontuner.workflow.image_checks import check_labels, find_odd_images
 
 TARGETS = ("at most 2 % of the images as delivered are named",)

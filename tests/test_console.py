@@ -17,7 +17,7 @@ from visiontuner.cli.console import (
 from visiontuner.experiment.schema import Experiment
 from visiontuner.journal import SearchRecord
 from visiontuner.text import safe_output
-from visiontuner.workflow.networks import recommend
+from visiontuner.workflow.prepare import recommend
 
 EXPERIMENT = Experiment.parse({"name": "x"}).model_dump(mode="json")
 HOSTILE = "[bold red]boom[/] [/nothing] [link=file:///etc]x[/link]"

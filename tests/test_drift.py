@@ -30,7 +30,7 @@ from visiontuner.evaluation.drift import (
     compare_observations,
 )
 from visiontuner.model.novelty import scores_among
-from visiontuner.workflow.drift_reference import MEASURES
+from visiontuner.workflow.drift import MEASURES
 
 # The tests.
 

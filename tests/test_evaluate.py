@@ -30,8 +30,8 @@ from visiontuner.workflow.evaluate import (
     num_test_evaluations,
 )
 from visiontuner.workflow.evaluate_folder import evaluate_folder
+from visiontuner.workflow.image_checks import novelty_finder
 from visiontuner.workflow.inputs import Inputs, Silent
-from visiontuner.workflow.known_images import novelty_finder
 from visiontuner.workflow.sync import sync_search
 from visiontuner.workflow.tune import resume_search, run_search
 

@@ -19,8 +19,7 @@ from visiontuner.journal import SearchRecord
 from visiontuner.search.plan import settle
 from visiontuner.workflow.inputs import Inputs, Silent
 from visiontuner.workflow.lineage import trace_folder
-from visiontuner.workflow.tune import resume_search, run_search
-from visiontuner.workflow.warm_start import find_search, take_over_search
+from visiontuner.workflow.tune import find_search, resume_search, run_search, take_over_search
 
 
 def write_search(

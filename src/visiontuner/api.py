@@ -41,18 +41,18 @@ from visiontuner.workflow.drift import find_drift
 from visiontuner.workflow.evaluate import evaluate_search
 from visiontuner.workflow.evaluate_folder import FolderEvaluation
 from visiontuner.workflow.evaluate_folder import evaluate_folder as score_folder
-from visiontuner.workflow.export import export as export_model
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.prepare import prepare as look_at_images
 from visiontuner.workflow.promote import promote as promote_model
 from visiontuner.workflow.quantize import QuantizeResult
+from visiontuner.workflow.quantize import export as export_model
 from visiontuner.workflow.quantize import quantize as quantize_model
 from visiontuner.workflow.query import query as query_images
 from visiontuner.workflow.suggest import suggest_images
 from visiontuner.workflow.suspects import find_suspects
-from visiontuner.workflow.warm_start import experiment_of, find_search
+from visiontuner.workflow.tune import experiment_of, find_search
 
 if TYPE_CHECKING:
     from visiontuner.aws.endpoint import DeploymentPlan

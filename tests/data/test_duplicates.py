@@ -4,8 +4,14 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageOps
 
-from visiontuner.data.alignment import read_thumbnail, same_scene
-from visiontuner.data.duplicates import LEAST_SCORE, find_duplicates, similar_pairs, unit_length
+from visiontuner.data.duplicates import (
+    LEAST_SCORE,
+    find_duplicates,
+    read_thumbnail,
+    same_scene,
+    similar_pairs,
+    unit_length,
+)
 
 
 def scene(seed: int, side: int = 160) -> Image.Image:

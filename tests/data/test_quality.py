@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from visiontuner.data.quality import SHARPEST, are_blurred, are_dark, brightness, sharpness
+from visiontuner.data.findings import SHARPEST, are_blurred, are_dark, brightness, sharpness
 
 
 def photograph(side: int = 256) -> Image.Image:

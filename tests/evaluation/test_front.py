@@ -1,4 +1,4 @@
-from visiontuner.evaluation.front import NetworkPoint, front, table
+from visiontuner.evaluation.compare import NetworkPoint, front, front_table
 from visiontuner.evaluation.intervals import Interval
 
 
@@ -26,7 +26,7 @@ def test_equal_networks_are_both_on_the_front() -> None:
 
 
 def test_table_has_the_most_accurate_first_and_says_what_is_on_the_front() -> None:
-    rows = table([SMALL, BEATEN, LARGE])
+    rows = front_table([SMALL, BEATEN, LARGE])
     assert [(row["backbone"], row["on_front"]) for row in rows] == [
         ("large", True),
         ("small", True),

@@ -1,6 +1,6 @@
 import numpy as np
 
-from visiontuner.evaluation.outliers import UNLIKE_ITS_CLASS, class_deviations
+from visiontuner.evaluation.suspects import UNLIKE_ITS_CLASS, class_deviations
 
 
 def at(degrees: list[float]) -> np.ndarray:

@@ -9,8 +9,8 @@ import pytest
 from visiontuner.errors import ExperimentError
 from visiontuner.experiment.schema import OFFLINE_BACKBONES, Experiment
 from visiontuner.journal import SearchRecord
-from visiontuner.search.halving import NetworkRace, is_behind
 from visiontuner.search.plan import SCORES_FILE, Stores, TrialTask, make_plan, stage_of
+from visiontuner.search.run import NetworkRace, is_behind
 
 IMAGES = 100
 

@@ -47,7 +47,7 @@ from visiontuner.workflow.doctor import Check
 if TYPE_CHECKING:
     import pandas as pd
 
-    from visiontuner.workflow.networks import Recommendation
+    from visiontuner.workflow.prepare import Recommendation
     from visiontuner.workflow.run import SearchResult
 
 

@@ -44,8 +44,13 @@ from visiontuner.workflow.doctor import run_checks
 from visiontuner.workflow.prepare import prepare as look
 from visiontuner.workflow.train import find_origin, one_training, resume_training
 from visiontuner.workflow.train import train as run
-from visiontuner.workflow.tune import resume_search, run_search
-from visiontuner.workflow.warm_start import EarlierSearch, experiment_of, find_search
+from visiontuner.workflow.tune import (
+    EarlierSearch,
+    experiment_of,
+    find_search,
+    resume_search,
+    run_search,
+)
 
 if TYPE_CHECKING:
     from visiontuner.experiment.schema import Domain
@@ -218,7 +223,7 @@ def backbones(contains: str, recommend: bool, data: str | None) -> None:
 
 
 def _print_recommended(data: str | None) -> None:
-    from visiontuner.workflow.networks import recommend
+    from visiontuner.workflow.prepare import recommend
 
     console = SearchConsole()
     try:

@@ -1,15 +1,24 @@
-"""Put a registered model behind a SageMaker endpoint, and take it away again."""
+"""Put a registered model behind a SageMaker endpoint, and take it away again.
+
+Also what is done beside an endpoint: a batch transform job over a folder on S3, and bringing home
+what an endpoint was asked.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from dataclasses import replace as with_values
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 from visiontuner import interrupts
 from visiontuner.aws import endpoint
+from visiontuner.aws import transform_job as jobs
 from visiontuner.aws.account import (
     find_bucket,
     find_role,
@@ -18,6 +27,7 @@ from visiontuner.aws.account import (
     refuse_small_quotas,
     require_bucket,
 )
+from visiontuner.aws.captured_requests import Captured, capture_folder, captured
 from visiontuner.aws.endpoint import (
     ASYNC,
     CAPTURE,
@@ -41,14 +51,18 @@ from visiontuner.aws.endpoint import (
     list_endpoints,
     make_tags,
     mlflows_bucket,
+    telling_what_is_left,
 )
 from visiontuner.aws.scaling import Scaling
+from visiontuner.aws.transform_job import TransformPlan, job_name
 from visiontuner.errors import ServingError, UserMistake
 from visiontuner.io.aws import Aws
-from visiontuner.paths import tracking_uri
+from visiontuner.io.files import cannot_write, write_atomically
+from visiontuner.paths import split_folder, tracking_uri
+from visiontuner.serving.answers import Options
 from visiontuner.serving.client import Reference
 from visiontuner.serving.preflight import PreflightReport, check_instance_type, shortage
-from visiontuner.text import hours_of, next_command
+from visiontuner.text import csv_row, hours_of, next_command
 from visiontuner.workflow.preflight import preflight as run_preflight
 from visiontuner.workflow.promote import locate_model, model_folder, open_store, passed_over
 
@@ -392,3 +406,281 @@ def model_facts(located: Path | str) -> tuple[str, dict[str, Any]]:
     found = open_store().call("get_model_version", registered, version)
     lineage = {key: found.tags[key] for key in _LINEAGE if key in found.tags}
     return located, {"visiontuner.model": f"{registered}/{version}", **lineage}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformOptions(ServingOptions):
+    """What a user may choose of a transform job."""
+
+    top_k: int = 5
+    threshold: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformResult:
+    """What a job did: `output` is `s3://…`, `seconds` and `cost` are of all that is paid for."""
+
+    job: str
+    output: str
+    images: int
+    failed: int
+    seconds: float
+    cost: float | None
+
+
+def plan_transform(
+    source: str, output: str, model: str | None, options: TransformOptions
+) -> tuple[Aws, TransformPlan]:
+    """Find and check everything that a transform job needs; makes nothing.
+
+    Args:
+        source: `s3://BUCKET/FOLDER` of the images, with all below it.
+        output: `s3://BUCKET/FOLDER` for the answers.
+        model: as `deploy` takes it.
+
+    Raises:
+        UserMistake: something is missing or unfit.
+        ServingError: AWS refuses or cannot be reached.
+        TrackingError: MLflow is away or refuses.
+    """
+    folders = [_folder(source), _folder(output)]
+    if folders[1].startswith(folders[0]):
+        raise UserMistake(f"{output} lies in {source}: name a folder beside it for the answers.")
+    check_own_tags(options.tags)
+    more = options.more()
+    asked = Options.chosen(options.top_k, options.threshold)
+    aws = Aws(options.region, options.assume_role)
+    kind = options.instance_type or DEFAULT_INSTANCE
+    check_instance_type(kind, instance_types(aws, "TransformInstanceType"))
+    uri, facts = model_facts(locate_model(model))
+    jobs.require_output(aws, folders[1])
+    images, others = jobs.find_images(aws, folders[0])
+    bucket, exists = find_bucket(aws, options.bucket, default=mlflows_bucket(aws))
+    instances = options.instances or 1
+    refuse_small_quotas(aws, [f"{kind} for transform job usage"], instances)
+    name = job_name(facts["visiontuner.model"].split("/")[0])
+    price = hourly_price(aws, kind, "Transform") if options.price is None else options.price
+    return aws, TransformPlan(
+        name=name,
+        model_uri=uri,
+        source=folders[0],
+        output=f"{folders[1]}{name}.jsonl",
+        images=images,
+        others=others,
+        region=aws.region,
+        account=aws.account,
+        caller=aws.caller,
+        role=find_role(aws, options.role),
+        container_image=find_container_image(aws, options.image),
+        bucket=bucket,
+        bucket_exists=exists,
+        instance_type=kind,
+        instances=instances,
+        options=asked,
+        more=more,
+        kms_key=options.kms_key,
+        environment=options.environment,
+        tags=make_tags({**options.tags, **facts}),
+        assume_role=options.assume_role,
+        price_per_hour=price,
+    )
+
+
+def _folder(uri: str) -> str:
+    if not uri.startswith("s3://"):
+        raise UserMistake(f"`transform` takes s3://BUCKET/FOLDER twice, got {uri!r}.")
+    bucket, prefix = split_folder(uri)
+    return f"s3://{bucket}/{prefix}"
+
+
+def transform(
+    aws: Aws,
+    plan: TransformPlan,
+    *,
+    preflight: Literal["uv", "local"] | None = "uv",
+    note: Callable[[str], None],
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> TransformResult:
+    """Stage the images, run the job, join its answers to the images, and take the rest away.
+
+    What was staged, the raw answers and the model are deleted whatever happens, and a job that
+    runs is stopped.
+
+    Args:
+        preflight: serve the model here first, in such an environment; None: do not.
+
+    Raises:
+        ServingError: the preflight fails, or the job.
+    """
+    if preflight:
+        check_served(
+            plan.model_uri, preflight, instance_type=plan.instance_type, serverless_mb=None,
+            note=note,
+        )  # fmt: skip
+    with interrupts.in_order():
+        plan.make_bucket(aws, note)
+        try:
+            result = _run(aws, plan, note, progress)
+        except BaseException as error:
+            left = (
+                "something may cost money: stop it with `aws sagemaker stop-transform-job "
+                f"--transform-job-name {plan.name} --region {plan.region}`, and delete "
+                f"{plan.staged} and the model {plan.name}-model-…"
+            )
+            with telling_what_is_left("Removing what was made", left, error):
+                note("Removing what was made.")
+                jobs.stop(aws, plan.name, note)
+                jobs.remove(aws, plan)
+            raise
+        jobs.remove(aws, plan)
+        return result
+
+
+def _run(
+    aws: Aws,
+    plan: TransformPlan,
+    note: Callable[[str], None],
+    progress: Callable[[str, int, int, str], None],
+) -> TransformResult:
+    staged = jobs.stage(aws, plan, lambda done, total: progress("Staging", done, total, "images"))
+    if all(image.error is not None for one in staged for image in one.images):
+        first = staged[0].images[0]
+        raise ServingError(
+            f"None of the {len(plan.images):,} images can be read: {first.name}: {first.error}"
+        )
+    note(f"Uploading {plan.model_uri} and creating {plan.name}; this takes minutes.")
+    jobs.start(aws, plan, tracking_uri=tracking_uri())
+    seconds = jobs.follow(aws, plan, note)
+    failed = jobs.write_answers(aws, plan, jobs.join(aws, plan, staged))
+    return TransformResult(
+        job=plan.name,
+        output=plan.output,
+        images=len(plan.images),
+        failed=failed,
+        seconds=seconds * plan.instances,
+        cost=plan.cost(seconds),
+    )
+
+
+IMAGES, ANSWERS, TABLE = "images", "answers.jsonl", "answers.csv"
+_FIELDS = ("image", "time", "label", "probability", "confident", "top_k", "error", "event", "row")
+_EVENT = re.compile(r"[0-9A-Za-z-]{1,64}")
+# By what a file begins with; others keep their content and no ending.
+_ENDINGS = {
+    b"\xff\xd8\xff": ".jpg",
+    b"\x89PNG": ".png",
+    b"GIF8": ".gif",
+    b"BM": ".bmp",
+    b"II*\0": ".tif",
+    b"MM\0*": ".tif",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptureResult:
+    """What was brought home: `images` are files in `folder`, `unreadable` requests without any."""
+
+    folder: Path
+    source: str
+    images: int
+    unreadable: int
+
+
+def capture(
+    name: str,
+    *,
+    output: Path,
+    since: timedelta | None = None,
+    region: str | None = None,
+    assume_role: str | None = None,
+    progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> CaptureResult:
+    """Download what SageMaker captured of an endpoint.
+
+    `images/EVENT.jpg` (or `EVENT-ROW.jpg` where a request has several), answers.jsonl and
+    answers.csv; what is there from an earlier call stays.
+
+    Args:
+        name: of the endpoint, or `s3://…/ENDPOINT`, where it captured.
+        output: a folder, which is made.
+        since: no older requests, to the hour.
+
+    Raises:
+        UserMistake: there is no such endpoint, it captures nothing, or nothing was captured yet.
+        ServingError: AWS refuses or cannot be reached.
+    """
+    aws = Aws(region, assume_role)
+    source = capture_folder(aws, name)
+    rows = {(row["event"], row["row"]): row for row in _rows_before(output / ANSWERS)}
+    images = unreadable = 0
+    for done, total, found in captured(aws, source, since=since):
+        several = {one.event for one in found if one.row > 0}
+        for one in found:
+            path = _save(output, one, several=one.event in several) if one.content else None
+            images += path is not None
+            unreadable += path is None
+            rows[one.event, one.row] = _row(one, path)
+        progress("Reading", done, total, "objects")
+    if not rows:
+        raise UserMistake(
+            f"There is nothing in {source}. SageMaker writes what it captures some minutes after "
+            "it was asked, and nothing where the endpoint's role may not write (docs/aws.md)."
+        )
+    _write(output, sorted(rows.values(), key=lambda row: (row["time"], row["event"], row["row"])))
+    return CaptureResult(folder=output, source=source, images=images, unreadable=unreadable)
+
+
+def _save(output: Path, one: Captured, *, several: bool) -> str:
+    """Write an image unless it is there; returns its name below `output`."""
+    known = _EVENT.fullmatch(one.event)
+    event = one.event if known else hashlib.sha256(one.event.encode()).hexdigest()[:32]
+    number = f"-{one.row:02d}" if several else ""
+    name = f"{IMAGES}/{event}{number}{_ending(one.content)}"
+    path = output / name
+    if not path.exists():
+        _write_file(path, one.content)
+    return name
+
+
+def _ending(content: bytes) -> str:
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return ".webp"
+    return next((end for start, end in _ENDINGS.items() if content.startswith(start)), "")
+
+
+def _row(one: Captured, path: str | None) -> dict[str, Any]:
+    told = {"image": path, "time": one.time, **one.answer.to_dict()}
+    return {**told, "event": one.event, "row": one.row}
+
+
+def _rows_before(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    for line in path.read_text("utf-8").splitlines():
+        try:
+            row = json.loads(line)
+            _ = row["event"], row["row"], row["time"]
+        except (ValueError, LookupError, TypeError):
+            raise UserMistake(f"{path} holds no captured answers; name another --output.") from None
+        yield row
+
+
+def _write(output: Path, rows: list[dict[str, Any]]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    table = csv_row(_FIELDS) + "".join(
+        csv_row({**row, "top_k": _choices(row)}.get(name) for name in _FIELDS) for row in rows
+    )
+    _write_file(output / ANSWERS, lines.encode())
+    _write_file(output / TABLE, table.encode())
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path.parent, error) from None
+    write_atomically(path, lambda file: file.write(content))
+
+
+def _choices(row: dict[str, Any]) -> str:
+    return "; ".join(f"{c['label']} {c['probability']:.4f}" for c in row.get("top_k") or ())

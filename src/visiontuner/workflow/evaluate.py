@@ -36,7 +36,7 @@ from visiontuner.evaluation.calibration import (
     risk_coverage,
 )
 from visiontuner.evaluation.choice import Choice, edges
-from visiontuner.evaluation.front import NetworkPoint, table
+from visiontuner.evaluation.compare import NetworkPoint, front_table
 from visiontuner.evaluation.intervals import share_interval
 from visiontuner.evaluation.projection import MOST_POINTS
 from visiontuner.evaluation.report import EvaluationReport, abstention_notes, evaluate_predictions
@@ -437,7 +437,7 @@ class _Evaluation:
         if not costs:
             return []
         accuracy = self.validation.accuracy_by_network()
-        return table(
+        return front_table(
             [
                 NetworkPoint(backbone=name, accuracy=accuracy[name], cost=cost.to_dict())
                 for name, cost in costs.items()

@@ -34,7 +34,7 @@ class Leak:
     Args:
         path, split: of the image that `drop` leaves out.
         other, other_split: of the one that stays.
-        score: of `data.alignment.same_scene`; 1 for the same file.
+        score: of `data.duplicates.same_scene`; 1 for the same file.
     """
 
     path: str

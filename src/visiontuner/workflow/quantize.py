@@ -1,4 +1,4 @@
-"""Make the int8 form of a registered classifier, compare its answers, and register it."""
+"""Other forms of a model: int8, compared and registered; files for other runtimes."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from visiontuner.model.int8 import (
     quantize_classifier,
     require_float,
 )
+from visiontuner.model.runtimes import Exported, Form, export_classifier, require_runtime
 from visiontuner.paths import CLASSIFIER_FOLDER, tracking_uri
 from visiontuner.serving.client import find_classifier
 from visiontuner.serving.cost import Speed, measure_speeds
@@ -47,8 +48,8 @@ from visiontuner.serving.registry import (
 )
 from visiontuner.text import next_command
 from visiontuner.workflow.evaluate import DEFAULT_PRECISION
+from visiontuner.workflow.image_checks import novelty_of_artifact
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
-from visiontuner.workflow.known_images import novelty_of_artifact
 from visiontuner.workflow.promote import locate_model, model_folder, open_store
 
 DEFAULT_MAX_LOSS = 0.005
@@ -431,3 +432,34 @@ _TAKEN_OVER = ("visiontuner.search_id", "visiontuner.trial_id", "visiontuner.dat
 
 def _megabytes(folder: Path) -> float:
     return round((folder / NETWORK).stat().st_size / 1e6, 1)
+
+
+def export(
+    model: str | None, to: Form, folder: Path, *, observer: Observer | None = None
+) -> Exported:
+    """Write a model's network for another runtime, with all that it needs to be used.
+
+    Args:
+        model: as `preflight` takes it.
+        to: `onnx-int8` of a model in float32 is made as `quantize` does, and not registered.
+        folder: made here; must not exist, or be empty.
+
+    Raises:
+        UserMistake: there is no such model, the folder holds something, or the runtime is missing.
+        ExportError: the runtime cannot read the network, or answers differently.
+        ServingError: the int8 form loses too much accuracy.
+        TrackingError: MLflow is away or refuses.
+    """
+    require_runtime(to)
+    source = str(locate_model(model))
+    with model_folder(source) as found:
+        classifier = Classifier.load(find_classifier(found))
+        if classifier.is_int8 and to != "onnx-int8":
+            raise UserMistake(
+                f"{source} computes in int8: export it with --to onnx-int8, or export the float32 "
+                f"version, {classifier.metadata['quantization'].get('of') or 'see `lineage`'}."
+            )
+        if to != "onnx-int8" or classifier.is_int8:
+            return export_classifier(classifier, folder, to, source=source)
+    with int8_of(source, observer=observer) as (int8, _):
+        return export_classifier(int8, folder, to, source=source)

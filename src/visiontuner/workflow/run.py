@@ -40,6 +40,7 @@ from visiontuner.search.plan import (
     kept_weights,
 )
 from visiontuner.text import has_secrets, next_command
+from visiontuner.workflow.image_checks import novelty_finder
 from visiontuner.workflow.inputs import (
     Inputs,
     Observer,
@@ -47,7 +48,6 @@ from visiontuner.workflow.inputs import (
     note_findings,
     require_same_data,
 )
-from visiontuner.workflow.known_images import novelty_finder
 
 if TYPE_CHECKING:
     from visiontuner.search.run import SearchState
