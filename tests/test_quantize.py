@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -18,10 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from visiontuner.cli.main import main
 from visiontuner.data.dataset import Sample
+from visiontuner.experiment.schema import Experiment
 from visiontuner.model.classifier import Classifier
 from visiontuner.model.int8 import calibration_samples
 from visiontuner.serving.registry import log_classifier, logged_model_id
+from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
+from visiontuner.workflow.run import register_int8
 from visiontuner.workflow.train import one_training, train
 
 pytestmark = pytest.mark.slow
@@ -96,6 +99,24 @@ def test_the_int8_form_is_a_version_of_its_own_that_names_the_float32_one(home: 
     assert traced.model is not None
     assert traced.model["quantized_from"] == "models:/colours/1"
     assert "int8 of models:/colours/1" in run("lineage", "colours/2").stdout
+
+
+def test_an_experiment_can_ask_for_the_int8_form(
+    home: Path, monkeypatch: pytest.MonkeyPatch, new_database: Callable[[Path], str]
+) -> None:
+    class Notes(Silent):
+        said: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.said.append(text)
+
+    asked, silent = Experiment.parse({"package": "int8"}), Notes()
+    assert register_int8(home / "training", asked, silent) == "models:/colours/2"
+    assert register_int8(home / "training", Experiment.parse({}), silent) is None
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(home / "other.db"))
+    assert register_int8(home / "training", asked, silent) is None
+    assert silent.said[-1].startswith("warning: package: int8: ")
+    assert "not registered" in silent.said[-1]
 
 
 def test_what_is_shown_is_what_the_two_versions_answer(home: Path) -> None:

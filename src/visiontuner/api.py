@@ -124,13 +124,16 @@ class Search:
         self.record = SearchRecord.load(self.folder)
         self.model: str | None = None
         """`models:/NAME/VERSION` in MLflow, where this process registered it."""
+        self.model_int8: str | None = None
+        """Likewise its int8 form, where the experiment says `package: int8`."""
         self.tracking_problem: str | None = None
         """Why MLflow does not hold everything; `sync` writes the rest."""
 
     @classmethod
     def _of(cls, result: SearchResult) -> Search:
         search = cls(result.folder)
-        search.model, search.tracking_problem = result.model, result.tracking_problem
+        search.model, search.model_int8 = result.model, result.model_int8
+        search.tracking_problem = result.tracking_problem
         return search
 
     @property

@@ -767,6 +767,8 @@ def print_artifacts(result: SearchResult, *, said: set[str]) -> None:
         click.echo(f"  classifier: {result.classifier}")
     if result.model:
         click.echo(f"  MLflow model: {result.model} (in {result.tracking_uri})")
+    if result.model_int8:
+        click.echo(f"  its int8 form: {result.model_int8}")
     if result.tracking_problem:
         known = result.tracking_problem in said
         reason = "." if known else f": {result.tracking_problem}"

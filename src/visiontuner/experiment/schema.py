@@ -606,6 +606,7 @@ class Experiment(Section):
     training: Training = Training()
     search: Search = Search()
     rules: Rules = Rules()
+    package: Literal["float32", "int8"] = "float32"
 
     @property
     def mode(self) -> Literal["min", "max"]:

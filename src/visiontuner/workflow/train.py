@@ -57,6 +57,7 @@ from visiontuner.workflow.run import (
     open_journal,
     package_trial,
     read_record,
+    register_int8,
 )
 from visiontuner.workflow.selection import ValidationAnswers
 from visiontuner.workflow.tracking_process import BackgroundTracking
@@ -708,10 +709,11 @@ class _Training:
         with self._ending_in_order(recorder, tracking):
             if not (had_ended and is_packaged(self.folder, record)):
                 self._package(best, record)
-        problem, model = tracking.close(), None
+        problem, model, int8 = tracking.close(), None, None
         if problem is None:
             try:
                 model = tracking.register()
+                int8 = register_int8(self.folder, self.experiment, self.observer)
             except TrackingError as error:
                 problem = str(error)
         # Not before: until here the training could be gone on with.
@@ -724,6 +726,7 @@ class _Training:
             tracking_problem=problem,
             classifier=self.folder / CLASSIFIER_FOLDER,
             model=model,
+            model_int8=int8,
         )
 
     def _package(self, trial: TrialRecord, record: SearchRecord) -> None:

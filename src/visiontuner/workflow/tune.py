@@ -63,6 +63,7 @@ from visiontuner.workflow.run import (
     open_journal,
     package_trial,
     read_record,
+    register_int8,
 )
 from visiontuner.workflow.selection import (
     Kept,
@@ -508,13 +509,15 @@ class _Run:
         classifier = self._package(kept, recorder.record)
         self.observer.note("Writing to MLflow.")
         problem = tracking.close()
-        model = None
+        model, int8 = None, None
         if problem is None:
             try:
                 model = tracking.register()
+                int8 = register_int8(self.folder, self.experiment, self.observer)
             except TrackingError as error:
                 problem = str(error)
-        return self._result(state, recorder, problem, classifier=classifier, model=model)
+        parts = {"classifier": classifier, "model": model, "model_int8": int8}
+        return self._result(state, recorder, problem, **parts)
 
     def _package(self, kept: TrialRecord, record: SearchRecord) -> Path:
         if self._had_ended and is_packaged(self.folder, record):
