@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from threadpoolctl import threadpool_info
 
 from visiontuner.errors import SearchInterrupted
 from visiontuner.evaluation.baselines import (
@@ -68,6 +69,18 @@ def test_a_regression_ends_between_two_fits():
     with pytest.raises(SearchInterrupted):
         logistic_regression(features, labels, folds, num_classes=2, between_fits=stop_at_the_third)
     assert len(asked) == 3
+
+
+def test_products_take_one_thread_throughout_so_that_a_process_can_fork_beside_them():
+    """OpenBLAS joins its threads in a fork, which waits forever for one that just got work."""
+    features, labels, folds = clouds(80, 4)
+    seen = set()
+
+    def look():
+        seen.update(lib["num_threads"] for lib in threadpool_info() if lib["user_api"] == "blas")
+
+    logistic_regression(features, labels, folds, num_classes=4, between_fits=look)
+    assert seen == {1}
 
 
 def test_a_class_without_an_image_is_never_answered():

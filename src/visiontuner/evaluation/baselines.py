@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +61,25 @@ def is_affordable(images: int, feature_dim: int, classes: int) -> bool:
     return float(images) * feature_dim * classes <= _MOST_WORK and images <= _MOST_NEIGHBOURS
 
 
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """All matrix products of this process on one thread.
+
+    A second thread gains nothing on products of 20 ms, and threads that wait for one another beside
+    other programs took 17 times as long. And baselines are computed while Ray starts, which forks:
+    a fork joins OpenBLAS's threads, and waits forever for one that is given work meanwhile
+    (https://github.com/OpenMathLib/OpenBLAS/issues/2270).
+    """
+    # A second to import, which a search need not wait for as it begins. It brings SciPy's own
+    # OpenBLAS, so it comes first.
+    import sklearn.linear_model  # noqa: F401
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(limits=1):
+        yield
+
+
+@_one_blas_thread()
 def logistic_regression(
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -106,6 +126,7 @@ def logistic_regression(
     )
 
 
+@_one_blas_thread()
 def fixed_regression(
     features: NDArray[np.float32], labels: NDArray[np.int64], *, num_classes: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -122,6 +143,7 @@ def fixed_regression(
     return _path(features, labels, [penalty], num_classes)[0]
 
 
+@_one_blas_thread()
 def nearest_neighbours(
     features: NDArray[np.float32],
     labels: NDArray[np.int64],
@@ -176,9 +198,7 @@ def _path(
     A penalised regression's weights lie in the span of its images, so fewer images than features
     are first written in a basis of that span: the same answer from a smaller problem.
     """
-    # A second to import, which a search need not wait for as it begins.
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
+    from sklearn.linear_model import LogisticRegression  # a second; see above
 
     values = features.astype(np.float64)
     basis = None
@@ -192,9 +212,7 @@ def _path(
         between_fits()
         weights, biases = np.zeros((1, values.shape[1])), np.zeros(1)
         if len(present) > 1:
-            # Products of 20 ms: a second thread gains nothing on them, and threads that wait for
-            # one another beside other programs took 17 times as long.
-            with threadpool_limits(limits=1), warnings.catch_warnings():
+            with warnings.catch_warnings():
                 # The loss on other images decides.
                 warnings.filterwarnings("ignore", "lbfgs failed to converge")
                 model.set_params(C=penalty).fit(values, labels)
