@@ -178,6 +178,16 @@ class Model(Section):
     weights: Annotated[str, Field(min_length=1)] = "default"
     image_size: Annotated[int, Field(ge=16, le=2048)] | None = None
     train: Literal["head", "last_stage", "all"] = "head"
+    views: Literal[1, "flip"] = 1
+
+    @model_validator(mode="after")
+    def _views_are_of_a_frozen_network(self) -> Self:
+        if self.views == "flip" and self.train != "head":
+            raise told(
+                "model.views: flip averages the features of a frozen network, and model.train is "
+                f"{self.train}; leave one of them out"
+            )
+        return self
 
 
 class Augmentation(Section):
@@ -686,6 +696,15 @@ class Experiment(Section):
     def refits(self) -> bool:
         """Whether the kept configuration is trained again on train and validation together."""
         return self.can_fold and self.training.refit != "off"
+
+    @model_validator(mode="after")
+    def _views_are_of_images_as_they_are(self) -> Self:
+        if self.model.views == "flip" and self.trains_on_images:
+            raise told(
+                "model.views: flip averages features, and with training.augmentation none are "
+                "kept; leave one of them out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_be_validated_so(self) -> Self:

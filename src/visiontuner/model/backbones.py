@@ -380,8 +380,30 @@ class BackboneInfo:
     image_size: int | None = None
 
 
+class MirroredViews(nn.Module):
+    """The mean of a network's features of an image and of its mirror image.
+
+    Args:
+        network: float32 (B, 3, H, W) -> (B, D).
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Both in one batch: float32 (B, 3, H, W) -> (B, D)."""
+        features: Tensor = self.network(torch.cat([images, images.flip(3)]))
+        return features.reshape(2, -1, features.shape[1]).mean(dim=0)
+
+
 def load_backbone(
-    name: str, *, weights: str = "default", image_size: int | None = None, cache: Path
+    name: str,
+    *,
+    weights: str = "default",
+    image_size: int | None = None,
+    views: Literal[1, "flip"] = 1,
+    cache: Path,
 ) -> Backbone:
     """A network by name, ready to give features.
 
@@ -390,6 +412,7 @@ def load_backbone(
         weights: `default` (the pretrained ones), `none` (random, the same each time), the path of
             a state dict, or its https:// URL. The head in a state dict is ignored.
         image_size: side of the network's input, pixels; default: what it was trained with.
+        views: `flip` for the mean of the features of an image and of its mirror image.
         cache: where downloads are kept.
 
     Raises:
@@ -400,7 +423,8 @@ def load_backbone(
         network = _build(name, image_size, cache)
         if weights != "none":
             _load(network, name, weights, cache)
-    module = network.module.eval().requires_grad_(False)
+    module = network.module if views == 1 else MirroredViews(network.module)
+    module = module.eval().requires_grad_(False)
     return Backbone(
         name=name,
         module=module,

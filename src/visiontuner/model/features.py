@@ -81,6 +81,7 @@ def describe_backbone(
     *,
     weights: str,
     image_size: int | None,
+    views: Literal[1, "flip"] = 1,
     cache: Path,
     load: Callable[[], BackboneDescription],
 ) -> BackboneDescription:
@@ -92,6 +93,7 @@ def describe_backbone(
     identity = _identity(name, weights, image_size)
     if identity is None:
         return load()
+    identity += [views] if views != 1 else []
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:32]
     path = cache / "backbones" / f"{key}.json"
     known = _read(path)

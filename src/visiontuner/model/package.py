@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import ClassifierError, ExportError
-from visiontuner.model.backbones import Backbone
+from visiontuner.model.backbones import Backbone, MirroredViews
 from visiontuner.model.classifier import (
     DESCRIPTION,
     FEATURES,
@@ -212,6 +212,8 @@ def _read_head(path: Path, backbone: Backbone, class_names: Sequence[str]) -> di
 
 def _write_weights(trained: _Trained, path: Path, class_names: Sequence[str]) -> None:
     module, head = trained.backbone.module, trained.head
+    if isinstance(module, MirroredViews):  # the same weights begin a training with one view
+        module = module.network
     tensors = {f"backbone.{name}": t for name, t in module.state_dict().items()}
     tensors |= {f"head.{name}": tensor for name, tensor in head.items()}
     write_tensors(
@@ -237,6 +239,7 @@ def _description(
             **metadata,
             "train": trained.train,
             "backbone": trained.backbone.name,
+            "views": "flip" if isinstance(trained.backbone.module, MirroredViews) else 1,
             "weights_digest": trained.backbone.weights_digest,
             "weights_licence": trained.backbone.weights_licence,
         },

@@ -335,6 +335,7 @@ class _FeatureWorker:
             settings.backbone,
             weights=settings.weights,
             image_size=settings.image_size,
+            views=settings.views,
             cache=cache,
         )
         self._engine = make_engine(self._backbone, precision=precision, cache=cache)

@@ -113,7 +113,7 @@ def _why_not_told(theirs: Experiment, ours: Experiment, *, same_classes: bool) -
         return "the classes are others"
     if theirs.objective != ours.objective:
         return f"the objective was {theirs.objective} and is {ours.objective}"
-    for name in ("train", "image_size", "weights"):
+    for name in ("train", "image_size", "weights", "views"):
         old, new = getattr(theirs.model, name), getattr(ours.model, name)
         if old != new:
             return f"model.{name} was {old} and is {new}"

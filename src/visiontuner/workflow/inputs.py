@@ -278,6 +278,7 @@ class Inputs:
                     model.backbone,
                     weights=model.weights,
                     image_size=model.image_size,
+                    views=model.views,
                     cache=self.cache,
                 )
             return self._backbone
@@ -298,6 +299,7 @@ class Inputs:
             model.backbone,
             weights=model.weights,
             image_size=model.image_size,
+            views=model.views,
             cache=self.cache,
             load=load or unknown,
         )
