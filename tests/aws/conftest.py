@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
+
+from visiontuner.cli.main import main
+from visiontuner.journal import read_events
+from visiontuner.paths import JOURNAL_FILE
 
 HERE = Path(__file__).parent
 REGION = "eu-west-1"
@@ -52,15 +62,22 @@ class Aws:
     environment: dict[str, str]
     jobs: Path
     process: subprocess.Popen[str]
+    _clients: dict[tuple[str, str], Any] = field(default_factory=dict)
 
     def client(self, service: str, region: str = REGION) -> Any:
+        """May do everything, and is made once: to make one takes longer than most requests."""
+        if (service, region) not in self._clients:
+            self._clients[service, region] = self._new_client(service, region)
+        return self._clients[service, region]
+
+    def _new_client(self, service: str, region: str = REGION) -> Any:
         import boto3
 
         return boto3.client(
             service,
             region_name=region,
             endpoint_url=self.url,
-            aws_access_key_id="preparing",  # may do everything; "testing" runs the commands
+            aws_access_key_id="preparing",  # "testing" runs the commands
             aws_secret_access_key="testing",
         )
 
@@ -75,7 +92,7 @@ class Aws:
 
     def take_bucket(self, name: str) -> None:
         """Another account makes a bucket and lets everybody write to it."""
-        s3 = self.client("s3")
+        s3 = self._new_client("s3")
         s3.meta.events.register(
             "before-sign.s3",
             lambda request, **_: request.headers.add_header("x-moto-account-id", "210987654321"),
@@ -150,6 +167,16 @@ class Aws:
         }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _service_models_are_read_once() -> Iterator[None]:
+    """Each session of boto3 reads them anew, up to a second for a command that asks SageMaker."""
+    import botocore.session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(botocore.session, "create_loader", cache(botocore.session.create_loader))
+        yield
+
+
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory: pytest.TempPathFactory, calls_of_all_tests: Path) -> Iterator[Aws]:
     """The server; its resources are of all tests, see `aws`."""
@@ -194,6 +221,8 @@ def aws(stand_in: Aws, monkeypatch: pytest.MonkeyPatch) -> Aws:
     import boto3
 
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    # The stand-in's endpoints are there at once, once their server runs.
+    monkeypatch.setattr("visiontuner.aws.endpoint._FIRST_POLL_SECONDS", 0.05)
     return stand_in
 
 
@@ -248,6 +277,25 @@ class DirectedJobs:
                 key = f"{prefix}/checkpoints/search/{path.relative_to(search)}"
                 self.aws.client("s3").put_object(Bucket=bucket, Key=key, Body=path.read_bytes())
 
+    def keep_archive(self, job: str, search: Path) -> None:
+        """The model.tar.gz of a search as it is now."""
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+            tar.add(search, "search")
+        place = self.describe(job)["ModelArtifacts"]["S3ModelArtifacts"].removeprefix("s3://")
+        bucket, _, key = place.partition("/")
+        self.aws.client("s3").put_object(Bucket=bucket, Key=key, Body=packed.getvalue())
+
+    def direct_next(self, search: Path) -> None:
+        """The next job, whatever its image, completes with a search."""
+        self.aws.client("s3").put_object(Bucket="directed-jobs", Key="all", Body=b"true")
+        sagemaker = self.aws.client("sagemaker")
+        while not (jobs := sagemaker.list_training_jobs()["TrainingJobSummaries"]):
+            time.sleep(0.1)
+        name = jobs[0]["TrainingJobName"]
+        self.keep_archive(name, search)
+        self.direct(name, status="Completed", seconds=60)
+
     def log(self, job: str, *lines: str) -> None:
         """Lines of its first host in CloudWatch."""
         logs = self.aws.client("logs")
@@ -289,6 +337,110 @@ def hosts_allowed() -> None:
         pytest.skip(probe.stdout or probe.stderr.strip()[-200:])
 
 
+class RunningJobs:
+    """The jobs of one search, one after the other; the command line submits and fetches them."""
+
+    bucket = "searches"
+
+    def __init__(self, aws: Aws) -> None:
+        self.aws = aws
+        self.s3, self.sagemaker = aws.client("s3"), aws.client("sagemaker")
+        self.names: list[str] = []
+        image = aws.put_image(tag="1", repository="training")
+        self.flags = ["--on", "sagemaker", "--image", image, "--price", "2", "--yes", "--no-wait"]
+
+    @property
+    def name(self) -> str:
+        return self.names[-1]
+
+    def host(self, name: str = "algo-1") -> Path:
+        return Path(self.aws.jobs) / self.name / name
+
+    def submit(self, *arguments: str) -> None:
+        """The first job, or with `--resume` the next."""
+        done = self.run("tune", *self.flags, *arguments)
+        assert done.exit_code == 0, done.output
+        lines = [line for line in done.stdout.splitlines() if line.startswith("Submitted ")]
+        self.names.append(lines[0].split()[-1].rstrip("."))
+
+    def resume(self) -> None:
+        self.submit("--resume", self.name)
+
+    def stop(self) -> None:
+        """To the hosts it is what a spot interruption is: SIGTERM."""
+        assert self.run("stop", self.name).exit_code == 0
+
+    def kill(self, host: str) -> None:
+        os.kill(int((self.host(host) / "pid").read_text()), signal.SIGKILL)
+
+    def status(self) -> str:
+        told = self.sagemaker.describe_training_job(TrainingJobName=self.name)
+        return str(told["TrainingJobStatus"])
+
+    def when(self, condition: Callable[[], Any]) -> None:
+        """Return when something is the case while the job runs."""
+
+        def looked() -> bool:
+            assert self.status() == "InProgress", self.log()
+            return bool(condition())
+
+        until(looked)
+
+    def come_home(self) -> Result:
+        """What `attach` says, once the job has ended."""
+        until(lambda: self.status() not in ("InProgress", "Stopping"))
+        return self.run("attach", self.name, "--output", "home")
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """Of the journal on the head's own disk."""
+        folder = self.host() / "ml/checkpoints/search"
+        there = read_events(folder).events if (folder / JOURNAL_FILE).exists() else []
+        return [event for event in there if event["event"] == kind]
+
+    def kept(self) -> list[dict[str, Any]]:
+        """The events of the journal that S3 has."""
+        described = self.sagemaker.describe_training_job(TrainingJobName=self.name)
+        prefix = described["CheckpointConfig"]["S3Uri"].removeprefix(f"s3://{self.bucket}/")
+        key = f"{prefix}/search/{JOURNAL_FILE}"
+        try:
+            body = self.s3.get_object(Bucket=self.bucket, Key=key)["Body"]
+        except self.s3.exceptions.NoSuchKey:
+            return []
+        return [json.loads(line) for line in body.read().split(b"\n")[:-1]]
+
+    def log(self) -> str:
+        folder = self.host().parent
+        files = [folder / "runner.log", *sorted(folder.glob("algo-*/log"))]
+        return "\n".join(f.read_text(errors="replace")[-4000:] for f in files if f.exists())
+
+    def end(self) -> None:
+        if self.names and self.status() == "InProgress":
+            self.sagemaker.stop_training_job(TrainingJobName=self.name)
+            until(lambda: self.status() not in ("InProgress", "Stopping"))
+
+    @staticmethod
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments))
+
+
+def until(condition: Callable[[], Any], *, seconds: float = 200) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)  # to ask more often costs more than the wait
+
+
+@pytest.fixture
+def running_jobs(hosts_allowed: None, aws: Aws) -> Iterator[RunningJobs]:  # noqa: ARG001
+    """An account with a role and the bucket of a search, whose jobs really run."""
+    aws.put_role("training")
+    place = {"LocationConstraint": REGION}
+    aws.client("s3").create_bucket(Bucket=RunningJobs.bucket, CreateBucketConfiguration=place)
+    jobs = RunningJobs(aws)
+    yield jobs
+    jobs.end()
+
+
 _PROXIES = ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -319,6 +471,24 @@ def newest_search(tmp_path: Path) -> Path:
     search = journals.Search(tmp_path / "searches/colours-1", name="colours")
     search.begin()
     return Path(search.folder)
+
+
+@pytest.fixture
+def packaged_search(tmp_path: Path, colour_classifier: Path) -> Callable[[str], Path]:
+    """Makes the folder of a finished search of this name, with a classifier of colours."""
+
+    def make(name: str) -> Path:
+        search = journals.Search(tmp_path / "packaged", name=name)
+        search.begin()
+        search.trial(1)
+        search.finish()
+        shutil.copytree(colour_classifier, search.folder / "classifier")
+        path = search.folder / "classifier/classifier.json"
+        made_from = {"metadata": {"trial_id": "t0001"}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | made_from))
+        return Path(search.folder)
+
+    return make
 
 
 @pytest.fixture(scope="session")

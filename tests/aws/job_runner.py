@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -46,6 +47,7 @@ from namespaces import Hosts, first_process
 TREE = ("input/config", "input/data", "model", "output/data", "checkpoints", "tmp", "scratch")
 MARKERS = (".sagemaker-uploading", ".sagemaker-uploaded")
 SYNC_SECONDS = 1.0
+QUICK = Path(__file__).with_name("quick_hosts")  # the job's wait for uploads follows SYNC_SECONDS
 TRANSFERS = 8  # side by side
 REASON_LENGTH = 1024
 
@@ -106,7 +108,7 @@ class Job:
             (host.ml / part).mkdir(parents=True, exist_ok=True)
         for channel in self.request.get("InputDataConfig", []):
             uri = channel["DataSource"]["S3DataSource"]["S3Uri"]
-            self._download(uri, host.ml / "input/data" / channel["ChannelName"])
+            self._download(uri, host.ml / "input/data" / channel["ChannelName"], kept=True)
         checkpoints = self.request.get("CheckpointConfig")
         if checkpoints:
             self._download(checkpoints["S3Uri"], host.ml / "checkpoints")
@@ -148,6 +150,7 @@ class Job:
                 ml=host.ml,
                 environment={
                     "PATH": os.environ["STAND_IN_PATH"],
+                    "PYTHONPATH": str(QUICK),
                     "HOME": "/opt/ml/tmp",
                     "AWS_REGION": region,
                     "TRAINING_JOB_NAME": self.name,
@@ -207,7 +210,12 @@ class Job:
         reason = f"AlgorithmError: {told[0] if told else ''}, exit code: {max(codes.values())}"
         return {"status": "Failed", "secondary": "Failed", "reason": reason[:REASON_LENGTH]}
 
-    def _download(self, uri: str, folder: Path) -> None:
+    def _download(self, uri: str, folder: Path, *, kept: bool = False) -> None:
+        """Put the objects below a prefix into a folder.
+
+        Args:
+            kept: the files are only read, so that other hosts and later jobs get links to them.
+        """
         bucket, prefix = _split(uri)
         folder.mkdir(parents=True, exist_ok=True)
         work = []
@@ -216,8 +224,21 @@ class Job:
                 name = entry["Key"][len(prefix) :].lstrip("/") or Path(entry["Key"]).name
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                work.append(partial(self.s3.download_file, bucket, entry["Key"], str(path)))
+                fetch = self._link if kept else self._fetch
+                work.append(partial(fetch, bucket, entry, path))
         _side_by_side(work)
+
+    def _fetch(self, bucket: str, entry: dict[str, Any], path: Path) -> None:
+        self.s3.download_file(bucket, entry["Key"], str(path))
+
+    def _link(self, bucket: str, entry: dict[str, Any], path: Path) -> None:
+        content = self.folder.parent / "objects" / entry["ETag"].strip('"')
+        if not content.exists():
+            content.parent.mkdir(exist_ok=True)
+            part = content.with_name(f"{content.name}-{secrets.token_hex(4)}")
+            self._fetch(bucket, entry, part)
+            part.replace(content)
+        path.hardlink_to(content)
 
     def _upload_checkpoints(self) -> None:
         """What has changed on a host that runs goes to the one place in S3, deletions as well."""

@@ -1,6 +1,7 @@
 """More of SageMaker's jobs for the stand-in: what moto lacks, and jobs that a test directs.
 
-A job whose image has `directed` in its name runs nothing: it is in progress until the object
+A job whose image has `directed` in its name, or any while the object `all` is in the bucket
+`directed-jobs`, runs nothing: it is in progress until the object
 JOB.json in the bucket `directed-jobs` says otherwise, `{"status": …, "secondary": …, "reason": …,
 "seconds": …}`, and stopped when it is asked to stop. Tuning jobs have the training jobs whose names
 begin with theirs; TUNING-JOB.json says the same of each by its name, with `tuned` (parameters),
@@ -40,8 +41,9 @@ def _read(response: Any, key: str) -> Any:
     return json.loads(buckets[BUCKET].keys[key].value)
 
 
-def _is_directed(request: dict[str, Any]) -> bool:
-    return "directed" in request["AlgorithmSpecification"].get("TrainingImage", "")
+def _is_directed(response: Any, request: dict[str, Any]) -> bool:
+    named = "directed" in request["AlgorithmSpecification"].get("TrainingImage", "")
+    return named or _read(response, "all") is not None
 
 
 def simulate_principal_policy(_: Any) -> Any:
@@ -128,7 +130,7 @@ def install() -> None:
                 f"The account-level service limit '{NO_QUOTA} for training job usage' is 0 "
                 "Instances, with current utilization of 0 Instances and a request delta of 1."
             )
-        if not _is_directed(request):
+        if not _is_directed(self, request):
             return create(self)
         result = plain(self)
         job = self.sagemaker_backend.training_jobs[request["TrainingJobName"]]
