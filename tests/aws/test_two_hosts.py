@@ -1,14 +1,10 @@
-"""Searches over two hosts of a training job, each with its own files, network and processes."""
+"""A search over two hosts of a training job, each with its own files, network and processes."""
 
 import json
 import os
-import secrets
-import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +13,18 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from visiontuner.io.s3 import upload_folder
 from visiontuner.journal import SearchRecord, read_events
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker"),
+]
 
-BUCKET = "searches"
-TRIALS = 16
-
-
-@pytest.fixture
-def account(request: pytest.FixtureRequest, aws: Any, images: Path) -> Any:
-    """A role that SageMaker may use, and the coloured images on S3."""
-    request.getfixturevalue("hosts_allowed")
-    aws.put_role("training")
-    s3 = aws.client("s3")
-    place = {"LocationConstraint": os.environ["AWS_DEFAULT_REGION"]}
-    s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place)
-    upload(s3, images, "images")
-    return aws
-
-
-def upload(s3: Any, folder: Path, prefix: str) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and "__pycache__" not in path.parts:
-            s3.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
+EPOCHS, TRIALS = 40, 8
+SPLITS = {"train": 180, "valid": 12}  # images of a class: more than one shard of features holds
 
 
 def runs_by_trial(uri: str) -> dict[str, Any]:
@@ -95,208 +79,98 @@ def hosts_of(folder: Path) -> set[str]:
     return {e["host"] for e in read_events(folder).events if e["event"] == "trial_ended"}
 
 
-def test_a_search_on_two_hosts_comes_home_with_the_numbers_of_a_local_one(
-    account: Any,
+@pytest.fixture
+def jobs(
+    running_jobs: Any,
     small_search: dict[str, Any],
-    shared_cache: Path,
     new_database: Callable[[Path], str],
     tmp_path: Path,
-) -> None:
-    images = tmp_path / "many"
-    draw_many(images, {"train": 340, "valid": 12})
-    upload(account.client("s3"), images, "many")
+    monkeypatch: pytest.MonkeyPatch,
+) -> Any:
+    """Images on S3, and an experiment over them in this folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", new_database(tmp_path / "mlflow.db"))
+    draw_many(tmp_path / "many", SPLITS)
+    upload_folder(tmp_path / "many", f"s3://{running_jobs.bucket}/many")
     experiment = json.loads(json.dumps(small_search))
-    experiment["search"]["trials"] = 6
-    experiment["data"] = {"source": f"s3://{BUCKET}/many/"}
+    experiment["data"] = {"source": f"s3://{running_jobs.bucket}/many/"}
+    experiment["training"]["epochs"] = EPOCHS
+    experiment["search"] |= {"trials": TRIALS, "baselines": False}
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
-    uri = new_database(tmp_path / "mlflow.db")
-    environment = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": uri,
-        "VISIONTUNER_CACHE": str(shared_cache),
-    }
-
-    def tune(*arguments: str) -> str:
-        command = [sys.executable, "-m", "visiontuner", "tune", "--experiment", "experiment.yaml"]
-        done = subprocess.run(
-            [*command, *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout + done.stderr
-
-    image = account.put_image(tag="2.14-gpu", repository="pytorch-training")
-    job = ("--on", "sagemaker", "--instances", "2", "--image", image, "--price", "1.4", "--yes")
-    said = tune(*job, "--output", "far")
-    far = SearchRecord.load(tmp_path / "far")
-
-    assert len(far.trials) == 6
-    assert hosts_of(tmp_path / "far") == {"algo-1", "algo-2"}
-    (ready,) = [e for e in read_events(tmp_path / "far").events if e["event"] == "features_ready"]
-    assert ready["computed"] == 3 * (340 + 12)
-    assert ready["engine"].startswith("2 machines or GPUs, each by ONNX Runtime")
-    runs = runs_by_trial(uri)
-    assert runs.keys() == far.trials.keys()
-    assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    assert "models:/colours/1" in said
-    assert MlflowClient(uri).get_model_version("colours", "1").status == "READY"
-    # Nothing of this search is SageMaker's: its SDK could not even be imported.
-    (tmp_path / "poison").mkdir()
-    (tmp_path / "poison/sagemaker.py").write_text("raise SystemExit('imported the SDK')")
-    paths = [str(tmp_path / "poison"), os.environ.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    tune("--data", str(images), "--output", "near")
-    near = SearchRecord.load(tmp_path / "near")
-    assert curves(far) == curves(near)
-    held, here = written(uri, far), written(uri, near)
-    assert held.keys() == here.keys()
-    for name in near.trials:  # a regression's last digits depend on the number of threads
-        assert held[name] == here[name], name
+    running_jobs.flags += ["--instances", "2"]
+    return running_jobs
 
 
-class Job:
-    """A training job made by hand, without a package to install: what the SDK adds is not here."""
-
-    def __init__(self, account: Any, folder: Path, experiment: dict[str, Any]) -> None:
-        import visiontuner
-
-        self.account = account
-        self.s3, self.sagemaker = account.client("s3"), account.client("sagemaker")
-        self.folder = folder
-        self.names: list[str] = []
-        code = folder / "code"
-        ignored = shutil.ignore_patterns("__pycache__")
-        package = Path(visiontuner.__file__).parent
-        shutil.copytree(package, code / "visiontuner", ignore=ignored)
-        orders = {
-            "checkpoints": "/opt/ml/checkpoints",
-            "token": secrets.token_hex(32),
-            "tracking_uri": None,
-        }
-        (code / "job.json").write_text(json.dumps(orders))
-        experiment = experiment | {"data": {"source": "/opt/ml/input/data/images"}}
-        (code / "experiment.yaml").write_text(json.dumps(experiment))
-        upload(self.s3, code, "code")
-
-    def start(self) -> Path:
-        """A new job on the same checkpoints; the folder of its hosts."""
-        name = f"search-{secrets.token_hex(4)}"
-        command = "cd /opt/ml/input/data/code && exec python -m visiontuner.aws.container"
-        self.sagemaker.create_training_job(
-            TrainingJobName=name,
-            RoleArn="arn:aws:iam::123456789012:role/training",
-            AlgorithmSpecification={
-                "TrainingImage": "image",
-                "TrainingInputMode": "File",
-                "ContainerEntrypoint": ["/bin/bash"],
-                "ContainerArguments": ["-c", command],
-            },
-            ResourceConfig={
-                "InstanceCount": 2,
-                "InstanceType": "ml.g5.xlarge",
-                "VolumeSizeInGB": 1,
-            },
-            InputDataConfig=[self._channel("code"), self._channel("images")],
-            CheckpointConfig={"S3Uri": f"s3://{BUCKET}/checkpoints"},
-            OutputDataConfig={"S3OutputPath": f"s3://{BUCKET}/output"},
-            StoppingCondition={"MaxRuntimeInSeconds": 300},
-        )
-        self.names.append(name)
-        return Path(self.account.jobs) / name
-
-    def events(self, hosts: Path, kind: str) -> list[dict[str, Any]]:
-        """Of the journal on the head's own disk."""
-        folder = hosts / "algo-1/ml/checkpoints/search"
-        if not (folder / "journal.jsonl").exists():
-            return []
-        return [event for event in read_events(folder).events if event["event"] == kind]
-
-    def when(self, hosts: Path, condition: Callable[[], Any]) -> None:
-        deadline = time.monotonic() + 400
-        while not condition():
-            assert self.status() == "InProgress", self.logs(hosts)
-            assert time.monotonic() < deadline, self.logs(hosts)
-            time.sleep(0.2)
-
-    def status(self, name: str | None = None) -> str:
-        described = self.sagemaker.describe_training_job(TrainingJobName=name or self.names[-1])
-        return str(described["TrainingJobStatus"])
-
-    def end(self, hosts: Path) -> str:
-        deadline = time.monotonic() + 400
-        while (status := self.status()) in ("InProgress", "Stopping"):
-            assert time.monotonic() < deadline, self.logs(hosts)
-            time.sleep(0.2)
-        return status
-
-    def checkpoints(self) -> Path:
-        """What lies on S3 for the next job."""
-        folder = self.folder / f"checkpoints-{len(self.names)}"
-        pages = self.s3.get_paginator("list_objects_v2")
-        for page in pages.paginate(Bucket=BUCKET, Prefix="checkpoints/search/"):
-            for entry in page["Contents"]:
-                path = folder / entry["Key"].removeprefix("checkpoints/search/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.s3.download_file(BUCKET, entry["Key"], str(path))
-        return folder
-
-    def logs(self, hosts: Path) -> str:
-        files = [hosts / "runner.log", *sorted(hosts.glob("algo-*/log"))]
-        return "\n".join(path.read_text(errors="replace")[-3000:] for path in files)
-
-    def _channel(self, name: str) -> dict[str, Any]:
-        source = {"S3DataType": "S3Prefix", "S3Uri": f"s3://{BUCKET}/{name}"}
-        return {"ChannelName": name, "DataSource": {"S3DataSource": source}}
-
-
-@pytest.fixture
-def job(account: Any, small_search: dict[str, Any], tmp_path: Path) -> Iterator[Job]:
-    experiment = json.loads(json.dumps(small_search))
-    experiment["training"]["epochs"] = 60
-    experiment["search"]["trials"] = TRIALS
-    job = Job(account, tmp_path, experiment)
-    yield job
-    for name in job.names:
-        if job.status(name) == "InProgress":
-            job.sagemaker.stop_training_job(TrainingJobName=name)
-            job.end(Path(job.account.jobs) / name)
-
-
-def test_an_interrupted_search_on_two_hosts_goes_on_and_survives_the_loss_of_one(job: Job) -> None:
-    hosts = job.start()
-    job.when(hosts, lambda: len(job.events(hosts, "trial_ended")) >= 3)
-    # To the hosts it is what a spot interruption is: SIGTERM.
-    job.sagemaker.stop_training_job(TrainingJobName=job.names[-1])
-    assert job.end(hosts) == "Stopped", job.logs(hosts)
-    before = SearchRecord.load(job.checkpoints())
+def test_a_search_that_was_stopped_and_lost_a_host_comes_home_with_the_numbers_of_a_local_one(
+    jobs: Any, shared_cache: Path, tmp_path: Path
+) -> None:
+    jobs.submit("--experiment", "experiment.yaml", "--bucket", jobs.bucket)
+    jobs.when(lambda: len(jobs.events("trial_ended")) >= 2)
+    jobs.stop()
+    came = jobs.come_home()
+    assert came.exit_code == 130, came.output + jobs.log()
+    before = SearchRecord.load(tmp_path / "home")
     finished = {trial_id for trial_id, trial in before.trials.items() if trial.finished}
-    assert 3 <= len(finished) < TRIALS
+    assert 2 <= len(finished) < TRIALS
     assert before.ended is not None
     assert before.ended["state"] == "interrupted"
 
-    hosts = job.start()
-    job.when(hosts, lambda: ran_on(job.events(hosts, "trial_ended"), "algo-2", after=finished))
-    os.kill(int((hosts / "algo-2/pid").read_text()), signal.SIGKILL)
-    assert job.end(hosts) == "Completed", job.logs(hosts)
-
-    folder = job.checkpoints()
-    after = SearchRecord.load(folder)
-    assert len(after.trials) == TRIALS
-    assert {trial.state for trial in after.trials.values()} == {"completed"}
-    ended = [e for e in read_events(folder).events if e["event"] == "trial_ended"]
-    done = [e["trial_id"] for e in ended if e["state"] == "completed"]
-    assert sorted(done) == sorted(after.trials), "a finished trial ran again"
-    assert {t: curves(before)[t] for t in finished} == {t: curves(after)[t] for t in finished}
-    lost = [e["trial_id"] for e in ended if e["reason"] == "its worker died"]
+    jobs.resume()
+    jobs.when(lambda: ran_on(jobs.events("trial_ended"), "algo-2", after=finished))
+    jobs.kill("algo-2")
+    came = jobs.come_home()
+    assert came.exit_code == 0, came.output + jobs.log()
+    assert "in 2 jobs" in came.stdout
+    assert "MLflow model: models:/colours/1" in came.stdout
+    far, events = SearchRecord.load(tmp_path / "home"), read_events(tmp_path / "home").events
+    assert len(far.trials) == TRIALS
+    assert {trial.state for trial in far.trials.values()} == {"completed"}
+    ended = [event for event in events if event["event"] == "trial_ended"]
+    assert {event["host"] for event in ended if "host" in event} == {"algo-1", "algo-2"}
+    done = [event["trial_id"] for event in ended if event["state"] == "completed"]
+    assert sorted(done) == sorted(far.trials), "a finished trial ran again"
+    lost = [event["trial_id"] for event in ended if event["reason"] == "its worker died"]
     assert len(lost) == 1
-    assert after.trials[lost[0]].attempt > 1
-    computed = [e["computed"] for e in read_events(folder).events if e["event"] == "features_ready"]
-    assert computed == [42, 0]
-    assert (folder / "classifier/classifier.json").is_file()
+    assert far.trials[lost[0]].attempt > 1
+    ready = [event for event in events if event["event"] == "features_ready"]
+    assert [event["computed"] for event in ready] == [3 * sum(SPLITS.values()), 0]
+    assert ready[0]["engine"].startswith("2 machines or GPUs, each by ONNX Runtime")
+
+    uri = os.environ["MLFLOW_TRACKING_URI"]
+    runs = runs_by_trial(uri)
+    assert runs.keys() == far.trials.keys()
+    assert {run.info.status for run in runs.values()} == {"FINISHED"}
+    assert MlflowClient(uri).get_model_version("colours", "1").status == "READY"
+
+    near = search_here(tmp_path, shared_cache)
+    assert curves(far) == curves(near)
+    held, here = written(uri, far), written(uri, near)
+    assert held.keys() == here.keys()
+    for trial_id, trial in far.trials.items():
+        if trial.attempt == 1:  # of others MLflow tells that they were interrupted
+            assert held[trial_id] == here[trial_id], trial_id
+
+
+def search_here(folder: Path, cache: Path) -> SearchRecord:
+    """The same search on this machine, where the SDK could not even be imported."""
+    (folder / "poison").mkdir()
+    (folder / "poison/sagemaker.py").write_text("raise SystemExit('imported the SDK')")
+    paths = [str(folder / "poison"), os.environ.get("PYTHONPATH", "")]
+    flags = ["--experiment", "experiment.yaml", "--data", "many", "--output", "near"]
+    done = subprocess.run(
+        [sys.executable, "-m", "visiontuner", "tune", *flags],
+        cwd=folder,
+        env={
+            **os.environ,
+            "VISIONTUNER_CACHE": str(cache),
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        },
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return SearchRecord.load(folder / "near")
 
 
 def draw_many(folder: Path, counts: dict[str, int]) -> None:
