@@ -1,4 +1,7 @@
-"""What works without the SageMaker SDK: everything but the submitting of jobs."""
+"""What works without the SageMaker SDK: everything but the submitting of jobs.
+
+That a search does is tested in test_secrets_and_connections.py.
+"""
 
 import json
 import os
@@ -6,61 +9,52 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-# Stands in the SDK's place for a command and all processes that it starts.
-POISON = """
-from pathlib import Path
-
-Path(__file__).with_name("imported").touch()
-raise ImportError("the SageMaker SDK")
+# Hears of each look for the SDK, and runs commands one after the other.
+SCRIPT = """
+import json, sys
+class Hearing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "sagemaker":
+            print("looked for the SDK", flush=True)
+sys.meta_path.insert(0, Hearing())
+from visiontuner.cli.main import main
+for arguments in json.loads(sys.argv[1]):
+    print(">>>", *arguments, flush=True)
+    try:
+        main(arguments, prog_name="visiontuner")
+    except SystemExit:
+        pass
 """
 
 
 @pytest.mark.usefixtures("aws")
-def test_a_local_search_and_questions_to_models_never_import_the_sdk(
-    images: Path,
-    small_search: dict[str, Any],
-    shared_cache: Path,
-    new_database: Callable[[Path], str],
-    tmp_path: Path,
+def test_help_and_questions_to_models_never_import_the_sdk(
+    colour_classifier: Path, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    poison = tmp_path / "poison"
-    poison.mkdir()
-    (poison / "sagemaker.py").write_text(POISON)
-    experiment = {
-        **small_search,
-        "data": {"source": str(images)},
-        "training": {"epochs": 1},
-        "search": {**small_search["search"], "trials": 1},
+    (tmp_path / "red.png").write_bytes(make_image("red"))
+    commands = {
+        "--help": "Usage: visiontuner",
+        "tune --help": "Usage: visiontuner tune",
+        "query --help": "Usage: visiontuner query",
+        f"query --model {colour_classifier} red.png": "red",
+        "query nobody red.png": "nobody",  # it gets as far as SageMaker
+        "jobs": "None.",
+        "attach nobody": "There is no training job 'nobody'",
     }
-    (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(poison), os.environ.get("PYTHONPATH")])),
-        "VISIONTUNER_CACHE": str(shared_cache),
-        "MLFLOW_TRACKING_URI": new_database(tmp_path / "mlflow.db"),
-    }
-
-    def visiontuner(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "visiontuner", *arguments],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-        assert not (poison / "imported").exists(), arguments
-        return done.stdout + done.stderr
-
-    image = str(next(images.rglob("*.png")))
-    assert "MLflow model: models:/colours/1" in visiontuner(
-        "tune", "--experiment", "experiment.yaml", "--output", "search"
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([command.split() for command in commands])],
+        cwd=tmp_path,
+        env=dict(os.environ),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
     )
-    assert "red" in visiontuner("query", "--model", "search/classifier", image)
-    assert "nobody" in visiontuner("query", "nobody", image)  # it gets as far as SageMaker
-    assert visiontuner("jobs").startswith("None.")
-    assert "There is no training job 'nobody'" in visiontuner("attach", "nobody")
+    assert "looked for the SDK" not in done.stdout
+    printed = done.stdout.split(">>> ")[1:]
+    for (command, said), text in zip(commands.items(), printed, strict=True):
+        assert text.startswith(command)
+        assert said in text.removeprefix(command), text

@@ -42,6 +42,13 @@ IN_VARIABLES = {
         "WANDB_API_KEY",
     )
 }
+# Stands in the SageMaker SDK's place for a command and all processes that it starts.
+POISON = """
+from pathlib import Path
+Path(__file__).with_name("imported").touch()
+raise ImportError("the SageMaker SDK")
+"""
+
 # Secrets in URLs that the commands are given.
 IN_URLS: dict[str, str] = {}
 SECRETS = IN_VARIABLES | IN_URLS
@@ -166,10 +173,19 @@ def machine(
         paths = [logs, *filter(None, [os.environ.get("PYTHONPATH")])]
         machine.environment["PYTHONPATH"] = os.pathsep.join(paths)
         new_database(machine.root / "work/mlflow.db")
-        experiment = json.dumps(small_search | {"data": {"source": str(images)}})
+        small = {
+            "data": {"source": str(images)},
+            "training": {"epochs": 2},
+            "search": {**small_search["search"], "trials": 1},
+        }
+        experiment = json.dumps(small_search | small)
         (machine.root / "work/experiment.yaml").write_text(experiment)
-        machine.run("tune", "tune", "--experiment", "experiment.yaml", "--output", "search")
-        machine.run("evaluate", "evaluate", "search")
+        (machine.logs / "poison").mkdir()
+        (machine.logs / "poison/sagemaker.py").write_text(POISON)
+        without_sdk = os.pathsep.join([f"{logs}/poison", *paths])
+        search = ["--experiment", "experiment.yaml", "--output", "search"]
+        machine.run("tune", "tune", *search, PYTHONPATH=without_sdk)
+        machine.run("evaluate", "evaluate", "search", PYTHONPATH=without_sdk)
         local = ["--env-manager", "local"]
         machine.run("preflight", "preflight", "colours/1", *local)
         machine.run("deploy", "deploy", "colours/1", "--dry-run", *local)
@@ -205,6 +221,11 @@ def test_the_commands_did_what_they_are_for(machine: Machine) -> None:
     assert failed == {"refused"}, machine.printed
     assert "nobody" in machine.printed["refused"]
     assert "Submitted " in machine.printed["submit"]
+
+
+def test_a_local_search_never_imports_the_sagemaker_sdk(machine: Machine) -> None:
+    assert machine.codes["tune"] == machine.codes["evaluate"] == 0
+    assert not (machine.logs / "poison/imported").exists()
 
 
 def test_nothing_tells_a_secret(machine: Machine) -> None:

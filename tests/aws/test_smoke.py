@@ -2,6 +2,8 @@
 
 import importlib.util
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from visiontuner.aws import request
 from visiontuner.errors import ServingError
 
 NOTHING: dict[str, list[str]] = {"endpoints": [], "configs": [], "models": [], "objects": []}
@@ -48,18 +49,22 @@ def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, mod
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker")
-@pytest.mark.usefixtures("hosts_allowed")
 def test_with_a_job_it_trains_on_sagemaker_and_deploys_that(
-    smoke: ModuleType, account: Any, small_search: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    smoke: ModuleType,
+    account: Any,
+    directed: Any,
+    packaged_search: Callable[[str], Path],
 ) -> None:
-    # What the hosts need is here already; test_two_hosts.py lets pip look at all of it.
-    monkeypatch.setattr(request, "requirements", lambda **_: ["numpy"])
+    # What a job's hosts do is tested in test_two_hosts.py.
+    search = packaged_search("aws-smoke")
+    threading.Thread(target=directed.direct_next, args=(search,), daemon=True).start()
     # 0.1 x (1800 + 300) / 3600 of the job, and 0.1 x 6300 / 3600 of the endpoint: $0.23.
-    small = {"training.epochs": 1, **{f"model.{k}": v for k, v in small_search["model"].items()}}
-    changes = [word for key, value in small.items() for word in ("--set", f"{key}={value}")]
     prices = ["--price", "0.1", "--training-price", "0.1"]
-    done = run(smoke, "--job", "--yes", *prices, *changes)
+    done = run(smoke, "--job", "--yes", *prices, "--set", "training.epochs=1")
     assert done.exit_code == 0, done.output
+    (job,) = account.client("sagemaker").list_training_jobs()["TrainingJobSummaries"]
+    told = directed.describe(job["TrainingJobName"])
+    assert told["ResourceConfig"]["InstanceType"] == "ml.m5.large"
     assert "runs on    1 x ml.m5.large; at most 30 min" in done.stdout
     assert "nothing is left" in done.stdout
     report = Path("aws-smoke-report.md").read_text()
