@@ -234,13 +234,18 @@ def new_database(made_once: MadeOnce) -> Callable[[Path], str]:
 
 @pytest.fixture(scope="module")
 def running_ray() -> None:
-    """One Ray for all files that want one: a search uses the one that is there."""
+    """One Ray for all files that want one: a search uses the one that is there.
+
+    Of one core, so that a search starts one worker: each takes four seconds to import torch.
+    """
     import ray
 
+    from visiontuner.paths import changed_environment
     from visiontuner.search.ray_cluster import RayForSearch
 
     if not ray.is_initialized():
-        _ray.enter_context(RayForSearch("local")).start()
+        with changed_environment({"RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'}):
+            _ray.enter_context(RayForSearch("local")).start()
 
 
 @pytest.fixture

@@ -185,12 +185,8 @@ def test_what_python_returns_prints_in_three_lines(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_examples_of_the_docs_run(tmp_path, monkeypatch, repository, shared_cache):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
-    # MLflow keeps a store for each URI: a relative one would be another test's.
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+@pytest.mark.usefixtures("running_ray", "own_place")
+def test_the_examples_of_the_docs_run(tmp_path, repository):
     draw(Path("photos"), {"train": 10, "valid": 6, "test": 6})
     for name in ("a.jpg", "b.jpg"):
         Image.open("photos/test/red/0.png").save(name)

@@ -114,6 +114,7 @@ def test_a_ray_that_does_not_start_is_one_line_with_the_command_that_goes_on(
             env={
                 **os.environ,
                 "RAY_GCS_SERVER_PORT": str(taken.getsockname()[1]),
+                "RAY_gcs_server_port_wait_time_s": "1",  # Ray itself tries twenty times
                 "MLFLOW_TRACKING_URI": "none",
                 "VISIONTUNER_CACHE": str(shared_cache),
             },
@@ -149,6 +150,7 @@ def test_a_killed_part_of_ray_ends_a_search_with_the_command_that_goes_on(
             env={
                 **os.environ,
                 "TMPDIR": temporary,
+                "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',  # one worker is enough
                 "MLFLOW_TRACKING_URI": "none",
                 "VISIONTUNER_CACHE": str(shared_cache),
             },
