@@ -309,6 +309,7 @@ def small_search() -> dict[str, object]:
             "trials": 3,
             "algorithm": "random",
             "scheduler": "none",
+            "baselines": False,
             "space": {"learning_rate": {"low": 0.01, "high": 0.1, "scale": "log"}},
         },
     }

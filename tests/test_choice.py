@@ -39,6 +39,7 @@ def judged_by_folds(
 ) -> SearchResult:
     home = tmp_path_factory.mktemp("folds")
     raw = {**small_search, "data": {"source": str(images), "validation": "folds", "folds": FOLDS}}
+    raw["search"] = {**raw["search"], "baselines": True}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setenv("VISIONTUNER_CACHE", str(shared_cache))

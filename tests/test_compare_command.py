@@ -68,7 +68,6 @@ def one_line(*arguments: str) -> str:
     "environment",
     [
         {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"},
-        {"PYTHONIOENCODING": "ascii"},
         {"PYTHONIOENCODING": "latin-1:strict"},
     ],
 )

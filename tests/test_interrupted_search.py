@@ -180,6 +180,7 @@ def assert_interrupted(command: Command) -> None:
 
 def test_sigterm_ends_a_search_in_order_that_nohup_keeps_running(command):
     """SIGHUP, as of a closed terminal, is left to the kernel, which `nohup` told to drop it."""
+    command.environment["RAY_OVERRIDE_RESOURCES"] = '{"CPU": 1}'  # one worker is enough
     command.start(
         moment=IN_A_TRIAL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
     )
@@ -194,6 +195,7 @@ def test_sigterm_ends_a_search_in_order_that_nohup_keeps_running(command):
 def test_a_search_outlives_its_terminal_and_ends_in_order(command):
     """What a closed terminal sends is SIGHUP, and what is printed to it fails."""
     terminal, its_end = pty.openpty()
+    command.environment["RAY_OVERRIDE_RESOURCES"] = '{"CPU": 1}'  # one worker is enough
     command.start(
         moment=IN_A_TRIAL,
         **dict.fromkeys(("stdin", "stdout", "stderr"), its_end),

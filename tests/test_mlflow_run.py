@@ -43,6 +43,7 @@ def environment(
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "MLFLOW_TRACKING_URI": new_database(tmp_path / "mlflow.db"),
         "VISIONTUNER_CACHE": str(shared_cache),
+        "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',  # one worker is enough
     }
 
 

@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.usefixtures("running_ray", "own_place"),
 ]
 
-EPOCHS = 30
+EPOCHS = 8
 
 
 class PressCtrlC(Silent):
@@ -81,7 +81,7 @@ def runs_by_trial(uri: str) -> tuple[list[Any], dict[str, Any]]:
 
 
 def kill_in_the_second_stage(search: Path, experiment: dict[str, Any]) -> None:
-    """`visiontuner tune`, and kill -9 when a network has gone through some epochs."""
+    """`visiontuner tune`, and kill -9 when the first network has gone through some epochs."""
     Path("experiment.yaml").write_text(yaml.safe_dump(experiment))
     arguments = ["tune", "--experiment", "experiment.yaml", "--output", str(search)]
     networks = "[e['trial_id'] for e in events if e.get('stage') == 'network']"
@@ -90,9 +90,10 @@ def kill_in_the_second_stage(search: Path, experiment: dict[str, Any]) -> None:
     with (
         log.open("wb") as output,
         subprocess.Popen(
-            [sys.executable, held, f"len({epochs}) >= 8", Path.cwd(), *arguments],
+            [sys.executable, held, f"len({epochs}) >= 4", Path.cwd(), *arguments],
             stdout=output,
             stderr=output,
+            env={**os.environ, "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}'},  # one after the other
         ) as process,
     ):
         try:
@@ -112,7 +113,7 @@ def test_a_staged_search_killed_in_its_second_stage_goes_on_and_is_like_any_othe
     before = SearchRecord.load(search)
     assert {t.state for t in before.trials.values() if t.stage == "head"} == {"completed"}
     checkpoints = {path.parent.name for path in search.glob(f"trials/*/{CHECKPOINT_FOLDER}")}
-    assert checkpoints
+    assert checkpoints == {"t0005"}
 
     result = resume_search(search)
     record = result.record
@@ -126,9 +127,7 @@ def test_a_staged_search_killed_in_its_second_stage_goes_on_and_is_like_any_othe
         assert [epoch.step for epoch in trial.epochs] == list(range(1, EPOCHS + 1))
         attempts = [epoch.attempt for epoch in trial.epochs]
         assert attempts == sorted(attempts)
-        # It went on where the kill came, and did not begin anew.
-        began_anew = trial.trial_id in before.trials and trial.trial_id not in checkpoints
-        assert attempts[0] == (2 if began_anew else 1)
+        assert attempts[0] == 1  # it went on where the kill came, and did not begin anew
         assert attempts[-1] == (2 if trial.trial_id in before.trials else 1)
     ranking = record.ranking()
     heads = [t.trial_id for t in ranking if t.stage == "head"][:2]
@@ -167,7 +166,7 @@ def test_a_search_over_the_network_alone_goes_on_after_ctrl_c_and_keeps_the_best
 ):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     del staged["search"]["stages"]
-    staged["search"] |= {"trials": 7, "scheduler": "asha"}
+    staged["search"] |= {"trials": 6, "scheduler": "asha"}
     experiment, search = Experiment.parse(staged), tmp_path / "search"
     stopped = run_search(experiment, output=search, observer=PressCtrlC("trial_ended", 2))
     assert stopped.state == "interrupted"
@@ -175,7 +174,7 @@ def test_a_search_over_the_network_alone_goes_on_after_ctrl_c_and_keeps_the_best
     record = result.record
     assert {t.state for t in record.trials.values()} <= {"completed", "stopped_early"}
     assert {t.stage for t in record.trials.values()} == {None}
-    assert len(record.trials) == 7
+    assert len(record.trials) == 6
     kept = {path.parent.name for path in search.glob(f"trials/*/{NETWORK_FILE}")}
     assert kept == {trial.trial_id for trial in record.ranking()[:5]}
     assert "features_ready" not in [e["event"] for e in read_events(search).events]

@@ -103,6 +103,7 @@ def test_it_runs_from_a_clean_kernel(
     aws.put_image(tag=mlflow.version.VERSION)
     aws.put_role("endpoints")
     monkeypatch.setenv("VISIONTUNER_CACHE", str(shared_cache))
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 1}')  # one worker a search is enough
     said = execute(notebook, tmp_path)
     assert "learning_rate_too_high" in said
     assert "16/16" in said

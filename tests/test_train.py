@@ -428,17 +428,17 @@ ON_IMAGES = {"model": {"train": "last_stage"}, "training": {"augmentation": "lig
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("workers", [None, 2], ids=["features", "2 workers"])
-def test_killed_three_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, workers):
+def test_killed_twice_and_gone_on_with_it_ends_with_the_same_numbers(raw, workers):
     if workers is not None:
         for section, values in ON_IMAGES.items():
             raw[section] |= values
         raw["training"] |= {"workers": workers, "ema_decay": 0.9, "micro_batch_size": 5}
         raw["training"]["augmentation"] = {"policy": "trivial", "erasing": 0.2, "mixup": 0.2}
-    raw["training"] |= {"dropout": 0.2, "batch_size": 8, "epochs": 5}
+    raw["training"] |= {"dropout": 0.2, "batch_size": 8, "epochs": 4}
     raw["training"] |= {"gradient_clip": 1.0, "label_smoothing": 0.1, "warmup_fraction": 0.1}
     # 4 steps an epoch: each process dies after at most one whole epoch, so two are left.
     dice = random.Random(workers)
-    steps = [dice.randint(1, 6) for _ in range(3)]
+    steps = [dice.randint(1, 6) for _ in range(2)]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, json.dumps(raw), str(steps)],
         capture_output=True,
@@ -448,7 +448,7 @@ def test_killed_three_times_and_gone_on_with_it_ends_with_the_same_numbers(raw, 
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert epochs(Path("killed")) == epochs(Path("whole"))
-    assert SearchRecord.load(Path("killed")).trials["t0001"].attempt == 4
+    assert SearchRecord.load(Path("killed")).trials["t0001"].attempt == 3
     for name in ("head.safetensors", "network.safetensors"):
         whole, killed = Path("whole") / TRIAL / name, Path("killed") / TRIAL / name
         assert whole.exists() == killed.exists()

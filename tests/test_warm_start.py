@@ -151,7 +151,7 @@ class Notes:
     def trials_end(self) -> None: ...
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("running_ray")
 def test_a_search_begins_with_anothers_best_and_goes_on_without_its_folder(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -45,7 +45,7 @@ def test_a_wheel_holds_every_file_of_the_package(installed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_wheel_runs_in_an_empty_folder_and_packs_itself_for_a_job(
-    installed: Path, tmp_path: Path
+    installed: Path, tmp_path: Path, shared_cache: Path
 ) -> None:
     program = (
         "from pathlib import Path\n"
@@ -54,7 +54,12 @@ def test_a_wheel_runs_in_an_empty_folder_and_packs_itself_for_a_job(
         "print(visiontuner.__file__)\n"
         "print(write_source(Path.cwd(), experiment='', job=JobFile(token='0')))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(installed),
+        "VISIONTUNER_CACHE": str(shared_cache),
+        "RAY_OVERRIDE_RESOURCES": '{"CPU": 1}',  # one worker is enough
+    }
     done = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
@@ -79,6 +84,8 @@ def test_a_wheel_runs_in_an_empty_folder_and_packs_itself_for_a_job(
             "2",
             "--set",
             "training.epochs=2",
+            "--set",
+            "data.limit_per_class=10",
         ],
         cwd=tmp_path,
         env=environment,

@@ -87,7 +87,9 @@ def finished(
         patch.setenv("VISIONTUNER_CACHE", str(shared_cache))
         patch.setenv("MLFLOW_TRACKING_URI", new_database(home / "mlflow.db"))
         result = run_search(
-            experiment_on(images, small_search), output=home / "search", observer=notes
+            experiment_on(images, small_search, search={"baselines": True}),
+            output=home / "search",
+            observer=notes,
         )
     return result, home / "mlflow.db", notes.notes
 
@@ -223,11 +225,12 @@ def test_a_second_search_computes_no_features_and_no_baselines_that_take_minutes
 
 @pytest.mark.usefixtures("finished")
 def test_the_default_space_has_no_batches_of_more_than_all_images_and_that_is_said(
-    images, small_search, store, tmp_path
+    images, small_search, tmp_path, monkeypatch
 ):
-    store(tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "none")
     notes = Notes()
-    raw = {**small_search, "search": {"trials": 1}, "data": {"source": str(images)}}
+    search = {"trials": 1, "baselines": False}
+    raw = {**small_search, "search": search, "data": {"source": str(images)}}
     folder = run_search(Experiment.parse(raw), output=tmp_path / "s", observer=notes).folder
     said = "There are 30 training images: the default search space has batch sizes up to that, 30."
     assert said in notes.notes
@@ -316,7 +319,7 @@ def test_an_empty_folder_is_told_as_such(small_search, tmp_path):
 def test_a_search_whose_trials_all_fail_ends_with_their_first_error(experiment, store, tmp_path):
     client = store(tmp_path / "mlflow.db")
     hopeless = experiment(
-        training={"optimizer": "sgd", "epochs": 300},
+        training={"optimizer": "sgd", "epochs": 30},
         search={"algorithm": "grid", "space": {"learning_rate": {"values": [1e30, 1e32]}}},
     )
     with pytest.raises(SearchFailed, match=r"All 2 trials failed.*loss is .* at learning rate 1e"):

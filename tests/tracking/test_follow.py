@@ -131,7 +131,7 @@ def slow_store(
     """Of a search whose writing takes many times as long as one call to MLflow, a second."""
     search = new_search()
     search.begin()
-    for number in range(1, 31):
+    for number in range(1, 16):
         search.trial(number, epochs=1)
     search.finish()
     call = Store.call
@@ -154,7 +154,7 @@ def test_a_store_that_answers_has_all_the_time_it_takes(slow_store: MlflowWriter
     assert thread.close(timeout=1.0)
     assert thread.problem is None
     assert progress == sorted(progress)
-    assert progress[-1] == (30, 30)
+    assert progress[-1] == (15, 15)
 
 
 def test_a_search_that_was_stopped_leaves_the_rest(slow_store: MlflowWriter) -> None:

@@ -577,12 +577,12 @@ def test_figures_wait_while_the_search_runs_and_points_do_not(
 def test_many_trials_take_three_calls_each_at_most(new_search: NewSearch, store: Any) -> None:
     search, uri = new_search(), store()
     search.begin()
-    for number in range(1, 121):
+    for number in range(1, 41):
         search.trial(number, epochs=1)
     search.finish()
     writer = write(search.folder, uri)
-    assert len(all_runs(uri)) == 121
-    assert writer.store.calls <= 3 * 120 + 20
+    assert len(all_runs(uri)) == 41
+    assert writer.store.calls <= 3 * 40 + 20
     again = write(search.folder, uri)
     assert again.store.calls <= 4
 
