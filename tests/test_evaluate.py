@@ -79,6 +79,7 @@ def search(home: Path, shared_cache: Path, small_search: dict[str, Any]) -> Path
         **raw["search"],
         "trials": 4,
         "algorithm": "grid",
+        "baselines": True,
         "space": {"learning_rate": {"values": [1e-6, 0.02, 0.03, 0.04]}},
     }
     with pytest.MonkeyPatch.context() as patch:
