@@ -147,6 +147,13 @@ def test_experiment_rejects_learning_rate(learning_rate):
         ({"data": {"on_bad_image": "ignore"}}, "one of 'skip' or 'fail'"),
         ({"model": {"image_size": 15}}, "model.image_size must be >= 16"),
         ({"model": {"train": "everything"}}, "model.train must be one of"),
+        ({"model": {"views": 2}}, "model.views must be one of"),
+        ({"model": {"views": "flip", "train": "all"}}, "model.train is all"),
+        (
+            {"model": {"views": "flip"}, "training": {"augmentation": "light"}},
+            "with training.augmentation none are kept",
+        ),
+        ({"package": "int4"}, "package must be one of"),
         ({"name": "a/b"}, "name must start with a letter or digit"),
         ({"name": "x" * 101}, "up to 100"),
         ({"seed": -1}, "seed must be >= 0"),

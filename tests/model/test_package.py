@@ -19,7 +19,7 @@ from visiontuner.data.dataset import ImageDataset
 from visiontuner.data.images import normalise, read_pixels
 from visiontuner.errors import BadImageError, ClassifierError, DataError, ExportError
 from visiontuner.model import package as package_module
-from visiontuner.model.backbones import Backbone
+from visiontuner.model.backbones import Backbone, load_backbone
 from visiontuner.model.classifier import Classifier, softmax
 from visiontuner.model.package import package_classifier, with_head
 
@@ -96,6 +96,33 @@ def test_features_and_the_map_whose_mean_they_are_come_with_the_logits(
     class_maps = np.einsum("cd,bdhw->bchw", head["weight"].numpy(), maps)
     activation = class_maps.mean((2, 3)) + head["bias"].numpy()
     np.testing.assert_allclose(activation, logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_both_sides_of_an_image_give_its_features_in_artifact_and_network_alike(
+    package: Package, dataset: ImageDataset, cache: Path
+) -> None:
+    views = load_backbone("resnet18", weights="none", image_size=64, views="flip", cache=cache)
+    plain = load_backbone("resnet18", weights="none", image_size=64, cache=cache)
+    assert views.weights_digest != plain.weights_digest  # caches tell them apart
+    classifier = package(backbone=views)
+    assert classifier.metadata["views"] == "flip"
+    paths = [dataset.root / sample.path for sample in dataset.splits["validation"]]
+    pixels = np.stack([read_pixels(path, views.preprocessing) for path in paths])
+    mirrored = np.ascontiguousarray(pixels[:, :, ::-1])
+    np.testing.assert_allclose(classifier.logits(pixels), classifier.logits(mirrored), atol=1e-4)
+    with torch.inference_mode():
+        sides = [
+            plain.module(torch.from_numpy(normalise(side, plain.preprocessing)))
+            for side in (pixels, mirrored)
+        ]
+    (features,) = classifier.outputs(pixels, ["features"])
+    np.testing.assert_allclose(features, torch.stack(sides).mean(0), rtol=1e-4, atol=1e-4)
+    # The weights begin a training with one view: their names are those of the plain network.
+    names = {
+        name.removeprefix("backbone.")
+        for name in load_file(classifier.folder / "weights.safetensors")
+    }
+    assert set(plain.module.state_dict()) < names
 
 
 @pytest.mark.parametrize(
