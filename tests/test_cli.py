@@ -264,6 +264,7 @@ def finished_search(**changes: Any) -> SimpleNamespace:
         "state": "completed",
         "classifier": Path("searches/x/classifier"),
         "model": "models:/x/1",
+        "model_int8": None,
         "tracking_problem": None,
         "tracking_uri": "sqlite:///mlflow.db",
     }

@@ -71,9 +71,11 @@ def test_a_search_of_version_0_1_goes_on_with_its_split(tmp_path: Path, photos: 
 def _forget_split(path: Path) -> None:
     """The experiment file as version 0.1 wrote it."""
     raw = yaml.safe_load(path.read_text("utf-8"))
-    raw["data"] = {
-        k: raw["data"][k] for k in ("source", "sha256", "limit_per_class", "on_bad_image")
+    kept = {
+        "data": ("source", "sha256", "limit_per_class", "on_bad_image"),
+        "model": ("backbone", "weights", "image_size", "train"),
     }
+    raw |= {section: {k: raw[section][k] for k in keys} for section, keys in kept.items()}
     path.write_text(yaml.safe_dump(raw), "utf-8")
 
 

@@ -126,7 +126,7 @@ def test_a_search_goes_on_after_each_bad_day(
     experiment["data"] = {"source": f"s3://{jobs.bucket}/images/"}
     experiment["model"]["image_size"] = 96
     experiment["training"]["epochs"] = EPOCHS
-    experiment["search"] |= {"trials": TRIALS, "baselines": False}
+    experiment["search"] |= {"trials": TRIALS, "baselines": True}
     (tmp_path / "experiment.yaml").write_text(json.dumps(experiment))
 
     # Requirements that do not install.

@@ -49,7 +49,7 @@ def test_it_deploys_asks_and_leaves_nothing(smoke: ModuleType, account: Any, mod
 @pytest.mark.timeout(600)
 @pytest.mark.filterwarnings("ignore:sagemaker.train.configs has been moved")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:sagemaker")
-def test_with_a_job_it_trains_on_sagemaker_and_deploys_that(
+def test_with_a_job_it_submits_follows_and_deploys_what_came_home(
     smoke: ModuleType,
     account: Any,
     directed: Any,

@@ -128,6 +128,8 @@ def run_epochs(
     """
     checkpoint = folder / CHECKPOINT_FOLDER
     model = task.experiment.model.model_dump(mode="json")
+    if model["views"] == 1:  # checkpoints of before it could be anything else do not say so
+        del model["views"]
     made_for = {f"model.{name}": value for name, value in model.items()}
     made_for |= {"trained_on": task.trained_on, "class_names": list(class_names)}
     if task.checkpoints and (checkpoint / CHECKPOINT_FILE).is_file():
