@@ -80,8 +80,8 @@ class Explainer:
         if FEATURE_MAP not in classifier.output_names:
             raise ClassifierError(
                 f"{classifier.folder} has no heat maps: they need a network that ends in a plain "
-                "mean over its last map (ResNet, EfficientNet, DenseNet and others), packaged by "
-                "this version."
+                "mean over its last map (ResNet, EfficientNet, DenseNet and others), with "
+                "model.views: 1, packaged by this version."
             )
 
     @cached_property
