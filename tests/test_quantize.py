@@ -24,7 +24,7 @@ from visiontuner.model.int8 import calibration_samples
 from visiontuner.serving.registry import log_classifier, logged_model_id
 from visiontuner.workflow.inputs import Silent
 from visiontuner.workflow.lineage import trace
-from visiontuner.workflow.run import register_int8
+from visiontuner.workflow.tracking_process import register_int8
 from visiontuner.workflow.train import one_training, train
 
 pytestmark = pytest.mark.slow

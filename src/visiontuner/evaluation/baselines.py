@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from visiontuner.evaluation.calibration import image_losses
 
@@ -73,7 +74,6 @@ def _one_blas_thread() -> Iterator[None]:
     # A second to import, which a search need not wait for as it begins. It brings SciPy's own
     # OpenBLAS, so it comes first.
     import sklearn.linear_model  # noqa: F401
-    from threadpoolctl import threadpool_limits
 
     with threadpool_limits(limits=1):
         yield

@@ -13,6 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from visiontuner.evaluation.baselines import fixed_regression
 from visiontuner.evaluation.calibration import probabilities_of
@@ -211,7 +212,6 @@ def compare_features(before: NDArray[np.float32], after: NDArray[np.float32]) ->
     Source: Hotelling 1931, https://doi.org/10.1214/aoms/1177732979
     """
     from sklearn.decomposition import PCA  # a second to import, needed by one command
-    from threadpoolctl import threadpool_limits
 
     together = np.concatenate([before, after])
     most = min(_COMPONENTS, len(together) // 10, together.shape[1])

@@ -15,7 +15,13 @@ from numpy.typing import NDArray
 
 from visiontuner.data.arrays import decode_batch, decode_batches
 from visiontuner.data.dataset import ImageDataset, Sample
-from visiontuner.errors import ClassifierError, DataError, ServingError, UserMistake
+from visiontuner.errors import (
+    ClassifierError,
+    DataError,
+    ServingError,
+    UserMistake,
+    VisiontunerError,
+)
 from visiontuner.evaluation.baselines import Baseline, is_affordable, logistic_regression
 from visiontuner.evaluation.quantized import (
     Calibration,
@@ -46,7 +52,7 @@ from visiontuner.serving.registry import (
     find_registered,
     log_classifier,
 )
-from visiontuner.text import next_command
+from visiontuner.text import next_command, one_line
 from visiontuner.workflow.evaluate import DEFAULT_PRECISION
 from visiontuner.workflow.image_checks import novelty_of_artifact
 from visiontuner.workflow.inputs import Inputs, Observer, Silent
@@ -156,6 +162,25 @@ def quantize(
             megabytes=_megabytes(int8.folder),
             megabytes_fp32=_megabytes(source.classifier.folder),
         )
+
+
+def quantize_search(folder: Path, observer: Observer) -> str | None:
+    """Register the int8 form of a search's `classifier/` beside the float32 model.
+
+    What speaks against it is said, and is no failure of the search: the float32 model is there.
+
+    Returns:
+        `models:/NAME/VERSION`; None where it loses too much, cannot be made or cannot be written.
+    """
+    try:
+        return quantize(str(folder), observer=observer).model
+    except (VisiontunerError, OSError) as error:
+        again = next_command("quantize", folder)
+        observer.note(
+            f"warning: package: int8: {one_line(error, 500)} The float32 model is registered; "
+            f"`{again}` tries again."
+        )
+        return None
 
 
 @contextmanager

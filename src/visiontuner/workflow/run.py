@@ -18,7 +18,7 @@ from visiontuner.data.dataset import ImageDataset, Sample
 from visiontuner.data.findings import find_without_decoding
 from visiontuner.diagnostics.rules import RECORDED_RULES
 from visiontuner.diagnostics.rules_search import few_steps
-from visiontuner.errors import ClassifierError, UserMistake, VisiontunerError
+from visiontuner.errors import ClassifierError, UserMistake
 from visiontuner.experiment.schema import Experiment
 from visiontuner.io.files import write_whole
 from visiontuner.journal import (
@@ -338,23 +338,6 @@ def _weights(folder: Path, trial: TrialRecord, *, refitted: bool) -> dict[str, P
             f"`{next_command('evaluate', folder)}` trains the trial again."
         )
     return {"network_weights" if weights.name == NETWORK_FILE else "head_weights": weights}
-
-
-def register_int8(folder: Path, experiment: Experiment, observer: Observer) -> str | None:
-    """The registered int8 form of `classifier/`, where `package: int8` asks for it.
-
-    None where it was not asked for, and where it cannot be or loses too much, which is said: the
-    float32 model is registered already.
-    """
-    if experiment.package != "int8":
-        return None
-    from visiontuner.workflow.quantize import quantize  # MLflow takes seconds to import
-
-    try:
-        return quantize(str(folder), observer=observer).model
-    except VisiontunerError as error:
-        observer.note(f"warning: package: int8: {error} The float32 model is registered.")
-        return None
 
 
 def is_packaged(folder: Path, record: SearchRecord) -> bool:

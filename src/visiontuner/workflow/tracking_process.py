@@ -44,6 +44,7 @@ from visiontuner.tracking.run_plans import ProjectRun
 from visiontuner.workarounds import python as garbage
 
 if TYPE_CHECKING:
+    from visiontuner.experiment.schema import Experiment
     from visiontuner.tracking.writer import MlflowWriter, WriterThread
     from visiontuner.workflow.inputs import Observer
 
@@ -52,6 +53,15 @@ if TYPE_CHECKING:
 
 _LINES_KEPT = 20
 _GRACE_SECONDS = 60.0  # to import MLflow on a busy machine, and to answer
+
+
+def register_int8(folder: Path, experiment: Experiment, observer: Observer) -> str | None:
+    """`models:/NAME/VERSION` of the int8 form of a registered search, if `package` asks for it."""
+    if experiment.package != "int8":
+        return None
+    from visiontuner.workflow.quantize import quantize_search  # with MLflow, which takes seconds
+
+    return quantize_search(folder, observer)
 
 
 class BackgroundTracking:

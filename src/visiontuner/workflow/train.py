@@ -57,10 +57,9 @@ from visiontuner.workflow.run import (
     open_journal,
     package_trial,
     read_record,
-    register_int8,
 )
 from visiontuner.workflow.selection import ValidationAnswers
-from visiontuner.workflow.tracking_process import BackgroundTracking
+from visiontuner.workflow.tracking_process import BackgroundTracking, register_int8
 
 if TYPE_CHECKING:
     from visiontuner.search.live import Recorder

@@ -63,7 +63,6 @@ from visiontuner.workflow.run import (
     open_journal,
     package_trial,
     read_record,
-    register_int8,
 )
 from visiontuner.workflow.selection import (
     Kept,
@@ -74,7 +73,7 @@ from visiontuner.workflow.selection import (
     deal_folds,
     record_baselines,
 )
-from visiontuner.workflow.tracking_process import BackgroundTracking
+from visiontuner.workflow.tracking_process import BackgroundTracking, register_int8
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
