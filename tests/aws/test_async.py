@@ -83,7 +83,8 @@ def test_a_request_that_the_model_refuses_says_why(
     account: Any, model: str, answers: str, make_image: Callable[..., bytes], tmp_path: Path
 ) -> None:
     from visiontuner.serving.answers import Options
-    from visiontuner.serving.client import Refused, open_endpoint
+    from visiontuner.serving.async_client import open_endpoint
+    from visiontuner.serving.client import Refused
 
     wanted = ["--async", f"s3://{answers}/"]
     assert run("deploy", model, "--no-preflight", "--name", "c", *wanted).exit_code == 0

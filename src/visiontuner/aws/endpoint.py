@@ -38,7 +38,8 @@ from visiontuner.aws.scaling import Scaling, check_scales
 from visiontuner.errors import ServingError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws, AwsRefused, encrypt_uploads, explained, lent_to_library
 from visiontuner.paths import changed_environment
-from visiontuner.serving.client import Reference, Refused, open_endpoint, patiently
+from visiontuner.serving.async_client import open_endpoint
+from visiontuner.serving.client import Reference, Refused, patiently
 from visiontuner.serving.preflight import SERVERLESS_MB
 from visiontuner.serving.registry import fluent_uris, quiet
 from visiontuner.serving.server import QUIET

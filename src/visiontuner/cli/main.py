@@ -101,13 +101,13 @@ COMMANDS: dict[str, dict[str, CommandEntry]] = {
             "Serve a model here as its endpoint will, and check what it answers over HTTP.",
         ),
         "quantize": CommandEntry(
-            "serve",
+            "model_forms",
             "quantize",
             "Make a model's int8 form, compare its answers, and register it as a version of its "
             "own.",
         ),
         "export": CommandEntry(
-            "serve",
+            "model_forms",
             "export",
             "Write a model for another runtime: network, model.json and example.py that uses them.",
         ),

@@ -16,6 +16,7 @@ from visiontuner.errors import BadImageError, UserMistake, VisiontunerError
 from visiontuner.io.aws import Aws
 from visiontuner.model.classifier import Classifier
 from visiontuner.serving.answers import MAX_PIXELS, Options
+from visiontuner.serving.async_client import open_endpoint
 from visiontuner.serving.client import (
     REQUEST_BYTES,
     ClassifierFolder,
@@ -25,7 +26,6 @@ from visiontuner.serving.client import (
     Transport,
     ask_all,
     find_images,
-    open_endpoint,
     open_model,
 )
 from visiontuner.workflow.promote import model_folder
