@@ -178,17 +178,10 @@ def assert_interrupted(command: Command) -> None:
         assert runs[trial_id].info.status == expected
 
 
-def test_sigterm_ends_a_search_in_order_that_nohup_keeps_running(command):
-    """SIGHUP, as of a closed terminal, is left to the kernel, which `nohup` told to drop it."""
+def test_sigterm_ends_a_search_in_order(command):
     command.environment["RAY_OVERRIDE_RESOURCES"] = '{"CPU": 1}'  # one worker is enough
-    command.start(
-        moment=IN_A_TRIAL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    )
+    command.start(moment=IN_A_TRIAL)
     command.hold()
-    status = Path(f"/proc/{command.process.pid}/status").read_text()
-    (ignored,) = re.findall(r"^SigIgn:\s*(\w+)$", status, re.MULTILINE)
-    assert int(ignored, 16) >> (signal.SIGHUP - 1) & 1
-    command.process.send_signal(signal.SIGHUP)
     assert_ends_in_order(command, signal.SIGTERM)
 
 
@@ -212,13 +205,23 @@ def test_a_search_outlives_its_terminal_and_ends_in_order(command):
 
 @pytest.fixture
 def untracked(command: Command) -> Command:
-    """Without MLflow, whose process takes seconds, and Ray waits one second for its first one.
-
-    It waits half a minute else, in compiled code that keeps Python from all that a signal asks for.
-    """
+    """Without MLflow, whose process takes seconds, and Ray waits an hour for its first one."""
     command.environment["MLFLOW_TRACKING_URI"] = "none"
-    command.environment["RAY_gcs_server_port_wait_time_s"] = "1"
+    command.environment["RAY_gcs_server_port_wait_time_s"] = "3600"
     return command
+
+
+def test_nohup_keeps_a_search_running(untracked):
+    command = untracked
+    command.environment["RAY_OVERRIDE_RESOURCES"] = '{"CPU": 1}'  # one worker is enough
+    command.start(
+        moment=IN_A_TRIAL, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
+    command.hold()
+    command.process.send_signal(signal.SIGHUP)
+    command.let_go()
+    code, lines = command.end()
+    assert code == 0, lines
 
 
 @contextmanager
@@ -248,8 +251,7 @@ def test_sigterm_while_ray_starts_ends_a_search_in_order(untracked):
     command.start()
     with ray_that_does_not_start(command):
         command.process.send_signal(signal.SIGTERM)
-        command.wait_until(lambda: command.events("search_ended"))
-    code, lines = command.end()
+        code, lines = command.end()
     assert code == 130, lines
     # Ray may complain, on the standard error, of the process that was stopped.
     assert any(re.search(r"visiontuner tune --resume \S*search$", line) for line in lines), (

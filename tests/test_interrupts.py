@@ -175,6 +175,7 @@ def silent_server():
     ("number", "arguments"),
     [
         (signal.SIGINT, ("query", "--local", "--url", "{address}", "{here}/red.png")),
+        (signal.SIGTERM, ("prepare", "--data", "{address}/images.zip")),
         (signal.SIGHUP, ("tune", "--data", "{address}/images.zip")),
         (signal.SIGTERM, ("compare", "colours")),
     ],

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+import threading
 
 import pytest
 import torch
@@ -35,6 +36,33 @@ def test_ray_has_its_own_names_back_afterwards():
         assert dict(vars(Node)) != before[0]
         assert not class_cache.ENV_VARS_TO_PROPAGATE
     assert (dict(vars(Node)), dict(vars(class_cache))) == before
+
+
+def test_a_wait_for_ray_ends_with_the_port_its_time_or_who_gives_it_up(monkeypatch):
+    from ray._private import node
+
+    answers = iter([RuntimeError("not there"), 6379])
+
+    def look(*_: object, timeout_ms: int) -> int:
+        assert timeout_ms == 0  # or it would hold the interpreter's lock
+        answer = next(answers, RuntimeError("not there"))
+        if isinstance(answer, int):
+            return answer
+        raise answer
+
+    monkeypatch.setattr(node, "wait_for_persisted_port", look)
+    given_up = threading.Event()
+    with ray_workarounds.waits_until(given_up):
+        assert node.wait_for_persisted_port("folder", "node", "port", timeout_ms=60_000) == 6379
+        with pytest.raises(RuntimeError, match="not there"):
+            node.wait_for_persisted_port("folder", "node", "port", timeout_ms=0)
+        given_up.set()
+        with pytest.raises(RuntimeError, match="not there"):
+            node.wait_for_persisted_port("folder", "node", "port", timeout_ms=3_600_000)
+    assert node.wait_for_persisted_port is look
+    monkeypatch.delattr(node, "wait_for_persisted_port")
+    with ray_workarounds.waits_until(given_up):
+        assert not hasattr(node, "wait_for_persisted_port")
 
 
 def test_mlflow_without_the_private_name_looks_itself(monkeypatch):

@@ -32,6 +32,7 @@ from visiontuner.workarounds.ray import (
     no_runtime_environments,
     ray_constant,
     read_token_settings_again,
+    waits_until,
     without_monitors,
 )
 
@@ -180,7 +181,7 @@ class RayForSearch:
             return
         folder = running.enter_context(_private_folder())
         running.enter_context(_only_for_this_process())
-        with without_monitors():
+        with without_monitors(), waits_until(self._ending):
             ray.init(
                 address="local",
                 include_dashboard=False,

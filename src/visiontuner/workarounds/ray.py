@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -34,6 +36,40 @@ def without_monitors() -> Iterator[None]:
     finally:
         for name, start in kept.items():
             setattr(Node, name, start)
+
+
+_LOOK_EVERY = 0.02  # seconds
+
+
+@contextmanager
+def waits_until(given_up: threading.Event) -> Iterator[None]:
+    """Have Ray look for its first process's port from Python, until it is there or given up.
+
+    Its own wait, up to half a minute, is compiled code that holds the interpreter's lock: a Ctrl-C
+    is answered only afterwards, and nothing is computed meanwhile. Where a later Ray has another
+    name for it, it waits so.
+    """
+    from ray._private import node
+
+    wait = getattr(node, "wait_for_persisted_port", None)
+    if wait is None:
+        yield
+        return
+
+    def look_again(*place: object, timeout_ms: int = 30_000) -> int:
+        deadline = time.monotonic() + timeout_ms / 1000
+        while True:
+            try:
+                return int(wait(*place, timeout_ms=0))
+            except RuntimeError:  # not there yet
+                if time.monotonic() >= deadline or given_up.wait(_LOOK_EVERY):
+                    raise
+
+    setattr(node, "wait_for_persisted_port", look_again)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(node, "wait_for_persisted_port", wait)  # noqa: B010
 
 
 @contextmanager
