@@ -18,7 +18,7 @@ from typing import Any
 
 from measuring import Skipped, describe_run, write_json
 
-# In the order of docs/benchmarks.md. Those in APART take ten minutes to half an hour each, so they
+# Roughly in the order of docs/benchmarks.md. Those in APART take ten minutes to half an hour each, so they
 # are run by name.
 BENCHMARKS = (
     "quickstart",
