@@ -18,8 +18,8 @@ from typing import Any
 
 from measuring import Skipped, describe_run, write_json
 
-# Roughly in the order of docs/benchmarks.md. Those in APART take ten minutes to half an hour each, so they
-# are run by name.
+# Roughly in the order of docs/benchmarks.md. Those in APART take ten minutes to half an hour each,
+# so they are run by name.
 BENCHMARKS = (
     "quickstart",
     "search_time",
